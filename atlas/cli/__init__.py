@@ -1,0 +1,96 @@
+"""`atlas <command>`: one small module per command, imported only when it is called.
+
+Each module holds one function of its own name whose typer annotations are its options, and imports its
+work inside it, so that `atlas --help` needs neither PyTorch nor a second. Here an `AtlasError` becomes one
+line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from atlas import __version__
+from atlas.errors import AtlasError
+
+# In the order of the road.
+COMMANDS = {
+    "prepare": "Turn text into token shards.",
+    "train": "Train a model, or go on with one.",
+    "generate": "Write text with a trained model.",
+    "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text.",
+    "export": "Write a GGUF file and prove it in llama.cpp.",
+    "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
+    "plan": "Parameters, memory and disk of a config, before any work.",
+    "pipeline": "The whole road in one command, with questions or without.",
+}
+
+USER_MISTAKE, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `atlas` with `argv` (default: the process's) and return the exit code."""
+    _speak_utf8()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    invoked = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        _build_app(invoked)(args=argv, prog_name="atlas")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _build_app(invoked: str | None) -> typer.Typer:
+    """The typer app; only the invoked command's module is imported, the others are their help line."""
+    app = typer.Typer(
+        help="Raw text → tokens → a GPT trained from scratch → text → a GGUF file that llama.cpp runs.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def atlas(version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version)) -> None:
+        pass
+
+    for name, summary in COMMANDS.items():
+        if name == invoked:
+            function = getattr(importlib.import_module(f"atlas.cli.{name}"), name)
+            app.command(name)(_with_readable_errors(function))
+        else:
+            app.command(name, help=summary)(lambda: None)
+    return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"atlas {__version__}")
+        raise typer.Exit
+
+
+def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AtlasError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USER_MISTAKE) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _speak_utf8() -> None:
+    """A Windows console, or a pipe with LANG=C, must not die of the first character beyond ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8", errors="replace")

@@ -1,0 +1,11 @@
+"""What a run is made of, and how it is read from files and flags."""
+
+from atlas.config.config import (
+    AtlasConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+
+__all__ = ["AtlasConfig", "CheckpointConfig", "DataConfig", "ModelConfig", "TrainingConfig"]

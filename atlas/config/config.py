@@ -1,0 +1,195 @@
+"""What a run is made of: frozen, validated, and each field described once.
+
+The descriptions here are the only ones: `--help`, `docs/CONFIG.md` and the JSON schema for editors
+are made from them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+VOCAB_MULTIPLE = 64
+"""Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `3e-4` as a string and `yes` as a bool: take the first, refuse the second."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true/false")
+    if isinstance(value, str):
+        try:
+            return float(value.replace("_", ""))
+        except ValueError:
+            raise ValueError("must be a number") from None
+    return value
+
+
+def _whole_number(value: Any) -> Any:
+    """As `_number`, and `1e5` is the integer 100000."""
+    value = _number(value)
+    if isinstance(value, float):
+        if not math.isfinite(value) or value != int(value):
+            raise ValueError("must be a whole number")
+        return int(value)
+    return value
+
+
+def _whole_number_or_auto(value: Any) -> Any:
+    return value if value == "auto" else _whole_number(value)
+
+
+Int = Annotated[int, BeforeValidator(_whole_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no unread ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The shape of the network: enough, with the weights, to rebuild it."""
+
+    hidden_size: Int = Field(768, ge=1, description="Width of the residual stream; divisible by num_heads.")
+    num_layers: Int = Field(12, ge=1, le=10_000, description="Number of transformer blocks.")
+    num_heads: Int = Field(12, ge=1, description="Attention heads per block.")
+    vocab_size: Int | None = Field(
+        None, ge=1, le=2**24, description="Tokens in the vocabulary; left out, the dataset's is taken."
+    )
+    max_seq_len: Int = Field(1024, ge=1, description="Context length in tokens.")
+    dropout: Float = Field(
+        0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
+    )
+    bias: bool = Field(True, description="Biases in linear layers and layer norms, as in GPT-2.")
+    tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weights.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            below = self.hidden_size // self.num_heads * self.num_heads
+            sizes = " or ".join(str(size) for size in (below, below + self.num_heads) if size)
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                f"use hidden_size {sizes}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def vocabulary(self) -> int:
+        """`vocab_size`, once it is known. A model is only ever built from a config that knows it."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return self.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def gguf_architecture(self) -> str:
+        """The llama.cpp architecture that computes what this model computes."""
+        return "gpt2"
+
+
+class DataConfig(Section):
+    """Where tokens come from."""
+
+    train_data: str | None = Field(
+        None, description="Training data: a prepared folder, or plain text (file, folder or zip)."
+    )
+    val_data: str | None = Field(
+        None, description="Validation data, in the same forms; left out, the validation part of train_data."
+    )
+    tokenizer: str = Field(
+        "gpt2",
+        description="Tokenizer for plain text: gpt2, a tokenizer.json, or package.module:factory. "
+        "A prepared folder brings its own.",
+    )
+    val_fraction: Float = Field(
+        0.05, ge=0, lt=1, description="Part of the documents of a plain text that is held out for validation."
+    )
+    num_workers: Int = Field(
+        0, ge=0, description="Processes that read batches ahead; 0 reads in the training process."
+    )
+
+
+class TrainingConfig(Section):
+    """The optimisation and what is watched while it runs."""
+
+    batch_size: Int = Field(8, ge=1, description="Sequences per accumulation step.")
+    gradient_accumulation_steps: Int = Field(
+        1, ge=1, description="An update takes batch_size × gradient_accumulation_steps sequences."
+    )
+    micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(_whole_number_or_auto)] = Field(
+        "auto",
+        description="Sequences that run through the model at once; changes memory and speed, "
+        "not the result. auto: batch_size.",
+    )
+    max_steps: Int | None = Field(
+        None, ge=1, description="Updates to train for; with epochs, the smaller wins; with neither, one epoch."
+    )
+    epochs: Int | None = Field(None, ge=1, description="Passes over the training data.")
+    learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
+    min_learning_rate_ratio: Float = Field(
+        0.1, ge=0, le=1, description="Final learning rate as a part of the peak (cosine decay)."
+    )
+    warmup_steps: Int = Field(100, ge=0, description="Updates of linear warm-up.")
+    weight_decay: Float = Field(0.1, ge=0, description="AdamW decay of matrices; never of biases and norms.")
+    beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
+    beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
+    grad_clip: Float = Field(1.0, ge=0, description="Largest gradient norm; 0 leaves gradients as they are.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU computes in it, else fp16 on CUDA, fp32 elsewhere."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass: less memory, more time."
+    )
+    loss: str | None = Field(
+        None,
+        description="Own loss as package.module:function(logits, targets, mask=None) → mean over the tokens given.",
+    )
+    log_interval: Int = Field(10, ge=1, description="Updates between two lines of metrics.")
+    eval_interval: Int = Field(100, ge=1, description="Updates between two evaluations on validation data.")
+    eval_sequences: Int = Field(
+        128, ge=1, description="Size of the fixed validation subset, in sequences of max_seq_len tokens."
+    )
+    early_stopping_patience: Int | None = Field(
+        None, ge=1, description="Stop after so many evaluations without a better validation loss."
+    )
+
+    @property
+    def sequences_per_update(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+class CheckpointConfig(Section):
+    """Where the run is kept and how often."""
+
+    output_dir: str = Field(
+        "checkpoints", description="Folder of checkpoints, training.log and metrics.jsonl."
+    )
+    save_interval: Int = Field(100, ge=1, description="Updates between two checkpoints.")
+    keep_checkpoints: Int = Field(
+        5, ge=1, description="Checkpoints kept of each kind; the best is always kept besides."
+    )
+
+
+class AtlasConfig(Section):
+    """Everything a run is made of."""
+
+    seed: Int = Field(
+        1337, ge=0, lt=2**63, description="Decides initial weights, order of data and dropout."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The network.")
+    data: DataConfig = Field(default_factory=DataConfig, description="The data.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="The optimisation.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="The output folder.")

@@ -1,0 +1,180 @@
+"""YAML files, `--set key=value` and flags, all through one decoder.
+
+A *layer* is a nested dict of the keys that somebody wrote. Layers are laid over each other, the later
+one winning: default < checkpoint < YAML < `--set` < flag. Every layer is checked alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from atlas.config.config import AtlasConfig, Section
+from atlas.errors import AtlasError
+
+Layer = dict[str, Any]
+
+# Where the FAQ's authors put a key, and where it lives.
+_ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _decode_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise AtlasError(f"{origin}{place}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # an impossible date; nesting without end
+        raise AtlasError(f"{origin}: not valid YAML: {error}") from None
+
+
+def read_yaml(path: str | Path) -> Layer:
+    """The keys that a config file writes. Raises `AtlasError` if it is missing or malformed."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise AtlasError(f"{path}: no such config file; the presets are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AtlasError(f"{path}: cannot be read as a config file: {error}") from None
+    values = _decode_yaml(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise AtlasError(f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}")
+    return check_keys(values, str(path))
+
+
+def parse_overrides(assignments: Iterable[str]) -> Layer:
+    """The layer written by `--set training.learning_rate=1e-4 --set …`."""
+    layer: Layer = {}
+    for assignment in assignments:
+        dotted, separator, text = assignment.partition("=")
+        if not separator or not dotted.strip():
+            raise AtlasError(f"--set {assignment}: write it as section.key=value")
+        layer = overlay(layer, nested(dotted.strip(), _decode_yaml(text, f"--set {dotted}")))
+    return check_keys(layer, "--set")
+
+
+def nested(dotted: str, value: Any) -> Layer:
+    """`nested("a.b", 1)` is `{"a": {"b": 1}}`."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
+    """A layer with the keys of both, `above` winning."""
+    result = dict(below)
+    for key, value in above.items():
+        mine = result.get(key)
+        result[key] = overlay(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return result
+
+
+def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
+    """The config that the layers, lowest first, make together."""
+    merged: Layer = {}
+    for layer in layers:
+        merged = overlay(merged, layer)
+    try:
+        return AtlasConfig.model_validate(merged)
+    except ValidationError as error:
+        raise AtlasError("; ".join(_problem(detail) for detail in error.errors())) from None
+
+
+def _problem(detail: Any) -> str:
+    """One pydantic finding as `training.batch_size: -5: must be greater than or equal to 1`."""
+    place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
+        return f"{place}: {message}"  # a rule over several fields names its own values
+    message = message.replace("Input should be", "must be")
+    return f"{place}: {detail['input']!r}: {message}"
+
+
+def fields(section: type[Section] = AtlasConfig, prefix: str = "") -> dict[str, Any]:
+    """Every setting, as dotted key → pydantic's field."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= fields(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+_FIELDS = fields()
+_SECTIONS = {key.split(".")[0] for key in _FIELDS if "." in key}
+_KNOWN_PARTS = {part for key in _FIELDS for part in key.split(".")}
+
+
+def describe(dotted: str) -> str:
+    """The description of one setting, for `--help`."""
+    return str(_FIELDS[dotted].description)
+
+
+def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
+    """Refuse what no code would read, and say what was probably meant."""
+    layer: Layer = {}
+    for name, value in values.items():
+        if name in _SECTIONS:
+            if value is None:
+                continue  # a section with every line commented out
+            if not isinstance(value, Mapping):
+                raise AtlasError(f"{origin}: {name}: is a section with keys of its own, not {value!r}")
+            for key, entry in value.items():
+                dotted = _ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
+                if dotted not in _FIELDS:
+                    raise AtlasError(f"{origin}: {_unknown(f'{name}.{key}')}")
+                addition = nested(dotted, entry)
+                section, leaf = dotted.split(".")
+                if leaf in layer.get(section, {}) and layer[section][leaf] != entry:
+                    raise AtlasError(f"{origin}: {leaf} is given twice, as {layer[section][leaf]!r} and {entry!r}")
+                layer = overlay(layer, addition)
+        elif name in _FIELDS:
+            layer[name] = value
+        else:
+            raise AtlasError(f"{origin}: {_unknown(str(name))}")
+    return layer
+
+
+def _unknown(dotted: str) -> str:
+    leaf = dotted.rsplit(".", 1)[-1]
+    homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
+    if homes:
+        return f"{dotted} is not a setting here; write it as {homes[0]}"
+    if "." not in dotted:
+        close = difflib.get_close_matches(dotted, [*_SECTIONS, *(k for k in _FIELDS if "." not in k)], n=1)
+    else:
+        close = difflib.get_close_matches(dotted, _FIELDS, n=1)
+    if not close:
+        by_leaf = {key.rsplit(".", 1)[-1]: key for key in _FIELDS}
+        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    hint = f"did you mean {close[0]}?" if close else "docs/CONFIG.md lists every setting"
+    return f"unknown setting {dotted}: {hint}"

@@ -1,0 +1,9 @@
+"""The one exception that is the user's to mend.
+
+`AtlasError` carries one line that names the value, the reason and the remedy; the command line prints
+it and exits with 2. Any other exception is a bug in Atlas and shows its traceback.
+"""
+
+
+class AtlasError(Exception):
+    """A mistake the user can mend. The message is one line: value, reason, remedy."""

@@ -1,0 +1,46 @@
+"""Causal multi-head self-attention.
+
+Shapes: B batch, T new tokens, S tokens seen, H heads, D head_dim, C hidden_size = H × D.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atlas.config import ModelConfig
+from atlas.model.kv_cache import KVCache
+
+
+class CausalSelfAttention(nn.Module):
+    """Scaled dot-product attention over earlier tokens (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C). With a cache, `positions` (B, T) and `mask` (B, 1, T, S) say what is seen."""
+        B, T, C = x.shape
+        q_BHTD, k_BHTD, v_BHTD = (
+            part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        if cache is None:
+            out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+        else:
+            assert positions is not None
+            k_BHSD, v_BHSD = cache.update(self.layer, positions, k_BHTD, v_BHTD)
+            out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask)
+        return self.output(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]

@@ -1,0 +1,70 @@
+"""Keys and values of the tokens already seen, so that each new token costs one row of work.
+
+The cache is a value that the caller owns and hands to `AtlasLM.forward`; the model keeps nothing. Slot
+`s` of a row holds the token at position `s`, so "a query sees the slots up to its own position" is the
+whole mask: what lies beyond a row's length is never seen and is overwritten in time. That makes
+ragged batches simple: pad on the right, run, then `truncate` to the true lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atlas.config import ModelConfig
+
+
+class KVCache:
+    """Preallocated keys and values, with a length per row.
+
+    `keys` and `values` have shape (num_layers, B, num_heads, max_len, head_dim); `lengths` is (B,).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.max_len = max_len or config.max_seq_len
+        shape = (config.num_layers, batch_size, config.num_heads, self.max_len, config.head_dim)
+        # Zeros, not empty: a masked slot still enters the softmax's product with weight 0, and 0 × NaN is NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self._longest = 0  # on the host, so that slicing needs no device sync
+
+    def positions(self, num_new: int) -> Tensor:
+        """(B, num_new): the positions that the next `num_new` tokens of each row take."""
+        if self._longest + num_new > self.max_len:
+            raise ValueError(f"{num_new} tokens after {self._longest} do not fit a cache of {self.max_len}")
+        return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
+
+    def visible(self, positions: Tensor) -> Tensor:
+        """(B, 1, T, S) bool: which of the first S slots each of the queries at `positions` (B, T) may see."""
+        slots = torch.arange(self._longest + positions.shape[1], device=positions.device)
+        return (slots <= positions[:, :, None])[:, None]
+
+    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, H, T, D) at `positions` (B, T); return the first S slots of the layer, (B, H, S, D)."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        # Advanced indices around a slice put the indexed dimensions first: (B, T, H, D).
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, positions] = values.transpose(1, 2)
+        end = self._longest + positions.shape[1]
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_new: int) -> None:
+        """Count `num_new` tokens in every row; called once a forward pass, after the last layer."""
+        self.lengths += num_new
+        self._longest += num_new
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what lies beyond `lengths`, one per row: the padding of a ragged prefill, or everything."""
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self._longest = max(lengths)

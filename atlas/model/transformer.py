@@ -1,0 +1,129 @@
+"""`AtlasLM`: a decoder-only transformer in GPT-2's shape (Radford et al. 2019).
+
+Pre-norm blocks, learned positions, a head that may share the token embedding's weights. The model
+knows nothing of training, devices or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from atlas.config import ModelConfig
+from atlas.model.attention import CausalSelfAttention
+from atlas.model.kv_cache import KVCache
+from atlas.model.mlp import MLP
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        self.attention = CausalSelfAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, positions, mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class AtlasLM(nn.Module):
+    """A language model: token ids (B, T) → logits (B, T, V), row t predicting token t + 1.
+
+    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its
+    activations (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: normal with std 0.02, zero biases, and the projections that write to
+        the residual stream scaled by 1/√(2 · num_layers), so that its variance does not grow with depth
+        (Radford et al. 2019, section 2.3). Rows that only pad the vocabulary are zero.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                writes_to_residual = name.endswith(("attention.output", "mlp.down"))
+                nn.init.normal_(module.weight, std=residual_std if writes_to_residual else 0.02)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.token_embedding.weight[self.config.vocabulary :] = 0
+        if not self.config.tie_embeddings:
+            self.lm_head.weight[self.config.vocabulary :] = 0
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of `tokens` (B, T), which follow what `cache` holds, if one is given."""
+        return self.head(self.hidden_states(tokens, cache))
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids → (B, T, C) after the final norm; what `head` turns into logits."""
+        B, T = tokens.shape
+        if cache is None:
+            if self.config.max_seq_len < T:
+                raise ValueError(f"{T} tokens do not fit a context of {self.config.max_seq_len}")
+            positions, mask = torch.arange(T, device=tokens.device), None
+        else:
+            positions = cache.positions(T)
+            mask = cache.visible(positions)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache, positions, mask)
+        if cache is not None:
+            cache.advance(T)
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the head's rows without the padding, a view."""
+        embedding = self.token_embedding if self.config.tie_embeddings else self.lm_head
+        return embedding.weight[: self.config.vocabulary]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, C) → logits (…, V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def num_parameters(self) -> int:
+        """Parameters that can ever be other than zero: without the rows that pad the vocabulary."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        tables = 1 if self.config.tie_embeddings else 2
+        padding = self.config.padded_vocab_size - self.config.vocabulary
+        return total - tables * padding * self.config.hidden_size
+
+
+def build_model(config: ModelConfig, *, seed: int | None = None) -> AtlasLM:
+    """A freshly initialised model on the CPU, its weights decided by `seed`."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return AtlasLM(config)
