@@ -1,0 +1,1 @@
+"""Loss, optimiser, schedule, loop, checkpoints: from tokens to trained weights."""

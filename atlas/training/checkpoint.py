@@ -1,0 +1,272 @@
+"""Checkpoints: written so that no kill loses one, read so that no broken one is believed.
+
+A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled code) and its sidecar, see
+`manifest.py`. Contents, all plain: `format_version`, `model_state_dict`, `optimizer_state_dict`,
+`scaler_state_dict`, `step`, `epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`,
+`micro_batch_size`, `best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from atlas.errors import AtlasError
+from atlas.training.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Manifest,
+    flush_folder,
+    flush_to_disk,
+    read_manifest,
+    sidecar_of,
+    write_manifest,
+)
+
+_NAME = re.compile(r"atlas_(?:(step|interrupt)_(\d+)|(epoch)_\d+_step_(\d+)|(best))\.pt")
+_REQUIRED = {
+    "model_state_dict": dict,
+    "config": dict,
+    "tokenizer": dict,
+    "data": dict,
+    "step": int,
+    "sequences_consumed": int,
+    "horizon": int,
+}
+_SPARE_BYTES = 8 << 20
+
+
+def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
+    """The file name the FAQ gives each kind."""
+    return {
+        "step": f"atlas_step_{step}.pt",
+        "epoch": f"atlas_epoch_{epoch}_step_{step}.pt",
+        "best": "atlas_best.pt",
+        "interrupt": f"atlas_interrupt_step_{step}.pt",
+    }[kind]
+
+
+def kind_of(path: Path) -> str | None:
+    match = _NAME.fullmatch(path.name)
+    return next(filter(None, match.group(1, 3, 5))) if match else None
+
+
+class CheckpointManager:
+    """The checkpoints of one output folder.
+
+    Nothing is touched on construction, so that a manager may be made only to read. `say` receives the
+    lines a user should see.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep_checkpoints: int = 5, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.folder = Path(folder)
+        self.keep_checkpoints = keep_checkpoints
+        self.say = say
+
+    # Reading
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """The contents of `path`, on the CPU, after its bytes were checked. Raises `AtlasError`."""
+        return load_checkpoint(path, say=self.say)
+
+    def found(self) -> list[tuple[Manifest, Path]]:
+        """The checkpoints whose sidecars fit by size, the latest step first; of one step, the fullest kind."""
+        order = {"step": 0, "epoch": 1, "interrupt": 2, "best": 3}
+        pairs = [
+            (manifest, path)
+            for path in self.folder.glob("atlas_*.pt")
+            if kind_of(path) and (manifest := read_manifest(path, check_hash=False))
+        ]
+        return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
+
+    def latest(self) -> tuple[Manifest, Path] | None:
+        """The latest checkpoint that is whole, every byte compared; broken ones are named and passed over."""
+        for _, path in self.found():
+            if manifest := read_manifest(path, check_hash=True):
+                return manifest, path
+            self.say(f"{path}: damaged (its bytes are not those that were saved); passed over")
+        return None
+
+    # Writing
+
+    def save(self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any]) -> list[Path]:
+        """Write `contents` once and commit it under the name of each kind; the paths written.
+
+        Too little disk is said in one line and nothing is written: training goes on, the checkpoints that
+        are there stay. `manifest` holds the sidecar's fields but for kind and files.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = tensor_bytes(contents) * len(kinds) + _SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            self.say(f"no checkpoint saved: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+            return []
+        temporary = self.folder / "atlas_writing.tmp"
+        written = []
+        try:
+            size, sha256 = _write_tensors(temporary, contents)
+            for kind in kinds:
+                path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
+                staged = path.with_name(path.name + ".tmp")
+                if kind == kinds[-1]:
+                    os.replace(temporary, staged)
+                else:
+                    _copy(temporary, staged)
+                entry = FileEntry(name=path.name, size=size, sha256=sha256)
+                _commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))  # type: ignore[arg-type]
+                written.append(path)
+        except OSError as error:
+            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            self.clean()
+        for kind in kinds:
+            self._prune(kind)
+        return written
+
+    def _prune(self, kind: str) -> None:
+        """Keep the newest `keep_checkpoints` of a kind. The best is one file and always kept."""
+        if kind == "best":
+            return
+        of_kind = [path for manifest, path in self.found() if kind_of(path) == kind and manifest.kind == kind]
+        for path in of_kind[self.keep_checkpoints :]:
+            path.unlink(missing_ok=True)
+            sidecar_of(path).unlink(missing_ok=True)
+
+    def clean(self) -> None:
+        """Remove what a broken save left behind; only the run that owns the folder may call this."""
+        for leftover in self.folder.glob("atlas_*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _commit(staged: Path, path: Path, manifest: Manifest) -> None:
+    """Give the staged bytes their name. The order of these lines is what survives a kill."""
+    if old := read_manifest(path, check_hash=False):
+        write_manifest(path, manifest.model_copy(update={"replaces": old.model_copy(update={"replaces": None})}))
+    os.replace(staged, path)
+    flush_folder(path.parent)
+    write_manifest(path, manifest)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.name == "best_model.pt" and (best := path.with_name("atlas_best.pt")).is_file():
+        return best
+    if path.is_dir():
+        raise AtlasError(f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}")
+    others = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+    hint = f"there are {', '.join(others[:5])}" if others else "train a model first (atlas train)"
+    raise AtlasError(f"{path}: no such checkpoint; {hint}")
+
+
+def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
+    or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run."""
+    path = find_checkpoint(path)
+    if sidecar_of(path).exists():
+        if read_manifest(path, check_hash=True) is None:
+            raise AtlasError(
+                f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): "
+                f"take another checkpoint{_alternatives(path)}"
+            )
+    else:
+        _check_zip(path)
+        say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise AtlasError(f"{path}: is not a checkpoint of plain tensors, refused: {reason}") from None
+    return _check_contents(contents, path)
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
+        raise AtlasError(f"{path}: is not an Atlas checkpoint, or is cut off: {error}") from None
+    if broken:
+        raise AtlasError(f"{path}: is damaged (checksum of {broken}): take another checkpoint")
+
+
+def _check_contents(contents: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(contents, dict) or "format_version" not in contents:
+        raise AtlasError(f"{path}: holds tensors but is not an Atlas checkpoint (no format_version)")
+    version = contents["format_version"]
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise AtlasError(f"{path}: has checkpoint format {version}; this Atlas reads up to {FORMAT_VERSION}: update Atlas")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(contents.get(key), kind):
+            raise AtlasError(f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__})")
+    return contents
+
+
+def _alternatives(path: Path) -> str:
+    others = [p.name for _, p in CheckpointManager(path.parent).found() if p.name != path.name]
+    return f", such as {others[0]}" if others else ""
+
+
+def tensor_bytes(value: Any) -> int:
+    """The bytes of all tensors in nested dicts and lists."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+class _HashingWriter:
+    """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _write_tensors(path: Path, contents: Mapping[str, Any]) -> tuple[int, str]:
+    with open(path, "wb") as file:
+        writer = _HashingWriter(file)
+        torch.save(dict(contents), writer)  # type: ignore[arg-type]
+        flush_to_disk(file)
+    return writer.size, writer.sha256
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Each name gets bytes of its own: a hard link would be faster, and one bad block would then take the
+    best model along with the latest."""
+    with open(source, "rb") as reading, open(target, "wb") as writing:
+        shutil.copyfileobj(reading, writing, 1 << 20)
+        flush_to_disk(writing)

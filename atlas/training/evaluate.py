@@ -1,0 +1,73 @@
+"""Loss of a model on held-out text, with everything but the sums thrown away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atlas.data.dataset import SequenceDataset
+from atlas.model import AtlasLM
+from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
+from atlas.training.metrics import perplexity
+from atlas.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats per token over `tokens` tokens that stand for `num_bytes` bytes of UTF-8."""
+
+    loss: float
+    tokens: int
+    num_bytes: float
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, which loss and perplexity are not."""
+        return self.loss * self.tokens / (math.log(2) * self.num_bytes)
+
+
+def fixed_subset(num_sequences: int, size: int) -> list[int]:
+    """`size` window numbers spread evenly over a dataset: the same ones at every evaluation."""
+    return [int(i) for i in np.unique(np.linspace(0, num_sequences - 1, min(size, num_sequences)).round())]
+
+
+@torch.no_grad()
+def evaluate(
+    model: AtlasLM,
+    dataset: SequenceDataset,
+    windows: Sequence[int],
+    *,
+    batch_size: int,
+    runtime: Runtime,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """The loss on `windows` of `dataset`, dropout off; None if `should_stop` said so between batches.
+
+    Only a sum is kept: the logits of a batch are gone before the next is read.
+    """
+    was_training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    try:
+        for start in range(0, len(windows), batch_size):
+            if should_stop():
+                return None
+            rows = [dataset[window] for window in windows[start : start + batch_size]]
+            inputs = torch.stack([row[0] for row in rows]).to(runtime.device)
+            targets = torch.stack([row[1] for row in rows])
+            tokens += int((targets != IGNORE_INDEX).sum())
+            with runtime.autocast():
+                loss = compute_lm_loss(model(inputs), targets.to(runtime.device), reduction="sum")
+            total += loss.cpu().double()
+    finally:
+        model.train(was_training)
+    bytes_per_token = dataset.stream.num_bytes / dataset.stream.num_tokens
+    return Evaluation(float(total) / max(1, tokens), tokens, tokens * bytes_per_token)

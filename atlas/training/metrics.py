@@ -1,0 +1,121 @@
+"""What a run says: a progress bar on a terminal, lines elsewhere, `training.log` and `metrics.jsonl` always."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite rather than an overflow for an absurd loss."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class RunLog:
+    """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder."""
+
+    def __init__(self, folder: Path, *, console: Console | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.log_path = folder / "training.log"
+        self.metrics_path = folder / "metrics.jsonl"
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def say(self, line: str) -> None:
+        """One line for the user, on the console and in `training.log`."""
+        self.console.print(line, markup=False)
+        self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def rewind(self, step: int) -> None:
+        """Cut `metrics.jsonl` back to `step`; what is cut is appended to `metrics.lost.jsonl`.
+
+        A killed run has logged steps that no checkpoint holds; they will be trained, and logged, again.
+        """
+        if not self.metrics_path.exists():
+            return
+        kept, lost = [], []
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+            (kept if _step_of(line) <= step else lost).append(line + "\n")
+        if not lost:
+            return
+        lost_path = self.metrics_path.with_name("metrics.lost.jsonl")
+        with open(lost_path, "a", encoding="utf-8") as file:
+            file.writelines(lost)
+        temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.metrics_path)
+
+    @contextmanager
+    def progress(self, *, done: int, total: int) -> Iterator[None]:
+        """A bar over the updates while on a terminal; elsewhere `train` prints lines instead."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        )
+        # expand: the bar takes what the figures leave, whatever the terminal's width
+        with Progress(*columns, console=self.console, expand=True) as self._progress:
+            self._task = self._progress.add_task("training", total=total, completed=done, status="")
+            yield
+        self._progress = None
+
+    def advance(self, step: int) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def train(self, metrics: dict[str, Any], *, total: int) -> None:
+        """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`."""
+        self._append(self.metrics_path, json.dumps({"kind": "train", **metrics}))
+        status = (
+            f"loss {metrics['loss']:.4f}  ppl {metrics['perplexity']:,.1f}  {metrics['steps_per_second']:.2f} it/s  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
+        )
+        line = f"step {metrics['step']}/{total}  {status}"
+        if self._progress:
+            self._progress.update(self._task, status=status)
+            self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        else:
+            remaining = (total - metrics["step"]) / metrics["steps_per_second"]
+            self.say(f"{line}  ETA {_duration(remaining)}")
+
+    def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
+        """One evaluation record."""
+        self._append(self.metrics_path, json.dumps({"kind": "validation", **metrics}))
+        self.say(
+            f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
+            f"{metrics['val_perplexity']:,.1f}, {metrics['bits_per_byte']:.3f} bits per byte{note}"
+        )
+
+    @staticmethod
+    def _append(path: Path, line: str) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; infinite for one that a kill cut in half, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,154 @@
+"""The machine under a run: device, arithmetic, threads, random numbers. Set once, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas import __version__
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the precision of its matrix products; weights and optimizer state are fp32."""
+
+    device: torch.device
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.precision]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where fp16 would lose small gradients; otherwise passes everything through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+
+def setup_runtime(config: AtlasConfig) -> Runtime:
+    """The runtime that `device` and `training.precision` ask for; `AtlasError` where it cannot be had."""
+    device = choose_device(config.device)
+    return Runtime(device, _choose_precision(config.training.precision, device))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: cuda, else mps, else cpu. A device that is asked for and missing is refused."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and not has_cuda:
+        raise AtlasError(f"device: cuda: {_why_no_cuda()}; or use --device cpu")
+    if name == "mps" and not has_mps:
+        raise AtlasError("device: mps: this PyTorch sees no Apple GPU; use --device cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, mps")
+    return torch.device(name)
+
+
+def cpu_only_build_with_nvidia_driver() -> bool:
+    """An NVIDIA card that this PyTorch cannot use: a wrong wheel, which costs users days unnoticed."""
+    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    return has_driver and torch.version.cuda is None and torch.version.hip is None
+
+
+def _why_no_cuda() -> str:
+    if cpu_only_build_with_nvidia_driver():
+        return "this PyTorch is a CPU-only build although an NVIDIA driver is there; install the CUDA build (README)"
+    return "this PyTorch sees no CUDA device"
+
+
+def _choose_precision(asked: str, device: torch.device) -> str:
+    if device.type == "cuda":
+        # Without `including_emulation=False` older cards claim bf16 and compute it in slow motion.
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if asked == "auto":
+            return "bf16" if has_bf16 else "fp16"
+        if asked == "bf16" and not has_bf16:
+            raise AtlasError("training.precision: bf16: this GPU does not compute in it; use fp16 or auto")
+        return asked
+    if asked == "auto":
+        return "fp32"
+    if device.type == "cpu" and asked == "bf16" and not _cpu_has_bf16():
+        raise AtlasError(
+            "training.precision: bf16: this CPU lacks bf16 arithmetic and would be hundreds of times slower; "
+            "use fp32 or auto"
+        )
+    if device.type == "cpu" and asked == "fp16":
+        raise AtlasError("training.precision: fp16: is for GPUs; use fp32 or auto on a CPU")
+    if device.type == "mps" and asked != "fp32":
+        raise AtlasError(f"training.precision: {asked}: is not supported on mps; use fp32 or auto")
+    return asked
+
+
+def _cpu_has_bf16() -> bool:
+    flags = torch.backends.cpu.get_cpu_capability()
+    if flags != "AVX512":
+        return False
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in info or "amx_bf16" in info
+
+
+def seed_micro_step(seed: int, update: int, rank: int, position: int) -> None:
+    """Make dropout a pure function of where it happens, so that a resumed run needs no generator state.
+
+    `position` is the index, within the update, of the micro-batch's first sequence.
+    """
+    place = f"{seed} {update} {rank} {position}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1)
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """What bits depend on: equal here and in a checkpoint, a resumed run repeats them exactly (CPU)."""
+    device = runtime.device
+    return {
+        "atlas": __version__,
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": runtime.precision,
+    }
+
+
+def _cpu_name() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
+    """Set the thread count that a checkpoint was trained with; return what still differs, as lines to say."""
+    threads = saved.get("threads")
+    if isinstance(threads, int) and 1 <= threads <= 4096:
+        torch.set_num_threads(threads)
+    here = describe_machine(runtime)
+    return [
+        f"{key}: {saved[key]} when saved, {here[key]} here: the run goes on, but not with the same bits"
+        for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")
+        if key in saved and saved[key] != here[key]
+    ]
