@@ -2,17 +2,23 @@
 
 A tokenizer is anything with `encode`, `decode`, `vocab_size` and `eos_id`. Atlas brings two: GPT-2's
 vocabulary (`Tokenizer.gpt2()`, offline) and a byte-level BPE trained on one's own text
-(`Tokenizer.train`). A third comes in as `package.module:factory` or as an object.
+(`Tokenizer.train`). A third comes in as `package.module:factory` or as an object. The first two are
+`ByteLevelTokenizer`s, whose vocabulary can be written down; only those can be saved and exported.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas.errors import AtlasError
+
 END_OF_TEXT = "<|endoftext|>"
+DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 class Tokenizer(ABC):
@@ -44,19 +50,103 @@ class Tokenizer(ABC):
     def state(self) -> dict[str, Any]:
         """Plain values that a checkpoint or dataset.json keeps, and from which `from_state` rebuilds it."""
 
+    @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `Tokenizer.load` reads."""
-        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, {self.vocab_size:,} tokens>"
 
     @staticmethod
-    def gpt2() -> Tokenizer: ...
+    def gpt2() -> Tokenizer:
+        """GPT-2's 50,257 tokens, from package data."""
+        from atlas.tokenizer.gpt2 import gpt2_tokenizer
+
+        return gpt2_tokenizer()
+
     @staticmethod
-    def load(path: str | Path) -> Tokenizer: ...
+    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE learnt from `texts`, which are read once, as a stream.
+
+        A text too small for `vocab_size` gives a smaller vocabulary; `vocab_size` of the result says so.
+        """
+        from atlas.tokenizer.bpe import train_bpe
+
+        return train_bpe(texts, vocab_size)
+
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer: ...
+    def load(path: str | Path) -> Tokenizer:
+        """The tokenizer of a `tokenizer.json`, of a folder that holds one, or of a prepared dataset."""
+        from atlas.tokenizer.bpe import BPETokenizer
+
+        path = Path(path)
+        if path.is_dir():
+            if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
+                return Tokenizer.from_state(_state_in_dataset(path / "dataset.json"))
+            path = path / "tokenizer.json"
+        return BPETokenizer.from_file(path)
+
     @staticmethod
-    def from_state(state: dict[str, Any]) -> Tokenizer: ...
+    def from_state(state: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer that `state()` described, its fingerprint checked.
+
+        Nothing is imported for it: a custom tokenizer's code does not travel with a file, so that its
+        owner has to name it.
+        """
+        from atlas.tokenizer.bpe import BPETokenizer
+
+        kind, name = state.get("kind"), state.get("name")
+        if kind == "custom":
+            raise AtlasError(
+                f"tokenizer {name}: is custom code, which a file does not bring along; "
+                "name it with --tokenizer package.module:factory"
+            )
+        if kind == "gpt2":
+            tokenizer = Tokenizer.gpt2()
+        elif kind == "bpe" and isinstance(state.get("json"), str):
+            tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
+        else:
+            raise AtlasError(
+                f"stored tokenizer: kind {kind!r} is not one Atlas knows; was it made by a later version?"
+            )
+        if tokenizer.fingerprint != state.get("fingerprint"):
+            raise AtlasError(
+                f"stored tokenizer {name}: its vocabulary has fingerprint {tokenizer.fingerprint}, "
+                f"not {state.get('fingerprint')}; the file is damaged or was edited"
+            )
+        return tokenizer
+
     @staticmethod
-    def resolve(spec: str) -> Tokenizer: ...
+    def resolve(spec: str | Path) -> Tokenizer:
+        """`gpt2`, the path of a tokenizer.json (or a folder with one), or `package.module:factory`."""
+        from atlas.tokenizer.custom import CustomTokenizer, import_object
+
+        if spec == "gpt2":
+            return Tokenizer.gpt2()
+        if Path(spec).exists():
+            return Tokenizer.load(spec)
+        if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
+            made = import_object(spec)()
+            return made if isinstance(made, Tokenizer) else CustomTokenizer(made, name=spec)
+        raise AtlasError(
+            f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
+        )
+
     @staticmethod
-    def wrap(custom: Any) -> Tokenizer: ...
+    def wrap(custom: Any) -> Tokenizer:
+        """Any object with `encode`, `decode`, `vocab_size` and `eos_id`, as a `Tokenizer`."""
+        from atlas.tokenizer.custom import CustomTokenizer
+
+        return custom if isinstance(custom, Tokenizer) else CustomTokenizer(custom)
+
+
+def _state_in_dataset(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise AtlasError(
+            f"{path}: does not describe a tokenizer ({error}); prepare the dataset again"
+        ) from None
+    if not isinstance(state, dict):
+        raise AtlasError(f"{path}: does not describe a tokenizer; prepare the dataset again")
+    return state

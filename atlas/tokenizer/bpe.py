@@ -1,0 +1,167 @@
+"""A byte-level BPE of one's own: trained and run by Hugging Face `tokenizers`, kept as tokenizer.json.
+
+Of a file only the vocabulary and the merges are taken, and the pipeline around them is built anew:
+a truncation or a normalizer hidden in a downloaded file can therefore not change a single id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers, trainers
+
+from atlas.errors import AtlasError
+from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, well_formed
+from atlas.tokenizer.tokenizer import END_OF_TEXT
+
+MAX_VOCAB_SIZE = 2**24
+MAX_FILE_BYTES = 2**30
+SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
+
+# Said explicitly, lest the library warns at every fork of a data-loading process, which never encodes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class BPETokenizer(ByteLevelTokenizer):
+    """Ids by `tokenizers`, in one process by all cores."""
+
+    kind = "bpe"
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self.hf.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"json": self.hf.to_str()}
+
+    @classmethod
+    def from_file(cls, path: Path) -> BPETokenizer:
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise AtlasError(f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer")
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise AtlasError(f"{path}: no such tokenizer; give gpt2 or a tokenizer.json") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AtlasError(f"{path}: cannot be read as a tokenizer: {error}") from None
+        return cls.from_json(text, origin=str(path))
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> BPETokenizer:
+        """Raises `AtlasError` for anything but a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
+        try:
+            content = json.loads(text)
+            tokens, merges, eos_id = _read(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise AtlasError(f"{origin}: is not a tokenizer.json: {error}") from None
+        except _Foreign as error:
+            raise AtlasError(
+                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, other tokenizers "
+                "as --tokenizer package.module:factory"
+            ) from None
+        return cls("bpe", tokens, merges, eos_id)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens at most."""
+    if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise AtlasError(
+            f"vocabulary of {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
+            f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE}"
+        )
+    learner = HFTokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator((well_formed(text) for text in texts), trainer=trainer)
+    return BPETokenizer.from_json(learner.to_str(), origin="trained tokenizer")
+
+
+class _Foreign(Exception):
+    """A tokenizer.json that is something else."""
+
+
+def _demand(condition: bool, reason: str) -> None:
+    if not condition:
+        raise _Foreign(reason)
+
+
+def _read(content: Any) -> tuple[list[str], list[Merge], int]:
+    """Tokens in id order, merges, end of text; or `_Foreign`, saying what is other than expected."""
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise _Foreign("has no model")
+    _demand(model.get("type") == "BPE", f"its model is {model.get('type')}, not BPE")
+    for option in (
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    ):
+        _demand(not model.get(option), f"its BPE sets {option}")
+    _demand(content.get("normalizer") is None, "it changes the text by a normalizer")
+    _check_split(content.get("pre_tokenizer"))
+    tokens = _read_vocabulary(model.get("vocab"))
+    merges = _read_merges(model.get("merges"), set(tokens))
+    return tokens, merges, _read_end_of_text(content.get("added_tokens"), tokens)
+
+
+def _check_split(pre_tokenizer: Any) -> None:
+    byte_level = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
+    _demand(byte_level, "its pre-tokenizer is not ByteLevel")
+    _demand(pre_tokenizer.get("use_regex", True) is True, "its pre-tokenizer does not split as GPT-2's")
+    _demand(pre_tokenizer.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
+
+
+def _read_vocabulary(vocabulary: Any) -> list[str]:
+    if not isinstance(vocabulary, dict):
+        raise _Foreign("has no vocabulary")
+    _demand(len(vocabulary) <= MAX_VOCAB_SIZE, f"{len(vocabulary):,} tokens are more than {MAX_VOCAB_SIZE:,}")
+    by_id = {id: token for token, id in vocabulary.items() if type(id) is int}
+    if set(by_id) != set(range(len(vocabulary))):
+        raise _Foreign("its ids are not 0, 1, 2 … without a gap")
+    tokens = [by_id[id] for id in range(len(by_id))]
+    _demand(
+        all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens), "its tokens are not byte-level"
+    )
+    _demand(BYTE_OF_CHAR.keys() <= set(tokens), "it lacks some of the 256 bytes")
+    return tokens
+
+
+def _read_merges(merges: Any, tokens: set[str]) -> list[Merge]:
+    if not isinstance(merges, list):
+        raise _Foreign("has no merges")
+    pairs: list[Merge] = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        _demand(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(half, str) for half in pair),
+            f"merge {merge!r:.60} is not a pair",
+        )
+        left, right = pair
+        _demand({left, right, left + right} <= tokens, f"merge {merge!r:.60} is not in its vocabulary")
+        pairs.append((left, right))
+    return pairs
+
+
+def _read_end_of_text(added_tokens: Any, tokens: list[str]) -> int:
+    added = added_tokens if isinstance(added_tokens, list) else []
+    contents = [entry.get("content") if isinstance(entry, dict) else None for entry in added]
+    _demand(END_OF_TEXT in contents, f"it has no {END_OF_TEXT}")
+    _demand(set(contents) == {END_OF_TEXT}, f"it has added tokens besides {END_OF_TEXT}")
+    _demand(END_OF_TEXT in tokens, f"{END_OF_TEXT} is not in its vocabulary")
+    return tokens.index(END_OF_TEXT)

@@ -1,0 +1,105 @@
+"""What GPT-2's tokenizer and a BPE of one's own share: byte-level tokens, written as GPT-2 writes them.
+
+A token is a run of bytes. In files each byte stands as one printable character (Radford et al. 2019,
+`bytes_to_unicode` of their encoder), so that a vocabulary is readable text: a space is `Ġ`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from atlas.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+
+Merge = tuple[str, str]
+
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+BYTE_ORDER = _PRINTABLE + [byte for byte in range(256) if byte not in set(_PRINTABLE)]
+"""The bytes in the order of GPT-2's first 256 ids."""
+CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + place) for place, byte in enumerate(BYTE_ORDER[len(_PRINTABLE) :])
+}
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a byte-level token string stands for; `KeyError` if it is not one."""
+    return bytes([BYTE_OF_CHAR[char] for char in token])
+
+
+class ByteLevelTokenizer(Tokenizer):
+    """A byte-level BPE with GPT-2's pre-tokenizer: any text has ids, and they decode to it exactly.
+
+    Being one is what makes a tokenizer savable and exportable: `token_strings` and `merges` are what
+    GGUF's `tokenizer.ggml.tokens` and `tokenizer.ggml.merges` want, with the `gpt-2` pre-tokenizer.
+    """
+
+    kind: str
+
+    def __init__(self, name: str, tokens: Sequence[str], merges: Sequence[Merge], eos_id: int) -> None:
+        self.name = name
+        self.vocab_size = len(tokens)
+        self.eos_id = eos_id
+        self._tokens = list(tokens)
+        self._merges = list(merges)
+
+    def token_strings(self) -> list[str]:
+        """Every token in id order, bytes as GPT-2's characters; `<|endoftext|>` at `eos_id`."""
+        return list(self._tokens)
+
+    def merges(self) -> list[Merge]:
+        """The merges, first learnt first, in the same characters."""
+        return list(self._merges)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        # `<|endoftext|>` is plain ASCII, so that its characters stand for themselves.
+        return [token_bytes(token) for token in self._tokens]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join([self._bytes[id] for id in ids]).decode("utf-8", errors="replace")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides the ids: tokens, merges, end of text."""
+        vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
+        return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+        }
+
+    @cached_property
+    def hf(self) -> HFTokenizer:
+        """The same tokenizer built with Hugging Face `tokenizers`."""
+        vocabulary = {token: id for id, token in enumerate(self._tokens)}
+        tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=self._merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        tokenizer.encode_special_tokens = True  # `<|endoftext|>` in a text is plain text
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.hf.to_str(pretty=True), encoding="utf-8", newline="\n")
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates, which have no UTF-8 form, replaced by U+FFFD, as tiktoken does it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

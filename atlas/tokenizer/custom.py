@@ -1,0 +1,94 @@
+"""A tokenizer that the user brings: any object with `encode`, `decode`, `vocab_size` and `eos_id`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import AtlasError
+from atlas.tokenizer.tokenizer import Tokenizer
+
+_PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
+
+
+def import_object(spec: str) -> Any:
+    """What `package.module:name` names; modules in the working folder are found too."""
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except ImportError as error:
+        raise AtlasError(f"{spec}: cannot be imported: {error}; write it as package.module:name") from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise AtlasError(f"{spec}: module {module_name} has no {name}")
+        found = getattr(found, part)
+    return found
+
+
+class CustomTokenizer(Tokenizer):
+    """A foreign object behind the interface. It can be trained with, but not written into a file."""
+
+    def __init__(self, custom: Any, name: str | None = None) -> None:
+        kind = type(custom)
+        self.name = name or f"{kind.__module__}:{kind.__qualname__}"
+        for attribute in ("encode", "decode", "vocab_size", "eos_id"):
+            if not hasattr(custom, attribute):
+                raise AtlasError(
+                    f"tokenizer {self.name}: has no {attribute}; "
+                    "it needs encode, decode, vocab_size and eos_id"
+                )
+        if not isinstance(custom.vocab_size, int) or custom.vocab_size < 1:
+            raise AtlasError(
+                f"tokenizer {self.name}: vocab_size {custom.vocab_size!r} must be a whole number above 0"
+            )
+        if not isinstance(custom.eos_id, int) or not 0 <= custom.eos_id < custom.vocab_size:
+            raise AtlasError(
+                f"tokenizer {self.name}: eos_id {custom.eos_id!r} must be an id "
+                f"below vocab_size {custom.vocab_size}"
+            )
+        self._custom = custom
+        self.vocab_size = custom.vocab_size
+        self.eos_id = custom.eos_id
+
+    def encode(self, text: str) -> list[int]:
+        ids = [int(id) for id in self._custom.encode(text)]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise AtlasError(
+                f"tokenizer {self.name}: gave id {max(ids) if min(ids) >= 0 else min(ids)}, "
+                f"outside its vocab_size {self.vocab_size}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._custom.decode([int(id) for id in ids]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The object's own `fingerprint`, else a hash of its type, its sizes and what it makes of a probe."""
+        own = getattr(self._custom, "fingerprint", None)
+        if isinstance(own, str):
+            return own
+        kind = type(self._custom)
+        identity = [kind.__module__, kind.__qualname__, self.vocab_size, self.eos_id, self.encode(_PROBE)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kind": "custom",
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+        }
+
+    def save(self, path: str | Path) -> None:
+        raise AtlasError(f"tokenizer {self.name}: is custom code and cannot be written to {path}")
