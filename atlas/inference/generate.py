@@ -1,0 +1,89 @@
+"""Prefill, then one token at a time: the loop under every command that writes text.
+
+The context is a window on each row's tokens. When it is full, the newest half is kept and prefilled
+again, with and without cache alike, so that both write the same text, of any length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from atlas.inference.sampling import Sampling, row_generators, sample
+from atlas.model import AtlasLM, KVCache
+
+
+@torch.inference_mode()
+def generate(
+    model: AtlasLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    eos_id: int | None = None,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """Continue every prompt (ids, at least one each); yield one new token per row and step, None for a
+    row that is done: after `eos_id` (which is not yielded) or `max_tokens`.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    device = next(model.parameters()).device
+    rows = [list(prompt) for prompt in prompts]
+    context = _Context(model, rows, use_cache=use_cache)
+    generators = row_generators(seed, len(rows))
+    done = [False] * len(rows)
+    for _ in range(max_tokens):
+        tokens = sample(context.next_logits(device), sampling, rows, generators).tolist()
+        step: list[int | None] = []
+        for row, token in enumerate(tokens):
+            done[row] = done[row] or token == eos_id
+            rows[row].append(token)
+            step.append(None if done[row] else token)
+        yield step
+        if all(done):
+            return
+
+
+class _Context:
+    """What the model sees of each row, and the cache that remembers it."""
+
+    def __init__(self, model: AtlasLM, rows: list[list[int]], *, use_cache: bool) -> None:
+        self.model = model
+        self.rows = rows
+        self.limit = model.config.max_seq_len
+        self.starts = [max(0, len(row) - self.limit) for row in rows]
+        self.use_cache = use_cache
+        self.cache: KVCache | None = None
+
+    def next_logits(self, device: torch.device) -> Tensor:
+        """(B, V): the logits of each row's next token."""
+        slid = False
+        for row, tokens in enumerate(self.rows):
+            if len(tokens) - self.starts[row] > self.limit:
+                self.starts[row] = len(tokens) - max(1, self.limit // 2)
+                slid = True
+        if self.cache is not None and not slid:
+            newest = torch.tensor([[tokens[-1]] for tokens in self.rows], device=device)
+            return self.model(newest, self.cache)[:, -1]
+        return self._prefill(device)
+
+    def _prefill(self, device: torch.device) -> Tensor:
+        """Run every row's window at once, padded on the right; what padding writes is never seen."""
+        windows = [tokens[start:] for tokens, start in zip(self.rows, self.starts, strict=True)]
+        lengths = [len(window) for window in windows]
+        padded = torch.zeros((len(windows), max(lengths)), dtype=torch.long)
+        for row, window in enumerate(windows):
+            padded[row, : len(window)] = torch.tensor(window)
+        if self.use_cache:
+            dtype = self.model.token_embedding.weight.dtype
+            self.cache = self.cache or KVCache(self.model.config, len(windows), device=device, dtype=dtype)
+            self.cache.truncate([0] * len(windows))
+        hidden = self.model.hidden_states(padded.to(device), self.cache)
+        if self.cache is not None:
+            self.cache.truncate(lengths)
+        last = torch.tensor(lengths, device=device) - 1
+        return self.model.head(hidden[torch.arange(len(windows), device=device), last])

@@ -1,0 +1,48 @@
+"""A checkpoint as something that can speak: model, tokenizer and the facts of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import resolve
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+from atlas.training.checkpoint import find_checkpoint, load_checkpoint
+from atlas.training.runtime import choose_device
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """`model` is in evaluation mode, in fp32, on its device; `facts` is the checkpoint without its tensors."""
+
+    model: AtlasLM
+    tokenizer: Tokenizer
+    config: AtlasConfig
+    path: Path
+    facts: dict[str, Any]
+
+
+def load_model(path: str | Path, *, device: str = "cpu", tokenizer: str | None = None) -> LoadedModel:
+    """Load a checkpoint for inference, evaluation or export.
+
+    `tokenizer` names a custom tokenizer (`package.module:factory`); the others travel inside the
+    checkpoint. Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
+    """
+    path = find_checkpoint(path)
+    contents = load_checkpoint(path)
+    config = resolve(contents["config"])
+    saved = contents["tokenizer"]
+    own = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.from_state(saved)
+    if own.fingerprint != saved.get("fingerprint"):
+        raise AtlasError(f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})")
+    model = AtlasLM(config.model)
+    try:
+        model.load_state_dict(contents["model_state_dict"])
+    except RuntimeError as error:
+        raise AtlasError(f"{path}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
+    facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
+    return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)

@@ -1,0 +1,109 @@
+"""Logits in, token out: small pure functions over (B, V), one generator per row.
+
+Order, as in `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atlas.errors import AtlasError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest; 0 or 1 switch a filter off as noted."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float = 0.95
+    """Keep the smallest set of likeliest tokens whose probabilities reach p; 1: all."""
+    min_p: float = 0.0
+    """Keep tokens at least this part as likely as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens already seen by this (multiply, where negative); 1: leave them."""
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top-k", self.top_k >= 0, "0 (all) or more"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", 0 <= self.min_p < 1, "from 0 to below 1"),
+            ("repetition-penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not valid:
+                raise AtlasError(f"--{name} {getattr(self, name.replace('-', '_'))}: must be {rule}")
+
+
+def sample(logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]) -> Tensor:
+    """The next token of each row: logits (B, V), the tokens each row has seen, a generator each → (B,)."""
+    logits = penalize_repetition(logits.float(), seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw(probabilities(logits, sampling), generators)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution (B, V) that is drawn from; temperature must be above 0."""
+    logits = keep_top_k(logits / sampling.temperature, sampling.top_k)
+    logits = keep_top_p(logits, sampling.top_p)
+    logits = keep_min_p(logits, sampling.min_p)
+    return logits.softmax(dim=-1)
+
+
+def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
+    """Make tokens already seen less likely (Keskar et al. 2019, arXiv:1909.05858)."""
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, tokens in enumerate(seen):
+        index = torch.tensor(sorted(set(tokens)), device=logits.device, dtype=torch.long)
+        scores = logits[row, index]
+        logits[row, index] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf everywhere but at the k largest logits of each row (ties with the k-th stay)."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    smallest_kept = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token always stays."""
+    if p == 1:
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=True)
+    chances = ordered.softmax(dim=-1)
+    before = chances.cumsum(dim=-1) - chances  # the mass of the likelier tokens
+    beyond = before >= p
+    beyond[:, 0] = False
+    return logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf at tokens less than p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    if p == 0:
+        return logits
+    chances = logits.softmax(dim=-1)
+    return logits.masked_fill(chances < p * chances.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def draw(chances: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One token per row from (B, V). Each row has its own generator, so that its text does not depend on
+    the rows beside it. Drawn on the CPU: the same seed gives the same text on every device."""
+    chances = chances.cpu()
+    return torch.cat(
+        [torch.multinomial(row, 1, generator=generator) for row, generator in zip(chances, generators, strict=True)]
+    )
+
+
+def row_generators(seed: int, rows: int) -> list[torch.Generator]:
+    """Generators for `rows` texts; row r's numbers depend on (seed, r) alone."""
+    return [torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * row) % 2**63) for row in range(rows)]

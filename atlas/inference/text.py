@@ -1,0 +1,96 @@
+"""Tokens become text as they come: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from atlas.errors import AtlasError
+from atlas.inference.generate import generate
+from atlas.inference.load import LoadedModel
+from atlas.inference.sampling import Sampling
+from atlas.tokenizer import Tokenizer
+
+_LONGEST_UTF8 = 4
+
+
+class TextStream:
+    """One text in the making. `add` returns what may be shown now; `finish` the rest.
+
+    A character whose bytes are spread over several tokens is held back until it is whole, and so is
+    whatever may be the beginning of a stop string; the stop string itself is never shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = [text for text in stop if text]
+        self.stopped = False
+        self._pending_ids: list[int] = []
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that `token` makes certain; empty after a stop string."""
+        if self.stopped:
+            return ""
+        self._pending_ids.append(token)
+        text = self.tokenizer.decode(self._pending_ids)
+        if text.endswith("�") and len(self._pending_ids) < _LONGEST_UTF8:
+            return ""
+        self._pending_ids.clear()
+        return self._release(text)
+
+    def finish(self) -> str:
+        """What is still held back when no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._release(self.tokenizer.decode(self._pending_ids) if self._pending_ids else "")
+        self._pending_ids.clear()
+        rest, self._held = ("", "") if self.stopped else (self._held, "")
+        return text + rest
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [position for stop in self.stop if (position := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self.stop), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(shown) :]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def stream_text(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[list[str]]:
+    """Continue every prompt; yield, per step, the new text of each row. An empty prompt begins a document."""
+    if max_tokens < 1:
+        raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
+    tokenizer = loaded.tokenizer
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    ended = [False] * len(prompts)
+    steps = generate(loaded.model, ids, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, seed=seed)
+    for step in steps:
+        pieces = []
+        for row, token in enumerate(step):
+            pieces.append("" if ended[row] or token is None else streams[row].add(token))
+            ended[row] = ended[row] or token is None or streams[row].stopped
+        yield pieces
+        if all(ended):
+            break
+    yield [stream.finish() for stream in streams]
