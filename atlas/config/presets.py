@@ -1,0 +1,42 @@
+"""The configs that Atlas brings, found by name in a checkout and in an installed wheel alike."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from atlas.errors import AtlasError
+
+_NAMES = ("nano", "tiny", "small", "default", "large", "xlarge", "ultra")
+
+# A wheel carries the presets inside the package; a checkout has them beside it.
+_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets, smallest first."""
+    return _NAMES
+
+
+def preset_path(name: str) -> Path:
+    """The config file of a preset. Raises `AtlasError` if there is none of that name."""
+    if name not in _NAMES:
+        close = difflib.get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(_NAMES)}"
+        raise AtlasError(f"{name}: no such preset; {hint}")
+    return next(path for folder in _FOLDERS if (path := folder / f"{name}.yaml").is_file())
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file that `--config` means: a path, or the name of a preset. Raises `AtlasError` if it is neither."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.suffix not in (".yaml", ".yml") and path.parent == Path():
+        return preset_path(path.name)
+    if path.stem in _NAMES:
+        raise AtlasError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
+    there = [str(other) for other in path.parent.glob("*.y*ml")]
+    close = difflib.get_close_matches(str(path), there, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"take a file, or a preset ({', '.join(_NAMES)})"
+    raise AtlasError(f"{path}: no such config file; {hint}")
