@@ -1,0 +1,228 @@
+"""Documents → token shards: split into train and validation, tokenized, written, described."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+from atlas.data.folder import refuse_foreign, replacing
+from atlas.data.progress import byte_progress
+from atlas.data.shards import (
+    FORMAT_VERSION,
+    Manifest,
+    PreparedDataset,
+    SplitRecord,
+    SplitWriter,
+    is_prepared,
+    open_dataset,
+    token_dtype,
+)
+from atlas.data.sources import SourceReport, Sources
+from atlas.data.split import FEWEST_DOCUMENTS, Part, SplitRule
+from atlas.errors import AtlasError
+from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
+
+SHARD_TOKENS = 100_000_000
+_BATCH_CHARS = 4 << 20
+_BATCH_PARTS = 4096
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `prepare` made, or found made already."""
+
+    dataset: PreparedDataset
+    unchanged: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found and decided on the way, one line each."""
+        return self.dataset.manifest.notes
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What besides text and tokenizer decides the shards."""
+
+    val_fraction: float
+    shard_tokens: int = SHARD_TOKENS
+    train_tokenizer: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise AtlasError(f"val_fraction {self.val_fraction}: must be at least 0 and below 1")
+        if self.shard_tokens < 1:
+            raise AtlasError(f"shard_tokens {self.shard_tokens}: must be at least 1")
+
+    def key(self, sources: Sources, tokenizer: Tokenizer | None) -> str:
+        """sha256 that two preparations share only if they make the same dataset."""
+        fingerprint = tokenizer.fingerprint if tokenizer else None
+        identity = [FORMAT_VERSION, sources.content_key, fingerprint, *vars(self).values()]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    train_tokenizer: int | None = None,
+    val_fraction: float = 0.05,
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+) -> Summary:
+    """Make a dataset folder of the text in `inputs`; `output` defaults to `default_output`.
+
+    The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens learnt from the training part, or
+    GPT-2's. A folder that holds exactly this already is left as it is; an older dataset is replaced.
+    Raises `AtlasError` for input that cannot be read, an output folder that holds something else, and
+    a text of which nothing is left to train on.
+    """
+    sources = Sources(inputs, text_field=text_field)
+    options = _Options(val_fraction, shard_tokens, train_tokenizer)
+    if tokenizer and train_tokenizer:
+        raise AtlasError(f"tokenizer {tokenizer.name}: cannot be given together with training a new one")
+    if not tokenizer and not train_tokenizer:
+        tokenizer = Tokenizer.gpt2()
+    return _prepare(sources, default_output(sources) if output is None else Path(output), tokenizer, options)
+
+
+def prepare_text_cached(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float, *, text_field: str = "text"
+) -> Path:
+    """The dataset folder of plain text, prepared once for the same content, tokenizer and options.
+
+    It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
+    """
+    sources, options = Sources(paths, text_field=text_field), _Options(val_fraction)
+    cache = os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False)
+    folder = Path(cache) / "datasets" / options.key(sources, tokenizer)[:32]
+    return _prepare(sources, folder, tokenizer, options).dataset.folder
+
+
+def default_output(sources: Sources) -> Path:
+    """`data/processed/wikipedia` for the Kaggle archive, else `data/processed/<stem>` of the first input."""
+    first = sources.paths[0].resolve()
+    return Path("data", "processed", "wikipedia" if sources.is_kaggle else first.stem)
+
+
+def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options) -> Summary:
+    refuse_foreign(output)
+    key = options.key(sources, tokenizer)
+    existing = _existing(output, key)
+    if existing:
+        return Summary(existing, unchanged=True)
+    rule = SplitRule.choose(sources.documents(), options.val_fraction)
+    tokenizer = tokenizer or _train_tokenizer(sources, rule, options)
+    report = SourceReport()
+    try:
+        with replacing(output) as folder:
+            with byte_progress(sources.total_bytes, "tokenizing") as advance:
+                parts = rule.assign(sources.documents(report, advance))
+                splits = _write_shards(folder, parts, tokenizer, options.shard_tokens)
+            if "train" not in splits:
+                raise AtlasError(
+                    f"{_names(sources)}: holds no text to train on; give more, or less --val-fraction"
+                )
+            if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
+                tokenizer.save(folder / "tokenizer.json")
+            Manifest(
+                version=FORMAT_VERSION,
+                key=key,
+                tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
+                dtype=token_dtype(tokenizer.vocab_size).str,
+                splits=splits,
+                options={**vars(options), "text_field": sources.text_field},
+                source=sources.description(report),
+                notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
+            ).write(folder)
+    except OSError as error:
+        raise AtlasError(
+            f"{error.filename or output}: cannot be written: {error.strerror or error}"
+        ) from None
+    return Summary(open_dataset(output), unchanged=False)
+
+
+def _existing(output: Path, key: str) -> PreparedDataset | None:
+    """The dataset that `output` holds, if it is the wanted one and whole."""
+    try:
+        dataset = open_dataset(output) if is_prepared(output) else None
+    except AtlasError:
+        return None  # a damaged one is made again
+    return dataset if dataset and dataset.manifest.key == key else None
+
+
+def _train_tokenizer(sources: Sources, rule: SplitRule, options: _Options) -> Tokenizer:
+    """A BPE learnt from the training part alone: validation text must be as new to it as to the model."""
+    assert options.train_tokenizer is not None
+    with byte_progress(sources.total_bytes, "learning the vocabulary") as advance:
+        parts = rule.assign(sources.documents(advance=advance))
+        return Tokenizer.train(
+            (part.text for part in parts if part.split == "train"), options.train_tokenizer
+        )
+
+
+def _write_shards(
+    folder: Path, parts: Iterable[Part], tokenizer: Tokenizer, shard_tokens: int
+) -> dict[str, SplitRecord]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {split: SplitWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
+    end = np.array([tokenizer.eos_id])
+    try:
+        for batch in _batches(parts):
+            for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
+                tokens = np.array(ids, dtype=np.int64)
+                writers[part.split].write(
+                    np.concatenate([tokens, end]) if part.ends_document else tokens,
+                    num_bytes=len(part.text.encode("utf-8")),
+                    starts_document=part.starts_document,
+                )
+        records = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    return {split: record for split, record in records.items() if record}
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """As much at once as keeps all cores busy and memory small."""
+    batch: list[Part] = []
+    chars = 0
+    for part in parts:
+        batch.append(part)
+        chars += len(part.text)
+        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _notes(
+    splits: dict[str, SplitRecord], rule: SplitRule, tokenizer: Tokenizer, options: _Options
+) -> list[str]:
+    notes = []
+    wished = options.train_tokenizer
+    if wished and tokenizer.vocab_size < wished:
+        notes.append(
+            f"the text is too small for {wished:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
+        )
+    if rule.cut_at is not None:
+        notes.append(
+            f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
+            f"the last {rule.val_fraction:.3g} of the text is held out for validation"
+        )
+    if rule.val_fraction and "val" not in splits:
+        notes.append("nothing was held out for validation: too little text for this --val-fraction")
+    return notes
+
+
+def _names(sources: Sources) -> str:
+    return ", ".join(str(path) for path in sources.paths)

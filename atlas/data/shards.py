@@ -1,0 +1,403 @@
+"""A prepared dataset: a folder of token shards, and `dataset.json`, which says what they are.
+
+    train-00000.npy       tokens, uint16 or uint32, memory-mapped and never loaded whole
+    train-00000.docs.npy  where the documents that begin in that shard begin, counted from the split's
+                          first token (int64)
+    val-00000.npy …       the same for validation, if there is any
+    tokenizer.json        the tokenizer, where it is a BPE of one's own
+    dataset.json          written last: format version, tokenizer, counts, sha256 of every file, options
+
+A split is its shards one after the other; a document may run over from one shard to the next. Each ends
+with the tokenizer's end-of-text id.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atlas.errors import AtlasError
+from atlas.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+MAX_TOKENS = 2**48
+_CHECK_TOKENS = 2**24
+
+Split = str
+"""`train` or `val`."""
+
+
+class ShardRecord(BaseModel):
+    """One token file and the document offsets beside it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    file: str = Field(pattern=r"^(train|val)-\d{5,}\.npy$")
+    tokens: int = Field(ge=0, le=MAX_TOKENS)
+    sha256: str
+    documents: int = Field(ge=0, le=MAX_TOKENS)
+    documents_sha256: str
+
+    @property
+    def documents_file(self) -> str:
+        return self.file.removesuffix(".npy") + ".docs.npy"
+
+
+class SplitRecord(BaseModel):
+    """What a split holds; `bytes` are those of its text in UTF-8."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    documents: int = Field(ge=0, le=MAX_TOKENS)
+    tokens: int = Field(ge=0, le=MAX_TOKENS)
+    bytes: int = Field(ge=0)
+    shards: list[ShardRecord]
+
+
+class Manifest(BaseModel):
+    """`dataset.json`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: str = "atlas-dataset"
+    version: int
+    key: str
+    tokenizer: dict[str, Any]
+    dtype: str
+    splits: dict[Split, SplitRecord]
+    options: dict[str, Any]
+    source: dict[str, Any]
+    notes: list[str]
+
+    def write(self, folder: Path) -> None:
+        with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass
+class TokenStream:
+    """The tokens of a split as one array, read from its shards by memory map.
+
+    It may be handed to another process, which maps the files itself.
+    """
+
+    folder: Path
+    record: SplitRecord
+    dtype: str
+    eos_id: int
+    _ends: list[int] = field(init=False, repr=False)
+    _maps: dict[int, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ends = list(itertools.accumulate(shard.tokens for shard in self.record.shards))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.record.tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text in UTF-8 that the tokens stand for."""
+        return self.record.bytes
+
+    @property
+    def num_documents(self) -> int:
+        return self.record.documents
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens `start` to `stop`, in the shards' dtype."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        parts = []
+        while start < stop:
+            shard = bisect.bisect_right(self._ends, start)
+            offset = self._ends[shard] - self.record.shards[shard].tokens
+            end = min(stop, self._ends[shard])
+            parts.append(self._map(shard)[start - offset : end - offset])
+            start = end
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def document_starts(self) -> NDArray[np.int64]:
+        """Where each document begins. (A split cut out of one document begins in its middle.)"""
+        files = [self.folder / shard.documents_file for shard in self.record.shards]
+        starts = [np.load(file, allow_pickle=False) for file in files]
+        return np.concatenate(starts) if starts else np.empty(0, np.int64)
+
+    def chunks(self) -> Iterator[NDArray[Any]]:
+        """Every token once, in pieces of bounded size."""
+        for start in range(0, self.num_tokens, _CHECK_TOKENS):
+            yield self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
+
+    def _map(self, shard: int) -> NDArray[Any]:
+        if shard not in self._maps:
+            path = self.folder / self.record.shards[shard].file
+            self._maps[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a pickled memory map would carry the whole file
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """An opened and checked dataset folder."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer_state: dict[str, Any]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return str(self.tokenizer_state["fingerprint"])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that names what is trained on: the training shards and their tokenizer.
+
+        Validation is not in it: a run stays the same run when it is judged by other text.
+        """
+        train = self.manifest.splits["train"]
+        identity = [self.tokenizer_fingerprint, *(shard.sha256 for shard in train.shards)]
+        return hashlib.sha256("\n".join(identity).encode()).hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the dataset was made with; `AtlasError` if that is custom code."""
+        return Tokenizer.from_state(self.tokenizer_state)
+
+    def split(self, name: Split) -> TokenStream | None:
+        """The tokens of `train` or `val`; None where there are none."""
+        record = self.manifest.splits.get(name)
+        if record is None:
+            return None
+        return TokenStream(self.folder, record, self.manifest.dtype, int(self.tokenizer_state["eos_id"]))
+
+
+def is_prepared(folder: str | Path) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def open_dataset(folder: str | Path, *, verify: bool = False) -> PreparedDataset:
+    """Open a prepared folder and check it: manifest, files, sizes, types, largest id.
+
+    `verify` also compares every file's sha256. Raises `AtlasError` naming the file that is wrong.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    state = dict(manifest.tokenizer)
+    if state.get("kind") == "bpe":
+        try:
+            state["json"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AtlasError(f"{folder / 'tokenizer.json'}: {error}; prepare the dataset again") from None
+    for record in manifest.splits.values():
+        for shard in record.shards:
+            _check_file(folder / shard.file, np.dtype(manifest.dtype), shard.tokens)
+            _check_file(folder / shard.documents_file, np.dtype("<i8"), shard.documents)
+            if verify:
+                _check_sha256(folder / shard.file, shard.sha256)
+                _check_sha256(folder / shard.documents_file, shard.documents_sha256)
+    dataset = PreparedDataset(folder, manifest, state)
+    _check_ids(dataset)
+    return dataset
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AtlasError(
+            f"{path.parent}: is not a prepared dataset (no {MANIFEST}); run atlas prepare"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: cannot be read: {error}; prepare the dataset again") from None
+    if not isinstance(content, dict) or content.get("format") != "atlas-dataset":
+        raise AtlasError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
+    if content.get("version") != FORMAT_VERSION:
+        raise AtlasError(
+            f"{path}: format version {content.get('version')!r} is not {FORMAT_VERSION}; "
+            "prepare the dataset again, or update Atlas"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AtlasError(f"{path}: {place}: {first['msg']}; prepare the dataset again") from None
+    problem = _contradiction(manifest)
+    if problem:
+        raise AtlasError(f"{path}: {problem}; prepare the dataset again")
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What the manifest says that cannot be true."""
+    tokenizer = manifest.tokenizer
+    vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
+    if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
+        return f"tokenizer: vocab_size {vocab_size!r} and eos_id {eos_id!r} are no vocabulary"
+    if not isinstance(tokenizer.get("fingerprint"), str):
+        return "tokenizer: has no fingerprint"
+    if manifest.dtype != token_dtype(vocab_size).str:
+        return f"dtype: {manifest.dtype!r} does not fit a vocabulary of {vocab_size}"
+    if "train" not in manifest.splits or not set(manifest.splits) <= {"train", "val"}:
+        return f"splits: {sorted(manifest.splits)} are not train and val"
+    for name, split in manifest.splits.items():
+        if split.tokens != sum(shard.tokens for shard in split.shards):
+            return f"splits.{name}: {split.tokens} tokens are not the sum of its shards"
+        if split.documents != sum(shard.documents for shard in split.shards):
+            return f"splits.{name}: {split.documents} documents are not the sum of its shards"
+        if any(not shard.file.startswith(f"{name}-") for shard in split.shards):
+            return f"splits.{name}: lists another split's shards"
+    return None
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, else uint32; little-endian on every machine."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
+    """The header says what the manifest says, and the file is as long as both say."""
+    try:
+        with path.open("rb") as file:
+            shape, _, found = _read_header(file)
+            expected = file.tell() + count * dtype.itemsize
+            size = path.stat().st_size
+    except FileNotFoundError:
+        raise AtlasError(f"{path}: missing from the dataset; prepare it again") from None
+    except (OSError, ValueError) as error:
+        raise AtlasError(f"{path}: is not a token shard: {error}; prepare the dataset again") from None
+    if found != dtype or shape != (count,):
+        raise AtlasError(
+            f"{path}: holds {shape} of {found}, {MANIFEST} says ({count},) of {dtype}; prepare the dataset again"
+        )
+    if size != expected:
+        raise AtlasError(f"{path}: {size:,} bytes instead of {expected:,}; prepare the dataset again")
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f".npy version {version}")
+    return np.lib.format.read_array_header_1_0(file)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if file_sha256(path) != expected:
+        raise AtlasError(f"{path}: its content changed since it was prepared; prepare the dataset again")
+
+
+def _check_ids(dataset: PreparedDataset) -> None:
+    vocab_size = dataset.tokenizer_state["vocab_size"]
+    if vocab_size == np.iinfo(dataset.manifest.dtype).max + 1:
+        return
+    for name in dataset.manifest.splits:
+        stream = dataset.split(name)
+        assert stream is not None
+        largest = max((int(chunk.max()) for chunk in stream.chunks()), default=0)
+        if largest >= vocab_size:
+            raise AtlasError(
+                f"{dataset.folder}: {name} holds token id {largest}, its tokenizer has {vocab_size} tokens; "
+                "prepare the dataset again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class SplitWriter:
+    """Writes one split as it comes, into shards of `shard_tokens` tokens; memory stays flat."""
+
+    def __init__(self, folder: Path, split: Split, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._shards: list[ShardRecord] = []
+        self._tokens = self._bytes = 0
+        self._open_shard()
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def write(self, ids: NDArray[Any], num_bytes: int, *, starts_document: bool) -> None:
+        """Append tokens that stand for `num_bytes` bytes of text."""
+        if starts_document:
+            if self._shard_tokens == self._in_shard:
+                self._next_shard()
+            self._starts.append(self._tokens)
+        self._bytes += num_bytes
+        while len(ids):
+            if self._shard_tokens == self._in_shard:
+                self._next_shard()
+            part = ids[: self._shard_tokens - self._in_shard]
+            self._file.write(part.astype(self._dtype).tobytes())
+            self._in_shard += len(part)
+            self._tokens += len(part)
+            ids = ids[len(part) :]
+
+    def close(self) -> SplitRecord | None:
+        """Finish the last shard; None, and no file, if nothing was written."""
+        if self._tokens == 0:
+            self._file.close()
+            self._path.unlink()
+            return None
+        self._close_shard()
+        documents = sum(shard.documents for shard in self._shards)
+        return SplitRecord(documents=documents, tokens=self._tokens, bytes=self._bytes, shards=self._shards)
+
+    def abandon(self) -> None:
+        self._file.close()
+
+    def _next_shard(self) -> None:
+        self._close_shard()
+        self._open_shard()
+
+    def _open_shard(self) -> None:
+        self._path = self._folder / f"{self._split}-{len(self._shards):05d}.npy"
+        self._file = self._path.open("wb")
+        self._in_shard = 0
+        self._starts: list[int] = []
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # NumPy leaves room in the header for the count to grow, so that it can be set at the end.
+        self._file.seek(0)
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._in_shard,)}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+    def _close_shard(self) -> None:
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        documents = self._path.with_suffix(".docs.npy")
+        np.save(documents, np.array(self._starts, dtype="<i8"), allow_pickle=False)
+        self._shards.append(
+            ShardRecord(
+                file=self._path.name,
+                tokens=self._in_shard,
+                sha256=file_sha256(self._path),
+                documents=len(self._starts),
+                documents_sha256=file_sha256(documents),
+            )
+        )
