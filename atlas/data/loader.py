@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from atlas.data.dataset import SequenceDataset
 
 _ROUNDS = 8
+_NUM_KEYS = np.uint64(_ROUNDS + 1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,9 +45,7 @@ class SequenceOrder:
         """The windows of these sequences of the run, any shape."""
         flat = np.asarray(sequences, dtype=np.uint64).reshape(-1)
         epoch, window = np.divmod(flat, np.uint64(self.num_windows))
-        keys = [
-            _mix(self._seed_key + _mix(epoch * np.uint64(_ROUNDS) + np.uint64(r))) for r in range(_ROUNDS)
-        ]
+        keys = [_mix(self._seed_key + _mix(epoch * _NUM_KEYS + np.uint64(k))) for k in range(_ROUNDS + 1)]
         window = self._permute(window, keys)
         while len(outside := np.flatnonzero(window >= self.num_windows)):
             window[outside] = self._permute(window[outside], [key[outside] for key in keys])
@@ -54,8 +53,11 @@ class SequenceOrder:
 
     def _permute(self, x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        left, right = x >> half, x & mask
-        for key in keys:
+        # A Feistel network makes even permutations only, which shows at a handful of windows; the rotation
+        # makes odd ones too.
+        x = x + keys[-1]
+        left, right = (x >> half) & mask, x & mask
+        for key in keys[:-1]:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         joined: NDArray[np.uint64] = (left << half) | right
         return joined
