@@ -1,0 +1,19 @@
+# Everything that must hold before a change is merged; the twin of test.sh. Arguments go to pytest:
+#   ./scripts/test.ps1 -m slow
+Set-StrictMode -Version Latest
+$ErrorActionPreference = 'Stop'
+. (Join-Path $PSScriptRoot 'venv.ps1')
+
+Push-Location (Join-Path $PSScriptRoot '..')
+try {
+    $python = Initialize-Venv -Extra dev
+    $watch = [Diagnostics.Stopwatch]::StartNew()
+    Invoke-Checked $python -m ruff check .
+    Invoke-Checked $python -m ruff format --check .
+    Invoke-Checked $python -m mypy
+    Invoke-Checked $python -m pytest @args
+    [Console]::Error.WriteLine("scripts/test.ps1: passed, $([int]$watch.Elapsed.TotalSeconds) s after installation")
+}
+finally {
+    Pop-Location
+}

@@ -1,0 +1,222 @@
+"""What holds for the repository as a whole: direction of imports, size of files, no code from data, the wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atlas.config.presets import preset_names
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "atlas").rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": "",
+    "config": "errors",
+    "tokenizer": "errors config",
+    "data": "errors config tokenizer",
+    "model": "errors config",
+    "planning": "errors config model",
+    "training": "errors config tokenizer data model planning",
+    "inference": "errors config tokenizer data model planning training",
+    "export": "errors config tokenizer data model planning training inference",
+    "cli": "errors config tokenizer data model planning training inference export",
+    "__main__": "cli",
+    "__init__": "",
+}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT / "atlas").parts[0].removesuffix(".py")
+
+
+def imported_packages(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, package below atlas) of every import, also of those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            inside = node.module == "atlas" and [
+                f"atlas.{a.name}" for a in node.names if a.name != "__version__"
+            ]
+            modules = inside if isinstance(inside, list) else [str(node.module)]
+        else:
+            continue
+        yield from ((node.lineno, module.split(".")[1]) for module in modules if module.startswith("atlas."))
+
+
+def test_imports_point_one_way() -> None:
+    found = [
+        f"{name_of(path)}:{line} imports atlas.{package}"
+        for path in SOURCES
+        for line, package in imported_packages(parsed(path))
+        if package != package_of(path) and package not in MAY_IMPORT[package_of(path)].split()
+    ]
+    assert found == []
+
+
+def test_source_files_have_at_most_400_lines() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_functions_have_at_most_60_lines() -> None:
+    """Of body: a signature may take a line per option, a docstring what it needs."""
+    long = []
+    for path in SOURCES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+                if lines > 60:
+                    long.append(f"{name_of(path)}:{node.lineno} {node.name}: {lines} lines")
+    assert long == []
+
+
+def test_scripts_only_call_the_package() -> None:
+    lengths = {
+        p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "scripts").glob("*.py")
+    }
+    assert {"train.py", "infer.py", "prepare_data.py", "export_gguf.py"} <= set(lengths)
+    assert {name: length for name, length in lengths.items() if length > 10} == {}
+
+
+def test_no_code_comes_in_with_data() -> None:
+    """`torch.load` of weights only, `np.load` without pickle, and of pickle nothing but its exception."""
+    required = {("torch", "load"): ("weights_only", True), ("np", "load"): ("allow_pickle", False)}
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(parsed(path)):
+            place = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+                if (owner, node.func.attr) in required:
+                    name, value = required[owner, node.func.attr]
+                    given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+                    if given.get(name) is not value:
+                        found.append(f"{place} {owner}.{node.func.attr} without {name}={value}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                found += [f"{place} pickle.{node.attr}"] if node.attr != "UnpicklingError" else []
+            if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+                found += [f"{place} pickle.{a.name}" for a in node.names if a.name != "UnpicklingError"]
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                found += [
+                    f"{place} {m}"
+                    for m in modules
+                    if m in ("dill", "cloudpickle", "joblib", "marshal", "shelve")
+                ]
+    assert found == []
+
+
+def test_no_file_names_the_machine_it_was_written_on() -> None:
+    pattern = re.compile(r"(?:/home|/Users|/root|/work)/\w|[A-Z]:\\Users\\\w")
+    folders = ("atlas", "benchmarks", "configs", "docs", "scripts", "tests", ".github", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    texts = [
+        p
+        for p in files
+        if p.suffix in {".py", ".md", ".sh", ".ps1", ".yaml", ".yml", ".toml", ".txt", ".json", ""}
+    ]
+    found = [
+        f"{name_of(path)}: {match.group()}"
+        for path in texts
+        for match in pattern.finditer(path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert found == []
+
+
+def test_both_test_scripts_take_the_same_steps() -> None:
+    shell = (ROOT / "scripts/test.sh").read_text(encoding="utf-8")
+    powershell = (ROOT / "scripts/test.ps1").read_text(encoding="utf-8")
+    steps = re.findall(r'^run (.*?)(?: "\$@")?$', shell, re.M)
+    assert steps == ["ruff check .", "ruff format --check .", "mypy", "pytest"]
+    assert re.findall(r"^\s*Invoke-Checked \$python -m (.*?)(?: @args)?$", powershell, re.M) == steps
+
+
+@pytest.mark.skipif(os.name == "nt", reason="runs the Bash script")
+def test_test_script_says_what_it_needs_where_no_python_is_new_enough(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    for name in ("test.sh", "venv.sh"):
+        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    only = tmp_path / "bin"
+    only.mkdir()
+    for tool in ("bash", "dirname", "cat", "cmp", "rm"):
+        found = next(Path(p, tool) for p in os.environ["PATH"].split(os.pathsep) if Path(p, tool).exists())
+        (only / tool).symlink_to(found)
+    (only / "python3").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (only / "python3").chmod(0o755)
+    done = subprocess.run(
+        [only / "bash", tmp_path / "scripts/test.sh"],
+        cwd="/",
+        env={"PATH": str(only)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "error: no Python 3.10 or newer on PATH" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_tree(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("atlas_llm-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        names = archive.namelist()
+    assert "atlas/py.typed" in names
+    assert sum(name.endswith(("/LICENSE", "/NOTICE")) for name in names) == 2
+    assert not [name for name in names if name.startswith(("tests/", "configs/", "docs/"))]
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=outside,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    assert run("-c", "import atlas; print(atlas.__file__)").startswith(str(site))
+    assert run("-m", "atlas", "--version").startswith("atlas ")
+    assert run(
+        "-c", "from atlas.tokenizer import Tokenizer; print(Tokenizer.gpt2().encode('Hello world'))"
+    ) == ("[15496, 995]")
+    listing = run(
+        "-c",
+        "from atlas.config.loader import read_yaml, resolve\n"
+        "from atlas.config.presets import find_config, preset_names\n"
+        "for name in preset_names():\n"
+        "    print(name, resolve(read_yaml(find_config(name))).model.num_layers, find_config(name))",
+    )
+    assert [line.split()[0] for line in listing.splitlines()] == list(preset_names())
+    assert all(str(site) in line for line in listing.splitlines())
