@@ -134,7 +134,9 @@ class TrainingConfig(Section):
         "not the result. auto: batch_size.",
     )
     max_steps: Int | None = Field(
-        None, ge=1, description="Updates to train for; with epochs, the smaller wins; with neither, one epoch."
+        None,
+        ge=1,
+        description="Updates to train for; with epochs, the smaller wins; with neither, one epoch.",
     )
     epochs: Int | None = Field(None, ge=1, description="Passes over the training data.")
     learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
@@ -185,10 +187,10 @@ class CheckpointConfig(Section):
 class AtlasConfig(Section):
     """Everything a run is made of."""
 
-    seed: Int = Field(
-        1337, ge=0, lt=2**63, description="Decides initial weights, order of data and dropout."
+    seed: Int = Field(1337, ge=0, lt=2**63, description="Decides initial weights, order of data and dropout.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="auto: cuda, else mps, else cpu."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="The network.")
     data: DataConfig = Field(default_factory=DataConfig, description="The data.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The optimisation.")

@@ -29,9 +29,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a name", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -65,7 +67,9 @@ def read_yaml(path: str | Path) -> Layer:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise AtlasError(f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}")
+        raise AtlasError(
+            f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}"
+        )
     return check_keys(values, str(path))
 
 
@@ -155,7 +159,9 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
                 addition = nested(dotted, entry)
                 section, leaf = dotted.split(".")
                 if leaf in layer.get(section, {}) and layer[section][leaf] != entry:
-                    raise AtlasError(f"{origin}: {leaf} is given twice, as {layer[section][leaf]!r} and {entry!r}")
+                    raise AtlasError(
+                        f"{origin}: {leaf} is given twice, as {layer[section][leaf]!r} and {entry!r}"
+                    )
                 layer = overlay(layer, addition)
         elif name in _FIELDS:
             layer[name] = value

@@ -23,18 +23,20 @@ def generate(
     *,
     max_tokens: int,
     eos_id: int | None = None,
-    seed: int = 0,
+    generators: list[torch.Generator] | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continue every prompt (ids, at least one each); yield one new token per row and step, None for a
     row that is done: after `eos_id` (which is not yielded) or `max_tokens`.
+
+    `generators`, one per row, decide the draws; `use_cache` changes the speed, never the text.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     device = next(model.parameters()).device
     rows = [list(prompt) for prompt in prompts]
     context = _Context(model, rows, use_cache=use_cache)
-    generators = row_generators(seed, len(rows))
+    generators = generators or row_generators(0, len(rows))
     done = [False] * len(rows)
     for _ in range(max_tokens):
         tokens = sample(context.next_logits(device), sampling, rows, generators).tolist()

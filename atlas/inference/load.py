@@ -38,11 +38,15 @@ def load_model(path: str | Path, *, device: str = "cpu", tokenizer: str | None =
     saved = contents["tokenizer"]
     own = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.from_state(saved)
     if own.fingerprint != saved.get("fingerprint"):
-        raise AtlasError(f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})")
+        raise AtlasError(
+            f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"
+        )
     model = AtlasLM(config.model)
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
-        raise AtlasError(f"{path}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
+        raise AtlasError(
+            f"{path}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}"
+        ) from None
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
     return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)

@@ -39,7 +39,9 @@ class Sampling:
                 raise AtlasError(f"--{name} {getattr(self, name.replace('-', '_'))}: must be {rule}")
 
 
-def sample(logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]) -> Tensor:
+def sample(
+    logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
+) -> Tensor:
     """The next token of each row: logits (B, V), the tokens each row has seen, a generator each → (B,)."""
     logits = penalize_repetition(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
@@ -100,10 +102,14 @@ def draw(chances: Tensor, generators: list[torch.Generator]) -> Tensor:
     the rows beside it. Drawn on the CPU: the same seed gives the same text on every device."""
     chances = chances.cpu()
     return torch.cat(
-        [torch.multinomial(row, 1, generator=generator) for row, generator in zip(chances, generators, strict=True)]
+        [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(chances, generators, strict=True)
+        ]
     )
 
 
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """Generators for `rows` texts; row r's numbers depend on (seed, r) alone."""
-    return [torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * row) % 2**63) for row in range(rows)]
+def row_generators(seed: int, rows: int, *, first_row: int = 0) -> list[torch.Generator]:
+    """Generators for `rows` texts; the numbers of row r depend on (seed, r) alone."""
+    seeds = ((seed + 0x9E3779B97F4A7C15 * (first_row + row)) % 2**63 for row in range(rows))
+    return [torch.Generator().manual_seed(number) for number in seeds]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from atlas.errors import AtlasError
 from atlas.inference.generate import generate
 from atlas.inference.load import LoadedModel
-from atlas.inference.sampling import Sampling
+from atlas.inference.sampling import Sampling, row_generators
 from atlas.tokenizer import Tokenizer
-
-_LONGEST_UTF8 = 4
 
 
 class TextStream:
@@ -25,6 +23,7 @@ class TextStream:
         self.stop = [text for text in stop if text]
         self.stopped = False
         self._pending_ids: list[int] = []
+        self._shown_of_pending = 0
         self._held = ""
 
     def add(self, token: int) -> str:
@@ -33,26 +32,31 @@ class TextStream:
             return ""
         self._pending_ids.append(token)
         text = self.tokenizer.decode(self._pending_ids)
-        if text.endswith("�") and len(self._pending_ids) < _LONGEST_UTF8:
-            return ""
-        self._pending_ids.clear()
-        return self._release(text)
+        # Bytes that are no character yet decode to one U+FFFD at the end, which later bytes may change.
+        certain = text.removesuffix("\ufffd")
+        new, self._shown_of_pending = certain[self._shown_of_pending :], len(certain)
+        if certain == text:
+            self._pending_ids.clear()
+            self._shown_of_pending = 0
+        return self._release(new)
 
     def finish(self) -> str:
         """What is still held back when no more tokens come."""
         if self.stopped:
             return ""
-        text = self._release(self.tokenizer.decode(self._pending_ids) if self._pending_ids else "")
+        text = self._release(self.tokenizer.decode(self._pending_ids)[self._shown_of_pending :])
         self._pending_ids.clear()
         rest, self._held = ("", "") if self.stopped else (self._held, "")
         return text + rest
 
     def _release(self, text: str) -> str:
+        """`text` and what was held before it, as far as no stop string can begin in it."""
         self._held += text
-        found = [position for stop in self.stop if (position := self._held.find(stop)) >= 0]
+        # The one complete first decides, so that the split into tokens does not.
+        found = [(start + len(stop), start) for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self.stop), default=0)
         shown = self._held[: len(self._held) - keep]
@@ -76,16 +80,26 @@ def stream_text(
     max_tokens: int,
     stop: Sequence[str] = (),
     seed: int = 0,
+    first_row: int = 0,
+    count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[str]]:
-    """Continue every prompt; yield, per step, the new text of each row. An empty prompt begins a document."""
+    """Continue every prompt; yield, per step, the new text of each row. An empty prompt begins a document.
+
+    `first_row` numbers the rows on over several calls, since a row's random numbers follow from `seed`
+    and its number. `count` is told how many tokens each step made.
+    """
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
     tokenizer = loaded.tokenizer
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     streams = [TextStream(tokenizer, stop) for _ in prompts]
     ended = [False] * len(prompts)
-    steps = generate(loaded.model, ids, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, seed=seed)
+    generators = row_generators(seed, len(ids), first_row=first_row)
+    steps = generate(
+        loaded.model, ids, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, generators=generators
+    )
     for step in steps:
+        count(sum(token is not None for token in step))
         pieces = []
         for row, token in enumerate(step):
             pieces.append("" if ended[row] or token is None else streams[row].add(token))

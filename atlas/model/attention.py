@@ -34,11 +34,14 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) → (B, T, C). With a cache, `positions` (B, T) and `mask` (B, 1, T, S) say what is seen."""
         B, T, C = x.shape
         q_BHTD, k_BHTD, v_BHTD = (
-            part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
+            part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in self.qkv(x).split(C, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
         if cache is None:
-            out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True
+            )
         else:
             assert positions is not None
             k_BHSD, v_BHSD = cache.update(self.layer, positions, k_BHTD, v_BHTD)

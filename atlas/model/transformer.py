@@ -86,7 +86,7 @@ class AtlasLM(nn.Module):
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids → (B, T, C) after the final norm; what `head` turns into logits."""
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if cache is None:
             if self.config.max_seq_len < T:
                 raise ValueError(f"{T} tokens do not fit a context of {self.config.max_seq_len}")

@@ -124,7 +124,7 @@ class CheckpointManager:
                 else:
                     _copy(temporary, staged)
                 entry = FileEntry(name=path.name, size=size, sha256=sha256)
-                _commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))  # type: ignore[arg-type]
+                _commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
                 written.append(path)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
@@ -151,7 +151,9 @@ class CheckpointManager:
 def _commit(staged: Path, path: Path, manifest: Manifest) -> None:
     """Give the staged bytes their name. The order of these lines is what survives a kill."""
     if old := read_manifest(path, check_hash=False):
-        write_manifest(path, manifest.model_copy(update={"replaces": old.model_copy(update={"replaces": None})}))
+        write_manifest(
+            path, manifest.model_copy(update={"replaces": old.model_copy(update={"replaces": None})})
+        )
     os.replace(staged, path)
     flush_folder(path.parent)
     write_manifest(path, manifest)
@@ -207,10 +209,14 @@ def _check_contents(contents: Any, path: Path) -> dict[str, Any]:
         raise AtlasError(f"{path}: holds tensors but is not an Atlas checkpoint (no format_version)")
     version = contents["format_version"]
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise AtlasError(f"{path}: has checkpoint format {version}; this Atlas reads up to {FORMAT_VERSION}: update Atlas")
+        raise AtlasError(
+            f"{path}: has checkpoint format {version}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
+        )
     for key, kind in _REQUIRED.items():
         if not isinstance(contents.get(key), kind):
-            raise AtlasError(f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__})")
+            raise AtlasError(
+                f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__})"
+            )
     return contents
 
 

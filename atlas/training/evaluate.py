@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from atlas.data.dataset import SequenceDataset
+from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.model import AtlasLM
-from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
+from atlas.training.loss import compute_lm_loss
 from atlas.training.metrics import perplexity
 from atlas.training.runtime import Runtime
 
@@ -48,16 +48,18 @@ def evaluate(
     batch_size: int,
     runtime: Runtime,
     should_stop: Callable[[], bool] = lambda: False,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Evaluation | None:
     """The loss on `windows` of `dataset`, dropout off; None if `should_stop` said so between batches.
 
-    Only a sum is kept: the logits of a batch are gone before the next is read.
+    Only sums are kept: the logits of a batch are gone before the next is read. `track` may draw a
+    progress bar around the batches.
     """
     was_training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     try:
-        for start in range(0, len(windows), batch_size):
+        for start in track(range(0, len(windows), batch_size)):
             if should_stop():
                 return None
             rows = [dataset[window] for window in windows[start : start + batch_size]]

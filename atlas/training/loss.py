@@ -12,16 +12,16 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
-
-IGNORE_INDEX = -100
-"""A target with this id is not counted, as in `torch.nn.functional.cross_entropy`."""
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
 
 
-def compute_lm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+def compute_lm_loss(
+    logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, reduction: str = "mean"
+) -> Tensor:
     """Cross entropy in nats of `logits` (B, T, V) against `targets` (B, T).
 
     Nothing is shifted: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to
@@ -31,7 +31,10 @@ def compute_lm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None,
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
     total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.reshape(-1, logits.shape[-1]).float(),
+        targets.reshape(-1),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
     )
     if reduction == "sum":
         return total

@@ -66,7 +66,8 @@ def sidecar_of(checkpoint: Path) -> Path:
 def read_manifest(checkpoint: Path, *, check_hash: bool) -> Manifest | None:
     """The manifest that fits `checkpoint` as it lies on disk, or None if there is none that does.
 
-    Without `check_hash` sizes must agree; with it, every byte.
+    Without `check_hash` sizes must agree; with it, every byte. Where a kill left two candidates, only the
+    bytes can tell which one it is, so they are read in any case.
     """
     sidecar = sidecar_of(checkpoint)
     try:
@@ -75,6 +76,7 @@ def read_manifest(checkpoint: Path, *, check_hash: bool) -> Manifest | None:
         manifest: Manifest | None = Manifest.model_validate_json(sidecar.read_bytes())
     except (OSError, ValidationError):
         return None
+    check_hash = check_hash or (manifest is not None and manifest.replaces is not None)
     while manifest is not None and not manifest.matches(checkpoint.parent, check_hash=check_hash):
         manifest = manifest.replaces
     return manifest

@@ -43,7 +43,8 @@ class RunLog:
         """
         if not self.metrics_path.exists():
             return
-        kept, lost = [], []
+        kept: list[str] = []
+        lost: list[str] = []
         for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             (kept if _step_of(line) <= step else lost).append(line + "\n")
         if not lost:

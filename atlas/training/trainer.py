@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atlas.config import AtlasConfig
-from atlas.data.dataset import SequenceDataset
+from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.data.loader import SequenceOrder, batches
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from atlas.training.checkpoint import CheckpointManager
 from atlas.training.evaluate import Evaluation, evaluate, fixed_subset
 from atlas.training.guard import require_finite
 from atlas.training.interrupt import StopRequest
-from atlas.training.loss import IGNORE_INDEX, compute_lm_loss, load_loss
+from atlas.training.loss import compute_lm_loss, load_loss
 from atlas.training.manifest import FORMAT_VERSION
 from atlas.training.metrics import RunLog, perplexity
 from atlas.training.optimizer import build_optimizer
@@ -145,7 +145,9 @@ class Trainer:
                 if kinds:
                     self.save(kinds)
                 if stops_early:
-                    self.log.say(f"step {state.step}: {state.evaluations_since_best} evaluations without a better one")
+                    self.log.say(
+                        f"step {state.step}: {state.evaluations_since_best} evaluations without a better one"
+                    )
                     outcome = "stopped early"
                     break
             if self.stop.requested:
@@ -173,11 +175,17 @@ class Trainer:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.training.grad_clip or math.inf
+        )
         if not self.scaler.is_enabled():  # the scaler skips such an update itself and lowers its scale
             first = state.sequences_consumed
             require_finite(
-                float(total_loss), float(grad_norm), step=state.step + 1, first=first, last=first + len(inputs) - 1
+                float(total_loss),
+                float(grad_norm),
+                step=state.step + 1,
+                first=first,
+                last=first + len(inputs) - 1,
             )
         rate = learning_rate_at(state.step, self.config.training, state.horizon)
         for group in self.optimizer.param_groups:
@@ -261,7 +269,9 @@ class Trainer:
         if evaluation is None:
             return None
         train_loss = self._loss_since_evaluation.mean()
-        learns_by_heart = evaluation.loss > (state.val_loss or math.inf) and train_loss < state.train_loss_at_evaluation
+        learns_by_heart = (
+            evaluation.loss > (state.val_loss or math.inf) and train_loss < state.train_loss_at_evaluation
+        )
         state.val_rises = state.val_rises + 1 if learns_by_heart else 0
         state.val_loss, state.train_loss_at_evaluation = evaluation.loss, train_loss
         self._loss_since_evaluation.reset()

@@ -1,0 +1,131 @@
+"""`atlas train`: start a run, or go on with the one in the output folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atlas.cli import INTERRUPTED
+from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
+
+if TYPE_CHECKING:
+    from atlas.training.trainer import Trainer
+
+
+def _option(flag: str, key: str, metavar: str = "N") -> Any:
+    return typer.Option(flag, help=describe(key), metavar=metavar, show_default=False)
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
+    ] = None,
+    train_data: Annotated[str | None, _option("--train-data", "data.train_data", "PATH")] = None,
+    val_data: Annotated[str | None, _option("--val-data", "data.val_data", "PATH")] = None,
+    tokenizer: Annotated[str | None, _option("--tokenizer", "data.tokenizer", "NAME|FILE")] = None,
+    output_dir: Annotated[str | None, _option("--output-dir", "checkpoint.output_dir", "DIR")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on from a checkpoint, or from the latest whole one (auto). "
+            "On other data: fine-tune from its weights.",
+            metavar="PATH|auto",
+        ),
+    ] = None,
+    no_resume: Annotated[
+        bool,
+        typer.Option("--no-resume", help="Start anew; what the output folder holds moves to previous-N."),
+    ] = False,
+    init_from: Annotated[
+        str | None, typer.Option(help="Fine-tune: a new run that starts from these weights.", metavar="PATH")
+    ] = None,
+    max_steps: Annotated[str | None, _option("--max-steps", "training.max_steps")] = None,
+    epochs: Annotated[str | None, _option("--epochs", "training.epochs")] = None,
+    learning_rate: Annotated[str | None, _option("--learning-rate", "training.learning_rate", "X")] = None,
+    batch_size: Annotated[str | None, _option("--batch-size", "training.batch_size")] = None,
+    save_interval: Annotated[str | None, _option("--save-interval", "checkpoint.save_interval")] = None,
+    eval_interval: Annotated[str | None, _option("--eval-interval", "training.eval_interval")] = None,
+    device: Annotated[str | None, _option("--device", "device", "auto|cpu|cuda|mps")] = None,
+    seed: Annotated[str | None, _option("--seed", "seed")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    overfit_batch: Annotated[
+        bool,
+        typer.Option(
+            "--overfit-batch",
+            help="Train on one batch only and say whether its loss goes to zero: the first check when "
+            "the loss does not fall. Saves nothing.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model, or go on with one.
+
+    Ctrl-C saves a checkpoint and exits with 130. Precedence: flag, --set, config file, checkpoint, default.
+    """
+    flags = {
+        "data.train_data": train_data,
+        "data.val_data": val_data,
+        "data.tokenizer": tokenizer,
+        "checkpoint.output_dir": output_dir,
+        "training.max_steps": max_steps,
+        "training.epochs": epochs,
+        "training.learning_rate": learning_rate,
+        "training.batch_size": batch_size,
+        "checkpoint.save_interval": save_interval,
+        "training.eval_interval": eval_interval,
+        "device": device,
+        "seed": seed,
+    }
+    explicit = _explicit_layer(config, overrides or [], flags)
+    if overfit_batch:
+        from atlas.training.overfit import overfit_one_batch
+
+        overfit_one_batch(explicit, say=lambda line: typer.echo(line, err=True))
+        return
+
+    from atlas.cli.terminal import ask_or_none
+    from atlas.training.launch import start_run
+    from atlas.training.start import Request, choose_start
+
+    start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()))
+    _report(start_run(start))
+
+
+def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:
+    """What the user wrote: config file < --set < flags."""
+    from atlas.config.presets import find_config
+
+    layer = read_yaml(find_config(config)) if config else {}
+    layer = overlay(layer, parse_overrides(overrides))
+    for key, value in flags.items():
+        if value is not None:
+            layer = overlay(layer, nested(key, value))
+    return layer
+
+
+def _report(trainer: Trainer) -> None:
+    """Train, and say how it ended."""
+    from atlas.errors import AtlasError
+
+    state, folder = trainer.state, trainer.checkpoints.folder
+    if state.step >= state.horizon:
+        trainer.log.say(
+            f"nothing to do: the run is complete at step {state.step}; --max-steps takes it further"
+        )
+        return
+    result = trainer.train()
+    names = ", ".join(path.name for path in result.saved)
+    if not result.saved:
+        raise AtlasError(
+            f"{result.outcome} at step {result.step}, but its last checkpoint could not be saved (see above)"
+        )
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
+    trainer.log.say(f"{result.outcome} at step {result.step}{loss}{validation}; saved {names} in {folder}")
+    if result.outcome == "interrupted":
+        trainer.log.say(f"go on with: atlas train --resume {result.saved[0]}")
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,203 @@
+"""Carry out the decision of `start.py`: claim the folder, build the trainer, say what will happen."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import resolve
+from atlas.data import SequenceDataset
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM, build_model
+from atlas.training.checkpoint import CheckpointManager, tensor_bytes
+from atlas.training.metrics import RunLog
+from atlas.training.runtime import cpu_only_build_with_nvidia_driver, restore_machine, setup_runtime
+from atlas.training.schedule import horizon_steps
+from atlas.training.start import Start
+from atlas.training.trainer import Trainer, TrainState
+
+
+def start_run(start: Start) -> Trainer:
+    """Build the trainer; from here on files are written."""
+    config, folder = start.config, start.folder
+    runtime = setup_runtime(config)
+    train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
+    val_data = (
+        SequenceDataset(start.data.val, config.model.max_seq_len, pad_last=True) if start.data.val else None
+    )
+    _claim(folder)
+    _move_aside(folder, start.set_aside, start.notes)
+    log = RunLog(folder)
+    for note in start.notes:
+        log.say(note)
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"output_dir": str(folder)})}
+    )
+    (folder / "config.yaml").write_text(_as_yaml(config), encoding="utf-8")
+    checkpoints = CheckpointManager(folder, keep_checkpoints=config.checkpoint.keep_checkpoints, say=log.say)
+    checkpoints.clean()
+
+    resumes = start.mode == "resume"
+    differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
+    state = _resumed_state(start, len(train_data), log) if resumes else _fresh_state(config, len(train_data))
+    model = build_model(config.model, seed=None if start.contents else config.seed)
+    if start.contents:
+        _load_weights(model, start.contents, start.source)
+    trainer = Trainer(
+        config,
+        model,
+        start.data.tokenizer,
+        train_data,
+        val_data,
+        data_identity={
+            "fingerprint": start.data.fingerprint,
+            "train_data": str(Path(config.data.train_data or "").resolve()),
+        },
+        runtime=runtime,
+        state=state,
+        checkpoints=checkpoints,
+        log=log,
+        initialized_from=start.contents.get("initialized_from")
+        if resumes
+        else str(start.source or "") or None,
+    )
+    if resumes:
+        trainer.restore(start.contents)
+        log.rewind(state.step)
+    _announce(start, trainer, differences)
+    start.contents.clear()  # the loaded copy is not needed beside the model
+    return trainer
+
+
+def _fresh_state(config: AtlasConfig, sequences_per_epoch: int) -> TrainState:
+    return TrainState(horizon_steps(config.training, sequences_per_epoch), _micro_batch(config))
+
+
+def _micro_batch(config: AtlasConfig) -> int:
+    asked = config.training.micro_batch_size
+    return config.training.batch_size if asked == "auto" else min(asked, config.training.sequences_per_update)
+
+
+def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> TrainState:
+    """The checkpoint's state; the horizon and micro-batch move only if the settings behind them did."""
+    state = TrainState.of(start.contents)
+    old = resolve(start.contents["config"]).training
+    new = start.config.training
+    if start.set_aside:
+        state.best_loss = math.inf  # the best of the part that was set aside is not this branch's
+    if (old.max_steps, old.epochs, old.sequences_per_update) != (
+        new.max_steps,
+        new.epochs,
+        new.sequences_per_update,
+    ):
+        horizon = horizon_steps(
+            new, sequences_per_epoch, step=state.step, sequences_consumed=state.sequences_consumed
+        )
+        if horizon != state.horizon:
+            log.say(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
+        state.horizon = horizon
+    if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
+        state.micro_batch_size = _micro_batch(start.config)
+    return state
+
+
+def _load_weights(model: AtlasLM, contents: Mapping[str, Any], source: Path | None) -> None:
+    try:
+        model.load_state_dict(contents["model_state_dict"])
+    except RuntimeError as error:
+        raise AtlasError(
+            f"{source}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}"
+        ) from None
+
+
+def _claim(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "atlas_probe.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AtlasError(
+            f"{folder}: cannot be written ({error.strerror}): choose another --output-dir"
+        ) from None
+
+
+def _move_aside(folder: Path, files: list[Path], notes: list[str]) -> None:
+    """Move checkpoints (and what else is named) to `previous-N`, each with its sidecar."""
+    if not files:
+        return
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    target = folder / f"previous-{number}"
+    target.mkdir()
+    for path in files:
+        for part in {path, path.with_suffix(".json")} if path.suffix == ".pt" else {path}:
+            if part.exists():
+                shutil.move(part, target / part.name)
+    notes.append(f"{len(files)} files of an earlier run moved to {target}")
+
+
+def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
+    config, state, say = trainer.config, trainer.state, trainer.log.say
+    if cpu_only_build_with_nvidia_driver():
+        say(
+            "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
+        )
+    if start.mode == "resume":
+        say(f"resuming {start.source} at step {state.step} of {state.horizon}")
+        for line in [*_changes(start.contents["config"], config), *differences]:
+            say(line)
+    elif start.mode == "finetune":
+        say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
+    if config.training.warmup_steps >= state.horizon:
+        say(
+            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
+            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
+        )
+    say(_as_yaml(config).rstrip())
+    data, model = trainer.train_data, trainer.model
+    say(
+        f"model: {model.num_parameters():,} parameters; data: {data.stream.num_tokens:,} tokens, "
+        f"{len(data):,} sequences of {config.model.max_seq_len}; run: {state.horizon:,} updates of "
+        f"{config.training.sequences_per_update} sequences "
+        f"({state.horizon * config.training.sequences_per_update / len(data):.2f} epochs) on "
+        f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
+    )
+    if trainer.val_data is None:
+        say("no validation data: the best checkpoint is judged by training loss")
+    one = 3 * tensor_bytes(model.state_dict())
+    total = one * (2 * config.checkpoint.keep_checkpoints + 2)
+    free = shutil.disk_usage(start.folder).free
+    say(
+        f"checkpoints: {one / 1e9:.2f} GB each, up to {total / 1e9:.1f} GB in {start.folder} "
+        f"({free / 1e9:.1f} GB free); log: {trainer.log.log_path}"
+    )
+
+
+def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
+    """What differs from the checkpoint's config, a line each."""
+    new = config.model_dump(mode="json")
+    pairs = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            pairs += [(f"{key}.{leaf}", old.get(key, {}).get(leaf), entry) for leaf, entry in value.items()]
+        else:
+            pairs.append((key, old.get(key), value))
+    return [
+        f"changed since the checkpoint: {key} {before} → {after}"
+        for key, before, after in pairs
+        if before != after
+    ]
+
+
+def _as_yaml(config: AtlasConfig) -> str:
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+    )

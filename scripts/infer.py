@@ -1,0 +1,8 @@
+"""`atlas generate` under the name that the FAQ gives it."""
+
+import sys
+
+from atlas.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,0 +1,63 @@
+"""What several test files need: a tiny model, a corpus that is made here, quiet threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atlas.config import ModelConfig
+from atlas.model import AtlasLM, build_model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models gain nothing from a second thread, and lose much when the machine is busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache of prepared texts."""
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    return ModelConfig(hidden_size=32, num_layers=2, num_heads=4, vocab_size=101, max_seq_len=24)
+
+
+@pytest.fixture
+def tiny_model(tiny_config: ModelConfig) -> AtlasLM:
+    """A model with sharp, varied logits, so that ties do not hide differences."""
+    model = build_model(tiny_config, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model.eval()
+
+
+SENTENCES = (
+    "The river runs past the old mill and under the bridge.",
+    "A small boat waits where the reeds are tall.",
+    "In winter the water is dark, and nobody fishes there.",
+    "When spring returns, the children throw stones from the bank.",
+    "They count the rings until the surface is still again.",
+)
+
+
+def corpus(words: int = 4000) -> str:
+    """Plain English that a small model can learn, the same every time."""
+    text, number = [], 0
+    while sum(map(len, text)) < words * 6:
+        text.append(SENTENCES[number * 7 % len(SENTENCES)] + (f" Verse {number}." if number % 3 == 0 else ""))
+        number += 1
+    return "\n".join(text)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "river.txt"
+    path.write_text(corpus(), encoding="utf-8")
+    return path

@@ -1,0 +1,318 @@
+"""Loss, schedule, order of work: each against its definition, another implementation, or one big batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlas.config import TrainingConfig
+from atlas.config.loader import nested, overlay, resolve
+from atlas.data import IGNORE_INDEX
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.training.launch import start_run
+from atlas.training.loss import compute_lm_loss, load_loss
+from atlas.training.optimizer import build_optimizer
+from atlas.training.runtime import choose_device, seed_micro_step, setup_runtime
+from atlas.training.schedule import horizon_steps, learning_rate_at
+from atlas.training.start import Request, choose_start
+from atlas.training.trainer import Result, Trainer
+
+
+def layer(folder: Path, text: Path, **settings_: object) -> dict:
+    """A run small enough for a test; keys with __ are dotted, as in training__max_steps=3."""
+    base = {
+        "device": "cpu",
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 16},
+        "data": {"train_data": str(text), "tokenizer": "tests.toy:tokenizer"},
+        "training": {"batch_size": 4, "max_steps": 6, "warmup_steps": 1, "log_interval": 1, "learning_rate": 1e-2},
+        "checkpoint": {"output_dir": str(folder), "save_interval": 100},
+    }
+    for key, value in settings_.items():
+        base = overlay(base, nested(key.replace("__", "."), value))
+    return base
+
+
+def trainer_for(explicit: dict, **request: object) -> Trainer:
+    return start_run(choose_start(Request(explicit, **request)))
+
+
+def run(explicit: dict, **request: object) -> tuple[Trainer, Result]:
+    trainer = trainer_for(explicit, **request)
+    return trainer, trainer.train()
+
+
+def logged(folder: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# Loss.
+
+
+def test_loss_is_cross_entropy_over_the_tokens_that_count() -> None:
+    logits, targets = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
+    mask = torch.rand(3, 7) > 0.4
+    counted = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(3) for t in range(7) if mask[b, t]]
+    torch.testing.assert_close(compute_lm_loss(logits, targets, mask), torch.stack(counted).mean())
+    ignored = targets.masked_fill(~mask, IGNORE_INDEX)
+    torch.testing.assert_close(compute_lm_loss(logits, ignored), torch.stack(counted).mean())
+
+
+def test_loss_of_no_token_is_zero_with_zero_gradient() -> None:
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = compute_lm_loss(logits, torch.full((2, 3), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@settings(deadline=None, max_examples=8)
+@given(data=st.data())
+def test_micro_batches_make_the_same_gradient_as_one_batch(tmp_path_factory, data: st.DataObject) -> None:
+    """Whatever the split and the padding: sum over valid tokens ÷ valid tokens of the whole update."""
+    folder = tmp_path_factory.mktemp("micro")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    sequences = data.draw(st.integers(2, 9))
+    micro = data.draw(st.integers(1, sequences))
+    padded = data.draw(st.lists(st.integers(0, 16), min_size=sequences, max_size=sequences))
+    gradients = []
+    for size in (sequences, micro):
+        trainer = trainer_for(layer(folder / str(size), text, training__batch_size=sequences), no_resume=True)
+        trainer.state.micro_batch_size = size
+        trainer.optimizer.step = lambda: None  # keep the gradients of the first update
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.config.training.__dict__["grad_clip"] = 0.0
+        inputs, targets = next(trainer._batches())
+        for row, count in enumerate(padded):
+            targets[row, 16 - count :] = IGNORE_INDEX
+        assert trainer.train_step(inputs, targets)
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    for name, one in gradients[0].items():
+        assert (one - gradients[1][name]).abs().max() <= 1e-5 * one.abs().max() + 1e-12, name
+
+
+def half_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return 0.5 * compute_lm_loss(logits, targets, mask)
+
+
+def test_a_custom_loss_is_a_mean_that_the_trainer_weights(tmp_path: Path, text_file: Path) -> None:
+    options = {"training__micro_batch_size": 3, "training__grad_clip": 0}
+    run(layer(tmp_path / "a", text_file, training__loss=f"{__name__}:half_loss", **options))
+    run(layer(tmp_path / "b", text_file, **options))
+    for half, whole in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
+        # Adam does not see the scale of the loss, so the weights move alike.
+        assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", ["nowhere", "no.such.module:f", f"{__name__}:no_such", f"{__name__}:__doc__"])
+def test_a_custom_loss_that_is_not_there_is_refused(wrong: str) -> None:
+    with pytest.raises(AtlasError, match=r"training\.loss"):
+        load_loss(wrong)
+
+
+# Schedule and optimizer.
+
+
+def test_schedule_equals_pytorch_s_own() -> None:
+    config = TrainingConfig(learning_rate=2e-3, warmup_steps=10, min_learning_rate_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=2e-4)
+    for step in range(100):
+        assert learning_rate_at(step, config, 100) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        if step < 9:
+            warm.step()
+        elif step >= 10:
+            cosine.step()
+
+
+@given(
+    st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.none() | st.integers(1, 5), st.none() | st.integers(1, 99)
+)
+def test_horizon_is_the_smaller_of_epochs_and_steps(
+    sequences: int, batch: int, accumulation: int, epochs: int | None, steps: int | None
+) -> None:
+    config = TrainingConfig(
+        batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs, max_steps=steps
+    )
+    end = horizon_steps(config, sequences)
+    per_update = batch * accumulation
+    wanted = (epochs or (None if steps else 1)) and (epochs or 1) * sequences
+    assert steps is None or end <= steps
+    if wanted is None:
+        assert end == steps
+    elif end != steps:
+        assert (end - 1) * per_update < wanted <= end * per_update
+
+
+def test_matrices_decay_and_the_rest_does_not(tiny_model: AtlasLM) -> None:
+    optimizer = build_optimizer(tiny_model, TrainingConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in tiny_model.named_parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.dim() == 2 else 0.0), name
+
+
+# Runtime.
+
+
+def test_a_device_or_precision_that_is_not_there_is_refused() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(AtlasError, match="--device cpu"):
+            choose_device("cuda")
+    with pytest.raises(AtlasError, match="for GPUs"):
+        setup_runtime(resolve({"device": "cpu", "training": {"precision": "fp16"}}))
+
+
+def test_bf16_is_refused_on_a_cpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(AtlasError, match="lacks bf16"):
+        setup_runtime(resolve({"device": "cpu", "training": {"precision": "bf16"}}))
+    assert setup_runtime(resolve({"device": "cpu"})).precision == "fp32"
+
+
+def test_seeds_differ_by_place_and_repeat() -> None:
+    def draw(*place: int) -> float:
+        seed_micro_step(*place)
+        return torch.rand(1).item()
+
+    places = [(s, u, r, p) for s in range(2) for u in range(3) for r in range(2) for p in (0, 4)]
+    first = [draw(*place) for place in places]
+    assert len(set(first)) == len(places)
+    assert first == [draw(*place) for place in places]
+
+
+# Whole runs.
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "run"
+    trainer, result = run(
+        layer(folder, text_file, training__max_steps=40, training__eval_interval=20, checkpoint__save_interval=20)
+    )
+    assert (result.outcome, result.step) == ("finished", 40)
+    losses = [line["loss"] for line in logged(folder)]
+    assert losses[0] == pytest.approx(math.log(trainer.config.model.vocab_size), rel=0.1)
+    assert losses[-1] < losses[0] - 1
+    assert [line["step"] for line in logged(folder)] == list(range(1, 41))
+    assert [line["step"] for line in logged(folder, "validation")] == [20, 40]
+    assert {"atlas_step_20.pt", "atlas_step_40.pt", "atlas_best.pt"} <= {path.name for path in folder.iterdir()}
+    assert "step 40/40" in (folder / "training.log").read_text(encoding="utf-8")
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, text_file: Path) -> None:
+    run(layer(tmp_path / "a", text_file, training__batch_size=8))
+    run(layer(tmp_path / "b", text_file, training__batch_size=2, training__gradient_accumulation_steps=4))
+    for one, other in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_loss_even_with_dropout(tmp_path: Path, text_file: Path) -> None:
+    for name, on in (("a", False), ("b", True)):
+        run(layer(tmp_path / name, text_file, model__dropout=0.2, training__gradient_checkpointing=on))
+    assert [line["loss"] for line in logged(tmp_path / "a")] == [line["loss"] for line in logged(tmp_path / "b")]
+
+
+def test_worker_processes_change_nothing(tmp_path: Path, text_file: Path) -> None:
+    for name, workers in (("a", 0), ("b", 1)):
+        run(layer(tmp_path / name, text_file, model__dropout=0.2, data__num_workers=workers))
+    assert [line["loss"] for line in logged(tmp_path / "a")] == [line["loss"] for line in logged(tmp_path / "b")]
+
+
+def test_seed_decides_the_run(tmp_path: Path, text_file: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(layer(tmp_path / name, text_file, seed=seed))
+    a, b, c = ([line["loss"] for line in logged(tmp_path / name)] for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_epochs_end_the_run_and_are_saved(tmp_path: Path, text_file: Path) -> None:
+    explicit = layer(tmp_path / "run", text_file, training__epochs=2, training__batch_size=64)
+    del explicit["training"]["max_steps"]
+    trainer, result = run(explicit)
+    per_epoch = len(trainer.train_data)
+    assert result.step == math.ceil(2 * per_epoch / 64)
+    first = math.ceil(per_epoch / 64)
+    assert (tmp_path / "run" / f"atlas_epoch_1_step_{first}.pt").exists()
+    assert (tmp_path / "run" / f"atlas_epoch_2_step_{result.step}.pt").exists()
+
+
+def test_best_follows_validation_loss(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "run"
+    run(layer(folder, text_file, training__max_steps=30, training__eval_interval=5, training__learning_rate=0.05))
+    losses = {line["step"]: line["val_loss"] for line in logged(folder, "validation")}
+    best = json.loads((folder / "atlas_best.json").read_text())
+    assert best["step"] == min(losses, key=losses.get)
+    assert best["val_loss"] == min(losses.values())
+
+
+def test_without_validation_data_the_best_follows_training_loss(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "run"
+    run(layer(folder, text_file, data__val_fraction=0, training__max_steps=9, checkpoint__save_interval=3))
+    losses = [line["loss"] for line in logged(folder)]
+    means = {step: sum(losses[step - 3 : step]) / 3 for step in (3, 6, 9)}
+    assert json.loads((folder / "atlas_best.json").read_text())["step"] == min(means, key=means.get)
+    assert not logged(folder, "validation")
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, text_file: Path) -> None:
+    explicit = layer(
+        tmp_path / "run",
+        text_file,
+        training__max_steps=200,
+        training__eval_interval=1,
+        training__early_stopping_patience=3,
+        training__learning_rate=0.3,  # jumps about
+    )
+    _, result = run(explicit)
+    losses = [line["val_loss"] for line in logged(tmp_path / "run", "validation")]
+    assert result.outcome == "stopped early"
+    assert min(losses) == losses[-4]  # the best, then three that were not better
+    assert (tmp_path / "run" / f"atlas_step_{result.step}.pt").exists()
+
+
+def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("abcdefghij klmnop qrstuv wxyz " * 12 + "zyxw vuts rqpo nmlk jihg fedc ba " * 3, encoding="utf-8")
+    explicit = layer(
+        tmp_path / "run",
+        text,
+        data__val_fraction=0.2,
+        training__max_steps=120,
+        training__eval_interval=10,
+        model__hidden_size=64,
+    )
+    run(explicit)
+    assert "learning its text by heart" in (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
+
+
+def test_numbers_gone_wrong_stop_the_run_before_they_are_saved(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    with torch.no_grad():
+        trainer.model.final_norm.weight[0] = math.nan
+    with pytest.raises(AtlasError, match=r"step 1: loss nan.*sequences 0 to 3"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(text_file: Path, tmp_path: Path) -> None:
+    from atlas.training.overfit import overfit_one_batch
+
+    said: list[str] = []
+    explicit = layer(tmp_path / "run", text_file, model__hidden_size=64, training__learning_rate=1e-2)
+    assert overfit_one_batch(explicit, say=said.append)
+    assert "goes to zero" in said[-1]
+    hopeless = overlay(explicit, nested("training.learning_rate", 1e-9))
+    assert not overfit_one_batch(hopeless, say=said.append, updates=20)
+    assert "does not go to zero" in said[-1]
+    assert not (tmp_path / "run").exists()
