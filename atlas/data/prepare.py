@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from atlas.data.shards import (
     Manifest,
     PreparedDataset,
     SplitRecord,
-    SplitWriter,
     is_prepared,
     open_dataset,
     token_dtype,
 )
 from atlas.data.sources import SourceReport, Sources
 from atlas.data.split import FEWEST_DOCUMENTS, Part, SplitRule
+from atlas.data.writer import SplitWriter
 from atlas.errors import AtlasError
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
@@ -85,13 +86,15 @@ def prepare(
     Raises `AtlasError` for input that cannot be read, an output folder that holds something else, and
     a text of which nothing is left to train on.
     """
-    sources = Sources(inputs, text_field=text_field)
     options = _Options(val_fraction, shard_tokens, train_tokenizer)
     if tokenizer and train_tokenizer:
         raise AtlasError(f"tokenizer {tokenizer.name}: cannot be given together with training a new one")
     if not tokenizer and not train_tokenizer:
         tokenizer = Tokenizer.gpt2()
-    return _prepare(sources, default_output(sources) if output is None else Path(output), tokenizer, options)
+    with _file_errors():
+        sources = Sources(inputs, text_field=text_field)
+        target = default_output(sources) if output is None else Path(output)
+        return _prepare(sources, target, tokenizer, options)
 
 
 def prepare_text_cached(
@@ -101,10 +104,23 @@ def prepare_text_cached(
 
     It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
     """
-    sources, options = Sources(paths, text_field=text_field), _Options(val_fraction)
+    options = _Options(val_fraction)
     cache = os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False)
-    folder = Path(cache) / "datasets" / options.key(sources, tokenizer)[:32]
-    return _prepare(sources, folder, tokenizer, options).dataset.folder
+    with _file_errors():
+        sources = Sources(paths, text_field=text_field)
+        folder = Path(cache) / "datasets" / options.key(sources, tokenizer)[:32]
+        return _prepare(sources, folder, tokenizer, options).dataset.folder
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """A file that cannot be read, a folder that cannot be written, a full disk: the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise AtlasError(
+            f"{error.filename or 'preparation'}: {error.strerror or error}; check its permissions and the free space"
+        ) from None
 
 
 def default_output(sources: Sources) -> Path:
@@ -122,31 +138,24 @@ def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, option
     rule = SplitRule.choose(sources.documents(), options.val_fraction)
     tokenizer = tokenizer or _train_tokenizer(sources, rule, options)
     report = SourceReport()
-    try:
-        with replacing(output) as folder:
-            with byte_progress(sources.total_bytes, "tokenizing") as advance:
-                parts = rule.assign(sources.documents(report, advance))
-                splits = _write_shards(folder, parts, tokenizer, options.shard_tokens)
-            if "train" not in splits:
-                raise AtlasError(
-                    f"{_names(sources)}: holds no text to train on; give more, or less --val-fraction"
-                )
-            if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
-                tokenizer.save(folder / "tokenizer.json")
-            Manifest(
-                version=FORMAT_VERSION,
-                key=key,
-                tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
-                dtype=token_dtype(tokenizer.vocab_size).str,
-                splits=splits,
-                options={**vars(options), "text_field": sources.text_field},
-                source=sources.description(report),
-                notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
-            ).write(folder)
-    except OSError as error:
-        raise AtlasError(
-            f"{error.filename or output}: cannot be written: {error.strerror or error}"
-        ) from None
+    with replacing(output) as folder:
+        with byte_progress(sources.total_bytes, "tokenizing") as advance:
+            parts = rule.assign(sources.documents(report, advance))
+            splits = _write_shards(folder, parts, tokenizer, options.shard_tokens)
+        if "train" not in splits:
+            raise AtlasError(f"{sources.names}: holds no text to train on; give more, or less --val-fraction")
+        if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
+            tokenizer.save(folder / "tokenizer.json")
+        Manifest(
+            version=FORMAT_VERSION,
+            key=key,
+            tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
+            dtype=token_dtype(tokenizer.vocab_size).str,
+            splits=splits,
+            options={**vars(options), "text_field": sources.text_field},
+            source=sources.description(report),
+            notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
+        ).write(folder)
     return Summary(open_dataset(output), unchanged=False)
 
 
@@ -217,12 +226,8 @@ def _notes(
     if rule.cut_at is not None:
         notes.append(
             f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
-            f"the last {rule.val_fraction:.3g} of the text is held out for validation"
+            f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
         )
     if rule.val_fraction and "val" not in splits:
         notes.append("nothing was held out for validation: too little text for this --val-fraction")
     return notes
-
-
-def _names(sources: Sources) -> str:
-    return ", ".join(str(path) for path in sources.paths)

@@ -27,7 +27,7 @@ from atlas.errors import AtlasError
 COMBINED = "AllCombined.txt"
 _PART = re.compile(r"wiki_\d+")
 _DIGITS = re.compile(r"([0-9]+)")
-_SUFFIXES = (".txt", ".md", ".jsonl", ".zip")
+SUFFIXES = (".txt", ".md", ".jsonl", ".zip")
 _KINDS = "a .txt, .md, .jsonl or .zip file, or a folder of them"
 
 Advance = Callable[[int], None]
@@ -46,31 +46,39 @@ class TextFile:
         return f"{self.path}/{self.member.filename}" if self.member else str(self.path)
 
     @property
-    def inner_path(self) -> PurePosixPath:
-        """Where it lies, seen from inside its zip; by this the parts of one archive are told."""
-        return PurePosixPath(self.member.filename if self.member else self.path.as_posix())
+    def place(self) -> PurePosixPath:
+        """Where it lies: inside its zip, or on the disk."""
+        return PurePosixPath(self.member.filename if self.member else self.path.resolve().as_posix())
 
     @property
     def size(self) -> int:
         return self.member.file_size if self.member else self.path.stat().st_size
 
     @property
-    def is_part(self) -> bool:
-        return _PART.fullmatch(self.inner_path.name) is not None
+    def basename(self) -> str:
+        return PurePosixPath(self.member.filename).name if self.member else self.path.name
 
     @property
-    def is_kaggle(self) -> bool:
-        return self.is_part or self.inner_path.name == COMBINED
+    def is_part(self) -> bool:
+        return _PART.fullmatch(self.basename) is not None
+
+    @property
+    def is_combined(self) -> bool:
+        return self.basename == COMBINED
+
+    @property
+    def is_rows(self) -> bool:
+        return self.basename.lower().endswith(".jsonl")
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         try:
-            with (
-                self.archive.open(self.member)
-                if self.archive and self.member
-                else self.path.open("rb") as file
-            ):
-                yield file  # type: ignore[misc]
+            if self.archive and self.member:
+                with self.archive.open(self.member) as member:
+                    yield member  # type: ignore[misc]
+            else:
+                with self.path.open("rb") as file:
+                    yield file
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise AtlasError(f"{self.name}: the archive is damaged ({error}); download it again") from None
         except (OSError, NotImplementedError) as error:
@@ -103,12 +111,16 @@ class Sources:
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
-            raise AtlasError(f"{', '.join(map(str, self.paths))}: nothing to read; give {_KINDS}")
+            raise AtlasError(f"{self.names}: nothing to read; give {_KINDS}")
+
+    @property
+    def names(self) -> str:
+        return ", ".join(str(path) for path in self.paths)
 
     @property
     def is_kaggle(self) -> bool:
         """Whether this is the archive that the documentation starts from."""
-        return any(file.is_kaggle for file in self.files)
+        return any(file.is_part or file.is_combined for file in self.files)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -128,10 +140,10 @@ class Sources:
         """Every document, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
         report = report or SourceReport()
         for group in self._groups():
-            if group[0].is_kaggle:
+            if group[0].is_part or group[0].is_combined:
                 report.articles = report.articles or ArticleReport()
                 yield from split_articles(self._text(group, report, advance), report.articles)
-            elif group[0].inner_path.suffix.lower() == ".jsonl":
+            elif group[0].is_rows:
                 yield from self._rows(group[0], report, advance)
             else:
                 yield from as_document(self._text(group, report, advance))
@@ -236,16 +248,12 @@ class Sources:
             raise AtlasError(f"{path}: no such file or folder; give {_KINDS}")
 
     def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
-        path = path.resolve()
-        if path in self._roots:
+        file, resolved = TextFile(path), path.resolve()
+        if resolved in self._roots:
             return  # given twice, or by its folder and by itself
-        file = TextFile(path)
-        if path.suffix.lower() == ".zip":
-            self._roots[path] = name
-            yield from self._members(path)
-        elif path.suffix.lower() in _SUFFIXES or file.is_part:
-            self._roots[path] = name
-            yield file
+        if path.suffix.lower() in SUFFIXES or file.is_part:
+            self._roots[resolved] = name
+            yield from self._members(path) if path.suffix.lower() == ".zip" else [file]
         elif named:
             raise AtlasError(f"{path}: {path.suffix or 'no'} ending: Atlas reads {_KINDS}")
         else:
@@ -269,7 +277,7 @@ class Sources:
                 self.ignored.append(file.name)
 
     def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
-        combined = [file for file in files if file.inner_path.name == COMBINED]
+        combined = [file for file in files if file.is_combined]
         kept = []
         for file in files:
             if file.is_part and any(_holds(whole, file) for whole in combined):
@@ -281,15 +289,12 @@ class Sources:
 
 def _archive(part: TextFile) -> tuple[Path | None, PurePosixPath]:
     """What a part belongs to: its zip, or the folder that holds `1of2` and `2of2`."""
-    return (part.path if part.member else None, part.inner_path.parent.parent)
+    return (part.path if part.member else None, part.place.parent.parent)
 
 
 def _holds(whole: TextFile, part: TextFile) -> bool:
-    """Whether `AllCombined.txt` is of the same zip or folder as a part below it."""
-    same_container = (whole.member is None) == (part.member is None) and (
-        not part.member or whole.path == part.path
-    )
-    return same_container and part.inner_path.is_relative_to(whole.inner_path.parent)
+    """Whether `AllCombined.txt` stands in the same zip or folder as a part below it."""
+    return whole.archive is part.archive and part.place.is_relative_to(whole.place.parent)
 
 
 def _is_hidden(path: Path | PurePosixPath) -> bool:

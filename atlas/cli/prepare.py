@@ -1,0 +1,124 @@
+"""`atlas prepare`: text → token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atlas.config.loader import describe
+
+if TYPE_CHECKING:
+    from atlas.data.listing import Listed
+    from atlas.data.shards import Manifest
+
+ARCHIVE = "https://www.kaggle.com/datasets/ffatty/plaintext-wikipedia-simpleenglish"
+
+
+def prepare(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            help="A .txt, .md, .jsonl or .zip file, or a folder of them; may be repeated.",
+            metavar="PATH",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The dataset's folder; left out: data/processed/wikipedia for the Kaggle archive, "
+            "else data/processed/<name of the first input>.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="gpt2 (default), a tokenizer.json, or package.module:factory.",
+            metavar="NAME|FILE",
+            show_default=False,
+        ),
+    ] = None,
+    train_tokenizer: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn a byte-level BPE of so many tokens from the training documents.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help=describe("data.val_fraction"), min=0, max=0.99, metavar="F")
+    ] = 0.05,
+    text_field: Annotated[
+        str, typer.Option(help="The field of a JSONL row that holds its text.", metavar="NAME")
+    ] = "text",
+    show_list: Annotated[
+        bool, typer.Option("--list", help="List what lies in data/processed and data/raw.")
+    ] = False,
+) -> None:
+    """Turn text into token shards that `atlas train` reads."""
+    if show_list:
+        return _print_list(Path("data"))
+
+    from atlas.data.prepare import prepare as make_dataset
+    from atlas.errors import AtlasError
+    from atlas.tokenizer import Tokenizer
+
+    if not inputs:
+        raise AtlasError(
+            f"--input: is missing; give text, for example data/raw/archive.zip from {ARCHIVE}, "
+            "or --list to see what is there"
+        )
+    summary = make_dataset(
+        inputs,
+        output,
+        Tokenizer.resolve(tokenizer) if tokenizer else None,
+        train_tokenizer=train_tokenizer,
+        val_fraction=val_fraction,
+        text_field=text_field,
+    )
+    for note in summary.notes:
+        typer.echo(note, err=True)
+    if summary.unchanged:
+        typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
+    folder = summary.dataset.folder
+    typer.echo(f"{folder}: {_tokenizer(summary.dataset.manifest)}")
+    for name, split in summary.dataset.manifest.splits.items():
+        typer.echo(
+            f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
+            f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
+        )
+    typer.echo(f"train on it: atlas train --train-data {folder}", err=True)
+
+
+def _print_list(root: Path) -> None:
+    from atlas.data.listing import list_data
+
+    listed = list_data(root)
+    if not listed:
+        typer.echo(
+            f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ARCHIVE}"
+        )
+    width = max((len(str(entry.path)) for entry in listed), default=0)
+    for entry in listed:
+        typer.echo(f"{entry.path!s:<{width}}  {entry.num_bytes / 1e6:>10,.1f} MB  {_state(entry)}")
+
+
+def _state(entry: Listed) -> str:
+    if entry.problem:
+        return entry.problem
+    if entry.manifest is None:
+        return "text, not prepared"
+    splits = ", ".join(
+        f"{name} {split.documents:,} documents {split.tokens:,} tokens"
+        for name, split in entry.manifest.splits.items()
+    )
+    return f"{splits}, {_tokenizer(entry.manifest)}"
+
+
+def _tokenizer(manifest: Manifest) -> str:
+    return f"tokenizer {manifest.tokenizer['name']} ({manifest.tokenizer['vocab_size']:,} tokens)"

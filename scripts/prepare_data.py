@@ -1,0 +1,8 @@
+"""`atlas prepare` under the name that the FAQ gives it."""
+
+import sys
+
+from atlas.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))
