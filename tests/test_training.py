@@ -32,7 +32,13 @@ def layer(folder: Path, text: Path, **settings_: object) -> dict:
         "device": "cpu",
         "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 16},
         "data": {"train_data": str(text), "tokenizer": "tests.toy:tokenizer"},
-        "training": {"batch_size": 4, "max_steps": 6, "warmup_steps": 1, "log_interval": 1, "learning_rate": 1e-2},
+        "training": {
+            "batch_size": 4,
+            "max_steps": 6,
+            "warmup_steps": 1,
+            "log_interval": 1,
+            "learning_rate": 1e-2,
+        },
         "checkpoint": {"output_dir": str(folder), "save_interval": 100},
     }
     for key, value in settings_.items():
@@ -113,7 +119,9 @@ def test_a_custom_loss_is_a_mean_that_the_trainer_weights(tmp_path: Path, text_f
         assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("wrong", ["nowhere", "no.such.module:f", f"{__name__}:no_such", f"{__name__}:__doc__"])
+@pytest.mark.parametrize(
+    "wrong", ["nowhere", "no.such.module:f", f"{__name__}:no_such", f"{__name__}:__doc__"]
+)
 def test_a_custom_loss_that_is_not_there_is_refused(wrong: str) -> None:
     with pytest.raises(AtlasError, match=r"training\.loss"):
         load_loss(wrong)
@@ -128,7 +136,9 @@ def test_schedule_equals_pytorch_s_own() -> None:
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=2e-4)
     for step in range(100):
-        assert learning_rate_at(step, config, 100) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        assert learning_rate_at(step, config, 100) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9
+        ), step
         optimizer.step()
         if step < 9:
             warm.step()
@@ -137,7 +147,11 @@ def test_schedule_equals_pytorch_s_own() -> None:
 
 
 @given(
-    st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.none() | st.integers(1, 5), st.none() | st.integers(1, 99)
+    st.integers(1, 50),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 5),
+    st.none() | st.integers(1, 99),
 )
 def test_horizon_is_the_smaller_of_epochs_and_steps(
     sequences: int, batch: int, accumulation: int, epochs: int | None, steps: int | None
@@ -197,7 +211,13 @@ def test_seeds_differ_by_place_and_repeat() -> None:
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "run"
     trainer, result = run(
-        layer(folder, text_file, training__max_steps=40, training__eval_interval=20, checkpoint__save_interval=20)
+        layer(
+            folder,
+            text_file,
+            training__max_steps=40,
+            training__eval_interval=20,
+            checkpoint__save_interval=20,
+        )
     )
     assert (result.outcome, result.step) == ("finished", 40)
     losses = [line["loss"] for line in logged(folder)]
@@ -205,7 +225,9 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Pat
     assert losses[-1] < losses[0] - 1
     assert [line["step"] for line in logged(folder)] == list(range(1, 41))
     assert [line["step"] for line in logged(folder, "validation")] == [20, 40]
-    assert {"atlas_step_20.pt", "atlas_step_40.pt", "atlas_best.pt"} <= {path.name for path in folder.iterdir()}
+    assert {"atlas_step_20.pt", "atlas_step_40.pt", "atlas_best.pt"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert "step 40/40" in (folder / "training.log").read_text(encoding="utf-8")
 
 
@@ -219,13 +241,17 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path, text_file: Path) -> 
 def test_gradient_checkpointing_changes_no_loss_even_with_dropout(tmp_path: Path, text_file: Path) -> None:
     for name, on in (("a", False), ("b", True)):
         run(layer(tmp_path / name, text_file, model__dropout=0.2, training__gradient_checkpointing=on))
-    assert [line["loss"] for line in logged(tmp_path / "a")] == [line["loss"] for line in logged(tmp_path / "b")]
+    assert [line["loss"] for line in logged(tmp_path / "a")] == [
+        line["loss"] for line in logged(tmp_path / "b")
+    ]
 
 
 def test_worker_processes_change_nothing(tmp_path: Path, text_file: Path) -> None:
     for name, workers in (("a", 0), ("b", 1)):
         run(layer(tmp_path / name, text_file, model__dropout=0.2, data__num_workers=workers))
-    assert [line["loss"] for line in logged(tmp_path / "a")] == [line["loss"] for line in logged(tmp_path / "b")]
+    assert [line["loss"] for line in logged(tmp_path / "a")] == [
+        line["loss"] for line in logged(tmp_path / "b")
+    ]
 
 
 def test_seed_decides_the_run(tmp_path: Path, text_file: Path) -> None:
@@ -249,7 +275,11 @@ def test_epochs_end_the_run_and_are_saved(tmp_path: Path, text_file: Path) -> No
 
 def test_best_follows_validation_loss(tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "run"
-    run(layer(folder, text_file, training__max_steps=30, training__eval_interval=5, training__learning_rate=0.05))
+    run(
+        layer(
+            folder, text_file, training__max_steps=30, training__eval_interval=5, training__learning_rate=0.05
+        )
+    )
     losses = {line["step"]: line["val_loss"] for line in logged(folder, "validation")}
     best = json.loads((folder / "atlas_best.json").read_text())
     assert best["step"] == min(losses, key=losses.get)
@@ -283,7 +313,9 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, text_file: 
 
 def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
-    text.write_text("abcdefghij klmnop qrstuv wxyz " * 12 + "zyxw vuts rqpo nmlk jihg fedc ba " * 3, encoding="utf-8")
+    text.write_text(
+        "abcdefghij klmnop qrstuv wxyz " * 12 + "zyxw vuts rqpo nmlk jihg fedc ba " * 3, encoding="utf-8"
+    )
     explicit = layer(
         tmp_path / "run",
         text,
@@ -305,7 +337,9 @@ def test_numbers_gone_wrong_stop_the_run_before_they_are_saved(tmp_path: Path, t
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
-def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(text_file: Path, tmp_path: Path) -> None:
+def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(
+    text_file: Path, tmp_path: Path
+) -> None:
     from atlas.training.overfit import overfit_one_batch
 
     said: list[str] = []

@@ -1,8 +1,15 @@
-"""A custom tokenizer as a user would write one: plain characters, nothing of Atlas in it."""
+"""A custom tokenizer and loss as a user would write them, and a loss that stands still to be killed."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from atlas.training.loss import compute_lm_loss
 
 
 class CharacterTokenizer:
@@ -20,3 +27,19 @@ class CharacterTokenizer:
 
 def tokenizer() -> CharacterTokenizer:
     return CharacterTokenizer()
+
+
+_calls = 0
+
+
+def stalling_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The usual loss; at the call that ATLAS_TEST_STALL_AT names, say so in a file and wait to be killed."""
+    global _calls
+    _calls += 1
+    if os.environ.get("ATLAS_TEST_STALL_AT") == str(_calls):
+        Path(os.environ["ATLAS_TEST_STALL_FILE"]).touch()
+        for _ in range(1200):  # a signal that only sets a flag lets the wait end
+            time.sleep(0.05)
+            if Path(os.environ["ATLAS_TEST_STALL_FILE"] + ".go").exists():
+                break
+    return compute_lm_loss(logits, targets, mask)

@@ -189,8 +189,11 @@ def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda lin
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise AtlasError(f"{path}: is not a checkpoint of plain tensors, refused: {reason}") from None
+        names_code = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        reason = f"it holds {names_code[1]}" if names_code else type(error).__name__
+        raise AtlasError(
+            f"{path}: is not a checkpoint of plain tensors, refused without running it ({reason})"
+        ) from None
     return _check_contents(contents, path)
 
 

@@ -122,7 +122,7 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     device = runtime.device
     return {
         "atlas": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": ".".join(map(str, sys.version_info[:3])),
         "system": platform.system(),
         "cpu": _cpu_name(),

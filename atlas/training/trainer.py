@@ -325,7 +325,7 @@ class Trainer:
         """Everything a checkpoint holds: plain values and tensors only."""
         return {
             "format_version": FORMAT_VERSION,
-            "model_state_dict": self.model.state_dict(),
+            "model_state_dict": dict(self.model.state_dict()),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             **asdict(self.state),

@@ -1,0 +1,374 @@
+"""Stopping and going on: bit for bit after `kill -9`, and every way a run may begin."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from atlas.config.loader import nested, overlay
+from atlas.errors import AtlasError
+from atlas.training.checkpoint import CheckpointManager, load_checkpoint
+from atlas.training.start import Request, choose_start
+from tests.conftest import corpus
+from tests.test_training import layer, logged, run, trainer_for
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+# A true process, truly killed.
+
+
+def hard_config(folder: Path, text: Path) -> dict:
+    """Dropout, accumulation with an uneven split, validation, and an epoch's end on the way (at step 34)."""
+    explicit = layer(folder, text, model__dropout=0.2, training__max_steps=40, training__warmup_steps=5)
+    for key, value in {
+        "training.batch_size": 5,
+        "training.gradient_accumulation_steps": 2,
+        "training.micro_batch_size": 4,
+        "training.eval_interval": 8,
+        "training.loss": "tests.toy:stalling_loss",
+        "checkpoint.save_interval": 6,
+        "data.num_workers": 1,
+    }.items():
+        explicit = overlay(explicit, nested(key, value))
+    return explicit
+
+
+def start_process(config: Path, **environment: str) -> subprocess.Popen:
+    variables = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "-m", "atlas", "train", "--config", str(config)]
+    return subprocess.Popen(
+        command, env=variables, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def stalled(tmp_path: Path, config: Path, call: int) -> subprocess.Popen:
+    """A run that stands still in the `call`-th micro-batch."""
+    marker = tmp_path / f"stalled-{config.stem}"
+    process = start_process(config, ATLAS_TEST_STALL_AT=str(call), ATLAS_TEST_STALL_FILE=str(marker))
+    for _ in range(2400):
+        if marker.exists():
+            return process
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("the run never reached the place where it should stall")
+
+
+@pytest.fixture
+def short_text(tmp_path: Path) -> Path:
+    path = tmp_path / "short.txt"
+    path.write_text(corpus()[:5800], encoding="utf-8")
+    return path
+
+
+def write_config(path: Path, explicit: dict) -> Path:
+    path.write_text(yaml.safe_dump(explicit), encoding="utf-8")
+    return path
+
+
+def same_bits(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_bits, one, other))
+    return one == other
+
+
+STATE = (
+    "model_state_dict",
+    "optimizer_state_dict",
+    "step",
+    "sequences_consumed",
+    "loss",
+    "val_loss",
+    "best_loss",
+)
+
+
+def assert_same_run(one: Path, other: Path, *, steps: int) -> None:
+    first, second = (load_checkpoint(folder / f"atlas_step_{steps}.pt") for folder in (one, other))
+    for key in STATE:
+        assert same_bits(first[key], second[key]), key
+    for kind, value in (("train", "loss"), ("train", "grad_norm"), ("validation", "val_loss")):
+        logs = [[(line["step"], line[value]) for line in logged(folder, kind)] for folder in (one, other)]
+        assert logs[0] == logs[1]
+    assert [line["step"] for line in logged(one)] == list(range(1, steps + 1))
+
+
+def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) -> None:
+    whole = write_config(tmp_path / "whole.yaml", hard_config(tmp_path / "whole", short_text))
+    killed = write_config(tmp_path / "killed.yaml", hard_config(tmp_path / "killed", short_text))
+    finish(start_process(whole))
+    # Update 26, second of three micro-batches, is the (25 · 3 + 2)-th call: 25 updates are done, 24 are saved.
+    process = stalled(tmp_path, killed, 25 * 3 + 2)
+    assert logged(tmp_path / "killed")[-1]["step"] == 25
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    errors = finish(start_process(killed))  # the same command once more, without a terminal
+    assert "at step 24 of 40" in errors
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=40)
+    lost = [
+        json.loads(line) for line in (tmp_path / "killed" / "metrics.lost.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lost if line["kind"] == "train"] == [25]
+    assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["epoch"] == 1  # an epoch ended on the way
+    assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["machine"]["threads"] == 2
+
+
+@pytest.mark.skipif(
+    os.name == "nt", reason="Windows has no SIGTERM to send; its Ctrl-Break goes the same way"
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
+    tmp_path: Path, short_text: Path, number: signal.Signals
+) -> None:
+    run(overlay(hard_config(tmp_path / "whole", short_text), nested("training.max_steps", 12)))
+    config = hard_config(tmp_path / "stopped", short_text)
+    path = write_config(tmp_path / "stopped.yaml", overlay(config, nested("training.max_steps", 12)))
+    process = stalled(tmp_path, path, 8 * 3 + 1)  # in update 9
+    process.send_signal(number)
+    (tmp_path / "stalled-stopped.go").touch()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "atlas_interrupt_step_8.pt" in errors
+    assert load_checkpoint(tmp_path / "stopped" / "atlas_interrupt_step_8.pt")["step"] == 8
+    run(yaml.safe_load(path.read_text()), resume=str(tmp_path / "stopped" / "atlas_interrupt_step_8.pt"))
+    # One thread here, two there: the bits of another thread count are other bits, the run is the same.
+    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("whole", "stopped")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# The ways a run begins, in this process.
+
+
+@pytest.fixture
+def done(tmp_path: Path, text_file: Path) -> tuple[dict, Path]:
+    """A finished run of 6 steps with checkpoints at 2, 4 and 6."""
+    explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, training__eval_interval=3)
+    run(explicit)
+    return explicit, tmp_path / "run"
+
+
+def longer(explicit: dict, steps: int = 8) -> dict:
+    return overlay(explicit, nested("training.max_steps", steps))
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "training.log").read_text(encoding="utf-8")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_without_a_terminal_goes_on(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    trainer, result = run(longer(explicit))
+    assert result.step == 8
+    assert "resuming" in log_of(folder)
+    assert "horizon changes from step 6 to step 8" in log_of(folder)
+    assert [line["step"] for line in logged(folder)] == list(range(1, 9))
+
+
+def test_a_finished_run_has_nothing_to_do(done: tuple[dict, Path]) -> None:
+    trainer = trainer_for(done[0])
+    assert trainer.state.step == trainer.state.horizon == 6
+
+
+def test_resume_without_training_data_takes_it_from_the_checkpoint(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    bare = {"device": "cpu", "training": {"max_steps": 8}, "data": {"tokenizer": "tests.toy:tokenizer"}}
+    trainer, result = run(bare, resume=str(folder / "atlas_step_6.pt"))
+    assert result.step == 8
+    assert trainer.checkpoints.folder == folder
+
+
+def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    before = snapshot(folder)
+    _, result = run(explicit, resume=str(folder / "atlas_step_4.pt"))
+    assert result.step == 6
+    aside = snapshot(folder / "previous-1")
+    assert "atlas_step_6.pt" in aside
+    for name, data in aside.items():
+        assert before[name] == data  # moved, not changed
+    assert [line["step"] for line in logged(folder)] == list(range(1, 7))
+    again = load_checkpoint(folder / "atlas_step_6.pt")
+    first = load_checkpoint(folder / "previous-1" / "atlas_step_6.pt")
+    assert same_bits(again["model_state_dict"], first["model_state_dict"])
+
+
+def test_another_model_is_refused_and_nothing_changes(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    before = snapshot(folder)
+    for request in ({}, {"resume": "auto"}, {"resume": str(folder / "atlas_step_6.pt")}):
+        with pytest.raises(AtlasError, match="hidden_size 16 → 32"):
+            choose_start(Request(overlay(explicit, nested("model.hidden_size", 32)), **request))
+    assert snapshot(folder) == before
+
+
+def test_other_data_is_refused_in_an_occupied_folder(done: tuple[dict, Path], tmp_path: Path) -> None:
+    explicit, folder = done
+    other = tmp_path / "other.txt"
+    other.write_text(corpus()[::-1], encoding="utf-8")
+    with pytest.raises(AtlasError, match=r"other data.*--output-dir.*--no-resume"):
+        choose_start(Request(overlay(explicit, nested("data.train_data", str(other)))))
+
+
+def test_no_resume_moves_the_old_run_and_deletes_nothing(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    before = snapshot(folder)
+    _, result = run(overlay(explicit, nested("model.hidden_size", 32)), no_resume=True)
+    assert result.step == 6
+    assert snapshot(folder / "previous-1") == before
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_with_a_terminal_it_asks(done: tuple[dict, Path], answer: bool) -> None:
+    explicit, folder = done
+    questions: list[str] = []
+
+    def ask(question: str) -> bool:
+        questions.append(question)
+        return answer
+
+    start = choose_start(Request(longer(explicit), ask=ask))
+    assert "step 6" in questions[0]
+    assert start.mode == ("resume" if answer else "fresh")
+    assert bool(start.set_aside) is not answer
+
+
+def test_resume_auto_in_an_empty_folder_starts_and_says_so(tmp_path: Path, text_file: Path) -> None:
+    run(layer(tmp_path / "run", text_file), resume="auto")
+    assert "no checkpoint to go on from" in log_of(tmp_path / "run")
+
+
+def test_a_broken_latest_checkpoint_is_passed_over(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    for name in ("atlas_step_6.pt", "atlas_best.pt"):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 255
+        (folder / name).write_bytes(data)
+    start = choose_start(Request(explicit))
+    assert start.contents["step"] == 4
+    assert any("atlas_step_6.pt: damaged" in note for note in start.notes)
+
+
+def test_a_folder_of_broken_checkpoints_is_not_overwritten(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    for path in folder.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(AtlasError, match="none of them whole"):
+        choose_start(Request(explicit))
+
+
+def test_resume_on_other_data_is_fine_tuning_into_a_folder_of_its_own(
+    done: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FAQ's command: --resume pretrained.pt --train-data OTHER --learning-rate 1e-5."""
+    explicit, folder = done
+    before = snapshot(folder)
+    other = tmp_path / "other.txt"
+    other.write_text(corpus().upper(), encoding="utf-8")
+    request = {"data": {"train_data": str(other), "tokenizer": "tests.toy:tokenizer"}, "device": "cpu"}
+    request = overlay(request, {"training": {"learning_rate": 1e-5, "max_steps": 3}})
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "checkpoints")
+    trainer = trainer_for(request, resume=str(folder / "atlas_step_6.pt"))
+    assert trainer.state.step == 0
+    assert same_bits(
+        trainer.model.state_dict(), load_checkpoint(folder / "atlas_step_6.pt")["model_state_dict"]
+    )
+    assert not trainer.optimizer.state_dict()["state"]
+    assert trainer.train().step == 3
+    assert trainer.checkpoints.folder == Path("checkpoints/finetune-other")
+    assert "fine-tuning from the weights" in log_of(tmp_path / "checkpoints" / "finetune-other")
+    assert snapshot(folder) == before
+    # The same command again goes on with the fine-tuning that it began.
+    assert (
+        choose_start(Request(longer(request), resume=str(folder / "atlas_step_6.pt"))).contents["step"] == 3
+    )
+
+
+def test_init_from_starts_a_new_run_from_the_weights(done: tuple[dict, Path], tmp_path: Path) -> None:
+    explicit, folder = done
+    trainer = trainer_for(
+        overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "new"))),
+        init_from=str(folder / "best_model.pt"),
+    )
+    assert trainer.state.step == 0
+    best = load_checkpoint(folder / "atlas_best.pt")
+    assert same_bits(trainer.model.state_dict(), best["model_state_dict"])
+    assert trainer.contents()["initialized_from"] == str(folder / "atlas_best.pt")
+
+
+def test_a_changed_batch_size_goes_on_from_the_sequences_consumed(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    changed = overlay(longer(explicit), nested("training.batch_size", 2))
+    trainer, _ = run(changed)
+    assert trainer.state.sequences_consumed == 6 * 4 + 2 * 2
+    assert "changed since the checkpoint: training.batch_size 4 → 2" in log_of(folder)
+
+
+def test_the_horizon_is_kept_when_nothing_behind_it_changes(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    start = choose_start(Request(overlay(explicit, nested("training.learning_rate", 1e-4)), resume="auto"))
+    start.contents["horizon"] = 11
+    from atlas.training.launch import start_run
+
+    assert start_run(start).state.horizon == 11
+
+
+def test_a_strangers_checkpoint_imports_nothing_by_itself(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    without_tokenizer = {**explicit, "data": {"train_data": explicit["data"]["train_data"]}}
+    with pytest.raises(AtlasError, match="tokenizer"):
+        choose_start(Request(without_tokenizer, resume=str(folder / "atlas_step_6.pt")))
+    contents = load_checkpoint(folder / "atlas_step_6.pt")
+    contents["config"]["training"]["loss"] = "antigravity:geohash"
+    torch.save(contents, folder / "theirs.pt")
+    with pytest.raises(AtlasError, match=r"--set training\.loss=antigravity:geohash"):
+        choose_start(Request(explicit, resume=str(folder / "theirs.pt")))
+    assert "antigravity" not in sys.modules
+
+
+def test_contradictions_are_refused(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    for request in ({"resume": "auto", "no_resume": True}, {"resume": "x.pt", "init_from": "y.pt"}):
+        with pytest.raises(AtlasError, match="give one of them"):
+            choose_start(Request(explicit, **request))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AtlasError, match="cannot be written"):
+        trainer_for(layer(tmp_path / "file" / "run", text_file))
+
+
+def test_a_checkpoint_loads_as_the_faq_shows(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    trainer = trainer_for(explicit)
+    checkpoint = CheckpointManager(folder).load_checkpoint(folder / "best_model.pt")
+    trainer.model.load_state_dict(checkpoint["model_state_dict"])
+    trainer.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    assert checkpoint["step"] in (3, 6)
+    assert math.isfinite(checkpoint["loss"])
