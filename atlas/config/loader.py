@@ -7,7 +7,8 @@ one winning: default < checkpoint < YAML < `--set` < flag. Every layer is checke
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from atlas.errors import AtlasError
 
 Layer = dict[str, Any]
 
+# A file from a stranger may hold values whose full text would fill the memory (nested aliases).
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
+
+# PyYAML lets these escape from impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
+_YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 # Where the FAQ's authors put a key, and where it lives.
 _ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
@@ -29,8 +37,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
+            if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a name", key_node.start_mark
                 )
@@ -50,8 +60,11 @@ def _decode_yaml(text: str, origin: str) -> Any:
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise AtlasError(f"{origin}{place}: {problem}") from None
-    except (ValueError, RecursionError) as error:  # an impossible date; nesting without end
-        raise AtlasError(f"{origin}: not valid YAML: {error}") from None
+    except _YAML_ESCAPES as error:
+        reason = (
+            error if isinstance(error, ValueError) else "a value its tag does not allow, or too deep nesting"
+        )
+        raise AtlasError(f"{origin}: not valid YAML: {reason}") from None
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -118,7 +131,7 @@ def _problem(detail: Any) -> str:
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
         return f"{place}: {message}"  # a rule over several fields names its own values
     message = message.replace("Input should be", "must be")
-    return f"{place}: {detail['input']!r}: {message}"
+    return f"{place}: {_BRIEF.repr(detail['input'])}: {message}"
 
 
 def fields(section: type[Section] = AtlasConfig, prefix: str = "") -> dict[str, Any]:
@@ -151,7 +164,9 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
             if value is None:
                 continue  # a section with every line commented out
             if not isinstance(value, Mapping):
-                raise AtlasError(f"{origin}: {name}: is a section with keys of its own, not {value!r}")
+                raise AtlasError(
+                    f"{origin}: {name}: is a section with keys of its own, not {_BRIEF.repr(value)}"
+                )
             for key, entry in value.items():
                 dotted = _ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
                 if dotted not in _FIELDS:
@@ -159,11 +174,10 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
                 addition = nested(dotted, entry)
                 section, leaf = dotted.split(".")
                 if leaf in layer.get(section, {}) and layer[section][leaf] != entry:
-                    raise AtlasError(
-                        f"{origin}: {leaf} is given twice, as {layer[section][leaf]!r} and {entry!r}"
-                    )
+                    both = f"{_BRIEF.repr(layer[section][leaf])} and {_BRIEF.repr(entry)}"
+                    raise AtlasError(f"{origin}: {leaf} is given twice, as {both}")
                 layer = overlay(layer, addition)
-        elif name in _FIELDS:
+        elif name in _FIELDS and "." not in name:
             layer[name] = value
         else:
             raise AtlasError(f"{origin}: {_unknown(str(name))}")
@@ -173,6 +187,8 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
 def _unknown(dotted: str) -> str:
     leaf = dotted.rsplit(".", 1)[-1]
     homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
+    if dotted in homes:
+        return f"{dotted}: write it as {leaf} in the section {dotted.split('.')[0]}"
     if homes:
         return f"{dotted} is not a setting here; write it as {homes[0]}"
     if "." not in dotted:
