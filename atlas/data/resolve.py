@@ -19,8 +19,8 @@ class ResolvedData:
     val: TokenStream | None
     tokenizer: Tokenizer
     fingerprint: str
-    train_data: Path
-    val_data: Path | None
+    notes: list[str]
+    """What was found and decided when plain text was prepared, one line each."""
 
 
 def resolve_data(
@@ -38,6 +38,7 @@ def resolve_data(
 
     Raises `AtlasError` for missing or empty data, and where two tokenizers would meet.
     """
+    notes: list[str] = []
     if is_prepared(train_data):
         dataset = open_dataset(train_data)
         _refuse_other_tokenizer(dataset, tokenizer)
@@ -46,6 +47,7 @@ def resolve_data(
         tokenizer = tokenizer or Tokenizer.gpt2()
         held_out = val_fraction if val_data is None else 0.0
         dataset = open_dataset(prepare_text_cached([train_data], tokenizer, val_fraction=held_out))
+        notes = dataset.manifest.notes
     train = dataset.split("train")
     assert train is not None
     return ResolvedData(
@@ -53,8 +55,7 @@ def resolve_data(
         val=dataset.split("val") if val_data is None else _validation_stream(val_data, tokenizer),
         tokenizer=tokenizer,
         fingerprint=dataset.fingerprint,
-        train_data=Path(train_data),
-        val_data=None if val_data is None else Path(val_data),
+        notes=notes,
     )
 
 

@@ -1,0 +1,78 @@
+"""A corpus that lies on every machine with Python: the documentation inside its standard library.
+
+About 2 MB of English by many hands: the docstrings of the library's source, read without importing it, and
+the language reference that `help()` shows.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from atlas.errors import AtlasError
+
+_SHORTEST = 80
+"""Characters below which a docstring says too little to be a document."""
+_ENOUGH_BYTES = 200_000
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) -> Path:
+    """Write the documentation of `library` (default: this Python's) to `path`, a JSONL file with a document
+    a line, each exactly once and in the same order at every call.
+
+    Raises `AtlasError` if this Python carries too little documentation.
+    """
+    path = Path(path)
+    documents = dict.fromkeys(_documents(Path(library or sysconfig.get_paths()["stdlib"])))
+    text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+    if len(text.encode()) < _ENOUGH_BYTES:
+        raise AtlasError(
+            "this Python carries almost no documentation (a stripped build?): give a text of your own with --data"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _documents(library: Path) -> Iterator[str]:
+    topics = library / "pydoc_data" / "topics.py"
+    for source in sorted(library.rglob("*.py")):
+        if source != topics and not _NOT_THE_LIBRARY & set(source.relative_to(library).parts):
+            yield from _docstrings(source)
+    if topics.exists():
+        yield from _strings(topics)
+
+
+def _docstrings(source: Path) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, in the order of the source."""
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node, clean=True)
+            if docstring and len(docstring) >= _SHORTEST:
+                yield docstring
+
+
+def _strings(source: Path) -> Iterator[str]:
+    """The long string constants of a file of data."""
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= _SHORTEST:
+            yield inspect.cleandoc(node.value)
+
+
+def _parsed(source: Path) -> ast.AST:
+    """The syntax tree of a file; an empty one for what this Python cannot parse (templates lie about)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old sources
+        try:
+            return ast.parse(source.read_bytes())
+        except (SyntaxError, ValueError):
+            return ast.Module(body=[], type_ignores=[])
