@@ -55,6 +55,7 @@ def test_names_and_contents_are_those_of_the_faq(tmp_path: Path) -> None:
         "atlas_best.pt",
         "atlas_interrupt_step_7.pt",
     ]
+    assert {path.name for _, path in CheckpointManager(tmp_path).found()} == {path.name for path in written}
     loaded = CheckpointManager("elsewhere").load_checkpoint(tmp_path / "best_model.pt")
     assert (loaded["step"], loaded["loss"]) == (7, 1 / 7)
     assert torch.equal(loaded["model_state_dict"]["weight"], torch.full((100,), 7.0))
@@ -81,12 +82,14 @@ def test_retention_counts_each_kind_and_never_the_best(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_checkpoints=2)
     save(manager, 1, "best")
     for step in range(1, 6):
-        save(manager, step, "step", "epoch")
+        save(manager, step, "step", "epoch", "interrupt")
     names = sorted(path.name for path in tmp_path.glob("*.pt"))
     assert names == [
         "atlas_best.pt",
         "atlas_epoch_2_step_4.pt",
         "atlas_epoch_2_step_5.pt",
+        "atlas_interrupt_step_4.pt",
+        "atlas_interrupt_step_5.pt",
         "atlas_step_4.pt",
         "atlas_step_5.pt",
     ]

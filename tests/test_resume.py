@@ -151,7 +151,7 @@ def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     assert process.returncode == 130, errors
     assert "atlas_interrupt_step_8.pt" in errors
     assert load_checkpoint(tmp_path / "stopped" / "atlas_interrupt_step_8.pt")["step"] == 8
-    run(yaml.safe_load(path.read_text()), resume=str(tmp_path / "stopped" / "atlas_interrupt_step_8.pt"))
+    run(yaml.safe_load(path.read_text()), resume="auto")
     # One thread here, two there: the bits of another thread count are other bits, the run is the same.
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

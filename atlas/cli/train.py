@@ -92,7 +92,7 @@ def train(
     from atlas.training.start import Request, choose_start
 
     start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()))
-    _report(start_run(start))
+    train_to_the_end(start_run(start))
 
 
 def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:
@@ -107,8 +107,8 @@ def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, s
     return layer
 
 
-def _report(trainer: Trainer) -> None:
-    """Train, and say how it ended."""
+def train_to_the_end(trainer: Trainer) -> None:
+    """Train, and say how it ended; exit with 130 if it was interrupted."""
     from atlas.errors import AtlasError
 
     state, folder = trainer.state, trainer.checkpoints.folder

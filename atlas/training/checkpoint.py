@@ -32,7 +32,7 @@ from atlas.training.manifest import (
     write_manifest,
 )
 
-_NAME = re.compile(r"atlas_(?:(step|interrupt)_(\d+)|(epoch)_\d+_step_(\d+)|(best))\.pt")
+_NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))\.pt")
 _REQUIRED = {
     "model_state_dict": dict,
     "config": dict,
@@ -57,7 +57,7 @@ def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
 
 def kind_of(path: Path) -> str | None:
     match = _NAME.fullmatch(path.name)
-    return next(filter(None, match.group(1, 3, 5))) if match else None
+    return match[match.lastindex or 0] if match else None
 
 
 class CheckpointManager:
