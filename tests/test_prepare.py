@@ -1,0 +1,634 @@
+"""Text in every form it comes in → documents → a dataset, and `atlas prepare`."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlas.cli import main
+from atlas.data import PreparedDataset, articles, open_dataset, prepare, text
+from atlas.data.articles import WIKIPEDIA_ARTICLES, WIKIPEDIA_CHARS, ArticleReport, split_articles
+from atlas.data.sources import SourceReport, Sources
+from atlas.errors import AtlasError
+from atlas.tokenizer import Tokenizer
+from tests.toy import CharacterTokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def characters() -> Tokenizer:
+    return Tokenizer.wrap(CharacterTokenizer())
+
+
+def whole(pieces: Any) -> list[str]:
+    """The documents that pieces make up."""
+    documents, started = [""], False
+    for piece in pieces:
+        documents[-1] += piece.text
+        started = True
+        if piece.ends_document:
+            documents.append("")
+            started = False
+    return documents if started else documents[:-1]
+
+
+def documents_of(*paths: Path, **options: Any) -> list[str]:
+    return whole(Sources(paths, **options).documents())
+
+
+def documents_in(dataset: PreparedDataset, split: str) -> list[str]:
+    """A split's documents, decoded from its tokens."""
+    stream = dataset.split(split)
+    if stream is None:
+        return []
+    tokenizer = characters() if "tests" in dataset.tokenizer_state["name"] else dataset.tokenizer()
+    ends = [*stream.document_starts().tolist()[1:], stream.num_tokens]
+    starts = stream.document_starts().tolist()
+    ids = [stream.read(start, end).tolist() for start, end in zip(starts, ends, strict=True)]
+    return [tokenizer.decode(document).removesuffix("<|endoftext|>") for document in ids]
+
+
+def article(number: int, *, newline: str = "\n") -> str:
+    lines = [
+        f"Title of {number}",
+        "",
+        f"Article {number} begins here. It has sentences.",
+        "And a second line.",
+        "",
+        f"Its last paragraph counts to {number}.",
+    ]
+    return newline.join(lines)
+
+
+def kaggle_files(
+    count: int = 60, gap: str = "\n\n\n", *, combined: bool = True, newline: str = "\n"
+) -> dict[str, str]:
+    """An archive in the layout of plaintext-wikipedia-simpleenglish; one part ends in mid-article."""
+    everything = gap.replace("\n", newline).join(article(n, newline=newline) for n in range(count)) + newline
+    third = len(everything) // 3
+    parts = {
+        "1of2/wiki_00": everything[:third],
+        "1of2/wiki_01": everything[third : 2 * third],
+        "2of2/wiki_00": everything[2 * third :],
+    }
+    return {"AllCombined.txt": everything, **parts} if combined else parts
+
+
+def write_zip(path: Path, files: dict[str, str | bytes], order: Sequence[str] | None = None) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in order or files:
+            archive.writestr(name, files[name])
+    return path
+
+
+def write_folder(path: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content.encode())
+    return path
+
+
+ARTICLES = [article(n) for n in range(60)]
+
+
+# The Kaggle archive
+
+
+def test_the_archive_is_read_once_from_any_of_its_forms(tmp_path: Path) -> None:
+    both, parts = kaggle_files(), kaggle_files(combined=False)
+    shuffled = list(both)
+    random.Random(0).shuffle(shuffled)
+    forms = [
+        write_zip(tmp_path / "both.zip", both),
+        write_zip(tmp_path / "shuffled.zip", both, shuffled),
+        write_zip(tmp_path / "parts.zip", parts),
+        write_zip(tmp_path / "nested.zip", {f"archive/data/{name}": text for name, text in both.items()}),
+        write_folder(tmp_path / "both", both),
+        write_folder(tmp_path / "parts", parts),
+        tmp_path / "both" / "AllCombined.txt",
+    ]
+    for form in forms:
+        assert documents_of(form) == ARTICLES, form
+
+
+def test_both_splits_are_the_same_from_any_form(tmp_path: Path) -> None:
+    both = write_zip(tmp_path / "both.zip", kaggle_files())
+    parts = write_folder(tmp_path / "parts", kaggle_files(combined=False))
+    splits = []
+    for number, form in enumerate((both, parts)):
+        dataset = prepare([form], tmp_path / f"out{number}", characters(), val_fraction=0.3).dataset
+        splits.append((documents_in(dataset, "train"), documents_in(dataset, "val")))
+    assert splits[0] == splits[1]
+    train, val = splits[0]
+    assert Counter(train + val) == Counter(ARTICLES)
+    assert 5 < len(val) < 30
+
+
+def test_a_text_beside_the_archive_is_read_too(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "raw", {**kaggle_files(3), "other/notes.txt": "Notes of my own."})
+    assert documents_of(folder) == [*ARTICLES[:3], "Notes of my own."]
+    assert Sources([folder]).left_out == [str(folder / name) for name in sorted(kaggle_files(combined=False))]
+
+
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    everything = kaggle_files()["AllCombined.txt"]
+    size = len(everything) // 12 + 1
+    parts = {f"{n + 1}of12/wiki_00": everything[n * size : (n + 1) * size] for n in range(12)}
+    assert documents_of(write_zip(tmp_path / "a.zip", parts)) == ARTICLES
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("gap", ["\n\n\n", "\n\n \t\n\n\n", "\n\n"])
+def test_articles_by_empty_lines_or_by_titles(gap: str, newline: str) -> None:
+    report = ArticleReport()
+    source = kaggle_files(gap=gap, newline=newline)["AllCombined.txt"]
+    found = whole(split_articles([source], report))
+    assert found == [article(n, newline=newline) for n in range(60)]
+    assert report.articles == 60
+    assert report.rule.startswith("the title's form" if gap == "\n\n" else "two or more empty lines")
+    assert len(report.boundaries) == 3
+    assert report.boundaries[0].startswith("…Its last paragraph counts to 0. ⏎⏎")
+    assert report.boundaries[0].endswith(" Title of 1")
+
+
+def test_what_looks_like_a_title_but_is_none() -> None:
+    """A heading right under the title, a list, a one-line paragraph with a full stop, a colon."""
+    april = "April\n\nMonth of the year\n\nApril is the fourth month.\n\nIts days:\n\nMonday\nTuesday\n\nShort one."
+    august = "August\n\nAugust is the eighth month."
+    assert whole(split_articles([f"{april}\n\n{august}\n"], ArticleReport())) == [april, august]
+
+
+def test_stray_empty_lines_do_not_decide() -> None:
+    """Runs of empty lines before what is no title are not what sets articles apart."""
+    text = "\n\n".join(
+        f"Title {n}\n\nA sentence, and another one here.\n\n\nthen one more after a gap, in small letters."
+        for n in range(9)
+    )
+    report = ArticleReport()
+    found = whole(split_articles([text], report))
+    assert [document.splitlines()[0] for document in found] == [f"Title {n}" for n in range(9)]
+
+
+@given(cuts=st.lists(st.integers(0, 4000), max_size=12), gap=st.sampled_from(["\n\n\n", "\n\n"]))
+@settings(deadline=None, max_examples=60)
+def test_articles_do_not_depend_on_how_the_bytes_arrive(cuts: list[int], gap: str) -> None:
+    source = "\n\n\n" + kaggle_files(20, gap=gap)["AllCombined.txt"] + "\n\n \n"
+    places = [0, *sorted(cuts), len(source)]
+    chunks = [source[start:end] for start, end in itertools.pairwise(places)]
+    assert whole(split_articles(chunks, ArticleReport())) == ARTICLES[:20]
+
+
+def test_a_size_like_the_real_archive_warns_of_another_number_of_articles() -> None:
+    assert ArticleReport(articles=WIKIPEDIA_ARTICLES, chars=WIKIPEDIA_CHARS).warning is None
+    assert ArticleReport(articles=900, chars=500_000).warning is None
+    assert "about 249,396 articles, 31,000 were found" in str(
+        ArticleReport(articles=31_000, chars=WIKIPEDIA_CHARS).warning
+    )
+
+
+def test_long_articles_are_handed_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "PIECE_CHARS", 50)
+    monkeypatch.setattr(articles, "PIECE_CHARS", 50)
+    paragraphs = ["First", "", "word " * 100, "x" * 300, "", "The end."]
+    long, next_one = "\n".join(paragraphs), "Second\n\nShort."
+    source = f"{long}\n\n\n{next_one}"
+    chunks = [source[start : start + 40] for start in range(0, len(source), 40)]
+    pieces = list(split_articles(chunks, ArticleReport()))
+    assert whole(pieces) == [long, next_one]
+    assert max(len(piece.text) for piece in pieces) <= 50
+
+
+# Other sources
+
+
+def test_a_file_is_a_document_and_its_bytes_are_kept(tmp_path: Path) -> None:
+    files = {
+        "b.txt": " Two\r\n\r\nlines \n",
+        "a.md": "# Title\n\ntext 🙂",
+        "c/d.TXT": "deep",
+        "e.txt": "",
+        "f.txt": " \n\t\n",
+        ".hidden.txt": "no",
+        ".git/x.txt": "no",
+        "picture.png": "no",
+    }
+    folder = write_folder(tmp_path / "folder", files)
+    expected = [files[name] for name in ("a.md", "b.txt", "c/d.TXT")]
+    sources = Sources([folder])
+    assert whole(sources.documents()) == expected
+    assert sources.ignored == ["picture.png"]
+    zipped = files | {"__MACOSX/a.txt": "no"}
+    assert documents_of(write_zip(tmp_path / "folder.zip", zipped)) == expected
+    assert documents_of(folder / "b.txt", folder, folder / "a.md") == [
+        files[n] for n in ("b.txt", "a.md", "c/d.TXT")
+    ]
+
+
+def test_rows_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = ['{"text": "one\\n", "id": 1}', "", '{"text": "  "}', '{"text": "tw\\u00f6 \\ud83d\\ude42"}']
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    assert documents_of(path) == ["one\n", "twö 🙂"]
+    path.write_text('{"body": "other"}\n', encoding="utf-8")
+    assert documents_of(path, text_field="body") == ["other"]
+    assert documents_of(write_zip(tmp_path / "rows.zip", {"x/rows.jsonl": '{"text": "zipped"}'})) == [
+        "zipped"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "open', "line 3: is not JSON"),
+        ("[" * 100_000, "line 3: is not JSON"),
+        ("[1]", "line 3: is list, not an object"),
+        (
+            '{"body": "x", "id": 1}',
+            "line 3: has no field 'text', but body, id; name the field with --text-field",
+        ),
+        ('{"text": 7}', "line 3: field 'text' is int, not text"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(row: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{row}\n', encoding="utf-8")
+    with pytest.raises(AtlasError, match=re.escape(reason)):
+        documents_of(path)
+
+
+def test_undecodable_bytes_are_replaced_counted_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9, na\xefve" + "é".encode())
+    (tmp_path / "b.txt").write_text("fine: é", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "lone \\ud800 and \xff"}')
+    report = SourceReport()
+    assert whole(Sources([tmp_path]).documents(report)) == [
+        "caf\ufffd, na\ufffdveé",
+        "fine: é",
+        "lone \ufffd and \ufffd",
+    ]
+    assert report.undecodable == {str(tmp_path / "a.txt"): 2, str(tmp_path / "c.jsonl"): 2}
+    (tmp_path / "d.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(AtlasError, match=r"d\.txt: is UTF-16 text; save it as UTF-8"):
+        documents_of(tmp_path)
+
+
+@given(content=st.binary(max_size=300), size=st.integers(1, 7))
+@settings(deadline=None, max_examples=100)
+def test_decoding_does_not_depend_on_how_the_bytes_arrive(content: bytes, size: int) -> None:
+    class Dripping(BytesIO):
+        def read(self, _: int | None = -1, /) -> bytes:
+            return super().read(size)
+
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    counts: list[int] = []
+    found = "".join(
+        text.read_text(Dripping(content), "x", advance=lambda _: None, on_undecodable=counts.append)
+    )
+    expected = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    assert found == re.sub("[\ud800-\udfff]", "\ufffd", expected)
+    assert sum(counts) == sum(0xD800 <= ord(char) < 0xE000 for char in expected)
+
+
+def make_broken_zip(path: Path) -> None:
+    write_zip(path, {"a.txt": "text " * 1000})
+    content = bytearray(path.read_bytes())
+    content[45] ^= 0xFF
+    path.write_bytes(content)
+
+
+def make_encrypted_zip(path: Path) -> None:
+    write_zip(path, {"a.txt": "text"})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing.txt": (lambda p: None, "no such file or folder"),
+    "notes.docx": (lambda p: p.touch(), ".docx ending: Atlas reads a .txt"),
+    "noending": (lambda p: p.touch(), "no ending: Atlas reads a .txt"),
+    "text.zip": (lambda p: p.write_text("no zip"), "is not a zip archive"),
+    "broken.zip": (make_broken_zip, "the archive is damaged"),
+    "encrypted.zip": (make_encrypted_zip, "is encrypted"),
+    "none.zip": (lambda p: write_zip(p, {}), "nothing to read"),
+    "images.zip": (lambda p: write_zip(p, {"a.png": b"x"}), "nothing to read"),
+    "up.zip": (lambda p: write_zip(p, {"a/../../b.txt": "x"}), "points outside the archive"),
+    "absolute.zip": (lambda p: write_zip(p, {"/etc/b.txt": "x"}), "points outside the archive"),
+    "windows.zip": (lambda p: write_zip(p, {"..\\b.txt": "x"}), "points outside the archive"),
+    "drive.zip": (lambda p: write_zip(p, {"C:\\b.txt": "x"}), "points outside the archive"),
+    "folder": (lambda p: p.mkdir(), "nothing to read"),
+    "blank.txt": (lambda p: p.write_text(" \n"), "holds no text to train on"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, reason = BAD_INPUT[name]
+    make(tmp_path / name)
+    before = sorted(tmp_path.iterdir())
+    assert main(["prepare", "--input", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
+    output = capsys.readouterr()
+    assert reason in output.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Documents → dataset
+
+
+def many(count: int, folder: Path, start: int = 0) -> Path:
+    return write_folder(
+        folder, {f"{n:04d}.txt": f"Document number {n}.\n" * 3 for n in range(start, start + count)}
+    )
+
+
+def test_split_is_by_document_and_adding_files_moves_none(tmp_path: Path) -> None:
+    few = prepare([many(200, tmp_path / "in")], tmp_path / "few", characters(), val_fraction=0.2).dataset
+    train, val = set(documents_in(few, "train")), set(documents_in(few, "val"))
+    assert len(train) + len(val) == 200
+    assert not train & val
+    assert 20 <= len(val) <= 60
+    many(200, tmp_path / "in", start=900)
+    more = prepare([tmp_path / "in"], tmp_path / "more", characters(), val_fraction=0.2).dataset
+    assert train < set(documents_in(more, "train"))
+    assert val < set(documents_in(more, "val"))
+
+
+def test_of_a_few_documents_the_end_is_held_out(tmp_path: Path) -> None:
+    names = {f"{n}.txt": f"{n} " + "word " * 100 for n in range(10)}
+    folder = write_folder(tmp_path / "in", names)
+    summary = prepare([folder], tmp_path / "out", val_fraction=0.05)
+    splits = summary.dataset.manifest.splits
+    tokens = {name: split.tokens for name, split in splits.items()}
+    assert tokens["val"] / sum(tokens.values()) == pytest.approx(0.05, abs=0.003)
+    assert sum(split.bytes for split in splits.values()) == sum(map(len, names.values()))
+    train, val = documents_in(summary.dataset, "train"), documents_in(summary.dataset, "val")
+    assert train[:9] == list(names.values())[:9]
+    assert train[9] + val[0] == names["9.txt"]
+    assert (
+        "fewer than 20 documents: not split by document, the last 5 % of the text are held out for validation"
+        in summary.notes
+    )
+    assert [train_ids(summary.dataset)[-1] == 50256, len(val)] == [False, 1]
+
+
+def train_ids(dataset: PreparedDataset) -> list[int]:
+    stream = dataset.split("train")
+    assert stream is not None
+    return [int(id) for id in stream.read(0, stream.num_tokens)]
+
+
+def test_nothing_is_held_out_at_zero_or_of_next_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("tiny", encoding="utf-8")
+    zero = prepare([tmp_path / "a.txt"], tmp_path / "zero", val_fraction=0)
+    tiny = prepare([tmp_path / "a.txt"], tmp_path / "tiny", val_fraction=0.05)
+    assert list(zero.dataset.manifest.splits) == list(tiny.dataset.manifest.splits) == ["train"]
+    assert zero.notes == []
+    assert "nothing was held out for validation" in tiny.notes[-1]
+
+
+@given(
+    documents=st.lists(
+        st.text(min_size=1, max_size=300).filter(lambda d: not d.isspace()), min_size=1, max_size=40
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_tokens_decode_to_the_documents_byte_for_byte(
+    documents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("unicode")
+    rows = "\n".join(json.dumps({"text": document}) for document in documents)
+    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    dataset = prepare([folder / "rows.jsonl"], folder / "out", val_fraction=0.3, shard_tokens=100).dataset
+    train, val = documents_in(dataset, "train"), documents_in(dataset, "val")
+    if len(documents) < 20:
+        assert "".join(train + val) == "".join(documents)
+    else:
+        assert Counter(train + val) == Counter(documents)
+    assert sum(split.bytes for split in dataset.manifest.splits.values()) == len("".join(documents).encode())
+
+
+@given(
+    document=st.lists(
+        st.sampled_from(["word", " ", "\n", "  \n ", "é", "漢字", "'s", "12", "!?", "\x1c"]), min_size=1
+    ).map("".join)
+)
+@settings(deadline=None, max_examples=150)
+def test_a_long_document_has_the_tokens_of_its_pieces(document: str) -> None:
+    tokenizer = Tokenizer.gpt2()
+    end = text.last_word_end(document)
+    assert 0 < end <= len(document)
+    assert tokenizer.encode(document[:end]) + tokenizer.encode(document[end:]) == tokenizer.encode(document)
+
+
+def test_a_long_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "PIECE_CHARS", 100)
+    content = "A sentence of a few words, and then another.\n" * 50
+    (tmp_path / "long.txt").write_text(content, encoding="utf-8")
+    assert len(list(Sources([tmp_path / "long.txt"]).documents())) > 20
+    dataset = prepare([tmp_path / "long.txt"], tmp_path / "out", val_fraction=0).dataset
+    assert train_ids(dataset) == [*Tokenizer.gpt2().encode(content), 50256]
+
+
+def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> None:
+    words = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for n in range(60)]
+    folder = write_folder(tmp_path / "in", {f"{word}.txt": word + f" {word}" * 30 for word in words})
+    dataset = prepare([folder], tmp_path / "out", train_tokenizer=5000, val_fraction=0.3).dataset
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.fingerprint == dataset.tokenizer_fingerprint
+    for split, learnt in (("train", True), ("val", False)):
+        held = {document.split()[0] for document in documents_in(dataset, split)}
+        assert len(held) > 5
+        assert {len(tokenizer.encode(f" {word}")) == 1 for word in held} == {learnt}
+    assert any("the text is too small for 5,000 tokens" in note for note in dataset.manifest.notes)
+
+
+# The output folder
+
+
+def test_unchanged_input_returns_at_once_and_any_change_is_noticed(tmp_path: Path) -> None:
+    source, out = many(30, tmp_path / "in"), tmp_path / "out"
+    assert not prepare([source], out, characters()).unchanged
+    written = (out / "dataset.json").stat().st_mtime_ns
+    assert prepare([source], out, characters()).unchanged
+    assert (out / "dataset.json").stat().st_mtime_ns == written
+    assert not prepare([source], out, characters(), val_fraction=0.1).unchanged
+    assert not prepare([source], out).unchanged
+    assert not prepare([source], out, train_tokenizer=300).unchanged
+    assert prepare([source], out, train_tokenizer=300).unchanged
+    (source / "0000.txt").write_text("document number 0.\n" * 3, encoding="utf-8")
+    assert not prepare([source], out, train_tokenizer=300).unchanged
+    assert not prepare([source], out).unchanged
+    assert not (out / "tokenizer.json").exists()
+
+
+def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
+    source, out = many(30, tmp_path / "in"), tmp_path / "out"
+    prepare([source], out, characters())
+    os.truncate(out / "train-00000.npy", 200)
+    assert not prepare([source], out, characters()).unchanged
+    open_dataset(out, verify=True)
+
+
+def test_what_is_no_dataset_is_never_replaced(tmp_path: Path) -> None:
+    source, out = many(30, tmp_path / "in"), tmp_path / "out"
+    prepare([source], out, characters())
+    (out / "notes.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(AtlasError, match=r"holds other files \(notes\.md\)"):
+        prepare([source], out)
+    with pytest.raises(AtlasError, match="holds other files"):
+        prepare([source], source)
+    with pytest.raises(AtlasError, match="is a file"):
+        prepare([source], source / "0000.txt")
+    (tmp_path / "empty").mkdir()
+    assert prepare([source], tmp_path / "empty", characters()).dataset.folder == tmp_path / "empty"
+
+
+class Failing(CharacterTokenizer):
+    """Fails at the twentieth document, as a full disk or a bug would."""
+
+    error: BaseException = RuntimeError("a bug")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        if self.calls > 20:
+            raise self.error
+        return super().encode(text)
+
+
+def test_a_failure_in_the_middle_leaves_the_older_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = many(30, tmp_path / "in"), tmp_path / "out"
+    prepare([source], out, characters())
+    many(10, source, start=50)
+    for error, shown in (
+        (RuntimeError("a bug"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), AtlasError),
+    ):
+        monkeypatch.setattr(Failing, "error", error)
+        with pytest.raises(shown):
+            prepare([source], out, Tokenizer.wrap(Failing()))
+        assert len(documents_in(open_dataset(out, verify=True), "train")) > 20
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    abandoned = tmp_path / f".out.preparing-{gone.pid}"
+    running = tmp_path / f".out.preparing-{os.getppid()}"
+    for folder in (abandoned, running):
+        folder.mkdir()
+        (folder / "train-00000.npy").touch()
+    prepare([many(30, tmp_path / "in")], tmp_path / "out", characters())
+    assert (abandoned.exists(), running.exists()) == (False, True)
+
+
+# The command
+
+
+def test_prepare_command_prints_what_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    write_zip(Path("data/raw/archive.zip"), kaggle_files())
+    command = ["prepare", "--input", "data/raw/archive.zip", "--val-fraction", "0.2"]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    folder = str(Path("data/processed/wikipedia"))
+    assert output.out.startswith(f"{folder}: tokenizer gpt2 (50,257 tokens)\ntrain")
+    assert "AllCombined.txt is used; 3 parts that hold the same text are left out" in output.err
+    assert "60 articles, told apart by two or more empty lines before a title" in output.err
+    assert output.err.count("boundary: …") == 3
+    assert f"atlas train --train-data {folder}" in output.err
+
+    assert main(command) == 0
+    assert "unchanged" in capsys.readouterr().err
+    Path("poems.md").write_text("A poem of many words. " * 300, encoding="utf-8")
+    assert main(["prepare", "--input", "poems.md", "--train-tokenizer", "300"]) == 0
+    assert Tokenizer.load("data/processed/poems").vocab_size <= 300
+    capsys.readouterr()
+
+    (tmp_path / "data/processed/broken").mkdir()
+    (tmp_path / "data/processed/broken/dataset.json").write_text("{", encoding="utf-8")
+    assert main(["prepare", "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [
+        str(Path("data", *parts.split("/")))
+        for parts in ("processed/broken", "processed/poems", "processed/wikipedia", "raw/archive.zip")
+    ]
+    assert "cannot be read" in listed[0]
+    assert "tokenizer bpe" in listed[1]
+    assert "train 48 documents" in listed[2] or re.search(
+        r"train \d+ documents .* val \d+ documents", listed[2]
+    )
+    assert "text, not prepared" in listed[3]
+
+
+def test_prepare_command_refuses_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text", encoding="utf-8")
+    (tmp_path / "taken").write_text("a file", encoding="utf-8")
+    for arguments, reason in (
+        ([], "--input: is missing"),
+        (["--input", "a.txt", "--tokenizer", "nothing"], "tokenizer nothing: no such file"),
+        (["--input", "a.txt", "--tokenizer", "gpt2", "--train-tokenizer", "300"], "cannot be given together"),
+        (["--input", "a.txt", "--train-tokenizer", "100"], "at least 257 tokens"),
+        (["--input", "a.txt", "--output", "taken"], "taken: is a file"),
+        (["--input", "a.txt", "--output", "taken/below"], "taken"),
+    ):
+        assert main(["prepare", *arguments]) == 2
+        output = capsys.readouterr()
+        assert output.err.startswith("error: ")
+        assert reason in output.err
+        assert output.err.count("\n") == 1
+    assert main(["prepare", "--list"]) == 0
+    assert capsys.readouterr().out.startswith("nothing in data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "taken"]
+
+
+def test_prepare_data_script_runs_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "custom.py").write_text(
+        "class Bytes:\n    vocab_size, eos_id = 257, 256\n"
+        "    def encode(self, text): return list(text.encode())\n"
+        "    def decode(self, ids): return bytes(ids).decode()\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "a.txt").write_text("Some text. " * 30, encoding="utf-8")
+    script = ROOT / "scripts" / "prepare_data.py"
+    command = [sys.executable, str(script), "--input", "a.txt", "--tokenizer", "custom:Bytes"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer custom:Bytes (257 tokens)" in done.stdout
+    assert (tmp_path / "data" / "processed" / "a" / "train-00000.npy").is_file()
