@@ -50,7 +50,7 @@ def read_text(
         advance(len(chunk))
         text = replace_undecodable(decoder.decode(chunk), on_undecodable)
         yield text.removeprefix("\ufeff") if first else text
-        first = False
+        first = first and not text
     yield replace_undecodable(decoder.decode(b"", final=True), on_undecodable)
 
 
