@@ -1,14 +1,15 @@
 """`atlas <command>`: one small module per command, imported only when it is called.
 
 Each module holds one function of its own name whose typer annotations are its options, and imports its
-work inside it, so that `atlas --help` needs neither PyTorch nor a second. Here an `AtlasError` becomes one
-line and exit code 2.
+work inside it, so that `atlas --help` needs neither PyTorch nor a second. Here a mistake of the user's, in
+what they wrote or in what it names, becomes one line and exit code 2.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,17 +33,24 @@ COMMANDS = {
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 
+# What the parser raises: click's UsageError, which newer versions of typer bring along under a name of their own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `atlas` with `argv` (default: the process's) and return the exit code."""
     _speak_utf8()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
     try:
-        _build_app(invoked)(args=argv, prog_name="atlas")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+        code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
+    except _UsageError as error:
+        typer.echo(f"error: {_usage_problem(error, argv)}; see {_help_for(invoked)}", err=True)
+        return USER_MISTAKE
+    except typer.Abort:  # Ctrl-C, or the end of input, at a question
+        typer.echo("interrupted", err=True)
+        return INTERRUPTED
+    return code or 0
 
 
 def _build_app(invoked: str | None) -> typer.Typer:
@@ -50,13 +58,14 @@ def _build_app(invoked: str | None) -> typer.Typer:
     app = typer.Typer(
         help="Raw text → tokens → a GPT trained from scratch → text → a GGUF file that llama.cpp runs.",
         add_completion=False,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
     @app.callback()
-    def atlas(version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version)) -> None:
+    def atlas(
+        version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version),
+    ) -> None:
         pass
 
     for name, summary in COMMANDS.items():
@@ -87,6 +96,23 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+def _usage_problem(error: Exception, argv: Sequence[str]) -> str:
+    """`--max-tokens abc: must be a valid integer`: what the parser says in several lines and without the value."""
+    flags = getattr(getattr(error, "param", None), "opts", [])
+    message = str(getattr(error, "message", "")).removeprefix("Value error, ")
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        if flag in flags and message:
+            reason = message.replace("Input should be", "must be").rstrip(".")
+            return f"{flag} {value if equals else following}: {reason}"
+    whole: str = error.format_message()  # type: ignore[attr-defined]
+    return whole[0].lower() + whole[1:].rstrip(".")
+
+
+def _help_for(invoked: str | None) -> str:
+    return f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
 
 
 def _speak_utf8() -> None:
