@@ -97,6 +97,7 @@ def export_gguf(
     for tensor, weights in tensors.items():
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
     try:
+        _check_target(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         _check_space(output, sum(sizes.values()))
         try:
@@ -258,6 +259,14 @@ def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
         raise AtlasError(
             f"{name}: holds {largest:.3g}, more than f16's {LARGEST_F16:.0f}; use --quantize f32"
         )
+
+
+def _check_target(output: Path) -> None:
+    """A slip of the hand must not put the export in the place of a checkpoint."""
+    if output.is_file():
+        with open(output, "rb") as file:
+            if file.read(4) not in (b"GGUF", b""):
+                raise AtlasError(f"{output}: exists and is not a GGUF file; choose another name")
 
 
 def _check_space(output: Path, needed: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -85,7 +86,12 @@ def ask_llama_cpp(
         raise AtlasError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
     answer = json.loads(process.stdout.splitlines()[-1])
     continuations = [
-        [Step(token, dict(candidates)) for token, candidates in steps] for steps in answer["continuations"]
+        # JSON has no nan: llama.cpp says null.
+        [
+            Step(token, {id: math.nan if p is None else p for id, p in candidates})
+            for token, candidates in steps
+        ]
+        for steps in answer["continuations"]
     ]
     return Answer(answer["token_ids"], continuations)
 

@@ -9,10 +9,11 @@ PyTorch is fed llama.cpp's own text, so that a near-tie does not end the compari
 to the end of the context, so that no position stays unread.
 
 The bound. llama.cpp rounds where PyTorch does not: it looks GELU up in a table of f16 numbers, and rounds to
-f16 what it multiplies with f16 weights. What that does to a log-probability depends on the model: 1e-4 in a
-fresh one, 2e-3 (f32) and 4e-3 (f16) in a trained one of 4 layers, 8e-3 and 2e-2 in one that has learnt its
-text by heart. So PyTorch is run once more with the same roundings, and llama.cpp may be 3 times as far from
-the plain run as this one is; at least 5e-3, at most 0.1. The rule serves every type of file.
+f16 what it multiplies with f16 weights. How far that moves a log-probability depends on the model: 1e-4 in a
+fresh one, 1e-3 (f32) and 2e-3 (f16) in a trained one of 4 layers, 9e-3 and 2e-2 in one that has learnt a text
+by heart, so that no fixed number serves. Instead PyTorch is run once more with these roundings. llama.cpp was
+0.8 to 1.4 times as far from the plain run as this one in 104 proofs (2 to 12 layers, 32 to 384 wide, f32 and
+f16, on x86-64), and may be 3 times as far; with f16 weights 10 times, as some CPUs also add in f16.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ from atlas.model import AtlasLM
 from atlas.model.mlp import MLP
 from atlas.tokenizer import Tokenizer
 
-SMALLEST_BOUND, LARGEST_BOUND, ROUNDING_FACTOR = 5e-3, 0.1, 3.0
-"""Nats; and how much further than PyTorch's own rounded run llama.cpp may be."""
+SMALLEST_BOUND, LARGEST_BOUND = 1e-3, 0.1
+"""Nats; between them the bound follows from the model."""
+
+ROUNDING_FACTOR: dict[Quantization, float] = {"f32": 3.0, "f16": 10.0}
+"""How many times as far as PyTorch's own rounded run llama.cpp may be."""
 
 UNDERFLOW = -80.0
 """Below this log-probability llama.cpp's fp32 softmax runs out of numbers."""
@@ -141,7 +145,9 @@ def verify_gguf(
     told = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, gaps = _compare(read, quantize, prompts, answer.continuations)
-    bound = float(np.clip(ROUNDING_FACTOR * roundings.max(initial=0), SMALLEST_BOUND, LARGEST_BOUND))
+    bound = float(
+        np.clip(ROUNDING_FACTOR[quantize] * roundings.max(initial=0), SMALLEST_BOUND, LARGEST_BOUND)
+    )
     return Proof(
         num_tensors=len(expected),
         quantize=quantize,
@@ -191,7 +197,7 @@ def _compare(
             rounded = _logprobs(model, prompt, steps)
         for row, rounded_row, step in zip(plain, rounded, steps, strict=True):
             for id, logprob in step.logprobs.items():
-                if logprob > UNDERFLOW:
+                if not logprob <= UNDERFLOW:  # nan is compared, and fails
                     differences.append(abs(logprob - row[id].item()))
                     roundings.append((rounded_row[id] - row[id]).abs().item())
             gaps.append((row.max() - row[step.token]).item())

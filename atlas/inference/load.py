@@ -33,7 +33,13 @@ def load_model(path: str | Path, *, device: str = "cpu", tokenizer: str | None =
     checkpoint. Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
     """
     path = find_checkpoint(path)
-    contents = load_checkpoint(path)
+    return model_of(load_checkpoint(path), path, device=device, tokenizer=tokenizer)
+
+
+def model_of(
+    contents: dict[str, Any], path: Path, *, device: str = "cpu", tokenizer: str | None = None
+) -> LoadedModel:
+    """The same, from the contents that `load_checkpoint` read from `path`."""
     config = resolve(contents["config"])
     saved = contents["tokenizer"]
     own = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.from_state(saved)
