@@ -116,7 +116,7 @@ def _windows_of_updates(
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but the parent decides when to stop; and SIGTERM, by
-    which the parent ends its workers, must not run the handler that a fork inherited from it."""
+    """Ctrl-C, and a machine that shuts down, signal every process of a run; the parent decides when to stop
+    and still wants its batches until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
