@@ -1,32 +1,28 @@
-"""Text in every form it comes in → documents → a dataset, and `atlas prepare`."""
+"""Documents → a dataset, and `atlas prepare`."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from io import BytesIO
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas.cli import main
-from atlas.data import PreparedDataset, articles, open_dataset, prepare, text
-from atlas.data.articles import WIKIPEDIA_ARTICLES, WIKIPEDIA_CHARS, ArticleReport, split_articles
-from atlas.data.sources import SourceReport, Sources
+from atlas.data import PreparedDataset, open_dataset, prepare, text
+from atlas.data.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
+from tests.archive import ARTICLES, kaggle_files, write_folder, write_zip
 from tests.toy import CharacterTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -34,22 +30,6 @@ ROOT = Path(__file__).parents[1]
 
 def characters() -> Tokenizer:
     return Tokenizer.wrap(CharacterTokenizer())
-
-
-def whole(pieces: Any) -> list[str]:
-    """The documents that pieces make up."""
-    documents, started = [""], False
-    for piece in pieces:
-        documents[-1] += piece.text
-        started = True
-        if piece.ends_document:
-            documents.append("")
-            started = False
-    return documents if started else documents[:-1]
-
-
-def documents_of(*paths: Path, **options: Any) -> list[str]:
-    return whole(Sources(paths, **options).documents())
 
 
 def documents_in(dataset: PreparedDataset, split: str) -> list[str]:
@@ -64,246 +44,7 @@ def documents_in(dataset: PreparedDataset, split: str) -> list[str]:
     return [tokenizer.decode(document).removesuffix("<|endoftext|>") for document in ids]
 
 
-def article(number: int, *, newline: str = "\n") -> str:
-    lines = [
-        f"Title of {number}",
-        "",
-        f"Article {number} begins here. It has sentences.",
-        "And a second line.",
-        "",
-        f"Its last paragraph counts to {number}.",
-    ]
-    return newline.join(lines)
-
-
-def kaggle_files(
-    count: int = 60, gap: str = "\n\n\n", *, combined: bool = True, newline: str = "\n"
-) -> dict[str, str]:
-    """An archive in the layout of plaintext-wikipedia-simpleenglish; one part ends in mid-article."""
-    everything = gap.replace("\n", newline).join(article(n, newline=newline) for n in range(count)) + newline
-    third = len(everything) // 3
-    parts = {
-        "1of2/wiki_00": everything[:third],
-        "1of2/wiki_01": everything[third : 2 * third],
-        "2of2/wiki_00": everything[2 * third :],
-    }
-    return {"AllCombined.txt": everything, **parts} if combined else parts
-
-
-def write_zip(path: Path, files: dict[str, str | bytes], order: Sequence[str] | None = None) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in order or files:
-            archive.writestr(name, files[name])
-    return path
-
-
-def write_folder(path: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content.encode())
-    return path
-
-
-ARTICLES = [article(n) for n in range(60)]
-
-
-# The Kaggle archive
-
-
-def test_the_archive_is_read_once_from_any_of_its_forms(tmp_path: Path) -> None:
-    both, parts = kaggle_files(), kaggle_files(combined=False)
-    shuffled = list(both)
-    random.Random(0).shuffle(shuffled)
-    forms = [
-        write_zip(tmp_path / "both.zip", both),
-        write_zip(tmp_path / "shuffled.zip", both, shuffled),
-        write_zip(tmp_path / "parts.zip", parts),
-        write_zip(tmp_path / "nested.zip", {f"archive/data/{name}": text for name, text in both.items()}),
-        write_folder(tmp_path / "both", both),
-        write_folder(tmp_path / "parts", parts),
-        tmp_path / "both" / "AllCombined.txt",
-    ]
-    for form in forms:
-        assert documents_of(form) == ARTICLES, form
-
-
-def test_both_splits_are_the_same_from_any_form(tmp_path: Path) -> None:
-    both = write_zip(tmp_path / "both.zip", kaggle_files())
-    parts = write_folder(tmp_path / "parts", kaggle_files(combined=False))
-    splits = []
-    for number, form in enumerate((both, parts)):
-        dataset = prepare([form], tmp_path / f"out{number}", characters(), val_fraction=0.3).dataset
-        splits.append((documents_in(dataset, "train"), documents_in(dataset, "val")))
-    assert splits[0] == splits[1]
-    train, val = splits[0]
-    assert Counter(train + val) == Counter(ARTICLES)
-    assert 5 < len(val) < 30
-
-
-def test_a_text_beside_the_archive_is_read_too(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "raw", {**kaggle_files(3), "other/notes.txt": "Notes of my own."})
-    assert documents_of(folder) == [*ARTICLES[:3], "Notes of my own."]
-    assert Sources([folder]).left_out == [str(folder / name) for name in sorted(kaggle_files(combined=False))]
-
-
-def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    everything = kaggle_files()["AllCombined.txt"]
-    size = len(everything) // 12 + 1
-    parts = {f"{n + 1}of12/wiki_00": everything[n * size : (n + 1) * size] for n in range(12)}
-    assert documents_of(write_zip(tmp_path / "a.zip", parts)) == ARTICLES
-
-
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-@pytest.mark.parametrize("gap", ["\n\n\n", "\n\n \t\n\n\n", "\n\n"])
-def test_articles_by_empty_lines_or_by_titles(gap: str, newline: str) -> None:
-    report = ArticleReport()
-    source = kaggle_files(gap=gap, newline=newline)["AllCombined.txt"]
-    found = whole(split_articles([source], report))
-    assert found == [article(n, newline=newline) for n in range(60)]
-    assert report.articles == 60
-    assert report.rule.startswith("the title's form" if gap == "\n\n" else "two or more empty lines")
-    assert len(report.boundaries) == 3
-    assert report.boundaries[0].startswith("…Its last paragraph counts to 0. ⏎⏎")
-    assert report.boundaries[0].endswith(" Title of 1")
-
-
-def test_what_looks_like_a_title_but_is_none() -> None:
-    """A heading right under the title, a list, a one-line paragraph with a full stop, a colon."""
-    april = "April\n\nMonth of the year\n\nApril is the fourth month.\n\nIts days:\n\nMonday\nTuesday\n\nShort one."
-    august = "August\n\nAugust is the eighth month."
-    assert whole(split_articles([f"{april}\n\n{august}\n"], ArticleReport())) == [april, august]
-
-
-def test_stray_empty_lines_do_not_decide() -> None:
-    """Runs of empty lines before what is no title are not what sets articles apart."""
-    text = "\n\n".join(
-        f"Title {n}\n\nA sentence, and another one here.\n\n\nthen one more after a gap, in small letters."
-        for n in range(9)
-    )
-    report = ArticleReport()
-    found = whole(split_articles([text], report))
-    assert [document.splitlines()[0] for document in found] == [f"Title {n}" for n in range(9)]
-
-
-@given(cuts=st.lists(st.integers(0, 4000), max_size=12), gap=st.sampled_from(["\n\n\n", "\n\n"]))
-@settings(deadline=None, max_examples=60)
-def test_articles_do_not_depend_on_how_the_bytes_arrive(cuts: list[int], gap: str) -> None:
-    source = "\n\n\n" + kaggle_files(20, gap=gap)["AllCombined.txt"] + "\n\n \n"
-    places = [0, *sorted(cuts), len(source)]
-    chunks = [source[start:end] for start, end in itertools.pairwise(places)]
-    assert whole(split_articles(chunks, ArticleReport())) == ARTICLES[:20]
-
-
-def test_a_size_like_the_real_archive_warns_of_another_number_of_articles() -> None:
-    assert ArticleReport(articles=WIKIPEDIA_ARTICLES, chars=WIKIPEDIA_CHARS).warning is None
-    assert ArticleReport(articles=900, chars=500_000).warning is None
-    assert "about 249,396 articles, 31,000 were found" in str(
-        ArticleReport(articles=31_000, chars=WIKIPEDIA_CHARS).warning
-    )
-
-
-def test_long_articles_are_handed_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PIECE_CHARS", 50)
-    monkeypatch.setattr(articles, "PIECE_CHARS", 50)
-    paragraphs = ["First", "", "word " * 100, "x" * 300, "", "The end."]
-    long, next_one = "\n".join(paragraphs), "Second\n\nShort."
-    source = f"{long}\n\n\n{next_one}"
-    chunks = [source[start : start + 40] for start in range(0, len(source), 40)]
-    pieces = list(split_articles(chunks, ArticleReport()))
-    assert whole(pieces) == [long, next_one]
-    assert max(len(piece.text) for piece in pieces) <= 50
-
-
-# Other sources
-
-
-def test_a_file_is_a_document_and_its_bytes_are_kept(tmp_path: Path) -> None:
-    files = {
-        "b.txt": " Two\r\n\r\nlines \n",
-        "a.md": "# Title\n\ntext 🙂",
-        "c/d.TXT": "deep",
-        "e.txt": "",
-        "f.txt": " \n\t\n",
-        ".hidden.txt": "no",
-        ".git/x.txt": "no",
-        "picture.png": "no",
-    }
-    folder = write_folder(tmp_path / "folder", files)
-    expected = [files[name] for name in ("a.md", "b.txt", "c/d.TXT")]
-    sources = Sources([folder])
-    assert whole(sources.documents()) == expected
-    assert sources.ignored == ["picture.png"]
-    zipped = files | {"__MACOSX/a.txt": "no"}
-    assert documents_of(write_zip(tmp_path / "folder.zip", zipped)) == expected
-    assert documents_of(folder / "b.txt", folder, folder / "a.md") == [
-        files[n] for n in ("b.txt", "a.md", "c/d.TXT")
-    ]
-
-
-def test_rows_are_documents(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = ['{"text": "one\\n", "id": 1}', "", '{"text": "  "}', '{"text": "tw\\u00f6 \\ud83d\\ude42"}']
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
-    assert documents_of(path) == ["one\n", "twö 🙂"]
-    path.write_text('{"body": "other"}\n', encoding="utf-8")
-    assert documents_of(path, text_field="body") == ["other"]
-    assert documents_of(write_zip(tmp_path / "rows.zip", {"x/rows.jsonl": '{"text": "zipped"}'})) == [
-        "zipped"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ('{"text": "open', "line 3: is not JSON"),
-        ("[" * 100_000, "line 3: is not JSON"),
-        ("[1]", "line 3: is list, not an object"),
-        (
-            '{"body": "x", "id": 1}',
-            "line 3: has no field 'text', but body, id; name the field with --text-field",
-        ),
-        ('{"text": 7}', "line 3: field 'text' is int, not text"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line(row: str, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"text": "fine"}}\n\n{row}\n', encoding="utf-8")
-    with pytest.raises(AtlasError, match=re.escape(reason)):
-        documents_of(path)
-
-
-def test_undecodable_bytes_are_replaced_counted_and_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9, na\xefve" + "é".encode())
-    (tmp_path / "b.txt").write_text("fine: é", encoding="utf-8")
-    (tmp_path / "c.jsonl").write_bytes(b'{"text": "lone \\ud800 and \xff"}')
-    report = SourceReport()
-    assert whole(Sources([tmp_path]).documents(report)) == [
-        "caf\ufffd, na\ufffdveé",
-        "fine: é",
-        "lone \ufffd and \ufffd",
-    ]
-    assert report.undecodable == {str(tmp_path / "a.txt"): 2, str(tmp_path / "c.jsonl"): 2}
-    (tmp_path / "d.txt").write_bytes("text".encode("utf-16"))
-    with pytest.raises(AtlasError, match=r"d\.txt: is UTF-16 text; save it as UTF-8"):
-        documents_of(tmp_path)
-
-
-@given(content=st.binary(max_size=300), size=st.integers(1, 7))
-@settings(deadline=None, max_examples=100)
-def test_decoding_does_not_depend_on_how_the_bytes_arrive(content: bytes, size: int) -> None:
-    class Dripping(BytesIO):
-        def read(self, _: int | None = -1, /) -> bytes:
-            return super().read(size)
-
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return
-    counts: list[int] = []
-    found = "".join(
-        text.read_text(Dripping(content), "x", advance=lambda _: None, on_undecodable=counts.append)
-    )
-    expected = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-    assert found == re.sub("[\ud800-\udfff]", "\ufffd", expected)
-    assert sum(counts) == sum(0xD800 <= ord(char) < 0xE000 for char in expected)
+# Bad input
 
 
 def make_broken_zip(path: Path) -> None:
@@ -334,7 +75,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "windows.zip": (lambda p: write_zip(p, {"..\\b.txt": "x"}), "points outside the archive"),
     "drive.zip": (lambda p: write_zip(p, {"C:\\b.txt": "x"}), "points outside the archive"),
     "folder": (lambda p: p.mkdir(), "nothing to read"),
-    "blank.txt": (lambda p: p.write_text(" \n"), "holds no text to train on"),
+    "blank.txt": (lambda p: p.write_text(" \n"), "holds no text"),
 }
 
 
@@ -355,6 +96,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 # Documents → dataset
+
+
+def test_both_splits_are_the_same_from_any_form(tmp_path: Path) -> None:
+    both = write_zip(tmp_path / "both.zip", kaggle_files())
+    parts = write_folder(tmp_path / "parts", kaggle_files(combined=False))
+    splits = []
+    for number, form in enumerate((both, parts)):
+        dataset = prepare([form], tmp_path / f"out{number}", characters(), val_fraction=0.3).dataset
+        splits.append((documents_in(dataset, "train"), documents_in(dataset, "val")))
+    assert splits[0] == splits[1]
+    train, val = splits[0]
+    assert Counter(train + val) == Counter(ARTICLES)
+    assert 5 < len(val) < 30
 
 
 def many(count: int, folder: Path, start: int = 0) -> Path:
@@ -608,7 +362,7 @@ def test_prepare_command_refuses_what_it_cannot_do(
         (["--input", "a.txt", "--tokenizer", "nothing"], "tokenizer nothing: no such file"),
         (["--input", "a.txt", "--tokenizer", "gpt2", "--train-tokenizer", "300"], "cannot be given together"),
         (["--input", "a.txt", "--train-tokenizer", "100"], "at least 257 tokens"),
-        (["--input", "a.txt", "--output", "taken"], "taken: is a file"),
+        (["--input", "a.txt", "--output", "taken"], "is a file"),
         (["--input", "a.txt", "--output", "taken/below"], "taken"),
     ):
         assert main(["prepare", *arguments]) == 2
