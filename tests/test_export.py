@@ -31,6 +31,7 @@ from atlas.export.verify import Proof, verify_gguf
 from atlas.model import AtlasLM, build_model
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer
+from atlas.tokenizer.byte_level import CHAR_OF_BYTE
 from atlas.training.checkpoint import CheckpointManager
 from tests.conftest import corpus
 from tests.toy import CharacterTokenizer
@@ -329,6 +330,19 @@ def test_llama_cpp_says_what_a_model_with_gpt2_s_vocabulary_says(
 
 
 @needs_llama_cpp
+def test_tokens_that_are_half_a_character_are_compared_too(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+    half = bpe.token_strings().index(CHAR_OF_BYTE["🙂".encode()[0]])
+    model = sharp_model(bpe, tie_embeddings=False)
+    with torch.no_grad():
+        model.final_norm.bias[0] = 5
+        model.lm_head.weight[half, 0] = 5
+    export_gguf(model, bpe, tmp_path / "m.gguf", quantize="f32")
+    proof = verify_gguf(tmp_path / "m.gguf", model, bpe, quantize="f32", max_tokens=10)
+    assert proof.holds, str(proof)
+    assert proof.num_logprobs == 10 * proof.num_steps
+
+
+@needs_llama_cpp
 def test_greedy_text_goes_on_after_an_end_of_text(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     model = sharp_model(bpe, tie_embeddings=False)
     with torch.no_grad():
@@ -433,6 +447,21 @@ def test_another_computation_fails(
     assert not proof.text_differences
     assert not proof.holds
     assert "DIFFERENT  log-probabilities" in str(proof)
+
+
+@needs_llama_cpp
+def test_activations_beyond_f16_fail_the_f16_file_and_not_the_f32_file(
+    tmp_path: Path, bpe: ByteLevelTokenizer
+) -> None:
+    """Not made up: weights that f16 holds well, and sums that it does not."""
+    model = sharp_model(bpe)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.bias += 70_000
+        model.blocks[0].mlp.down.weight *= 1e-4
+    assert proof_of(tmp_path, model, bpe, "f32", max_tokens=5).holds
+    proof = proof_of(tmp_path, model, bpe, "f16", max_tokens=5)
+    assert not proof.file_differences
+    assert not proof.holds
 
 
 def told(

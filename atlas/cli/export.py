@@ -79,9 +79,8 @@ def _prove(loaded: LoadedModel, output: Path, quantize: Quantization, texts: Seq
     _say(str(proof))
     if not proof.holds:
         failed = ", ".join(name for name, agrees, _ in proof.checks if not agrees)
-        raise AtlasError(
-            f"{output}: llama.cpp does not say what the model says ({failed}); do not use this file"
-        )
+        remedy = "try --quantize f32" if quantize == "f16" else "do not use this file"
+        raise AtlasError(f"{output}: llama.cpp does not say what the model says ({failed}); {remedy}")
     _say("proved: llama.cpp says what the model says")
 
 

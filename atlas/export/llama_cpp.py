@@ -29,10 +29,7 @@ NUM_CANDIDATES = 10
 
 @dataclass(frozen=True)
 class Step:
-    """One token of llama.cpp's greedy text, and the log-probabilities it chose from, by token id.
-
-    llama.cpp gives no log-probabilities where the token ends inside a UTF-8 character.
-    """
+    """One token of llama.cpp's greedy text, and the log-probabilities of the likeliest tokens, by id."""
 
     token: int
     logprobs: dict[int, float]
@@ -134,7 +131,6 @@ def _load(path: str, context: int, threads: int) -> Any:
     params.no_kv_offload = params.no_op_offload = True
     params.fit_params = False
     params.warmup = False
-    params.ui = False
     params.verbosity = 1  # errors only
     return xllamacpp.Server(params)
 
@@ -154,27 +150,19 @@ def _door(server: Any) -> Callable[[str, dict[str, Any]], Any]:
 
 
 def _continue(post: Callable[[str, dict[str, Any]], Any], prompt: list[int], length: int) -> list[Any]:
-    """[token, [[candidate, log-probability], …]] a step.
+    """[token, [[candidate, log-probability], …]] a step; the token is llama.cpp's likeliest.
 
-    Token by token, so that llama.cpp goes on after an end of text, and no log-probability of another
-    token is left out; its cache keeps what it has computed.
+    Each step is a request for one token more; the cache keeps what was computed. The request is made to say
+    "a", whatever is likely: over text that ends inside a character or the document llama.cpp's server stops,
+    withholds the log-probabilities or, in older versions, fails. Log-probabilities are taken before the bias.
     """
+    [letter] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
+    forced = {"n_predict": 1, "temperature": 0, "n_probs": NUM_CANDIDATES, "logit_bias": [[letter, 1000.0]]}
     ids, steps = list(prompt), []
     for _ in range(length):
-        body = {
-            "prompt": ids,
-            "n_predict": 1,
-            "temperature": 0,
-            "n_probs": NUM_CANDIDATES,
-            "return_tokens": True,
-        }
-        answer = post("/completion", body | {"cache_prompt": True})
-        [token] = answer["tokens"]
-        candidates = [
-            [candidate["id"], candidate["logprob"]]
-            for said in answer.get("completion_probabilities", [])
-            for candidate in said["top_logprobs"]
-        ]
+        [said] = post("/completion", forced | {"prompt": ids})["completion_probabilities"]
+        candidates = [[candidate["id"], candidate["logprob"]] for candidate in said["top_logprobs"]]
+        token = candidates[0][0]
         steps.append([token, candidates])
         ids.append(token)
     return steps

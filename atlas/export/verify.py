@@ -145,9 +145,8 @@ def verify_gguf(
     told = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, gaps = _compare(read, quantize, prompts, answer.continuations)
-    bound = float(
-        np.clip(ROUNDING_FACTOR[quantize] * roundings.max(initial=0), SMALLEST_BOUND, LARGEST_BOUND)
-    )
+    moved = ROUNDING_FACTOR[quantize] * np.nan_to_num(roundings, nan=np.inf).max(initial=0)
+    bound = float(np.clip(moved, SMALLEST_BOUND, LARGEST_BOUND))
     return Proof(
         num_tensors=len(expected),
         quantize=quantize,
@@ -214,23 +213,25 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
-    """GELU's input and output pass through f16; with f16 weights, so does all that is multiplied with them."""
-
-    def output(module: nn.Module, inputs: tuple[Tensor], result: Tensor) -> Tensor:
-        return result.half().float()
-
-    def input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0].half().float(),)
-
+    """GELU's input and output are f16; with f16 weights, so is all that is multiplied with them."""
     mlps = [module for module in model.modules() if isinstance(module, MLP)]
-    multiplying: list[nn.Module] = [mlp.down for mlp in mlps]
-    hooks = [mlp.up.register_forward_hook(output) for mlp in mlps]
+    hooks = [mlp.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])) for mlp in mlps]
+    hooks += [mlp.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])) for mlp in mlps]
     if quantize == "f16":
-        multiplying = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        hooks.append(model.final_norm.register_forward_hook(output))
-    hooks += [module.register_forward_pre_hook(input) for module in multiplying]
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        hooks += [module.register_forward_pre_hook(lambda _, args: _as_f16(args[0])) for module in linear]
+        hooks.append(model.final_norm.register_forward_hook(lambda *args: _as_f16(args[-1])))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _as_in_gelu_table(x: Tensor) -> Tensor:
+    """llama.cpp's table serves -10 to 10; beyond, GELU is 0 or its input."""
+    return torch.where(x.abs() < 10, _as_f16(x), x)
+
+
+def _as_f16(x: Tensor) -> Tensor:
+    return x.half().float()
