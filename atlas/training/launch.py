@@ -16,6 +16,7 @@ from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, build_model
 from atlas.training.checkpoint import CheckpointManager, tensor_bytes
+from atlas.training.loss import load_loss
 from atlas.training.metrics import RunLog
 from atlas.training.runtime import cpu_only_build_with_nvidia_driver, restore_machine, setup_runtime
 from atlas.training.schedule import horizon_steps
@@ -24,13 +25,17 @@ from atlas.training.trainer import Trainer, TrainState
 
 
 def start_run(start: Start) -> Trainer:
-    """Build the trainer; from here on files are written."""
+    """Build the trainer. What can be refused is refused first; files are written from `_claim` on."""
     config, folder = start.config, start.folder
     runtime = setup_runtime(config)
     train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
     val_data = (
         SequenceDataset(start.data.val, config.model.max_seq_len, pad_last=True) if start.data.val else None
     )
+    model = build_model(config.model, seed=None if start.contents else config.seed)
+    if start.contents:
+        _load_weights(model, start.contents, start.source)
+    custom_loss = load_loss(config.training.loss) if config.training.loss else None
     _claim(folder)
     _move_aside(folder, start.set_aside, start.notes)
     log = RunLog(folder)
@@ -46,9 +51,6 @@ def start_run(start: Start) -> Trainer:
     resumes = start.mode == "resume"
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
     state = _resumed_state(start, len(train_data), log) if resumes else _fresh_state(config, len(train_data))
-    model = build_model(config.model, seed=None if start.contents else config.seed)
-    if start.contents:
-        _load_weights(model, start.contents, start.source)
     trainer = Trainer(
         config,
         model,
@@ -63,6 +65,7 @@ def start_run(start: Start) -> Trainer:
         state=state,
         checkpoints=checkpoints,
         log=log,
+        custom_loss=custom_loss,
         initialized_from=start.contents.get("initialized_from")
         if resumes
         else str(start.source or "") or None,

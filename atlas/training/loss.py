@@ -6,7 +6,6 @@ whole accumulated update. A mean of micro-batch means would weigh a token by the
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
+from atlas.tokenizer.custom import import_object
+from atlas.tokenizer.tokenizer import DOTTED_NAME
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
@@ -44,12 +45,13 @@ def compute_lm_loss(
 
 
 def load_loss(dotted: str) -> LossFunction:
-    """The function that `training.loss: package.module:function` names."""
-    module_name, _, name = dotted.partition(":")
+    """The function that `training.loss: package.module:function` names; found in the working folder, too."""
+    if not DOTTED_NAME.fullmatch(dotted):
+        raise AtlasError(f"training.loss: {dotted}: write it as package.module:function")
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AtlasError(f"training.loss: {dotted}: {error}; write it as package.module:function") from None
+        function = import_object(dotted)
+    except AtlasError as error:
+        raise AtlasError(f"training.loss: {error}") from None
     if not callable(function):
         raise AtlasError(f"training.loss: {dotted} is not a function")
     return function  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from atlas.training.checkpoint import CheckpointManager
 from atlas.training.evaluate import Evaluation, evaluate, fixed_subset
 from atlas.training.guard import require_finite
 from atlas.training.interrupt import StopRequest
-from atlas.training.loss import compute_lm_loss, load_loss
+from atlas.training.loss import LossFunction, compute_lm_loss
 from atlas.training.manifest import FORMAT_VERSION
 from atlas.training.metrics import RunLog, perplexity
 from atlas.training.optimizer import build_optimizer
@@ -80,6 +80,7 @@ class Trainer:
         state: TrainState,
         checkpoints: CheckpointManager,
         log: RunLog,
+        custom_loss: LossFunction | None = None,
         initialized_from: str | None = None,
     ) -> None:
         self.config = config
@@ -98,7 +99,7 @@ class Trainer:
         self.initialized_from = initialized_from
         self.optimizer = build_optimizer(self.model, config.training)
         self.scaler = runtime.grad_scaler()
-        self.custom_loss = load_loss(config.training.loss) if config.training.loss else None
+        self.custom_loss = custom_loss
         self.stop = StopRequest()
         self.last_saved: list[Path] = []
         self._last_loss: Tensor | None = None
