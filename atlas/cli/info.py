@@ -24,7 +24,11 @@ def info(
     ],
 ) -> None:
     """Say what a checkpoint, dataset, tokenizer, GGUF or config file is."""
+    from atlas.config.presets import preset_names
+
     file = Path(path)
+    if not file.exists() and file.suffix != ".pt" and path not in preset_names():
+        raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if file.is_dir():
         facts = _dataset(file) if (file / "dataset.json").exists() else _output_folder(file)
     elif file.suffix == ".pt":
@@ -33,7 +37,7 @@ def info(
         facts = _gguf(file)
     elif file.suffix == ".json":
         facts = _tokenizer(file)
-    elif file.suffix in (".yaml", ".yml") or not file.exists():
+    elif file.suffix in (".yaml", ".yml") or path in preset_names():
         facts = _config(path)
     else:
         raise AtlasError(f"{path}: is none of .pt, .gguf, .json, .yaml, or a folder that Atlas made")
@@ -106,8 +110,8 @@ def _output_folder(folder: Path) -> Facts:
 def _dataset(folder: Path) -> Facts:
     from atlas.data import open_dataset
 
-    dataset = open_dataset(folder)
-    yield "dataset", folder
+    dataset = open_dataset(folder, verify=True)
+    yield "dataset", f"{folder}, whole: every byte checked"
     state = dataset.tokenizer_state
     yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
     for name in ("train", "val"):
@@ -140,7 +144,9 @@ def _gguf(path: Path) -> Facts:
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if ".tokens" not in name}
-        tokens = reader.fields["tokenizer.ggml.tokens"].data if "tokenizer.ggml.tokens" in reader.fields else ()
+        tokens = (
+            reader.fields["tokenizer.ggml.tokens"].data if "tokenizer.ggml.tokens" in reader.fields else ()
+        )
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise AtlasError(f"{path}: is not a whole GGUF file: {str(error).splitlines()[-1].strip()}") from None
     yield "GGUF file", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class SequenceDataset(Dataset[tuple[Tensor, Tensor]]):
         self._num_windows = -(-num_targets // max_seq_len) if pad_last else num_targets // max_seq_len
         if self._num_windows == 0:
             raise AtlasError(
-                f"{stream.folder}: {stream.num_tokens} tokens are too few for one sequence of "
+                f"{stream.name}: {stream.num_tokens} tokens are too few for one sequence of "
                 f"max_seq_len {max_seq_len} (it takes {2 if pad_last else max_seq_len + 1}); "
                 "give more text, or set a smaller model.max_seq_len"
             )
@@ -79,4 +80,4 @@ class TextDataset(SequenceDataset):
         paths = [files] if isinstance(files, (str, Path)) else list(files)
         stream = open_dataset(prepare_text_cached(paths, self.tokenizer, val_fraction=0.0)).split("train")
         assert stream is not None
-        super().__init__(stream, max_seq_len)
+        super().__init__(replace(stream, name=", ".join(map(str, paths))), max_seq_len)

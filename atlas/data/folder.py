@@ -29,8 +29,9 @@ def refuse_foreign(output: Path) -> None:
             raise AtlasError(
                 f"{output}: is not empty and no prepared dataset; choose another folder with --output"
             )
-    elif output.exists():
-        raise AtlasError(f"{output}: is a file; choose a folder with --output")
+    in_the_way = next((place for place in (output, *output.parents) if place.is_file()), None)
+    if in_the_way:
+        raise AtlasError(f"{in_the_way}: is a file; choose a folder with --output")
 
 
 @contextmanager

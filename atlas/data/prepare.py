@@ -31,7 +31,7 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
 SHARD_TOKENS = 100_000_000
-_BATCH_CHARS = 4 << 20
+_BATCH_CHARS = 1 << 20
 _BATCH_PARTS = 4096
 
 
@@ -88,7 +88,9 @@ def prepare(
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer)
     if tokenizer and train_tokenizer:
-        raise AtlasError(f"tokenizer {tokenizer.name}: cannot be given together with training a new one")
+        raise AtlasError(
+            f"tokenizer {tokenizer.name}: cannot be given together with training a new one; give one of them"
+        )
     if not tokenizer and not train_tokenizer:
         tokenizer = Tokenizer.gpt2()
     with _file_errors():
@@ -135,6 +137,8 @@ def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, option
     existing = _existing(output, key)
     if existing:
         return Summary(existing, unchanged=True)
+    if next(sources.documents(), None) is None:
+        raise AtlasError(f"{sources.names}: holds no text to train on; give some that does")
     rule = SplitRule.choose(sources.documents(), options.val_fraction)
     tokenizer = tokenizer or _train_tokenizer(sources, rule, options)
     report = SourceReport()
@@ -143,7 +147,10 @@ def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, option
             parts = rule.assign(sources.documents(report, advance))
             splits = _write_shards(folder, parts, tokenizer, options.shard_tokens)
         if "train" not in splits:
-            raise AtlasError(f"{sources.names}: holds no text to train on; give more, or less --val-fraction")
+            raise AtlasError(
+                f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "
+                "give more text, or a smaller fraction"
+            )
         if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
             tokenizer.save(folder / "tokenizer.json")
         Manifest(

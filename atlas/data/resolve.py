@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atlas.data.prepare import prepare_text_cached
@@ -50,9 +50,10 @@ def resolve_data(
         notes = dataset.manifest.notes
     train = dataset.split("train")
     assert train is not None
+    val = dataset.split("val") if val_data is None else _validation_stream(val_data, tokenizer)
     return ResolvedData(
-        train=train,
-        val=dataset.split("val") if val_data is None else _validation_stream(val_data, tokenizer),
+        train=replace(train, name=str(train_data)),
+        val=val,
         tokenizer=tokenizer,
         fingerprint=dataset.fingerprint,
         notes=notes,
@@ -67,7 +68,7 @@ def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> TokenStrea
         dataset = open_dataset(prepare_text_cached([val_data], tokenizer, val_fraction=0.0))
     stream = dataset.split("val") or dataset.split("train")
     assert stream is not None
-    return stream
+    return replace(stream, name=str(val_data))
 
 
 def _refuse_other_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer | None) -> None:

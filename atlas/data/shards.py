@@ -99,6 +99,8 @@ class TokenStream:
     record: SplitRecord
     dtype: str
     eos_id: int
+    name: str
+    """What the user calls it: the dataset's folder, or the text that was prepared into a cache."""
     _ends: list[int] = field(init=False, repr=False)
     _maps: dict[int, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
@@ -185,7 +187,8 @@ class PreparedDataset:
         record = self.manifest.splits.get(name)
         if record is None:
             return None
-        return TokenStream(self.folder, record, self.manifest.dtype, int(self.tokenizer_state["eos_id"]))
+        eos_id = int(self.tokenizer_state["eos_id"])
+        return TokenStream(self.folder, record, self.manifest.dtype, eos_id, name=str(self.folder))
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -204,7 +207,8 @@ def open_dataset(folder: str | Path, *, verify: bool = False) -> PreparedDataset
         try:
             state["json"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise AtlasError(f"{folder / 'tokenizer.json'}: {error}; prepare the dataset again") from None
+            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+            raise AtlasError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
     for record in manifest.splits.values():
         for shard in record.shards:
             _check_file(folder / shard.file, np.dtype(manifest.dtype), shard.tokens)
