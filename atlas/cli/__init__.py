@@ -89,7 +89,7 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except AtlasError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

@@ -33,7 +33,7 @@ def generate(
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per text.")] = 100,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per text.", min=1)] = 100,
     temperature: Annotated[
         float, typer.Option(help="0: always the likeliest token; higher: more random.")
     ] = 0.8,
@@ -63,6 +63,10 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if prompt is not None else _read_prompts(prompts_file) if prompts_file else []
+    if output_file and (Path(output_file).is_dir() or not Path(output_file).parent.is_dir()):
+        raise AtlasError(
+            f"--output-file {output_file}: cannot be written; name a file in a folder that exists"
+        )
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
     if seed is None:
         seed = secrets.randbelow(2**31)
@@ -123,7 +127,9 @@ class _Run:
                 for prompt, text in self.texts(rows):
                     file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise AtlasError(f"--output-file {path}: cannot be written: {error.strerror}") from None
+            raise AtlasError(
+                f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
+            ) from None
         typer.echo(f"{len(rows)} texts written to {path}", err=True)
 
     def _stream(self, rows: list[str], first_row: int) -> Iterator[list[str]]:
@@ -154,8 +160,12 @@ def _write(text: str) -> None:
 def _read_prompts(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AtlasError(f"--prompts-file {path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise AtlasError(
+            f"--prompts-file {path}: cannot be read ({error.strerror}); give a text file with a prompt on each line"
+        ) from None
+    except UnicodeDecodeError:
+        raise AtlasError(f"--prompts-file {path}: is not UTF-8 text; save it as UTF-8") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise AtlasError(f"--prompts-file {path}: holds no prompt; write one on each line")

@@ -74,8 +74,14 @@ def read_yaml(path: str | Path) -> Layer:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise AtlasError(f"{path}: no such config file; the presets are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AtlasError(f"{path}: cannot be read as a config file: {error}") from None
+    except OSError as error:
+        raise AtlasError(
+            f"{path}: cannot be read as a config file ({error.strerror}); give a YAML file"
+        ) from None
+    except UnicodeDecodeError:
+        raise AtlasError(
+            f"{path}: cannot be read as a config file: it is not UTF-8 text; give a YAML file"
+        ) from None
     values = _decode_yaml(text, str(path))
     if values is None:
         return {}

@@ -177,7 +177,8 @@ def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda lin
     """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
     or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run."""
     path = find_checkpoint(path)
-    if sidecar_of(path).exists():
+    has_sidecar = sidecar_of(path).exists()
+    if has_sidecar:
         if read_manifest(path, check_hash=True) is None:
             raise AtlasError(
                 f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): "
@@ -185,16 +186,19 @@ def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda lin
             )
     else:
         _check_zip(path)
-        say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         names_code = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
         reason = f"it holds {names_code[1]}" if names_code else type(error).__name__
         raise AtlasError(
-            f"{path}: is not a checkpoint of plain tensors, refused without running it ({reason})"
+            f"{path}: is not a checkpoint of plain tensors, refused without running it ({reason}): "
+            "take one that atlas train wrote"
         ) from None
-    return _check_contents(contents, path)
+    contents = _check_contents(contents, path)
+    if not has_sidecar:
+        say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
+    return contents
 
 
 def _check_zip(path: Path) -> None:
@@ -202,14 +206,20 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
-        raise AtlasError(f"{path}: is not an Atlas checkpoint, or is cut off: {error}") from None
+        raise AtlasError(
+            f"{path}: is not an Atlas checkpoint, or is cut off ({error}): take another{_alternatives(path)}"
+        ) from None
     if broken:
-        raise AtlasError(f"{path}: is damaged (checksum of {broken}): take another checkpoint")
+        raise AtlasError(
+            f"{path}: is damaged (checksum of {broken}): take another checkpoint{_alternatives(path)}"
+        )
 
 
 def _check_contents(contents: Any, path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or "format_version" not in contents:
-        raise AtlasError(f"{path}: holds tensors but is not an Atlas checkpoint (no format_version)")
+        raise AtlasError(
+            f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
+        )
     version = contents["format_version"]
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise AtlasError(
@@ -218,7 +228,8 @@ def _check_contents(contents: Any, path: Path) -> dict[str, Any]:
     for key, kind in _REQUIRED.items():
         if not isinstance(contents.get(key), kind):
             raise AtlasError(
-                f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__})"
+                f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__}): "
+                f"take another{_alternatives(path)}"
             )
     return contents
 

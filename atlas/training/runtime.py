@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if name == "cuda" and not has_cuda:
-        raise AtlasError(f"device: cuda: {_why_no_cuda()}; or use --device cpu")
+        raise AtlasError(f"device: cuda: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
     if name == "mps" and not has_mps:
         raise AtlasError("device: mps: this PyTorch sees no Apple GPU; use --device cpu")
     if name not in ("cpu", "cuda", "mps"):
@@ -70,8 +70,8 @@ def cpu_only_build_with_nvidia_driver() -> bool:
 
 def _why_no_cuda() -> str:
     if cpu_only_build_with_nvidia_driver():
-        return "this PyTorch is a CPU-only build although an NVIDIA driver is there; install the CUDA build (README)"
-    return "this PyTorch sees no CUDA device"
+        return "this PyTorch is a CPU-only build although an NVIDIA driver is there: install the CUDA build (README)"
+    return "this PyTorch sees no CUDA device: check the driver with nvidia-smi"
 
 
 def _choose_precision(asked: str, device: torch.device) -> str:

@@ -127,9 +127,7 @@ def _continue(
         config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
         _refuse_other_shape(config, contents, source)
     except AtlasError as error:
-        raise AtlasError(
-            f"{folder}: holds a run that these settings cannot go on with: {error}; {remedy}"
-        ) from None
+        raise AtlasError(f"{error} (to go on with the run in {folder}; for a new one, {remedy})") from None
     if data.fingerprint != manifest.data_fingerprint:
         trained_on = contents["data"].get("train_data")
         raise AtlasError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
@@ -199,7 +197,9 @@ def _refuse_other_shape(config: AtlasConfig, contents: Mapping[str, Any], source
         if old.get(key) != new[key] and key not in _MAY_CHANGE
     ]
     if changed:
-        raise AtlasError(f"{source}: is another model's checkpoint (model: {', '.join(changed)})")
+        raise AtlasError(
+            f"{source}: is another model's checkpoint (model: {', '.join(changed)}): leave these settings as they were"
+        )
 
 
 def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
