@@ -15,7 +15,8 @@ from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, build_model
-from atlas.training.checkpoint import CheckpointManager, tensor_bytes
+from atlas.planning import checkpoint_bytes, output_folder_bytes
+from atlas.training.checkpoint import CheckpointManager
 from atlas.training.loss import load_loss
 from atlas.training.metrics import RunLog
 from atlas.training.runtime import cpu_only_build_with_nvidia_driver, restore_machine, setup_runtime
@@ -59,7 +60,7 @@ def start_run(start: Start) -> Trainer:
         val_data,
         data_identity={
             "fingerprint": start.data.fingerprint,
-            "train_data": str(Path(config.data.train_data or "").resolve()),
+            "train_data": config.data.train_data,
         },
         runtime=runtime,
         state=state,
@@ -175,13 +176,16 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     )
     if trainer.val_data is None:
         say("no validation data: the best checkpoint is judged by training loss")
-    one = 3 * tensor_bytes(model.state_dict())
-    total = one * (2 * config.checkpoint.keep_checkpoints + 2)
+    one, total = checkpoint_bytes(config), output_folder_bytes(config)
     free = shutil.disk_usage(start.folder).free
     say(
         f"checkpoints: {one / 1e9:.2f} GB each, up to {total / 1e9:.1f} GB in {start.folder} "
         f"({free / 1e9:.1f} GB free); log: {trainer.log.log_path}"
     )
+    if free < total:
+        say(
+            "warning: the disk will be full before all of them are kept: free some, or lower checkpoint.keep_checkpoints"
+        )
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:

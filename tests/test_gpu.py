@@ -1,0 +1,52 @@
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atlas.inference.generate import generate
+from atlas.inference.load import load_model
+from atlas.inference.sampling import Sampling
+from tests.test_training import layer, logged, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in logged(folder)]
+
+
+def test_fp32_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> None:
+    for device in ("cpu", "cuda"):
+        run(layer(tmp_path / device, text_file, device=device, training__precision="fp32"))
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_and_resumes(tmp_path: Path, text_file: Path, precision: str) -> None:
+    options = {"device": "cuda", "training__precision": precision, "training__max_steps": 40}
+    explicit = layer(tmp_path / "run", text_file, **options, checkpoint__save_interval=20, model__dropout=0.1)
+    run(explicit)
+    whole = losses(tmp_path / "run")
+    assert whole[-1] < whole[0] - 1
+    run(explicit, resume=str(tmp_path / "run" / "atlas_step_20.pt"))
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-2)
+
+
+def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_file: Path) -> None:
+    explicit = layer(tmp_path / "run", text_file, device="cuda", training__max_steps=10)
+    run(explicit)
+    texts = []
+    for device in ("cuda", "cpu"):
+        loaded = load_model(tmp_path / "run" / "atlas_best.pt", device=device, tokenizer="tests.toy:tokenizer")
+        steps = list(generate(loaded.model, [[84, 104, 101]], Sampling(temperature=0), max_tokens=40))
+        texts.append([step[0] for step in steps])
+    assert texts[0] == texts[1]
+    on_cpu = layer(tmp_path / "run", text_file, device="cpu", training__max_steps=12)
+    assert run(on_cpu)[1].step == 12
