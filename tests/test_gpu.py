@@ -44,7 +44,9 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
     run(explicit)
     texts = []
     for device in ("cuda", "cpu"):
-        loaded = load_model(tmp_path / "run" / "atlas_best.pt", device=device, tokenizer="tests.toy:tokenizer")
+        loaded = load_model(
+            tmp_path / "run" / "atlas_best.pt", device=device, tokenizer="tests.toy:tokenizer"
+        )
         steps = list(generate(loaded.model, [[84, 104, 101]], Sampling(temperature=0), max_tokens=40))
         texts.append([step[0] for step in steps])
     assert texts[0] == texts[1]

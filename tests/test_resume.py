@@ -182,7 +182,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_command_without_a_terminal_goes_on(done: tuple[dict, Path]) -> None:
     explicit, folder = done
-    trainer, result = run(longer(explicit))
+    _trainer, result = run(longer(explicit))
     assert result.step == 8
     assert "resuming" in log_of(folder)
     assert "horizon changes from step 6 to step 8" in log_of(folder)
@@ -195,7 +195,7 @@ def test_a_finished_run_has_nothing_to_do(done: tuple[dict, Path]) -> None:
 
 
 def test_resume_without_training_data_takes_it_from_the_checkpoint(done: tuple[dict, Path]) -> None:
-    explicit, folder = done
+    _explicit, folder = done
     bare = {"device": "cpu", "training": {"max_steps": 8}, "data": {"tokenizer": "tests.toy:tokenizer"}}
     trainer, result = run(bare, resume=str(folder / "atlas_step_6.pt"))
     assert result.step == 8
@@ -227,7 +227,7 @@ def test_another_model_is_refused_and_nothing_changes(done: tuple[dict, Path]) -
 
 
 def test_other_data_is_refused_in_an_occupied_folder(done: tuple[dict, Path], tmp_path: Path) -> None:
-    explicit, folder = done
+    explicit, _folder = done
     other = tmp_path / "other.txt"
     other.write_text(corpus()[::-1], encoding="utf-8")
     with pytest.raises(AtlasError, match=r"other data.*--output-dir.*--no-resume"):
@@ -244,7 +244,7 @@ def test_no_resume_moves_the_old_run_and_deletes_nothing(done: tuple[dict, Path]
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_with_a_terminal_it_asks(done: tuple[dict, Path], answer: bool) -> None:
-    explicit, folder = done
+    explicit, _folder = done
     questions: list[str] = []
 
     def ask(question: str) -> bool:
@@ -285,7 +285,7 @@ def test_resume_on_other_data_is_fine_tuning_into_a_folder_of_its_own(
     done: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The FAQ's command: --resume pretrained.pt --train-data OTHER --learning-rate 1e-5."""
-    explicit, folder = done
+    _explicit, folder = done
     before = snapshot(folder)
     other = tmp_path / "other.txt"
     other.write_text(corpus().upper(), encoding="utf-8")
@@ -330,7 +330,7 @@ def test_a_changed_batch_size_goes_on_from_the_sequences_consumed(done: tuple[di
 
 
 def test_the_horizon_is_kept_when_nothing_behind_it_changes(done: tuple[dict, Path]) -> None:
-    explicit, folder = done
+    explicit, _folder = done
     start = choose_start(Request(overlay(explicit, nested("training.learning_rate", 1e-4)), resume="auto"))
     start.contents["horizon"] = 11
     from atlas.training.launch import start_run
@@ -352,7 +352,7 @@ def test_a_strangers_checkpoint_imports_nothing_by_itself(done: tuple[dict, Path
 
 
 def test_contradictions_are_refused(done: tuple[dict, Path]) -> None:
-    explicit, folder = done
+    explicit, _folder = done
     for request in ({"resume": "auto", "no_resume": True}, {"resume": "x.pt", "init_from": "y.pt"}):
         with pytest.raises(AtlasError, match="give one of them"):
             choose_start(Request(explicit, **request))

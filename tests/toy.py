@@ -32,7 +32,9 @@ def tokenizer() -> CharacterTokenizer:
 _calls = 0
 
 
-def stalling_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def stalling_loss(
+    logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The usual loss; at the call that ATLAS_TEST_STALL_AT names, say so in a file and wait to be killed."""
     global _calls
     _calls += 1

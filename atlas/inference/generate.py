@@ -70,7 +70,7 @@ class _Context:
                 slid = True
         if self.cache is not None and not slid:
             newest = torch.tensor([[tokens[-1]] for tokens in self.rows], device=device)
-            return self.model(newest, self.cache)[:, -1]
+            return self.model(newest, self.cache)[:, -1]  # type: ignore[no-any-return]
         return self._prefill(device)
 
     def _prefill(self, device: torch.device) -> Tensor:
