@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,12 @@ def batches(
         batch_sampler=updates,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_leave_interrupts_to_parent,
         generator=torch.Generator(),
     )
-    for inputs, targets in loader:
+    with _interrupts_held_back():
+        iterator = iter(loader)
+    for inputs, targets in iterator:
         yield inputs, targets
 
 
@@ -115,8 +118,20 @@ def _windows_of_updates(
         yield order(np.arange(first, first + sequences_per_update)).tolist()
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C, and a machine that shuts down, signal every process of a run; the parent decides when to stop
-    and still wants its batches until then."""
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started meanwhile are born deaf to Ctrl-C; the parent hears it when they are started."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_interrupts_to_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the parent decides when to stop, and wants its batches
+    until then. (Where there is no mask to inherit, on Windows, this is the whole protection.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
