@@ -184,7 +184,7 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     )
     if free < total:
         say(
-            "warning: the disk will be full before all of them are kept: free some, or lower checkpoint.keep_checkpoints"
+            "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
 
 
