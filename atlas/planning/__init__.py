@@ -1,0 +1,31 @@
+"""What a run will take, said before any work: from the config alone, and what this machine has."""
+
+from atlas.planning.estimate import (
+    InferenceMemory,
+    Parameters,
+    TrainingMemory,
+    assume_vocabulary,
+    checkpoint_bytes,
+    count_parameters,
+    estimate_inference_memory,
+    estimate_training_memory,
+    output_folder_bytes,
+)
+from atlas.planning.machine import measure_memory
+from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
+
+__all__ = [
+    "InferenceMemory",
+    "Parameters",
+    "PresetPlan",
+    "TrainingMemory",
+    "assume_vocabulary",
+    "checkpoint_bytes",
+    "count_parameters",
+    "estimate_inference_memory",
+    "estimate_training_memory",
+    "largest_that_fits",
+    "measure_memory",
+    "output_folder_bytes",
+    "plan_presets",
+]

@@ -1,0 +1,30 @@
+"""What this machine has to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def measure_memory(device: str) -> int:
+    """Bytes that a run on `device` (`cpu`, `cuda` or `mps`) can have now."""
+    if device == "cuda":
+        free, _total = torch.cuda.mem_get_info()
+        return int(free)
+    available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP))
+    if device == "mps":  # the same memory, of which the driver lets a process have a part
+        return min(available, torch.mps.recommended_max_memory())
+    return available
+
+
+def _left_in_container(cgroup: Path) -> int:
+    """What a container's limit leaves, which the system's own figures do not show; without one, everything."""
+    try:
+        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
+        return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return psutil.virtual_memory().total
