@@ -21,10 +21,6 @@ class SplitWriter:
         self._tokens = self._bytes = 0
         self._open_shard()
 
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
     def write(self, ids: NDArray[Any], num_bytes: int, *, starts_document: bool) -> None:
         """Append tokens that stand for `num_bytes` bytes of text."""
         if starts_document:
