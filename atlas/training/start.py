@@ -60,7 +60,8 @@ def choose_start(request: Request) -> Start:
     config = resolve(request.explicit)
     folder = Path(config.checkpoint.output_dir)
     if request.no_resume or not _checkpoint_files(folder):
-        start = Start("fresh", *with_data(config, request.explicit, None), folder)
+        config, data = with_data(config, request.explicit, None)
+        start = Start("fresh", config, data, folder, notes=list(data.notes))
         if request.resume:
             start.notes.append(f"{folder}: no checkpoint to go on from; a new run starts")
         start.set_aside = _run_files(folder) if request.no_resume else []
