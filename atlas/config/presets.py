@@ -32,7 +32,7 @@ def find_config(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if path.is_dir():
+    if path.is_dir() and str(name_or_path) not in _NAMES:
         raise AtlasError(f"{path}: is a folder; name a config file in it")
     if path.suffix not in (".yaml", ".yml") and path.parent == Path():
         return preset_path(path.name)
