@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import atlas
-from atlas.config import AtlasConfig, ModelConfig
+from atlas.config import AtlasConfig, ModelConfig, reference
 from atlas.config.loader import describe, fields, nested, overlay, parse_overrides, read_yaml, resolve
 from atlas.config.presets import find_config, preset_names, preset_path
 from atlas.errors import AtlasError
@@ -187,6 +189,7 @@ def test_overrides_speak_yaml_and_the_last_of_one_key_wins() -> None:
         ("- model", "config.yaml: a config is a list of sections such as `model:`, not list"),
         ("model: {", "config.yaml line 1: expected the node content, but found '<stream end>'"),
         ("training: {batch_size: -5}", "training.batch_size: -5: must be greater than or equal to 1"),
+        ("training: {micro_batch_size: 0}", "training.micro_batch_size: 0: must be at least 1, or auto"),
         ("training: {batch_size: 2.5}", "training.batch_size: 2.5: must be a whole number"),
         ("training: {batch_size: yes}", "training.batch_size: True: must be a number, not true/false"),
         ("training: {learning_rate: true}", "training.learning_rate: True: must be a number, not true/false"),
@@ -323,6 +326,64 @@ def test_every_setting_is_read_by_some_code() -> None:
         if not {("config", key.split(".")[-1]), tuple(f"config.{key}".split(".")[-2:])} & read
     ]
     assert unread == []
+
+
+# The reference
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_reference_and_schema_are_current() -> None:
+    remedy = "run python -m atlas.config.reference"
+    assert (DOCS / "CONFIG.md").read_text(encoding="utf-8") == reference.page(), remedy
+    assert json.loads((DOCS / "config.schema.json").read_text(encoding="utf-8")) == reference.schema(), remedy
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    page = reference.page()
+    for key, field in fields().items():
+        assert f"| `{key.split('.')[-1]}` |" in page
+        assert f"| {field.description} |" in page
+
+
+SCHEMA = jsonschema.Draft7Validator(reference.schema())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MY_CONFIG,
+        *(preset_path(name).read_text(encoding="utf-8") for name in preset_names()),
+        "",
+        "training:\n  # nothing\n",
+        "training: {max_steps: 1e5, learning_rate: 3e-4, micro_batch_size: 4, epochs: null}",
+        "training: {max_steps: 100_000, learning_rate: .5, keep_checkpoints: 2, micro_batch_size: auto}",
+        "{seed: 0, device: mps, model: {vocab_size: null, bias: off}}",
+    ],
+)
+def test_schema_accepts_what_the_loader_accepts(text: str, tmp_path: Path) -> None:
+    assert config_of(text, tmp_path)
+    SCHEMA.validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "modle: {num_layers: 3}",
+        "training: {learning_rat: 1}",
+        "model: 3",
+        "training: {batch_size: 0}",
+        "training: {epochs: 0}",
+        "training: {micro_batch_size: 0}",
+        "training: {batch_size: true}",
+        "training: {learning_rate: fast}",
+        "model: {dropout: 1}",
+        "device: gpu",
+    ],
+)
+def test_schema_refuses_what_the_loader_refuses(text: str, tmp_path: Path) -> None:
+    assert refusal(text, tmp_path)
+    assert not SCHEMA.is_valid(yaml.safe_load(text))
 
 
 # Presets

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
@@ -37,8 +37,13 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
-def _whole_number_or_auto(value: Any) -> Any:
-    return value if value == "auto" else _whole_number(value)
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    value = _whole_number(value)
+    if isinstance(value, int) and value < 1:
+        raise ValueError("must be at least 1, or auto")
+    return value
 
 
 Int = Annotated[int, BeforeValidator(_whole_number)]
@@ -128,7 +133,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Int = Field(
         1, ge=1, description="An update takes batch_size × gradient_accumulation_steps sequences."
     )
-    micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(_whole_number_or_auto)] = Field(
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         "auto",
         description="Sequences that run through the model at once; changes memory and speed, "
         "not the result. auto: batch_size.",

@@ -28,7 +28,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Where the FAQ's authors put a key, and where it lives.
-_ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
+ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -174,7 +174,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
                     f"{origin}: {name}: is a section with keys of its own, not {_BRIEF.repr(value)}"
                 )
             for key, entry in value.items():
-                dotted = _ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
+                dotted = ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
                 if dotted not in _FIELDS:
                     raise AtlasError(f"{origin}: {_unknown(f'{name}.{key}')}")
                 addition = nested(dotted, entry)
