@@ -53,7 +53,9 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     train_to_the_end(start_run(choose_start(request)))
 
     _finish(checkpoints / "atlas_best.pt", folder / "atlas_demo.gguf", summary.dataset.split("val"))
-    typer.echo(f"\nthe whole road took {time.perf_counter() - begun:.0f} s; everything is in {folder}/", err=True)
+    typer.echo(
+        f"\nthe whole road took {time.perf_counter() - begun:.0f} s; everything is in {folder}/", err=True
+    )
     typer.echo(f'more: atlas generate --checkpoint {checkpoints / "atlas_best.pt"} --prompt "…"', err=True)
 
 
