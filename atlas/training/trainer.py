@@ -45,6 +45,7 @@ class TrainState:
     best_loss: float = math.inf
     evaluations_since_best: int = 0
     val_loss: float | None = None
+    evaluated_at: int = 0
     train_loss_at_evaluation: float = math.inf
     val_rises: int = 0
 
@@ -115,6 +116,7 @@ class Trainer:
             self.scaler.load_state_dict(contents["scaler_state_dict"])
         if contents.get("loss") is not None:
             self._last_loss = torch.tensor(contents["loss"], device=self.runtime.device)
+            self._loss_since_evaluation.add(self._last_loss)
 
     # The loop
 
@@ -124,6 +126,7 @@ class Trainer:
         outcome = "finished"
         self.model.train()
         with self.stop, self.log.progress(done=state.step, total=state.horizon):
+            self._catch_up()
             for inputs, targets in self._batches():
                 epoch_before = self.epoch
                 if not self.train_step(inputs, targets):
@@ -254,6 +257,18 @@ class Trainer:
             "sequences_consumed": state.sequences_consumed,
         }
 
+    def _catch_up(self) -> None:
+        """Do the evaluation that an interrupt cut short, so that the run is the one without the interrupt."""
+        state = self.state
+        if (
+            self.val_data
+            and state.evaluated_at < state.step
+            and state.step % self.config.training.eval_interval == 0
+        ):
+            evaluation = self._evaluate()
+            if evaluation and (kinds := self._judge(evaluation.loss)):
+                self.save(kinds)
+
     def _evaluate(self) -> Evaluation | None:
         """Validation loss on the fixed subset, logged; None if a stop was requested meanwhile."""
         assert self.val_data is not None
@@ -275,6 +290,7 @@ class Trainer:
         )
         state.val_rises = state.val_rises + 1 if learns_by_heart else 0
         state.val_loss, state.train_loss_at_evaluation = evaluation.loss, train_loss
+        state.evaluated_at = state.step
         self._loss_since_evaluation.reset()
         self.log.validation(
             {
