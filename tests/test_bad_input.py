@@ -331,6 +331,16 @@ MISTAKES = {
         "--input river.txt --train-tokenizer abc": "--train-tokenizer abc: … integer … see atlas prepare",
         "--input river.txt --val-fraction 2": "--val-fraction 2: … 0.99",
     },
+    "pipeline": {
+        "--yes": "archive.zip: is not there; download it from https://www.kaggle.com … --data PATH … --demo",
+        "--data river.txt --config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
+        "--data own --config small.yaml --set colour=red": "colour … docs/CONFIG.md",
+    },
+    "plan": {
+        "--config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
+        "--config indivisible.yaml": "hidden_size 16 is not divisible by num_heads 3 … use hidden_size 15 or 18",
+        "--config small.yaml --memory much": "--memory much: is not a size; write it as 8GB",
+    },
     "": {
         "bogus": "'bogus'; see atlas --help",
     },

@@ -68,9 +68,11 @@ def pipeline(
     from atlas.training.start import Request, choose_start
 
     ask = None if yes else ask_or_none()
+    written = read_yaml(find_config(config)) if config else None
     dataset = _prepare(data)
-    file = find_config(config or _choose_preset(ask))
-    explicit = overlay(read_yaml(file), nested("data.train_data", str(dataset)))
+    if written is None:
+        written = read_yaml(find_config(_choose_preset(ask)))
+    explicit = overlay(written, nested("data.train_data", str(dataset)))
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
     request = Request(overlay(explicit, layer), no_resume=no_resume, ask=ask)
