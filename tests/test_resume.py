@@ -372,3 +372,32 @@ def test_a_checkpoint_loads_as_the_faq_shows(done: tuple[dict, Path]) -> None:
     trainer.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     assert checkpoint["step"] in (3, 6)
     assert math.isfinite(checkpoint["loss"])
+
+
+def test_an_interrupt_in_the_last_evaluation_leaves_nothing_undone(tmp_path: Path, text_file: Path) -> None:
+    explicit, folder = layer(tmp_path / "run", text_file), tmp_path / "run"
+    trainer = trainer_for(explicit)
+    evaluate = trainer._evaluate
+
+    def interrupted() -> object:
+        trainer.stop.requested = True
+        return evaluate()
+
+    trainer._evaluate = interrupted
+    assert trainer.train().outcome == "interrupted"
+    assert not logged(folder, "validation")
+    again = trainer_for(explicit)
+    assert not again.is_complete
+    assert again.train().outcome == "finished"
+    assert [line["step"] for line in logged(folder, "validation")] == [6]
+    assert (folder / "atlas_step_6.pt").exists()
+    assert trainer_for(explicit).is_complete
+
+
+def test_a_checkpoint_without_fitting_optimizer_state_is_refused(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    contents = load_checkpoint(folder / "atlas_step_6.pt")
+    del contents["optimizer_state_dict"]
+    torch.save(contents, folder / "theirs.pt")
+    with pytest.raises(AtlasError, match="--init-from"):
+        trainer_for(longer(explicit), resume=str(folder / "theirs.pt"))

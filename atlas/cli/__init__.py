@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `atlas` with `argv` (default: the process's) and return the exit code."""
     _speak_utf8()
+    _share_the_cores()
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
     try:
@@ -113,6 +115,15 @@ def _usage_problem(error: Exception, argv: Sequence[str]) -> str:
 
 def _help_for(invoked: str | None) -> str:
     return f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
+
+
+def _share_the_cores() -> None:
+    """Let PyTorch's waiting threads go to sleep soon; said before it is imported and they are made.
+
+    Left to themselves they spin, and where another program wants the core each step waits for its turn.
+    What that costs, and saves, is measured by benchmarks/busy_machine.py.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _speak_utf8() -> None:

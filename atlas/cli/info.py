@@ -143,10 +143,9 @@ def _gguf(path: Path) -> Facts:
 
     try:
         reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items() if ".tokens" not in name}
-        tokens = (
-            reader.fields["tokenizer.ggml.tokens"].data if "tokenizer.ggml.tokens" in reader.fields else ()
-        )
+        small = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
+        fields = {name: field.contents() for name, field in small.items()}
+        vocabulary = reader.fields.get("tokenizer.ggml.tokens")
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise AtlasError(f"{path}: is not a whole GGUF file: {str(error).splitlines()[-1].strip()}") from None
     yield "GGUF file", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"
@@ -162,7 +161,7 @@ def _gguf(path: Path) -> Facts:
         ("pre-tokenizer", "tokenizer.ggml.pre"),
     ):
         yield label, fields.get(key)
-    yield "vocabulary", f"{len(tokens):,} tokens"
+    yield "vocabulary", f"{len(vocabulary.data):,} tokens" if vocabulary else None
     types = Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors)
     yield "tensors", ", ".join(f"{count} {name}" for name, count in types.items())
 

@@ -112,7 +112,7 @@ def train_to_the_end(trainer: Trainer) -> None:
     from atlas.errors import AtlasError
 
     state, folder = trainer.state, trainer.checkpoints.folder
-    if state.step >= state.horizon:
+    if trainer.is_complete:
         trainer.log.say(
             f"nothing to do: the run is complete at step {state.step}; --max-steps takes it further"
         )

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 
 def perplexity(loss: float) -> float:
@@ -120,3 +122,47 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class RunningMean:
+    """A mean that stays on the device until it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total, self._count = torch.zeros((), device=device), 0
+
+    def add(self, value: Tensor) -> None:
+        self._total += value
+        self._count += 1
+
+    def mean(self) -> float:
+        return float(self._total) / max(1, self._count)
+
+    def reset(self) -> None:
+        self._total.zero_()
+        self._count = 0
+
+
+class Throughput:
+    """Steps and tokens per second since the last reading, time in evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._tokens, self._start = 0, 0, time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def rates(self) -> tuple[float, float]:
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        rates = self._steps / seconds, self._tokens / seconds
+        self._reset()
+        return rates

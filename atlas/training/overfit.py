@@ -55,7 +55,7 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        value = float(loss)
+        value = float(loss.detach())
         best = min(best, value)
         if update % 20 == 0 or value < LEARNED:
             say(f"update {update}: loss {value:.4f}")

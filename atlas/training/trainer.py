@@ -7,9 +7,7 @@ State that decides what comes next is in `TrainState` and in every checkpoint; e
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.data.loader import SequenceOrder, batches
+from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager
@@ -28,7 +27,7 @@ from atlas.training.guard import require_finite
 from atlas.training.interrupt import StopRequest
 from atlas.training.loss import LossFunction, compute_lm_loss
 from atlas.training.manifest import FORMAT_VERSION
-from atlas.training.metrics import RunLog, perplexity
+from atlas.training.metrics import RunLog, RunningMean, Throughput, perplexity
 from atlas.training.optimizer import build_optimizer
 from atlas.training.runtime import Runtime, describe_machine, seed_micro_step
 from atlas.training.schedule import learning_rate_at
@@ -106,12 +105,20 @@ class Trainer:
         self._last_loss: Tensor | None = None
         self._last_grad_norm: Tensor | float = math.nan
         # The mean training loss since the last save judges the best where there is no validation data.
-        self._loss_since_save, self._loss_since_evaluation = _Mean(runtime.device), _Mean(runtime.device)
-        self._timer = _Timer()
+        self._loss_since_save, self._loss_since_evaluation = (
+            RunningMean(runtime.device),
+            RunningMean(runtime.device),
+        )
+        self._timer = Throughput()
 
     def restore(self, contents: dict[str, Any]) -> None:
         """Take optimizer and scaler state from a checkpoint; the weights were there before."""
-        self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+        try:
+            self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+        except (KeyError, ValueError) as error:
+            raise AtlasError(
+                f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
+            ) from None
         if self.scaler.is_enabled() and contents.get("scaler_state_dict"):
             self.scaler.load_state_dict(contents["scaler_state_dict"])
         if contents.get("loss") is not None:
@@ -259,15 +266,23 @@ class Trainer:
 
     def _catch_up(self) -> None:
         """Do the evaluation that an interrupt cut short, so that the run is the one without the interrupt."""
-        state = self.state
-        if (
-            self.val_data
-            and state.evaluated_at < state.step
-            and state.step % self.config.training.eval_interval == 0
-        ):
-            evaluation = self._evaluate()
-            if evaluation and (kinds := self._judge(evaluation.loss)):
+        if not self.owes_evaluation:
+            return
+        if evaluation := self._evaluate():
+            last = ["step"] if self.state.step == self.state.horizon else []
+            if kinds := self._judge(evaluation.loss) + last:
                 self.save(kinds)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the step that the run stands at should have been evaluated, and was not."""
+        state = self.state
+        due = state.step == state.horizon or state.step % self.config.training.eval_interval == 0
+        return self.val_data is not None and due and state.evaluated_at < state.step
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state.step >= self.state.horizon and not self.owes_evaluation
 
     def _evaluate(self) -> Evaluation | None:
         """Validation loss on the fixed subset, logged; None if a stop was requested meanwhile."""
@@ -354,47 +369,3 @@ class Trainer:
             "initialized_from": self.initialized_from,
             "machine": describe_machine(self.runtime),
         }
-
-
-class _Mean:
-    """A mean that stays on the device until it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._total, self._count = torch.zeros((), device=device), 0
-
-    def add(self, value: Tensor) -> None:
-        self._total += value
-        self._count += 1
-
-    def mean(self) -> float:
-        return float(self._total) / max(1, self._count)
-
-    def reset(self) -> None:
-        self._total.zero_()
-        self._count = 0
-
-
-class _Timer:
-    """Steps and tokens per second since the last reading, time in evaluation and saving left out."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps, self._tokens, self._start = 0, 0, time.perf_counter()
-
-    def count(self, tokens: int) -> None:
-        self._steps += 1
-        self._tokens += tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    def rates(self) -> tuple[float, float]:
-        seconds = max(1e-9, time.perf_counter() - self._start)
-        rates = self._steps / seconds, self._tokens / seconds
-        self._reset()
-        return rates
