@@ -326,7 +326,7 @@ def test_prepare_command_prints_what_it_made(
     assert "AllCombined.txt is used; 3 parts that hold the same text are left out" in output.err
     assert "60 articles, told apart by two or more empty lines before a title" in output.err
     assert output.err.count("boundary: …") == 3
-    assert f"atlas train --train-data {folder}" in output.err
+    assert f"atlas train --config small --train-data {folder}" in output.err
 
     assert main(command) == 0
     assert "unchanged" in capsys.readouterr().err
@@ -348,7 +348,7 @@ def test_prepare_command_prints_what_it_made(
     assert "train 48 documents" in listed[2] or re.search(
         r"train \d+ documents .* val \d+ documents", listed[2]
     )
-    assert "text, not prepared" in listed[3]
+    assert listed[3].endswith(" text")
 
 
 def test_prepare_command_refuses_what_it_cannot_do(

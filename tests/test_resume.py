@@ -401,3 +401,18 @@ def test_a_checkpoint_without_fitting_optimizer_state_is_refused(done: tuple[dic
     torch.save(contents, folder / "theirs.pt")
     with pytest.raises(AtlasError, match="--init-from"):
         trainer_for(longer(explicit), resume=str(folder / "theirs.pt"))
+
+
+def test_an_interrupt_before_the_first_update_is_a_checkpoint_too(
+    tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    explicit, folder = layer(tmp_path / "run", text_file), tmp_path / "run"
+    trainer = trainer_for(explicit)
+    trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGINT) or False
+    assert trainer.train().outcome == "interrupted"
+    assert "stopping after this micro-batch" in capfd.readouterr().err
+    assert (folder / "atlas_interrupt_step_0.pt").exists()
+    trainer, result = run(explicit, resume="auto")
+    assert (result.outcome, result.step) == ("finished", 6)
+    run(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "whole"))))
+    assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]

@@ -31,7 +31,8 @@ def info(
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if file.is_dir():
         facts = _dataset(file) if (file / "dataset.json").exists() else _output_folder(file)
-    elif file.suffix == ".pt":
+    elif file.suffix == ".pt" or (file.suffix == ".json" and file.with_suffix(".pt").exists()):
+        file = file.with_suffix(".pt")
         facts = _checkpoint(file)
     elif file.suffix == ".gguf":
         facts = _gguf(file)

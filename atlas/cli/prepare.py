@@ -92,7 +92,9 @@ def prepare(
             f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
-    typer.echo(f"train on it: atlas train --train-data {folder}", err=True)
+    # The larger presets state GPT-2's vocabulary; nano takes any.
+    preset = "small" if summary.dataset.manifest.tokenizer["name"] == "gpt2" else "nano"
+    typer.echo(f"train on it: atlas train --config {preset} --train-data {folder}", err=True)
 
 
 def _print_list(root: Path) -> None:
@@ -112,7 +114,7 @@ def _state(entry: Listed) -> str:
     if entry.problem:
         return entry.problem
     if entry.manifest is None:
-        return "text, not prepared"
+        return "text"
     splits = ", ".join(
         f"{name} {split.documents:,} documents {split.tokens:,} tokens"
         for name, split in entry.manifest.splits.items()

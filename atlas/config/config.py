@@ -113,10 +113,10 @@ class DataConfig(Section):
     val_data: str | None = Field(
         None, description="Validation data, in the same forms; left out, the validation part of train_data."
     )
-    tokenizer: str = Field(
-        "gpt2",
-        description="Tokenizer for plain text: gpt2, a tokenizer.json, or package.module:factory. "
-        "A prepared folder brings its own.",
+    tokenizer: str | None = Field(
+        None,
+        description="Tokenizer for plain text: gpt2 (also when left out), a tokenizer.json, or "
+        "package.module:factory. A prepared folder brings its own.",
     )
     val_fraction: Float = Field(
         0.05, ge=0, lt=1, description="Part of the documents of a plain text that is held out for validation."

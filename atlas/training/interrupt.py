@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,11 +12,13 @@ from typing import Any
 class StopRequest:
     """While entered, the first SIGINT, SIGTERM (or SIGBREAK) sets `requested` instead of ending the process.
 
-    Handlers are put back on exit. Outside the main thread Python allows no handlers; nothing is changed.
+    `say` tells the user. Handlers are put back on exit. Outside the main thread Python allows no handlers;
+    nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self.requested = False
+        self._say = say
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,6 +33,7 @@ class StopRequest:
             self._restore()
             raise KeyboardInterrupt
         self.requested = True
+        self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

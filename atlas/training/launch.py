@@ -74,7 +74,8 @@ def start_run(start: Start) -> Trainer:
     if resumes:
         trainer.restore(start.contents)
         log.rewind(state.step)
-    _announce(start, trainer, differences)
+    if not trainer.is_complete:
+        _announce(start, trainer, differences)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
 

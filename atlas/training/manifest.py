@@ -38,7 +38,7 @@ class Manifest(BaseModel):
     kind: Literal["step", "epoch", "best", "interrupt"]
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
-    loss: float | None
+    loss: float | None = None
     val_loss: float | None = None
     perplexity: float | None = None
     sequences_consumed: int = Field(ge=0)

@@ -100,7 +100,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.training)
         self.scaler = runtime.grad_scaler()
         self.custom_loss = custom_loss
-        self.stop = StopRequest()
+        self.stop = StopRequest(log.say)
         self.last_saved: list[Path] = []
         self._last_loss: Tensor | None = None
         self._last_grad_norm: Tensor | float = math.nan
