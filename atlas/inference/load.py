@@ -11,7 +11,7 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint import find_checkpoint, load_checkpoint
+from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from atlas.training.runtime import choose_device
 
 
@@ -48,11 +48,6 @@ def model_of(
             f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"
         )
     model = AtlasLM(config.model)
-    try:
-        model.load_state_dict(contents["model_state_dict"])
-    except RuntimeError as error:
-        raise AtlasError(
-            f"{path}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}"
-        ) from None
+    load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
     return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)

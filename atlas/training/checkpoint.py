@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import nn
 
 from atlas.errors import AtlasError
 from atlas.training.manifest import (
@@ -199,6 +200,15 @@ def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda lin
     if not has_sidecar:
         say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
     return contents
+
+
+def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
+    """Put a checkpoint's weights into `model`. Raises `AtlasError` if they are another shape's."""
+    try:
+        model.load_state_dict(contents["model_state_dict"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise AtlasError(f"{path}: its weights do not fit its config: {reason}") from None
 
 
 def _check_zip(path: Path) -> None:

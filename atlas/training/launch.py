@@ -14,9 +14,9 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM, build_model
+from atlas.model import build_model
 from atlas.planning import checkpoint_bytes, output_folder_bytes
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.loss import load_loss
 from atlas.training.metrics import RunLog
 from atlas.training.runtime import cpu_only_build_with_nvidia_driver, restore_machine, setup_runtime
@@ -35,7 +35,7 @@ def start_run(start: Start) -> Trainer:
     )
     model = build_model(config.model, seed=None if start.contents else config.seed)
     if start.contents:
-        _load_weights(model, start.contents, start.source)
+        load_weights(model, start.contents, start.source)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
     _claim(folder)
     _move_aside(folder, start.set_aside, start.notes)
@@ -110,15 +110,6 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
     if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
         state.micro_batch_size = _micro_batch(start.config)
     return state
-
-
-def _load_weights(model: AtlasLM, contents: Mapping[str, Any], source: Path | None) -> None:
-    try:
-        model.load_state_dict(contents["model_state_dict"])
-    except RuntimeError as error:
-        raise AtlasError(
-            f"{source}: its weights do not fit its config: {str(error).splitlines()[-1].strip()}"
-        ) from None
 
 
 def _claim(folder: Path) -> None:
