@@ -155,7 +155,7 @@ def test_no_kill_while_a_name_is_overwritten_loses_it(
         save(CheckpointManager(folder), 1, "best")
         with monkeypatch.context() as patch:
             calls = iter(range(1000))
-            for owner, name in ((os, "replace"), (os, "fsync"), (module, "_copy")):
+            for owner, name in ((os, "replace"), (os, "fsync"), (module, "copy_file")):
                 patch.setattr(owner, name, _dying(getattr(owner, name), calls, moment))
             killed = True
             try:

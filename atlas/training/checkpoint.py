@@ -8,41 +8,21 @@ A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled c
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from atlas.errors import AtlasError
-from atlas.training.manifest import (
-    FORMAT_VERSION,
-    FileEntry,
-    Manifest,
-    flush_folder,
-    flush_to_disk,
-    read_manifest,
-    sidecar_of,
-    write_manifest,
-)
+from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
+from atlas.training.untrusted import check_zip, read_plain
+from atlas.training.writing import commit, copy_file, tensor_bytes, write_tensors
 
 _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))\.pt")
-_REQUIRED = {
-    "model_state_dict": dict,
-    "config": dict,
-    "tokenizer": dict,
-    "data": dict,
-    "step": int,
-    "sequences_consumed": int,
-    "horizon": int,
-}
 _SPARE_BYTES = 8 << 20
 
 
@@ -116,16 +96,16 @@ class CheckpointManager:
         temporary = self.folder / "atlas_writing.tmp"
         written = []
         try:
-            size, sha256 = _write_tensors(temporary, contents)
+            size, sha256 = write_tensors(temporary, contents)
             for kind in kinds:
                 path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
                 staged = path.with_name(path.name + ".tmp")
                 if kind == kinds[-1]:
                     os.replace(temporary, staged)
                 else:
-                    _copy(temporary, staged)
+                    copy_file(temporary, staged)
                 entry = FileEntry(name=path.name, size=size, sha256=sha256)
-                _commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
+                commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
                 written.append(path)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
@@ -149,17 +129,6 @@ class CheckpointManager:
             leftover.unlink(missing_ok=True)
 
 
-def _commit(staged: Path, path: Path, manifest: Manifest) -> None:
-    """Give the staged bytes their name. The order of these lines is what survives a kill."""
-    if old := read_manifest(path, check_hash=False):
-        write_manifest(
-            path, manifest.model_copy(update={"replaces": old.model_copy(update={"replaces": None})})
-        )
-    os.replace(staged, path)
-    flush_folder(path.parent)
-    write_manifest(path, manifest)
-
-
 def find_checkpoint(path: str | Path) -> Path:
     """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first."""
     path = Path(path)
@@ -179,24 +148,14 @@ def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda lin
     or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run."""
     path = find_checkpoint(path)
     has_sidecar = sidecar_of(path).exists()
-    if has_sidecar:
-        if read_manifest(path, check_hash=True) is None:
-            raise AtlasError(
-                f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): "
-                f"take another checkpoint{_alternatives(path)}"
-            )
-    else:
-        _check_zip(path)
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        names_code = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
-        reason = f"it holds {names_code[1]}" if names_code else type(error).__name__
+    remedy = f"take another checkpoint{_alternatives(path)}"
+    if not has_sidecar:
+        check_zip(path, remedy=remedy)
+    elif read_manifest(path, check_hash=True) is None:
         raise AtlasError(
-            f"{path}: is not a checkpoint of plain tensors, refused without running it ({reason}): "
-            "take one that atlas train wrote"
-        ) from None
-    contents = _check_contents(contents, path)
+            f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
+        )
+    contents = read_plain(path, remedy=remedy)
     if not has_sidecar:
         say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
     return contents
@@ -211,92 +170,6 @@ def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | Non
         raise AtlasError(f"{path}: its weights do not fit its config: {reason}") from None
 
 
-def _check_zip(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
-        raise AtlasError(
-            f"{path}: is not an Atlas checkpoint, or is cut off ({error}): take another{_alternatives(path)}"
-        ) from None
-    if broken:
-        raise AtlasError(
-            f"{path}: is damaged (checksum of {broken}): take another checkpoint{_alternatives(path)}"
-        )
-
-
-def _check_contents(contents: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(contents, dict) or "format_version" not in contents:
-        raise AtlasError(
-            f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
-        )
-    version = contents["format_version"]
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise AtlasError(
-            f"{path}: has checkpoint format {version}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
-        )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(contents.get(key), kind):
-            raise AtlasError(
-                f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__}): "
-                f"take another{_alternatives(path)}"
-            )
-    return contents
-
-
 def _alternatives(path: Path) -> str:
     others = [p.name for _, p in CheckpointManager(path.parent).found() if p.name != path.name]
     return f", such as {others[0]}" if others else ""
-
-
-def tensor_bytes(value: Any) -> int:
-    """The bytes of all tensors in nested dicts and lists."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-class _HashingWriter:
-    """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _write_tensors(path: Path, contents: Mapping[str, Any]) -> tuple[int, str]:
-    with open(path, "wb") as file:
-        writer = _HashingWriter(file)
-        torch.save(dict(contents), writer)  # type: ignore[arg-type]
-        flush_to_disk(file)
-    return writer.size, writer.sha256
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Each name gets bytes of its own: a hard link would be faster, and one bad block would then take the
-    best model along with the latest."""
-    with open(source, "rb") as reading, open(target, "wb") as writing:
-        shutil.copyfileobj(reading, writing, 1 << 20)
-        flush_to_disk(writing)
