@@ -4,8 +4,9 @@ from atlas.config.config import (
     AtlasConfig,
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     ModelConfig,
     TrainingConfig,
 )
 
-__all__ = ["AtlasConfig", "CheckpointConfig", "DataConfig", "ModelConfig", "TrainingConfig"]
+__all__ = ["AtlasConfig", "CheckpointConfig", "DataConfig", "GuardConfig", "ModelConfig", "TrainingConfig"]

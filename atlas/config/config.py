@@ -189,6 +189,18 @@ class CheckpointConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    """What is watched while a run goes on, and what happens then."""
+
+    max_gpu_temp: Int | None = Field(
+        None,
+        ge=40,
+        le=110,
+        description="°C at which training waits, between two updates, until the NVIDIA GPU is 5 °C below; "
+        "left out, it never waits.",
+    )
+
+
 class AtlasConfig(Section):
     """Everything a run is made of."""
 
@@ -200,3 +212,6 @@ class AtlasConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="The data.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The optimisation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="The output folder.")
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig, description="What is watched, and what happens then."
+    )

@@ -28,7 +28,7 @@ _INTRODUCTION = """\
 
 <!-- Made by `python -m atlas.config.reference` from atlas/config/config.py. Change the descriptions there. -->
 
-A config is a YAML file of four sections and two settings above them. What is left out has the default below.
+A config is a YAML file of sections and two settings above them. What is left out has the default below.
 
 ```yaml
 # configs/my_config.yaml

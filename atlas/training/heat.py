@@ -1,0 +1,174 @@
+"""The temperature of an NVIDIA GPU: read, explained, and waited for.
+
+NVML, the library behind `nvidia-smi`, gives the readings (https://docs.nvidia.com/deploy/nvml-api/). On any other
+device nothing is opened and nothing is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atlas.config import GuardConfig
+from atlas.errors import AtlasError
+
+COOLING = 5
+"""°C below `guard.max_gpu_temp` at which training goes on: without the gap it would stop and go."""
+TOO_HOT = 85
+"""°C from which on better cooling or less load is advised."""
+
+_SECONDS_BETWEEN_READINGS = 1.0
+_SECONDS_BETWEEN_LOOKS = 0.2  # at a stop request, while waiting
+_SECONDS_BETWEEN_REMINDERS = 600.0
+
+# NVML's bits for "the clocks are lower than they could be, because of"; an idle card, clocks that somebody chose and
+# those of a display are no such reason.
+_THROTTLE_REASONS = {
+    0x04: "power limit",
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a GPU says of itself; None where it does not say."""
+
+    temperature: int | None = None  # °C
+    power: float | None = None  # W
+    power_limit: float | None = None  # W
+    utilization: int | None = None  # % of the time in which anything ran
+    throttle: tuple[str, ...] | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """What is known, as entries of a line of `metrics.jsonl`."""
+        entries = {
+            "gpu_temperature": self.temperature,
+            "gpu_power": self.power,
+            "gpu_power_limit": self.power_limit,
+            "gpu_utilization": self.utilization,
+            "gpu_throttle": None if self.throttle is None else list(self.throttle),
+        }
+        return {name: value for name, value in entries.items() if value is not None}
+
+
+class NoSensor(Exception):
+    """Why a GPU cannot be read, and what to do about it."""
+
+
+class GpuSensor:
+    """One NVIDIA GPU's readings, asked for at most once a second.
+
+    `failure` is what NVML said when it stopped answering (as after a change of drivers); from then on every reading
+    is empty.
+    """
+
+    def __init__(self, nvml: Any, handle: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.failure: str | None = None
+        self.advised = False
+        self._error: type[Exception] = nvml.NVMLError
+        self._clock = clock
+        self._read_at: float | None = None
+        self._reading = Reading()
+
+        def first_answer(*names: str, more: tuple[int, ...] = ()) -> Callable[[], Any] | None:
+            """The first of NVML's functions that this package, driver and card all know."""
+            for name in names:
+                try:
+                    getattr(nvml, name)(handle, *more)
+                except (AttributeError, nvml.NVMLError):
+                    continue
+                return lambda: getattr(nvml, name)(handle, *more)
+            return None
+
+        die = (nvml.NVML_TEMPERATURE_GPU,)
+        self._temperature = first_answer("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", more=die)
+        self._power = first_answer("nvmlDeviceGetPowerUsage")
+        self._power_limit = first_answer("nvmlDeviceGetEnforcedPowerLimit")
+        self._utilization = first_answer("nvmlDeviceGetUtilizationRates")
+        self._throttle = first_answer(
+            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+        )
+
+    @classmethod
+    def open(cls, device: torch.device) -> GpuSensor:
+        """The sensor of PyTorch's CUDA `device`; `NoSensor` without an NVIDIA GPU, nvidia-ml-py or its driver."""
+        if torch.version.hip:
+            raise NoSensor("only NVIDIA GPUs can be read, and this PyTorch is for AMD's")
+        try:
+            import pynvml
+        except ImportError:
+            raise NoSensor("reading the GPU needs nvidia-ml-py: pip install nvidia-ml-py") from None
+        try:
+            pynvml.nvmlInit()
+            return cls(pynvml, _handle(pynvml, device))
+        except pynvml.NVMLError as error:
+            raise NoSensor(f"the GPU cannot be read (NVML: {error}): check it with nvidia-smi") from None
+
+    @property
+    def has_temperature(self) -> bool:
+        return self._temperature is not None
+
+    def read(self) -> Reading:
+        """The last reading, or a new one if that is a second old."""
+        now = self._clock()
+        if self.failure is None and (
+            self._read_at is None or now - self._read_at >= _SECONDS_BETWEEN_READINGS
+        ):
+            self._read_at = now
+            try:
+                self._reading = self._ask()
+            except self._error as error:
+                self.failure, self._reading = str(error), Reading()
+        return self._reading
+
+    def _ask(self) -> Reading:
+        reasons = self._throttle and self._throttle()
+        return Reading(
+            temperature=self._temperature and self._temperature(),
+            power=self._power and self._power() / 1000,  # NVML counts milliwatts
+            power_limit=self._power_limit and self._power_limit() / 1000,
+            utilization=self._utilization and self._utilization().gpu,
+            throttle=None
+            if reasons is None
+            else tuple(word for bit, word in _THROTTLE_REASONS.items() if reasons & bit),
+        )
+
+
+def _handle(nvml: Any, device: torch.device) -> Any:
+    """NVML's handle of PyTorch's `device`. Their numbers differ: CUDA_VISIBLE_DEVICES and the order of CUDA
+    mean nothing to NVML."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+    except nvml.NVMLError:
+        # A slice of a card (MIG) has a UUID of its own, and no sensors; the card is found by its place on the bus.
+        place = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+        return nvml.nvmlDeviceGetHandleByPciBusId(place)
+
+
+def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str], None]) -> GpuSensor | None:
+    """The sensor of the run's GPU; None where there is none.
+
+    A limit that cannot be watched on a GPU is refused with `AtlasError`; on a CPU or an Apple GPU, `say` is told.
+    """
+    limit = guard.max_gpu_temp
+    if device.type != "cuda":
+        if limit is not None:
+            say(f"guard.max_gpu_temp {limit} has no effect: this run uses no NVIDIA GPU but {device.type}")
+        return None
+    try:
+        sensor = GpuSensor.open(device)
+        if limit is not None and not sensor.has_temperature:
+            raise NoSensor("this GPU does not tell its temperature: check it with nvidia-smi")
+    except NoSensor as reason:
+        if limit is None:
+            return None
+        raise AtlasError(f"guard.max_gpu_temp: {limit}: {reason}; or leave the setting out") from None
+    return sensor
