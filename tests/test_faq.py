@@ -31,8 +31,7 @@ from atlas.training.metrics import RunLog
 from atlas.training.optimizer import build_optimizer
 from tests.conftest import corpus
 from tests.project import ARTICLES, CONFIG, ROOT, Project, Stage
-from tests.test_resume import same_bits
-from tests.test_training import trainer_for
+from tests.runs import same_bits, trainer_for
 from tests.toy import CharacterTokenizer
 
 # The stages

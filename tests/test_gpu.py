@@ -10,7 +10,7 @@ import torch
 from atlas.inference.generate import generate
 from atlas.inference.load import load_model
 from atlas.inference.sampling import Sampling
-from tests.test_training import layer, logged, run
+from tests.runs import layer, logged, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,28 +21,12 @@ from atlas.errors import AtlasError
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.start import Request, choose_start
 from tests.conftest import corpus
-from tests.test_training import layer, logged, run, trainer_for
+from tests.runs import assert_same_run, hard_config, layer, logged, run, same_bits, trainer_for, write_config
 
 REPOSITORY = Path(__file__).parent.parent
 
 
 # A true process, truly killed.
-
-
-def hard_config(folder: Path, text: Path) -> dict:
-    """Dropout, accumulation with an uneven split, validation, and an epoch's end on the way (at step 34)."""
-    explicit = layer(folder, text, model__dropout=0.2, training__max_steps=40, training__warmup_steps=5)
-    for key, value in {
-        "training.batch_size": 5,
-        "training.gradient_accumulation_steps": 2,
-        "training.micro_batch_size": 4,
-        "training.eval_interval": 8,
-        "training.loss": "tests.toy:stalling_loss",
-        "checkpoint.save_interval": 6,
-        "data.num_workers": 1,
-    }.items():
-        explicit = overlay(explicit, nested(key, value))
-    return explicit
 
 
 def start_process(config: Path, **environment: str) -> subprocess.Popen:
@@ -76,42 +60,6 @@ def short_text(tmp_path: Path) -> Path:
     path = tmp_path / "short.txt"
     path.write_text(corpus()[:5800], encoding="utf-8")
     return path
-
-
-def write_config(path: Path, explicit: dict) -> Path:
-    path.write_text(yaml.safe_dump(explicit), encoding="utf-8")
-    return path
-
-
-def same_bits(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same_bits, one, other))
-    return one == other
-
-
-STATE = (
-    "model_state_dict",
-    "optimizer_state_dict",
-    "step",
-    "sequences_consumed",
-    "loss",
-    "val_loss",
-    "best_loss",
-)
-
-
-def assert_same_run(one: Path, other: Path, *, steps: int) -> None:
-    first, second = (load_checkpoint(folder / f"atlas_step_{steps}.pt") for folder in (one, other))
-    for key in STATE:
-        assert same_bits(first[key], second[key]), key
-    for kind, value in (("train", "loss"), ("train", "grad_norm"), ("validation", "val_loss")):
-        logs = [[(line["step"], line[value]) for line in logged(folder, kind)] for folder in (one, other)]
-        assert logs[0] == logs[1]
-    assert [line["step"] for line in logged(one)] == list(range(1, steps + 1))
 
 
 def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) -> None:

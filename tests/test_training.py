@@ -16,48 +16,11 @@ from atlas.config.loader import nested, overlay, resolve
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.launch import start_run
 from atlas.training.loss import compute_lm_loss, load_loss
 from atlas.training.optimizer import build_optimizer
 from atlas.training.runtime import choose_device, seed_micro_step, setup_runtime
 from atlas.training.schedule import horizon_steps, learning_rate_at
-from atlas.training.start import Request, choose_start
-from atlas.training.trainer import Result, Trainer
-
-
-def layer(folder: Path, text: Path, **settings_: object) -> dict:
-    """A run small enough for a test; keys with __ are dotted, as in training__max_steps=3."""
-    base = {
-        "device": "cpu",
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 16},
-        "data": {"train_data": str(text), "tokenizer": "tests.toy:tokenizer"},
-        "training": {
-            "batch_size": 4,
-            "max_steps": 6,
-            "warmup_steps": 1,
-            "log_interval": 1,
-            "learning_rate": 1e-2,
-        },
-        "checkpoint": {"output_dir": str(folder), "save_interval": 100},
-    }
-    for key, value in settings_.items():
-        base = overlay(base, nested(key.replace("__", "."), value))
-    return base
-
-
-def trainer_for(explicit: dict, **request: object) -> Trainer:
-    return start_run(choose_start(Request(explicit, **request)))
-
-
-def run(explicit: dict, **request: object) -> tuple[Trainer, Result]:
-    trainer = trainer_for(explicit, **request)
-    return trainer, trainer.train()
-
-
-def logged(folder: Path, kind: str = "train") -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
+from tests.runs import layer, logged, run, trainer_for
 
 # Loss.
 

@@ -1,0 +1,110 @@
+"""Runs small enough for a test, and whether two of them are one and the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from atlas.config.loader import nested, overlay
+from atlas.training.checkpoint import load_checkpoint
+from atlas.training.launch import start_run
+from atlas.training.start import Request, choose_start
+from atlas.training.trainer import Result, Trainer
+
+
+def layer(folder: Path, text: Path, **settings_: object) -> dict:
+    """A run small enough for a test; keys with __ are dotted, as in training__max_steps=3."""
+    base = {
+        "device": "cpu",
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 16},
+        "data": {"train_data": str(text), "tokenizer": "tests.toy:tokenizer"},
+        "training": {
+            "batch_size": 4,
+            "max_steps": 6,
+            "warmup_steps": 1,
+            "log_interval": 1,
+            "learning_rate": 1e-2,
+        },
+        "checkpoint": {"output_dir": str(folder), "save_interval": 100},
+    }
+    for key, value in settings_.items():
+        base = overlay(base, nested(key.replace("__", "."), value))
+    return base
+
+
+def trainer_for(explicit: dict, **request: object) -> Trainer:
+    return start_run(choose_start(Request(explicit, **request)))
+
+
+def run(explicit: dict, **request: object) -> tuple[Trainer, Result]:
+    trainer = trainer_for(explicit, **request)
+    return trainer, trainer.train()
+
+
+def logged(folder: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def hard_config(folder: Path, text: Path) -> dict:
+    """Dropout, accumulation with an uneven split, validation, and an epoch's end on the way (at step 34)."""
+    explicit = layer(folder, text, model__dropout=0.2, training__max_steps=40, training__warmup_steps=5)
+    for key, value in {
+        "training.batch_size": 5,
+        "training.gradient_accumulation_steps": 2,
+        "training.micro_batch_size": 4,
+        "training.eval_interval": 8,
+        "training.loss": "tests.toy:stalling_loss",
+        "checkpoint.save_interval": 6,
+        "data.num_workers": 1,
+    }.items():
+        explicit = overlay(explicit, nested(key, value))
+    return explicit
+
+
+def write_config(path: Path, explicit: dict) -> Path:
+    path.write_text(yaml.safe_dump(explicit), encoding="utf-8")
+    return path
+
+
+def same_bits(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_bits, one, other))
+    return one == other
+
+
+STATE = (
+    "model_state_dict",
+    "optimizer_state_dict",
+    "step",
+    "sequences_consumed",
+    "loss",
+    "val_loss",
+    "best_loss",
+)
+
+
+def assert_same_run(one: Path, other: Path, *, steps: int) -> None:
+    """The last checkpoint's state and every number in the log but the timings, bit for bit; each step once."""
+    first, second = (load_checkpoint(folder / f"atlas_step_{steps}.pt") for folder in (one, other))
+    for key in STATE:
+        assert same_bits(first[key], second[key]), f"{key} differs between {one} and {other}"
+    for kind in ("train", "validation"):
+        for left, right in zip(
+            lines_without_timings(one, kind), lines_without_timings(other, kind), strict=True
+        ):
+            assert left == right, f"{left} in {one}, {right} in {other}"
+    assert [line["step"] for line in logged(one)] == list(range(1, steps + 1))
+
+
+def lines_without_timings(folder: Path, kind: str) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if "second" not in key} for line in logged(folder, kind)
+    ]
