@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -298,15 +299,49 @@ def test_a_failure_in_the_middle_leaves_the_older_dataset(
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    abandoned = tmp_path / f".out.preparing-{gone.pid}"
-    running = tmp_path / f".out.preparing-{os.getppid()}"
-    for folder in (abandoned, running):
+    left = [tmp_path / name for name in (".out.preparing-0a1b2c3d", ".out.replaced-99999", ".out.lock")]
+    others = [tmp_path / name for name in (".outer.preparing-0a1b2c3d", ".out.preparing-mine", "out.txt")]
+    for folder in (*left[:2], *others):
         folder.mkdir()
         (folder / "train-00000.npy").touch()
+    left[2].touch()
     prepare([many(30, tmp_path / "in")], tmp_path / "out", characters())
-    assert (abandoned.exists(), running.exists()) == (False, True)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+    open_dataset(tmp_path / "out", verify=True)
+
+
+def test_a_dataset_that_was_just_moved_away_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames: the older dataset is there again, whatever the next call comes to."""
+    source, out = many(30, tmp_path / "in"), tmp_path / "out"
+    fingerprint = prepare([source], out, characters()).dataset.fingerprint
+    out.rename(tmp_path / ".out.replaced-0a1b2c3d")
+    many(10, source, start=50)
+    monkeypatch.setattr(Failing, "error", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], out, Tokenizer.wrap(Failing()))
+    assert open_dataset(out, verify=True).fingerprint == fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "new" / "out"
+    source.write_text("Some words of a text. " * 1000, encoding="utf-8")
+    needed = 2 * len(Tokenizer.gpt2().encode(source.read_text(encoding="utf-8")))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 100))
+    assert main(["prepare", "--input", str(source), "--output", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: .*new.out: its disk has 0 MB free, the tokens of .* take about 0 MB;.*\n", error
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed + 100))
+    assert main(["prepare", "--input", str(source), "--output", str(out)]) == 0
 
 
 # The command

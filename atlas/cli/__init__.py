@@ -11,8 +11,11 @@ import functools
 import importlib
 import itertools
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -45,14 +48,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
     try:
-        code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
+        with _terminated_as_by_ctrl_c():
+            code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
     except _UsageError as error:
         typer.echo(f"error: {_usage_problem(error, argv)}; see {_help_for(invoked)}", err=True)
         return USER_MISTAKE
-    except typer.Abort:  # Ctrl-C, or the end of input, at a question
+    except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end); before the command ran
         typer.echo("interrupted", err=True)
         return INTERRUPTED
     return code or 0
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, and SIGBREAK on Windows, raises KeyboardInterrupt, so that what is half done is cleaned up.
+
+    Training puts handlers of its own in place of these, and these back. Outside the main thread Python
+    allows no handlers; nothing is changed.
+    """
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGBREAK"):
+            if number := getattr(signal, name, None):
+                previous[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _build_app(invoked: str | None) -> typer.Typer:

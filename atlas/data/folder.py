@@ -1,64 +1,151 @@
-"""A dataset folder that appears whole or not at all, and never in place of something else."""
+"""A dataset folder that appears whole or not at all, and never in place of something else; the cache folder."""
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-import psutil
+import platformdirs
 
-from atlas.data.shards import is_prepared
+from atlas.data.progress import say
+from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import AtlasError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
 
+def cache_folder() -> Path:
+    """The user's cache of Atlas, or the folder that `ATLAS_CACHE_DIR` names."""
+    return Path(os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False))
+
+
 def refuse_foreign(output: Path) -> None:
     """Raises `AtlasError` unless `output` is free, empty, or an older dataset and nothing besides."""
-    if output.is_dir():
-        foreign = sorted(file.name for file in output.iterdir() if not _OWN_FILES.fullmatch(file.name))
-        if foreign:
-            raise AtlasError(
-                f"{output}: holds other files ({foreign[0]}); choose another folder with --output"
-            )
-        if any(output.iterdir()) and not is_prepared(output):
-            raise AtlasError(
-                f"{output}: is not empty and no prepared dataset; choose another folder with --output"
-            )
+    names = sorted(os.listdir(output)) if output.is_dir() else []
+    foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
+    if foreign:
+        raise AtlasError(f"{output}: holds other files ({foreign[0]}); choose another folder with --output")
+    if names and MANIFEST not in names:
+        raise AtlasError(
+            f"{output}: is not empty and no prepared dataset; choose another folder with --output"
+        )
     in_the_way = next((place for place in (output, *output.parents) if place.is_file()), None)
     if in_the_way:
         raise AtlasError(f"{in_the_way}: is a file; choose a folder with --output")
 
 
 @contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, which takes its place at the end; gone if anything goes wrong."""
+def alone(output: Path) -> Iterator[None]:
+    """Waits until no other process prepares `output`, and keeps others waiting until it is left.
+
+    The lock dies with its process. Its file is removed, and so are the folders above `output` that were
+    made for it, unless `output` is there in the end.
+    """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    made = output.with_name(f".{output.name}.preparing-{os.getpid()}")
-    made.mkdir()
+    made = [folder for folder in output.parents if not folder.exists()]
+    path = output.with_name(f".{output.name}.lock")
+    lock, said = None, False
     try:
+        while (lock := _try_to_lock(path)) is None:
+            if not said:
+                say(f"{output}: another process prepares it; waiting for that to end")
+                said = True
+            time.sleep(0.1)
+        yield
+    finally:
+        with suppress(OSError):
+            if lock and os.name == "nt":  # where an open file cannot be removed
+                lock.close()
+            if lock:
+                path.unlink()
+                lock.close()
+            for folder in made:
+                folder.rmdir()
+
+
+def _try_to_lock(path: Path) -> IO[bytes] | None:
+    """The file, open and locked; None while another process holds it, or removed it as this one came."""
+    file = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            locked, file = file, None
+            return locked
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except PermissionError:
+        if os.name != "nt" or not path.exists():  # there it is also how a locked file answers
+            raise
+    finally:
+        if file:
+            file.close()
+    return None
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A new folder beside `output`, which takes its place at the end; gone if anything goes wrong.
+
+    Only who is `alone` with `output` may call this.
+    """
+    output = output.absolute()
+    clean_up(output)
+    made, replaced = (
+        output.with_name(f".{output.name}.{role}-{secrets.token_hex(4)}")
+        for role in ("preparing", "replaced")
+    )
+    try:
+        made.mkdir()
         yield made
+        _flush(made)
         refuse_foreign(output)
         if output.exists():
-            replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
             output.rename(replaced)
-            made.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            made.rename(output)
+        made.rename(output)
     finally:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
         shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_abandoned(output: Path) -> None:
-    """What processes that were killed left behind."""
-    for folder in output.parent.glob(f".{output.name}.*-*"):
-        match = re.fullmatch(r"\.(preparing|replaced)-(\d+)", folder.name.removeprefix(f".{output.name}"))
-        if match and not psutil.pid_exists(int(match[2])):
+def clean_up(output: Path) -> None:
+    """Remove what a killed process left; put back what it had only just moved out of the way."""
+    own_name = re.compile(rf"\.{re.escape(output.name)}\.(preparing|replaced)-[0-9a-f]+")
+    for folder in output.parent.iterdir():
+        match = own_name.fullmatch(folder.name)
+        if match and match[1] == "replaced" and is_prepared(folder) and not output.exists():
+            folder.rename(output)
+        elif match:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Bring every file to the disk, so that the folder's new name means all of it after a power cut too."""
+    for file in folder.iterdir():
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    if os.name != "nt":  # which has no such call for a folder, and needs none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

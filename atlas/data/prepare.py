@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
+import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
-from atlas.data.folder import refuse_foreign, replacing
+from atlas.data.folder import alone, cache_folder, refuse_foreign, replacing
 from atlas.data.progress import byte_progress
 from atlas.data.shards import (
     FORMAT_VERSION,
@@ -95,7 +97,8 @@ def prepare(
         tokenizer = Tokenizer.gpt2()
     with _file_errors():
         sources = Sources(inputs, text_field=text_field)
-        target = default_output(sources) if output is None else Path(output)
+    target = default_output(sources) if output is None else Path(output)
+    with _file_errors(target):
         return _prepare(sources, target, tokenizer, options)
 
 
@@ -107,21 +110,21 @@ def prepare_text_cached(
     It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
     """
     options = _Options(val_fraction)
-    cache = os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False)
     with _file_errors():
         sources = Sources(paths, text_field=text_field)
-        folder = Path(cache) / "datasets" / options.key(sources, tokenizer)[:32]
+        folder = cache_folder() / "datasets" / options.key(sources, tokenizer)[:32]
+    with _file_errors(folder):
         return _prepare(sources, folder, tokenizer, options).dataset.folder
 
 
 @contextmanager
-def _file_errors() -> Iterator[None]:
+def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
     """A file that cannot be read, a folder that cannot be written, a full disk: the user's to mend."""
     try:
         yield
     except OSError as error:
         raise AtlasError(
-            f"{error.filename or 'preparation'}: {error.strerror or error}; check its permissions and the free space"
+            f"{error.filename or place}: {error.strerror or error}; check its permissions and the free space"
         ) from None
 
 
@@ -140,8 +143,19 @@ def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, option
     if next(sources.documents(), None) is None:
         raise AtlasError(f"{sources.names}: holds no text to train on; give some that does")
     rule = SplitRule.choose(sources.documents(), options.val_fraction)
-    tokenizer = tokenizer or _train_tokenizer(sources, rule, options)
+    with alone(output):
+        if existing := _existing(output, key):  # made meanwhile, by the one that this one waited for
+            return Summary(existing, unchanged=True)
+        _make(sources, output, tokenizer or _train_tokenizer(sources, rule, options), rule, key, options)
+        return Summary(open_dataset(output), unchanged=False)
+
+
+def _make(
+    sources: Sources, output: Path, tokenizer: Tokenizer, rule: SplitRule, key: str, options: _Options
+) -> None:
+    """Read everything once, write the shards, and put the folder that describes them in place."""
     report = SourceReport()
+    _require_space(sources, tokenizer, output)
     with replacing(output) as folder:
         with byte_progress(sources.total_bytes, "tokenizing") as advance:
             parts = rule.assign(sources.documents(report, advance))
@@ -163,15 +177,14 @@ def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, option
             source=sources.description(report),
             notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
         ).write(folder)
-    return Summary(open_dataset(output), unchanged=False)
 
 
 def _existing(output: Path, key: str) -> PreparedDataset | None:
     """The dataset that `output` holds, if it is the wanted one and whole."""
     try:
         dataset = open_dataset(output) if is_prepared(output) else None
-    except AtlasError:
-        return None  # a damaged one is made again
+    except (AtlasError, OSError):
+        return None  # a damaged one, or one that another process just replaces, is made again
     return dataset if dataset and dataset.manifest.key == key else None
 
 
@@ -180,8 +193,50 @@ def _train_tokenizer(sources: Sources, rule: SplitRule, options: _Options) -> To
     assert options.train_tokenizer is not None
     with byte_progress(sources.total_bytes, "learning the vocabulary") as advance:
         parts = rule.assign(sources.documents(advance=advance))
-        return Tokenizer.train(
-            (part.text for part in parts if part.split == "train"), options.train_tokenizer
+        return _learn((part.text for part in parts if part.split == "train"), options.train_tokenizer)
+
+
+def _learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """`Tokenizer.train` in a thread beside this one: it is compiled code that would hear no signal for as
+    long as it takes, minutes for a large text. An interrupt here leaves it without more text to read."""
+    result: Future[Tokenizer] = Future()
+    given_up = threading.Event()
+
+    def learn() -> None:
+        try:
+            unless_given_up = itertools.takewhile(lambda _: not given_up.is_set(), texts)
+            result.set_result(Tokenizer.train(unless_given_up, vocab_size))
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=learn, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)  # Windows hears Ctrl-C only between two waits
+    finally:
+        given_up.set()
+    return result.result()
+
+
+def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path) -> None:
+    """Refuse a disk that the tokens would not fit on, if the rest of the text is like its beginning."""
+    free = shutil.disk_usage(output.absolute().parent).free
+    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
+    if free > sources.total_bytes * token_bytes:
+        return
+    read: list[int] = []
+    tokens = chars = 0
+    for piece in sources.documents(advance=read.append):
+        tokens += len(tokenizer.encode(piece.text)) + piece.ends_document
+        chars += len(piece.text)
+        if chars >= _BATCH_CHARS:
+            break
+    needed = tokens * token_bytes * sources.total_bytes // max(1, sum(read))
+    if free < needed:
+        raise AtlasError(
+            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} take about "
+            f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
         )
 
 

@@ -1,7 +1,8 @@
-"""A progress bar in bytes on standard error, where that is a terminal."""
+"""What the user sees meanwhile, on standard error: a line, and on a terminal a progress bar in bytes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+
+def say(line: str) -> None:
+    """One line, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,9 @@ class SplitWriter:
         return SplitRecord(documents=documents, tokens=self._tokens, bytes=self._bytes, shards=self._shards)
 
     def abandon(self) -> None:
-        self._file.close()
+        """Close the file; what did not reach a full disk before does not matter any more."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _next_shard(self) -> None:
         self._close_shard()
@@ -73,7 +77,10 @@ class SplitWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         documents = self._path.with_suffix(".docs.npy")
-        np.save(documents, np.array(self._starts, dtype="<i8"), allow_pickle=False)
+        # By way of memory: what NumPy writes to a full disk itself ends in an error without its reason.
+        content = io.BytesIO()
+        np.save(content, np.array(self._starts, dtype="<i8"), allow_pickle=False)
+        documents.write_bytes(content.getvalue())
         self._shards.append(
             ShardRecord(
                 file=self._path.name,
