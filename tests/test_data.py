@@ -361,20 +361,44 @@ iterator = batches(dataset, SequenceOrder(5, len(dataset)), start=0, sequences_p
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX process groups")
-def test_ctrl_c_is_left_to_the_parent(dataset: SequenceDataset) -> None:
-    """It goes to the whole process group; the workers must go on reading, and end quietly."""
-    program = """
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_are_left_to_the_parent(name: str, dataset: SequenceDataset) -> None:
+    """Both go to the whole process group; the workers must go on reading, and end quietly."""
+    program = f"""
 next(iterator)
-signal.signal(signal.SIGINT, lambda *_: heard.append(1))
-os.killpg(0, signal.SIGINT)
+signal.signal(signal.{name}, lambda *_: heard.append(1))
+os.killpg(0, signal.{name})
 print(len(list(iterator)), len(heard))
 """
     assert run_with_workers(dataset, program) == "49 1"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_ended_when_its_batches_are_no_longer_wanted(dataset: SequenceDataset) -> None:
+    program = """
+import multiprocessing, time
+first = next(iterator)
+iterator.close()
+class Hanging:
+    def __getitem__(self, window): time.sleep(1000)
+    def __len__(self): return len(dataset)
+hanging = batches(Hanging(), SequenceOrder(5, len(dataset)), start=0, sequences_per_update=4, num_workers=2)
+signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
+signal.alarm(2)
+try:
+    next(hanging)
+except ZeroDivisionError:
+    pass
+del hanging
+print(len(multiprocessing.active_children()))
+"""
+    assert run_with_workers(dataset, program) == "0"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_workers_end_with_a_parent_that_handles_sigterm(dataset: SequenceDataset) -> None:
-    """A fork inherits the handler, but must die of the signal by which the parent ends its workers."""
+    """They ignore the signal while the parent reads, and must obey it when the parent's exit ends them by it."""
     program = """
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
 next(iterator)

@@ -11,10 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from atlas.config.loader import nested, overlay
 from atlas.data import open_dataset
-from tests.runs import REPOSITORY
+from tests.conftest import corpus
+from tests.runs import hard_config, write_config
+
+REPOSITORY = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -203,3 +208,59 @@ def test_sigterm_at_a_prompt(place: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130, errors
     assert errors.endswith("interrupted\n")
+
+
+# Training with workers
+
+
+def reading_run(folder: Path, text: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A training process of its own group that stands still in its seventh micro-batch, and its two workers."""
+    explicit = overlay(hard_config(folder / "run", text), nested("data.num_workers", 2))
+    config = write_config(folder / "config.yaml", explicit)
+    marker = folder / "stalled"
+    stall = {"ATLAS_TEST_STALL_AT": "7", "ATLAS_TEST_STALL_FILE": str(marker)}
+    process = start("train", "--config", config, cwd=folder, **stall)
+    wait_for(marker.exists, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    return process, workers
+
+
+@pytest.fixture
+def short_text(tmp_path: Path) -> Path:
+    path = tmp_path / "short.txt"
+    path.write_text(corpus()[:5800], encoding="utf-8")
+    return path
+
+
+def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on(tmp_path: Path, short_text: Path) -> None:
+    """As Slurm, docker stop and systemd send it: the workers hear it too."""
+    process, workers = reading_run(tmp_path, short_text)
+    os.killpg(process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert all(worker.is_running() for worker in workers)
+    (tmp_path / "stalled.go").touch()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert (tmp_path / "run" / "atlas_interrupt_step_2.pt").exists()
+    command = ["train", "--resume", "auto", "--config", tmp_path / "config.yaml", "--max-steps", "4"]
+    assert "finished at step 4" in finish(start(*command, cwd=tmp_path))[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_do_not_outlive_their_parent(tmp_path: Path, short_text: Path, number: int) -> None:
+    """It is killed alone, or ended with its group by a second SIGTERM: at once, with 130."""
+    process, workers = reading_run(tmp_path, short_text)
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130), errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(workers, timeout=15)[1]

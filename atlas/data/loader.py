@@ -6,11 +6,16 @@ at any batch size, by one integer: how many sequences it has consumed.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import itertools
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -96,18 +101,19 @@ def batches(
             inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
             yield (inputs.pin_memory(), targets.pin_memory()) if pin_memory else (inputs, targets)
         return
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=updates,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_parent,
-        generator=torch.Generator(),
-    )
-    with _interrupts_held_back():
-        iterator = iter(loader)
-    for inputs, targets in iterator:
-        yield inputs, targets
+    with _workers_may_go() as may_go:
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=updates,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=functools.partial(_leave_signals_to_parent, may_go),
+            generator=torch.Generator(),
+        )
+        with _signals_held_back():
+            iterator = iter(loader)
+        for inputs, targets in iterator:
+            yield inputs, targets
 
 
 def _windows_of_updates(
@@ -119,19 +125,46 @@ def _windows_of_updates(
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes started meanwhile are born deaf to Ctrl-C; the parent hears it when they are started."""
+def _workers_may_go() -> Iterator[Any]:
+    """A byte that workers see too, 1 from the moment when they may end: the loop is left, or the process.
+
+    Torch and `multiprocessing` end workers that linger by SIGTERM, and at exit wait until it is obeyed.
+    """
+    may_go = multiprocessing.RawValue("b", 0)
+    let_go = functools.partial(setattr, may_go, "value", 1)
+    atexit.register(let_go)
+    try:
+        yield may_go
+    finally:
+        let_go()
+        atexit.unregister(let_go)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started meanwhile are born deaf to both signals; the parent hears them when they are started."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the parent decides when to stop, and wants its batches
-    until then. (Where there is no mask to inherit, on Windows, this is the whole protection.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_parent(may_go: Any, _worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and SIGTERM every process that a batch system or a
+    container ends, but the parent decides when to stop, and wants its batches until then. SIGTERM is obeyed
+    once they `may_go`. (Windows has no mask to inherit; there this is the whole protection.)"""
+
+    def go_if_allowed(number: int, frame: FrameType | None) -> None:
+        if may_go.value:
+            os._exit(0)  # as torch's own handler does: any other end is reported as a failure
+
+    for name in ("SIGINT", "SIGBREAK"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, go_if_allowed)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
