@@ -6,6 +6,7 @@ device nothing is opened and nothing is asked.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,34 +67,30 @@ class GpuSensor:
     """One NVIDIA GPU's readings, asked for at most once a second.
 
     `failure` is what NVML said when it stopped answering (as after a change of drivers); from then on every reading
-    is empty.
+    is empty. `failure_said` and `advised` are of `cool_down`, which says such things once.
     """
 
     def __init__(self, nvml: Any, handle: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.failure: str | None = None
+        self.failure_said = False
         self.advised = False
         self._error: type[Exception] = nvml.NVMLError
         self._clock = clock
         self._read_at: float | None = None
         self._reading = Reading()
 
-        def first_answer(*names: str, more: tuple[int, ...] = ()) -> Callable[[], Any] | None:
-            """The first of NVML's functions that this package, driver and card all know."""
-            for name in names:
-                try:
-                    getattr(nvml, name)(handle, *more)
-                except (AttributeError, nvml.NVMLError):
-                    continue
-                return lambda: getattr(nvml, name)(handle, *more)
-            return None
-
         die = (nvml.NVML_TEMPERATURE_GPU,)
-        self._temperature = first_answer("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", more=die)
-        self._power = first_answer("nvmlDeviceGetPowerUsage")
-        self._power_limit = first_answer("nvmlDeviceGetEnforcedPowerLimit")
-        self._utilization = first_answer("nvmlDeviceGetUtilizationRates")
-        self._throttle = first_answer(
-            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+        self._temperature = _first_known(
+            nvml, handle, "nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", more=die
+        )
+        self._power = _first_known(nvml, handle, "nvmlDeviceGetPowerUsage")
+        self._power_limit = _first_known(nvml, handle, "nvmlDeviceGetEnforcedPowerLimit")
+        self._utilization = _first_known(nvml, handle, "nvmlDeviceGetUtilizationRates")
+        self._throttle = _first_known(
+            nvml,
+            handle,
+            "nvmlDeviceGetCurrentClocksEventReasons",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
         )
 
     @classmethod
@@ -141,14 +138,28 @@ class GpuSensor:
         )
 
 
+def _first_known(nvml: Any, handle: Any, *names: str, more: tuple[int, ...] = ()) -> Callable[[], Any] | None:
+    """The first of NVML's functions that this package, driver and card all know, ready to be called."""
+    for name in names:
+        try:
+            ask = functools.partial(getattr(nvml, name), handle, *more)
+            ask()
+        except (AttributeError, nvml.NVMLError):
+            continue
+        return ask
+    return None
+
+
 def _handle(nvml: Any, device: torch.device) -> Any:
-    """NVML's handle of PyTorch's `device`. Their numbers differ: CUDA_VISIBLE_DEVICES and the order of CUDA
-    mean nothing to NVML."""
+    """NVML's handle of PyTorch's `device`, whose number means nothing to NVML (CUDA_VISIBLE_DEVICES, CUDA's order)."""
     properties: Any = torch.cuda.get_device_properties(device)
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
     except nvml.NVMLError:
-        # A slice of a card (MIG) has a UUID of its own, and no sensors; the card is found by its place on the bus.
+        # A slice of a card (MIG) has a UUID of its own, and no sensors; the card is found by its place on the bus,
+        # where PyTorch tells it.
+        if not hasattr(properties, "pci_bus_id"):
+            raise
         place = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         return nvml.nvmlDeviceGetHandleByPciBusId(place)
 
@@ -172,3 +183,65 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
             return None
         raise AtlasError(f"guard.max_gpu_temp: {limit}: {reason}; or leave the setting out") from None
     return sensor
+
+
+def cool_down(
+    sensor: GpuSensor,
+    *,
+    limit: int | None,
+    should_stop: Callable[[], bool],
+    say: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """To be called between two updates: wait if the GPU is at `limit` °C, until it is `COOLING` °C below.
+
+    A stop request ends the wait. Without a limit nothing waits, and a card at `TOO_HOT` is told of, once. So is a
+    sensor that has stopped answering.
+    """
+    temperature = sensor.read().temperature
+    if limit is not None and temperature is not None and temperature >= limit and not should_stop():
+        _wait(sensor, temperature, limit, should_stop=should_stop, say=say, sleep=sleep, clock=clock)
+    elif limit is None and temperature is not None and temperature >= TOO_HOT and not sensor.advised:
+        sensor.advised = True
+        say(
+            f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable; this is more: clean the "
+            "fans, improve the air flow, or lower the load: a smaller training.micro_batch_size, "
+            "training.gradient_checkpointing, a shorter model.max_seq_len; guard.max_gpu_temp makes training wait"
+        )
+    if sensor.failure is not None and not sensor.failure_said:
+        sensor.failure_said = True
+        unwatched = "" if limit is None else f", and guard.max_gpu_temp {limit} is no longer watched"
+        say(
+            f"warning: the GPU's sensors no longer answer (NVML: {sensor.failure}): training goes on{unwatched}"
+        )
+
+
+def _wait(
+    sensor: GpuSensor,
+    temperature: int | None,
+    limit: int,
+    *,
+    should_stop: Callable[[], bool],
+    say: Callable[[str], None],
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+) -> None:
+    """Return when the GPU has cooled, a stop is requested, or the sensor fails."""
+    target = limit - COOLING
+    say(f"GPU at {temperature} °C, limit {limit} (guard.max_gpu_temp): waiting until {target} °C")
+    start = clock()
+    remind_at = start + _SECONDS_BETWEEN_REMINDERS
+    while temperature is not None and temperature > target:
+        if should_stop():
+            return
+        if clock() >= remind_at:
+            remind_at += _SECONDS_BETWEEN_REMINDERS
+            say(
+                f"GPU still at {temperature} °C after {clock() - start:.0f} s without work from this run: another "
+                "program or poor cooling keeps it warm; Ctrl-C saves, and a higher guard.max_gpu_temp goes on"
+            )
+        sleep(_SECONDS_BETWEEN_LOOKS)
+        temperature = sensor.read().temperature
+    if temperature is not None:
+        say(f"GPU at {temperature} °C after {clock() - start:.0f} s: training goes on")
