@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas.config import GuardConfig
 from atlas.inference.generate import generate
 from atlas.inference.load import load_model
 from atlas.inference.sampling import Sampling
+from atlas.training.heat import open_sensor
 from tests.runs import layer, logged, run
 
 pytestmark = [
@@ -52,3 +54,12 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
     assert texts[0] == texts[1]
     on_cpu = layer(tmp_path / "run", text_file, device="cpu", training__max_steps=12)
     assert run(on_cpu)[1].step == 12
+
+
+def test_the_card_says_how_warm_it_is() -> None:
+    sensor = open_sensor(torch.device("cuda"), GuardConfig(max_gpu_temp=83), say=pytest.fail)
+    assert sensor is not None
+    metrics = sensor.read().metrics()
+    assert 10 <= metrics["gpu_temperature"] <= 110
+    assert metrics["gpu_power"] > 0
+    assert isinstance(metrics["gpu_throttle"], list)
