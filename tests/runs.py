@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -13,6 +17,8 @@ from atlas.training.checkpoint import load_checkpoint
 from atlas.training.launch import start_run
 from atlas.training.start import Request, choose_start
 from atlas.training.trainer import Result, Trainer
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def layer(folder: Path, text: Path, **settings_: object) -> dict:
@@ -28,7 +34,8 @@ def layer(folder: Path, text: Path, **settings_: object) -> dict:
             "log_interval": 1,
             "learning_rate": 1e-2,
         },
-        "checkpoint": {"output_dir": str(folder), "save_interval": 100},
+        # A save in the background may be dropped where updates take milliseconds; these tests count checkpoints.
+        "checkpoint": {"output_dir": str(folder), "save_interval": 100, "background": False},
     }
     for key, value in settings_.items():
         base = overlay(base, nested(key.replace("__", "."), value))
@@ -59,6 +66,7 @@ def hard_config(folder: Path, text: Path) -> dict:
         "training.eval_interval": 8,
         "training.loss": "tests.toy:stalling_loss",
         "checkpoint.save_interval": 6,
+        "checkpoint.background": True,
         "data.num_workers": 1,
     }.items():
         explicit = overlay(explicit, nested(key, value))
@@ -68,6 +76,15 @@ def hard_config(folder: Path, text: Path) -> dict:
 def write_config(path: Path, explicit: dict) -> Path:
     path.write_text(yaml.safe_dump(explicit), encoding="utf-8")
     return path
+
+
+def start_process(
+    config: Path, *arguments: str, stderr: int | IO[str] = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[str]:
+    """`atlas train --config CONFIG ARGUMENTS` as a user's shell would start it, without a terminal."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "-m", "atlas", "train", "--config", str(config), *arguments]
+    return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
 def same_bits(one: object, other: object) -> bool:

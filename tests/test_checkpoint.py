@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,12 +103,12 @@ def test_latest_goes_by_step_and_not_by_time_and_passes_over_what_is_broken(tmp_
     for step in (9, 100, 20):
         save(manager, step)
     os.utime(tmp_path / "atlas_step_9.pt", (2e9, 2e9))
-    assert manager.latest()[1].name == "atlas_step_100.pt"
+    assert manager.load_latest()[0].name == "atlas_step_100.pt"
     damage(tmp_path / "atlas_step_100.pt")
-    assert manager.latest()[1].name == "atlas_step_20.pt"
+    assert manager.load_latest()[0].name == "atlas_step_20.pt"
     assert "atlas_step_100.pt" in said[0]
     (tmp_path / "atlas_step_20.json").unlink()
-    assert manager.latest()[1].name == "atlas_step_9.pt"
+    assert manager.load_latest()[0].name == "atlas_step_9.pt"
 
 
 def damage(path: Path) -> None:
@@ -189,12 +190,13 @@ def test_too_little_disk_skips_the_save_in_one_line(tmp_path: Path, monkeypatch:
     said: list[str] = []
     manager = CheckpointManager(tmp_path, say=said.append)
     save(manager, 1)
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert save(manager, 2) == []
     assert len(said) == 1
     assert "no checkpoint saved" in said[0]
-    assert manager.latest()[1].name == "atlas_step_1.pt"
+    assert "Training goes on; the newest is atlas_step_1.pt" in said[0]
+    assert manager.load_latest()[0].name == "atlas_step_1.pt"
 
 
 def test_a_disk_that_fills_in_mid_write_leaves_no_half_file(

@@ -21,20 +21,19 @@ from atlas.errors import AtlasError
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.start import Request, choose_start
 from tests.conftest import corpus
-from tests.runs import assert_same_run, hard_config, layer, logged, run, same_bits, trainer_for, write_config
-
-REPOSITORY = Path(__file__).parent.parent
-
+from tests.runs import (
+    assert_same_run,
+    hard_config,
+    layer,
+    logged,
+    run,
+    same_bits,
+    start_process,
+    trainer_for,
+    write_config,
+)
 
 # A true process, truly killed.
-
-
-def start_process(config: Path, **environment: str) -> subprocess.Popen:
-    variables = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPOSITORY), **environment}
-    command = [sys.executable, "-m", "atlas", "train", "--config", str(config)]
-    return subprocess.Popen(
-        command, env=variables, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -66,18 +65,20 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) 
     whole = write_config(tmp_path / "whole.yaml", hard_config(tmp_path / "whole", short_text))
     killed = write_config(tmp_path / "killed.yaml", hard_config(tmp_path / "killed", short_text))
     finish(start_process(whole))
-    # Update 26, second of three micro-batches, is the (25 · 3 + 2)-th call: 25 updates are done, 24 are saved.
+    # Update 26, second of three micro-batches, is the (25 · 3 + 2)-th call: 25 updates are done.
     process = stalled(tmp_path, killed, 25 * 3 + 2)
     assert logged(tmp_path / "killed")[-1]["step"] == 25
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    saved = CheckpointManager(tmp_path / "killed").found()[0][0].step
+    assert 6 <= saved <= 24  # where the disk is slow, the last saves may not have got there
     errors = finish(start_process(killed))  # the same command once more, without a terminal
-    assert "at step 24 of 40" in errors
+    assert f"at step {saved} of 40" in errors
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=40)
     lost = [
         json.loads(line) for line in (tmp_path / "killed" / "metrics.lost.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in lost if line["kind"] == "train"] == [25]
+    assert [line["step"] for line in lost if line["kind"] == "train"] == list(range(saved + 1, 26))
     assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["epoch"] == 1  # an epoch ended on the way
     assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["machine"]["threads"] == 2
 
@@ -187,6 +188,7 @@ def test_no_resume_moves_the_old_run_and_deletes_nothing(done: tuple[dict, Path]
     before = snapshot(folder)
     _, result = run(overlay(explicit, nested("model.hidden_size", 32)), no_resume=True)
     assert result.step == 6
+    del before["atlas.lock"]  # it belongs to the folder, not to the run
     assert snapshot(folder / "previous-1") == before
 
 
@@ -218,7 +220,7 @@ def test_a_broken_latest_checkpoint_is_passed_over(done: tuple[dict, Path]) -> N
         (folder / name).write_bytes(data)
     start = choose_start(Request(explicit))
     assert start.contents["step"] == 4
-    assert any("atlas_step_6.pt: damaged" in note for note in start.notes)
+    assert any("atlas_step_6.pt: is not the file that was saved" in note for note in start.notes)
 
 
 def test_a_folder_of_broken_checkpoints_is_not_overwritten(done: tuple[dict, Path]) -> None:
@@ -356,7 +358,7 @@ def test_an_interrupt_before_the_first_update_is_a_checkpoint_too(
 ) -> None:
     explicit, folder = layer(tmp_path / "run", text_file), tmp_path / "run"
     trainer = trainer_for(explicit)
-    trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGINT) or False
+    trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)
     assert trainer.train().outcome == "interrupted"
     assert "stopping after this micro-batch" in capfd.readouterr().err
     assert (folder / "atlas_interrupt_step_0.pt").exists()

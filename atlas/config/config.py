@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, model_validator
 
+MAX_PARAMETERS = 10**13
+"""Their weights alone take 40 TB."""
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
 
@@ -33,7 +35,9 @@ def _whole_number(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
             raise ValueError("must be a whole number")
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must be below 2^63")
     return value
 
 
@@ -44,6 +48,11 @@ def _count_or_auto(value: Any) -> Any:
     if isinstance(value, int) and value < 1:
         raise ValueError("must be at least 1, or auto")
     return value
+
+
+def _off_on(value: Any) -> Any:
+    """YAML 1.1 reads `off` and `on` as booleans."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 Int = Annotated[int, BeforeValidator(_whole_number)]
@@ -59,13 +68,15 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of the network: enough, with the weights, to rebuild it."""
 
-    hidden_size: Int = Field(768, ge=1, description="Width of the residual stream; divisible by num_heads.")
+    hidden_size: Int = Field(
+        768, ge=1, le=2**24, description="Width of the residual stream; divisible by num_heads."
+    )
     num_layers: Int = Field(12, ge=1, le=10_000, description="Number of transformer blocks.")
-    num_heads: Int = Field(12, ge=1, description="Attention heads per block.")
+    num_heads: Int = Field(12, ge=1, le=2**24, description="Attention heads per block.")
     vocab_size: Int | None = Field(
         None, ge=1, le=2**24, description="Tokens in the vocabulary; left out, the dataset's is taken."
     )
-    max_seq_len: Int = Field(1024, ge=1, description="Context length in tokens.")
+    max_seq_len: Int = Field(1024, ge=1, le=2**32, description="Context length in tokens.")
     dropout: Float = Field(
         0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
     )
@@ -80,6 +91,17 @@ class ModelConfig(Section):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
                 f"use hidden_size {sizes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_machine_holds_it(self) -> ModelConfig:
+        rows = 12 * self.num_layers * self.hidden_size + (self.vocab_size or 0) + self.max_seq_len
+        if rows * self.hidden_size > MAX_PARAMETERS:
+            raise ValueError(
+                f"num_layers {self.num_layers}, hidden_size {self.hidden_size}, vocab_size {self.vocab_size} and "
+                f"max_seq_len {self.max_seq_len} make {rows * self.hidden_size:.0e} parameters, and no machine holds "
+                f"more than {MAX_PARAMETERS:.0e}: use smaller ones"
             )
         return self
 
@@ -144,6 +166,12 @@ class TrainingConfig(Section):
         description="Updates to train for; with epochs, the smaller wins; with neither, one epoch.",
     )
     epochs: Int | None = Field(None, ge=1, description="Passes over the training data.")
+    max_hours: Float | None = Field(
+        None,
+        gt=0,
+        description="Hours to train for in all: the schedule is planned to end inside them, from the speed of the "
+        "first updates. With max_steps or epochs, the smaller wins; alone, as many epochs as there is time for.",
+    )
     learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
     min_learning_rate_ratio: Float = Field(
         0.1, ge=0, le=1, description="Final learning rate as a part of the peak (cosine decay)."
@@ -159,12 +187,19 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more time."
     )
+    compile: Annotated[Literal["off", "on"], BeforeValidator(_off_on)] = Field(
+        "off",
+        description="Compile each block with torch.compile: minutes at the start, faster updates after.",
+    )
     loss: str | None = Field(
         None,
         description="Own loss as package.module:function(logits, targets, mask=None) → mean over the tokens given.",
     )
     log_interval: Int = Field(10, ge=1, description="Updates between two lines of metrics.")
     eval_interval: Int = Field(100, ge=1, description="Updates between two evaluations on validation data.")
+    eval_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+        "auto", description="Sequences evaluated at once. auto: as many as train at once."
+    )
     eval_sequences: Int = Field(
         128, ge=1, description="Size of the fixed validation subset, in sequences of max_seq_len tokens."
     )
@@ -187,11 +222,39 @@ class CheckpointConfig(Section):
     keep_checkpoints: Int = Field(
         5, ge=1, description="Checkpoints kept of each kind; the best is always kept besides."
     )
+    max_total: ByteSize | None = Field(
+        None,
+        description="Bytes that all checkpoints together may take, such as 20GB: the oldest go first, never the best "
+        "and the newest.",
+    )
+    slim_old: bool = Field(
+        False,
+        description="Remove the optimizer state, two thirds of the bytes, from step checkpoints beyond the newest two.",
+    )
+    background: bool = Field(
+        True,
+        description="Write checkpoints from a copy in main memory while training goes on; false: training waits "
+        "for the disk.",
+    )
 
 
 class GuardConfig(Section):
     """What is watched while a run goes on, and what happens then."""
 
+    max_bad_steps: Int = Field(
+        5,
+        ge=1,
+        description="So many updates in a row that could not be applied, since their loss or gradient was not finite, "
+        "send the run back to its last save.",
+    )
+    spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(_off_on)] = Field(
+        "off",
+        description="What to do with an update whose loss or gradient norm is far above the last 128: nothing, not "
+        "apply it, or go back to the last save.",
+    )
+    spike_z_score: Float = Field(
+        6.0, gt=0, description="How many standard deviations above their mean count as far."
+    )
     max_gpu_temp: Int | None = Field(
         None,
         ge=40,

@@ -9,6 +9,7 @@ from atlas.planning.estimate import (
     count_parameters,
     estimate_inference_memory,
     estimate_training_memory,
+    memory_of_a_step,
     output_folder_bytes,
 )
 from atlas.planning.machine import measure_memory
@@ -26,6 +27,7 @@ __all__ = [
     "estimate_training_memory",
     "largest_that_fits",
     "measure_memory",
+    "memory_of_a_step",
     "output_folder_bytes",
     "plan_presets",
 ]

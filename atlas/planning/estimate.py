@@ -184,6 +184,12 @@ def estimate_inference_memory(model: ModelConfig, *, device: str, batch_size: in
     )
 
 
+def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
+    """What the first step takes beyond the weights, which are there before it."""
+    memory = estimate_training_memory(config, device=device)
+    return memory.total - memory.weights - memory.process
+
+
 def checkpoint_bytes(config: AtlasConfig) -> int:
     """One checkpoint: weights and AdamW's two moments, in fp32."""
     return 3 * _FP32 * _stored_parameters(config.model)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch import nn
 
 from atlas.errors import AtlasError
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
+from atlas.training.retention import RESUMABLE, find_room, remove, slim, surplus
 from atlas.training.untrusted import check_zip, read_plain
-from atlas.training.writing import commit, copy_file, tensor_bytes, write_tensors
+from atlas.training.writing import Abandoned, commit, copy_file, tensor_bytes, write_tensors
 
 _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))\.pt")
 _SPARE_BYTES = 8 << 20
@@ -49,11 +49,20 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep_checkpoints: int = 5, say: Callable[[str], None] = lambda line: None
+        self,
+        folder: str | Path,
+        *,
+        keep_checkpoints: int = 5,
+        max_total: int | None = None,
+        slim_old: bool = False,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.folder = Path(folder)
         self.keep_checkpoints = keep_checkpoints
+        self.max_total = max_total
+        self.slim_old = slim_old
         self.say = say
+        self._said_no_room = False
 
     # Reading
 
@@ -71,57 +80,99 @@ class CheckpointManager:
         ]
         return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
 
-    def latest(self) -> tuple[Manifest, Path] | None:
-        """The latest checkpoint that is whole, every byte compared; broken ones are named and passed over."""
-        for _, path in self.found():
-            if manifest := read_manifest(path, check_hash=True):
-                return manifest, path
-            self.say(f"{path}: damaged (its bytes are not those that were saved); passed over")
+    def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The latest checkpoint that can be gone on from, and its contents. Those that are broken are named and
+        passed over: by their bytes, by their contents, or because they hold no optimizer state any more."""
+        found = self.found()
+        for path in sorted(self.folder.glob("atlas_*.pt")):
+            if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
+                self.say(f"{path}: is not the file that its sidecar describes: passed over")
+        for manifest, path in found:
+            if manifest.slim:
+                self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): passed over")
+                continue
+            try:
+                contents = load_checkpoint(path, remedy="passed over")
+                if contents["step"] == manifest.step:
+                    return path, contents
+                self.say(f"{path}: holds step {contents['step']}, not {manifest.step}: passed over")
+            except AtlasError as error:
+                self.say(str(error))
         return None
 
     # Writing
 
-    def save(self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any]) -> list[Path]:
+    def save(
+        self,
+        contents: Mapping[str, Any],
+        kinds: list[str],
+        manifest: dict[str, Any],
+        *,
+        should_abandon: Callable[[], bool] = lambda: False,
+    ) -> list[Path]:
         """Write `contents` once and commit it under the name of each kind; the paths written.
 
         Too little disk is said in one line and nothing is written: training goes on, the checkpoints that
         are there stay. `manifest` holds the sidecar's fields but for kind and files.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed = tensor_bytes(contents) * len(kinds) + _SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            self.say(f"no checkpoint saved: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-            return []
-        temporary = self.folder / "atlas_writing.tmp"
-        written = []
+        written: list[Path] = []
         try:
-            size, sha256 = write_tensors(temporary, contents)
-            for kind in kinds:
-                path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
-                staged = path.with_name(path.name + ".tmp")
-                if kind == kinds[-1]:
-                    os.replace(temporary, staged)
-                else:
-                    copy_file(temporary, staged)
-                entry = FileEntry(name=path.name, size=size, sha256=sha256)
-                commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
-                written.append(path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._make_room(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
+                self._write(contents, kinds, manifest, written, should_abandon)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
             self.clean()
-        for kind in kinds:
-            self._prune(kind)
+        except Abandoned:
+            self.clean()
         return written
 
-    def _prune(self, kind: str) -> None:
-        """Keep the newest `keep_checkpoints` of a kind. The best is one file and always kept."""
-        if kind == "best":
-            return
-        of_kind = [path for manifest, path in self.found() if kind_of(path) == kind and manifest.kind == kind]
-        for path in of_kind[self.keep_checkpoints :]:
-            path.unlink(missing_ok=True)
-            sidecar_of(path).unlink(missing_ok=True)
+    def _write(
+        self,
+        contents: Mapping[str, Any],
+        kinds: list[str],
+        manifest: dict[str, Any],
+        written: list[Path],
+        should_abandon: Callable[[], bool],
+    ) -> None:
+        temporary = self.folder / "atlas_writing.tmp"
+        size, sha256 = write_tensors(temporary, contents, should_abandon=should_abandon)
+        for kind in kinds:
+            path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
+            staged = path.with_name(path.name + ".tmp")
+            if kind == kinds[-1]:
+                os.replace(temporary, staged)
+            else:
+                copy_file(temporary, staged)
+            entry = FileEntry(name=path.name, size=size, sha256=sha256)
+            commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
+            written.append(path)
+        for kind in kinds:
+            for path in surplus(self.found(), kind, self.keep_checkpoints):
+                remove(path)
+        if self.slim_old:
+            for path in surplus(self.found(), "step", RESUMABLE):
+                slim(path)
+
+    def _make_room(self, needed: int, step: int) -> bool:
+        """Whether `needed` bytes are there now, older checkpoints having gone if that is what it took."""
+        found = self.found()
+        room = find_room(self.folder, found, needed, max_total=self.max_total)
+        if not room.is_enough:
+            if not self._said_no_room:
+                newest = f"; the newest is {found[0][1].name}" if found else ""
+                self.say(
+                    f"step {step}: no checkpoint saved: it needs {needed / 1e9:.2f} GB, "
+                    f"{max(0, room.free) / 1e9:.2f} GB are {room.limit} ({self.folder}). Training goes on{newest}. "
+                    "This is said once; free some space"
+                )
+            self._said_no_room = True
+            return False
+        for path in room.victims:
+            self.say(f"{path.name}: removed to make room for step {step}")
+            remove(path)
+        self._said_no_room = False
+        return True
 
     def clean(self) -> None:
         """Remove what a broken save left behind; only the run that owns the folder may call this."""
@@ -143,19 +194,27 @@ def find_checkpoint(path: str | Path) -> Path:
     raise AtlasError(f"{path}: no such checkpoint; {hint}")
 
 
-def load_checkpoint(path: str | Path, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, *, say: Callable[[str], None] = lambda line: None, remedy: str | None = None
+) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
-    or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run."""
+    or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run.
+
+    What the keys `without` name is left out and takes no memory: two thirds of a checkpoint are the
+    optimizer's, which only training needs.
+
+    Raises `AtlasError`, which ends with `remedy`, by default with another checkpoint to take.
+    """
     path = find_checkpoint(path)
     has_sidecar = sidecar_of(path).exists()
-    remedy = f"take another checkpoint{_alternatives(path)}"
+    remedy = remedy or f"take another checkpoint{_alternatives(path)}"
     if not has_sidecar:
         check_zip(path, remedy=remedy)
     elif read_manifest(path, check_hash=True) is None:
         raise AtlasError(
             f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
         )
-    contents = read_plain(path, remedy=remedy)
+    contents = read_plain(path, remedy=remedy, without=without)
     if not has_sidecar:
         say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
     return contents

@@ -10,10 +10,14 @@ import numpy as np
 import torch
 
 from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
+from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.loss import compute_lm_loss
+from atlas.training.memory import is_out_of_memory, release_memory
 from atlas.training.metrics import perplexity
-from atlas.training.runtime import Runtime
+from atlas.training.runtime import Runtime, refuse_failed_compilation
+from atlas.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,51 @@ def evaluate(
         model.train(was_training)
     bytes_per_token = dataset.stream.num_bytes / dataset.stream.num_tokens
     return Evaluation(float(total) / max(1, tokens), tokens, tokens * bytes_per_token)
+
+
+def evaluate_within_memory(
+    model: AtlasLM,
+    dataset: SequenceDataset,
+    windows: Sequence[int],
+    *,
+    state: TrainState,
+    runtime: Runtime,
+    stop: StopRequest,
+    is_compiled: bool,
+    say: Callable[[str], None],
+) -> Evaluation | None:
+    """`evaluate` by `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
+    asked = min(state.eval_batch_size, len(windows))
+    while True:
+        try:
+            with stop.at_once(enabled=is_compiled):
+                evaluation = evaluate(
+                    model,
+                    dataset,
+                    windows,
+                    batch_size=state.eval_batch_size,
+                    runtime=runtime,
+                    should_stop=lambda: stop.requested,
+                )
+            break
+        except Stopped:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            refuse_failed_compilation(error)
+            if not is_out_of_memory(error):
+                raise
+        # Here and not above: the exception holds on to the tensors of what failed.
+        release_memory(runtime.device)
+        running = min(state.eval_batch_size, len(windows))
+        if running == 1:
+            raise AtlasError(
+                f"step {state.step}: out of memory while evaluating one sequence: a shorter model.max_seq_len or a "
+                "smaller model helps"
+            )
+        state.eval_batch_size = running // 2
+    if state.eval_batch_size < asked:
+        say(
+            f"step {state.step}: out of memory while evaluating {asked} sequences at once: {state.eval_batch_size} "
+            "from now on (training.eval_batch_size)"
+        )
+    return evaluation

@@ -1,21 +1,89 @@
-"""Watches the numbers, so that a run that has gone wrong says so instead of saving it."""
+"""Numbers gone wrong: which update is not applied, when the run goes back, and what to check when it ends."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from atlas.errors import AtlasError
+from atlas.config import GuardConfig, TrainingConfig
+from atlas.training.state import TrainState
+
+_WINDOW, _FEWEST = 128, 32
 
 
-def require_finite(loss: float, grad_norm: float, *, step: int, first: int, last: int) -> None:
-    """Refuse an update whose loss or gradient is not a number, before it reaches the weights.
+@dataclass(frozen=True)
+class Fault:
+    """Why an update was not applied. A benign one belongs to fp16 and says nothing against the run."""
 
-    `first` and `last` are the positions, in the run's order, of the update's sequences.
+    reason: str
+    is_benign: bool = False
+    is_spike: bool = False
+
+
+def find_fault(
+    loss: float, grad_norm: float, *, state: TrainState, guard: GuardConfig, loss_scale: float | None = None
+) -> Fault | None:
+    """What is wrong with an update of this loss and gradient norm, if anything is.
+
+    `loss_scale` is fp16's, None elsewhere: there a gradient that overflows under a scale above 1 is how the
+    scale is found, and the scaler halves it. Overflow without any scale is divergence.
     """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise AtlasError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm} (sequences {first} to {last} of the run): the update "
-        "was not applied and the checkpoints are good; the usual remedy is a lower --learning-rate, more "
-        "warmup_steps, or precision fp32"
-    )
+    if not math.isfinite(loss):
+        return Fault(f"loss {loss}")
+    if not math.isfinite(grad_norm):
+        if loss_scale is not None and loss_scale > 1:
+            return Fault(f"fp16 gradient overflow at loss scale {loss_scale:g}", is_benign=True)
+        if loss_scale is not None:
+            return Fault(f"fp16 gradients do not fit at any loss scale (now {loss_scale:g})")
+        return Fault(f"gradient norm {grad_norm}")
+    if guard.spikes != "off":
+        for name, value, recent in (
+            ("loss", loss, state.recent_losses),
+            ("gradient norm", grad_norm, state.recent_norms),
+        ):
+            if (score := z_score(value, recent)) > guard.spike_z_score:
+                return Fault(f"{name} {value:.4g} is {score:.1f} standard deviations high", is_spike=True)
+    return None
+
+
+def z_score(value: float, recent: Sequence[float]) -> float:
+    """How many standard deviations `value` lies above the mean of `recent`; 0 while there are too few to tell."""
+    if len(recent) < _FEWEST:
+        return 0.0
+    mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+    return (value - mean) / max(deviation, 1e-3 * abs(mean), 1e-12)
+
+
+def count(
+    state: TrainState, loss: float, grad_norm: float, fault: Fault | None, *, guard: GuardConfig
+) -> None:
+    """Take an update into the account. A spike enters the window, too: a lasting change is soon none any more."""
+    if fault is None:
+        state.loss, state.bad_in_a_row = loss, 0
+        state.loss_since_save.add(loss)
+        state.loss_since_evaluation.add(loss)
+    else:
+        state.skipped += 1
+        state.bad_in_a_row += not (fault.is_benign or fault.is_spike)
+    if guard.spikes != "off" and (fault is None or fault.is_spike):
+        state.recent_losses = [*state.recent_losses, loss][-_WINDOW:]
+        state.recent_norms = [*state.recent_norms, grad_norm][-_WINDOW:]
+
+
+def causes(training: TrainingConfig, *, rate: float, precision: str, sequences: str) -> list[str]:
+    """What to check when a run cannot go on, a line each, the likeliest first."""
+    lines = [
+        f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
+        f"{training.warmup_steps} steps of warm-up: try a third of it with --learning-rate, or a longer "
+        "training.warmup_steps",
+        f"gradient clipping: training.grad_clip is {training.grad_clip or 'off'}; 1.0 is usual",
+        f"the data: {sequences} were the last ones tried",
+        "the machine: if --device cpu does not show it, look at the GPU's memory, clocks and driver",
+    ]
+    if precision == "fp16":
+        lines.insert(0, "the precision: fp16 ends at 65,504: --set training.precision=bf16, or fp32")
+    if training.loss:
+        lines.insert(0, f"your loss {training.loss}: a logarithm or a division without a floor does this")
+    return [f"to check, {number}: {line}" for number, line in enumerate(lines, start=1)]

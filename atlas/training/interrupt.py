@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+
+class Stopped(BaseException):
+    """Raised within `StopRequest.at_once`."""
 
 
 class StopRequest:
@@ -19,7 +24,17 @@ class StopRequest:
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self.requested = False
         self._say = say
+        self._raises = False
         self._previous: dict[int, Any] = {}
+
+    @contextmanager
+    def at_once(self, *, enabled: bool = True) -> Iterator[None]:
+        """Within, a request raises `Stopped`, for work that does not come by to look at the flag (a compiler's)."""
+        self._raises = enabled
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +49,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
+        if self._raises:
+            raise Stopped
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

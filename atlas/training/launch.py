@@ -10,19 +10,29 @@ from typing import Any
 
 import yaml
 
-from atlas.config import AtlasConfig
+from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
 from atlas.model import build_model
-from atlas.planning import checkpoint_bytes, output_folder_bytes
+from atlas.planning import checkpoint_bytes, measure_memory, memory_of_a_step, output_folder_bytes
 from atlas.training.checkpoint import CheckpointManager, load_weights
+from atlas.training.heat import open_sensor
+from atlas.training.lock import FolderLock
 from atlas.training.loss import load_loss
+from atlas.training.memory import remembered_micro_batch
 from atlas.training.metrics import RunLog
-from atlas.training.runtime import cpu_only_build_with_nvidia_driver, restore_machine, setup_runtime
+from atlas.training.runtime import (
+    Runtime,
+    compile_blocks,
+    cpu_only_build_with_nvidia_driver,
+    restore_machine,
+    setup_runtime,
+)
 from atlas.training.schedule import horizon_steps
 from atlas.training.start import Start
-from atlas.training.trainer import Trainer, TrainState
+from atlas.training.state import TrainState
+from atlas.training.trainer import Trainer
 
 
 def start_run(start: Start) -> Trainer:
@@ -37,7 +47,7 @@ def start_run(start: Start) -> Trainer:
     if start.contents:
         load_weights(model, start.contents, start.source)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
-    _claim(folder)
+    lock = _claim(folder)
     _move_aside(folder, start.set_aside, start.notes)
     log = RunLog(folder)
     for note in start.notes:
@@ -45,13 +55,22 @@ def start_run(start: Start) -> Trainer:
     config = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"output_dir": str(folder)})}
     )
-    (folder / "config.yaml").write_text(_as_yaml(config), encoding="utf-8")
-    checkpoints = CheckpointManager(folder, keep_checkpoints=config.checkpoint.keep_checkpoints, say=log.say)
+    checkpoints = CheckpointManager(
+        folder,
+        keep_checkpoints=config.checkpoint.keep_checkpoints,
+        max_total=config.checkpoint.max_total,
+        slim_old=config.checkpoint.slim_old,
+        say=log.say,
+    )
     checkpoints.clean()
+    _keep_config(folder, config)
 
     resumes = start.mode == "resume"
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
-    state = _resumed_state(start, len(train_data), log) if resumes else _fresh_state(config, len(train_data))
+    if resumes:
+        state = _resumed_state(start, len(train_data), log)
+    else:
+        state = _fresh_state(config, len(train_data), runtime, log)
     trainer = Trainer(
         config,
         model,
@@ -70,23 +89,47 @@ def start_run(start: Start) -> Trainer:
         initialized_from=start.contents.get("initialized_from")
         if resumes
         else str(start.source or "") or None,
+        saves_in_background=_saves_in_background(config, runtime, log),
+        sensor=open_sensor(runtime.device, config.guard, say=log.say),
+        lock=lock,
     )
     if resumes:
         trainer.restore(start.contents)
         log.rewind(state.step)
     if not trainer.is_complete:
         _announce(start, trainer, differences)
+    if config.training.compile == "on":
+        compile_blocks(trainer.model)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
 
 
-def _fresh_state(config: AtlasConfig, sequences_per_epoch: int) -> TrainState:
-    return TrainState(horizon_steps(config.training, sequences_per_epoch), _micro_batch(config))
+def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
+    micro_batch = _micro_batch(config)
+    if config.training.micro_batch_size == "auto":
+        fitted = remembered_micro_batch(config, runtime.device)
+        if fitted is not None and fitted < micro_batch:
+            log.say(
+                f"{fitted} sequences run at once: more did not fit this machine's memory before; "
+                f"--set training.micro_batch_size={micro_batch} tries again"
+            )
+            micro_batch = fitted
+    return TrainState(
+        horizon_steps(config.training, sequences_per_epoch),
+        micro_batch,
+        _eval_batch(config, micro_batch),
+        is_planned=config.training.max_hours is None,
+    )
 
 
 def _micro_batch(config: AtlasConfig) -> int:
     asked = config.training.micro_batch_size
     return config.training.batch_size if asked == "auto" else min(asked, config.training.sequences_per_update)
+
+
+def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
+    asked = config.training.eval_batch_size
+    return micro_batch if asked == "auto" else asked
 
 
 def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> TrainState:
@@ -96,28 +139,56 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
     new = start.config.training
     if start.set_aside:
         state.best_loss = math.inf  # the best of the part that was set aside is not this branch's
-    if (old.max_steps, old.epochs, old.sequences_per_update) != (
-        new.max_steps,
-        new.epochs,
-        new.sequences_per_update,
-    ):
+    if _length(old) != _length(new):
         horizon = horizon_steps(
             new, sequences_per_epoch, step=state.step, sequences_consumed=state.sequences_consumed
         )
         if horizon != state.horizon:
             log.say(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
         state.horizon = horizon
+        state.is_planned = new.max_hours is None
     if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
         state.micro_batch_size = _micro_batch(start.config)
+    if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
+        state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
     return state
 
 
-def _claim(folder: Path) -> None:
+def _length(training: TrainingConfig) -> tuple[object, ...]:
+    """What decides where the schedule ends."""
+    return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
+
+
+def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
+    """Whether the copy that is saved from fits into memory beside all that a step will take."""
+    if not config.checkpoint.background:
+        return False
+    copy, free = checkpoint_bytes(config), measure_memory("cpu")
+    step = 0 if runtime.device.type == "cuda" else memory_of_a_step(config, device=runtime.device.type)
+    if copy + step <= free:
+        return True
+    log.say(
+        f"checkpoints are written while training waits: a copy of {copy / 1e9:.2f} GB beside the {step / 1e9:.2f} GB "
+        f"that a step takes does not fit into the {free / 1e9:.2f} GB of memory that are free"
+    )
+    return False
+
+
+def _keep_config(folder: Path, config: AtlasConfig) -> None:
+    try:
+        (folder / "config.yaml").write_text(_as_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise AtlasError(
+            f"{folder}: config.yaml cannot be written ({error.strerror}): free some space, or choose another "
+            "--output-dir"
+        ) from None
+
+
+def _claim(folder: Path) -> FolderLock:
+    """Make the folder, and be the only run that writes to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "atlas_probe.tmp"
-        probe.touch()
-        probe.unlink()
+        return FolderLock(folder)
     except OSError as error:
         raise AtlasError(
             f"{folder}: cannot be written ({error.strerror}): choose another --output-dir"

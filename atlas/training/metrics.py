@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 
 def perplexity(loss: float) -> float:
@@ -30,13 +30,19 @@ class RunLog:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.log_path = folder / "training.log"
         self.metrics_path = folder / "metrics.jsonl"
+        self._files = {
+            path: _AppendedFile(path, self._console_only) for path in (self.log_path, self.metrics_path)
+        }
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def say(self, line: str) -> None:
         """One line for the user, on the console and in `training.log`."""
-        self.console.print(line, markup=False)
+        self._console_only(line)
         self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def _console_only(self, line: str) -> None:
+        self.console.print(line, markup=False)
 
     def rewind(self, step: int) -> None:
         """Cut `metrics.jsonl` back to `step`; what is cut is appended to `metrics.lost.jsonl`.
@@ -77,13 +83,17 @@ class RunLog:
             yield
         self._progress = None
 
+    def total(self, total: int) -> None:
+        if self._progress:
+            self._progress.update(self._task, total=total)
+
     def advance(self, step: int) -> None:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def train(self, metrics: dict[str, Any], *, total: int) -> None:
         """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`."""
-        self._append(self.metrics_path, json.dumps({"kind": "train", **metrics}))
+        self._append(self.metrics_path, _as_json("train", metrics))
         status = (
             f"loss {metrics['loss']:.4f}  ppl {metrics['perplexity']:,.1f}  {metrics['steps_per_second']:.2f} it/s  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
@@ -98,16 +108,54 @@ class RunLog:
 
     def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
         """One evaluation record."""
-        self._append(self.metrics_path, json.dumps({"kind": "validation", **metrics}))
+        self._append(self.metrics_path, _as_json("validation", metrics))
         self.say(
             f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
             f"{metrics['val_perplexity']:,.1f}, {metrics['bits_per_byte']:.3f} bits per byte{note}"
         )
 
-    @staticmethod
-    def _append(path: Path, line: str) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def event(self, event: str, step: int, **facts: Any) -> None:
+        """Something that is not an update or an evaluation, for `metrics.jsonl`."""
+        self._append(self.metrics_path, _as_json("event", {"event": event, "step": step, **facts}))
+
+    def _append(self, path: Path, line: str) -> None:
+        self._files[path].append(line)
+
+
+class _AppendedFile:
+    """Lines at the end of a file. On a full disk they wait here, and training goes on."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()  # saving in the background has lines to say, too
+
+    def append(self, line: str) -> None:
+        with self._lock:
+            said = bool(self._waiting)
+            self._waiting.append(line + "\n")
+            data = "".join(self._waiting).encode("utf-8")
+            try:
+                with open(self._path, "ab", buffering=0) as file:
+                    end = file.seek(0, os.SEEK_END)
+                    if file.write(data) != len(data):
+                        file.truncate(end)  # no half lines
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                if not said:
+                    self._say(f"{self._path}: cannot be written ({error.strerror}); its lines wait in memory")
+            else:
+                self._waiting.clear()
+
+
+def _as_json(kind: str, facts: dict[str, Any]) -> str:
+    """A line of `metrics.jsonl`. JSON has no word for a number that is not finite: null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in facts.items()
+    }
+    return json.dumps({"kind": kind, **finite}, ensure_ascii=False)
 
 
 def _step_of(line: str) -> float:
@@ -122,24 +170,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class RunningMean:
-    """A mean that stays on the device until it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._total, self._count = torch.zeros((), device=device), 0
-
-    def add(self, value: Tensor) -> None:
-        self._total += value
-        self._count += 1
-
-    def mean(self) -> float:
-        return float(self._total) / max(1, self._count)
-
-    def reset(self) -> None:
-        self._total.zero_()
-        self._count = 0
 
 
 class Throughput:

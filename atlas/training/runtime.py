@@ -17,6 +17,7 @@ import torch
 from atlas import __version__
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
+from atlas.model import AtlasLM
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +47,22 @@ def setup_runtime(config: AtlasConfig) -> Runtime:
     """The runtime that `device` and `training.precision` ask for; `AtlasError` where it cannot be had."""
     device = choose_device(config.device)
     return Runtime(device, _choose_precision(config.training.precision, device))
+
+
+def compile_blocks(model: AtlasLM) -> None:
+    """Compile each block in place: state-dict keys stay as they are, and equal blocks compile once."""
+    for block in model.blocks:
+        block.compile()
+
+
+def refuse_failed_compilation(error: BaseException) -> None:
+    """A compiler that is missing or fails is the user's to mend; other errors are not this function's."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().splitlines()[0]
+        raise AtlasError(
+            f"training.compile: on: the model cannot be compiled here ({reason}): install a C++ compiler (and Triton, "
+            "on a GPU), or --set training.compile=off"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

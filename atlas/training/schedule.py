@@ -6,16 +6,19 @@ import math
 
 from atlas.config import TrainingConfig
 
+NO_LIMIT = 10**9
+
 
 def horizon_steps(
     config: TrainingConfig, sequences_per_epoch: int, *, step: int = 0, sequences_consumed: int = 0
 ) -> int:
-    """The update at which the run ends: the smaller of `epochs` and `max_steps`; with neither, one epoch.
+    """The update at which the run ends: the smaller of `epochs` and `max_steps`; with neither, one epoch. With
+    `max_hours` alone it is not known until an update has been timed: until then `NO_LIMIT`.
 
     With `step` and `sequences_consumed`, the end of a run that already came that far.
     """
-    epochs = config.epochs if config.epochs or config.max_steps else 1
-    ends = []
+    epochs = config.epochs if config.epochs or config.max_steps or config.max_hours else 1
+    ends = [NO_LIMIT]
     if config.max_steps:
         ends.append(config.max_steps)
     if epochs:

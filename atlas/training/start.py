@@ -17,7 +17,7 @@ from atlas.data import ResolvedData, resolve_data
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
-from atlas.training.manifest import Manifest, read_manifest
+from atlas.training.manifest import read_manifest
 
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
@@ -101,7 +101,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
 
 def _from_occupied_folder(request: Request, folder: Path) -> Start:
     notes: list[str] = []
-    latest = CheckpointManager(folder, say=notes.append).latest()
+    latest = CheckpointManager(folder, say=notes.append).load_latest()
     if latest is None:
         raise AtlasError(
             f"{folder}: holds checkpoints, none of them whole ({'; '.join(notes) or 'no sidecar fits'}): name one with "
@@ -116,11 +116,10 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
 
 
 def _continue(
-    request: Request, folder: Path, latest: tuple[Manifest, Path], notes: list[str] | None = None
+    request: Request, folder: Path, latest: tuple[Path, dict[str, Any]], notes: list[str] | None = None
 ) -> Start:
     """Go on with the run that a folder holds, if it is the same model's and data's."""
-    manifest, source = latest
-    contents = load_checkpoint(source)
+    source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
     _refuse_unasked_code(inherited, request.explicit)
     remedy = "choose another --output-dir, or set it aside with --no-resume"
@@ -129,7 +128,7 @@ def _continue(
         _refuse_other_shape(config, contents, source)
     except AtlasError as error:
         raise AtlasError(f"{error} (to go on with the run in {folder}; for a new one, {remedy})") from None
-    if data.fingerprint != manifest.data_fingerprint:
+    if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
         raise AtlasError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
     return Start("resume", config, data, folder, source, contents, [], notes or [])
@@ -137,7 +136,7 @@ def _continue(
 
 def _finetune_folder(
     request: Request, config: AtlasConfig, data: ResolvedData
-) -> tuple[Path, tuple[Manifest, Path] | None]:
+) -> tuple[Path, tuple[Path, dict[str, Any]] | None]:
     """Where fine-tuning writes: never over another run. With the checkpoint to go on from, if it had begun."""
     wished = _explicit_folder(request.explicit)
     folder = wished or Path(AtlasConfig().checkpoint.output_dir)
@@ -147,8 +146,12 @@ def _finetune_folder(
         folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
         if not _checkpoint_files(folder):
             return folder, None
-    latest = CheckpointManager(folder).latest()
-    if latest and latest[0].data_fingerprint == data.fingerprint and latest[0].initialized_from:
+    latest = CheckpointManager(folder).load_latest()
+    if (
+        latest
+        and latest[1]["data"].get("fingerprint") == data.fingerprint
+        and latest[1].get("initialized_from")
+    ):
         return folder, latest
     raise AtlasError(
         f"{folder}: holds another run: choose another --output-dir, or set it aside with --no-resume"

@@ -6,56 +6,41 @@ State that decides what comes next is in `TrainState` and in every checkpoint; e
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atlas.config import AtlasConfig
-from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
+from atlas.data.dataset import SequenceDataset
 from atlas.data.loader import SequenceOrder, batches
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
+from atlas.training.background import BackgroundSaver
 from atlas.training.checkpoint import CheckpointManager
-from atlas.training.evaluate import Evaluation, evaluate, fixed_subset
-from atlas.training.guard import require_finite
+from atlas.training.clock import RunClock
+from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
+from atlas.training.guard import count
+from atlas.training.heat import GpuSensor, cool_down
 from atlas.training.interrupt import StopRequest
-from atlas.training.loss import LossFunction, compute_lm_loss
+from atlas.training.lock import FolderLock
+from atlas.training.loss import LossFunction
 from atlas.training.manifest import FORMAT_VERSION
-from atlas.training.metrics import RunLog, RunningMean, Throughput, perplexity
-from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import Runtime, describe_machine, seed_micro_step
+from atlas.training.metrics import RunLog, Throughput, perplexity
+from atlas.training.recovery import recover
+from atlas.training.runtime import Runtime, describe_machine
 from atlas.training.schedule import learning_rate_at
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. Plain numbers, all of them in the checkpoint."""
-
-    horizon: int
-    micro_batch_size: int
-    step: int = 0
-    sequences_consumed: int = 0
-    best_loss: float = math.inf
-    evaluations_since_best: int = 0
-    val_loss: float | None = None
-    evaluated_at: int = 0
-    train_loss_at_evaluation: float = math.inf
-    val_rises: int = 0
-
-    @classmethod
-    def of(cls, contents: dict[str, Any]) -> TrainState:
-        return cls(**{name: contents[name] for name in cls.__dataclass_fields__ if name in contents})
+from atlas.training.state import TrainState
+from atlas.training.update import Update, Updater
 
 
 @dataclass
 class Result:
-    """What a call of `train` came to. `outcome` is `finished`, `stopped early` or `interrupted`."""
+    """What a call of `train` came to. `outcome` is `finished`, `stopped early`, `stopped in time` or `interrupted`."""
 
     outcome: str
     step: int
@@ -82,6 +67,9 @@ class Trainer:
         log: RunLog,
         custom_loss: LossFunction | None = None,
         initialized_from: str | None = None,
+        saves_in_background: bool = True,
+        sensor: GpuSensor | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         self.config = config
         self.model = model.to(runtime.device)
@@ -95,20 +83,17 @@ class Trainer:
         self.runtime = runtime
         self.state = state
         self.checkpoints = checkpoints
+        self.saver = BackgroundSaver(checkpoints, in_background=saves_in_background)
         self.log = log
+        self.sensor = sensor
+        self.lock = lock
+        """Held as long as the trainer lives."""
         self.initialized_from = initialized_from
-        self.optimizer = build_optimizer(self.model, config.training)
-        self.scaler = runtime.grad_scaler()
-        self.custom_loss = custom_loss
+        self.updater = Updater(self.model, config, runtime, custom_loss, say=log.say)
+        self.optimizer = self.updater.optimizer
         self.stop = StopRequest(log.say)
-        self.last_saved: list[Path] = []
-        self._last_loss: Tensor | None = None
-        self._last_grad_norm: Tensor | float = math.nan
-        # The mean training loss since the last save judges the best where there is no validation data.
-        self._loss_since_save, self._loss_since_evaluation = (
-            RunningMean(runtime.device),
-            RunningMean(runtime.device),
-        )
+        self._rate = 0.0
+        self.clock = RunClock(config.training.max_hours, before=state.seconds)
         self._timer = Throughput()
 
     def restore(self, contents: dict[str, Any]) -> None:
@@ -119,28 +104,37 @@ class Trainer:
             raise AtlasError(
                 f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
             ) from None
-        if self.scaler.is_enabled() and contents.get("scaler_state_dict"):
-            self.scaler.load_state_dict(contents["scaler_state_dict"])
-        if contents.get("loss") is not None:
-            self._last_loss = torch.tensor(contents["loss"], device=self.runtime.device)
-            self._loss_since_evaluation.add(self._last_loss)
+        if self.updater.scaler.is_enabled() and contents.get("scaler_state_dict"):
+            self.updater.scaler.load_state_dict(contents["scaler_state_dict"])
 
     # The loop
 
     def train(self) -> Result:
-        """Train to the horizon, an early stop or an interrupt, and leave a checkpoint of the last step."""
+        """Train to the horizon, an early stop, the end of the time or an interrupt, and leave a checkpoint."""
         config, state = self.config, self.state
         outcome = "finished"
         self.model.train()
-        with self.stop, self.log.progress(done=state.step, total=state.horizon):
+        self.clock = RunClock(config.training.max_hours, before=state.seconds)
+        with self.stop, self.log.progress(done=state.step, total=state.horizon), self.saver:
+            self.saver.hold(self.contents())
             self._catch_up()
-            for inputs, targets in self._batches():
-                epoch_before = self.epoch
-                if not self.train_step(inputs, targets):
+            stream = self._batches()
+            while state.step < state.horizon and not self.stop.requested:
+                if self._is_out_of_time():
+                    outcome = "stopped in time"
                     break
+                epoch_before = self.epoch
+                update = self.train_step(*next(stream))
+                if update is None:
+                    break
+                if update.fault and recover(self, update.fault):
+                    stream = self._batches()
+                    continue
+                if self.clock.has_measured and not state.is_planned:
+                    self._plan_horizon()
                 last = state.step == state.horizon
                 if last or state.step % config.training.log_interval == 0:
-                    self.log.train(self._metrics(), total=state.horizon)
+                    self.log.train(self._metrics(update), total=state.horizon)
 
                 kinds = ["epoch"] if self.epoch > epoch_before else []
                 if self.val_data and (last or state.step % config.training.eval_interval == 0):
@@ -150,79 +144,35 @@ class Trainer:
                     kinds += self._judge(evaluation.loss)
                 stops_early = self._out_of_patience() and not last
                 if last or stops_early or state.step % config.checkpoint.save_interval == 0:
-                    kinds.append("step")
-                    if not self.val_data:
-                        kinds += self._judge(self._loss_since_save.mean())
+                    kinds += self._due_kinds(must=last or stops_early)
                 if kinds:
-                    self.save(kinds)
+                    self.save(kinds, wait=last or stops_early)
                 if stops_early:
-                    self.log.say(
-                        f"step {state.step}: {state.evaluations_since_best} evaluations without a better one"
-                    )
                     outcome = "stopped early"
                     break
-            if self.stop.requested:
+                self._cool_down()
+            if self.stop.requested and not self.is_complete:
                 outcome = "interrupted"
-                self.save(["interrupt"])
-        return Result(outcome, state.step, self.loss, state.val_loss, self.last_saved)
+            if outcome in ("interrupted", "stopped in time"):
+                self.save(["interrupt" if outcome == "interrupted" else "step"], wait=True)
+        return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> bool:
-        """One update from (N, T) sequences; False, and no update, when a stop was requested meanwhile.
-
-        The loss is summed over valid tokens and divided by their number in the whole update, so that
-        the split into micro-batches changes nothing.
-        """
-        state, device = self.state, self.runtime.device
-        total_valid = max(1, int((targets != IGNORE_INDEX).sum()))
-        total_loss = torch.zeros((), device=device)
-        for start in range(0, len(inputs), state.micro_batch_size):
-            if self.stop.requested:
-                self.optimizer.zero_grad()
-                return False
-            micro = slice(start, start + state.micro_batch_size)
-            seed_micro_step(self.config.seed, state.step, 0, start)
-            with self.runtime.autocast():
-                loss = self._loss(inputs[micro], targets[micro], total_valid)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total_loss += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.training.grad_clip or math.inf
-        )
-        if not self.scaler.is_enabled():  # the scaler skips such an update itself and lowers its scale
-            first = state.sequences_consumed
-            require_finite(
-                float(total_loss),
-                float(grad_norm),
-                step=state.step + 1,
-                first=first,
-                last=first + len(inputs) - 1,
-            )
-        rate = learning_rate_at(state.step, self.config.training, state.horizon)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
+    def train_step(self, inputs: Tensor, targets: Tensor) -> Update | None:
+        """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
+        state = self.state
+        self.clock.update_begins()
+        loss = self.updater.gradient(inputs, targets, state, stop=self.stop)
+        if loss is None:
+            return None
+        self._rate = state.rate_scale * learning_rate_at(state.step, self.config.training, state.horizon)
+        update = self.updater.apply(loss, state, rate=self._rate)
         state.step += 1
         state.sequences_consumed += len(inputs)
-        self._last_loss, self._last_grad_norm = total_loss, grad_norm
-        self._loss_since_save.add(total_loss)
-        self._loss_since_evaluation.add(total_loss)
+        count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
+        self.clock.update_ends()
         self._timer.count(inputs.numel())
         self.log.advance(state.step)
-        return True
-
-    def _loss(self, inputs: Tensor, targets: Tensor, total_valid: int) -> Tensor:
-        """This micro-batch's share of the update's loss."""
-        num_valid = int((targets != IGNORE_INDEX).sum())
-        inputs = inputs.to(self.runtime.device, non_blocking=True)
-        targets = targets.to(self.runtime.device, non_blocking=True)
-        logits = self.model(inputs)
-        if self.custom_loss is None:
-            return compute_lm_loss(logits, targets, reduction="sum") / total_valid
-        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * (num_valid / total_valid)
+        return update
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The updates' sequences, from where the run stands to its horizon."""
@@ -237,41 +187,68 @@ class Trainer:
             pin_memory=self.runtime.device.type == "cuda",
         )
 
-    # Judging and keeping
-
     @property
     def epoch(self) -> int:
         """Whole passes over the training data so far."""
         return self.state.sequences_consumed // len(self.train_data)
 
-    @property
-    def loss(self) -> float | None:
-        """The loss of the last update; None before the first."""
-        return None if self._last_loss is None else float(self._last_loss)
-
-    def _metrics(self) -> dict[str, Any]:
-        state, loss = self.state, float(self._last_loss)  # type: ignore[arg-type]
+    def _metrics(self, update: Update) -> dict[str, Any]:
+        state = self.state
         steps_per_second, tokens_per_second = self._timer.rates()
-        return {
+        metrics = {
             "step": state.step,
             "epoch": self.epoch,
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(self._last_grad_norm),
+            "loss": update.loss,
+            "perplexity": perplexity(update.loss),
+            "learning_rate": self._rate,
+            "grad_norm": update.grad_norm,
             "steps_per_second": steps_per_second,
             "tokens_per_second": tokens_per_second,
             "sequences_consumed": state.sequences_consumed,
         }
+        return metrics | (self.sensor.read().metrics() if self.sensor else {})
+
+    # Between updates
+
+    def _is_out_of_time(self) -> bool:
+        return self.clock.is_over(at_the_end=self.saver.expected_seconds(self.contents()))
+
+    def _plan_horizon(self) -> None:
+        """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""
+        training, state, clock = self.config.training, self.state, self.clock
+        evaluation = 0.0
+        if self.val_data:
+            start = time.perf_counter()
+            some = self.val_windows[: state.eval_batch_size]
+            self._loss_on(some)
+            evaluation = (time.perf_counter() - start) * len(self.val_windows) / len(some)
+        extra = evaluation / training.eval_interval + self.saver.stall / self.config.checkpoint.save_interval
+        at_the_end = evaluation + self.saver.expected_seconds(self.contents())
+        left = clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
+        state.horizon = min(state.horizon, state.step + left)
+        state.is_planned = True
+        self.log.total(state.horizon)
+        self.log.say(
+            f"an update takes {clock.seconds_per_update:.3g} s: the run is planned to end at step {state.horizon:,}, "
+            f"within {training.max_hours:g} h"
+        )
+
+    def _cool_down(self) -> None:
+        if self.sensor:
+            limit = self.config.guard.max_gpu_temp
+            with self._timer.paused():
+                cool_down(self.sensor, limit=limit, should_stop=lambda: self.stop.requested, say=self.log.say)
+
+    # Judging and keeping
 
     def _catch_up(self) -> None:
         """Do the evaluation that an interrupt cut short, so that the run is the one without the interrupt."""
         if not self.owes_evaluation:
             return
         if evaluation := self._evaluate():
-            last = ["step"] if self.state.step == self.state.horizon else []
-            if kinds := self._judge(evaluation.loss) + last:
-                self.save(kinds)
+            last = self.state.step == self.state.horizon
+            if kinds := self._judge(evaluation.loss) + (["step"] if last else []):
+                self.save(kinds, wait=last)
 
     @property
     def owes_evaluation(self) -> bool:
@@ -284,29 +261,26 @@ class Trainer:
     def is_complete(self) -> bool:
         return self.state.step >= self.state.horizon and not self.owes_evaluation
 
+    def _loss_on(self, windows: list[int]) -> Evaluation | None:
+        assert self.val_data is not None
+        return evaluate_within_memory(
+            self.model,
+            self.val_data,
+            windows,
+            state=self.state,
+            runtime=self.runtime,
+            stop=self.stop,
+            is_compiled=self.config.training.compile == "on",
+            say=self.log.say,
+        )
+
     def _evaluate(self) -> Evaluation | None:
         """Validation loss on the fixed subset, logged; None if a stop was requested meanwhile."""
-        assert self.val_data is not None
         state = self.state
         with self._timer.paused():
-            evaluation = evaluate(
-                self.model,
-                self.val_data,
-                self.val_windows,
-                batch_size=state.micro_batch_size,
-                runtime=self.runtime,
-                should_stop=lambda: self.stop.requested,
-            )
+            evaluation = self._loss_on(self.val_windows)
         if evaluation is None:
             return None
-        train_loss = self._loss_since_evaluation.mean()
-        learns_by_heart = (
-            evaluation.loss > (state.val_loss or math.inf) and train_loss < state.train_loss_at_evaluation
-        )
-        state.val_rises = state.val_rises + 1 if learns_by_heart else 0
-        state.val_loss, state.train_loss_at_evaluation = evaluation.loss, train_loss
-        state.evaluated_at = state.step
-        self._loss_since_evaluation.reset()
         self.log.validation(
             {
                 "step": state.step,
@@ -316,6 +290,7 @@ class Trainer:
             },
             note=" (best)" if evaluation.loss < state.best_loss else "",
         )
+        state.note_evaluation(evaluation.loss)
         if state.val_rises == 2:
             self.log.say(
                 "warning: validation loss rises while training loss falls: the model is learning its text by heart; "
@@ -335,23 +310,35 @@ class Trainer:
         patience = self.config.training.early_stopping_patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def save(self, kinds: list[str]) -> None:
-        """Write one checkpoint under the names of `kinds`."""
-        state, loss = self.state, self.loss
+    def _due_kinds(self, *, must: bool) -> list[str]:
+        """What a save at this step is to be called. In a streak of updates that were not applied there is none:
+        it would be what the run goes back to."""
+        state = self.state
+        kinds = ["step"] if must or not state.bad_in_a_row else []
+        if state.step > state.trouble_at:
+            state.rollbacks = 0
+        if not self.val_data and state.loss_since_save.count:
+            kinds += self._judge(state.loss_since_save.mean)
+            state.loss_since_save.reset()
+        return kinds
+
+    def save(self, kinds: list[str], *, wait: bool) -> None:
+        """Write one checkpoint under the names of `kinds`; return when it is on the disk; without `wait`, copied."""
+        state = self.state
+        state.seconds = self.clock.elapsed
         facts = {
             "step": state.step,
             "epoch": self.epoch,
-            "loss": loss,
+            "loss": state.loss,
             "val_loss": state.val_loss,
-            "perplexity": None if loss is None else perplexity(loss),
+            "perplexity": None if state.loss is None else perplexity(state.loss),
             "sequences_consumed": state.sequences_consumed,
             "model": self.config.model.model_dump(mode="json"),
             "data_fingerprint": self.data_identity["fingerprint"],
             "initialized_from": self.initialized_from,
         }
         with self._timer.paused():
-            self.last_saved = self.checkpoints.save(self.contents(), kinds, facts)
-        self._loss_since_save.reset()
+            self.saver.save(self.contents(), kinds, facts, wait=wait)
 
     def contents(self) -> dict[str, Any]:
         """Everything a checkpoint holds: plain values and tensors only."""
@@ -359,10 +346,9 @@ class Trainer:
             "format_version": FORMAT_VERSION,
             "model_state_dict": dict(self.model.state_dict()),
             "optimizer_state_dict": self.optimizer.state_dict(),
-            "scaler_state_dict": self.scaler.state_dict(),
+            "scaler_state_dict": self.updater.scaler.state_dict(),
             **asdict(self.state),
             "epoch": self.epoch,
-            "loss": self.loss,
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.state(),
             "data": self.data_identity,

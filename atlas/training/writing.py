@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,10 @@ from atlas.training.manifest import (
     read_manifest,
     write_manifest,
 )
+
+
+class Abandoned(Exception):
+    """A save that was told to end before it was done."""
 
 
 def tensor_bytes(value: Any) -> int:
@@ -50,15 +54,23 @@ def commit(staged: Path, path: Path, manifest: Manifest) -> None:
 class _HashingWriter:
     """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], should_abandon: Callable[[], bool]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._should_abandon = should_abandon
         self.size = 0
+        self.error: OSError | Abandoned | None = None
 
     def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+        try:
+            if self._should_abandon():
+                raise Abandoned
+            self._digest.update(data)
+            self.size += len(data)
+            return self._file.write(data)
+        except (OSError, Abandoned) as error:  # torch.save makes a RuntimeError of it, without the reason
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -68,10 +80,19 @@ class _HashingWriter:
         return self._digest.hexdigest()
 
 
-def write_tensors(path: Path, contents: Mapping[str, Any]) -> tuple[int, str]:
+def write_tensors(
+    path: Path, contents: Mapping[str, Any], *, should_abandon: Callable[[], bool] = lambda: False
+) -> tuple[int, str]:
+    """Write `contents` to `path`, durably; its size and sha256. Raises `OSError`, or `Abandoned` when told to."""
     with open(path, "wb") as file:
-        writer = _HashingWriter(file)
-        torch.save(dict(contents), writer)  # type: ignore[arg-type]
+        writer = _HashingWriter(file, should_abandon)
+        try:
+            torch.save(dict(contents), writer)  # type: ignore[arg-type]
+        except Exception:
+            if writer.error is None:
+                raise
+        if writer.error is not None:
+            raise writer.error
         flush_to_disk(file)
     return writer.size, writer.sha256
 

@@ -1,0 +1,180 @@
+"""Saving without waiting: the training thread copies its state, another thread writes the copy.
+
+The copy lives in main memory (pinned, where the state is on a GPU) and is used again for the next save, so
+that it costs its size once. It is also what a run rolls back to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.training.checkpoint import CheckpointManager
+from atlas.training.writing import tensor_bytes
+
+_SLOW_DISK = 100e6  # bytes a second
+
+
+class Snapshot:
+    """A copy of nested dicts, lists and tensors on the CPU, its memory kept for the next one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._from_gpu = False
+        self.contents: dict[str, Any] | None = None
+
+    def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy `contents` over the last copy. Returns when every byte is here."""
+        copied = self._copy("", dict(contents))
+        if self._from_gpu:
+            torch.cuda.synchronize()  # these copies run on their own
+        self.contents = copied
+        return copied  # type: ignore[no-any-return]
+
+    def _copy(self, key: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[key] = buffer
+                self._from_gpu = self._from_gpu or value.is_cuda
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, Mapping):
+            return {name: self._copy(f"{key}/{name}", entry) for name, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(f"{key}/{place}", entry) for place, entry in enumerate(value))
+        return value
+
+
+class BackgroundSaver:
+    """Saves checkpoints from a snapshot, one at a time.
+
+    With `in_background` false every save is written before `save` returns, straight from the state.
+    """
+
+    def __init__(self, checkpoints: CheckpointManager, *, in_background: bool) -> None:
+        self.checkpoints = checkpoints
+        self.in_background = in_background
+        self.snapshot = Snapshot()
+        self.written: list[Path] = []
+        """What the last save that has ended wrote."""
+        self.seconds = 0.0
+        """How long the last save took to reach the disk, and for how much of it training stood still:"""
+        self.stall = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._began = 0.0
+        self._said_dropped = False
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the save in flight; a second Ctrl-C does not."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._abandon()
+        else:
+            self.join()
+
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def hold(self, contents: Mapping[str, Any]) -> None:
+        """Keep the state that a run begins with, so that there is one to go back to before the first save."""
+        if self.in_background:
+            self.snapshot.take(contents)
+
+    def last_good(self) -> dict[str, Any] | None:
+        """What the run can go back to: the state of the last save, else the latest checkpoint that is whole."""
+        self.join()
+        if self.snapshot.contents is not None:
+            return self.snapshot.contents
+        latest = self.checkpoints.load_latest()
+        return latest and latest[1]
+
+    def save(
+        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], *, wait: bool
+    ) -> None:
+        """Save `contents` under the names of `kinds`.
+
+        If the save before is still being written, this one waits for it where it cannot be made up for (`wait`,
+        and a new best); else it is dropped, and that is said once.
+        """
+        if self.is_writing and not (wait or "best" in kinds):
+            self._say_dropped(contents, manifest["step"])
+            return
+        begin = time.perf_counter()
+        self.join()
+        if self.in_background:
+            copied = self.snapshot.take(contents)
+            self._thread = threading.Thread(
+                target=self._write, args=(copied, kinds, manifest), name="atlas-save"
+            )
+            self._began = time.perf_counter()
+            self._thread.start()
+            if wait:
+                self.join()
+        else:
+            self._began = begin
+            self.written = self.checkpoints.save(contents, kinds, manifest)
+            self.seconds = time.perf_counter() - begin
+        self.stall = time.perf_counter() - begin
+
+    def _write(self, contents: dict[str, Any], kinds: list[str], manifest: dict[str, Any]) -> None:
+        try:
+            _yield_the_cores()
+            self.written = self.checkpoints.save(
+                contents, kinds, manifest, should_abandon=lambda: self._abandoned
+            )
+            self.seconds = time.perf_counter() - self._began
+        except BaseException as error:  # a bug; it belongs to the training thread, which raises it
+            self._error = error
+
+    def expected_seconds(self, contents: Mapping[str, Any]) -> float:
+        """How long a save takes: as long as the last one, or at the rate of a slow disk."""
+        return self.seconds or tensor_bytes(contents) / _SLOW_DISK
+
+    def join(self) -> None:
+        """Wait for the save in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _abandon(self) -> None:
+        """End the save in flight without finishing it: what it has written so far is removed."""
+        self._abandoned = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _say_dropped(self, contents: Mapping[str, Any], step: int) -> None:
+        if self._said_dropped:
+            return
+        self._said_dropped = True
+        size, seconds = tensor_bytes(contents), time.perf_counter() - self._began
+        self.checkpoints.say(
+            f"step {step}: no checkpoint saved: the one before is still being written: {size / 1e9:.3f} GB in more "
+            f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), "
+            f"and saves fall due every {seconds:.1f} s. Raise checkpoint.save_interval. This is said once"
+        )
+
+
+def _yield_the_cores() -> None:
+    """Let training go first where both want a core. Linux alone sets the priority of one thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -1,0 +1,75 @@
+"""After an update that was not applied: count it, go back, or end the run with what to check."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, NoReturn
+
+from atlas.errors import AtlasError
+from atlas.training.checkpoint import load_weights
+from atlas.training.guard import Fault, causes
+from atlas.training.state import MAX_ROLLBACKS
+
+if TYPE_CHECKING:
+    from atlas.training.trainer import Trainer
+
+
+def recover(trainer: Trainer, fault: Fault) -> bool:
+    """Log the fault; whether the run went back to its last save for it."""
+    state, guard, log = trainer.state, trainer.config.guard, trainer.log
+    last = state.sequences_consumed - 1
+    first = last + 1 - trainer.config.training.sequences_per_update
+    log.event("skipped", state.step, reason=fault.reason, first_sequence=first, last_sequence=last)
+    if not fault.is_benign:
+        log.say(
+            f"step {state.step}: not applied: {fault.reason} (sequences {first:,} to {last:,} of the run)"
+        )
+    goes_back = (
+        guard.spikes == "rollback" if fault.is_spike else state.bad_in_a_row >= guard.max_bad_steps
+    ) and not fault.is_benign
+    if goes_back:
+        _roll_back(trainer, fault)
+    return goes_back
+
+
+def _roll_back(trainer: Trainer, fault: Fault) -> None:
+    """Go back to the last save, without the data since then and at a lower rate. Raises `AtlasError` if that did
+    not help before, or if there is no save."""
+    state, came_to = trainer.state, trainer.state.step
+    good = trainer.saver.last_good()
+    if good is None or state.rollbacks == MAX_ROLLBACKS:
+        _give_up(
+            trainer, fault, "there is no save to go back to" if good is None else "going back did not help"
+        )
+    load_weights(trainer.model, good, None)
+    # The optimizer keeps the tensors that it is given, and these may be needed once more.
+    trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
+    state.go_back_to(good)
+    last = state.sequences_consumed - 1
+    first = last + 1 - (came_to - state.step) * trainer.config.training.sequences_per_update
+    trainer.log.rewind(state.step)
+    trainer.log.event(
+        "rollback",
+        state.step,
+        from_step=came_to,
+        reason=fault.reason,
+        first_sequence=first,
+        last_sequence=last,
+    )
+    trainer.log.say(
+        f"step {came_to}: back to step {state.step} (rollback {state.rollbacks} of {MAX_ROLLBACKS}): sequences "
+        f"{first:,} to {last:,} are skipped, the learning rate is {state.rate_scale:g} of what it was planned to be"
+    )
+
+
+def _give_up(trainer: Trainer, fault: Fault, why: str) -> NoReturn:
+    state, training = trainer.state, trainer.config.training
+    first = state.sequences_consumed - max(1, state.bad_in_a_row) * training.sequences_per_update
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    sequences = f"sequences {first:,} to {state.sequences_consumed - 1:,} of the run"
+    for line in causes(training, rate=rate, precision=trainer.runtime.precision, sequences=sequences):
+        trainer.log.say(line)
+    raise AtlasError(
+        f"step {state.step}: {fault.reason}: {why} ({state.rollbacks} rollbacks): the checkpoints are good; check the "
+        "causes above, then go on with --resume auto"
+    )

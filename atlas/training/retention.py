@@ -1,0 +1,90 @@
+"""Which checkpoints go: by number, by bytes, and when the disk is nearly full. The best never does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
+from atlas.training.writing import commit, write_tensors
+
+Found = Sequence[tuple[Manifest, Path]]
+"""Checkpoints with their manifests, the latest step first."""
+
+RESUMABLE = 2
+"""So many of the newest step checkpoints are never given up for space, and never slimmed."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Whether `needed` bytes may be written, and what has to go first."""
+
+    needed: int
+    free: int
+    limit: str
+    victims: tuple[Path, ...] = ()
+
+    @property
+    def is_enough(self) -> bool:
+        return self.free >= self.needed
+
+
+def find_room(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Room:
+    """How to get `needed` bytes: on the disk, and within `max_total` bytes of checkpoints.
+
+    For the disk, step checkpoints beyond the newest two go, oldest first; for `max_total` every one may go but
+    the newest and the best. Nothing goes if that would not suffice.
+    """
+    disk = shutil.disk_usage(folder).free
+    steps = [entry for entry in found if entry[0].kind == "step"]
+    room = _give_up(Room(needed, disk, "free on the disk"), steps[RESUMABLE:])
+    if max_total is None or not room.is_enough:
+        return room
+    gone = sum(_size(path) for path in room.victims)
+    allowed = max_total - sum(_size(path) for _, path in found) + gone
+    others = [entry for entry in found[1:] if entry[0].kind != "best" and entry[1] not in room.victims]
+    within = _give_up(Room(needed, allowed, "left of checkpoint.max_total"), others)
+    return Room(needed, within.free, within.limit, (*room.victims, *within.victims))
+
+
+def _give_up(room: Room, candidates: Found) -> Room:
+    free, victims = room.free, []
+    for _, path in reversed(candidates):  # the oldest first
+        if free >= room.needed:
+            break
+        victims.append(path)
+        free += _size(path)
+    return Room(room.needed, free, room.limit, tuple(victims)) if free >= room.needed else room
+
+
+def surplus(found: Found, kind: str, keep: int) -> list[Path]:
+    """The checkpoints of a kind beyond the newest `keep`."""
+    return [path for manifest, path in found if manifest.kind == kind and kind != "best"][keep:]
+
+
+def remove(path: Path) -> None:
+    """The file first: a sidecar without one is nothing, a file without a sidecar would be a riddle."""
+    path.unlink(missing_ok=True)
+    sidecar_of(path).unlink(missing_ok=True)
+
+
+def slim(path: Path) -> None:
+    """Leave a checkpoint without its optimizer state, two thirds of its bytes. Raises `OSError`."""
+    manifest = read_manifest(path, check_hash=True)
+    if manifest is None or manifest.slim:
+        return
+    contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    contents["optimizer_state_dict"] = {}
+    staged = path.with_name(path.name + ".tmp")
+    size, sha256 = write_tensors(staged, contents)
+    del contents  # nothing stays mapped: Windows would not let the file be replaced
+    entry = FileEntry(name=path.name, size=size, sha256=sha256)
+    commit(staged, path, manifest.model_copy(update={"slim": True, "files": (entry,)}))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

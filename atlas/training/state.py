@@ -1,0 +1,100 @@
+"""Where a run stands: plain numbers, all of them in every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_ROLLBACKS = 3
+ROLLBACK_RATE = 0.5
+"""The learning rate is multiplied by this at each rollback."""
+
+
+@dataclass
+class RunningMean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+    def reset(self) -> None:
+        self.total, self.count = 0.0, 0
+
+
+@dataclass
+class TrainState:
+    """What decides how a run goes on; everything else about a step is a function of it.
+
+    That is why k steps, a kill and N − k steps equal N.
+    """
+
+    horizon: int
+    """The update at which the run ends."""
+    micro_batch_size: int
+    eval_batch_size: int
+    is_planned: bool = True
+    """False until `training.max_hours` has been turned into a horizon, by the speed that was measured."""
+    step: int = 0
+    sequences_consumed: int = 0
+    seconds: float = 0.0
+    """Time spent training, over all processes."""
+
+    loss: float | None = None
+    """Of the last update that was applied; None before the first."""
+    best_loss: float = math.inf
+    evaluations_since_best: int = 0
+    val_loss: float | None = None
+    evaluated_at: int = 0
+    train_loss_at_evaluation: float = math.inf
+    val_rises: int = 0
+    loss_since_save: RunningMean = field(default_factory=RunningMean)
+    """Judges the best where there is no validation data."""
+    loss_since_evaluation: RunningMean = field(default_factory=RunningMean)
+
+    skipped: int = 0
+    """Updates that were not applied, see `guard.py`; of these, how many in a row up to now:"""
+    bad_in_a_row: int = 0
+    rollbacks: int = 0
+    """Since the run last got past its trouble, the step of which is:"""
+    trouble_at: int = 0
+    rate_scale: float = 1.0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, contents: dict[str, Any]) -> TrainState:
+        """The state in a checkpoint. Older ones have no batch size of their own for evaluation."""
+        known = {name: contents[name] for name in cls.__dataclass_fields__ if name in contents}
+        for name in ("loss_since_save", "loss_since_evaluation"):
+            known[name] = RunningMean(**known.get(name, {}))
+        return cls(**{"eval_batch_size": contents["micro_batch_size"], **known})
+
+    def note_evaluation(self, val_loss: float) -> None:
+        """Keep a validation loss, and how often running it rose while the training loss fell."""
+        train_loss = self.loss_since_evaluation.mean
+        learns_by_heart = (
+            val_loss > (self.val_loss or math.inf) and train_loss < self.train_loss_at_evaluation
+        )
+        self.val_rises = self.val_rises + 1 if learns_by_heart else 0
+        self.val_loss, self.train_loss_at_evaluation = val_loss, train_loss
+        self.evaluated_at = self.step
+        self.loss_since_evaluation.reset()
+
+    def go_back_to(self, contents: dict[str, Any]) -> None:
+        """Become the state of an earlier checkpoint, past the data that was tried since, at a lower rate."""
+        kept = {
+            name: getattr(self, name)
+            for name in ("sequences_consumed", "micro_batch_size", "eval_batch_size", "skipped", "seconds")
+        }
+        trouble_at = max(self.trouble_at, self.step)
+        rollbacks, rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
+        vars(self).update(vars(TrainState.of(contents)), **kept)
+        self.rollbacks, self.rate_scale, self.trouble_at = rollbacks, rate_scale, trouble_at
+        self.bad_in_a_row = 0

@@ -1,0 +1,167 @@
+"""One update: micro-batches to a gradient, the gradient judged, and the optimizer's step if it is sound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atlas.config import AtlasConfig
+from atlas.data.dataset import IGNORE_INDEX
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.training.guard import Fault, find_fault
+from atlas.training.interrupt import Stopped, StopRequest
+from atlas.training.loss import LossFunction, compute_lm_loss
+from atlas.training.memory import (
+    is_out_of_memory,
+    release_memory,
+    remember_micro_batch,
+    what_would_help,
+)
+from atlas.training.optimizer import build_optimizer
+from atlas.training.runtime import Runtime, refuse_failed_compilation, seed_micro_step
+from atlas.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update came to; with a `fault` it was not applied."""
+
+    loss: float
+    grad_norm: float
+    fault: Fault | None
+
+
+class Updater:
+    """The model, its optimizer, and how a batch moves the one by the other."""
+
+    def __init__(
+        self,
+        model: AtlasLM,
+        config: AtlasConfig,
+        runtime: Runtime,
+        custom_loss: LossFunction | None,
+        *,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.runtime = runtime
+        self.custom_loss = custom_loss
+        self.say = say
+        self.optimizer = build_optimizer(model, config.training)
+        self.scaler = runtime.grad_scaler()
+
+    def gradient(
+        self, inputs: Tensor, targets: Tensor, state: TrainState, *, stop: StopRequest
+    ) -> Tensor | None:
+        """The gradient of (N, T) sequences, in the parameters; their loss, a scalar on the device. None, and no
+        gradient, on a stop.
+
+        Where memory runs out, fewer sequences run at once from then on, and these are done again.
+        """
+        asked = min(state.micro_batch_size, len(inputs))
+        while True:
+            try:
+                with stop.at_once(enabled=self.config.training.compile == "on"):
+                    loss = self._accumulate(inputs, targets, state, stop)
+                break
+            except Stopped:
+                loss = None
+                break
+            except (RuntimeError, MemoryError) as error:
+                refuse_failed_compilation(error)
+                if not is_out_of_memory(error):
+                    raise
+            # Here and not above: the exception holds on to the tensors of what failed.
+            self._run_fewer_at_once(state, len(inputs))
+        if loss is None:
+            self.optimizer.zero_grad()
+        elif state.micro_batch_size < asked:
+            remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
+            self.say(
+                f"step {state.step + 1}: out of memory with {asked} sequences at once: {state.micro_batch_size} from "
+                f"now on. An update still takes {len(inputs)}. This is remembered for this machine and model; "
+                "--set training.micro_batch_size=N sets it"
+            )
+        return loss
+
+    def _run_fewer_at_once(self, state: TrainState, num_sequences: int) -> None:
+        self.optimizer.zero_grad()
+        release_memory(self.runtime.device)
+        running = min(state.micro_batch_size, num_sequences)
+        if running == 1:
+            for line in what_would_help(self.config, device=self.runtime.device.type):
+                self.say(line)
+            raise AtlasError(
+                f"step {state.step + 1}: out of memory with one sequence at once: see above for what would help; "
+                "the checkpoints are good"
+            )
+        state.micro_batch_size = running // 2
+
+    def _accumulate(
+        self, inputs: Tensor, targets: Tensor, state: TrainState, stop: StopRequest
+    ) -> Tensor | None:
+        """Sum the gradient over micro-batches.
+
+        The loss is summed over valid tokens and divided by their number in the whole update, so that the
+        split changes nothing. A micro-batch without a valid token adds nothing.
+        """
+        self.optimizer.zero_grad()
+        total_valid = max(1, int((targets != IGNORE_INDEX).sum()))
+        total = torch.zeros((), device=self.runtime.device)
+        for start in range(0, len(inputs), state.micro_batch_size):
+            if stop.requested:
+                return None
+            micro = slice(start, start + state.micro_batch_size)
+            num_valid = int((targets[micro] != IGNORE_INDEX).sum())
+            if num_valid == 0:
+                continue
+            seed_micro_step(self.config.seed, state.step, 0, start)
+            with self.runtime.autocast():
+                loss = self._loss(inputs[micro], targets[micro], num_valid, total_valid)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _loss(self, inputs: Tensor, targets: Tensor, num_valid: int, total_valid: int) -> Tensor:
+        """This micro-batch's share of the update's loss."""
+        inputs = inputs.to(self.runtime.device, non_blocking=True)
+        targets = targets.to(self.runtime.device, non_blocking=True)
+        logits = self.model(inputs)
+        if self.custom_loss is None:
+            return compute_lm_loss(logits, targets, reduction="sum") / total_valid
+        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * (num_valid / total_valid)
+
+    def apply(self, loss: Tensor, state: TrainState, *, rate: float) -> Update:
+        """Clip the gradient and take the optimizer's step at `rate`, unless the numbers are unsound: then neither
+        weights nor optimizer state move. The host waits for the device once, to read both numbers."""
+        guard, parameters = self.config.guard, list(self.model.parameters())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if all(parameter.grad is None for parameter in parameters):  # not one valid token
+            return Update(0.0, 0.0, None)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
+        figures = torch.stack([loss, grad_norm.to(loss)])
+
+        if not self.scaler.is_enabled() and guard.spikes == "off":
+            # The fused optimizer leaves everything as it is where `found_inf` is 1, so that the device need not
+            # wait for the host to look at the numbers.
+            self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            loss_value, norm_value = figures.tolist()
+            fault = find_fault(loss_value, norm_value, state=state, guard=guard)
+        else:
+            loss_value, norm_value = figures.tolist()
+            scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+            fault = find_fault(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
+            if fault is None:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return Update(loss_value, norm_value, fault)
