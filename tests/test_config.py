@@ -241,10 +241,12 @@ def test_a_missing_or_unreadable_file_is_said(tmp_path: Path) -> None:
 
 
 def test_values_that_would_fill_the_memory_are_shown_in_brief(tmp_path: Path) -> None:
-    levels = "\n".join(f"  - &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
-    message = refusal(f"seed:\n  - &l0 [0]\n{levels}", tmp_path)
+    message = refusal(f"seed: {[list(range(9))] * 1000}", tmp_path)
     assert message.startswith("seed: [")
     assert len(message) < 500
+    levels = "\n".join(f"  - &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12))
+    message = refusal(f"seed:\n  - &l0 [0]\n{levels}", tmp_path)
+    assert message.startswith("config.yaml line 3: aliases within anchors")
 
 
 YAML_SIGNS = r"""

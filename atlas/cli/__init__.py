@@ -21,6 +21,7 @@ from typing import Any
 import typer
 
 from atlas import __version__
+from atlas.cli.terminal import printable
 from atlas.errors import AtlasError
 
 # In the order of the road.
@@ -114,7 +115,7 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except AtlasError as error:
-            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            typer.echo(f"error: {printable(' '.join(str(error).splitlines()))}", err=True)
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

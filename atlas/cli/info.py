@@ -24,6 +24,7 @@ def info(
     ],
 ) -> None:
     """Say what a checkpoint, dataset, tokenizer, GGUF or config file is."""
+    from atlas.cli.terminal import printable
     from atlas.config.presets import preset_names
 
     file = Path(path)
@@ -45,7 +46,7 @@ def info(
     rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+        typer.echo(f"{name:<{width}}  {printable(value)}")
 
 
 def _checkpoint(path: Path) -> Facts:
@@ -56,6 +57,8 @@ def _checkpoint(path: Path) -> Facts:
     notes: list[str] = []
     contents = load_checkpoint(path, say=notes.append)
     config = resolve(contents["config"])
+    if config.model.vocab_size is None:
+        raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
     yield "checkpoint", f"{path} ({path.stat().st_size / 1e6:,.1f} MB), whole: every byte checked"
     yield "", notes[0] if notes else None
@@ -68,20 +71,16 @@ def _checkpoint(path: Path) -> Facts:
     best = contents.get("best_loss")
     yield "best loss", _rounded(best) if best is not None and math.isfinite(best) else None
     yield from _model(config.model)
-    yield "tokenizer", f"{tokenizer.get('name')}, {tokenizer.get('vocab_size'):,} tokens"
+    yield "tokenizer", f"{tokenizer.get('name')}, {config.model.vocab_size:,} tokens"
     yield "trained on", contents["data"].get("train_data")
     yield "started from", contents.get("initialized_from")
     yield "machine", ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def _model(config: Any) -> Facts:
-    import torch
+    from atlas.planning import count_parameters
 
-    from atlas.model import AtlasLM
-
-    with torch.device("meta"):
-        parameters = AtlasLM(config).num_parameters()
-    yield "parameters", f"{parameters:,}"
+    yield "parameters", f"{count_parameters(config).total:,}"
     yield (
         "model",
         f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads, context {config.max_seq_len}, "
@@ -142,13 +141,19 @@ def _gguf(path: Path) -> Facts:
 
     import gguf
 
+    from atlas.export.gguf_header import check_header
+
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         small = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
         fields = {name: field.contents() for name, field in small.items()}
         vocabulary = reader.fields.get("tokenizer.ggml.tokens")
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise AtlasError(f"{path}: is not a whole GGUF file: {str(error).splitlines()[-1].strip()}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise AtlasError(
+            f"{path}: is not a whole GGUF file: {reason:.200}; download or export it again"
+        ) from None
     yield "GGUF file", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"
     architecture = fields.get("general.architecture")
     for label, key in (

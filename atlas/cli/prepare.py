@@ -56,6 +56,14 @@ def prepare(
     text_field: Annotated[
         str, typer.Option(help="The field of a JSONL row that holds its text.", metavar="NAME")
     ] = "text",
+    trust_archives: Annotated[
+        bool,
+        typer.Option(
+            "--trust-archives",
+            help="Read a zip of any size too: one that unpacks to more than 1 TB, to more than 200 times its own "
+            "bytes, or holds more than a million files.",
+        ),
+    ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List what lies in data/processed and data/raw.")
     ] = False,
@@ -64,6 +72,7 @@ def prepare(
     if show_list:
         return _print_list(Path("data"))
 
+    from atlas.cli.terminal import printable
     from atlas.data.prepare import prepare as make_dataset
     from atlas.errors import AtlasError
     from atlas.tokenizer import Tokenizer
@@ -80,9 +89,10 @@ def prepare(
         train_tokenizer=train_tokenizer,
         val_fraction=val_fraction,
         text_field=text_field,
+        trust_archives=trust_archives,
     )
     for note in summary.notes:
-        typer.echo(note, err=True)
+        typer.echo(printable(note), err=True)
     if summary.unchanged:
         typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
     folder = summary.dataset.folder

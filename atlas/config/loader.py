@@ -17,12 +17,16 @@ from pydantic import ValidationError
 
 from atlas.config.config import AtlasConfig, Section
 from atlas.errors import AtlasError
+from atlas.files import read_limited
 
 Layer = dict[str, Any]
 
 # A file from a stranger may hold values whose full text would fill the memory (nested aliases).
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
+
+LARGEST_FILE = 1 << 18
+_MOST_ALIASES = 64
 
 # PyYAML lets these escape from impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -32,7 +36,33 @@ ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML silently takes the last."""
+    """YAML that refuses a key given twice, where PyYAML silently takes the last, and aliases of aliases, ten
+    lines of which can stand for more values than any memory holds (`<<` copies them)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._aliases = self._anchors_open = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self._aliases += 1
+            if self._anchors_open or self._aliases > _MOST_ALIASES:
+                problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
+                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
+            return super().compose_node(parent, index)
+        anchored = getattr(event, "anchor", None) is not None
+        self._anchors_open += anchored
+        node = super().compose_node(parent, index)
+        self._anchors_open -= anchored
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = int(super().construct_yaml_int(node))
+        if abs(number) >= 2**64:  # Python itself refuses to print one of 5,000 digits
+            problem = "a whole number beyond 2^64 is no setting"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -46,10 +76,13 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                    None, None, f"key {key!r:.80} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
 def _decode_yaml(text: str, origin: str) -> Any:
@@ -59,19 +92,19 @@ def _decode_yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise AtlasError(f"{origin}{place}: {problem}") from None
+        raise AtlasError(f"{origin}{place}: {problem!s:.200}") from None
     except _YAML_ESCAPES as error:
         reason = (
             error if isinstance(error, ValueError) else "a value its tag does not allow, or too deep nesting"
         )
-        raise AtlasError(f"{origin}: not valid YAML: {reason}") from None
+        raise AtlasError(f"{origin}: not valid YAML: {reason!s:.200}") from None
 
 
 def read_yaml(path: str | Path) -> Layer:
     """The keys that a config file writes. Raises `AtlasError` if it is missing or malformed."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
     except FileNotFoundError:
         raise AtlasError(f"{path}: no such config file; the presets are in configs/") from None
     except OSError as error:
@@ -191,6 +224,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
 
 
 def _unknown(dotted: str) -> str:
+    dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
     homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
     if dotted in homes:

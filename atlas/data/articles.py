@@ -134,7 +134,8 @@ def _blocks(chunks: Iterable[str]) -> Iterator[Block]:
             yield Block(separator, rest[start : match.start()])
             separator, start = match.group(), match.end()
         rest = rest[start:]
-        if complete - start > 2 * PIECE_CHARS:
+        # Of blanks too no more than that is held: such a run parts no articles.
+        if max(complete - start, len(rest) - 2 * PIECE_CHARS) > 2 * PIECE_CHARS:
             yield Block(separator, rest[:PIECE_CHARS])
             rest, separator = rest[PIECE_CHARS:], ""
     if text := rest.rstrip(_BLANKS):

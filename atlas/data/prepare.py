@@ -80,13 +80,14 @@ def prepare(
     val_fraction: float = 0.05,
     text_field: str = "text",
     shard_tokens: int = SHARD_TOKENS,
+    trust_archives: bool = False,
 ) -> Summary:
     """Make a dataset folder of the text in `inputs`; `output` defaults to `default_output`.
 
     The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens learnt from the training part, or
     GPT-2's. A folder that holds exactly this already is left as it is; an older dataset is replaced.
-    Raises `AtlasError` for input that cannot be read, an output folder that holds something else, and
-    a text of which nothing is left to train on.
+    Raises `AtlasError` for input that cannot be read, an output folder that holds something else, a text of
+    which nothing is left to train on, and, unless `trust_archives`, for a zip as large as only bombs are.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer)
     if tokenizer and train_tokenizer:
@@ -96,7 +97,7 @@ def prepare(
     if not tokenizer and not train_tokenizer:
         tokenizer = Tokenizer.gpt2()
     with _file_errors():
-        sources = Sources(inputs, text_field=text_field)
+        sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives)
     target = default_output(sources) if output is None else Path(output)
     with _file_errors(target):
         return _prepare(sources, target, tokenizer, options)

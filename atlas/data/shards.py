@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import AtlasError
-from atlas.tokenizer import Tokenizer
+from atlas.files import check_regular, read_limited
+from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 MAX_TOKENS = 2**48
+_LARGEST_MANIFEST = 64 << 20
 _CHECK_TOKENS = 2**24
 
 Split = str
@@ -44,7 +46,7 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    file: str = Field(pattern=r"^(train|val)-\d{5,}\.npy$")
+    file: str = Field(pattern=r"^(train|val)-[0-9]{5,9}\.npy$")
     tokens: int = Field(ge=0, le=MAX_TOKENS)
     sha256: str
     documents: int = Field(ge=0, le=MAX_TOKENS)
@@ -62,7 +64,7 @@ class SplitRecord(BaseModel):
 
     documents: int = Field(ge=0, le=MAX_TOKENS)
     tokens: int = Field(ge=0, le=MAX_TOKENS)
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=2**56)
     shards: list[ShardRecord]
 
 
@@ -205,7 +207,7 @@ def open_dataset(folder: str | Path, *, verify: bool = False) -> PreparedDataset
     state = dict(manifest.tokenizer)
     if state.get("kind") == "bpe":
         try:
-            state["json"] = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            state["json"] = read_limited(folder / "tokenizer.json", limit=MAX_FILE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
             raise AtlasError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
@@ -217,32 +219,35 @@ def open_dataset(folder: str | Path, *, verify: bool = False) -> PreparedDataset
                 _check_sha256(folder / shard.file, shard.sha256)
                 _check_sha256(folder / shard.documents_file, shard.documents_sha256)
     dataset = PreparedDataset(folder, manifest, state)
-    _check_ids(dataset)
+    for name in manifest.splits:
+        _check_ids(dataset, name)
+        _check_document_starts(dataset, name)
     return dataset
 
 
 def read_manifest(path: Path) -> Manifest:
     """A `dataset.json`, checked in itself. Raises `AtlasError` if it is missing, damaged or of another version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:
         raise AtlasError(
             f"{path.parent}: is not a prepared dataset (no {MANIFEST}); run atlas prepare"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise AtlasError(f"{path}: cannot be read: {error}; prepare the dataset again") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AtlasError(f"{path}: cannot be read: {reason}; prepare the dataset again") from None
     if not isinstance(content, dict) or content.get("format") != "atlas-dataset":
         raise AtlasError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
     if content.get("version") != FORMAT_VERSION:
         raise AtlasError(
-            f"{path}: format version {content.get('version')!r} is not {FORMAT_VERSION}; "
+            f"{path}: format version {content.get('version')!r:.20} is not {FORMAT_VERSION}; "
             "prepare the dataset again, or update Atlas"
         )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part)[:40] for part in first["loc"])
         raise AtlasError(f"{path}: {place}: {first['msg']}; prepare the dataset again") from None
     problem = _contradiction(manifest)
     if problem:
@@ -255,13 +260,13 @@ def _contradiction(manifest: Manifest) -> str | None:
     tokenizer = manifest.tokenizer
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
-        return f"tokenizer: vocab_size {vocab_size!r} and eos_id {eos_id!r} are no vocabulary"
-    if not isinstance(tokenizer.get("fingerprint"), str):
-        return "tokenizer: has no fingerprint"
+        return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} are no vocabulary"
+    if not isinstance(tokenizer.get("fingerprint"), str) or not isinstance(tokenizer.get("name"), str):
+        return "tokenizer: has no name and fingerprint"
     if manifest.dtype != token_dtype(vocab_size).str:
-        return f"dtype: {manifest.dtype!r} does not fit a vocabulary of {vocab_size}"
+        return f"dtype: {manifest.dtype!r:.20} does not fit a vocabulary of {vocab_size}"
     if "train" not in manifest.splits or not set(manifest.splits) <= {"train", "val"}:
-        return f"splits: {sorted(manifest.splits)} are not train and val"
+        return f"splits: {', '.join(sorted(manifest.splits)):.80} are not train and val"
     for name, split in manifest.splits.items():
         if split.tokens != sum(shard.tokens for shard in split.shards):
             return f"splits.{name}: {split.tokens} tokens are not the sum of its shards"
@@ -269,6 +274,10 @@ def _contradiction(manifest: Manifest) -> str | None:
             return f"splits.{name}: {split.documents} documents are not the sum of its shards"
         if any(not shard.file.startswith(f"{name}-") for shard in split.shards):
             return f"splits.{name}: lists another split's shards"
+        if len({shard.file for shard in split.shards}) < len(split.shards):
+            return f"splits.{name}: lists a shard twice"
+        if split.tokens == 0:
+            return f"splits.{name}: holds no tokens"
     return None
 
 
@@ -280,17 +289,20 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
     """The header says what the manifest says, and the file is as long as both say."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             shape, _, found = _read_header(file)
             expected = file.tell() + count * dtype.itemsize
             size = path.stat().st_size
     except FileNotFoundError:
         raise AtlasError(f"{path}: missing from the dataset; prepare it again") from None
-    except (OSError, ValueError) as error:
-        raise AtlasError(f"{path}: is not a token shard: {error}; prepare the dataset again") from None
+    except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:  # the header is Python
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise AtlasError(f"{path}: is not a token shard: {reason:.200}; prepare the dataset again") from None
     if found != dtype or shape != (count,):
         raise AtlasError(
-            f"{path}: holds {shape} of {found}, {MANIFEST} says ({count},) of {dtype}; prepare the dataset again"
+            f"{path}: holds {shape!r:.80} of {found!s:.40}, {MANIFEST} says ({count},) of {dtype}; "
+            "prepare the dataset again"
         )
     if size != expected:
         raise AtlasError(f"{path}: {size:,} bytes instead of {expected:,}; prepare the dataset again")
@@ -308,19 +320,34 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise AtlasError(f"{path}: its content changed since it was prepared; prepare the dataset again")
 
 
-def _check_ids(dataset: PreparedDataset) -> None:
+def _check_ids(dataset: PreparedDataset, name: Split) -> None:
     vocab_size = dataset.tokenizer_state["vocab_size"]
     if vocab_size == np.iinfo(dataset.manifest.dtype).max + 1:
         return
-    for name in dataset.manifest.splits:
-        stream = dataset.split(name)
-        assert stream is not None
-        largest = max((int(chunk.max()) for chunk in stream.chunks()), default=0)
-        if largest >= vocab_size:
-            raise AtlasError(
-                f"{dataset.folder}: {name} holds token id {largest}, its tokenizer has {vocab_size} tokens; "
-                "prepare the dataset again"
-            )
+    stream = dataset.split(name)
+    assert stream is not None
+    largest = max((int(chunk.max()) for chunk in stream.chunks()), default=0)
+    if largest >= vocab_size:
+        raise AtlasError(
+            f"{dataset.folder}: {name} holds token id {largest}, its tokenizer has {vocab_size} tokens; "
+            "prepare the dataset again"
+        )
+
+
+def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:
+    """Each shard's begin inside it, one after the other."""
+    end = 0
+    for shard in dataset.manifest.splits[name].shards:
+        path = dataset.folder / shard.documents_file
+        last, end = end - 1, end + shard.tokens
+        starts = (
+            np.load(path, mmap_mode="r", allow_pickle=False) if shard.documents else np.empty(0, np.int64)
+        )
+        for place in range(0, len(starts), _CHECK_TOKENS):
+            piece = starts[place : place + _CHECK_TOKENS]
+            if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():
+                raise AtlasError(f"{path}: its documents do not begin in order; prepare the dataset again")
+            last = int(piece[-1])
 
 
 def file_sha256(path: Path) -> str:

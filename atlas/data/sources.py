@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from atlas.data.archives import files_in, is_file, open_archive
 from atlas.data.articles import ArticleReport, split_articles
 from atlas.data.shards import file_sha256
 from atlas.data.text import Piece, as_document, read_text, replace_undecodable
@@ -29,6 +30,8 @@ _PART = re.compile(r"wiki_\d+")
 _DIGITS = re.compile(r"([0-9]+)")
 SUFFIXES = (".txt", ".md", ".jsonl", ".zip")
 _KINDS = "a .txt, .md, .jsonl or .zip file, or a folder of them"
+_LONGEST_ROW = 64 << 20
+_NAMES_SHOWN = 8
 
 Advance = Callable[[int], None]
 
@@ -100,18 +103,29 @@ class Sources:
     Raises `AtlasError` for a path that is missing, of a kind Atlas does not read, or without any text.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, text_field: str = "text") -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], *, text_field: str = "text", trust_archives: bool = False
+    ) -> None:
         self.paths = [Path(path) for path in paths]
         self.text_field = text_field
+        self._trust_archives = trust_archives
         self.ignored: list[str] = []
         """Files that are of no kind Atlas reads."""
         self.left_out: list[str] = []
         """Parts whose text also stands in `AllCombined.txt`."""
+        self.links_out: list[str] = []
+        """Links in a folder to what lies outside it. The folder may be a stranger's, the files at home private."""
         self._roots: dict[Path, str] = {}
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
-            raise AtlasError(f"{self.names}: nothing to read; give {_KINDS}")
+            raise AtlasError(f"{self.names}: nothing to read{self._links_note}; give {_KINDS}")
+
+    @property
+    def _links_note(self) -> str:
+        if not self.links_out:
+            return ""
+        return f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
 
     @property
     def names(self) -> str:
@@ -168,6 +182,11 @@ class Sources:
             )
         if self.ignored:
             notes.append(f"{len(self.ignored)} files of other kinds are ignored ({self.ignored[0]} …)")
+        if self.links_out:
+            notes.append(
+                f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
+                "name what they point to with --input"
+            )
         for name, count in report.undecodable.items():
             notes.append(f"{name}: {count:,} bytes are not UTF-8 and were replaced by U+FFFD")
         if report.articles:
@@ -199,9 +218,15 @@ class Sources:
 
     def _rows(self, file: TextFile, report: SourceReport, advance: Advance) -> Iterator[Piece]:
         with file.open() as stream:
-            for number, line in enumerate(stream, start=1):
+            lines = iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
+            for number, line in enumerate(lines, start=1):
                 advance(len(line))
-                text = self._row_text(line, f"{file.name} line {number}")
+                place = f"{file.name} line {number}"
+                if len(line) > _LONGEST_ROW:
+                    raise AtlasError(
+                        f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows"
+                    )
+                text = self._row_text(line, place)
                 if text is not None:
                     yield from as_document(
                         [replace_undecodable(text, lambda n: _count(report, file.name, n))]
@@ -220,9 +245,9 @@ class Sources:
                 f"{place}: is {type(row).__name__}, not an object with a field {self.text_field!r}"
             )
         if self.text_field not in row:
+            there = ", ".join(name[:40] for name in sorted(row)[:_NAMES_SHOWN]) or "none"
             raise AtlasError(
-                f"{place}: has no field {self.text_field!r}, but {', '.join(sorted(row)) or 'none'}; "
-                "name the field with --text-field"
+                f"{place}: has no field {self.text_field!r}, but {there}; name the field with --text-field"
             )
         text = row[self.text_field]
         if not isinstance(text, str):
@@ -240,7 +265,11 @@ class Sources:
                 ),
                 key=lambda file: _natural(file.relative_to(path).as_posix()),
             )
+            root = path.resolve()
             for file in found:
+                if not file.resolve().is_relative_to(root):
+                    self.links_out.append(str(file))
+                    continue
                 yield from self._file(file, file.relative_to(path).as_posix(), named=False)
         elif path.is_file():
             yield from self._file(path, path.name, named=True)
@@ -260,18 +289,13 @@ class Sources:
             self.ignored.append(name)
 
     def _members(self, path: Path) -> Iterator[TextFile]:
-        try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise AtlasError(f"{path}: is not a zip archive ({error}); download it again") from None
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        for member in sorted(members, key=lambda member: _natural(member.filename)):
-            _refuse_unsafe(path, member)
+        archive = open_archive(path, trust=self._trust_archives)
+        for member in sorted(files_in(archive), key=lambda member: _natural(member.filename)):
             inner = PurePosixPath(member.filename)
             file = TextFile(path, archive, member)
             if _is_hidden(inner) or "__MACOSX" in inner.parts:
                 continue
-            if inner.suffix.lower() in (".txt", ".md", ".jsonl") or file.is_part:
+            if is_file(member) and (inner.suffix.lower() in (".txt", ".md", ".jsonl") or file.is_part):
                 yield file
             else:
                 self.ignored.append(file.name)
@@ -307,16 +331,6 @@ def _natural(name: str) -> list[list[str | int]]:
     return [
         [int(run) if place % 2 else run for place, run in enumerate(_DIGITS.split(part))] for part in parts
     ]
-
-
-def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
-    """Members are never written to disk; an archive that tries to leave its folder is refused all the same."""
-    name = member.orig_filename
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
-        raise AtlasError(f"{archive}: member {name!r} points outside the archive; it is not safe to use")
-    if member.flag_bits & 1:
-        raise AtlasError(f"{archive}: member {name!r} is encrypted; unpack it first")
 
 
 def _count(report: SourceReport, name: str, count: int) -> None:

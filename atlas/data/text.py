@@ -56,14 +56,14 @@ def read_text(
 
 def as_document(chunks: Iterable[str]) -> Iterator[Piece]:
     """All of `chunks` as one document. One of nothing but blanks is none."""
-    rest = ""
+    rest, started = "", False
     for chunk in chunks:
         rest += chunk
         while len(rest) > PIECE_CHARS:
             end = last_word_end(rest[:PIECE_CHARS])
             yield Piece(rest[:end], ends_document=False)
-            rest = rest[end:]
-    if rest and not rest.isspace():
+            rest, started = rest[end:], True
+    if started or (rest and not rest.isspace()):
         yield Piece(rest)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError
+from atlas.export.gguf_header import check_header
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.training.manifest import flush_folder, flush_to_disk
@@ -204,6 +205,7 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     Raises `AtlasError` for a file that is not whole or of another architecture.
     """
     try:
+        check_header(Path(path))
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if metadata["general.architecture"] not in TENSOR_NAMES:
@@ -216,9 +218,9 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
         return _read_model(metadata, tensors).eval(), metadata
     except FileNotFoundError:
         raise AtlasError(f"{path}: no such file") from None
-    except (OSError, ValueError, IndexError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise AtlasError(f"{path}: is not a whole GGUF file: {reason}; export it again") from None
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise AtlasError(f"{path}: is not a whole GGUF file: {reason:.200}; export it again") from None
 
 
 def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
@@ -242,7 +244,7 @@ def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = metadata[f"{architecture}.attention.layer_norm_epsilon"]
+            module.eps = float(metadata[f"{architecture}.attention.layer_norm_epsilon"])
     return model
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
@@ -13,6 +15,9 @@ from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from atlas.training.runtime import choose_device
+
+NOT_NEEDED = ("optimizer_state_dict",)
+"""What of a checkpoint only training reads."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ def load_model(path: str | Path, *, device: str = "cpu", tokenizer: str | None =
     checkpoint. Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
     """
     path = find_checkpoint(path)
-    return model_of(load_checkpoint(path), path, device=device, tokenizer=tokenizer)
+    contents = load_checkpoint(path, without=NOT_NEEDED)
+    return model_of(contents, path, device=device, tokenizer=tokenizer)
 
 
 def model_of(
@@ -41,13 +47,16 @@ def model_of(
 ) -> LoadedModel:
     """The same, from the contents that `load_checkpoint` read from `path`."""
     config = resolve(contents["config"])
+    if config.model.vocab_size is None:
+        raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
     saved = contents["tokenizer"]
     own = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.from_state(saved)
     if own.fingerprint != saved.get("fingerprint"):
         raise AtlasError(
             f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"
         )
-    model = AtlasLM(config.model)
+    with torch.device("meta"):
+        model = AtlasLM(config.model)
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
     return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from atlas.errors import AtlasError
+from atlas.files import read_limited
 from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, well_formed
-from atlas.tokenizer.tokenizer import END_OF_TEXT
+from atlas.tokenizer.tokenizer import END_OF_TEXT, MAX_FILE_BYTES
 
-MAX_VOCAB_SIZE = 2**24
-MAX_FILE_BYTES = 2**30
+MAX_VOCAB_SIZE = 2**20
+_LONGEST_TOKEN = 2**16
 SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
 
 # Said explicitly, lest the library warns at every fork of a data-loading process, which never encodes.
@@ -45,13 +46,14 @@ class BPETokenizer(ByteLevelTokenizer):
     @classmethod
     def from_file(cls, path: Path) -> BPETokenizer:
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise AtlasError(f"{path}: {path.stat().st_size:,} bytes is too large for a tokenizer")
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
             raise AtlasError(f"{path}: no such tokenizer; give gpt2 or a tokenizer.json") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise AtlasError(f"{path}: cannot be read as a tokenizer: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise AtlasError(
+                f"{path}: cannot be read as a tokenizer: {reason}; give gpt2 or a tokenizer.json"
+            ) from None
         return cls.from_json(text, origin=str(path))
 
     @classmethod
@@ -60,8 +62,10 @@ class BPETokenizer(ByteLevelTokenizer):
         try:
             content = json.loads(text)
             tokens, merges, eos_id = _read(content)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise AtlasError(f"{origin}: is not a tokenizer.json: {error}") from None
+        except (ValueError, RecursionError) as error:  # of JSON; also for a number of thousands of digits
+            raise AtlasError(
+                f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
+            ) from None
         except _Foreign as error:
             raise AtlasError(
                 f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, other tokenizers "
@@ -104,7 +108,7 @@ def _read(content: Any) -> tuple[list[str], list[Merge], int]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise _Foreign("has no model")
-    _demand(model.get("type") == "BPE", f"its model is {model.get('type')}, not BPE")
+    _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in (
         "dropout",
         "continuing_subword_prefix",
@@ -138,6 +142,9 @@ def _read_vocabulary(vocabulary: Any) -> list[str]:
     _demand(
         all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens), "its tokens are not byte-level"
     )
+    _demand(
+        max(map(len, tokens), default=0) <= _LONGEST_TOKEN, f"a token has more than {_LONGEST_TOKEN:,} bytes"
+    )
     _demand(BYTE_OF_CHAR.keys() <= set(tokens), "it lacks some of the 256 bytes")
     return tokens
 
@@ -145,6 +152,7 @@ def _read_vocabulary(vocabulary: Any) -> list[str]:
 def _read_merges(merges: Any, tokens: set[str]) -> list[Merge]:
     if not isinstance(merges, list):
         raise _Foreign("has no merges")
+    _demand(len(merges) <= MAX_VOCAB_SIZE, f"{len(merges):,} merges are more than {MAX_VOCAB_SIZE:,}")
     pairs: list[Merge] = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -162,6 +170,6 @@ def _read_end_of_text(added_tokens: Any, tokens: list[str]) -> int:
     added = added_tokens if isinstance(added_tokens, list) else []
     contents = [entry.get("content") if isinstance(entry, dict) else None for entry in added]
     _demand(END_OF_TEXT in contents, f"it has no {END_OF_TEXT}")
-    _demand(set(contents) == {END_OF_TEXT}, f"it has added tokens besides {END_OF_TEXT}")
+    _demand(all(content == END_OF_TEXT for content in contents), f"it has added tokens besides {END_OF_TEXT}")
     _demand(END_OF_TEXT in tokens, f"{END_OF_TEXT} is not in its vocabulary")
     return tokens.index(END_OF_TEXT)

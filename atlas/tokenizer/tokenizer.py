@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import AtlasError
+from atlas.files import read_limited
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_FILE_BYTES = 128 << 20
+"""Of a tokenizer.json: one of a million tokens has about 100 MB."""
 DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
@@ -98,7 +101,7 @@ class Tokenizer(ABC):
         kind, name = state.get("kind"), state.get("name")
         if kind == "custom":
             raise AtlasError(
-                f"tokenizer {name}: is custom code, which a file does not bring along; "
+                f"tokenizer {name!s:.200}: is custom code, which a file does not bring along; "
                 "name it with --tokenizer package.module:factory"
             )
         if kind == "gpt2":
@@ -107,13 +110,19 @@ class Tokenizer(ABC):
             tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
         else:
             raise AtlasError(
-                f"stored tokenizer: kind {kind!r} is not one Atlas knows; was it made by a later version?"
+                f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"
             )
-        if tokenizer.fingerprint != state.get("fingerprint"):
-            raise AtlasError(
-                f"stored tokenizer {name}: its vocabulary has fingerprint {tokenizer.fingerprint}, "
-                f"not {state.get('fingerprint')}; the file is damaged or was edited"
-            )
+        stated = {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        }
+        for fact, value in stated.items():
+            if state.get(fact) != value:
+                raise AtlasError(
+                    f"stored tokenizer {name!s:.80}: its vocabulary has {fact} {value}, not {state.get(fact)!s:.80}; "
+                    "the file is damaged or was edited"
+                )
         return tokenizer
 
     @staticmethod
@@ -142,10 +151,10 @@ class Tokenizer(ABC):
 
 def _state_in_dataset(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+        state = json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise AtlasError(
-            f"{path}: does not describe a tokenizer ({error}); prepare the dataset again"
+            f"{path}: does not describe a tokenizer ({error!s:.200}); prepare the dataset again"
         ) from None
     if not isinstance(state, dict):
         raise AtlasError(f"{path}: does not describe a tokenizer; prepare the dataset again")

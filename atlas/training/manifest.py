@@ -9,23 +9,32 @@ moment leaves one of the two, whole.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from atlas.files import read_limited
 
 FORMAT_VERSION = 1
+LARGEST_COUNT = 2**48
+"""Of updates and sequences; a run of a million sequences a second gets there in nine years."""
 _CHUNK = 1 << 20
 _LARGEST_SIDECAR = 1 << 20
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+_Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
+"""JSON has no NaN and no infinity."""
 
 
 class FileEntry(BaseModel):
     """One file of a checkpoint, named relative to its folder."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    name: str = Field(pattern=r"^[^/\\\x00]+$")
-    size: int = Field(ge=0)
+    name: str = Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
+    size: int = Field(ge=0, lt=2**63)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -36,27 +45,33 @@ class Manifest(BaseModel):
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
     format_version: int = Field(FORMAT_VERSION, ge=1)
     kind: Literal["step", "epoch", "best", "interrupt"]
-    step: int = Field(ge=0)
-    epoch: int = Field(ge=0)
-    loss: float | None = None
-    val_loss: float | None = None
-    perplexity: float | None = None
-    sequences_consumed: int = Field(ge=0)
+    step: _Count
+    epoch: _Count
+    loss: _Loss = None
+    val_loss: _Loss = None
+    perplexity: _Loss = None
+    sequences_consumed: _Count
     model: dict[str, Any]
     data_fingerprint: str
     initialized_from: str | None = None
-    files: tuple[FileEntry, ...] = Field(min_length=1)
+    slim: bool = False
+    """Without optimizer state: it can be read, not gone on from."""
+    files: tuple[FileEntry] = Field(description="One so far: a checkpoint is one file.")
     replaces: Manifest | None = None
 
-    def matches(self, folder: Path, *, check_hash: bool) -> bool:
-        """Whether the files in `folder` are the ones this manifest names."""
-        for entry in self.files:
-            path = folder / entry.name
-            if not path.is_file() or path.stat().st_size != entry.size:
-                return False
-            if check_hash and sha256_of(path) != entry.sha256:
-                return False
-        return True
+    @model_validator(mode="after")
+    def _replaces_one(self) -> Manifest:
+        """Each candidate may cost a reading of the whole file."""
+        if self.replaces is not None and self.replaces.replaces is not None:
+            raise ValueError("what it replaces cannot replace something else")
+        return self
+
+    def matches(self, path: Path, *, check_hash: bool) -> bool:
+        """Whether `path` is the file this manifest describes. Its bytes decide, so that both may be renamed."""
+        (entry,) = self.files
+        if not path.is_file() or path.stat().st_size != entry.size:
+            return False
+        return not check_hash or sha256_of(path) == entry.sha256
 
 
 def sidecar_of(checkpoint: Path) -> Path:
@@ -71,13 +86,12 @@ def read_manifest(checkpoint: Path, *, check_hash: bool) -> Manifest | None:
     """
     sidecar = sidecar_of(checkpoint)
     try:
-        if sidecar.stat().st_size > _LARGEST_SIDECAR:
-            return None
-        manifest: Manifest | None = Manifest.model_validate_json(sidecar.read_bytes())
+        content = read_limited(sidecar, limit=_LARGEST_SIDECAR)
+        manifest: Manifest | None = Manifest.model_validate_json(content)
     except (OSError, ValidationError):
         return None
     check_hash = check_hash or (manifest is not None and manifest.replaces is not None)
-    while manifest is not None and not manifest.matches(checkpoint.parent, check_hash=check_hash):
+    while manifest is not None and not manifest.matches(checkpoint, check_hash=check_hash):
         manifest = manifest.replaces
     return manifest
 
@@ -86,6 +100,7 @@ def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Put the sidecar in place, durably."""
     sidecar = sidecar_of(checkpoint)
     temporary = sidecar.with_name(sidecar.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a link that waits there would lead the bytes out of the folder
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
         flush_to_disk(file)

@@ -1,58 +1,157 @@
 """A checkpoint file may come from anywhere: what is checked before its tensors are believed.
 
-Nothing in a file is run: `torch.load(..., weights_only=True)` builds tensors and plain values only.
+Nothing in a file is run, and no memory is taken on its word: it is a zip of uncompressed records that lie
+apart, so that all of them together are no larger than the file; its pickle is read by `pickled.py`; a
+tensor must fit its record; and a config cannot describe a larger model than the one whose weights are there.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
+import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
+from atlas.config import ModelConfig
 from atlas.errors import AtlasError
-from atlas.training.manifest import FORMAT_VERSION
+from atlas.files import open_zip
+from atlas.planning.estimate import count_parameters
+from atlas.training.manifest import FORMAT_VERSION, LARGEST_COUNT
+from atlas.training.pickled import NotPlainError, Storage, TensorClaim, read_pickle
 
-_REQUIRED = {
-    "model_state_dict": dict,
-    "config": dict,
-    "tokenizer": dict,
-    "data": dict,
-    "step": int,
-    "sequences_consumed": int,
-    "horizon": int,
-}
+_LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, where that is a BPE of one's own
+_LARGEST_DIRECTORY = 64 << 20
+_CHUNK = 1 << 20
+_BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+_Number = bool | _Count | float | None
 
 
-def read_plain(path: Path, *, remedy: str) -> dict[str, Any]:
+class _Contents(BaseModel):
+    """What a checkpoint holds, apart from what is in its tensors, config and tokenizer.
+
+    A value that is not named here is a number, a text, or a list or dict of numbers.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, _Number | str | list[float] | dict[str, _Number]]
+    model_state_dict: dict[str, Any]
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    data: dict[str, str | int | None]
+    step: _Count
+    sequences_consumed: _Count
+    horizon: _Count
+    optimizer_state_dict: dict[str, Any] = {}
+    scaler_state_dict: dict[str, Any] = {}
+    machine: dict[str, str | int | float | None] = {}
+    epoch: _Count = 0
+    micro_batch_size: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
+    loss: float | None = None
+    val_loss: float | None = None
+    best_loss: float | None = None
+    initialized_from: str | None = None
+
+
+def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The contents of a checkpoint file on the CPU: plain values and tensors. Raises `AtlasError`.
 
-    `remedy` ends the message: which file to take instead.
+    `remedy` ends the message: which file to take instead. What the keys `without` name is left out, and
+    no memory is taken for it.
     """
+    archive = _open(path, remedy)
+    storages: dict[Storage, Tensor] = {}
+
+    def build(claim: TensorClaim) -> Tensor:
+        if not claim.is_inside:
+            raise NotPlainError(f"a tensor of shape {claim.size} does not fit its storage")
+        if claim.storage not in storages:
+            storages[claim.storage] = _read_storage(archive, folder, claim.storage)
+        whole = storages[claim.storage].untyped_storage()
+        return torch.empty(0, dtype=claim.storage.dtype).set_(whole, claim.offset, claim.size, claim.stride)
+
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        names_code = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
-        reason = f"it holds {names_code[1]}" if names_code else type(error).__name__
+        folder = _folder_of(archive)
+        program = _read_record(archive, f"{folder}/data.pkl", limit=_LARGEST_PICKLE)
+        contents = read_pickle(program, build, without=without)
+    except NotPlainError as error:
         raise AtlasError(
-            f"{path}: is not a checkpoint of plain tensors, refused without running it ({reason}): "
+            f"{path}: is not a checkpoint of plain tensors, refused without running it ({error}): "
             "take one that atlas train wrote"
         ) from None
+    except _BROKEN as error:
+        raise AtlasError(f"{path}: is damaged ({error}): {remedy}") from None
+    finally:
+        archive.close()
     return _check_contents(contents, path, remedy)
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
     """Refuse a file that is no zip, or whose bytes are not those that its own checksums (CRC-32) name."""
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with _open(path, remedy) as archive:
+        try:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
-        raise AtlasError(f"{path}: is not an Atlas checkpoint, or is cut off ({error}): {remedy}") from None
+        except _BROKEN as error:
+            raise AtlasError(f"{path}: is damaged ({error}): {remedy}") from None
     if broken:
-        raise AtlasError(f"{path}: is damaged (checksum of {broken}): {remedy}")
+        raise AtlasError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
+
+
+def _open(path: Path, remedy: str) -> zipfile.ZipFile:
+    """The zip, if every record in it is as long as it takes room in the file."""
+    try:
+        archive = open_zip(path, directory_limit=_LARGEST_DIRECTORY)
+        for member in archive.infolist():
+            stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+            if not stored or member.flag_bits & 1:
+                raise zipfile.BadZipFile(f"record {member.orig_filename!r:.80} is compressed or encrypted")
+        if len(set(archive.namelist())) < len(archive.namelist()):
+            raise zipfile.BadZipFile("it has two records of the same name")
+    except _BROKEN as error:
+        raise AtlasError(f"{path}: is not an Atlas checkpoint, or is cut off ({error}): {remedy}") from None
+    return archive
+
+
+def _folder_of(archive: zipfile.ZipFile) -> str:
+    """The folder that `torch.save` put everything into, its name being the caller's choice."""
+    programs = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(programs) != 1:
+        raise NotPlainError("it has no data.pkl, or more than one")
+    folder = programs[0].split("/")[0]
+    order = f"{folder}/byteorder"
+    if order in archive.namelist() and _read_record(archive, order, limit=16) != sys.byteorder.encode():
+        raise NotPlainError(f"its byte order is not this machine's, {sys.byteorder}")
+    return folder
+
+
+def _read_record(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
+    record = archive.getinfo(name)
+    if record.file_size > limit:
+        raise NotPlainError(f"{name:.80} has {record.file_size:,} bytes, more than {limit:,}")
+    with archive.open(record) as file:
+        return b"".join(iter(lambda: file.read(_CHUNK), b""))
+
+
+def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Tensor:
+    """The bytes of a record, read in pieces into the memory they stay in; the zip's checksum is compared."""
+    record = archive.getinfo(f"{folder}/data/{storage.key}")
+    if record.file_size != storage.num_bytes:
+        raise NotPlainError(f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,}")
+    buffer = torch.empty(storage.num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy().data)
+    with archive.open(record) as file:
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                raise EOFError(f"record {storage.key} is cut off")
+    return buffer
 
 
 def _check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
@@ -61,14 +160,32 @@ def _check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
             f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
         )
     version = contents["format_version"]
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise AtlasError(
-            f"{path}: has checkpoint format {version}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
+            f"{path}: has checkpoint format {version!r:.20}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
         )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(contents.get(key), kind):
-            raise AtlasError(
-                f"{path}: is not a whole Atlas checkpoint ({key} is missing or not a {kind.__name__}): "
-                f"{remedy}"
-            )
+    try:
+        _Contents.model_validate(contents)
+        config = contents["config"].get("model")
+        model = None if config is None else ModelConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:40] for part in first["loc"]) or "config.model"
+        problem = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg']:.200}"
+        raise AtlasError(f"{path}: is not a whole Atlas checkpoint ({place} {problem}): {remedy}") from None
+    if model is not None:
+        _refuse_missing_weights(model, contents["model_state_dict"], path, remedy)
     return contents
+
+
+def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
+    """Before memory is taken for the model that a config describes, its numbers must be there."""
+    tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.itemsize
+        for tensor in tensors
+    }
+    there, needed = sum(sizes.values()), 0 if model.vocab_size is None else count_parameters(model).total
+    if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
+        reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
+        raise AtlasError(f"{path}: its weights do not fit its config: {reason}; {remedy}")

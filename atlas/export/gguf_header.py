@@ -1,0 +1,108 @@
+"""What the header of a GGUF file claims, compared with the file's length before the library believes it.
+
+`gguf.GGUFReader` makes two arrays for every number of a list, on the word of the header: a file of 100 MB can
+so take 50 GB, and one that counts to 2^62 any time.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import gguf
+from gguf import GGUFValueType as Kind
+
+from atlas.files import check_regular
+
+MOST_VALUES = 4_000_000
+"""In the metadata; a vocabulary of 256,000 tokens with its merges has about 1.3 million."""
+_MOST_ENTRIES = 1 << 17
+_LONGEST_NAME = 1 << 16
+_MOST_DIMENSIONS = 4
+_SIZES = {
+    **dict.fromkeys((Kind.UINT8, Kind.INT8, Kind.BOOL), 1),
+    **dict.fromkeys((Kind.UINT16, Kind.INT16), 2),
+    **dict.fromkeys((Kind.UINT32, Kind.INT32, Kind.FLOAT32), 4),
+    **dict.fromkeys((Kind.UINT64, Kind.INT64, Kind.FLOAT64), 8),
+}
+
+
+def check_header(path: Path) -> None:
+    """Raises `ValueError` or `OSError` for a file whose header claims what the file cannot hold."""
+    size = check_regular(path)
+    with path.open("rb") as file:
+        _Header(file, size).check()
+
+
+class _Header:
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self._order, self._values = file, size, "<", 0
+
+    def check(self) -> None:
+        if self._file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        if self._number("I") & 0xFFFF == 0:
+            self._order = ">"  # the version reads as a small number in the writer's byte order
+        tensors, entries = self._number("Q"), self._number("Q")
+        if max(tensors, entries) > _MOST_ENTRIES:
+            raise ValueError(
+                f"it claims {tensors:,} tensors and {entries:,} entries, beyond {_MOST_ENTRIES:,}"
+            )
+        for _ in range(entries):
+            self._skip_text(_LONGEST_NAME)
+            self._skip_value(Kind(self._number("I")))
+        total = sum(self._tensor_bytes() for _ in range(tensors))
+        if total > self._size:
+            raise ValueError(f"its tensors claim {total:,} bytes, the file has {self._size:,}")
+
+    def _tensor_bytes(self) -> int:
+        self._skip_text(_LONGEST_NAME)
+        rank = self._number("I")
+        if rank > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor claims {rank:,} dimensions")
+        numel = math.prod(self._number("Q") for _ in range(rank))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self._number("I"))]
+        num_bytes = -(-numel // block) * block_bytes
+        if self._number("Q") + num_bytes > self._size:
+            raise ValueError(f"a tensor of {numel:,} numbers lies beyond the end")
+        return int(num_bytes)
+
+    def _skip_value(self, kind: Kind) -> None:
+        if kind is not Kind.ARRAY:
+            self._skip_values(kind, 1)
+            return
+        kind = Kind(self._number("I"))
+        if kind is Kind.ARRAY:
+            raise ValueError("it holds lists of lists")
+        self._skip_values(kind, self._number("Q"))
+
+    def _skip_values(self, kind: Kind, count: int) -> None:
+        self._values += count
+        if self._values > MOST_VALUES:
+            raise ValueError(f"its metadata claim {self._values:,} values, beyond {MOST_VALUES:,}")
+        if kind is Kind.STRING:
+            for _ in range(count):
+                self._skip_text(self._size)
+        else:
+            self._skip(count * _SIZES[kind])
+
+    def _skip_text(self, longest: int) -> None:
+        length = self._number("Q")
+        if length > longest:
+            raise ValueError(f"a name or text claims {length:,} bytes")
+        self._skip(length)
+
+    def _skip(self, length: int) -> None:
+        if self._file.tell() + length > self._size:
+            raise ValueError("it is cut off")
+        self._file.seek(length, 1)
+
+    def _number(self, form: str) -> int:
+        content = self._file.read(struct.calcsize(form))
+        try:
+            (number,) = struct.unpack(self._order + form, content)
+        except struct.error:
+            raise ValueError("it is cut off") from None
+        return int(number)

@@ -1,0 +1,69 @@
+"""Files that may come from anybody: opened only if they are files, and read only as far as a limit.
+
+A pipe or a device would be waited for without end, and what a header says about sizes may be a lie.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import stat
+import zipfile
+from pathlib import Path
+
+_LOCAL_HEADER_BYTES = 30
+
+
+def check_regular(path: Path) -> int:
+    """The size of a file, links followed. Raises `OSError` for what is no regular file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return status.st_size
+
+
+def read_limited(path: Path, *, limit: int) -> bytes:
+    """All bytes of a regular file. Raises `OSError`, before reading, for one of more than `limit` bytes."""
+    size = check_regular(path)
+    if size > limit:
+        reason = f"is {size:,} bytes long, where {limit:,} are the most that make sense"
+        raise OSError(errno.EFBIG, reason, str(path))
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
+def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
+    """A zip whose directory has at most `directory_limit` bytes, and whose members lie apart inside the file.
+
+    Raises `zipfile.BadZipFile`, `ValueError` or `OSError`.
+    """
+    size = check_regular(path)
+    try:
+        archive = zipfile.ZipFile(_LimitedReads(path, directory_limit))
+    except (NotImplementedError, EOFError, UnicodeError) as error:
+        raise zipfile.BadZipFile(str(error)) from None
+    members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+    starts = [member.header_offset for member in members]
+    for member, (start, following) in zip(members, itertools.pairwise([*starts, size]), strict=True):
+        if start < 0 or start + _LOCAL_HEADER_BYTES + member.compress_size > following:
+            raise zipfile.BadZipFile(f"member {member.orig_filename!r:.80} overlaps what follows it")
+    return archive
+
+
+class _LimitedReads(io.FileIO):
+    """A file of which nobody can read more than `limit` bytes at once, as `zipfile` does with a directory."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        super().__init__(path, "rb")
+        self._limit = limit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:  # of the last 64 KiB, where the end of the directory is searched for
+            size = self._limit
+        if size > self._limit:
+            raise zipfile.BadZipFile(f"its directory has more than {self._limit:,} bytes")
+        return super().read(size) or b""
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,208 @@
+"""The plain values that a pickle describes, read without running it.
+
+A pickle is a program for a stack machine, and `torch.save` writes one that calls a function for each tensor.
+`torch.load(..., weights_only=True)` calls only those on a list of its own, but among them are `bytearray` and
+`torch.Tensor`, so that a file of a hundred bytes can ask it for any amount of memory, or for 2^60 numbers
+in a storage of one. This machine knows the instructions that plain values and tensors need, and can call
+nothing: a tensor stays what it claims to be until the claim was checked.
+
+The instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MOST_VALUES = 5_000_000
+"""Each takes about 100 bytes. A model of 10,000 layers, with AdamW's moments, has about 3 million."""
+DEEPEST = 32
+_MOST_DIMENSIONS = 8
+
+_DTYPES = {
+    "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ByteStorage": torch.uint8,
+}
+_DICT = "collections OrderedDict"
+_TENSOR = "torch._utils _rebuild_tensor_v2"
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+_WRITTEN_OUT = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+
+
+class NotPlainError(ValueError):
+    """What a pickle holds besides plain values and tensors."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """`numel` numbers in the record `key` of the file."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorClaim:
+    """A view of a storage; `size`, `stride` and `offset` count elements."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it has no more elements than its storage, all of them inside."""
+        if math.prod(self.size) == 0:
+            return self.offset <= self.storage.numel and max(self.size) <= self.storage.numel
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        return last < self.storage.numel and math.prod(self.size) <= self.storage.numel
+
+
+@dataclass(frozen=True)
+class _Name:
+    """`module name` of something that would be imported. It never is."""
+
+    name: str
+
+
+def read_pickle(
+    program: bytes, build: Callable[[TensorClaim], torch.Tensor], *, without: Collection[str] = ()
+) -> Any:
+    """The value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers, and tensors as
+    `build` makes them. Raises `NotPlainError` for anything else, whatever it is. Of a dict at the top, what
+    the keys `without` name is left out, and not built."""
+    try:
+        value = _run(program)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise NotPlainError(f"it is damaged: {type(error).__name__}") from None
+    if isinstance(value, dict):
+        value = {key: entry for key, entry in value.items() if key not in without}
+    count = 0
+
+    def plain(value: Any, depth: int = 0) -> Any:
+        """A copy in which nothing is shared: lists of lists of the same list would otherwise cost whoever
+        walks through them far more than they cost the file."""
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES or depth > DEEPEST:
+            raise NotPlainError(f"it holds more than {MOST_VALUES:,} values, or deeper than {DEEPEST} levels")
+        match value:
+            case dict():
+                return {key: plain(entry, depth + 1) for key, entry in value.items()}
+            case list():
+                return [plain(entry, depth + 1) for entry in value]
+            case tuple():
+                return tuple(plain(entry, depth + 1) for entry in value)
+            case TensorClaim():
+                return build(value)
+            case Storage() | _Name():
+                raise NotPlainError(f"it holds a bare {type(value).__name__.strip('_').lower()}")
+        return value
+
+    return plain(value)
+
+
+def _run(program: bytes) -> Any:
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under the marks
+    memo: dict[int, Any] = {}
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if count > MOST_VALUES:
+            raise NotPlainError(f"it has more than {MOST_VALUES:,} instructions")
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "STOP":
+                return stack.pop()
+            case name if name in _WRITTEN_OUT:
+                stack.append(argument)
+            case name if name in _MADE:
+                stack.append(_MADE[name]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[i] for i in range(-size, 0))]
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "TUPLE":
+                stack, entries = below.pop(), stack
+                stack.append(tuple(entries))
+            case "APPEND" | "APPENDS":
+                stack, entries = (stack, [stack.pop()]) if opcode.name == "APPEND" else (below.pop(), stack)
+                _expect(list, stack[-1]).extend(entries)
+            case "SETITEM":
+                entry, key = stack.pop(), stack.pop()
+                _expect(dict, stack[-1])[_expect((str, int), key)] = entry
+            case "SETITEMS":
+                stack, entries = below.pop(), stack
+                for key, entry in zip(entries[::2], entries[1::2], strict=True):
+                    _expect(dict, stack[-1])[_expect((str, int), key)] = entry
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                if argument not in (_DICT, _TENSOR, *_DTYPES):
+                    raise NotPlainError(f"it holds {'.'.join(argument.split()):.80}")
+                stack.append(_Name(argument))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), _expect(_Name, stack.pop())
+                stack.append(_dict_or_tensor(function.name, arguments))
+            case "BUILD":  # a state dict's version numbers, which PyTorch hangs on it as an attribute
+                stack.pop()
+                _expect(dict, stack[-1])
+            case name:
+                raise NotPlainError(f"it holds the instruction {name}")
+    raise NotPlainError("it does not end")
+
+
+def _expect(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{type(value).__name__} in a wrong place")  # its text might have no end
+    return value
+
+
+def _dict_or_tensor(name: str, arguments: Any) -> Any:
+    match name, arguments:
+        case "collections OrderedDict", ():
+            return {}
+        case "torch._utils _rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *_):
+            counts = (offset, *_expect(tuple, size), *_expect(tuple, stride))
+            natural = all(type(n) is int and 0 <= n < 2**62 for n in counts)
+            if not natural or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
+                raise NotPlainError("it holds a tensor of an impossible shape")
+            return TensorClaim(storage, offset, size, stride)
+    raise NotPlainError(f"it calls {'.'.join(name.split())} with something else")
+
+
+def _storage(identity: Any) -> Storage:
+    match identity:
+        case ("storage", _Name(name), str(key), str(), int(numel)) if name in _DTYPES and 0 <= numel < 2**62:
+            return Storage(key, _DTYPES[name], numel)
+    raise NotPlainError("it holds a storage of an unknown kind")
