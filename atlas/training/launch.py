@@ -39,6 +39,7 @@ def start_run(start: Start) -> Trainer:
     """Build the trainer. What can be refused is refused first; files are written from `_claim` on."""
     config, folder = start.config, start.folder
     runtime = setup_runtime(config)
+    sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
     val_data = (
         SequenceDataset(start.data.val, config.model.max_seq_len, pad_last=True) if start.data.val else None
@@ -90,7 +91,7 @@ def start_run(start: Start) -> Trainer:
         if resumes
         else str(start.source or "") or None,
         saves_in_background=_saves_in_background(config, runtime, log),
-        sensor=open_sensor(runtime.device, config.guard, say=log.say),
+        sensor=sensor,
         lock=lock,
     )
     if resumes:

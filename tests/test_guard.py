@@ -1,0 +1,284 @@
+"""Numbers gone wrong: which updates are left out, that nothing moves by them, when a run goes back, when it ends."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlas.config import GuardConfig
+from atlas.data import IGNORE_INDEX
+from atlas.errors import AtlasError
+from atlas.training.checkpoint import load_checkpoint
+from atlas.training.guard import find_fault, z_score
+from atlas.training.loss import compute_lm_loss
+from atlas.training.runtime import Runtime
+from atlas.training.state import TrainState
+from atlas.training.trainer import Trainer
+from atlas.training.update import Updater
+from tests.runs import layer, logged, run, same_bits, trainer_for
+
+Loss = Callable[..., torch.Tensor]
+
+
+def wrong_at(trainer: Trainer, steps: Callable[[int], bool], factor: float = math.nan) -> list[int]:
+    """Let the loss of the second micro-batch of these steps be wrong; the steps at which it was."""
+    calls: list[int] = []
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        step = trainer.state.step + 1
+        calls.append(step)
+        value = compute_lm_loss(logits, targets, mask)
+        per_update = math.ceil(trainer.config.training.sequences_per_update / trainer.state.micro_batch_size)
+        is_second = len(calls) % per_update == (2 % per_update)
+        return value * factor if steps(step) and is_second else value
+
+    trainer.updater.custom_loss = loss
+    return calls
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [line for line in logged(folder, "event") if line["event"] == kind]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_two_updates_gone_wrong_move_nothing_and_are_logged(
+    tmp_path: Path, text_file: Path, accumulation: int, factor: float
+) -> None:
+    folder = tmp_path / "run"
+    settings = {"training__gradient_accumulation_steps": accumulation, "training__micro_batch_size": 2}
+    trainer = trainer_for(layer(folder, text_file, training__max_steps=10, **settings))
+    wrong_at(trainer, lambda step: step in (7, 8), factor)
+    states = {}
+    whole_step = trainer.train_step
+
+    def recorded(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        states[trainer.state.step] = copy.deepcopy(
+            (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"])
+        )
+        return update
+
+    trainer.train_step = recorded
+    assert trainer.train().outcome == "finished"
+    assert same_bits(states[6], states[7])
+    assert same_bits(states[7], states[8])
+    assert not same_bits(states[8], states[9])
+    size = 4 * accumulation
+    assert [
+        (line["step"], line["first_sequence"], line["last_sequence"]) for line in events(folder, "skipped")
+    ] == [(7, 6 * size, 7 * size - 1), (8, 7 * size, 8 * size - 1)]
+    assert "step 7: not applied: loss" in (folder / "training.log").read_text()
+    lines = logged(folder)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines if line["loss"] is None] == [7, 8]
+    assert (trainer.state.skipped, trainer.state.bad_in_a_row, trainer.state.rollbacks) == (2, 0, 0)
+
+
+def test_every_line_of_the_log_is_json_as_others_read_it(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    wrong_at(trainer, lambda step: step == 2)
+    trainer.train()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
+    tmp_path: Path, text_file: Path, accumulation: int
+) -> None:
+    folder = tmp_path / "run"
+    settings = {"training__gradient_accumulation_steps": accumulation, "training__micro_batch_size": 2}
+    explicit = layer(folder, text_file, training__max_steps=40, checkpoint__save_interval=8, **settings)
+    trainer = trainer_for(explicit)
+    wrong_at(trainer, lambda step: step >= 20)
+    with pytest.raises(AtlasError, match=r"loss nan: going back did not help \(3 rollbacks\)"):
+        trainer.train()
+    rollbacks = events(folder, "rollback")
+    assert [(line["step"], line["from_step"]) for line in rollbacks] == [(16, 24)] * 3
+    assert [line["step"] for line in logged(folder)] == list(range(1, 24))
+    size, windows = 4 * accumulation, [(line["first_sequence"], line["last_sequence"]) for line in rollbacks]
+    assert windows == [(first * size, (first + 8) * size - 1) for first in (16, 24, 32)]  # no sequence twice
+    log = (folder / "training.log").read_text()
+    assert re.search(r"to check, 1: .*learning rate", log)
+    assert f"sequences {43 * size:,} to {48 * size - 1:,} of the run" in log
+    assert load_checkpoint(folder / "atlas_step_16.pt")["step"] == 16
+    for path in folder.glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model_state_dict"].values())
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
+    tmp_path: Path, text_file: Path, in_background: bool
+) -> None:
+    folder = tmp_path / "run"
+    explicit = layer(
+        folder,
+        text_file,
+        training__max_steps=20,
+        checkpoint__save_interval=6,
+        checkpoint__background=in_background,
+    )
+    trainer = trainer_for(explicit)
+    seen: list[int] = []
+
+    def poisoned(
+        logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        seen.append(trainer.state.sequences_consumed)
+        bad = 8 * 4 <= trainer.state.sequences_consumed < 13 * 4
+        return compute_lm_loss(logits, targets, mask) * (math.nan if bad else 1.0)
+
+    trainer.updater.custom_loss = poisoned
+    assert trainer.train().outcome == "finished"
+    assert seen == [4 * update for update in (*range(13), *range(13, 27))]  # none is read twice
+    assert trainer.state.step == 20
+    lines = logged(folder)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    whole = run(layer(tmp_path / "whole", text_file, training__max_steps=20))[0]
+    rates = [line["learning_rate"] for line in logged(tmp_path / "whole")]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        rates[:6] + [rate / 2 for rate in rates[6:]]
+    )
+    assert whole.state.rate_scale == 1
+    assert trainer.state.rollbacks == 0  # the run got past its trouble
+
+
+def test_without_a_save_to_go_back_to_the_run_ends(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))  # no save before the end, no copy in memory
+    wrong_at(trainer, lambda step: True)
+    with pytest.raises(AtlasError, match="no save to go back to"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_a_gradient_gone_wrong_under_a_sound_loss_is_seen(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    before = copy.deepcopy(trainer.model.state_dict())
+
+    def steep(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return compute_lm_loss(logits, targets, mask) + (logits * 0).abs().sqrt().sum()  # √ at 0: slope infinite
+
+    trainer.updater.custom_loss = steep
+    update = trainer.train_step(*next(trainer._batches()))
+    assert math.isfinite(update.loss)
+    assert "gradient norm" in update.fault.reason
+    assert same_bits(before, trainer.model.state_dict())
+
+
+def test_a_micro_batch_without_a_valid_token_gives_no_nan(tmp_path: Path, text_file: Path) -> None:
+    """A user's mean over no tokens is 0 ÷ 0; the trainer must not ask for it."""
+    trainer = trainer_for(layer(tmp_path / "run", text_file, training__micro_batch_size=2))
+
+    def naive(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())  # NaN without targets
+
+    trainer.updater.custom_loss = naive
+    inputs, targets = next(trainer._batches())
+    targets[:2] = IGNORE_INDEX
+    update = trainer.train_step(inputs, targets)
+    assert update.fault is None
+    alone = trainer_for(layer(tmp_path / "alone", text_file))
+    alone.updater.custom_loss = naive
+    assert alone.train_step(inputs[2:], targets[2:]).loss == pytest.approx(update.loss, rel=1e-5)
+    before = copy.deepcopy(trainer.model.state_dict())
+    assert trainer.train_step(inputs, torch.full_like(targets, IGNORE_INDEX)).fault is None
+    assert same_bits(before, trainer.model.state_dict())
+
+
+def fp16_updater(tmp_path: Path, text_file: Path, scale: float) -> tuple[Trainer, Updater]:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    updater = Updater(trainer.model, trainer.config, Runtime(torch.device("cpu"), "fp32"), None, say=print)
+    updater.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer, updater
+
+
+@pytest.mark.parametrize(("scale", "benign"), [(65536.0, True), (1.0, False)])
+def test_fp16_overflow_is_told_apart_from_divergence(
+    tmp_path: Path, text_file: Path, scale: float, benign: bool
+) -> None:
+    trainer, updater = fp16_updater(tmp_path, text_file, scale)
+    before = copy.deepcopy(trainer.model.state_dict())
+    loss = updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
+    next(trainer.model.parameters()).grad[0, 0] = math.inf
+    update = updater.apply(loss, trainer.state, rate=1e-2)
+    assert update.fault.is_benign is benign
+    assert "fp16" in update.fault.reason
+    assert updater.scaler.get_scale() == scale / 2  # the scaler goes on looking
+    assert same_bits(before, trainer.model.state_dict())
+    loss = updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
+    assert updater.apply(loss, trainer.state, rate=1e-2).fault is None
+    assert not same_bits(before, trainer.model.state_dict())
+
+
+@given(
+    st.lists(st.floats(-10, 10), min_size=32, max_size=128),
+    st.floats(-100, 100),
+)
+def test_z_score_is_the_definition(recent: list[float], value: float) -> None:
+    deviation = statistics.pstdev(recent)
+    if deviation > 0.1:
+        assert z_score(value, recent) == pytest.approx(
+            (value - statistics.mean(recent)) / deviation, abs=1e-6
+        )
+    assert z_score(value, recent[:31]) == 0  # too few to judge by
+
+
+@pytest.mark.parametrize("mode", ["skip", "rollback"])
+def test_a_spike_is_left_out_or_led_back_from(tmp_path: Path, text_file: Path, mode: str) -> None:
+    folder = tmp_path / "run"
+    explicit = layer(
+        folder,
+        text_file,
+        training__max_steps=60,
+        training__learning_rate=1e-4,
+        guard__spikes=mode,
+        checkpoint__save_interval=20,
+        training__micro_batch_size=4,
+    )
+    trainer = trainer_for(explicit)
+    spiked: list[int] = []
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        value = compute_lm_loss(logits, targets, mask)
+        if trainer.state.step + 1 == 50 and not spiked:
+            spiked.append(50)
+            return value * 20
+        return value
+
+    trainer.updater.custom_loss = loss
+    assert trainer.train().outcome == "finished"
+    assert len(events(folder, "rollback")) == (mode == "rollback")
+    skipped = events(folder, "skipped")
+    assert [line["step"] for line in skipped] == ([50] if mode == "skip" else [])  # that step was taken back
+    assert "standard deviations high" in (folder / "training.log").read_text()
+    assert [line["step"] for line in logged(folder)] == list(range(1, 61))
+
+
+def test_without_the_setting_a_spike_is_applied() -> None:
+    state = TrainState(100, 4, 4, recent_losses=[2.0 + i % 2 * 0.1 for i in range(64)])
+    assert find_fault(200.0, 1.0, state=state, guard=GuardConfig()) is None
+    fault = find_fault(200.0, 1.0, state=state, guard=GuardConfig(spikes="skip"))
+    assert fault is not None
+    assert fault.is_spike
+    assert find_fault(0.1, 1.0, state=state, guard=GuardConfig(spikes="skip")) is None  # only upwards
+
+
+def test_spikes_off_in_yaml_is_a_word() -> None:
+    """YAML 1.1 reads `off` as false."""
+    assert GuardConfig(spikes=False).spikes == "off"
