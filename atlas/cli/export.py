@@ -35,11 +35,11 @@ def export(
     ] = True,
 ) -> None:
     """Write a GGUF file with the tokenizer inside, for llama.cpp and all that is built on it, and prove it."""
-    from atlas.inference.load import model_of
+    from atlas.inference.load import NOT_NEEDED, model_of
     from atlas.training.checkpoint import find_checkpoint, load_checkpoint
 
     path = find_checkpoint(checkpoint)
-    contents = load_checkpoint(path, say=_say)
+    contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
             f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that a "

@@ -195,7 +195,11 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(
-    path: str | Path, *, say: Callable[[str], None] = lambda line: None, remedy: str | None = None
+    path: str | Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    remedy: str | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
     or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run.
@@ -221,9 +225,17 @@ def load_checkpoint(
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Put a checkpoint's weights into `model`. Raises `AtlasError` if they are another shape's."""
+    """Put a checkpoint's weights into `model`. Raises `AtlasError` if they are another shape's.
+
+    They are copied; a model on the meta device, which has no memory yet, takes the tensors themselves (in
+    fp32), so that they are in memory once.
+    """
+    weights = contents["model_state_dict"]
+    is_hollow = any(parameter.is_meta for parameter in model.parameters())
+    if is_hollow:
+        weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     try:
-        model.load_state_dict(contents["model_state_dict"])
+        model.load_state_dict(weights, assign=is_hollow)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise AtlasError(f"{path}: its weights do not fit its config: {reason}") from None

@@ -90,6 +90,7 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
         raise AtlasError(f"{path}: is damaged ({error}): {remedy}") from None
     finally:
         archive.close()
+        storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
     return _check_contents(contents, path, remedy)
 
 
