@@ -1,0 +1,174 @@
+"""Out of memory: the same update by fewer sequences at once, remembered; and what is said when nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from atlas.errors import AtlasError
+from atlas.training.loss import compute_lm_loss
+from atlas.training.memory import is_out_of_memory
+from atlas.training.trainer import Trainer
+from tests.runs import REPOSITORY, layer, logged, run, trainer_for
+
+CPU_MESSAGE = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 34359738368000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def short_of_memory(trainer: Trainer, fits: int, error: Callable[[], Exception]) -> list[int]:
+    """From the third micro-batch on, no more than `fits` sequences at once; the sizes that were tried."""
+    tried: list[int] = []
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        tried.append(len(logits))
+        if len(tried) >= 3 and len(logits) > fits:
+            raise error()
+        return compute_lm_loss(logits, targets, mask)
+
+    trainer.updater.custom_loss = loss
+    return tried
+
+
+@pytest.mark.parametrize(
+    "error", [lambda: RuntimeError(CPU_MESSAGE), lambda: torch.OutOfMemoryError("CUDA out of memory.")]
+)
+def test_the_losses_are_those_of_a_run_with_enough_memory(
+    tmp_path: Path, text_file: Path, error: Callable[[], Exception]
+) -> None:
+    settings = {
+        "training__batch_size": 8,
+        "training__max_steps": 8,
+        "training__gradient_accumulation_steps": 2,
+    }
+    run(layer(tmp_path / "whole", text_file, **settings))
+    trainer = trainer_for(layer(tmp_path / "short", text_file, **settings))
+    tried = short_of_memory(trainer, 3, error)
+    assert trainer.train().outcome == "finished"
+    assert tried[:8] == [8, 8, 8, 4, 2, 2, 2, 2]  # the second update, begun again until it fits
+    assert trainer.state.micro_batch_size == 2
+    lines = [logged(tmp_path / name) for name in ("whole", "short")]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in lines[1]] == pytest.approx([line[key] for line in lines[0]], rel=1e-5)
+    assert [line["sequences_consumed"] for line in lines[1]] == [16 * step for step in range(1, 9)]
+    log = (tmp_path / "short" / "training.log").read_text()
+    assert log.count("out of memory") == 1
+    assert "step 2: out of memory with 8 sequences at once: 2 from now on. An update still takes 16" in log
+
+
+def test_what_fitted_is_remembered_for_the_machine_and_the_model(tmp_path: Path, text_file: Path) -> None:
+    settings = {"model__hidden_size": 24, "training__batch_size": 8}
+    trainer = trainer_for(layer(tmp_path / "first", text_file, **settings))
+    short_of_memory(trainer, 2, lambda: RuntimeError(CPU_MESSAGE))
+    trainer.train()
+    again = trainer_for(layer(tmp_path / "again", text_file, **settings))
+    assert again.state.micro_batch_size == 2
+    assert again.config.training.micro_batch_size == "auto"  # runtime state, not a setting
+    assert "2 sequences run at once" in (tmp_path / "again" / "training.log").read_text()
+    asked = trainer_for(layer(tmp_path / "asked", text_file, training__micro_batch_size=8, **settings))
+    assert asked.state.micro_batch_size == 8
+    other = layer(tmp_path / "other", text_file, **{**settings, "model__hidden_size": 32})
+    assert trainer_for(other).state.micro_batch_size == 8
+    resumed = trainer_for(layer(tmp_path / "first", text_file, training__max_steps=9, **settings))
+    assert resumed.state.micro_batch_size == 2  # from the checkpoint
+
+
+def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
+    tmp_path: Path, text_file: Path
+) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file, model__hidden_size=40))
+    short_of_memory(trainer, 0, lambda: RuntimeError(CPU_MESSAGE))
+    with pytest.raises(AtlasError, match="step 3: out of memory with one sequence at once"):
+        trainer.train()
+    log = (tmp_path / "run" / "training.log").read_text()
+    places = [
+        log.index(part)
+        for part in (
+            "1. batch_size",
+            "2. --set training.gradient_checkpointing=true:",
+            "3. --set model.max_seq_len=8",
+        )
+    ]
+    assert places == sorted(places)
+    assert "GB less" in log
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    tried = short_of_memory(trainer, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        trainer.train()
+    assert tried[-1] == 4
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"training__eval_interval": 2, "training__eval_sequences": 13}
+    whole, _ = run(layer(tmp_path / "whole", text_file, **settings))
+    trainer = trainer_for(layer(tmp_path / "short", text_file, training__eval_batch_size=7, **settings))
+    forward, sizes = trainer.model.hidden_states, []
+
+    def limited(tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
+        if not trainer.model.training:
+            sizes.append(len(tokens))
+            if len(tokens) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(tokens, cache)
+
+    monkeypatch.setattr(trainer.model, "hidden_states", limited)
+    assert trainer.train().outcome == "finished"
+    assert sizes[:3] == [7, 3, 3]
+    assert (trainer.state.micro_batch_size, trainer.state.eval_batch_size) == (4, 3)
+    losses = [
+        [line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("whole", "short")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert whole.state.eval_batch_size == 4
+
+
+CAPPED = """
+import resource, sys
+from atlas.cli import main
+import torch, atlas.training.launch
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]), -1))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of address space is Linux's")
+def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -> None:
+    """No injected error: the process may have 500 MB more, and 64 sequences at once take 3 times that."""
+    explicit = layer(
+        tmp_path / "run", text_file, training__batch_size=64, training__max_steps=2, model__max_seq_len=512
+    )
+    explicit["model"].update(num_layers=8, hidden_size=48)
+    explicit["training"]["eval_sequences"] = 2
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(explicit), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, "-c", CAPPED, str(500_000_000), "train", "--config", str(config)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "out of memory with 64 sequences at once" in ended.stderr
+    assert [line["sequences_consumed"] for line in logged(tmp_path / "run")] == [64, 128]
