@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -60,18 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Not the class itself: Python (3.8 to 3.13 at least) kills its process at the end, however that came about, if a
+    plain KeyboardInterrupt ever left an `exec` of a text, as those that make a dataclass while modules load."""
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, and SIGBREAK on Windows, raises KeyboardInterrupt, so that what is half done is cleaned up.
+    """SIGTERM, and SIGBREAK on Windows, raises what Ctrl-C raises, so that what is half done is cleaned up.
 
     Training puts handlers of its own in place of these, and these back. Outside the main thread Python
     allows no handlers; nothing is changed.
     """
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGBREAK"):
-            if number := getattr(signal, name, None):
-                previous[number] = signal.signal(number, signal.default_int_handler)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, _raise_interrupted)
     try:
         yield
     finally:
