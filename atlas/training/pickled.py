@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-MOST_VALUES = 5_000_000
-"""Each takes about 100 bytes. A model of 10,000 layers, with AdamW's moments, has about 3 million."""
+MOST_VALUES = 3_000_000
+"""Each takes about 100 bytes. A model of 1,000 layers, with AdamW's moments, has about 2 million."""
 DEEPEST = 32
 _MOST_DIMENSIONS = 8
 
