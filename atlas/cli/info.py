@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from atlas.training.manifest import Manifest
+    from atlas.training.verify import Verdict
 
 Facts = Iterable[tuple[str, Any]]
 
@@ -22,6 +26,14 @@ def info(
             "or the name of a preset."
         ),
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read a checkpoint, a folder of them, or a dataset to the last byte: compare it with the checksums "
+            "that were saved, and look for numbers that are not finite.",
+        ),
+    ] = False,
 ) -> None:
     """Say what a checkpoint, dataset, tokenizer, GGUF or config file is."""
     from atlas.cli.terminal import printable
@@ -31,10 +43,14 @@ def info(
     if not file.exists() and file.suffix != ".pt" and path not in preset_names():
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if file.is_dir():
-        facts = _dataset(file) if (file / "dataset.json").exists() else _output_folder(file)
+        if not (file / "dataset.json").exists():
+            return _output_folder(file, verify)
+        facts = _dataset(file, verify)
     elif file.suffix == ".pt" or (file.suffix == ".json" and file.with_suffix(".pt").exists()):
         file = file.with_suffix(".pt")
-        facts = _checkpoint(file)
+        facts = _checkpoint(file, verify)
+    elif verify:
+        raise AtlasError(f"--verify: reads checkpoints and datasets; {path} is neither: leave it out")
     elif file.suffix == ".gguf":
         facts = _gguf(file)
     elif file.suffix == ".json":
@@ -49,19 +65,27 @@ def info(
         typer.echo(f"{name:<{width}}  {printable(value)}")
 
 
-def _checkpoint(path: Path) -> Facts:
+def _checkpoint(path: Path, verify: bool) -> Facts:
     from atlas.config.loader import resolve
-    from atlas.training.checkpoint import find_checkpoint, kind_of, load_checkpoint
+    from atlas.inference.load import NOT_NEEDED
+    from atlas.training.checkpoint import find_checkpoint, kind_of
+    from atlas.training.manifest import read_manifest, sidecar_of
+    from atlas.training.untrusted import read_plain
 
     path = find_checkpoint(path)
-    notes: list[str] = []
-    contents = load_checkpoint(path, say=notes.append)
+    if verify or (sidecar_of(path).exists() and not read_manifest(path, check_hash=False)):
+        state = _verified(path)
+    elif sidecar_of(path).exists():
+        state = "size as saved; --verify compares every byte"
+    else:
+        state = f"no {sidecar_of(path).name} beside it; --verify reads the checksums inside the file"
+    contents = read_plain(path, remedy="atlas info --verify says which to take instead", without=NOT_NEEDED)
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
         raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
-    yield "checkpoint", f"{path} ({path.stat().st_size / 1e6:,.1f} MB), whole: every byte checked"
-    yield "", notes[0] if notes else None
+    yield "checkpoint", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"
+    yield "state", state
     yield "kind", kind_of(path) or "renamed"
     yield "step", f"{contents['step']:,} of {contents['horizon']:,}"
     yield "epoch", contents.get("epoch")
@@ -92,26 +116,85 @@ def _rounded(loss: float | None) -> str | None:
     return None if loss is None else f"{loss:.4f}"
 
 
-def _output_folder(folder: Path) -> Facts:
+def _verified(path: Path) -> str:
+    """`whole: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
+    from atlas.data.progress import byte_progress
+    from atlas.training.verify import verify_checkpoint, whole_alternative
+
+    with byte_progress(path.stat().st_size, "reading") as advance:
+        verdict = verify_checkpoint(path, advance=advance)
+    if not verdict.problem:
+        return str(verdict)
+    instead = whole_alternative(path)
+    remedy = (
+        f"take {instead} instead, which is whole" if instead else "no other checkpoint beside it is whole"
+    )
+    raise AtlasError(f"{path}: {verdict}: {remedy}")
+
+
+def _output_folder(folder: Path, verify: bool) -> None:
+    """A row for each checkpoint, the latest step first, and the one that --resume auto takes."""
+    from atlas.data.progress import byte_progress
     from atlas.training.checkpoint import CheckpointManager
+    from atlas.training.verify import verify_checkpoint
 
-    found = CheckpointManager(folder).found()
-    if not found:
+    manifests = {path: manifest for manifest, path in CheckpointManager(folder).found()}
+    files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
+    if not files:
         raise AtlasError(f"{folder}: is neither a prepared dataset nor a folder with checkpoints")
-    yield "output folder", folder
-    for manifest, path in found:
-        losses = f"loss {_rounded(manifest.loss)}" if manifest.loss is not None else ""
-        if manifest.val_loss is not None:
-            losses += f", validation {_rounded(manifest.val_loss)}"
-        size = sum(entry.size for entry in manifest.files)
-        yield path.name, f"step {manifest.step:,}, epoch {manifest.epoch}, {losses}, {size / 1e6:,.1f} MB"
+    with byte_progress(sum(path.stat().st_size for path in files), "reading") as advance:
+        verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
+    _print_table([(path, manifests.get(path), verdicts.get(path)) for path in files])
+    broken = {path for path, verdict in verdicts.items() if verdict.broken}
+    if broken == set(files):
+        raise AtlasError(f"{folder}: none of its checkpoints is whole: take a copy of one, or train again")
+    resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
+    takes = f"takes {resumable[0].name}" if resumable else "finds none to go on from"
+    typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))
 
 
-def _dataset(folder: Path) -> Facts:
+def _print_table(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
+    from atlas.cli.terminal import printable
+
+    rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
+    for path, manifest, verdict in checkpoints:
+        step, kind, loss, val_loss = "", "", None, None
+        if manifest:
+            step, kind, loss, val_loss = f"{manifest.step:,}", manifest.kind, manifest.loss, manifest.val_loss
+        size = f"{path.stat().st_size / 1e6:,.1f} MB"
+        state = str(verdict) if verdict else _seen(path, manifest)
+        rows.append((path.name, step, kind, _rounded(loss) or "", _rounded(val_loss) or "", size, state))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, step, kind, *numbers, state in rows:
+        aligned = [name.ljust(widths[0]), step.rjust(widths[1]), kind.ljust(widths[2])]
+        aligned += [number.rjust(width) for number, width in zip(numbers, widths[3:], strict=False)]
+        typer.echo(printable("  ".join([*aligned, state])))
+
+
+def _seen(path: Path, manifest: Manifest | None) -> str:
+    """What can be said of a checkpoint without reading it."""
+    from atlas.training.manifest import sidecar_of
+
+    if manifest is None:
+        has_sidecar = sidecar_of(path).exists()
+        return f"not the file that {sidecar_of(path).name} describes" if has_sidecar else "no sidecar"
+    return "size as saved" + (", no optimizer state" if manifest.slim else "")
+
+
+def _dataset(folder: Path, verify: bool) -> Facts:
     from atlas.data import open_dataset
+    from atlas.data.progress import byte_progress
 
-    dataset = open_dataset(folder, verify=True)
-    yield "dataset", f"{folder}, whole: every byte checked"
+    total = sum(file.stat().st_size for file in folder.glob("*.npy"))
+    with byte_progress(total if verify else 0, "reading") as advance:
+        dataset = open_dataset(folder, verify=verify, advance=advance)
+    yield "dataset", folder
+    yield (
+        "state",
+        f"whole: {total:,} bytes, sha256 as saved"
+        if verify
+        else "sizes as saved; --verify compares every byte",
+    )
     state = dataset.tokenizer_state
     yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
     for name in ("train", "val"):

@@ -1,0 +1,107 @@
+"""A checkpoint read to its last byte: whether it is what was saved, and whether it holds what one should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.config.loader import resolve
+from atlas.data.shards import file_sha256
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.training.checkpoint import CheckpointManager, load_weights
+from atlas.training.manifest import Manifest, read_manifest, sidecar_of
+from atlas.training.untrusted import check_zip, read_plain
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in a file. `broken` and `not_finite` say what is wrong, or are empty."""
+
+    size: int
+    broken: str = ""
+    not_finite: str = ""
+    compared_by: str = ""
+    tensors: int = 0
+
+    @property
+    def problem(self) -> str:
+        return self.broken or self.not_finite
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        return f"whole: {self.size:,} bytes, {self.compared_by}; {self.tensors:,} tensors, all finite"
+
+
+def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda done: None) -> Verdict:
+    """Compare every byte with the sidecar's sha256, or with the checksums inside the file where there is no
+    sidecar, then read the contents and look for numbers that are not finite. `advance` is told the bytes read.
+
+    Takes as much memory as resuming.
+    """
+    size = path.stat().st_size
+    try:
+        compared_by, manifest = _compare(path, advance)
+        contents = read_plain(path, remedy="")
+        config = resolve(contents["config"]).model
+        if config.vocab_size is None:
+            raise AtlasError("its config has no model.vocab_size")
+        with torch.device("meta"):
+            model = AtlasLM(config)
+        load_weights(model, contents, path)
+    except AtlasError as error:
+        return Verdict(size, broken=str(error).removeprefix(f"{path}: ").rstrip(":; "))
+    if manifest and manifest.step != contents["step"]:
+        return Verdict(size, broken=f"holds step {contents['step']}, its sidecar says {manifest.step}")
+    tensors = dict(_tensors(contents))
+    strange = {name: count for name, tensor in tensors.items() if (count := int((~tensor.isfinite()).sum()))}
+    not_finite = ""
+    if strange:
+        name, count = next(iter(strange.items()))
+        more = f" and of {len(strange) - 1} more tensors" if len(strange) > 1 else ""
+        not_finite = f"its bytes are as saved, but {count:,} numbers of {name}{more} are not finite"
+    return Verdict(size, not_finite=not_finite, compared_by=compared_by, tensors=len(tensors))
+
+
+def whole_alternative(path: Path) -> Path | None:
+    """The latest other checkpoint of the same folder whose every byte is as it was saved."""
+    for _, other in CheckpointManager(path.parent).found():
+        if other != path and not verify_checkpoint(other).problem:
+            return other
+    return None
+
+
+def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest | None]:
+    """How the bytes were compared, and the sidecar that fits. Raises `AtlasError` if they differ."""
+    sidecar = sidecar_of(path)
+    if not sidecar.exists():
+        check_zip(path, remedy="")
+        advance(path.stat().st_size)
+        return f"checksums inside the file as saved (no {sidecar.name} beside it)", None
+    digest = file_sha256(path, advance)
+    manifest = read_manifest(path, check_hash=False)
+    if manifest is None:
+        raise AtlasError(f"is {path.stat().st_size:,} bytes, not the file that {sidecar.name} describes")
+    if manifest.files[0].sha256 != digest:
+        raise AtlasError(
+            f"damaged: its bytes are not those that were saved (sha256 differs from {sidecar.name})"
+        )
+    return "sha256 as saved", manifest
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            yield from _tensors(entry, f"{name}.{place}")
