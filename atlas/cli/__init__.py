@@ -23,7 +23,7 @@ import typer
 
 from atlas import __version__
 from atlas.cli.terminal import printable
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, Interrupted
 
 # In the order of the road.
 COMMANDS = {
@@ -61,13 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-class _Interrupted(KeyboardInterrupt):
-    """Not the class itself: Python (3.8 to 3.13 at least) kills its process at the end, however that came about, if a
-    plain KeyboardInterrupt ever left an `exec` of a text, as those that make a dataclass while modules load."""
-
-
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    raise _Interrupted
+    raise Interrupted
 
 
 @contextmanager

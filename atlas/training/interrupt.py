@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from atlas.errors import Interrupted
+
 
 class Stopped(BaseException):
     """Raised within `StopRequest.at_once`."""
@@ -46,7 +48,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             self._restore()
-            raise KeyboardInterrupt
+            raise Interrupted
         self.requested = True
         self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
         if self._raises:
