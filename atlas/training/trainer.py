@@ -124,9 +124,11 @@ class Trainer:
                     outcome = "stopped in time"
                     break
                 epoch_before = self.epoch
+                self.clock.update_begins()
                 update = self.train_step(*next(stream))
                 if update is None:
                     break
+                self.clock.update_ends()
                 if update.fault and recover(self, update.fault):
                     stream = self._batches()
                     continue
@@ -160,7 +162,6 @@ class Trainer:
     def train_step(self, inputs: Tensor, targets: Tensor) -> Update | None:
         """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
         state = self.state
-        self.clock.update_begins()
         loss = self.updater.gradient(inputs, targets, state, stop=self.stop)
         if loss is None:
             return None
@@ -169,7 +170,6 @@ class Trainer:
         state.step += 1
         state.sequences_consumed += len(inputs)
         count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
-        self.clock.update_ends()
         self._timer.count(inputs.numel())
         self.log.advance(state.step)
         return update

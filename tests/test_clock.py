@@ -1,0 +1,123 @@
+"""Hours given: the schedule is planned once to end inside them, kept on resume, and the end is in time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlas.training.checkpoint import load_checkpoint
+from atlas.training.clock import RunClock
+from atlas.training.schedule import NO_LIMIT
+from tests.runs import layer, logged, run, trainer_for
+
+
+class FakeTime:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    hours=st.floats(0.01, 1000),
+    seconds_per_update=st.floats(0.001, 30),
+    extra=st.floats(0, 5),
+    at_the_end=st.floats(0, 20),
+    before=st.floats(0, 10),
+)
+def test_a_planned_run_ends_in_time_if_updates_take_what_they_took(
+    hours: float, seconds_per_update: float, extra: float, at_the_end: float, before: float
+) -> None:
+    fake = FakeTime()
+    clock = RunClock(hours, before=before, clock=fake)
+    done = 0
+    while not clock.has_measured:
+        clock.update_begins()
+        fake.now += seconds_per_update * (20 if done == 0 else 1)  # the first one compiles
+        clock.update_ends()
+        done += 1
+    assert done <= 12
+    assert clock.seconds_per_update == pytest.approx(seconds_per_update)
+    left = clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
+    end = clock.elapsed + left * (seconds_per_update + extra) + at_the_end
+    assert end <= hours * 3600 or left == 1
+    one_more = end + seconds_per_update + extra
+    assert one_more > hours * 3600 * 0.95 or left == 1  # and the time is used
+
+
+def test_it_is_over_when_one_more_update_and_the_save_might_not_fit() -> None:
+    fake = FakeTime()
+    clock = RunClock(1.0, before=1800, clock=fake)
+    for _ in range(3):
+        clock.update_begins()
+        fake.now += 60
+        clock.update_ends()
+    assert clock.elapsed == 1980
+    assert not clock.is_over(at_the_end=10)
+    fake.now = 100 + 1800 - 69
+    assert clock.is_over(at_the_end=10)
+    assert not RunClock(None, before=0).is_over(at_the_end=1e9)
+
+
+def slowed(trainer: object, seconds: float) -> None:
+    whole_step = trainer.train_step
+
+    def step(*batch: object) -> object:
+        time.sleep(seconds)
+        return whole_step(*batch)
+
+    trainer.train_step = step
+
+
+def test_max_hours_plans_the_schedule_and_a_resumed_run_keeps_the_plan(
+    tmp_path: Path, text_file: Path
+) -> None:
+    explicit = layer(tmp_path / "run", text_file, training__max_hours=4 / 3600, checkpoint__save_interval=20)
+    del explicit["training"]["max_steps"]
+    trainer = trainer_for(explicit)
+    assert trainer.state.horizon == NO_LIMIT
+    begin = time.perf_counter()
+    result = trainer.train()
+    assert time.perf_counter() - begin < 4.5
+    assert result.outcome in (
+        "finished",
+        "stopped in time",
+    )  # in time, where this machine was slower than measured
+    planned = trainer.state.horizon
+    assert planned < NO_LIMIT
+    assert f"planned to end at step {planned:,}" in (tmp_path / "run" / "training.log").read_text()
+    assert load_checkpoint(tmp_path / "run" / f"atlas_step_{result.step}.pt")["horizon"] == planned
+    if result.outcome == "finished":
+        rates = [line["learning_rate"] for line in logged(tmp_path / "run")]
+        assert rates[-1] < 0.11 * max(rates)  # the cosine has come to its end
+    again = trainer_for(explicit)
+    assert again.state.horizon == planned
+    assert again.state.seconds > 1
+
+
+def test_a_machine_that_turns_slow_ends_in_time_all_the_same(tmp_path: Path, text_file: Path) -> None:
+    explicit = layer(tmp_path / "run", text_file, training__max_hours=2 / 3600, training__max_steps=100_000)
+    trainer = trainer_for(explicit)
+    plan = trainer._plan_horizon
+
+    def then_slow() -> None:
+        plan()
+        slowed(trainer, 0.2)
+
+    trainer._plan_horizon = then_slow
+    begin = time.perf_counter()
+    result = trainer.train()
+    assert time.perf_counter() - begin < 3
+    assert result.outcome == "stopped in time"
+    assert result.step < trainer.state.horizon
+    assert (tmp_path / "run" / f"atlas_step_{result.step}.pt") in result.saved
+
+
+def test_steps_that_end_sooner_win_over_hours(tmp_path: Path, text_file: Path) -> None:
+    trainer, result = run(layer(tmp_path / "run", text_file, training__max_hours=1.0, training__max_steps=15))
+    assert (result.outcome, result.step) == ("finished", 15)
+    assert trainer.state.is_planned
