@@ -174,6 +174,13 @@ def test_max_total_is_never_exceeded_and_spares_the_newest_and_the_best(
     assert len(kept) < 11
 
 
+def test_a_max_total_that_cannot_be_kept_is_refused(tmp_path: Path, text_file: Path) -> None:
+    with pytest.raises(AtlasError, match=r"checkpoint\.max_total: .*four must fit"):
+        trainer_for(layer(tmp_path / "run", text_file, checkpoint__max_total="300kB"))
+    assert not (tmp_path / "run").exists()
+    trainer_for(layer(tmp_path / "run", text_file, checkpoint__max_total="600kB"))
+
+
 def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, slim_old=True)
     whole = {

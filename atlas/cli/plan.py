@@ -78,6 +78,7 @@ def _print_config(console: Console, wanted: AtlasConfig, device: str) -> None:
         estimate_inference_memory,
         estimate_training_memory,
         output_folder_bytes,
+        snapshot_bytes,
     )
 
     config = assume_vocabulary(wanted)
@@ -85,7 +86,13 @@ def _print_config(console: Console, wanted: AtlasConfig, device: str) -> None:
     inference = estimate_inference_memory(config.model, device=device)
     disk = {"one checkpoint": checkpoint_bytes(config), "output folder, at most": output_folder_bytes(config)}
     _print_parts(console, "Parameters", _parts(count_parameters(config.model)), "{:,}".format)
-    _print_parts(console, f"Memory of training on {device}", _parts(training), _gib)
+    besides = {"besides, in main memory": snapshot_bytes(config)}
+    _print_parts(console, f"Memory of training on {device}", _parts(training) | besides, _gib)
+    console.print(
+        "The last line is the copy that checkpoints are written from while training goes on; where it does not fit, "
+        "or with checkpoint.background=false, training waits for the disk.\n",
+        soft_wrap=True,
+    )
     _print_parts(console, f"Memory of generating on {device}", _parts(inference), _gib)
     _print_parts(console, "Disk", disk, lambda size: f"{size / 1e9:.2f} GB")
     if wanted.model.vocab_size is None:

@@ -11,6 +11,7 @@ from atlas.planning.estimate import (
     estimate_training_memory,
     memory_of_a_step,
     output_folder_bytes,
+    snapshot_bytes,
 )
 from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
@@ -30,4 +31,5 @@ __all__ = [
     "memory_of_a_step",
     "output_folder_bytes",
     "plan_presets",
+    "snapshot_bytes",
 ]

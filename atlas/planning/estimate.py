@@ -195,6 +195,12 @@ def checkpoint_bytes(config: AtlasConfig) -> int:
     return 3 * _FP32 * _stored_parameters(config.model)
 
 
+def snapshot_bytes(config: AtlasConfig) -> int:
+    """Main memory for the copy that checkpoints are written from while training goes on."""
+    return checkpoint_bytes(config) if config.checkpoint.background else 0
+
+
 def output_folder_bytes(config: AtlasConfig) -> int:
     """The most that checkpoints ever take: the kept ones of steps and of epochs, the best, one being written."""
-    return checkpoint_bytes(config) * (2 * config.checkpoint.keep_checkpoints + 2)
+    most = checkpoint_bytes(config) * (2 * config.checkpoint.keep_checkpoints + 2)
+    return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -15,7 +15,13 @@ from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
 from atlas.model import build_model
-from atlas.planning import checkpoint_bytes, measure_memory, memory_of_a_step, output_folder_bytes
+from atlas.planning import (
+    checkpoint_bytes,
+    measure_memory,
+    memory_of_a_step,
+    output_folder_bytes,
+    snapshot_bytes,
+)
 from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.heat import open_sensor
 from atlas.training.lock import FolderLock
@@ -38,6 +44,7 @@ from atlas.training.trainer import Trainer
 def start_run(start: Start) -> Trainer:
     """Build the trainer. What can be refused is refused first; files are written from `_claim` on."""
     config, folder = start.config, start.folder
+    _refuse_small_total(config)
     runtime = setup_runtime(config)
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
@@ -164,7 +171,7 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
     """Whether the copy that is saved from fits into memory beside all that a step will take."""
     if not config.checkpoint.background:
         return False
-    copy, free = checkpoint_bytes(config), measure_memory("cpu")
+    copy, free = snapshot_bytes(config), measure_memory("cpu")
     step = 0 if runtime.device.type == "cuda" else memory_of_a_step(config, device=runtime.device.type)
     if copy + step <= free:
         return True
@@ -173,6 +180,16 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
         f"that a step takes does not fit into the {free / 1e9:.2f} GB of memory that are free"
     )
     return False
+
+
+def _refuse_small_total(config: AtlasConfig) -> None:
+    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced."""
+    one, most = checkpoint_bytes(config), config.checkpoint.max_total
+    if most is not None and most < 4 * one:
+        raise AtlasError(
+            f"checkpoint.max_total: {most / 1e9:.2f} GB: one checkpoint takes {one / 1e9:.2f} GB, and four must fit "
+            f"(the best, the newest, and both being replaced): give at least {4 * one / 1e9:.2f} GB, or leave it out"
+        )
 
 
 def _keep_config(folder: Path, config: AtlasConfig) -> None:
