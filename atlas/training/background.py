@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,11 +58,19 @@ class Snapshot:
 class BackgroundSaver:
     """Saves checkpoints from a snapshot, one at a time.
 
-    With `in_background` false every save is written before `save` returns, straight from the state.
+    With `in_background` false every save is written before `save` returns, straight from the state. `before` is
+    called before each is written.
     """
 
-    def __init__(self, checkpoints: CheckpointManager, *, in_background: bool) -> None:
+    def __init__(
+        self,
+        checkpoints: CheckpointManager,
+        *,
+        in_background: bool,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.checkpoints = checkpoints
+        self.before = before
         self.in_background = in_background
         self.snapshot = Snapshot()
         self.written: list[Path] = []
@@ -129,6 +137,7 @@ class BackgroundSaver:
                 self.join()
         else:
             self._began = begin
+            self.before()
             self.written = self.checkpoints.save(contents, kinds, manifest)
             self.seconds = time.perf_counter() - begin
         self.stall = time.perf_counter() - begin
@@ -136,6 +145,7 @@ class BackgroundSaver:
     def _write(self, contents: dict[str, Any], kinds: list[str], manifest: dict[str, Any]) -> None:
         try:
             _yield_the_cores()
+            self.before()
             self.written = self.checkpoints.save(
                 contents, kinds, manifest, should_abandon=lambda: self._abandoned
             )

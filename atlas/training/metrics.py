@@ -9,12 +9,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from atlas.errors import AtlasError
 
 
 def perplexity(loss: float) -> float:
@@ -49,20 +51,33 @@ class RunLog:
 
         A killed run has logged steps that no checkpoint holds; they will be trained, and logged, again.
         """
+        self._files[self.metrics_path].write_waiting()
         if not self.metrics_path.exists():
             return
         kept: list[str] = []
         lost: list[str] = []
         for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             (kept if _step_of(line) <= step else lost).append(line + "\n")
-        if not lost:
-            return
+        if lost:
+            try:
+                self._cut(kept, lost)
+            except OSError as error:
+                raise AtlasError(
+                    f"{self.metrics_path}: cannot be cut back to step {step} ({error.strerror}): free some space"
+                ) from None
+
+    def _cut(self, kept: list[str], lost: list[str]) -> None:
         lost_path = self.metrics_path.with_name("metrics.lost.jsonl")
         with open(lost_path, "a", encoding="utf-8") as file:
             file.writelines(lost)
         temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.metrics_path)
+
+    def flush_to_disk(self) -> None:
+        """Before a checkpoint is written: a power cut must not leave one whose steps the log does not hold."""
+        with suppress(OSError), open(self.metrics_path, "ab") as file:
+            os.fsync(file.fileno())
 
     @contextmanager
     def progress(self, *, done: int, total: int) -> Iterator[None]:
@@ -129,12 +144,19 @@ class _AppendedFile:
         self._path = path
         self._say = say
         self._waiting: list[str] = []
+        self._is_full = False
         self._lock = threading.Lock()  # saving in the background has lines to say, too
 
     def append(self, line: str) -> None:
         with self._lock:
-            said = bool(self._waiting)
             self._waiting.append(line + "\n")
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Write what could not be written before, in order."""
+        with self._lock:
+            if not self._waiting:
+                return
             data = "".join(self._waiting).encode("utf-8")
             try:
                 with open(self._path, "ab", buffering=0) as file:
@@ -143,9 +165,11 @@ class _AppendedFile:
                         file.truncate(end)  # no half lines
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                if not said:
+                if not self._is_full:
                     self._say(f"{self._path}: cannot be written ({error.strerror}); its lines wait in memory")
+                self._is_full = True
             else:
+                self._is_full = False
                 self._waiting.clear()
 
 

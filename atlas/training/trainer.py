@@ -83,7 +83,7 @@ class Trainer:
         self.runtime = runtime
         self.state = state
         self.checkpoints = checkpoints
-        self.saver = BackgroundSaver(checkpoints, in_background=saves_in_background)
+        self.saver = BackgroundSaver(checkpoints, in_background=saves_in_background, before=log.flush_to_disk)
         self.log = log
         self.sensor = sensor
         self.lock = lock
@@ -211,6 +211,8 @@ class Trainer:
     # Between updates
 
     def _is_out_of_time(self) -> bool:
+        if self.clock.limit is None:
+            return False
         return self.clock.is_over(at_the_end=self.saver.expected_seconds(self.contents()))
 
     def _plan_horizon(self) -> None:

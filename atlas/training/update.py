@@ -149,9 +149,10 @@ class Updater:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
         figures = torch.stack([loss, grad_norm.to(loss)])
 
-        if not self.scaler.is_enabled() and guard.spikes == "off":
-            # The fused optimizer leaves everything as it is where `found_inf` is 1, so that the device need not
-            # wait for the host to look at the numbers.
+        on_device = self.runtime.device.type in ("cpu", "cuda")  # whose fused kernels read `found_inf`
+        if on_device and not self.scaler.is_enabled() and guard.spikes == "off":
+            # The optimizer leaves everything as it is where `found_inf` is 1, so that the device need not wait
+            # for the host to look at the numbers.
             self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             loss_value, norm_value = figures.tolist()
