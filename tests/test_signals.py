@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,21 +98,15 @@ def here(*arguments: object, cwd: Path) -> None:
 PREPARE = ("prepare", "--input", "text", "--train-tokenizer", "2000", "--output")
 
 
-def learning(folder: Path) -> bool:
-    return (folder / ".set.lock").exists()
+LEARNING, WRITING = ".set.lock", ".set.preparing-*/train-00000.npy"
+"""What shows in the dataset's parent folder that the vocabulary is being learnt, or shards written."""
 
 
-def writing(folder: Path) -> bool:
-    return any(folder.glob(".set.preparing-*/train-00000.npy"))
-
-
-@pytest.mark.parametrize("moment", [learning, writing])
-def test_sigterm_in_prepare_leaves_nothing_and_the_next_call_makes_the_same(
-    moment: Callable[[Path], bool], place: Path
-) -> None:
-    folder = place / f"terminated-{moment.__name__}"
+@pytest.mark.parametrize("moment", [LEARNING, WRITING])
+def test_sigterm_in_prepare_leaves_nothing_and_the_next_call_makes_the_same(moment: str, place: Path) -> None:
+    folder = place / f"terminated-{moment[:8]}"
     process = start(*PREPARE, folder / "set", cwd=place)
-    wait_for(lambda: moment(folder), process)
+    wait_for(lambda: any(folder.glob(moment)), process)
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
@@ -132,10 +127,13 @@ def test_prepare_killed_at_random_moments(rounds: int, place: Path) -> None:
         if number == rounds // 2:  # from now on the dataset of another text is to be replaced
             here("prepare", "--input", "text/00.txt", "--output", folder / "set", cwd=place)
             older = content(folder / "set")
+        elif content(folder / "set") == content(place / "whole" / "set"):  # the kill came too late
+            shutil.rmtree(folder / "set")
+        (folder / LEARNING).unlink(missing_ok=True)
+        moment, left = rng.choice([LEARNING, WRITING]), set(folder.glob(WRITING))
         process = start(*PREPARE, folder / "set", cwd=place)
-        moment = rng.choice([learning, writing])
-        wait_for(lambda: moment(folder), process)  # noqa: B023
-        time.sleep(rng.random() * (0.3 if moment is learning else 0.1))
+        wait_for(lambda: set(folder.glob(moment)) - left, process)  # noqa: B023
+        time.sleep(rng.random() * (0.3 if moment == LEARNING else 0.1))
         process.kill()
         process.communicate()
         if (folder / "set" / "dataset.json").exists():
@@ -169,7 +167,7 @@ def test_two_at_once_make_one_dataset(place: Path) -> None:
     """The second waits for the first and finds its work done."""
     folder = place / "two"
     first = start(*PREPARE, folder / "set", cwd=place)
-    wait_for(lambda: learning(folder), first)
+    wait_for((folder / LEARNING).exists, first)
     first.send_signal(signal.SIGSTOP)
     second = start(*PREPARE, folder / "set", cwd=place)
     assert second.stderr is not None
