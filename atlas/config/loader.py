@@ -27,6 +27,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 
 LARGEST_FILE = 1 << 18
 _MOST_ALIASES = 64
+_DEEPEST = 20
 
 # PyYAML lets these escape from impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -41,7 +42,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._aliases = self._anchors_open = 0
+        self._aliases = self._anchors_open = self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -51,9 +52,14 @@ class _StrictLoader(yaml.SafeLoader):
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
                 raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
             return super().compose_node(parent, index)
+        if self._depth == _DEEPEST:  # which PyYAML takes quadratic time for
+            problem = f"nested deeper than {_DEEPEST} levels"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         anchored = getattr(event, "anchor", None) is not None
         self._anchors_open += anchored
+        self._depth += 1
         node = super().compose_node(parent, index)
+        self._depth -= 1
         self._anchors_open -= anchored
         return node
 

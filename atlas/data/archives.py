@@ -24,7 +24,7 @@ MAX_MEMBERS = 1_000_000
 
 _DIRECTORY_LIMIT = 128 << 20
 _TRUSTED_DIRECTORY_LIMIT = 4 << 30
-_LONGEST_NAME = 4096
+_LONGEST_NAME = 1024
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -34,7 +34,7 @@ def open_archive(path: Path, *, trust: bool = False) -> zipfile.ZipFile:
         limit = _TRUSTED_DIRECTORY_LIMIT if trust else _DIRECTORY_LIMIT
         archive = open_zip(path, directory_limit=limit)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise AtlasError(f"{path}: is not a zip archive ({error}); download it again") from None
+        raise AtlasError(f"{path}: is not a zip archive ({error!s:.200}); download it again") from None
     members = files_in(archive)
     for member in members:
         _refuse_unsafe(path, member)
@@ -44,7 +44,7 @@ def open_archive(path: Path, *, trust: bool = False) -> zipfile.ZipFile:
 
 
 def files_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    return [member for member in archive.infolist() if not member.is_dir()]
+    return [member for member in archive.infolist() if not member.filename.endswith("/")]
 
 
 def is_file(member: zipfile.ZipInfo) -> bool:
@@ -59,7 +59,7 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
         raise AtlasError(f"{shown} points outside the archive; it is not safe to use")
-    if _CONTROL.search(name) or len(name) > _LONGEST_NAME:
+    if not name or _CONTROL.search(name) or len(name) > _LONGEST_NAME:
         raise AtlasError(f"{shown} has a name that no file can have; it is not safe to use")
     if member.flag_bits & 1:
         raise AtlasError(f"{shown} is encrypted; unpack it first")

@@ -186,7 +186,10 @@ class PreparedDataset:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the dataset was made with; `AtlasError` if that is custom code."""
-        return Tokenizer.from_state(self.tokenizer_state)
+        try:
+            return Tokenizer.from_state(self.tokenizer_state)
+        except AtlasError as error:
+            raise AtlasError(f"{self.folder}: {error}") from None
 
     def split(self, name: Split) -> TokenStream | None:
         """The tokens of `train` or `val`; None where there are none."""

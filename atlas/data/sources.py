@@ -82,8 +82,10 @@ class TextFile:
             else:
                 with self.path.open("rb") as file:
                     yield file
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise AtlasError(f"{self.name}: the archive is damaged ({error}); download it again") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+            raise AtlasError(
+                f"{self.name}: the archive is damaged ({error!s:.200}); download it again"
+            ) from None
         except (OSError, NotImplementedError) as error:
             raise AtlasError(f"{self.name}: cannot be read: {error}") from None
 
@@ -125,7 +127,9 @@ class Sources:
     def _links_note(self) -> str:
         if not self.links_out:
             return ""
-        return f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
+        return (
+            f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
+        )
 
     @property
     def names(self) -> str:

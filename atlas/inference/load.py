@@ -46,11 +46,15 @@ def model_of(
     contents: dict[str, Any], path: Path, *, device: str = "cpu", tokenizer: str | None = None
 ) -> LoadedModel:
     """The same, from the contents that `load_checkpoint` read from `path`."""
-    config = resolve(contents["config"])
+    saved = contents["tokenizer"]
+    try:
+        config = resolve(contents["config"])
+        own = None if tokenizer else Tokenizer.from_state(saved)
+    except AtlasError as error:
+        raise AtlasError(f"{path}: {error}") from None
     if config.model.vocab_size is None:
         raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
-    saved = contents["tokenizer"]
-    own = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.from_state(saved)
+    own = own or Tokenizer.resolve(str(tokenizer))
     if own.fingerprint != saved.get("fingerprint"):
         raise AtlasError(
             f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"

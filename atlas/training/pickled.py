@@ -76,7 +76,7 @@ class TensorClaim:
     def is_inside(self) -> bool:
         """Whether it has no more elements than its storage, all of them inside."""
         if math.prod(self.size) == 0:
-            return self.offset <= self.storage.numel and max(self.size) <= self.storage.numel
+            return self.offset <= self.storage.numel and math.prod(n for n in self.size if n) < 2**48
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         return last < self.storage.numel and math.prod(self.size) <= self.storage.numel
 

@@ -83,11 +83,11 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
         contents = read_pickle(program, build, without=without)
     except NotPlainError as error:
         raise AtlasError(
-            f"{path}: is not a checkpoint of plain tensors, refused without running it ({error}): "
+            f"{path}: is not a checkpoint of plain tensors, refused without running it ({error!s:.200}): "
             "take one that atlas train wrote"
         ) from None
     except _BROKEN as error:
-        raise AtlasError(f"{path}: is damaged ({error}): {remedy}") from None
+        raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     finally:
         archive.close()
         storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
@@ -100,7 +100,7 @@ def check_zip(path: Path, *, remedy: str) -> None:
         try:
             broken = archive.testzip()
         except _BROKEN as error:
-            raise AtlasError(f"{path}: is damaged ({error}): {remedy}") from None
+            raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     if broken:
         raise AtlasError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
 
@@ -116,7 +116,9 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
         if len(set(archive.namelist())) < len(archive.namelist()):
             raise zipfile.BadZipFile("it has two records of the same name")
     except _BROKEN as error:
-        raise AtlasError(f"{path}: is not an Atlas checkpoint, or is cut off ({error}): {remedy}") from None
+        raise AtlasError(
+            f"{path}: is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
+        ) from None
     return archive
 
 
