@@ -1,4 +1,4 @@
-"""A custom tokenizer and loss as a user would write them, and a loss that stands still to be killed."""
+"""A custom tokenizer and loss as a user would write them, a loss that stands still to be killed, a slow disk."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def stalling_loss(
             if Path(os.environ["ATLAS_TEST_STALL_FILE"] + ".go").exists():
                 break
     return compute_lm_loss(logits, targets, mask)
+
+
+def _slow_disk(seconds: float) -> None:
+    """Every fsync takes so much longer, so that a kill can be aimed at what lies between two of them."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+if "ATLAS_TEST_SLOW_DISK" in os.environ:
+    _slow_disk(float(os.environ["ATLAS_TEST_SLOW_DISK"]))

@@ -1,0 +1,179 @@
+"""What the kinds of faults share: a run to hurt, its process, and what lies on its disk, read without Atlas."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from atlas.config.loader import nested, overlay
+from tests.conftest import corpus
+from tests.runs import hard_config, start_process, write_config
+
+PROGRESS = re.compile(r"^step \d+/\d+ ", re.M)
+PATIENCE_S = 120.0
+"""How long a process may take to its next step, on any machine; what takes longer hangs."""
+
+
+class Broken(Exception):
+    """A promise that was not kept, in one line."""
+
+
+@dataclass
+class Run:
+    """A run in `folder`: its output folder, config file and cache stand side by side, and what its process said."""
+
+    folder: Path
+    output: Path
+
+    @property
+    def said(self) -> Path:
+        return self.folder / "said.txt"
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start, or go on with, this run in a process of its own, on one thread."""
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "ATLAS_CACHE_DIR": str(self.folder / "cache"),
+            "ATLAS_TEST_STALL_AT": "",
+            **environment,
+        }
+        with open(self.said, "w", encoding="utf-8") as said:
+            return start_process(self.folder / "run.yaml", *arguments, stderr=said, **environment)
+
+    def finish(self, *arguments: str) -> str:
+        """Let it run to its end; what it said."""
+        process = self.start(*arguments)
+        code = process.wait()
+        if code != 0:
+            raise Broken(f"exit code {code} where the run should have finished: {self.last_words()}")
+        return self.said.read_text(encoding="utf-8")
+
+    def last_words(self) -> str:
+        lines = self.said.read_text(encoding="utf-8", errors="replace").splitlines()
+        return " / ".join(lines[-3:])
+
+
+def hard_run(folder: Path, *, words: int = 970, **settings: object) -> Run:
+    """A run with dropout, uneven accumulation, validation and epochs that end; keys with __ are dotted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "text.txt"
+    text.write_text(corpus(words), encoding="utf-8")
+    explicit = hard_config(folder / "run", text)
+    for key, value in settings.items():
+        explicit = overlay(explicit, nested(key.replace("__", "."), value))
+    write_config(folder / "run.yaml", explicit)
+    return Run(folder, Path(explicit["checkpoint"]["output_dir"]))
+
+
+def wait_for_progress(process: subprocess.Popen[str], run: Run) -> None:
+    """Wait for the first line of progress: how long a start takes differs from machine to machine."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not PROGRESS.search(run.said.read_text(encoding="utf-8", errors="replace")):
+        if process.poll() is not None:
+            return
+        if time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            raise Broken(f"no progress within {PATIENCE_S:.0f} s: {run.last_words()}")
+        time.sleep(0.005)
+
+
+# What lies on the disk, read without a line of Atlas
+
+
+def sound_checkpoints(folder: Path) -> dict[str, int]:
+    """Step by name of the checkpoints that their sidecars vouch for, every byte compared and every tensor read.
+
+    Raises `Broken` for one that its sidecar denies, or that it vouches for and torch cannot read.
+    """
+    steps = {}
+    for sidecar in sorted(folder.glob("atlas_*.json")):
+        checkpoint = sidecar.with_suffix(".pt")
+        if not checkpoint.exists():
+            continue  # killed between the two removals of an old checkpoint
+        vouched = json.loads(sidecar.read_text(encoding="utf-8"))
+        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        while vouched and vouched["files"][0]["sha256"] != digest:
+            vouched = vouched.get("replaces")
+        if not vouched:
+            raise Broken(f"{checkpoint.name}: its bytes are none that its sidecar names")
+        try:
+            contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise Broken(f"{checkpoint.name}: cannot be read ({type(error).__name__})") from error
+        if contents["step"] != vouched["step"]:
+            raise Broken(
+                f"{checkpoint.name}: is of step {contents['step']}, its sidecar says {vouched['step']}"
+            )
+        steps[checkpoint.name] = contents["step"]
+    return steps
+
+
+def resumed_step(said: str) -> int:
+    """The step from which a process said that it goes on; 0 for a run that starts."""
+    found = re.search(r"^resuming .* at step (\d+) of", said, re.M)
+    return int(found[1]) if found else 0
+
+
+# Commands
+
+
+def shown(total: int, what: str) -> Iterator[int]:
+    """The numbers below `total`, with a bar on a terminal and a line for every ten elsewhere."""
+    if sys.stderr.isatty():
+        yield from track(range(total), description=what, console=Console(stderr=True))
+        return
+    for number in range(total):
+        yield number
+        if (number + 1) % 10 == 0:
+            print(f"{what}: {number + 1} of {total}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def own_folder(kind: str) -> Iterator[Path]:
+    """A folder for the faults of one command, removed when all went well and kept, and named, when not."""
+    folder = Path(tempfile.mkdtemp(prefix=f"atlas-{kind}-"))
+    try:
+        yield folder
+    except BaseException:
+        print(f"what lies on the disk is kept in {folder}", file=sys.stderr)
+        raise
+    shutil.rmtree(folder)
+
+
+def command(kind: str, run: Callable[[Path], list[str]]) -> int:
+    """Run one kind of faults, print what it counted; the exit code."""
+    torch.set_num_threads(1)
+    try:
+        with own_folder(kind) as folder:
+            lines = run(folder)
+    except (Broken, AssertionError) as error:
+        print(f"{kind}: BROKEN: {error}")
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+def options(kind: str, *, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m tests.faults.{kind}")
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(1 << 32), help="left out, another each time"
+    )
+    return parser
