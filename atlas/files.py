@@ -1,4 +1,4 @@
-"""Files that may come from anybody: opened only if they are files, and read only as far as a limit.
+"""Files that may come from anybody, opened only if they are files and read only as far as a limit; and locks.
 
 A pipe or a device would be waited for without end, and what a header says about sizes may be a lie.
 """
@@ -8,9 +8,28 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import os
 import stat
+import sys
 import zipfile
 from pathlib import Path
+from typing import IO
+
+# Record locks rather than flock: the forks that read data ahead would hold a flock for seconds after their parent was
+# killed. They work over NFS, too. On Windows the locked byte lies behind the text, which others may then read.
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO[bytes]) -> None:
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: IO[bytes]) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 _LOCAL_HEADER_BYTES = 30
 
@@ -31,6 +50,32 @@ def read_limited(path: Path, *, limit: int) -> bytes:
         raise OSError(errno.EFBIG, reason, str(path))
     with path.open("rb") as file:
         return file.read(limit)
+
+
+def try_to_lock(path: Path) -> IO[bytes] | None:
+    """The file, made if need be, open and locked until it is closed or the process ends, however it ends.
+
+    None while another process holds the lock, or if it removed the file meanwhile. Raises `OSError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = path.open("ab")
+    except PermissionError:
+        if os.name == "nt" and path.exists():  # there a file that is being removed answers so
+            return None
+        raise
+    try:
+        _lock(file)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EDEADLK):  # a lock that is held, by another name
+            file.close()
+            raise
+    file.close()
+    return None
 
 
 def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:

@@ -6,23 +6,17 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import platformdirs
 
 from atlas.data.progress import say
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import AtlasError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from atlas.files import try_to_lock
 
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
@@ -59,7 +53,7 @@ def alone(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     lock, said = None, False
     try:
-        while (lock := _try_to_lock(path)) is None:
+        while (lock := try_to_lock(path)) is None:
             if not said:
                 say(f"{output}: another process prepares it; waiting for that to end")
                 said = True
@@ -74,30 +68,6 @@ def alone(output: Path) -> Iterator[None]:
                 lock.close()
             for folder in made:
                 folder.rmdir()
-
-
-def _try_to_lock(path: Path) -> IO[bytes] | None:
-    """The file, open and locked; None while another process holds it, or removed it as this one came."""
-    file = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            locked, file = file, None
-            return locked
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except PermissionError:
-        if os.name != "nt" or not path.exists():  # there it is also how a locked file answers
-            raise
-    finally:
-        if file:
-            file.close()
-    return None
 
 
 @contextmanager

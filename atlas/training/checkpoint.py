@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from atlas.config import CheckpointConfig
 from atlas.errors import AtlasError
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
 from atlas.training.retention import RESUMABLE, find_room, remove, slim, surplus
@@ -63,6 +64,17 @@ class CheckpointManager:
         self.slim_old = slim_old
         self.say = say
         self._said_no_room = False
+
+    @classmethod
+    def of(cls, config: CheckpointConfig, folder: Path, *, say: Callable[[str], None]) -> CheckpointManager:
+        """The manager of a run with these settings."""
+        return cls(
+            folder,
+            keep_checkpoints=config.keep_checkpoints,
+            max_total=config.max_total,
+            slim_old=config.slim_old,
+            say=say,
+        )
 
     # Reading
 

@@ -63,13 +63,7 @@ def start_run(start: Start) -> Trainer:
     config = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"output_dir": str(folder)})}
     )
-    checkpoints = CheckpointManager(
-        folder,
-        keep_checkpoints=config.checkpoint.keep_checkpoints,
-        max_total=config.checkpoint.max_total,
-        slim_old=config.checkpoint.slim_old,
-        say=log.say,
-    )
+    checkpoints = CheckpointManager.of(config.checkpoint, folder, say=log.say)
     checkpoints.clean()
     _keep_config(folder, config)
 
@@ -85,10 +79,7 @@ def start_run(start: Start) -> Trainer:
         start.data.tokenizer,
         train_data,
         val_data,
-        data_identity={
-            "fingerprint": start.data.fingerprint,
-            "train_data": config.data.train_data,
-        },
+        data_identity={"fingerprint": start.data.fingerprint, "train_data": config.data.train_data},
         runtime=runtime,
         state=state,
         checkpoints=checkpoints,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pickle
 import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,9 +107,9 @@ def sound_dataset() -> Path:
 
 @cache
 def _scratch() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="atlas-attacks-"))
+    folder = Path(tempfile.mkdtemp(prefix="atlas-attacks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 # Archives

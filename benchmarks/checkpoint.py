@@ -1,0 +1,160 @@
+"""What saving costs training: how long a step stands still, and how fast steps are while a save is written.
+
+    python benchmarks/checkpoint.py                 tiny (490 MB a checkpoint), on a GPU if there is one
+    python benchmarks/checkpoint.py --config nano --rounds 9
+
+Three ways to save the same state, in turn, in every round: in the background as `atlas train` does, blocking as with
+`checkpoint.background=false` (both: hashed, flushed to the disk, committed), and `torch.save` in the loop without
+flushing, which is what peers do. Then updates are timed with no save in flight and with one, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas` sets it
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import overlay, read_yaml, resolve
+from atlas.config.presets import find_config
+from atlas.model import build_model
+from atlas.training.background import BackgroundSaver
+from atlas.training.checkpoint import CheckpointManager
+from atlas.training.loss import compute_lm_loss
+from atlas.training.optimizer import build_optimizer
+from atlas.training.runtime import setup_runtime
+from atlas.training.writing import tensor_bytes
+
+FACTS = {"step": 1, "epoch": 0, "sequences_consumed": 0, "model": {}, "data_fingerprint": "-"}
+
+
+class Run:
+    """A model and its optimizer after some updates on random tokens."""
+
+    def __init__(self, config: AtlasConfig, batch: int, length: int) -> None:
+        self.runtime = setup_runtime(config)
+        self.model = build_model(config.model, seed=0).to(self.runtime.device).train()
+        self.optimizer = build_optimizer(self.model, config.training)
+        shape = (batch, min(length, config.model.max_seq_len))
+        self.tokens = torch.randint(0, config.model.vocabulary, shape, device=self.runtime.device)
+
+    def update(self) -> float:
+        start = time.perf_counter()
+        with self.runtime.autocast():
+            loss = compute_lm_loss(self.model(self.tokens), self.tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def contents(self) -> dict[str, Any]:
+        return {
+            "model_state_dict": dict(self.model.state_dict()),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+        }
+
+
+def timed(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds for which training stands still, by way of saving."""
+    background = BackgroundSaver(CheckpointManager(folder / "background"), in_background=True)
+    blocking = BackgroundSaver(CheckpointManager(folder / "blocking"), in_background=False)
+    times: dict[str, list[float]] = {"in the background": [], "blocking": [], "torch.save in the loop": []}
+    for number in range(rounds + 1):
+        facts = FACTS | {"step": number}
+        measured = {
+            "in the background": timed(
+                lambda facts=facts: background.save(run.contents(), ["step"], facts, wait=False)
+            )
+        }
+        background.join()
+        measured["blocking"] = timed(
+            lambda facts=facts: blocking.save(run.contents(), ["step"], facts, wait=False)
+        )
+        measured["torch.save in the loop"] = timed(
+            lambda: torch.save(run.contents(), folder / f"peer_{os.getpid()}.pt")
+        )
+        if number > 0:  # the first round allocates
+            for name, seconds in measured.items():
+                times[name].append(seconds)
+    return times
+
+
+def updates_beside_a_save(
+    run: Run, folder: Path, rounds: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of an update without a save and with one in flight, and of the saves."""
+    saver = BackgroundSaver(CheckpointManager(folder / "beside"), in_background=True)
+    alone, beside, saves = [], [], []
+    for number in range(rounds):
+        saver.save(run.contents(), ["step"], FACTS | {"step": number}, wait=False)
+        during = []
+        while saver.is_writing:
+            during.append(run.update())
+        saver.join()
+        beside += during[:-1]  # the last one ended without it
+        saves.append(saver.seconds)
+        alone += [run.update() for _ in range(max(3, len(during)))]
+    return alone, beside, saves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="tiny", help="preset or config file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--batch", type=int, default=1, help="sequences per update, small so that updates are short"
+    )
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
+    parser.add_argument(
+        "--folder", help="where to write; a temporary folder in the working folder by default"
+    )
+    arguments = parser.parse_args()
+    layer = read_yaml(find_config(arguments.config))
+    config = resolve(overlay(layer, {"model": {"vocab_size": layer["model"].get("vocab_size") or 50257}}))
+    run = Run(config, arguments.batch, arguments.length)
+    for _ in range(3):
+        run.update()
+    print(
+        f"{arguments.config}, {tensor_bytes(run.contents()) / 1e6:,.0f} MB of state, {run.runtime.device.type}"
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder or ".") as temporary:
+        times = stalls(run, Path(temporary), arguments.rounds)
+        alone, beside, saves = updates_beside_a_save(run, Path(temporary), arguments.rounds)
+    blocking = statistics.median(times["blocking"])
+    print(f"\n{'training stands still for':<28}{'median':>10}{'of blocking':>14}")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"{name:<28}{median * 1e3:>7.0f} ms{median / blocking:>13.1%}")
+    alone_median, beside_median = statistics.median(alone), statistics.median(beside)
+    print(f"\n{'an update takes':<28}{'median':>10}{'updates':>14}")
+    print(f"{'without a save':<28}{alone_median * 1e3:>7.0f} ms{len(alone):>14}")
+    print(f"{'with one in flight':<28}{beside_median * 1e3:>7.0f} ms{len(beside):>14}")
+    print(
+        f"throughput beside a save: {alone_median / beside_median:.2f} of that without; a save takes "
+        f"{statistics.median(saves):.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
