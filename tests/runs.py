@@ -113,12 +113,15 @@ def assert_same_run(one: Path, other: Path, *, steps: int) -> None:
     first, second = (load_checkpoint(_last_checkpoint(folder, steps)) for folder in (one, other))
     for key in STATE:
         assert same_bits(first[key], second[key]), f"{key} differs between {one} and {other}"
+    for folder in (one, other):
+        assert [line["step"] for line in logged(folder)] == list(range(1, steps + 1)), (
+            f"each step once: {folder}"
+        )
     for kind in ("train", "validation"):
         for left, right in zip(
             lines_without_timings(one, kind), lines_without_timings(other, kind), strict=True
         ):
             assert left == right, f"{left} in {one}, {right} in {other}"
-    assert [line["step"] for line in logged(one)] == list(range(1, steps + 1))
 
 
 def _last_checkpoint(folder: Path, steps: int) -> Path:

@@ -139,7 +139,7 @@ class Tally:
     ended_with_a_line: int = 0
 
 
-def make_run(folder: Path, *, output: Path | None = None) -> Run:
+def make_run(folder: Path, *, output: Path | None = None, **changed: object) -> Run:
     settings = {
         "training__max_steps": STEPS,
         "training__eval_interval": SAVE_INTERVAL,
@@ -148,7 +148,7 @@ def make_run(folder: Path, *, output: Path | None = None) -> Run:
         "checkpoint__output_dir": str(output or folder / "run"),
         "data__num_workers": 0,
     }
-    return hard_run(folder, words=150, **settings)
+    return hard_run(folder, words=150, **settings | changed)
 
 
 def train(run: Run, *, in_background: bool = False) -> tuple[int, str]:
@@ -160,8 +160,9 @@ def train(run: Run, *, in_background: bool = False) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def fill_at_each_point(folder: Path, *, variants: int = 4) -> list[str]:
-    """Answer ENOSPC at each point of a save in turn; what was counted. `variants` of the four ways are tried."""
+def fill_at_each_point(folder: Path, *, variants: int = 4, once_each: bool = False) -> list[str]:
+    """Answer ENOSPC at each point of a save in turn; what was counted. `variants` of the four ways are tried,
+    and with `once_each` one operation of each kind instead of its first, middle and last."""
     os.environ["ATLAS_CACHE_DIR"] = str(folder / "cache")
     run = make_run(folder)
     strike = Strike(None)
@@ -175,7 +176,7 @@ def fill_at_each_point(folder: Path, *, variants: int = 4) -> list[str]:
         {"lasts": True, "save": STEPS // SAVE_INTERVAL},
         {"lasts": False},
     ]
-    cases = [(point, way) for way in ways[:variants] for point in points_of(strike.seen)]
+    cases = [(point, way) for way in ways[:variants] for point in points_of(strike.seen, once_each=once_each)]
     tally = Tally()
     for number in shown(len(cases), "disk"):
         point, way = cases[number]
@@ -192,9 +193,11 @@ def fill_at_each_point(folder: Path, *, variants: int = 4) -> list[str]:
     ]
 
 
-def points_of(seen: Counter[str]) -> list[Point]:
-    """The first, middle and last of the operations of each kind."""
-    return [(name, at) for name, count in seen.items() for at in sorted({1, (count + 1) // 2, count})]
+def points_of(seen: Counter[str], *, once_each: bool) -> list[Point]:
+    """The first, middle and last of the operations of each kind, or only the middle one."""
+    middle = {name: (count + 1) // 2 for name, count in seen.items()}
+    at = {name: {middle[name]} if once_each else {1, middle[name], count} for name, count in seen.items()}
+    return [(name, number) for name in seen for number in sorted(at[name])]
 
 
 def _strike_once(

@@ -58,9 +58,11 @@ class Run:
 
     def finish(self, *arguments: str) -> str:
         """Let it run to its end; what it said."""
-        process = self.start(*arguments)
-        code = process.wait()
-        if code != 0:
+        return self.wait(self.start(*arguments))
+
+    def wait(self, process: subprocess.Popen[str]) -> str:
+        """What a process of this run said until its end."""
+        if (code := process.wait()) != 0:
             raise Broken(f"exit code {code} where the run should have finished: {self.last_words()}")
         return self.said.read_text(encoding="utf-8")
 

@@ -1,0 +1,82 @@
+"""Every kind of fault in a form of some minutes, and the counts of all of them in one table.
+
+python -m tests.faults.report            about ten minutes
+python -m tests.faults.report --quick    about two
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import corrupt, disk, fuzz, kill
+from tests.faults.runs import Broken, own_folder
+
+Counts = list[str]
+
+
+def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
+    """What is done to Atlas, by name: each takes an empty folder, returns its counts, raises what it finds broken."""
+    few = 10 if quick else 40
+    # Numbers (an optimizer hook), memory (an allocator) and heat (a false NVML) find their places here.
+    return {
+        "kills": lambda folder: kill.kill_and_resume(folder, rounds=few, steps=6 * few, seed=seed),
+        "rotten files": lambda folder: corrupt.corrupt_and_resume(folder, rounds=5 * few, seed=seed),
+        "full disks": lambda folder: disk.fill_at_each_point(folder, variants=1 if quick else 4),
+        "a true full disk": _true_full_disk,
+        "hostile files": lambda folder: hostile_files(seconds=2 if quick else 20, seed=seed),
+    }
+
+
+def _true_full_disk(folder: Path) -> Counts:
+    reason = disk.no_tmpfs_because()
+    return [f"left out: {reason}"] if reason else disk.fill_a_tmpfs(folder)
+
+
+def hostile_files(*, seconds: float, seed: int) -> Counts:
+    """The attacks made by hand, and sound files with random changes for so long a reader."""
+    by_hand = fuzz.bad_inputs()
+    changed = {reader: fuzz.fuzz(reader, seconds, seed) for reader in by_hand}
+    refused = sum(count["refused"] for count in changed.values())
+    tried = sum(count.total() for count in changed.values())
+    return [
+        f"bad inputs made by hand: {sum(by_hand.values())} of {len(by_hand)} kinds, all refused in one line: "
+        + ", ".join(f"{count} {reader}" for reader, count in by_hand.items()),
+        f"  sound files with random changes: {tried}; refused in one line: {refused}; the rest read; tracebacks: 0",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.report")
+    parser.add_argument("--quick", action="store_true", help="about two minutes")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(1 << 32), help="left out, another each time"
+    )
+    asked = parser.parse_args()
+    broken = []
+    cache = os.environ.get("ATLAS_CACHE_DIR")
+    for name, run in kinds(quick=asked.quick, seed=asked.seed).items():
+        begun = time.perf_counter()
+        try:
+            with own_folder(name.replace(" ", "-")) as folder:
+                lines = run(folder)
+        except (Broken, AssertionError) as error:
+            broken.append(name)
+            lines = [f"BROKEN: {error}"]
+        finally:
+            if cache is None:
+                os.environ.pop("ATLAS_CACHE_DIR", None)
+            else:
+                os.environ["ATLAS_CACHE_DIR"] = cache
+        print(f"\n{name} ({time.perf_counter() - begun:.0f} s)", *lines, sep="\n", flush=True)
+    print(f"\nbroken: {', '.join(broken)}" if broken else "\nnothing was lost")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
