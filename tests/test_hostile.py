@@ -29,8 +29,9 @@ from atlas.inference import load_model
 from atlas.training import pickled
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.manifest import read_manifest, sha256_of, sidecar_of
+from atlas.training.optimizer import build_optimizer
 from atlas.training.pickled import TensorClaim, read_pickle
-from atlas.training.untrusted import read_plain
+from atlas.training.untrusted import check_optimizer_state, read_plain
 from tests.archive import documents_of, whole, write_zip
 from tests.faults import attacks, fuzz
 from tests.faults.attacks import ATTACKS, FIXTURE, READERS, Attack, forged, overlapping
@@ -151,6 +152,45 @@ def test_a_sidecar_vouched_for_its_neighbours_file(tmp_path: Path) -> None:
     entry = json.loads(sidecar_of(evil).read_text(encoding="utf-8"))["files"][0]
     assert sha256_of(tmp_path / entry["name"]) == entry["sha256"]
     assert read_manifest(evil, check_hash=True) is None
+
+
+def test_an_optimizer_state_that_does_not_fit_is_refused_before_a_kernel_writes_beyond_it() -> None:
+    loaded = load_model(FIXTURE)
+    state = attacks.sound_contents()["optimizer_state_dict"]
+    optimizer = build_optimizer(loaded.model, loaded.config.training)
+    check_optimizer_state(optimizer, state)
+    check_optimizer_state(optimizer, optimizer.state_dict())  # of a run that made no update yet
+    less = [{k: v for k, v in group.items() if k != "capturable"} for group in state["param_groups"]]
+    check_optimizer_state(optimizer, {**state, "param_groups": less})  # of another version of PyTorch
+
+    def changed(number: int, **entries: object) -> dict[str, object]:
+        return {**state, "state": {**state["state"], number: {**state["state"][number], **entries}}}
+
+    def regrouped(**entries: object) -> dict[str, object]:
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, **entries}, *others]}
+
+    for wrong in (
+        {},
+        {"state": {}, "param_groups": [None, None]},
+        {**state, "state": {0: {}, "x": {}}},
+        {**state, "state": {0: {"exp_avg": torch.zeros(3)}}},
+        changed(0, exp_avg=torch.zeros(3)),
+        changed(0, exp_avg=torch.tensor(0.0)),
+        changed(3, exp_avg_sq=0.0),
+        changed(3, step=torch.zeros(3)),
+        changed(3, step=torch.tensor(3)),
+        changed(3, more=torch.zeros(1)),
+        regrouped(params=[0]),
+        regrouped(params=list("abcdefghij")),
+        regrouped(betas=("a", "b")),
+        regrouped(lr="fast"),
+        regrouped(maximize=True),
+        regrouped(fused="yes"),
+        regrouped(lr=torch.zeros(2)),
+    ):
+        with pytest.raises(ValueError, match=r"it|parameter"):
+            check_optimizer_state(optimizer, wrong)
 
 
 # What is honest is read as before

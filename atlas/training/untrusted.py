@@ -192,3 +192,50 @@ def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: P
     if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
         reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
         raise AtlasError(f"{path}: its weights do not fit its config: {reason}; {remedy}")
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raises `ValueError` if what a checkpoint has of an optimizer is not what this one would have saved.
+
+    PyTorch takes it as it is, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
+    """
+    own, parameters = optimizer.state_dict()["param_groups"], _parameters(optimizer.param_groups)
+    groups, states = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        raise ValueError("it has no groups")
+    if len(groups) != len(own) or not all(map(_alike, groups, own)):
+        raise ValueError("its groups are others")
+    numbers = _parameters(groups)
+    if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
+        raise ValueError("its parameters are not numbered")
+    moments = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = states.get(number, {})
+        if not isinstance(state, dict) or (state and not moments <= state.keys()):
+            raise ValueError(f"parameter {number} lacks some of {', '.join(sorted(moments))}")
+        for key, value in state.items():
+            shape = torch.Size() if key == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
+
+
+def _parameters(groups: list[dict[str, Any]]) -> list[Any]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _alike(group: Any, own: dict[str, Any]) -> bool:
+    """Whether a group is for as many parameters, and the settings that both know are of the same kind: switches
+    the same, numbers perhaps others. (Another version of PyTorch has some more, or some less.)"""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        return False
+    settings = group.keys() & own.keys() - {"params"}
+    kinds_agree = all(_kind(group[key]) == _kind(own[key]) for key in settings)
+    return kinds_agree and len(group["params"]) == len(own["params"])
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_kind(entry) for entry in value]
+    return (
+        "number" if type(value) in (int, float) else value if isinstance(value, (bool, str)) else type(value)
+    )

@@ -284,6 +284,8 @@ def _guided(reader: str, seconds: int) -> str:
 def _atheris_here(reader: str, seconds: str) -> None:
     import atheris
 
+    with tempfile.TemporaryDirectory() as folder:  # what is only imported when it is needed, too
+        attempt(reader, b"", Path(folder))
     for name, module in list(sys.modules.items()):
         if name.startswith(("atlas.", "yaml.", "zipfile", "pickletools", "json.")):
             for owner in (module, *(value for value in vars(module).values() if isinstance(value, type))):
