@@ -42,8 +42,9 @@ def trainer(config):
     return start_run(choose_start(Request(yaml.safe_load(Path(config).read_text()), resume="auto")))
 
 def model(checkpoint):
-    from atlas.inference.load import load_model
-    return load_model(checkpoint, tokenizer="tests.toy:tokenizer")
+    from atlas.inference import load
+    load._LARGE = 0
+    return load.load_model(checkpoint, tokenizer="tests.toy:tokenizer")
 
 if __name__ == "__main__":
     small, large = sys.argv[2:]

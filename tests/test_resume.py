@@ -366,3 +366,57 @@ def test_an_interrupt_before_the_first_update_is_a_checkpoint_too(
     assert (result.outcome, result.step) == ("finished", 6)
     run(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "whole"))))
     assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]
+
+
+def test_a_foreign_checkpoint_does_not_say_where_this_run_writes(
+    done: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _explicit, folder = done
+    (tmp_path / "here").mkdir()
+    shutil.copy(folder / "atlas_step_4.pt", tmp_path / "downloaded.pt")  # its config names `folder`
+    shutil.rmtree(folder)
+    monkeypatch.chdir(tmp_path / "here")
+    bare = {"device": "cpu", "data": {"tokenizer": "tests.toy:tokenizer"}}
+    assert run(bare, resume=str(tmp_path / "downloaded.pt"))[1].step == 6
+    assert not folder.exists()
+    assert (tmp_path / "here" / "checkpoints" / "atlas_step_6.pt").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+@pytest.mark.parametrize("name", ["training.log", "metrics.jsonl", "atlas_best.json.tmp", "config.yaml"])
+def test_a_link_in_the_output_folder_is_refused_and_not_written_through(
+    tmp_path: Path, text_file: Path, name: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("as it was", encoding="utf-8")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(AtlasError, match="is a link"):
+        trainer_for(layer(tmp_path / "run", text_file))
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "as it was"
+    assert os.listdir(tmp_path / "run") == [name]
+
+
+def test_optimizer_state_of_another_size_is_refused(done: tuple[dict, Path], tmp_path: Path) -> None:
+    """PyTorch takes it as it is, and the fused AdamW then writes beyond its end."""
+    explicit, folder = done
+    contents = load_checkpoint(folder / "atlas_step_4.pt")
+    contents["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(contents, tmp_path / "theirs.pt")
+    shutil.rmtree(folder)
+    with pytest.raises(AtlasError, match="optimizer state does not fit"):
+        trainer_for(explicit, resume=str(tmp_path / "theirs.pt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("training.batch_size", 10**12, "lower one of them"),
+        ("model.hidden_size", 2**18, "atlas plan shows which presets fit"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_taken(
+    tmp_path: Path, text_file: Path, key: str, value: int, words: str
+) -> None:
+    with pytest.raises(AtlasError, match=words):
+        trainer_for(overlay(layer(tmp_path / "run", text_file), nested(key, value)))
+    assert not (tmp_path / "run").exists()

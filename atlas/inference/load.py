@@ -12,12 +12,17 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.planning import count_parameters
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from atlas.training.runtime import choose_device
 
 NOT_NEEDED = ("optimizer_state_dict",)
 """What of a checkpoint only training reads."""
+
+_LARGE = 50_000_000
+"""Parameters from which a model is built without memory, to take the checkpoint's tensors as they are. PyTorch needs a
+second and some 60 MB to get ready for that; a small model is initialised and overwritten in less."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def model_of(
         raise AtlasError(
             f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"
         )
-    with torch.device("meta"):
+    is_large = count_parameters(config.model).total >= _LARGE
+    with torch.device("meta" if is_large else "cpu"):
         model = AtlasLM(config.model)
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}

@@ -17,6 +17,7 @@ from atlas.errors import AtlasError
 from atlas.model import build_model
 from atlas.planning import (
     checkpoint_bytes,
+    count_parameters,
     measure_memory,
     memory_of_a_step,
     output_folder_bytes,
@@ -36,16 +37,20 @@ from atlas.training.runtime import (
     setup_runtime,
 )
 from atlas.training.schedule import horizon_steps
-from atlas.training.start import Start
+from atlas.training.start import Start, refuse_links
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
+
+_FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 
 def start_run(start: Start) -> Trainer:
     """Build the trainer. What can be refused is refused first; files are written from `_claim` on."""
     config, folder = start.config, start.folder
+    refuse_links(folder)
     _refuse_small_total(config)
     runtime = setup_runtime(config)
+    _refuse_too_large(config)
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
     val_data = (
@@ -171,6 +176,23 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
         f"that a step takes does not fit into the {free / 1e9:.2f} GB of memory that are free"
     )
     return False
+
+
+def _refuse_too_large(config: AtlasConfig) -> None:
+    """What cannot be in memory whatever runs at once: the weights, and the sequences of an update."""
+    weights = _FP32 * count_parameters(config.model).total
+    sequences, length = config.training.sequences_per_update, config.model.max_seq_len
+    batch, free = sequences * length * _TOKEN, measure_memory("cpu")
+    if weights > free:
+        raise AtlasError(
+            f"model: {weights // _FP32:,} parameters take {weights / 1e9:,.1f} GB, {free / 1e9:.1f} GB of memory are "
+            "free: atlas plan shows which presets fit"
+        )
+    if batch > free:
+        raise AtlasError(
+            f"training: an update of batch_size × gradient_accumulation_steps = {sequences:,} sequences takes "
+            f"{batch / 1e9:,.1f} GB for its tokens alone, {free / 1e9:.1f} GB of memory are free: lower one of them"
+        )
 
 
 def _refuse_small_total(config: AtlasConfig) -> None:

@@ -22,6 +22,8 @@ from atlas.training.manifest import read_manifest
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
 
+_OWN = {"training.log", "config.yaml", "atlas.lock"}
+
 
 @dataclass
 class Request:
@@ -80,7 +82,8 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     if same_data and not request.init_from:
         wished = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
-        folder = wished or (source.parent if owned else Path(config.checkpoint.output_dir))
+        # A file without a sidecar came from elsewhere: it does not say where this run writes.
+        folder = wished or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
         if folder.resolve() != source.parent.resolve() and _checkpoint_files(folder):
             raise AtlasError(
                 f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
@@ -226,9 +229,21 @@ def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Pat
     return [path for path in files if path.with_suffix(".json").exists()] if own_names_only else files
 
 
+def refuse_links(folder: Path) -> None:
+    """A folder from a stranger could have what a run writes land elsewhere. Raises `AtlasError`."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if path.is_symlink() and _is_own(path.name):
+            raise AtlasError(
+                f"{path}: is a link, and a run would write to where it leads: remove it, or choose another --output-dir"
+            )
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN or name.startswith(("atlas_", "metrics.jsonl", "metrics.lost.jsonl"))
+
+
 def _run_files(folder: Path) -> list[Path]:
     """Everything that belongs to the run in `folder`."""
     if not folder.is_dir():
         return []
-    own = {"metrics.jsonl", "metrics.lost.jsonl", "training.log", "config.yaml"}
-    return sorted(path for path in folder.iterdir() if path.name in own or path.name.startswith("atlas_"))
+    return sorted(path for path in folder.iterdir() if _is_own(path.name) and path.name != "atlas.lock")

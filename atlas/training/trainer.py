@@ -35,6 +35,7 @@ from atlas.training.recovery import recover
 from atlas.training.runtime import Runtime, describe_machine
 from atlas.training.schedule import learning_rate_at
 from atlas.training.state import TrainState
+from atlas.training.untrusted import check_optimizer_state
 from atlas.training.update import Update, Updater
 
 
@@ -99,6 +100,7 @@ class Trainer:
     def restore(self, contents: dict[str, Any]) -> None:
         """Take optimizer and scaler state from a checkpoint; the weights were there before."""
         try:
+            check_optimizer_state(self.optimizer, contents["optimizer_state_dict"])
             self.optimizer.load_state_dict(contents["optimizer_state_dict"])
         except (KeyError, ValueError) as error:
             raise AtlasError(
