@@ -32,7 +32,7 @@ from atlas.cli import main as atlas
 from tests.faults.runs import Broken, Run, command, hard_run, shown, sound_checkpoints
 from tests.runs import REPOSITORY, assert_same_run
 
-STEPS, SAVE_INTERVAL = 6, 2
+STEPS, SAVE_INTERVAL = 8, 2
 TMPFS_BYTES = 48 << 20
 _BEGIN = "open atlas_writing.tmp"
 """What a save does first."""

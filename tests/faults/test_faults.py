@@ -12,7 +12,15 @@ import torch
 
 from atlas.training.checkpoint import CheckpointManager
 from tests.faults.corrupt import corrupt_and_resume
-from tests.faults.disk import fill_a_tmpfs, fill_at_each_point, make_run, no_tmpfs_because, train, watched
+from tests.faults.disk import (
+    Strike,
+    fill_a_tmpfs,
+    fill_at_each_point,
+    make_run,
+    no_tmpfs_because,
+    train,
+    watched,
+)
 from tests.faults.kill import kill_and_resume
 from tests.faults.runs import Broken, Run, sound_checkpoints
 from tests.runs import logged
@@ -78,14 +86,12 @@ def kill_in_the_first_save(folder: Path, operation: str) -> Run:
     return run
 
 
-@pytest.mark.xfail(strict=True, reason="a fresh start does not rewind metrics.jsonl: launch.py")
 def test_a_kill_before_the_first_checkpoint_leaves_no_step_twice(tmp_path: Path) -> None:
     run = kill_in_the_first_save(tmp_path, "open atlas_writing.tmp")
     assert train(run)[0] == 0
-    assert [line["step"] for line in logged(run.output)] == list(range(1, 7))
+    assert [line["step"] for line in logged(run.output)] == list(range(1, 9))
 
 
-@pytest.mark.xfail(strict=True, reason="a .pt without sidecar stops the next start: commit() in writing.py")
 def test_a_kill_in_the_first_save_does_not_stop_the_next_start(tmp_path: Path) -> None:
     for operation in (
         "rename to atlas_step_N.pt",
@@ -96,14 +102,22 @@ def test_a_kill_in_the_first_save_does_not_stop_the_next_start(tmp_path: Path) -
         assert code == 0, f"before {operation}: {said.splitlines()[-1]}"
 
 
-@pytest.mark.xfail(strict=True, reason="a name that cannot be written costs the ones after it: checkpoint.py")
 def test_a_name_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.output.mkdir()
     (run.output / "atlas_best.pt").mkdir()
     code, said = train(run)
-    assert (run.output / "atlas_step_6.pt").is_file(), said.splitlines()[-1]
+    assert (run.output / "atlas_step_8.pt").is_file(), said.splitlines()[-1]
     assert code == 0
+
+
+@pytest.mark.xfail(strict=True, reason="lines that waited for room are not written at the end: metrics.py")
+def test_lines_that_waited_for_room_are_written_at_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    full_until_the_last = Strike(("open atlas_writing.tmp", 1), save=3, lasts=True)
+    with watched(run.output, full_until_the_last):
+        assert train(run)[0] == 0
+    assert [line["step"] for line in logged(run.output)] == list(range(1, 9))
 
 
 # That the harness itself would notice
@@ -112,7 +126,7 @@ def test_a_name_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
 def test_a_checkpoint_that_its_sidecar_denies_is_noticed(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert train(run)[0] == 0
-    assert sound_checkpoints(run.output)["atlas_step_6.pt"] == 6
+    assert sound_checkpoints(run.output)["atlas_step_8.pt"] == 8
     shutil.copy(run.output / "atlas_step_6.pt", run.output / "atlas_step_4.pt")
     with pytest.raises(Broken, match=r"atlas_step_4\.pt"):
         sound_checkpoints(run.output)
