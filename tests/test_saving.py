@@ -139,7 +139,7 @@ def test_a_snapshot_is_a_copy_in_the_same_memory_each_time() -> None:
 def test_too_little_memory_for_a_copy_is_said_and_training_waits_instead(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atlas.training.launch.measure_memory", lambda device: 1000)
+    monkeypatch.setattr("atlas.training.launch.measure_memory", lambda device: 100_000)
     trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__background=True))
     assert not trainer.saver.in_background
     assert "does not fit into the 0.00 GB" in (tmp_path / "run" / "training.log").read_text()

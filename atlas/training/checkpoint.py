@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ class CheckpointManager:
                 self._write(contents, kinds, manifest, written, should_abandon)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
-            self.clean()
         except Abandoned:
+            pass
+        with suppress(OSError):
             self.clean()
         return written
 
@@ -152,13 +154,16 @@ class CheckpointManager:
         for kind in kinds:
             path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
             staged = path.with_name(path.name + ".tmp")
-            if kind == kinds[-1]:
-                os.replace(temporary, staged)
-            else:
-                copy_file(temporary, staged)
             entry = FileEntry(name=path.name, size=size, sha256=sha256)
-            commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
-            written.append(path)
+            try:
+                if kind == kinds[-1]:
+                    os.replace(temporary, staged)
+                else:
+                    copy_file(temporary, staged)
+                commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
+                written.append(path)
+            except OSError as error:  # the other names may fare better
+                self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
         for kind in kinds:
             for path in surplus(self.found(), kind, self.keep_checkpoints):
                 remove(path)

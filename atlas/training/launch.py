@@ -99,7 +99,7 @@ def start_run(start: Start) -> Trainer:
     )
     if resumes:
         trainer.restore(start.contents)
-        log.rewind(state.step)
+    log.rewind(state.step)  # also of a run that was killed before its first save
     if not trainer.is_complete:
         _announce(start, trainer, differences)
     if config.training.compile == "on":

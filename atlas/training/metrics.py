@@ -76,6 +76,7 @@ class RunLog:
 
     def flush_to_disk(self) -> None:
         """Before a checkpoint is written: a power cut must not leave one whose steps the log does not hold."""
+        self._files[self.metrics_path].write_waiting()
         with suppress(OSError), open(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
 

@@ -61,12 +61,13 @@ def choose_start(request: Request) -> Start:
         return _from_named_checkpoint(request, find_checkpoint(source))
     config = resolve(request.explicit)
     folder = Path(config.checkpoint.output_dir)
-    if request.no_resume or not _checkpoint_files(folder):
+    if request.no_resume or not _checkpoint_files(folder, own_names_only=True):
         config, data = with_data(config, request.explicit, None)
         start = Start("fresh", config, data, folder, notes=list(data.notes))
         if request.resume:
             start.notes.append(f"{folder}: no checkpoint to go on from; a new run starts")
-        start.set_aside = _run_files(folder) if request.no_resume else []
+        # Without a sidecar a file is no checkpoint: a kill in the first save leaves one, or it came from elsewhere.
+        start.set_aside = _run_files(folder) if request.no_resume else _checkpoint_files(folder)
         return start
     return _from_occupied_folder(request, folder)
 

@@ -209,8 +209,6 @@ def _damage(chance: random.Random, scene: Scene) -> list[str]:
             victims, damage = [sidecar], chance.choice(ANY_FILE + SIDECAR_ONLY)
         if chance.random() < 0.1 and damage in ANY_FILE:
             victims = [path, sidecar]
-        if path.name == "atlas_best.pt" and damage is _put_a_folder:
-            damage = _remove  # a test of its own: test_a_folder_named_like_the_best_costs_no_other_checkpoint
         for victim in victims:
             damage(chance, victim)
             done.append(f"{damage.__name__.strip('_').replace('_', ' ')}: {victim.name}")
