@@ -159,6 +159,7 @@ class Trainer:
                 outcome = "interrupted"
             if outcome in ("interrupted", "stopped in time"):
                 self.save(["interrupt" if outcome == "interrupted" else "step"], wait=True)
+        self.log.flush_to_disk()
         return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Update | None:

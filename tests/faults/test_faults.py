@@ -111,7 +111,6 @@ def test_a_name_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
     assert code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="lines that waited for room are not written at the end: metrics.py")
 def test_lines_that_waited_for_room_are_written_at_the_end(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     full_until_the_last = Strike(("open atlas_writing.tmp", 1), save=3, lasts=True)
