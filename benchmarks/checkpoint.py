@@ -99,20 +99,25 @@ def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def updates_beside_a_save(
-    run: Run, folder: Path, rounds: int
+    run: Run, folder: Path, rounds: int, interval: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of an update without a save and with one in flight, and of the saves."""
+    """Seconds of an update without a save and with one in flight, and of the saves, which fall due every `interval`
+    updates: how fast a save is written depends on when the next one is due."""
     saver = BackgroundSaver(CheckpointManager(folder / "beside"), in_background=True)
     alone, beside, saves = [], [], []
-    for number in range(rounds):
+    for number in range(rounds + 1):
+        during, after = [], []
+        for _ in range(interval):
+            was_writing = saver.is_writing
+            seconds = run.update()
+            if was_writing == saver.is_writing:  # not the one in which a save ended
+                (during if was_writing else after).append(seconds)
+        if number > 0:  # before the first save there is none in flight
+            beside += during
+            alone += after
+            saves.append(saver.seconds)
         saver.save(run.contents(), ["step"], FACTS | {"step": number}, wait=False)
-        during = []
-        while saver.is_writing:
-            during.append(run.update())
-        saver.join()
-        beside += during[:-1]  # the last one ended without it
-        saves.append(saver.seconds)
-        alone += [run.update() for _ in range(max(3, len(during)))]
+    saver.join()
     return alone, beside, saves
 
 
@@ -122,6 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="tiny", help="preset or config file")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--interval", type=int, default=100, help="updates between two saves")
     parser.add_argument(
         "--batch", type=int, default=1, help="sequences per update, small so that updates are short"
     )
@@ -140,7 +146,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder or ".") as temporary:
         times = stalls(run, Path(temporary), arguments.rounds)
-        alone, beside, saves = updates_beside_a_save(run, Path(temporary), arguments.rounds)
+        alone, beside, saves = updates_beside_a_save(
+            run, Path(temporary), arguments.rounds, arguments.interval
+        )
     blocking = statistics.median(times["blocking"])
     print(f"\n{'training stands still for':<28}{'median':>10}{'of blocking':>14}")
     for name, seconds in times.items():

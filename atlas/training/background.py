@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from atlas.training.checkpoint import CheckpointManager
-from atlas.training.writing import tensor_bytes
+from atlas.training.writing import Abandoned, tensor_bytes
 
 _SLOW_DISK = 100e6  # bytes a second
+_LONGEST_REST, _SHORTEST_REST = 8.0, 0.005  # seconds to a second of work; seconds
 
 
 class Snapshot:
@@ -81,6 +82,12 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = False
+        self._hurry = threading.Event()
+        self._rest = 0.0  # seconds to rest for each second of work, and those not rested yet
+        self._debt = 0.0
+        self._work = 0.0  # seconds of work in this save, and in the last
+        self._last_work = 0.0
+        self._due_at = time.perf_counter()
         self._began = 0.0
         self._said_dropped = False
 
@@ -125,9 +132,12 @@ class BackgroundSaver:
             self._say_dropped(contents, manifest["step"])
             return
         begin = time.perf_counter()
+        interval, self._due_at = begin - self._due_at, begin
         self.join()
         if self.in_background:
             copied = self.snapshot.take(contents)
+            self._rest = self._rest_for(interval, contents)
+            self._hurry.clear()
             self._thread = threading.Thread(
                 target=self._write, args=(copied, kinds, manifest), name="atlas-save"
             )
@@ -146,19 +156,36 @@ class BackgroundSaver:
         try:
             _yield_the_cores()
             self.before()
-            self.written = self.checkpoints.save(
-                contents, kinds, manifest, should_abandon=lambda: self._abandoned
-            )
+            self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pace)
+            self._last_work, self._work = self._work, 0.0
             self.seconds = time.perf_counter() - self._began
         except BaseException as error:  # a bug; it belongs to the training thread, which raises it
             self._error = error
+
+    def _rest_for(self, interval: float, contents: Mapping[str, Any]) -> float:
+        """How long to rest for each second of work: on a CPU, where training wants every core, up to eight times as
+        long, as far as the save still takes less than half of the time until the next is due."""
+        if any(tensor.is_cuda for tensor in contents["model_state_dict"].values()):
+            return 0.0
+        work = self._last_work or tensor_bytes(contents) / _SLOW_DISK
+        return min(_LONGEST_REST, max(0.0, interval / 2 / work - 1))
+
+    def _pace(self, seconds: float) -> None:
+        if self._abandoned:
+            raise Abandoned
+        self._work += seconds
+        self._debt += seconds * self._rest
+        if self._debt > _SHORTEST_REST:
+            self._hurry.wait(self._debt)  # at once if the save is being waited for
+            self._debt = 0.0
 
     def expected_seconds(self, contents: Mapping[str, Any]) -> float:
         """How long a save takes: as long as the last one, or at the rate of a slow disk."""
         return self.seconds or tensor_bytes(contents) / _SLOW_DISK
 
     def join(self) -> None:
-        """Wait for the save in flight."""
+        """Wait for the save in flight, which makes haste from here on."""
+        self._hurry.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -169,6 +196,7 @@ class BackgroundSaver:
     def _abandon(self) -> None:
         """End the save in flight without finishing it: what it has written so far is removed."""
         self._abandoned = True
+        self._hurry.set()
         if self._thread is not None:
             self._thread.join()
 

@@ -22,7 +22,7 @@ from atlas.errors import AtlasError
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
 from atlas.training.retention import RESUMABLE, find_room, remove, slim, surplus
 from atlas.training.untrusted import check_zip, read_plain
-from atlas.training.writing import Abandoned, commit, copy_file, tensor_bytes, write_tensors
+from atlas.training.writing import Abandoned, Pace, at_once, commit, copy_file, tensor_bytes, write_tensors
 
 _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))\.pt")
 _SPARE_BYTES = 8 << 20
@@ -121,7 +121,7 @@ class CheckpointManager:
         kinds: list[str],
         manifest: dict[str, Any],
         *,
-        should_abandon: Callable[[], bool] = lambda: False,
+        pace: Pace = at_once,
     ) -> list[Path]:
         """Write `contents` once and commit it under the name of each kind; the paths written.
 
@@ -132,7 +132,7 @@ class CheckpointManager:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._make_room(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
-                self._write(contents, kinds, manifest, written, should_abandon)
+                self._write(contents, kinds, manifest, written, pace)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
         except Abandoned:
@@ -147,10 +147,10 @@ class CheckpointManager:
         kinds: list[str],
         manifest: dict[str, Any],
         written: list[Path],
-        should_abandon: Callable[[], bool],
+        pace: Pace,
     ) -> None:
         temporary = self.folder / "atlas_writing.tmp"
-        size, sha256 = write_tensors(temporary, contents, should_abandon=should_abandon)
+        size, sha256 = write_tensors(temporary, contents, pace=pace)
         for kind in kinds:
             path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
             staged = path.with_name(path.name + ".tmp")
@@ -159,7 +159,7 @@ class CheckpointManager:
                 if kind == kinds[-1]:
                     os.replace(temporary, staged)
                 else:
-                    copy_file(temporary, staged)
+                    copy_file(temporary, staged, pace=pace)
                 commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
                 written.append(path)
             except OSError as error:  # the other names may fare better

@@ -1,9 +1,10 @@
-"""The sidecar of a checkpoint: a manifest of its files, and the point at which the checkpoint exists.
+"""The sidecar of a checkpoint: a manifest of its files, without which they are none.
 
-`atlas_step_100.pt` is a checkpoint from the moment `atlas_step_100.json` lies beside it and names its size
-and sha256. The sidecar is written last, by temp file, fsync and rename. While a name such as `atlas_best`
-is overwritten, its sidecar accepts both the old bytes and the new ones (`replaces`), so that a kill at any
-moment leaves one of the two, whole.
+`atlas_step_100.pt` is a checkpoint if `atlas_step_100.json` beside it names its size and sha256. The bytes are
+flushed under another name, then the sidecar is put in place (temp file, fsync, rename), then the bytes get their
+name: that rename is the moment from which the checkpoint exists. While a name such as `atlas_best` is
+overwritten, the sidecar accepts both the old bytes and the new ones (`replaces`), so that a kill at any moment
+leaves one of the two, whole, and never a file that nobody vouches for.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +19,19 @@ from atlas.training.manifest import (
     write_manifest,
 )
 
+_PIECE = 4 << 20
+
+Pace = Callable[[float], None]
+"""Called after every few megabytes with the seconds they took. May sleep, so that training gets the cores, or
+raise `Abandoned`."""
+
 
 class Abandoned(Exception):
     """A save that was told to end before it was done."""
+
+
+def at_once(seconds: float) -> None:
+    """Write as fast as it goes."""
 
 
 def tensor_bytes(value: Any) -> int:
@@ -41,36 +51,40 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:
-    """Give the staged bytes their name. The order of these lines is what survives a kill."""
-    if old := read_manifest(path, check_hash=False):
-        write_manifest(
-            path, manifest.model_copy(update={"replaces": old.model_copy(update={"replaces": None})})
-        )
+    """Give the staged bytes their name. The order of these lines is what survives a kill: from the first on, the
+    sidecar accepts the new bytes, and the old ones as well if there are any; the rename decides."""
+    old = read_manifest(path, check_hash=False)
+    write_manifest(
+        path, manifest.model_copy(update={"replaces": old and old.model_copy(update={"replaces": None})})
+    )
     os.replace(staged, path)
     flush_folder(path.parent)
-    write_manifest(path, manifest)
+    if old:
+        write_manifest(path, manifest)
 
 
 class _HashingWriter:
     """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
 
-    def __init__(self, file: IO[bytes], should_abandon: Callable[[], bool]) -> None:
+    def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self._should_abandon = should_abandon
+        self._pace = pace
         self.size = 0
         self.error: OSError | Abandoned | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: memoryview) -> int:
         try:
-            if self._should_abandon():
-                raise Abandoned
-            self._digest.update(data)
-            self.size += len(data)
-            return self._file.write(data)
+            for start in range(0, len(data), _PIECE):
+                piece, begin = data[start : start + _PIECE], time.perf_counter()
+                self._digest.update(piece)
+                self._file.write(piece)
+                self.size += len(piece)
+                self._pace(time.perf_counter() - begin)
         except (OSError, Abandoned) as error:  # torch.save makes a RuntimeError of it, without the reason
             self.error = error
             raise
+        return len(data)
 
     def flush(self) -> None:
         self._file.flush()
@@ -80,12 +94,10 @@ class _HashingWriter:
         return self._digest.hexdigest()
 
 
-def write_tensors(
-    path: Path, contents: Mapping[str, Any], *, should_abandon: Callable[[], bool] = lambda: False
-) -> tuple[int, str]:
-    """Write `contents` to `path`, durably; its size and sha256. Raises `OSError`, or `Abandoned` when told to."""
+def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = at_once) -> tuple[int, str]:
+    """Write `contents` to `path`, durably; its size and sha256. Raises `OSError`, and `Abandoned` if `pace` does."""
     with open(path, "wb") as file:
-        writer = _HashingWriter(file, should_abandon)
+        writer = _HashingWriter(file, pace)
         try:
             torch.save(dict(contents), writer)  # type: ignore[arg-type]
         except Exception:
@@ -97,9 +109,13 @@ def write_tensors(
     return writer.size, writer.sha256
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path, *, pace: Pace = at_once) -> None:
     """Each name gets bytes of its own: a hard link would be faster, and one bad block would then take the
     best model along with the latest."""
     with open(source, "rb") as reading, open(target, "wb") as writing:
-        shutil.copyfileobj(reading, writing, 1 << 20)
+        begin = time.perf_counter()
+        while piece := reading.read(_PIECE):
+            writing.write(piece)
+            pace(time.perf_counter() - begin)
+            begin = time.perf_counter()
         flush_to_disk(writing)
