@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import corrupt, disk, fuzz, kill
+from tests.faults import corrupt, disk, fuzz, kill, numbers
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -23,12 +24,14 @@ Counts = list[str]
 def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
     """What is done to Atlas, by name: each takes an empty folder, returns its counts, raises what it finds broken."""
     few = 10 if quick else 40
-    # Numbers (an optimizer hook), memory (an allocator) and heat (a false NVML) find their places here.
     return {
         "kills": lambda folder: kill.kill_and_resume(folder, rounds=few, steps=6 * few, seed=seed),
         "rotten files": lambda folder: corrupt.corrupt_and_resume(folder, rounds=5 * few, seed=seed),
         "full disks": lambda folder: disk.fill_at_each_point(folder, variants=1 if quick else 4),
         "a true full disk": _true_full_disk,
+        "wrong numbers": lambda folder: numbers.wrong_numbers(folder, rounds=2 * few, seed=seed),
+        "short memory": lambda folder: numbers.short_memory(folder, rounds=few, seed=seed),
+        "heat": lambda folder: heat(),
         "hostile files": lambda folder: hostile_files(seconds=2 if quick else 20, seed=seed),
     }
 
@@ -36,6 +39,20 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
 def _true_full_disk(folder: Path) -> Counts:
     reason = disk.no_tmpfs_because()
     return [f"left out: {reason}"] if reason else disk.fill_a_tmpfs(folder)
+
+
+def heat() -> Counts:
+    """The tests of `guard.max_gpu_temp` with a false NVML, counted by pytest."""
+    tests = Path(__file__).parents[1] / "test_heat.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise Broken(done.stdout[-500:])
+    return [f"heat: a false NVML, {done.stdout.strip().splitlines()[-1]}"]
 
 
 def hostile_files(*, seconds: float, seed: int) -> Counts:

@@ -22,6 +22,7 @@ from tests.faults.disk import (
     watched,
 )
 from tests.faults.kill import kill_and_resume
+from tests.faults.numbers import short_memory, wrong_numbers
 from tests.faults.runs import Broken, Run, sound_checkpoints
 from tests.runs import logged
 
@@ -42,6 +43,14 @@ def test_rotten_files_are_never_believed(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_at_any_point_of_a_save(tmp_path: Path) -> None:
     fill_at_each_point(tmp_path, variants=1, once_each=True)
+
+
+def test_wrong_numbers_move_nothing(tmp_path: Path) -> None:
+    wrong_numbers(tmp_path, rounds=4, seed=random.randrange(1 << 32))
+
+
+def test_short_memory_changes_no_loss(tmp_path: Path) -> None:
+    short_memory(tmp_path, rounds=3, seed=random.randrange(1 << 32))
 
 
 @pytest.mark.slow

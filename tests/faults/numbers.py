@@ -1,0 +1,155 @@
+"""Numbers gone wrong at random updates, and memory that runs out at random micro-batches.
+
+    python -m tests.faults.numbers --rounds 40
+    python -m tests.faults.numbers --rounds 40 --memory
+
+A hook on the optimizer or the loss makes them. What must come of it is worked out here, without the guard: a wrong
+update must leave every bit of weights and optimizer state as it was and be logged with its sequences; a run that was
+short of memory must have the losses of one that had enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from atlas.training.loss import compute_lm_loss
+from atlas.training.trainer import Trainer
+from tests.conftest import corpus
+from tests.faults.runs import Broken, command, options, shown
+from tests.runs import layer, logged, same_bits, trainer_for
+
+STEPS = 12
+WRONG = ("loss nan", "loss inf", "gradient nan", "gradient inf")
+
+
+def random_trainer(folder: Path, chance: random.Random) -> Trainer:
+    """A fresh run of random batch, accumulation and micro-batch."""
+    os.environ["ATLAS_CACHE_DIR"] = str(folder / "cache")
+    text = folder / "text.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text(corpus(300), encoding="utf-8")
+    batch, accumulation = chance.randint(2, 6), chance.randint(1, 2)
+    explicit = layer(
+        folder / "run",
+        text,
+        training__max_steps=STEPS,
+        training__batch_size=batch,
+        training__gradient_accumulation_steps=accumulation,
+        training__micro_batch_size=chance.randint(1, batch),
+        seed=chance.randint(0, 1000),
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        return trainer_for(explicit)
+
+
+def go_wrong(trainer: Trainer, wrong: dict[int, str]) -> None:
+    """Let these steps be wrong in their way, and hold the trainer to moving nothing by them."""
+    gradient, whole_step = trainer.updater.gradient, trainer.train_step
+
+    def spoilt(*batch: object, **how: object) -> torch.Tensor | None:
+        loss = gradient(*batch, **how)
+        what, value = wrong.get(trainer.state.step + 1, "- 0").split()
+        if what == "loss":
+            return loss * float(value)
+        if what == "gradient":
+            next(trainer.model.parameters()).grad.view(-1)[3] = float(value)
+        return loss
+
+    def checked(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+        update = whole_step(inputs, targets)
+        after = (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"])
+        is_wrong = trainer.state.step in wrong
+        moved = not same_bits(before[0], after[0]) or (before[1] and not same_bits(before[1], after[1]))
+        if bool(moved) is is_wrong:
+            raise Broken(f"step {trainer.state.step}: {'moved' if moved else 'did not move'} the weights")
+        return update
+
+    trainer.updater.gradient, trainer.train_step = spoilt, checked
+
+
+def wrong_numbers(folder: Path, *, rounds: int, seed: int) -> list[str]:
+    """Random updates are wrong, never five in a row; what was counted."""
+    chance, made = random.Random(seed), 0
+    for number in shown(rounds, "numbers"):
+        trainer = random_trainer(folder / str(number), chance)
+        steps = [step for step in range(1, STEPS + 1) if chance.random() < 0.3 and step % 5]
+        wrong = {step: chance.choice(WRONG) for step in steps}
+        go_wrong(trainer, wrong)
+        with contextlib.redirect_stderr(io.StringIO()):
+            trainer.train()
+        size = trainer.config.training.sequences_per_update
+        events = [
+            (line["step"], line["first_sequence"], line["last_sequence"])
+            for line in logged(folder / str(number) / "run", "event")
+        ]
+        if events != [(step, (step - 1) * size, step * size - 1) for step in wrong]:
+            raise Broken(f"round {number}: wrong at {list(wrong)}, logged {events}")
+        if [line["step"] for line in logged(folder / str(number) / "run")] != list(range(1, STEPS + 1)):
+            raise Broken(f"round {number}: the log does not have each step once")
+        made += len(wrong)
+    return [
+        f"numbers: {made} wrong updates in {rounds} runs (--seed {seed}): none moved a bit, each is logged"
+    ]
+
+
+def short_memory(folder: Path, *, rounds: int, seed: int) -> list[str]:
+    """An allocator that has room for ever fewer sequences from random micro-batches on; what was counted."""
+    chance, refused = random.Random(seed), 0
+    for number in shown(rounds, "memory"):
+        place = folder / str(number)
+        state = chance.getstate()
+        enough = random_trainer(place / "enough", chance)
+        with contextlib.redirect_stderr(io.StringIO()):
+            enough.train()
+        chance.setstate(state)
+        trainer = random_trainer(place / "short", chance)
+        limits = sorted((chance.randint(1, 30), chance.randint(1, 5)) for _ in range(3))
+        calls = 0
+
+        def allocate(
+            logits: torch.Tensor,
+            targets: torch.Tensor,
+            mask: torch.Tensor | None = None,
+            limits: list[tuple[int, int]] = limits,
+        ) -> torch.Tensor:
+            nonlocal calls, refused
+            calls += 1
+            room = min([fits for begin, fits in limits if begin <= calls], default=99)
+            if len(logits) > room:
+                refused += 1
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate it all")
+            return compute_lm_loss(logits, targets, mask)
+
+        trainer.updater.custom_loss = allocate
+        with contextlib.redirect_stderr(io.StringIO()):
+            trainer.train()
+        for one, other in zip(logged(place / "enough" / "run"), logged(place / "short" / "run"), strict=True):
+            same = math.isclose(one["loss"], other["loss"], rel_tol=1e-5)
+            if not same or one["sequences_consumed"] != other["sequences_consumed"]:
+                raise Broken(f"round {number}: {one} with enough memory, {other} without")
+    return [
+        f"memory: {refused} allocations refused in {rounds} runs (--seed {seed}): the losses are those of runs "
+        "with enough (1e-5), an update still takes the same sequences"
+    ]
+
+
+def main() -> int:
+    parser = options("numbers", rounds=40)
+    parser.add_argument("--memory", action="store_true", help="memory that runs out instead of numbers")
+    asked = parser.parse_args()
+    kind = short_memory if asked.memory else wrong_numbers
+    return command("numbers", lambda folder: kind(folder, rounds=asked.rounds, seed=asked.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
