@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from atlas.config import GuardConfig
 from atlas.inference.generate import generate
 from atlas.inference.load import load_model
 from atlas.inference.sampling import Sampling
+from atlas.training.background import Snapshot
+from atlas.training.checkpoint import load_checkpoint
 from atlas.training.heat import open_sensor
-from tests.runs import layer, logged, run
+from tests.runs import layer, logged, run, same_bits, trainer_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +57,51 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
     assert texts[0] == texts[1]
     on_cpu = layer(tmp_path / "run", text_file, device="cpu", training__max_steps=12)
     assert run(on_cpu)[1].step == 12
+
+
+def test_a_save_in_the_background_is_the_blocking_one(tmp_path: Path, text_file: Path) -> None:
+    for background in (True, False):
+        options = {"checkpoint__background": background, "training__precision": "fp32", "device": "cuda"}
+        run(layer(tmp_path / str(background), text_file, **options))
+    one, other = (load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("True", "False"))
+    for name, tensor in one["model_state_dict"].items():
+        torch.testing.assert_close(tensor, other["model_state_dict"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_copy_lies_in_pinned_memory_and_is_whole() -> None:
+    state = {"weight": torch.randn(1000, 1000, device="cuda"), "step": torch.tensor(3.0)}
+    copied = Snapshot().take(state)
+    assert copied["weight"].is_pinned()
+    assert torch.equal(copied["weight"], state["weight"].cpu())
+
+
+def test_an_update_that_is_not_finite_moves_nothing_on_the_device(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file, device="cuda", training__precision="fp32"))
+    batches = trainer._batches()
+    assert trainer.train_step(*next(batches)).fault is None
+    before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+    gradient = trainer.updater.gradient
+    trainer.updater.gradient = lambda *batch, **how: gradient(*batch, **how) * float("nan")
+    assert trainer.train_step(*next(batches)).fault is not None
+    assert same_bits(before, (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+
+
+def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
+    """No injected error: the allocator may have 2 GB, and 256 sequences at once take several times that."""
+    explicit = layer(
+        tmp_path / "run", text_file, device="cuda", training__batch_size=256, training__max_steps=2
+    )
+    explicit["model"].update(hidden_size=256, num_layers=8, max_seq_len=256)
+    explicit["training"].update(eval_sequences=2, precision="fp32")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        trainer, result = run(explicit)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.step == 2
+    assert trainer.state.micro_batch_size < 256
+    assert trainer.state.sequences_consumed == 512
 
 
 def test_the_card_says_how_warm_it_is() -> None:
