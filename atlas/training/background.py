@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -215,4 +216,5 @@ class BackgroundSaver:
 def _yield_the_cores() -> None:
     """Let training go first where both want a core. Linux alone sets the priority of one thread."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with suppress(OSError):  # a container may forbid it; then the save only rests
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
