@@ -16,7 +16,7 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.training import checkpoint as checkpoint_module
-from atlas.training.background import BackgroundSaver, Snapshot
+from atlas.training.background import BackgroundSaver, Pacer, Snapshot
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.lock import FolderLock
 from tests.runs import layer, logged, run, same_bits, trainer_for
@@ -346,3 +346,24 @@ class HalfWriter:
 
     def write(self, data: bytes) -> int:
         return self._stream.write(data[: len(data) // 2])
+
+
+def test_a_save_rests_only_as_long_as_it_is_done_before_half_of_the_time() -> None:
+    pacer, begin = Pacer(), time.perf_counter()
+    pacer.begin(0.0, num_bytes=10**8)  # on a GPU, or with no time to lose
+    for _ in range(100):
+        pacer(0.01)
+    assert time.perf_counter() - begin < 0.1
+    begin = time.perf_counter()
+    pacer.begin(0.8, num_bytes=10**8)  # the last one worked for a second: no rest would be short enough
+    pacer(0.1)
+    assert time.perf_counter() - begin < 0.05
+    begin = time.perf_counter()
+    pacer.begin(0.8, num_bytes=10**8)  # and then for a tenth of one: three tenths may be rested
+    pacer(0.05)
+    pacer(0.05)
+    assert 0.25 < time.perf_counter() - begin < 0.6
+    begin = time.perf_counter()
+    pacer.hurry.set()
+    pacer(0.1)
+    assert time.perf_counter() - begin < 0.1

@@ -57,6 +57,34 @@ class Snapshot:
         return value
 
 
+class Pacer:
+    """Lets a save rest between pieces, so that training on a CPU keeps its cores: up to eight seconds for one of
+    work, as far as the save still takes less than half of the time until the next one is due."""
+
+    def __init__(self) -> None:
+        self.hurry = threading.Event()
+        """Set when the save is waited for: it rests no more."""
+        self.is_abandoned = False
+        self._work = self._rest = self._debt = 0.0
+
+    def begin(self, interval: float, *, num_bytes: int) -> None:
+        """A save of `num_bytes` begins, `interval` seconds after the one before; 0 to write at once."""
+        work = self._work or num_bytes / _SLOW_DISK  # as long as the last one worked
+        self._rest = min(_LONGEST_REST, max(0.0, interval / 2 / work - 1))
+        self._work = self._debt = 0.0
+        self.hurry.clear()
+
+    def __call__(self, seconds: float) -> None:
+        """After `seconds` of work: rest, if it is time. Raises `Abandoned` if that was asked for."""
+        if self.is_abandoned:
+            raise Abandoned
+        self._work += seconds
+        self._debt += seconds * self._rest
+        if self._debt > _SHORTEST_REST:
+            self.hurry.wait(self._debt)
+            self._debt = 0.0
+
+
 class BackgroundSaver:
     """Saves checkpoints from a snapshot, one at a time.
 
@@ -82,12 +110,7 @@ class BackgroundSaver:
         self.stall = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._abandoned = False
-        self._hurry = threading.Event()
-        self._rest = 0.0  # seconds to rest for each second of work, and those not rested yet
-        self._debt = 0.0
-        self._work = 0.0  # seconds of work in this save, and in the last
-        self._last_work = 0.0
+        self._pacer = Pacer()
         self._due_at = time.perf_counter()
         self._began = 0.0
         self._said_dropped = False
@@ -137,8 +160,8 @@ class BackgroundSaver:
         self.join()
         if self.in_background:
             copied = self.snapshot.take(contents)
-            self._rest = self._rest_for(interval, contents)
-            self._hurry.clear()
+            needs_cores = not any(weight.is_cuda for weight in contents["model_state_dict"].values())
+            self._pacer.begin(interval if needs_cores else 0.0, num_bytes=tensor_bytes(contents))
             self._thread = threading.Thread(
                 target=self._write, args=(copied, kinds, manifest), name="atlas-save"
             )
@@ -157,28 +180,10 @@ class BackgroundSaver:
         try:
             _yield_the_cores()
             self.before()
-            self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pace)
-            self._last_work, self._work = self._work, 0.0
+            self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pacer)
             self.seconds = time.perf_counter() - self._began
         except BaseException as error:  # a bug; it belongs to the training thread, which raises it
             self._error = error
-
-    def _rest_for(self, interval: float, contents: Mapping[str, Any]) -> float:
-        """How long to rest for each second of work: on a CPU, where training wants every core, up to eight times as
-        long, as far as the save still takes less than half of the time until the next is due."""
-        if any(tensor.is_cuda for tensor in contents["model_state_dict"].values()):
-            return 0.0
-        work = self._last_work or tensor_bytes(contents) / _SLOW_DISK
-        return min(_LONGEST_REST, max(0.0, interval / 2 / work - 1))
-
-    def _pace(self, seconds: float) -> None:
-        if self._abandoned:
-            raise Abandoned
-        self._work += seconds
-        self._debt += seconds * self._rest
-        if self._debt > _SHORTEST_REST:
-            self._hurry.wait(self._debt)  # at once if the save is being waited for
-            self._debt = 0.0
 
     def expected_seconds(self, contents: Mapping[str, Any]) -> float:
         """How long a save takes: as long as the last one, or at the rate of a slow disk."""
@@ -186,7 +191,7 @@ class BackgroundSaver:
 
     def join(self) -> None:
         """Wait for the save in flight, which makes haste from here on."""
-        self._hurry.set()
+        self._pacer.hurry.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -196,8 +201,8 @@ class BackgroundSaver:
 
     def _abandon(self) -> None:
         """End the save in flight without finishing it: what it has written so far is removed."""
-        self._abandoned = True
-        self._hurry.set()
+        self._pacer.is_abandoned = True
+        self._pacer.hurry.set()
         if self._thread is not None:
             self._thread.join()
 
