@@ -507,7 +507,7 @@ def test_every_preset_takes_a_real_step(preset: str, text_file: Path, tmp_path: 
     layer |= {
         "device": "cpu",
         "data": {"train_data": str(text_file)},
-        "checkpoint": {"output_dir": str(tmp_path)},
+        "checkpoint": {"output_dir": str(tmp_path), "background": False},
     }
     trainer = trainer_for(layer)
     saved: list[list[str]] = []
