@@ -249,7 +249,8 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
         )
     if start.mode == "resume":
-        say(f"resuming {start.source} at step {state.step} of {state.horizon}")
+        of_all = f" of {state.horizon}" if state.is_planned else ""
+        say(f"resuming {start.source} at step {state.step}{of_all}")
         for line in [*_changes(start.contents["config"], config), *differences]:
             say(line)
     elif start.mode == "finetune":
@@ -263,9 +264,7 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     data, model = trainer.train_data, trainer.model
     say(
         f"model: {model.num_parameters():,} parameters; data: {data.stream.num_tokens:,} tokens, "
-        f"{len(data):,} sequences of {config.model.max_seq_len}; run: {state.horizon:,} updates of "
-        f"{config.training.sequences_per_update} sequences "
-        f"({state.horizon * config.training.sequences_per_update / len(data):.2f} epochs) on "
+        f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
         f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
     )
     if trainer.val_data is None:
@@ -280,6 +279,14 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
+
+
+def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> str:
+    per_update = config.training.sequences_per_update
+    if not state.is_planned:
+        return f"updates of {per_update} sequences for {config.training.max_hours:g} h"
+    epochs = state.horizon * per_update / sequences
+    return f"{state.horizon:,} updates of {per_update} sequences ({epochs:.2f} epochs)"
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:

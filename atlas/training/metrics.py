@@ -81,7 +81,7 @@ class RunLog:
             os.fsync(file.fileno())
 
     @contextmanager
-    def progress(self, *, done: int, total: int) -> Iterator[None]:
+    def progress(self, *, done: int, total: int | None) -> Iterator[None]:
         """A bar over the updates while on a terminal; elsewhere `train` prints lines instead."""
         if not self.console.is_terminal:
             yield
@@ -107,20 +107,22 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def train(self, metrics: dict[str, Any], *, total: int) -> None:
-        """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`."""
+    def train(self, metrics: dict[str, Any], *, total: int | None) -> None:
+        """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`. `total` is the number
+        of updates of the whole run, if it is known."""
         self._append(self.metrics_path, _as_json("train", metrics))
         status = (
             f"loss {metrics['loss']:.4f}  ppl {metrics['perplexity']:,.1f}  {metrics['steps_per_second']:.2f} it/s  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
         )
-        line = f"step {metrics['step']}/{total}  {status}"
+        place = metrics["step"] if total is None else f"{metrics['step']}/{total}"
+        line = f"step {place}  {status}"
         if self._progress:
             self._progress.update(self._task, status=status)
             self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
         else:
-            remaining = (total - metrics["step"]) / metrics["steps_per_second"]
-            self.say(f"{line}  ETA {_duration(remaining)}")
+            left = None if total is None else (total - metrics["step"]) / metrics["steps_per_second"]
+            self.say(line if left is None else f"{line}  ETA {_duration(left)}")
 
     def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
         """One evaluation record."""

@@ -117,7 +117,7 @@ class Trainer:
         outcome = "finished"
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        with self.stop, self.log.progress(done=state.step, total=state.horizon), self.saver:
+        with self.stop, self.log.progress(done=state.step, total=self._total), self.saver:
             self.saver.hold(self.contents())
             self._catch_up()
             stream = self._batches()
@@ -138,7 +138,7 @@ class Trainer:
                     self._plan_horizon()
                 last = state.step == state.horizon
                 if last or state.step % config.training.log_interval == 0:
-                    self.log.train(self._metrics(update), total=state.horizon)
+                    self.log.train(self._metrics(update), total=self._total)
 
                 kinds = ["epoch"] if self.epoch > epoch_before else []
                 if self.val_data and (last or state.step % config.training.eval_interval == 0):
@@ -189,6 +189,11 @@ class Trainer:
             num_workers=self.config.data.num_workers,
             pin_memory=self.runtime.device.type == "cuda",
         )
+
+    @property
+    def _total(self) -> int | None:
+        """The updates of the whole run, once they are known."""
+        return self.state.horizon if self.state.is_planned else None
 
     @property
     def epoch(self) -> int:
