@@ -37,6 +37,7 @@ training:
   eval_interval: 10
 checkpoint:
   save_interval: 7
+  background: false  # with updates of milliseconds a save in the background may be dropped
 """
 
 ARTICLES = [f"Town {n}\n\nTown {n} has {n + 3} mills on its river." for n in range(32)]

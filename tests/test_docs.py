@@ -135,6 +135,7 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
         "training.eval_sequences": 4,
         "training.precision": "auto",
         "checkpoint.save_interval": 2,
+        "checkpoint.background": False,  # updates take milliseconds, and none may be dropped
         "data.num_workers": 0,
         "device": "cpu",
     }
@@ -347,7 +348,8 @@ def test_settings_exist(page: Path) -> None:
     spans = [span.removeprefix("--set ") for span in code_spans(page)]
     named = {match[1] for span in spans if (match := setting.fullmatch(span))}
     for name in named - {"training.log"}:
-        check_keys(nested(name, None), page.name)
+        if not name.endswith(".py"):
+            check_keys(nested(name, None), page.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
