@@ -109,16 +109,43 @@ def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
     with pytest.raises(AtlasError, match=r"loss nan: going back did not help \(3 rollbacks\)"):
         trainer.train()
     rollbacks = events(folder, "rollback")
-    assert [(line["step"], line["from_step"]) for line in rollbacks] == [(16, 24)] * 3
+    # First to 16, whose event was cut with the log when that did not help; then to the save before it, twice.
+    assert [(line["step"], line["from_step"]) for line in rollbacks] == [(8, 24)] * 2
     assert [line["step"] for line in logged(folder)] == list(range(1, 24))
     size, windows = 4 * accumulation, [(line["first_sequence"], line["last_sequence"]) for line in rollbacks]
-    assert windows == [(first * size, (first + 8) * size - 1) for first in (16, 24, 32)]  # no sequence twice
+    assert windows == [(24 * size, 32 * size - 1), (32 * size, 48 * size - 1)]  # no sequence twice
     log = (folder / "training.log").read_text()
     assert re.search(r"to check, 1: .*learning rate", log)
-    assert f"sequences {43 * size:,} to {48 * size - 1:,} of the run" in log
+    assert f"sequences {59 * size:,} to {64 * size - 1:,} of the run" in log
+    assert (
+        f"back to step 16 (rollback 1 of 3): sequences {16 * size:,} to {24 * size - 1:,} are skipped" in log
+    )
+    assert (folder / "previous-1" / "atlas_step_16.pt").exists()  # nothing is deleted
     assert load_checkpoint(folder / "atlas_step_16.pt")["step"] == 16
     for path in folder.glob("*.pt"):
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model_state_dict"].values())
+
+
+def test_a_save_that_was_ruined_already_is_gone_back_past(tmp_path: Path, text_file: Path) -> None:
+    """Weights can be far gone and still finite: the save before them is the good one, for --resume auto, too."""
+    folder = tmp_path / "run"
+    explicit = layer(folder, text_file, training__max_steps=30, checkpoint__save_interval=5)
+    trainer = trainer_for(explicit)
+    whole_step = trainer.train_step
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        if trainer.state.step == 15 and not trainer.state.rollbacks:
+            with torch.no_grad():  # after the update, before the save
+                trainer.model.final_norm.weight.fill_(1e38)
+        return update
+
+    trainer.train_step = step
+    assert trainer.train().outcome == "finished"
+    assert (folder / "previous-1" / "atlas_step_15.pt").exists()
+    weights = load_checkpoint(folder / "atlas_step_15.pt")["model_state_dict"]
+    assert all(tensor.abs().max() < 100 for tensor in weights.values())
+    assert [line["step"] for line in logged(folder)] == list(range(1, 31))
 
 
 @pytest.mark.parametrize("in_background", [True, False])

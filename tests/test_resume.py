@@ -19,6 +19,7 @@ import yaml
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
+from atlas.training.retention import slim
 from atlas.training.start import Request, choose_start
 from tests.conftest import corpus
 from tests.runs import (
@@ -420,3 +421,26 @@ def test_what_no_memory_holds_is_refused_before_it_is_taken(
     with pytest.raises(AtlasError, match=words):
         trainer_for(overlay(layer(tmp_path / "run", text_file), nested(key, value)))
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_an_older_checkpoint_keeps_a_best_that_came_before_it(
+    tmp_path: Path, text_file: Path
+) -> None:
+    explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, training__eval_interval=2)
+    trainer = trainer_for(explicit)
+    trainer._judge = lambda loss: type(trainer)._judge(trainer, loss if trainer.state.step == 2 else loss + 9)
+    trainer.train()
+    best = (tmp_path / "run" / "atlas_best.pt").read_bytes()
+    score = load_checkpoint(tmp_path / "run" / "atlas_step_4.pt")["best_loss"]
+    resumed = trainer_for(explicit, resume=str(tmp_path / "run" / "atlas_step_4.pt"))
+    assert resumed.state.best_loss == score
+    assert (tmp_path / "run" / "atlas_best.pt").read_bytes() == best
+
+
+def test_a_slim_checkpoint_is_refused_before_anything_moves(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    slim(folder / "atlas_step_2.pt")
+    before = snapshot(folder)
+    with pytest.raises(AtlasError, match="slim_old"):
+        trainer_for(explicit, resume=str(folder / "atlas_step_2.pt"))
+    assert snapshot(folder) == before

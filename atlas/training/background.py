@@ -214,7 +214,7 @@ class BackgroundSaver:
         self.checkpoints.say(
             f"step {step}: no checkpoint saved: the one before is still being written: {size / 1e9:.3f} GB in more "
             f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), "
-            f"and saves fall due every {seconds:.1f} s. Raise checkpoint.save_interval. This is said once"
+            f"and this one falls due after {seconds:.1f} s. If that is usual, raise checkpoint.save_interval. Said once"
         )
 
 

@@ -93,14 +93,19 @@ class CheckpointManager:
         ]
         return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
 
-    def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The latest checkpoint that can be gone on from, and its contents. Those that are broken are named and
-        passed over: by their bytes, by their contents, or because they hold no optimizer state any more."""
+    def load_latest(self, *, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The latest checkpoint that can be gone on from, and its contents; of a step before `before`, if given.
+
+        Those that are broken are named and passed over: by their bytes, by their contents, or because they hold no
+        optimizer state any more.
+        """
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
             if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
                 self.say(f"{path}: is not the file that its sidecar describes: passed over")
         for manifest, path in found:
+            if before is not None and manifest.step >= before:
+                continue
             if manifest.slim:
                 self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): passed over")
                 continue
@@ -259,5 +264,7 @@ def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | Non
 
 
 def _alternatives(path: Path) -> str:
-    others = [p.name for _, p in CheckpointManager(path.parent).found() if p.name != path.name]
-    return f", such as {others[0]}" if others else ""
+    for manifest, other in CheckpointManager(path.parent).found():
+        if other.name != path.name and not manifest.slim and read_manifest(other, check_hash=True):
+            return f", such as {other.name}"
+    return ""

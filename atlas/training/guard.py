@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atlas.config import GuardConfig, TrainingConfig
+from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
 
 _WINDOW, _FEWEST = 128, 32
@@ -72,18 +73,22 @@ def count(
         state.recent_norms = [*state.recent_norms, grad_norm][-_WINDOW:]
 
 
-def causes(training: TrainingConfig, *, rate: float, precision: str, sequences: str) -> list[str]:
+def causes(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
     """What to check when a run cannot go on, a line each, the likeliest first."""
     lines = [
         f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
-        f"{training.warmup_steps} steps of warm-up: try a third of it with --learning-rate, or a longer "
-        "training.warmup_steps",
-        f"gradient clipping: training.grad_clip is {training.grad_clip or 'off'}; 1.0 is usual",
+        f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual for AdamW: lower --learning-rate, or "
+        "lengthen training.warmup_steps",
         f"the data: {sequences} were the last ones tried",
-        "the machine: if --device cpu does not show it, look at the GPU's memory, clocks and driver",
     ]
-    if precision == "fp16":
+    if training.grad_clip == 0 or training.grad_clip > 1:
+        lines.insert(
+            1, f"gradient clipping: training.grad_clip is {training.grad_clip or 'off'}; 1.0 is usual"
+        )
+    if runtime.precision == "fp16":
         lines.insert(0, "the precision: fp16 ends at 65,504: --set training.precision=bf16, or fp32")
     if training.loss:
         lines.insert(0, f"your loss {training.loss}: a logarithm or a division without a floor does this")
+    if runtime.device.type != "cpu":
+        lines.append("the GPU: if --device cpu does not show it, look at its memory, clocks and driver")
     return [f"to check, {number}: {line}" for number, line in enumerate(lines, start=1)]

@@ -14,7 +14,7 @@ from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.errors import AtlasError
-from atlas.model import build_model
+from atlas.model import AtlasLM, build_model
 from atlas.planning import (
     checkpoint_bytes,
     count_parameters,
@@ -29,6 +29,8 @@ from atlas.training.lock import FolderLock
 from atlas.training.loss import load_loss
 from atlas.training.memory import remembered_micro_batch
 from atlas.training.metrics import RunLog
+from atlas.training.optimizer import build_optimizer
+from atlas.training.retention import move_aside
 from atlas.training.runtime import (
     Runtime,
     compile_blocks,
@@ -40,6 +42,7 @@ from atlas.training.schedule import horizon_steps
 from atlas.training.start import Start, refuse_links
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
+from atlas.training.untrusted import check_optimizer_state
 
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
@@ -49,8 +52,8 @@ def start_run(start: Start) -> Trainer:
     config, folder = start.config, start.folder
     refuse_links(folder)
     _refuse_small_total(config)
-    runtime = setup_runtime(config)
     _refuse_too_large(config)
+    runtime = setup_runtime(config)
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
     val_data = (
@@ -59,12 +62,11 @@ def start_run(start: Start) -> Trainer:
     model = build_model(config.model, seed=None if start.contents else config.seed)
     if start.contents:
         load_weights(model, start.contents, start.source)
+    _refuse_other_optimizer(start, model)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
     lock = _claim(folder)
-    _move_aside(folder, start.set_aside, start.notes)
-    log = RunLog(folder)
-    for note in start.notes:
-        log.say(note)
+    _set_aside(start)
+    log = _open_log(start)
     config = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"output_dir": str(folder)})}
     )
@@ -141,8 +143,8 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
     state = TrainState.of(start.contents)
     old = resolve(start.contents["config"]).training
     new = start.config.training
-    if start.set_aside:
-        state.best_loss = math.inf  # the best of the part that was set aside is not this branch's
+    if any(path.name == "atlas_best.pt" for path in start.set_aside):
+        state.best_loss = math.inf  # the best before that one was overwritten by it
     if _length(old) != _length(new):
         horizon = horizon_steps(
             new, sequences_per_epoch, step=state.step, sequences_consumed=state.sequences_consumed
@@ -176,6 +178,34 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
         f"that a step takes does not fit into the {free / 1e9:.2f} GB of memory that are free"
     )
     return False
+
+
+def _open_log(start: Start) -> RunLog:
+    log = RunLog(start.folder)
+    for note in start.notes:
+        log.say(note)
+    return log
+
+
+def _set_aside(start: Start) -> None:
+    if start.set_aside:
+        target = move_aside(start.folder, start.set_aside)
+        start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
+
+
+def _refuse_other_optimizer(start: Start, model: AtlasLM) -> None:
+    if start.mode != "resume":
+        return
+    try:
+        saved = start.contents.get("optimizer_state_dict")
+        if not saved:
+            raise ValueError("there is none, as after checkpoint.slim_old")
+        check_optimizer_state(build_optimizer(model, start.config.training), saved)
+    except ValueError as error:
+        raise AtlasError(
+            f"{start.source}: its optimizer state does not fit ({error}): take another checkpoint, or start a new run "
+            "from its weights with --init-from"
+        ) from None
 
 
 def _refuse_too_large(config: AtlasConfig) -> None:
@@ -224,22 +254,6 @@ def _claim(folder: Path) -> FolderLock:
         raise AtlasError(
             f"{folder}: cannot be written ({error.strerror}): choose another --output-dir"
         ) from None
-
-
-def _move_aside(folder: Path, files: list[Path], notes: list[str]) -> None:
-    """Move checkpoints (and what else is named) to `previous-N`, each with its sidecar."""
-    if not files:
-        return
-    number = 1
-    while (folder / f"previous-{number}").exists():
-        number += 1
-    target = folder / f"previous-{number}"
-    target.mkdir()
-    for path in files:
-        for part in {path, path.with_suffix(".json")} if path.suffix == ".pt" else {path}:
-            if part.exists():
-                shutil.move(part, target / part.name)
-    notes.append(f"{len(files)} files of an earlier run moved to {target}")
 
 
 def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from atlas.errors import AtlasError
 from atlas.training.checkpoint import load_weights
 from atlas.training.guard import Fault, causes
+from atlas.training.retention import move_aside
 from atlas.training.state import MAX_ROLLBACKS
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
     """Go back to the last save, without the data since then and at a lower rate. Raises `AtlasError` if that did
     not help before, or if there is no save."""
     state, came_to = trainer.state, trainer.state.step
-    good = trainer.saver.last_good()
+    good = _target(trainer)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
         _give_up(
             trainer, fault, "there is no save to go back to" if good is None else "going back did not help"
@@ -44,10 +45,19 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
     load_weights(trainer.model, good, None)
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
     trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
+    since = state.went_back_to if state.rollbacks else good["step"]
     state.go_back_to(good)
     last = state.sequences_consumed - 1
-    first = last + 1 - (came_to - state.step) * trainer.config.training.sequences_per_update
+    first = last + 1 - (came_to - since) * trainer.config.training.sequences_per_update
     trainer.log.rewind(state.step)
+    abandoned = [
+        path
+        for manifest, path in trainer.checkpoints.found()
+        if manifest.step > state.step and manifest.kind != "best"
+    ]
+    if abandoned:  # else --resume auto would take what did not help
+        target = move_aside(trainer.checkpoints.folder, abandoned)
+        trainer.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
     trainer.log.event(
         "rollback",
         state.step,
@@ -62,14 +72,27 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
     )
 
 
+def _target(trainer: Trainer) -> dict[str, Any] | None:
+    """The last save; and if that did not help, the one before, since weights can be ruined and still finite."""
+    state, checkpoints = trainer.state, trainer.checkpoints
+    last = trainer.saver.last_good()
+    if state.rollbacks == 0:
+        return last
+    older = checkpoints.load_latest(before=state.went_back_to) or checkpoints.load_latest(
+        before=state.went_back_to + 1
+    )
+    return older[1] if older else last
+
+
 def _give_up(trainer: Trainer, fault: Fault, why: str) -> NoReturn:
     state, training = trainer.state, trainer.config.training
     first = state.sequences_consumed - max(1, state.bad_in_a_row) * training.sequences_per_update
     rate = trainer.optimizer.param_groups[0]["lr"]
     sequences = f"sequences {first:,} to {state.sequences_consumed - 1:,} of the run"
-    for line in causes(training, rate=rate, precision=trainer.runtime.precision, sequences=sequences):
+    for line in causes(training, rate=rate, runtime=trainer.runtime, sequences=sequences):
         trainer.log.say(line)
+    found = trainer.checkpoints.found()
+    then = f"go on with --resume {found[0][1]}" if found else "start anew"
     raise AtlasError(
-        f"step {state.step}: {fault.reason}: {why} ({state.rollbacks} rollbacks): the checkpoints are good; check the "
-        "causes above, then go on with --resume auto"
+        f"step {state.step}: {fault.reason}: {why} ({state.rollbacks} rollbacks): check the causes above, then {then}"
     )

@@ -72,6 +72,20 @@ def remove(path: Path) -> None:
     sidecar_of(path).unlink(missing_ok=True)
 
 
+def move_aside(folder: Path, files: Sequence[Path]) -> Path:
+    """Move checkpoints (and what else is named) to a new `previous-N` in `folder`, each with its sidecar."""
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    target = folder / f"previous-{number}"
+    target.mkdir()
+    for path in files:
+        for part in {path, sidecar_of(path)} if path.suffix == ".pt" else {path}:
+            if part.exists():
+                shutil.move(part, target / part.name)
+    return target
+
+
 def slim(path: Path) -> None:
     """Leave a checkpoint without its optimizer state, two thirds of its bytes. Raises `OSError`."""
     manifest = read_manifest(path, check_hash=True)

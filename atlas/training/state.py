@@ -64,6 +64,7 @@ class TrainState:
     rollbacks: int = 0
     """Since the run last got past its trouble, the step of which is:"""
     trouble_at: int = 0
+    went_back_to: int = 0
     rate_scale: float = 1.0
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
@@ -97,4 +98,4 @@ class TrainState:
         rollbacks, rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
         vars(self).update(vars(TrainState.of(contents)), **kept)
         self.rollbacks, self.rate_scale, self.trouble_at = rollbacks, rate_scale, trouble_at
-        self.bad_in_a_row = 0
+        self.bad_in_a_row, self.went_back_to = 0, self.step

@@ -140,7 +140,7 @@ class Trainer:
                 if last or state.step % config.training.log_interval == 0:
                     self.log.train(self._metrics(update), total=self._total)
 
-                kinds = ["epoch"] if self.epoch > epoch_before else []
+                kinds = ["epoch"] if self.epoch > epoch_before and not state.bad_in_a_row else []
                 if self.val_data and (last or state.step % config.training.eval_interval == 0):
                     evaluation = self._evaluate()
                     if evaluation is None:
