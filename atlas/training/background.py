@@ -23,6 +23,7 @@ from atlas.training.checkpoint import CheckpointManager
 from atlas.training.writing import Abandoned, tensor_bytes
 
 _SLOW_DISK = 100e6  # bytes a second
+_MUCH_TIME = 20.0  # seconds between saves
 _LONGEST_REST, _SHORTEST_REST = 8.0, 0.005  # seconds to a second of work; seconds
 
 
@@ -65,6 +66,7 @@ class Pacer:
         self.hurry = threading.Event()
         """Set when the save is waited for: it rests no more."""
         self.is_abandoned = False
+        self.has_time = False
         self._work = self._rest = self._debt = 0.0
 
     def begin(self, interval: float, *, num_bytes: int) -> None:
@@ -72,6 +74,7 @@ class Pacer:
         work = self._work or num_bytes / _SLOW_DISK  # as long as the last one worked
         self._rest = min(_LONGEST_REST, max(0.0, interval / 2 / work - 1))
         self._work = self._debt = 0.0
+        self.has_time = interval >= _MUCH_TIME
         self.hurry.clear()
 
     def __call__(self, seconds: float) -> None:
@@ -178,7 +181,8 @@ class BackgroundSaver:
 
     def _write(self, contents: dict[str, Any], kinds: list[str], manifest: dict[str, Any]) -> None:
         try:
-            _yield_the_cores()
+            if self._pacer.has_time:
+                _yield_the_cores()
             self.before()
             self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pacer)
             self.seconds = time.perf_counter() - self._began
@@ -214,12 +218,14 @@ class BackgroundSaver:
         self.checkpoints.say(
             f"step {step}: no checkpoint saved: the one before is still being written: {size / 1e9:.3f} GB in more "
             f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), "
-            f"and this one falls due after {seconds:.1f} s. If that is usual, raise checkpoint.save_interval. Said once"
+            f"and this one falls due after {seconds:.1f} s. If that is usual, raise checkpoint.save_interval or set "
+            "checkpoint.background=false. Said once"
         )
 
 
 def _yield_the_cores() -> None:
-    """Let training go first where both want a core. Linux alone sets the priority of one thread."""
+    """Let training go first where both want a core. A small save then takes seconds, however fast the disk is, which
+    matters only where the next one is near. Linux alone sets the priority of one thread."""
     if sys.platform == "linux":
         with suppress(OSError):  # a container may forbid it; then the save only rests
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
