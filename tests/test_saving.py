@@ -286,7 +286,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, tex
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_fork_does_not_hold_the_lock_after_its_parent(tmp_path: Path) -> None:
     """Workers that read data ahead outlive a killed run by seconds; the next start must not wait for them."""
-    program = HOLDER.replace("print(", "import os\nif os.fork() == 0: time.sleep(20)\nprint(")
+    program = HOLDER.replace("print(", "import os\nif os.fork() == 0: time.sleep(20); os._exit(0)\nprint(")
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
