@@ -1,4 +1,5 @@
-"""Files that may come from anybody, opened only if they are files and read only as far as a limit; and locks.
+"""Files, for every room: those that may come from anybody are opened only if they are files, and read only as far as a
+limit; hashing, flushing and locking.
 
 A pipe or a device would be waited for without end, and what a header says about sizes may be a lie.
 """
@@ -6,14 +7,16 @@ A pipe or a device would be waited for without end, and what a header says about
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import itertools
 import os
 import stat
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Record locks rather than flock: the forks that read data ahead would hold a flock for seconds after their parent was
 # killed. They work over NFS, too. On Windows the locked byte lies behind the text, which others may then read.
@@ -31,6 +34,7 @@ else:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_CHUNK = 1 << 20
 _LOCAL_HEADER_BYTES = 30
 
 
@@ -50,6 +54,32 @@ def read_limited(path: Path, *, limit: int) -> bytes:
         raise OSError(errno.EFBIG, reason, str(path))
     with path.open("rb") as file:
         return file.read(limit)
+
+
+def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
+    """In hex; `advance` is told how many bytes more were read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def flush_to_disk(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename durable. Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:

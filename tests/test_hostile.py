@@ -25,10 +25,11 @@ from atlas.data import open_dataset
 from atlas.data.sources import SourceReport, Sources
 from atlas.data.text import PIECE_CHARS, as_document
 from atlas.errors import AtlasError
+from atlas.files import sha256_of
 from atlas.inference import load_model
 from atlas.training import pickled
 from atlas.training.checkpoint import load_checkpoint
-from atlas.training.manifest import read_manifest, sha256_of, sidecar_of
+from atlas.training.manifest import read_manifest, sidecar_of
 from atlas.training.optimizer import build_optimizer
 from atlas.training.pickled import TensorClaim, read_pickle
 from atlas.training.untrusted import check_optimizer_state, read_plain

@@ -143,8 +143,9 @@ def test_a_folder_is_a_table_and_names_what_resume_auto_takes(
 ) -> None:
     damage, reason = BROKEN[name]
     damage(folder / "atlas_step_6.pt")
-    code, output, _ = info(capsys, folder, "--verify")
-    assert code == 0
+    code, output, errors = info(capsys, folder, "--verify")
+    assert code == 2  # so that a script notices
+    assert "1 of 4 checkpoints are unsound (atlas_step_6.pt)" in errors
     header, *rows, last = output.splitlines()
     assert header.split() == ["name", "step", "kind", "loss", "validation", "size", "state"]
     states = {row.split()[0]: row[header.index("state") :] for row in rows}

@@ -245,9 +245,9 @@ def test_a_checkpoint_takes_what_was_planned(tied: bool, tmp_path: Path) -> None
     assert checkpoint_bytes(config) == pytest.approx((tmp_path / "x.pt").stat().st_size, rel=0.02)
 
 
-def test_the_output_folder_holds_both_kinds_the_best_and_one_being_written() -> None:
+def test_the_output_folder_holds_all_kinds_the_best_and_one_being_written() -> None:
     config = config_of(checkpoint={"keep_checkpoints": 3})
-    assert output_folder_bytes(config) == (3 + 3 + 1 + 1) * checkpoint_bytes(config)
+    assert output_folder_bytes(config) == (3 + 3 + 3 + 1 + 1) * checkpoint_bytes(config)
 
 
 # What fits

@@ -151,6 +151,11 @@ def _output_folder(folder: Path, verify: bool) -> None:
     resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
     takes = f"takes {resumable[0].name}" if resumable else "finds none to go on from"
     typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))
+    if unsound := [path.name for path, verdict in verdicts.items() if verdict.problem]:
+        raise AtlasError(
+            f"{folder}: {len(unsound)} of {len(files)} checkpoints are unsound ({', '.join(unsound)}): see the table; "
+            "generate, export and resume from another"
+        )
 
 
 def _print_table(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:

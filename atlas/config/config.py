@@ -7,6 +7,7 @@ are made from them.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, model_validator
@@ -53,6 +54,14 @@ def _count_or_auto(value: Any) -> Any:
 def _off_on(value: Any) -> Any:
     """YAML 1.1 reads `off` and `on` as booleans."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(
+        r"\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE
+    ):
+        raise ValueError("must be a size such as 20GB")
+    return value
 
 
 Int = Annotated[int, BeforeValidator(_whole_number)]
@@ -222,7 +231,7 @@ class CheckpointConfig(Section):
     keep_checkpoints: Int = Field(
         5, ge=1, description="Checkpoints kept of each kind; the best is always kept besides."
     )
-    max_total: ByteSize | None = Field(
+    max_total: Annotated[ByteSize, BeforeValidator(_size)] | None = Field(
         None,
         description="Bytes that all checkpoints together may take, such as 20GB: the oldest go first, never the best "
         "and the newest.",

@@ -16,7 +16,7 @@ import platformdirs
 from atlas.data.progress import say
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import AtlasError
-from atlas.files import try_to_lock
+from atlas.files import flush_folder, flush_to_disk, try_to_lock
 
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
@@ -110,12 +110,7 @@ def clean_up(output: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """Bring every file to the disk, so that the folder's new name means all of it after a power cut too."""
-    for file in folder.iterdir():
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
-    if os.name != "nt":  # which has no such call for a folder, and needs none
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            flush_to_disk(file)
+    flush_folder(folder)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import AtlasError
-from atlas.files import check_regular, read_limited
+from atlas.files import check_regular, read_limited, sha256_of
 from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 FORMAT_VERSION = 1
@@ -331,7 +331,7 @@ def _read_header(file: BinaryIO) -> tuple[str, int]:
 
 
 def _check_sha256(path: Path, expected: str, advance: Callable[[int], None]) -> None:
-    if file_sha256(path, advance) != expected:
+    if sha256_of(path, advance) != expected:
         raise AtlasError(f"{path}: its content changed since it was prepared; prepare the dataset again")
 
 
@@ -363,12 +363,3 @@ def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:
             if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():
                 raise AtlasError(f"{path}: its documents do not begin in order; prepare the dataset again")
             last = int(piece[-1])
-
-
-def file_sha256(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 from atlas.data.archives import files_in, is_file, open_archive
 from atlas.data.articles import ArticleReport, split_articles
-from atlas.data.shards import file_sha256
 from atlas.data.text import Piece, as_document, read_text, replace_undecodable
 from atlas.errors import AtlasError
+from atlas.files import sha256_of
 
 COMBINED = "AllCombined.txt"
 _PART = re.compile(r"wiki_\d+")
@@ -149,7 +149,7 @@ class Sources:
         """sha256 of what is read: names below the given paths, sizes, content."""
         digest = hashlib.sha256(self.text_field.encode())
         for path, name in self._roots.items():
-            digest.update(json.dumps([name, path.stat().st_size, file_sha256(path)]).encode())
+            digest.update(json.dumps([name, path.stat().st_size, sha256_of(path)]).encode())
         return digest.hexdigest()
 
     def documents(

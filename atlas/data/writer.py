@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas.data.shards import ShardRecord, Split, SplitRecord, file_sha256
+from atlas.data.shards import ShardRecord, Split, SplitRecord
+from atlas.files import sha256_of
 
 
 class SplitWriter:
@@ -85,8 +86,8 @@ class SplitWriter:
             ShardRecord(
                 file=self._path.name,
                 tokens=self._in_shard,
-                sha256=file_sha256(self._path),
+                sha256=sha256_of(self._path),
                 documents=len(self._starts),
-                documents_sha256=file_sha256(documents),
+                documents_sha256=sha256_of(documents),
             )
         )

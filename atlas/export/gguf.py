@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError
 from atlas.export.gguf_header import check_header
+from atlas.files import flush_folder, flush_to_disk
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
-from atlas.training.manifest import flush_folder, flush_to_disk
 
 Quantization = Literal["f32", "f16"]
 

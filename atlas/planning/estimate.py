@@ -201,6 +201,6 @@ def snapshot_bytes(config: AtlasConfig) -> int:
 
 
 def output_folder_bytes(config: AtlasConfig) -> int:
-    """The most that checkpoints ever take: the kept ones of steps and of epochs, the best, one being written."""
-    most = checkpoint_bytes(config) * (2 * config.checkpoint.keep_checkpoints + 2)
+    """The most that checkpoints ever take: those kept of steps, epochs and interrupts, the best, one being written."""
+    most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
     return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

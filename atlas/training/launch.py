@@ -101,7 +101,7 @@ def start_run(start: Start) -> Trainer:
     )
     if resumes:
         trainer.restore(start.contents)
-    log.rewind(state.step)  # also of a run that was killed before its first save
+    log.rewind(state.step if resumes else -1)  # a run that was killed before its first save left lines, too
     if not trainer.is_complete:
         _announce(start, trainer, differences)
     if config.training.compile == "on":
@@ -230,8 +230,9 @@ def _refuse_small_total(config: AtlasConfig) -> None:
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
     if most is not None and most < 4 * one:
         raise AtlasError(
-            f"checkpoint.max_total: {most / 1e9:.2f} GB: one checkpoint takes {one / 1e9:.2f} GB, and four must fit "
-            f"(the best, the newest, and both being replaced): give at least {4 * one / 1e9:.2f} GB, or leave it out"
+            f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint takes {one / 1e6:,.1f} MB, and four must fit "
+            f"(the best, the newest, and both being replaced): give at least {math.ceil(4 * one / 1e6):,}MB, or "
+            "leave it out"
         )
 
 

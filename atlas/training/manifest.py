@@ -9,7 +9,6 @@ leaves one of the two, whole, and never a file that nobody vouches for.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from atlas.files import read_limited
+from atlas.files import flush_folder, flush_to_disk, read_limited, sha256_of
 
 FORMAT_VERSION = 1
 LARGEST_COUNT = 2**48
@@ -107,27 +106,3 @@ def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
         flush_to_disk(file)
     os.replace(temporary, sidecar)
     flush_folder(sidecar.parent)
-
-
-def flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -112,7 +112,7 @@ class RunLog:
         of updates of the whole run, if it is known."""
         self._append(self.metrics_path, _as_json("train", metrics))
         status = (
-            f"loss {metrics['loss']:.4f}  ppl {metrics['perplexity']:,.1f}  {metrics['steps_per_second']:.2f} it/s  "
+            f"loss {metrics['loss']:.4f}  ppl {_large(metrics['perplexity'])}  {metrics['steps_per_second']:.2f} it/s  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
         )
         place = metrics["step"] if total is None else f"{metrics['step']}/{total}"
@@ -129,7 +129,7 @@ class RunLog:
         self._append(self.metrics_path, _as_json("validation", metrics))
         self.say(
             f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
-            f"{metrics['val_perplexity']:,.1f}, {metrics['bits_per_byte']:.3f} bits per byte{note}"
+            f"{_large(metrics['val_perplexity'])}, {metrics['bits_per_byte']:.3f} bits per byte{note}"
         )
 
     def event(self, event: str, step: int, **facts: Any) -> None:
@@ -191,6 +191,11 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _large(number: float) -> str:
+    """A perplexity; that of a model gone wrong has hundreds of digits."""
+    return f"{number:,.1f}" if number < 1e9 else f"{number:.1e}"
 
 
 def _duration(seconds: float) -> str:

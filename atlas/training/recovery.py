@@ -47,6 +47,7 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
     trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
     since = state.went_back_to if state.rollbacks else good["step"]
     state.go_back_to(good)
+    trainer.saver.hold(trainer.contents())  # the last save is now one that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * trainer.config.training.sequences_per_update
     trainer.log.rewind(state.step)
@@ -73,14 +74,13 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
 
 
 def _target(trainer: Trainer) -> dict[str, Any] | None:
-    """The last save; and if that did not help, the one before, since weights can be ruined and still finite."""
-    state, checkpoints = trainer.state, trainer.checkpoints
+    """The last save; and if that did not help, the one before, since weights can be ruined and still finite; where
+    there is none, the same once more, past more data and at a lower rate."""
     last = trainer.saver.last_good()
-    if state.rollbacks == 0:
+    if trainer.state.rollbacks == 0:
         return last
-    older = checkpoints.load_latest(before=state.went_back_to) or checkpoints.load_latest(
-        before=state.went_back_to + 1
-    )
+    there, checkpoints = trainer.state.went_back_to, trainer.checkpoints
+    older = checkpoints.load_latest(before=there) or checkpoints.load_latest(before=there + 1)
     return older[1] if older else last
 
 

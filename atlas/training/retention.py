@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
+from atlas.training.untrusted import read_plain
 from atlas.training.writing import commit, write_tensors
 
 Found = Sequence[tuple[Manifest, Path]]
@@ -91,11 +90,10 @@ def slim(path: Path) -> None:
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return
-    contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    contents["optimizer_state_dict"] = {}
+    without = ("optimizer_state_dict",)
+    contents = read_plain(path, remedy="it stays as it is", without=without) | {without[0]: {}}
     staged = path.with_name(path.name + ".tmp")
     size, sha256 = write_tensors(staged, contents)
-    del contents  # nothing stays mapped: Windows would not let the file be replaced
     entry = FileEntry(name=path.name, size=size, sha256=sha256)
     commit(staged, path, manifest.model_copy(update={"slim": True, "files": (entry,)}))
 

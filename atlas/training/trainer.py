@@ -221,7 +221,16 @@ class Trainer:
     def _is_out_of_time(self) -> bool:
         if self.clock.limit is None:
             return False
-        return self.clock.is_over(at_the_end=self.saver.expected_seconds(self.contents()))
+        if not self.clock.is_over(at_the_end=self.saver.expected_seconds(self.contents())):
+            return False
+        planned = (
+            f" of {self._total} planned: updates took longer than when they were measured"
+            if self._total
+            else ""
+        )
+        hours = f"{self.config.training.max_hours:g} h"
+        self.log.say(f"the {hours} are over at step {self.state.step}{planned}; a larger --max-hours goes on")
+        return True
 
     def _plan_horizon(self) -> None:
         """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from atlas.config.loader import resolve
-from atlas.data.shards import file_sha256
 from atlas.errors import AtlasError
+from atlas.files import sha256_of
 from atlas.model import AtlasLM
 from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.manifest import Manifest, read_manifest, sidecar_of
 from atlas.training.untrusted import check_zip, read_plain
+from atlas.training.writing import named_tensors
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
         return Verdict(size, broken=str(error).removeprefix(f"{path}: ").rstrip(":; "))
     if manifest and manifest.step != contents["step"]:
         return Verdict(size, broken=f"holds step {contents['step']}, its sidecar says {manifest.step}")
-    tensors = dict(_tensors(contents))
+    tensors = dict(named_tensors(contents))
     strange = {name: count for name, tensor in tensors.items() if (count := int((~tensor.isfinite()).sum()))}
     not_finite = ""
     if strange:
@@ -84,7 +83,7 @@ def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest 
         check_zip(path, remedy="")
         advance(path.stat().st_size)
         return f"checksums inside the file as saved (no {sidecar.name} beside it)", None
-    digest = file_sha256(path, advance)
+    digest = sha256_of(path, advance)
     manifest = read_manifest(path, check_hash=False)
     if manifest is None:
         raise AtlasError(f"is {path.stat().st_size:,} bytes, not the file that {sidecar.name} describes")
@@ -93,15 +92,3 @@ def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest 
             f"damaged: its bytes are not those that were saved (sha256 differs from {sidecar.name})"
         )
     return "sha256 as saved", manifest
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts and lists, with the keys that lead to it."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _tensors(entry, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for place, entry in enumerate(value):
-            yield from _tensors(entry, f"{name}.{place}")

@@ -11,13 +11,8 @@ from typing import IO, Any
 
 import torch
 
-from atlas.training.manifest import (
-    Manifest,
-    flush_folder,
-    flush_to_disk,
-    read_manifest,
-    write_manifest,
-)
+from atlas.files import flush_folder, flush_to_disk
+from atlas.training.manifest import Manifest, read_manifest, write_manifest
 
 _PIECE = 4 << 20
 
@@ -36,18 +31,19 @@ def at_once(seconds: float) -> None:
 
 def tensor_bytes(value: Any) -> int:
     """The bytes of all tensors in nested dicts and lists."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(value))
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists, with the keys that lead to it."""
     if isinstance(value, torch.Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
+        for key, entry in value.items():
+            yield from named_tensors(entry, f"{name}.{key}".lstrip("."))
     elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
+        for place, entry in enumerate(value):
+            yield from named_tensors(entry, f"{name}.{place}")
 
 
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:

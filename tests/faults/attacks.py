@@ -28,10 +28,11 @@ from atlas.config.loader import read_yaml, resolve
 from atlas.data import open_dataset, prepare
 from atlas.data.sources import Sources
 from atlas.export.gguf import export_gguf, read_gguf
+from atlas.files import sha256_of
 from atlas.inference import load_model
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import load_checkpoint
-from atlas.training.manifest import FileEntry, Manifest, sha256_of, sidecar_of, write_manifest
+from atlas.training.manifest import FileEntry, Manifest, sidecar_of, write_manifest
 from tests.conftest import corpus
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint_v1" / "atlas_step_40.pt"

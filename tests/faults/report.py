@@ -1,6 +1,6 @@
 """Every kind of fault in a form of some minutes, and the counts of all of them in one table.
 
-python -m tests.faults.report            about ten minutes
+python -m tests.faults.report            many minutes
 python -m tests.faults.report --quick    about two
 """
 
