@@ -90,6 +90,7 @@ def write_texts() -> None:
     Path("empty.txt").touch()
     Path("blank.txt").write_text(" \n\n\t\n", encoding="utf-8")
     Path("utf16.txt").write_text("words in another encoding", encoding="utf-16")
+    Path("binary.txt").write_bytes(bytes(range(256)))
     Path("rows.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n', encoding="utf-8")
     Path("nothing").mkdir()
     Path("pictures").mkdir()
@@ -186,7 +187,7 @@ MISTAKES = {
         "short.txt": "short.txt: 4 tokens are too few … max_seq_len 16 … give more text, or",
         "short.txt --overfit-batch": "short.txt: 4 tokens are too few … give more text, or",
         "own --set model.max_seq_len=99999": "own … too few … a smaller model.max_seq_len",
-        "utf16.txt": "utf16.txt: is UTF-16 text; save it as UTF-8",
+        "binary.txt": "binary.txt: is a binary file, not text; leave it out, or save it as UTF-8",
         "rows.jsonl": "rows.jsonl line 2: has no field 'text', but body; name the field",
         "bad_header": "bad_header/train-00000.npy … prepare the dataset again",
         "bad_ids": "bad_ids … token id … 300 tokens; prepare the dataset again",

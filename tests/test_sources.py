@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from io import BytesIO
@@ -89,7 +90,125 @@ def test_articles_do_not_depend_on_how_the_bytes_arrive(cuts: list[int], gap: st
     source = "\n\n\n" + kaggle_files(20, gap=gap)["AllCombined.txt"] + "\n\n \n"
     places = [0, *sorted(cuts), len(source)]
     chunks = [source[start:end] for start, end in itertools.pairwise(places)]
-    assert whole(split_articles(chunks, ArticleReport())) == ARTICLES[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "PIECE_CHARS", 400)
+        patch.setattr(articles, "PIECE_CHARS", 400)  # what is judged at once: else all of so small a text
+        assert whole(split_articles(chunks, ArticleReport())) == ARTICLES[:20]
+
+
+_ABOUT = "a few words about it, and then some more. Here ends what is said."
+
+
+def _about(number: int, *sections: str) -> str:
+    return "\n\n".join([f"Subject {number}", f"Subject {number} is {_ABOUT}", *sections])
+
+
+TRAPS: dict[str, tuple[list[str], bool, str]] = {
+    # Articles; whether the title's form alone can tell them apart; the doubt that it shows.
+    "plain": ([_about(n) for n in range(30)], True, ""),
+    "common headings": (
+        [_about(n, "History", _ABOUT, "References", _ABOUT) for n in range(30)],
+        True,
+        "taken for headings inside articles: 'History' (30 times), 'References' (30 times)",
+    ),
+    "headings of their own": (
+        [_about(n, f"Older days {n + 1000}", _ABOUT) for n in range(30)],
+        False,
+        "30 of 60 titles in the beginning are not named in the text below them",
+    ),
+    "lists after a colon": (
+        [_about(n, "Its parts:", f"One {n}", f"Two {n}", _ABOUT) for n in range(30)],
+        True,
+        "",
+    ),
+    "lists in one block": ([_about(n, f"One {n}\nTwo {n}\nThree", _ABOUT) for n in range(30)], True, ""),
+    "lists without a colon": (
+        [_about(n, f"One {n}", f"Two {n}", _ABOUT) for n in range(30)],
+        False,
+        "30 of 60 titles in the beginning have another short line below them",
+    ),
+    "articles of one line": ([f"Subject {n}\n\nSubject {n} is small." for n in range(30)], True, ""),
+    "titles alone": (
+        [f"Subject {n}" if n % 3 == 0 else _about(n) for n in range(30)],
+        False,
+        "have another short line below them",
+    ),
+    "titles that ask": (
+        [f"What is {n}?\n\n{_ABOUT}" if n % 9 == 0 else _about(n) for n in range(30)],
+        False,
+        "3 short lines that end in ? or ! were not taken for titles",  # the first begins the text
+    ),
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_of_a_trap_the_boundaries_are_right_or_the_doubt_is_shown(trap: str, newline: str) -> None:
+    meant, is_told_by_form, doubt = TRAPS[trap]
+    meant = [article.replace("\n", newline) for article in meant]
+    report = ArticleReport()
+    assert whole(split_articles([(newline * 3).join(meant)], report)) == meant
+    assert report.doubt is None or "runs of empty lines" in report.doubt
+    report = ArticleReport()
+    found = whole(split_articles([(newline * 2).join(meant)], report))
+    assert (found == meant) == is_told_by_form
+    assert doubt in (report.doubt or "")
+    assert bool(doubt) == bool(report.doubt)
+
+
+def test_a_doubt_is_a_warning_among_the_notes(tmp_path: Path) -> None:
+    (tmp_path / "AllCombined.txt").write_text(
+        "\n\n".join(TRAPS["headings of their own"][0]), encoding="utf-8"
+    )
+    sources, report = Sources([tmp_path]), SourceReport()
+    list(sources.documents(report))
+    warnings = [note for note in sources.notes(report) if note.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("as a section's heading is not: look at the boundaries")
+
+
+def test_articles_longer_than_what_is_held_do_not_depend_on_how_they_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where pieces are handed on, no boundary is overlooked and none judged without what stands before it."""
+    for module in (text, articles):
+        monkeypatch.setattr(module, "PIECE_CHARS", 3000)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "Zeta.", "eta:", "theta"]
+    for seed in range(20):
+        draw = random.Random(seed)
+        gap = draw.choice(["\n\n", "\n\n\n", "\r\n\r\n", "\n \n"])
+        paragraphs = [" ".join(draw.choices(words, k=draw.randint(1, 120))) for _ in range(150)]
+        source = "".join(paragraph + draw.choice([gap, "\n"]) for paragraph in paragraphs)
+        chunks = [source[start : start + 501] for start in range(0, len(source), 501)]
+        assert whole(split_articles(chunks, ArticleReport())) == whole(
+            split_articles([source], ArticleReport())
+        )
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "ending", ["References", "History\n\nOld things of it.", "Its days:\n\nMonday\n\nTuesday\n\nThe end."]
+)
+def test_headings_and_lists_do_not_begin_articles(ending: str, newline: str) -> None:
+    meant = [f"{article(n)}\n\n{ending}".replace("\n", newline) for n in range(9)]
+    report = ArticleReport()
+    assert whole(split_articles([(newline * 2).join(meant)], report)) == meant
+    assert "'Title" not in (report.doubt or "")
+
+
+@pytest.mark.parametrize(
+    ("form", "gap", "doubt"),
+    [
+        ("Title {0}\n\nText of {0}.\n\n\nHistory\n\nOld things.", "\n\n\n", "'History' (9 times)"),
+        ("Title {0}\n\nText of {0}.\n\nItem {0}\n\nOther {0}", "\n\n", "have another short line below them"),
+        ("Title {0}\n\nAll of {0} in one line", "\n\n", "have another short line below them"),
+    ],
+)
+def test_boundaries_that_may_be_others_are_said(form: str, gap: str, doubt: str) -> None:
+    report = ArticleReport()
+    found = whole(split_articles([gap.join(form.format(n) for n in range(9))], report))
+    assert len(found) != 9
+    assert doubt in str(report.doubt)
 
 
 def test_a_size_like_the_real_archive_warns_of_another_number_of_articles() -> None:
@@ -181,8 +300,32 @@ def test_undecodable_bytes_are_replaced_counted_and_named(tmp_path: Path) -> Non
         "lone \ufffd and \ufffd",
     ]
     assert report.undecodable == {str(tmp_path / "a.txt"): 2, str(tmp_path / "c.jsonl"): 2}
-    (tmp_path / "d.txt").write_bytes("text".encode("utf-16"))
-    with pytest.raises(AtlasError, match=r"d\.txt: is UTF-16 text; save it as UTF-8"):
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-8"])
+def test_text_with_a_byte_order_mark_is_recognised(codec: str, tmp_path: Path) -> None:
+    text = "\ufeffnaïve, 漢字 🙂\n" * 3
+    (tmp_path / "a.txt").write_bytes(text.encode(codec))
+    rows = "".join(json.dumps({"text": word}, ensure_ascii=False) + "\n" for word in ("é", "漢", "🙂"))
+    (tmp_path / "b.jsonl").write_bytes(("\ufeff" + rows).encode(codec))
+    report = SourceReport()
+    assert whole(Sources([tmp_path]).documents(report)) == [text[1:], "é", "漢", "🙂"]
+    assert not report.undecodable
+    (tmp_path / "c.txt").write_bytes("\ufeffodd".encode("utf-16-le") + b"\x00")
+    assert documents_of(tmp_path / "c.txt") == ["odd\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x7fELF\x02\x01\x01\x00\x00", "a binary file"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "a picture"),
+        ("\ufefftext".encode("utf-32"), "UTF-32 text"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(content: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(AtlasError, match=rf"a\.txt: is {what}, not text; leave it out"):
         documents_of(tmp_path)
 
 
@@ -195,10 +338,12 @@ def test_decoding_does_not_depend_on_how_the_bytes_arrive(content: bytes, size: 
 
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
+    if b"\0" in content:
+        with pytest.raises(AtlasError, match="is a binary file"):
+            list(text.read_text(Dripping(content), "x", on_undecodable=lambda _: None))
+        return
     counts: list[int] = []
-    found = "".join(
-        text.read_text(Dripping(content), "x", advance=lambda _: None, on_undecodable=counts.append)
-    )
+    found = "".join(text.read_text(Dripping(content), "x", on_undecodable=counts.append))
     expected = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
     assert found == re.sub("[\ud800-\udfff]", "\ufffd", expected)
     assert sum(counts) == sum(0xD800 <= ord(char) < 0xE000 for char in expected)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atlas.data.shards import MANIFEST, Manifest, is_prepared, read_manifest
-from atlas.data.sources import SUFFIXES
+from atlas.data.sources import is_text_or_archive
 from atlas.errors import AtlasError
 
 
@@ -28,7 +28,7 @@ def list_data(root: Path) -> list[Listed]:
         Listed(path, path.stat().st_size)
         for place in (root / "raw", *(folder for folder in folders if not is_prepared(folder)))
         for path in sorted(place.rglob("*"))
-        if path.is_file() and path.suffix.lower() in SUFFIXES
+        if path.is_file() and is_text_or_archive(path)
     ]
     return datasets + texts
 

@@ -1,4 +1,4 @@
-"""Paths → a stream of documents: `.txt`, `.md`, `.jsonl`, zips of them, folders, the Kaggle archive.
+"""Paths → files of text in a fixed order: files, archives, folders, patterns, URLs, the Kaggle archive.
 
 Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in
 `AllCombined.txt` and in parts (`1of2/wiki_00` …); where the first is there, the parts are left out.
@@ -6,97 +6,42 @@ Nothing is extracted to disk and no file is held in memory. The Kaggle archive h
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import json
 import re
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from atlas.data.archives import files_in, is_file, open_archive
-from atlas.data.articles import ArticleReport, split_articles
-from atlas.data.text import Piece, as_document, read_text, replace_undecodable
+from atlas.data.archives import is_in_own_order, members_of
+from atlas.data.formats import Group, SourceReport
+from atlas.data.hashes import hashes_of
+from atlas.data.stdin import STANDARD_INPUT
+from atlas.data.text import Piece
+from atlas.data.textfiles import (
+    COMBINED,
+    ENDINGS,
+    Advance,
+    TextFile,
+    filesystem_of,
+    format_of,
+    is_archive,
+    is_url,
+    looks_like_rows,
+    printable,
+)
 from atlas.errors import AtlasError
-from atlas.files import sha256_of
 
-COMBINED = "AllCombined.txt"
-_PART = re.compile(r"wiki_\d+")
+__all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
+
 _DIGITS = re.compile(r"([0-9]+)")
-SUFFIXES = (".txt", ".md", ".jsonl", ".zip")
-_KINDS = "a .txt, .md, .jsonl or .zip file, or a folder of them"
-_LONGEST_ROW = 64 << 20
-_NAMES_SHOWN = 8
-
-Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """One file of text: on disk, or the member of a zip."""
-
-    path: Path
-    archive: zipfile.ZipFile | None = None
-    member: zipfile.ZipInfo | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}/{self.member.filename}" if self.member else str(self.path)
-
-    @property
-    def place(self) -> PurePosixPath:
-        """Where it lies: inside its zip, or on the disk."""
-        return PurePosixPath(self.member.filename if self.member else self.path.resolve().as_posix())
-
-    @property
-    def size(self) -> int:
-        return self.member.file_size if self.member else self.path.stat().st_size
-
-    @property
-    def basename(self) -> str:
-        return PurePosixPath(self.member.filename).name if self.member else self.path.name
-
-    @property
-    def is_part(self) -> bool:
-        return _PART.fullmatch(self.basename) is not None
-
-    @property
-    def is_combined(self) -> bool:
-        return self.basename == COMBINED
-
-    @property
-    def is_rows(self) -> bool:
-        return self.basename.lower().endswith(".jsonl")
-
-    @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        try:
-            if self.archive and self.member:
-                with self.archive.open(self.member) as member:
-                    yield member  # type: ignore[misc]
-            else:
-                with self.path.open("rb") as file:
-                    yield file
-        except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-            raise AtlasError(
-                f"{self.name}: the archive is damaged ({error!s:.200}); download it again"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            raise AtlasError(f"{self.name}: cannot be read: {error}") from None
-
-
-@dataclass
-class SourceReport:
-    """What was met on the way through the sources."""
-
-    undecodable: Counter[str] = field(default_factory=Counter)
-    """Replaced bytes by file."""
-    articles: ArticleReport | None = None
+_PATTERN = re.compile(r"[*?\[]")
+_KINDS = (
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file (text also as .gz or .zst), a folder of them, or a URL"
+)
 
 
 class Sources:
@@ -106,34 +51,47 @@ class Sources:
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], *, text_field: str = "text", trust_archives: bool = False
+        self,
+        paths: Sequence[str | Path],
+        *,
+        text_field: str = "text",
+        trust_archives: bool = False,
+        stdin: Path | None = None,
     ) -> None:
-        self.paths = [Path(path) for path in paths]
+        """`stdin` is the file that holds what came from standard input, which `-` among `paths` stands for."""
+        self.paths = [str(path) for path in paths]
         self.text_field = text_field
-        self._trust_archives = trust_archives
+        self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
         """Files that are of no kind Atlas reads."""
         self.left_out: list[str] = []
         """Parts whose text also stands in `AllCombined.txt`."""
         self.links_out: list[str] = []
         """Links in a folder to what lies outside it. The folder may be a stranger's, the files at home private."""
-        self._roots: dict[Path, str] = {}
+        self.in_own_order: list[str] = []
+        """Compressed tars whose members do not come in the order in which they would be read from a folder."""
+        self._roots: dict[str, str] = {}
+        """Path or URL of each file that is read, or is an archive of such → its name below the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
             raise AtlasError(f"{self.names}: nothing to read{self._links_note}; give {_KINDS}")
 
     @property
-    def _links_note(self) -> str:
-        if not self.links_out:
-            return ""
-        return (
-            f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
-        )
+    def names(self) -> str:
+        return printable(", ".join(self.paths))
 
     @property
-    def names(self) -> str:
-        return ", ".join(str(path) for path in self.paths)
+    def stem(self) -> str:
+        """What a dataset of these is called: the first path's name without its ending."""
+        if self.paths[0] == STANDARD_INPUT:
+            return "stdin"
+        path = Path(self.paths[0].rstrip("/")) if is_url(self.paths[0]) else Path(self.paths[0]).resolve()
+        while _PATTERN.search(path.name):
+            path = path.parent
+        while path.suffix.lower() in ENDINGS:
+            path = path.with_suffix("")
+        return path.name
 
     @property
     def is_kaggle(self) -> bool:
@@ -145,31 +103,45 @@ class Sources:
         return sum(file.size for file in self.files)
 
     @cached_property
+    def roots(self) -> dict[str, str]:
+        """Hash of each file that was given, by its name below the given path, or by its path if two share a name."""
+        on_disk = [root for root in self._roots if not is_url(root)]
+        hashes = dict(zip(on_disk, hashes_of(map(Path, on_disk)), strict=True))
+        named: dict[str, str] = {}
+        for root, name in self._roots.items():
+            key = printable(root if printable(name) in named else name)
+            named[key] = hashes[root] if root in hashes else _url_key(root)
+        return named
+
+    @cached_property
     def content_key(self) -> str:
-        """sha256 of what is read: names below the given paths, sizes, content."""
-        digest = hashlib.sha256(self.text_field.encode())
-        for path, name in self._roots.items():
-            digest.update(json.dumps([name, path.stat().st_size, sha256_of(path)]).encode())
-        return digest.hexdigest()
+        """sha256 of what is read: names below the given paths, and content."""
+        identity = [self.text_field, [[name, key] for name, key in self.roots.items()]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is read as one text, in reading order."""
+        groups: list[list[TextFile]] = []
+        for file in self.files:
+            last = groups[-1][-1] if groups else None
+            if last and file.is_part and last.is_part and _archive(file) == _archive(last):
+                groups[-1].append(file)
+            else:
+                groups.append([file])
+        return [Group(tuple(files), self.text_field) for files in groups]
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
         """Every document, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
-        report = report or SourceReport()
-        for group in self._groups():
-            if group[0].is_part or group[0].is_combined:
-                report.articles = report.articles or ArticleReport()
-                yield from split_articles(self._text(group, report, advance), report.articles)
-            elif group[0].is_rows:
-                yield from self._rows(group[0], report, advance)
-            else:
-                yield from as_document(self._text(group, report, advance))
+        filled = SourceReport() if report is None else report
+        return itertools.chain.from_iterable(group.pieces(filled, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
         """What a dataset keeps about where it came from."""
         return {
-            "paths": [str(path) for path in self.paths],
+            "paths": [printable(path) for path in self.paths],
             "files": len(self.files),
             "left_out": self.left_out,
             "undecodable_bytes": dict(report.undecodable),
@@ -191,118 +163,119 @@ class Sources:
                 f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
                 "name what they point to with --input"
             )
+        for name in self.in_own_order:
+            notes.append(
+                f"{name}: is a compressed tar and is read in its own order, not by the names of its files"
+            )
         for name, count in report.undecodable.items():
             notes.append(f"{name}: {count:,} bytes are not UTF-8 and were replaced by U+FFFD")
+        for name, count in report.empty_rows.items():
+            notes.append(f"{name}: {count:,} rows have no text")
         if report.articles:
             notes.append(f"{report.articles.articles:,} articles, told apart by {report.articles.rule}")
             notes += [f"boundary: {boundary}" for boundary in report.articles.boundaries]
+            if report.articles.doubt:
+                notes.append(f"warning: {report.articles.doubt}: look at the boundaries")
             if report.articles.warning:
                 notes.append(f"warning: {report.articles.warning}")
         return notes
 
-    def _groups(self) -> Iterator[list[TextFile]]:
-        """Files that are read as one text: the parts of an archive, since an article may run over."""
-        group: list[TextFile] = []
-        for file in self.files:
-            if group and not (file.is_part and group[-1].is_part and _archive(file) == _archive(group[-1])):
-                yield group
-                group = []
-            group.append(file)
-        yield group
+    @property
+    def _links_note(self) -> str:
+        if not self.links_out:
+            return ""
+        return (
+            f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
+        )
 
-    def _text(self, files: Iterable[TextFile], report: SourceReport, advance: Advance) -> Iterator[str]:
-        for file in files:
-            with file.open() as stream:
-                yield from read_text(
-                    stream,
-                    file.name,
-                    advance=advance,
-                    on_undecodable=lambda count, name=file.name: _count(report, name, count),  # type: ignore[misc]
-                )
+    # Paths → files
 
-    def _rows(self, file: TextFile, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        with file.open() as stream:
-            lines = iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
-            for number, line in enumerate(lines, start=1):
-                advance(len(line))
-                place = f"{file.name} line {number}"
-                if len(line) > _LONGEST_ROW:
-                    raise AtlasError(
-                        f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows"
-                    )
-                text = self._row_text(line, place)
-                if text is not None:
-                    yield from as_document(
-                        [replace_undecodable(text, lambda n: _count(report, file.name, n))]
-                    )
-
-    def _row_text(self, line: bytes, place: str) -> str | None:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            return None
-        try:
-            row = json.loads(line.decode("utf-8", errors="surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            raise AtlasError(f"{place}: is not JSON: {error}; every line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise AtlasError(
-                f"{place}: is {type(row).__name__}, not an object with a field {self.text_field!r}"
-            )
-        if self.text_field not in row:
-            there = ", ".join(name[:40] for name in sorted(row)[:_NAMES_SHOWN]) or "none"
-            raise AtlasError(
-                f"{place}: has no field {self.text_field!r}, but {there}; name the field with --text-field"
-            )
-        text = row[self.text_field]
-        if not isinstance(text, str):
-            raise AtlasError(f"{place}: field {self.text_field!r} is {type(text).__name__}, not text")
-        return text
-
-    def _files_of(self, path: Path) -> Iterator[TextFile]:
+    def _files_of(self, given: str) -> Iterator[TextFile]:
         """The files that a given path stands for, in the order in which they are read."""
-        if path.is_dir():
-            found = sorted(
-                (
-                    file
-                    for file in path.rglob("*")
-                    if file.is_file() and not _is_hidden(file.relative_to(path))
-                ),
-                key=lambda file: _natural(file.relative_to(path).as_posix()),
-            )
-            root = path.resolve()
-            for file in found:
-                if not file.resolve().is_relative_to(root):
-                    self.links_out.append(str(file))
-                    continue
-                yield from self._file(file, file.relative_to(path).as_posix(), named=False)
+        path = Path(given)
+        if given == STANDARD_INPUT and self._stdin:
+            kind = "rows" if looks_like_rows(self._stdin) else "text"
+            self._roots[str(self._stdin)] = STANDARD_INPUT
+            yield TextFile(str(self._stdin), kind, self._stdin.stat().st_size, shown="standard input")  # type: ignore[arg-type]
+        elif is_url(given):
+            yield from self._remote(given)
+        elif path.is_dir():
+            yield from self._in_folder(path)
         elif path.is_file():
             yield from self._file(path, path.name, named=True)
+        elif _PATTERN.search(given) and (found := glob.glob(given, recursive=True)):
+            for match in sorted(found, key=_natural):
+                if Path(match).is_file():
+                    yield from self._file(Path(match), match, named=False)
         else:
-            raise AtlasError(f"{path}: no such file or folder; give {_KINDS}")
+            raise AtlasError(f"{given}: no such file or folder; give {_KINDS}")
+
+    def _in_folder(self, folder: Path) -> Iterator[TextFile]:
+        found = [
+            file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder))
+        ]
+        root = folder.resolve()
+        for file in sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix())):
+            if file.resolve().is_relative_to(root):
+                yield from self._file(file, file.relative_to(folder).as_posix(), named=False)
+            else:
+                self.links_out.append(printable(str(file)))
 
     def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
-        file, resolved = TextFile(path), path.resolve()
+        resolved, kind = str(path.resolve()), format_of(path.name)
         if resolved in self._roots:
             return  # given twice, or by its folder and by itself
-        if path.suffix.lower() in SUFFIXES or file.is_part:
+        if is_archive(path.name):
             self._roots[resolved] = name
-            yield from self._members(path) if path.suffix.lower() == ".zip" else [file]
+            yield from self._members(path)
+        elif kind:
+            self._roots[resolved] = name
+            yield TextFile(str(path), kind, path.stat().st_size, trusted=self._trust)
         elif named:
             raise AtlasError(f"{path}: {path.suffix or 'no'} ending: Atlas reads {_KINDS}")
         else:
-            self.ignored.append(name)
+            self.ignored.append(printable(name))
 
     def _members(self, path: Path) -> Iterator[TextFile]:
-        archive = open_archive(path, trust=self._trust_archives)
-        for member in sorted(files_in(archive), key=lambda member: _natural(member.filename)):
-            inner = PurePosixPath(member.filename)
-            file = TextFile(path, archive, member)
+        members = members_of(path, trust=self._trust)
+        in_order = sorted(members, key=lambda member: _natural(member.name))
+        if is_in_own_order(path) and members != in_order:
+            self.in_own_order.append(str(path))
+            in_order = members
+        for member in in_order:
+            inner, kind = PurePosixPath(member.name), format_of(member.name)
             if _is_hidden(inner) or "__MACOSX" in inner.parts:
                 continue
-            if is_file(member) and (inner.suffix.lower() in (".txt", ".md", ".jsonl") or file.is_part):
-                yield file
+            if member.is_file and kind and kind != "parquet":
+                yield TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
             else:
-                self.ignored.append(file.name)
+                self.ignored.append(printable(f"{path}/{member.name}"))
+
+    def _remote(self, url: str) -> Iterator[TextFile]:
+        filesystem, path = filesystem_of(url)
+        try:
+            if _PATTERN.search(path):
+                found = filesystem.glob(path, detail=True)
+            elif filesystem.isfile(path):  # to look for files in one, HTTP would read it as a page of links
+                found = {path: filesystem.info(path)}
+            else:
+                found = filesystem.find(path, detail=True)
+        except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
+            raise AtlasError(
+                f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
+            ) from None
+        files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
+        if not files:
+            raise AtlasError(f"{url}: no such file or folder; give {_KINDS}")
+        for name in sorted(files, key=_natural):
+            if is_archive(name):
+                raise AtlasError(f"{url}: an archive is read on the disk only; download {name}")
+            full, kind = filesystem.unstrip_protocol(name), format_of(name)
+            if kind is None:
+                self.ignored.append(full)
+            elif full not in self._roots:
+                self._roots[full] = full
+                yield TextFile(full, kind, int(files[name].get("size") or 0), trusted=self._trust)
 
     def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
         combined = [file for file in files if file.is_combined]
@@ -315,14 +288,30 @@ class Sources:
         return kept
 
 
-def _archive(part: TextFile) -> tuple[Path | None, PurePosixPath]:
-    """What a part belongs to: its zip, or the folder that holds `1of2` and `2of2`."""
-    return (part.path if part.member else None, part.place.parent.parent)
+def is_text_or_archive(path: Path) -> bool:
+    """Whether a file has a name that Atlas reads."""
+    return bool(path.suffix) and (is_archive(path.name) or format_of(path.name) is not None)
+
+
+def _url_key(url: str) -> str:
+    """What tells whether the content behind a URL changed: an ETag, a version, or size and time."""
+    filesystem, path = filesystem_of(url)
+    try:
+        facts = filesystem.info(path)  # HTTP's `ukey` takes whatever is there for unchanging
+        return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
+    except Exception as error:  # whatever a backend raises
+        raise AtlasError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
+
+
+def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
+    """What a part belongs to: its archive, or the folder that holds `1of2` and `2of2`."""
+    return (part.root if part.member else None, part.place.parent.parent)
 
 
 def _holds(whole: TextFile, part: TextFile) -> bool:
-    """Whether `AllCombined.txt` stands in the same zip or folder as a part below it."""
-    return whole.archive is part.archive and part.place.is_relative_to(whole.place.parent)
+    """Whether `AllCombined.txt` stands in the same archive or folder as a part below it."""
+    same = whole.root == part.root if whole.member or part.member else True
+    return same and part.place.is_relative_to(whole.place.parent)
 
 
 def _is_hidden(path: Path | PurePosixPath) -> bool:
@@ -335,7 +324,3 @@ def _natural(name: str) -> list[list[str | int]]:
     return [
         [int(run) if place % 2 else run for place, run in enumerate(_DIGITS.split(part))] for part in parts
     ]
-
-
-def _count(report: SourceReport, name: str, count: int) -> None:
-    report.undecodable[name] += count

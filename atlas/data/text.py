@@ -7,21 +7,31 @@ joins across such a place, so that the pieces' tokens are the document's tokens.
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from atlas.errors import AtlasError
 
 PIECE_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _WORD_END = re.compile(r"\S(?=[ \n])")
+_BINARY_BYTES = 8000
+_BINARY = {
+    codecs.BOM_UTF32_LE: "UTF-32 text",
+    codecs.BOM_UTF32_BE: "UTF-32 text",
+    b"PK\x03\x04": "a zip archive or an Office document",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\x89PNG": "a picture",
+    b"PAR1": "Parquet",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A document, or a part of one that is longer than `PIECE_CHARS` characters."""
 
     text: str
@@ -38,25 +48,48 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
     return text
 
 
-def read_text(
-    stream: BinaryIO, name: str, *, advance: Callable[[int], None], on_undecodable: Callable[[int], None]
-) -> Iterator[str]:
-    """UTF-8, with or without a byte-order mark, as chunks of text; line ends stay as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-    first = True
-    while chunk := stream.read(_CHUNK_BYTES):
-        if first and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise AtlasError(f"{name}: is UTF-16 text; save it as UTF-8")
-        advance(len(chunk))
-        text = replace_undecodable(decoder.decode(chunk), on_undecodable)
-        yield text.removeprefix("\ufeff") if first else text
-        first = first and not text
+def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
+    """UTF-8, with or without a byte-order mark, or UTF-16 with one, as chunks of text; line ends stay as they are.
+
+    Raises `AtlasError` for what begins like a binary file.
+    """
+    first = b""
+    while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
+        first += more
+    utf16 = utf16_of(first)
+    if utf16:
+        decoder = codecs.getincrementaldecoder(utf16)(errors="replace")
+        first = first[2:]
+    else:
+        refuse_binary(first, name)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        first = first.removeprefix(codecs.BOM_UTF8)
+    for chunk in itertools.chain([first], iter(lambda: stream.read(_CHUNK_BYTES), b"")):
+        text = decoder.decode(chunk)
+        if utf16 and (count := text.count("\ufffd")):
+            on_undecodable(count)
+        yield replace_undecodable(text, on_undecodable)
     yield replace_undecodable(decoder.decode(b"", final=True), on_undecodable)
 
 
-def as_document(chunks: Iterable[str]) -> Iterator[Piece]:
-    """All of `chunks` as one document. One of nothing but blanks is none."""
-    rest, started = "", False
+def utf16_of(beginning: bytes) -> str | None:
+    """The codec of a text that begins with a UTF-16 byte-order mark."""
+    if beginning.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return None
+    marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+    return marks.get(beginning[:2])
+
+
+def refuse_binary(beginning: bytes, name: str) -> None:
+    """Raises `AtlasError` for a zero byte near the beginning, which no text has (git judges so, too)."""
+    if b"\0" in beginning[:_BINARY_BYTES]:
+        shown = next((what for mark, what in _BINARY.items() if beginning.startswith(mark)), "a binary file")
+        raise AtlasError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
+
+
+def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:
+    """All of `chunks` as one document, or, with `is_open`, as the rest of one. One of nothing but blanks is none."""
+    rest, started = "", is_open
     for chunk in chunks:
         rest += chunk
         while len(rest) > PIECE_CHARS:

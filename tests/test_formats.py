@@ -1,0 +1,424 @@
+"""The same texts in every format, archive and place: the same documents, told to the last byte; and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from atlas.data import formats, hashes
+from atlas.data.articles import ArticleReport
+from atlas.data.hashes import hashes_of
+from atlas.data.sources import SourceReport, Sources
+from atlas.errors import AtlasError
+from atlas.files import sha256_of
+from tests.archive import ARTICLES, documents_of, kaggle_files, whole, write_folder, write_zip
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+TEXTS = ["First, with é.", " second\r\n", "third 🙂 " * 2000]
+ROWS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+PACKED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
+
+
+def write_tar(path: Path, files: dict[str, str | bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    if path.suffix == ".zst":
+        path.write_bytes(zstd.compress(path.read_bytes()))
+    return path
+
+
+def read_to_the_end(sources: Sources) -> list[str]:
+    """The documents, each group read as another process would; the bar ends at 100 %."""
+    told: list[int] = []
+    groups = pickle.loads(pickle.dumps(sources.groups))  # noqa: S301
+    found = [piece for group in groups for piece in group.pieces(SourceReport(), told.append)]
+    assert sum(told) == sources.total_bytes
+    assert min(told) >= 0
+    return whole(found)
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_text_and_rows_may_be_compressed(ending: str, tmp_path: Path) -> None:
+    pack = PACKED[ending]
+    (tmp_path / f"a.txt{ending}").write_bytes(pack(TEXTS[0].encode()))
+    (tmp_path / f"b.jsonl{ending}").write_bytes(pack(ROWS))
+    assert read_to_the_end(Sources([tmp_path])) == [TEXTS[0], *TEXTS]
+    if ending:
+        (tmp_path / f"c{ending}").write_bytes(pack(b"bare"))
+        assert documents_of(tmp_path / f"c{ending}") == ["bare"]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_streams_one_after_the_other_are_one(ending: str, tmp_path: Path) -> None:
+    """As `cat a.gz b.gz` and parallel compressors make them."""
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(PACKED[ending](b"one ") + PACKED[ending](b"two"))
+    assert read_to_the_end(Sources([path])) == ["one two"]
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "tgz", "tar.gz", "tar.zst"])
+def test_an_archive_gives_what_its_folder_gives(form: str, tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {f"b/text {n}.txt": f"Text {n}." for n in range(12)}
+    files |= {"a/rows.jsonl.gz": gzip.compress(ROWS), "a.md": "top", ".hidden.txt": "no", "x.png": "no"}
+    write_folder(tmp_path / "in", {})
+    for name, content in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    path = tmp_path / f"all.{form}"
+    if form == "zip":
+        write_zip(path, files)
+    elif form == "tar":
+        write_tar(path, files)
+    else:
+        in_order = {name: files[name] for name in ("a/rows.jsonl.gz", "a.md", *list(files)[:12], "x.png")}
+        write_tar(path, in_order, "w" if form == "tar.zst" else "w:gz")
+    sources = Sources([path])
+    assert read_to_the_end(sources) == documents_of(tmp_path / "in")
+    assert sources.ignored == [f"{path}/x.png"]
+    assert sources.in_own_order == []
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_the_archive_may_be_a_tar(mode: str, tmp_path: Path) -> None:
+    both = dict(reversed(kaggle_files().items()))
+    path = write_tar(tmp_path / ("a.tgz" if mode == "w:gz" else "a.tar"), both, mode)  # type: ignore[arg-type]
+    assert read_to_the_end(Sources([path])) == ARTICLES
+    assert len(Sources([path]).left_out) == 3
+
+
+def test_a_compressed_tar_is_read_in_its_own_order_and_says_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar.gz", {"b.txt": "b", "a.txt": "a"}, "w:gz")
+    sources = Sources([path])
+    assert whole(sources.documents()) == ["b", "a"]
+    assert f"{path}: is a compressed tar and is read in its own order" in " ".join(
+        sources.notes(SourceReport())
+    )
+
+
+def test_of_a_name_that_stands_twice_in_a_tar_the_last_is_read(tmp_path: Path) -> None:
+    """As `tar --append` means it, and as unpacking would leave it."""
+    write_tar(tmp_path / "a.tar", {"a.txt": "old", "b.txt": "b"})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"new"))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    assert documents_of(tmp_path / "a.tar") == documents_of(tmp_path / "out") == ["new", "b"]
+
+
+# Parquet
+
+
+def write_parquet(path: Path, values: object, **options: object) -> Path:
+    parquet.write_table(
+        pyarrow.table({"other": [{"a": 1, "b": 2}] * len(values), "text": values}), path, **options
+    )  # type: ignore[arg-type]
+    return path
+
+
+@given(
+    texts=st.lists(st.none() | st.text(max_size=20), max_size=80),
+    rows=st.integers(1, 50),
+    dictionary=st.booleans(),
+)
+@settings(deadline=None, max_examples=30)
+def test_parquet_rows_are_documents(
+    texts: list[str | None], rows: int, dictionary: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    column = pyarrow.array(texts, type=pyarrow.string())
+    path = tmp_path_factory.mktemp("parquet") / "a.parquet"
+    write_parquet(path, column.dictionary_encode() if dictionary else column, row_group_size=rows)
+    assert read_to_the_end(Sources([path])) == [text for text in texts if text and not text.isspace()]
+    report = SourceReport()
+    list(Sources([path]).documents(report))
+    assert report.empty_rows[str(path)] == texts.count(None)
+
+
+def test_undecodable_bytes_in_parquet_are_counted(tmp_path: Path) -> None:
+    column = pyarrow.array([b"fine", b"caf\xe9"], type=pyarrow.binary()).view(pyarrow.string())
+    report = SourceReport()
+    path = write_parquet(tmp_path / "a.parquet", column)
+    assert whole(Sources([path]).documents(report)) == ["fine", "caf\ufffd"]
+    assert report.undecodable == {str(path): 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [("body", "has no column 'body', but other, text; name"), ("other", "column 'other' is struct")],
+)
+def test_a_wrong_column_is_named(field: str, reason: str, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(AtlasError, match=reason):
+        documents_of(path, text_field=field)
+
+
+def test_parquet_without_its_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(AtlasError, match=r'pip install "atlas-llm\[parquet\]"'):
+        documents_of(path)
+
+
+# What is damaged, or a bomb
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt.gz", "a.txt.zst", "a.tar", "a.tar.gz", "a.tar.zst", "a.parquet", "a.zip"]
+)
+def test_a_file_that_is_cut_off_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    """Never read in part."""
+    text = "".join(f"{n * n} words, " for n in range(200))
+    path, files = tmp_path / name, {f"{n}.txt": text for n in range(3)}
+    if name == "a.parquet":
+        write_parquet(path, [text] * 3)
+    elif name == "a.zip":
+        write_zip(path, files)
+    elif ".tar" in name:
+        write_tar(path, files, "w:gz" if name.endswith(".gz") else "w")  # type: ignore[arg-type]
+    else:
+        path.write_bytes(PACKED[path.suffix](text.encode()))
+    content = path.read_bytes()
+    # A plain tar ends in more zeros than the two blocks that are its end.
+    end = len(content.rstrip(b"\0")) if name == "a.tar" else len(content) - 1
+    assert documents_of(path)
+    for length in range(1, end, max(1, end // 40)):
+        path.write_bytes(content[:length])
+        with pytest.raises(AtlasError, match=r"damaged|not whole|not a whole|not a zip"):
+            documents_of(path)
+
+
+def test_a_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{n}.txt": "text" for n in range(3)})
+    content = bytearray(path.read_bytes())
+    content[2 * 512] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(AtlasError, match="neither a member nor the end at byte 1,024"):
+        Sources([path])
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.tgz", "a.tar.zst", "a.parquet"])
+def test_what_unpacks_to_very_much_is_refused_unless_trusted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("formats", "archives", "textfiles"):
+        monkeypatch.setattr(f"atlas.data.{module}.RATIO_FREE_BYTES", 100_000)
+    path, text = tmp_path / name, "many words " * 200_000
+    if name == "a.parquet":  # long for its readers alone: the file's own figures name one text
+        write_parquet(path, pyarrow.array([text[:11_000]] * 5000).dictionary_encode())
+    elif name.startswith("a.t") and not name.startswith("a.txt"):
+        write_tar(path, {"a.txt": text}, "w:gz" if name == "a.tgz" else "w")
+    elif ".jsonl" in name:
+        path.write_bytes(gzip.compress((json.dumps({"text": text[:2000]}) + "\n").encode() * 1000))
+    else:
+        path.write_bytes(PACKED[path.suffix](text.encode()))
+    with pytest.raises(AtlasError, match=r"more than 200 times as many.* may be a bomb; .*--trust-archives"):
+        documents_of(path)
+    assert "".join(documents_of(path, trust_archives=True)).startswith("many words many")
+
+
+def test_a_tar_of_nothing_but_folders_is_a_bomb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.data.archives.RATIO_FREE_BYTES", 100_000)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for _ in range(2000):
+            member = tarfile.TarInfo("folder")
+            member.type = tarfile.DIRTYPE
+            archive.addfile(member)
+    with pytest.raises(AtlasError, match="may be a bomb"):
+        Sources([tmp_path / "a.tar.gz"])
+
+
+def test_a_zstandard_window_is_limited(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    window = {zstd.CompressionParameter.window_log: 28}
+    with zstd.open(
+        path, "wb", options=window
+    ) as file:  # streamed: a frame of known size has a smaller window
+        file.write(os.urandom(100).hex().encode())
+        file.flush()
+        file.write(b"more")
+    with pytest.raises(AtlasError, match=r"the file is damaged .*memory"):
+        documents_of(path)
+
+
+# Patterns, URLs, standard input
+
+
+def test_a_pattern_stands_for_its_files_in_natural_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(
+        tmp_path, {"in/10.txt": "ten", "in/9.txt": "nine", "in/deep/er/1.txt": "one", "in/a.md": "no"}
+    )
+    write_folder(tmp_path, {"odd[1].txt": "literal"})
+    monkeypatch.chdir(tmp_path)
+    assert documents_of("in/**/*.txt") == ["nine", "ten", "one"]
+    assert documents_of("in/?.txt") == ["nine"]
+    assert documents_of("odd[1].txt") == ["literal"]
+    assert Sources(["in/*.txt"]).stem == "in"
+    with pytest.raises(AtlasError, match=r"in/\*\.csv: no such file or folder"):
+        Sources(["in/*.csv"])
+
+
+def test_a_dataset_is_called_by_all_of_a_name_but_its_endings(tmp_path: Path) -> None:
+    """wiki.de and wiki.en are two datasets."""
+    for name in ("wiki.de.txt", "v1.2.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert Sources([tmp_path / "wiki.de.txt"]).stem == "wiki.de"
+    assert Sources([tmp_path / "v1.2.jsonl.gz"]).stem == "v1.2"
+    assert Sources([tmp_path]).stem == tmp_path.name
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_urls_are_files_folders_and_patterns(scheme: str, tmp_path: Path) -> None:
+    files = {"b.txt": TEXTS[0].encode(), "a/rows.jsonl.gz": gzip.compress(ROWS), "c.png": b"no"}
+    root = f"{scheme}://{tmp_path.as_posix()}"
+    filesystem, place = fsspec.core.url_to_fs(root)
+    for name, content in files.items():
+        filesystem.makedirs(f"{place}/{name}".rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(f"{place}/{name}", content)
+    with filesystem.open(f"{place}/d.parquet", "wb") as file:
+        parquet.write_table(pyarrow.table({"text": TEXTS}), file)
+    assert read_to_the_end(Sources([root])) == [*TEXTS, TEXTS[0], *TEXTS]
+    assert read_to_the_end(Sources([f"{root}/*.txt"])) == [TEXTS[0]]
+    sources = Sources([f"{root}/b.txt"])
+    assert read_to_the_end(sources) == [TEXTS[0]]
+    before = sources.content_key
+    assert Sources([f"{root}/b.txt"]).content_key == before
+    filesystem.pipe_file(f"{place}/b.txt", b"changed")
+    assert Sources([f"{root}/b.txt"]).content_key != before
+    with pytest.raises(AtlasError, match="no such file"):
+        Sources([f"{root}/none.txt"])
+    filesystem.pipe_file(f"{place}/e.zip", b"")
+    with pytest.raises(AtlasError, match="an archive is read on the disk only"):
+        Sources([root])
+
+
+@pytest.mark.parametrize("url", ["nonsense://a/b.txt", "zip://a.txt::file:///b.zip"])
+def test_a_url_that_cannot_be_opened_is_one_line(url: str) -> None:
+    with pytest.raises(AtlasError, match="download it"):
+        Sources([url])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(ROWS, TEXTS), (b"\xef\xbb\xbf" + ROWS, TEXTS), (b"[1]\ntext", ["[1]\ntext"]), (b"words", ["words"])],
+)
+def test_standard_input_is_rows_if_it_begins_with_one(
+    content: bytes, expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "spooled").write_bytes(content)
+    sources = Sources(["-"], stdin=tmp_path / "spooled")
+    assert read_to_the_end(sources) == expected
+    assert list(sources.roots) == ["-"]
+    assert sources.stem == "stdin"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file may have such a name")
+def test_a_name_that_is_not_utf8_can_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "caf\udce9.png").write_bytes(b"")
+    sources, report = Sources([tmp_path]), SourceReport()
+    assert whole(sources.documents(report)) == ["caf\ufffd"]
+    shown = "\n".join([*sources.notes(report), *sources.roots, json.dumps(sources.description(report))])
+    assert r"caf\udce9.txt" in shown.encode().decode()
+
+
+# Hashes, reports
+
+
+def test_a_hash_is_remembered_only_while_nothing_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(hashes, "sha256_of", counted)
+    path = tmp_path / "a.txt"
+    path.write_text("before", encoding="utf-8")
+    before = hashes_of([path])
+    assert hashes_of([path]) == before == [sha256_of(path)]
+    assert read == [path]
+    status = path.stat()
+    path.write_text("after!", encoding="utf-8")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert hashes_of([path]) == [sha256_of(path)] != before
+    replaced = tmp_path / "new.txt"
+    replaced.write_text("before", encoding="utf-8")
+    replaced.replace(path)
+    assert hashes_of([path]) == before
+
+
+def test_a_hash_of_a_file_that_just_changed_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could change again within the same tick of the clock (git calls such an entry racy)."""
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "a.txt"
+    path.write_text("one", encoding="utf-8")
+    assert hashes_of([path]) == [sha256_of(path)]
+    monkeypatch.setattr(hashes, "_stamp", lambda _: "the same")
+    path.write_text("two", encoding="utf-8")
+    assert hashes_of([path]) == [sha256_of(path)]
+
+
+def test_a_cache_that_cannot_be_used_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path))
+    (tmp_path / "hashes.sqlite").write_bytes(b"no database" * 1000)
+    assert hashes_of([tmp_path / "hashes.sqlite"]) == [sha256_of(tmp_path / "hashes.sqlite")]
+
+
+def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
+    """Also by way of JSON, as a killed preparation keeps them."""
+    write_folder(tmp_path, {"a/AllCombined.txt": kaggle_files(30)["AllCombined.txt"]})
+    write_zip(tmp_path / "b.zip", kaggle_files(25))
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "d.parquet")
+    sources = Sources([tmp_path])
+    together, merged = SourceReport(), SourceReport()
+    list(sources.documents(together))
+    for group in sources.groups:
+        own = SourceReport()
+        list(group.pieces(own, lambda _: None))
+        merged.merge(own)
+        merged = SourceReport.from_json(json.loads(json.dumps(merged.to_json())))
+    assert merged == together
+    assert isinstance(merged.articles, ArticleReport)
+    assert merged.articles.articles == 55
+    assert merged.undecodable.total() == merged.empty_rows.total() == 1
+
+
+def test_a_row_is_not_longer_than_a_row_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_LONGEST_ROW", 100)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(b'{"text": "' + b"x" * 200 + b'"}'))
+    with pytest.raises(AtlasError, match=r"line 1: is longer than 100 bytes"):
+        documents_of(tmp_path)
