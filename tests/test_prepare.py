@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare, text
+from atlas.data.cleaning import Cleaning
 from atlas.data.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
@@ -168,25 +170,63 @@ def test_nothing_is_held_out_at_zero_or_of_next_to_nothing(tmp_path: Path) -> No
     assert "nothing was held out for validation" in tiny.notes[-1]
 
 
-@given(
-    documents=st.lists(
-        st.text(min_size=1, max_size=300).filter(lambda d: not d.isspace()), min_size=1, max_size=40
-    )
-)
-@settings(deadline=None, max_examples=40)
-def test_tokens_decode_to_the_documents_byte_for_byte(
+def tidied(document: str) -> str:
+    """The cleaning by its definition, a line at a time."""
+    document = unicodedata.normalize("NFC", document)
+    document = "".join(c for c in document if unicodedata.category(c) != "Cc" or c in "\t\r\n")
+    lines = [line.rstrip(" \t") for line in document.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    lines[-1] += document[len(document.rstrip(" \t")) :]  # no line end behind it
+    kept: list[str] = []
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip(" \t"))]
+        kept.append(indent + re.sub(r"(\S)[ \t]{2,}(?=\S)", r"\1 ", line[len(indent) :]))
+    return re.sub(r"\n\n\n+", lambda run: "\n" * min(3, len(run[0])), "\n".join(kept))
+
+
+TEXTS = st.text(min_size=1, max_size=300) | st.lists(
+    st.sampled_from(["word", "e\u0301", "\x00", " ", "\t", "\r", "\n", "\x0c", "漢", "\u0085", "  x"]),
+    min_size=1,
+).map("".join)
+
+
+@given(documents=st.lists(TEXTS.filter(lambda d: not d.isspace()), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=60)
+def test_tokens_decode_to_the_cleaned_documents_byte_for_byte(
     documents: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("unicode")
     rows = "\n".join(json.dumps({"text": document}) for document in documents)
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    dataset = prepare([folder / "rows.jsonl"], folder / "out", val_fraction=0.3, shard_tokens=100).dataset
+    cleaned = {
+        text.strip(): text for text in reversed([tidied(document) for document in documents]) if text.strip()
+    }
+    if not cleaned:
+        with pytest.raises(AtlasError, match="no text to train on"):
+            prepare([folder / "rows.jsonl"], folder / "out", val_fraction=0)
+        return
+    # Of fewer than 20 documents one would be cut in two.
+    fraction = 0.3 if len(documents) >= 20 and len(cleaned) > 10 else 0
+    dataset = prepare(
+        [folder / "rows.jsonl"], folder / "out", val_fraction=fraction, shard_tokens=100
+    ).dataset
     train, val = documents_in(dataset, "train"), documents_in(dataset, "val")
-    if len(documents) < 20:
-        assert "".join(train + val) == "".join(documents)
-    else:
-        assert Counter(train + val) == Counter(documents)
-    assert sum(split.bytes for split in dataset.manifest.splits.values()) == len("".join(documents).encode())
+    assert Counter(train + val) == Counter(cleaned.values())
+    kept = "".join(train + val).encode()
+    assert sum(split.bytes for split in dataset.manifest.splits.values()) == len(kept)
+
+
+@given(documents=st.lists(TEXTS.filter(lambda d: not d.isspace()), min_size=20, max_size=40, unique=True))
+@settings(deadline=None, max_examples=20)
+def test_without_cleaning_every_byte_is_kept(
+    documents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("unicode")
+    rows = "\n".join(json.dumps({"text": document}) for document in documents)
+    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    dataset = prepare(
+        [folder / "rows.jsonl"], folder / "out", val_fraction=0.3, cleaning=Cleaning(steps=(), min_chars=0)
+    ).dataset
+    assert Counter(documents_in(dataset, "train") + documents_in(dataset, "val")) == Counter(documents)
 
 
 @given(

@@ -11,6 +11,7 @@ from atlas.config.loader import describe
 
 if TYPE_CHECKING:
     from atlas.data.listing import Listed
+    from atlas.data.prepare import Summary
     from atlas.data.shards import Manifest
 
 ARCHIVE = "https://www.kaggle.com/datasets/ffatty/plaintext-wikipedia-simpleenglish"
@@ -21,7 +22,8 @@ def prepare(
         list[Path] | None,
         typer.Option(
             "--input",
-            help="A .txt, .md, .jsonl or .zip file, or a folder of them; may be repeated.",
+            help="Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', "
+            "an fsspec URL, or - for standard input; may be repeated.",
             metavar="PATH",
         ),
     ] = None,
@@ -54,8 +56,42 @@ def prepare(
         float, typer.Option(help=describe("data.val_fraction"), min=0, max=0.99, metavar="F")
     ] = 0.05,
     text_field: Annotated[
-        str, typer.Option(help="The field of a JSONL row that holds its text.", metavar="NAME")
+        str,
+        typer.Option(
+            help="The field of a JSONL row, or Parquet column, that holds its text.", metavar="NAME"
+        ),
     ] = "text",
+    clean: Annotated[
+        str,
+        typer.Option(
+            help="The cleaning steps to take, of nfc, control, whitespace and duplicates; or none.",
+            metavar="STEP,…",
+        ),
+    ] = "nfc,control,whitespace,duplicates",
+    min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.", metavar="N")] = 1,
+    near_dedup: Annotated[
+        bool,
+        typer.Option(
+            "--near-dedup",
+            help="Leave out documents that are nearly one before them, too (MinHash, 80 % of their runs of five "
+            "words); slow, and about 4 KB of memory for each document.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that tokenize; left out, one for each core. The result is the same for any number.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Where they run: local, or ray, a cluster whose machines all see the input under its path.",
+            metavar="local|ray",
+        ),
+    ] = "local",
     trust_archives: Annotated[
         bool,
         typer.Option(
@@ -72,7 +108,7 @@ def prepare(
     if show_list:
         return _print_list(Path("data"))
 
-    from atlas.cli.terminal import printable
+    from atlas.data.cleaning import Cleaning
     from atlas.data.prepare import prepare as make_dataset
     from atlas.errors import AtlasError
     from atlas.tokenizer import Tokenizer
@@ -89,21 +125,42 @@ def prepare(
         train_tokenizer=train_tokenizer,
         val_fraction=val_fraction,
         text_field=text_field,
+        cleaning=Cleaning(Cleaning.parse(clean), min_chars, near_dedup),
+        workers=workers,
+        engine=engine,
         trust_archives=trust_archives,
     )
+    _print_summary(summary)
+
+
+def _print_summary(summary: Summary) -> None:
+    from atlas.cli.terminal import printable
+
+    manifest, folder = summary.dataset.manifest, summary.dataset.folder
     for note in summary.notes:
         typer.echo(printable(note), err=True)
+    for step, record in manifest.cleaning.items():
+        what = "changed" if step in ("nfc", "control", "whitespace") else "left out"
+        if record.documents:
+            typer.echo(
+                f"cleaning: {step}: {record.documents:,} documents {what}, {record.characters:,} characters fewer",
+                err=True,
+            )
+    if "duplicates" in manifest.cleaning:
+        kept = sum(split.documents for split in manifest.splits.values())
+        typer.echo(
+            f"cleaning: duplicates were known by 16 bytes each, {16 * kept / 1e6:,.2f} MB in all", err=True
+        )
     if summary.unchanged:
         typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
-    folder = summary.dataset.folder
-    typer.echo(f"{folder}: {_tokenizer(summary.dataset.manifest)}")
-    for name, split in summary.dataset.manifest.splits.items():
+    typer.echo(f"{folder}: {_tokenizer(manifest)}")
+    for name, split in manifest.splits.items():
         typer.echo(
             f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
     # The larger presets state GPT-2's vocabulary; nano takes any.
-    preset = "small" if summary.dataset.manifest.tokenizer["name"] == "gpt2" else "nano"
+    preset = "small" if manifest.tokenizer["name"] == "gpt2" else "nano"
     typer.echo(f"train on it: atlas train --config {preset} --train-data {folder}", err=True)
 
 

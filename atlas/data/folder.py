@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -10,13 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import platformdirs
+import psutil
 
 from atlas.data.progress import say
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import AtlasError
 from atlas.files import flush_folder, flush_to_disk, try_to_lock
+
+
+class WorkerKilled(AtlasError):
+    """A process that tokenizes was killed: the work so far is sound."""
+
 
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
@@ -70,40 +78,78 @@ def alone(output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, which takes its place at the end; gone if anything goes wrong.
+class Workshop:
+    """Where a dataset is made: a folder beside its place, which a killed process leaves to the next one.
 
-    Only who is `alone` with `output` may call this.
+    `dataset` is what will take the place; `journal.json` says how far it is, and for which key.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.dataset = folder, folder / "dataset"
+        self.key, self._journal = key, folder / "journal.json"
+        self.state: dict[str, Any] | None = None
+        """What `commit` was given last, by whichever process; None when there is nothing to go on with."""
+        with suppress(OSError, ValueError):
+            content = json.loads(self._journal.read_text(encoding="utf-8"))
+            if content["key"] == key and self.dataset.is_dir():
+                self.state = content["state"]
+        if self.state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.dataset.mkdir(parents=True)
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """From here on the next process goes on. All that `state` tells of must be on the disk."""
+        new = self._journal.with_suffix(".new")
+        with new.open("w", encoding="utf-8", newline="\n") as file:
+            json.dump({"key": self.key, "state": state}, file)
+            flush_to_disk(file)
+        os.replace(new, self._journal)
+        flush_folder(self.folder)
+        self.state = state
+
+
+@contextmanager
+def making(output: Path, key: str) -> Iterator[Workshop]:
+    """A workshop whose dataset takes the place of `output` at the end.
+
+    What is committed stays for the next call with the same `key` if this one is killed or interrupted, or runs
+    out of disk or memory; any other failure leaves nothing. Only who is `alone` with `output` may call this.
     """
     output = output.absolute()
     clean_up(output)
-    made, replaced = (
-        output.with_name(f".{output.name}.{role}-{secrets.token_hex(4)}")
-        for role in ("preparing", "replaced")
-    )
+    workshop = Workshop(output.with_name(f".{output.name}.preparing"), key)
+    replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+    keep = False
     try:
-        made.mkdir()
-        yield made
-        _flush(made)
+        yield workshop
+        _flush(workshop.dataset)
         refuse_foreign(output)
         if output.exists():
             output.rename(replaced)
-        made.rename(output)
+        workshop.dataset.rename(output)
+    except (KeyboardInterrupt, OSError, WorkerKilled):
+        keep = workshop.state is not None
+        if keep:
+            say(f"{output}: what is done so far is kept; the same command goes on with it")
+        raise
     finally:
         if replaced.exists() and not output.exists():
             replaced.rename(output)
-        shutil.rmtree(made, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(workshop.folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed process left; put back what it had only just moved out of the way."""
-    own_name = re.compile(rf"\.{re.escape(output.name)}\.(preparing|replaced)-[0-9a-f]+")
+    """Remove what a killed process left, but a workshop; put back what it had only just moved out of the way."""
+    own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)
         if match and match[1] == "replaced" and is_prepared(folder) and not output.exists():
             folder.rename(output)
+        elif match and match[2] == "stdin":
+            if not psutil.pid_exists(int(match[3])):
+                folder.unlink()
         elif match:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,22 +1,26 @@
-"""Documents → token shards: split into train and validation, tokenized, written, described."""
+"""Documents → token shards: cleaned, split into train and validation, tokenized, written, described."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shutil
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from atlas.data.folder import alone, cache_folder, refuse_foreign, replacing
-from atlas.data.progress import byte_progress
+from atlas.data.assembly import Assembly
+from atlas.data.changes import roots_to_keep, what_changed
+from atlas.data.cleaning import Cleaning
+from atlas.data.duplicates import require_datasketch
+from atlas.data.encoding import Encoder
+from atlas.data.folder import Workshop, alone, cache_folder, making, refuse_foreign
+from atlas.data.learning import learn_tokenizer
+from atlas.data.progress import byte_progress, say
+from atlas.data.reading import Position
 from atlas.data.shards import (
     FORMAT_VERSION,
     Manifest,
@@ -27,14 +31,19 @@ from atlas.data.shards import (
     token_dtype,
 )
 from atlas.data.sources import SourceReport, Sources
-from atlas.data.split import FEWEST_DOCUMENTS, Part, SplitRule
-from atlas.data.writer import SplitWriter
+from atlas.data.split import FEWEST_DOCUMENTS, SplitRule
+from atlas.data.stdin import spooled_standard_input
+from atlas.data.workers import Crew
 from atlas.errors import AtlasError
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
 SHARD_TOKENS = 100_000_000
-_BATCH_CHARS = 1 << 20
-_BATCH_PARTS = 4096
+COMMIT_SECONDS = 10.0
+"""So much work a kill may cost; a finished shard is never done again."""
+_WORTH_SAYING = 1_000_000
+"""Bytes on the disk."""
+_PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 25, 1 << 19
+"""Of the beginning so much is read, and so much tokenized, to know what the whole will take."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +66,23 @@ class _Options:
     val_fraction: float
     shard_tokens: int = SHARD_TOKENS
     train_tokenizer: int | None = None
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise AtlasError(f"val_fraction {self.val_fraction}: must be at least 0 and below 1")
         if self.shard_tokens < 1:
             raise AtlasError(f"shard_tokens {self.shard_tokens}: must be at least 1")
+        if self.cleaning.near_dedup:
+            require_datasketch()
+
+    def to_json(self, sources: Sources) -> dict[str, Any]:
+        return vars(self) | {"cleaning": self.cleaning.to_json(), "text_field": sources.text_field}
 
     def key(self, sources: Sources, tokenizer: Tokenizer | None) -> str:
         """sha256 that two preparations share only if they make the same dataset."""
         fingerprint = tokenizer.fingerprint if tokenizer else None
-        identity = [FORMAT_VERSION, sources.content_key, fingerprint, *vars(self).values()]
+        identity = [FORMAT_VERSION, sources.content_key, fingerprint, self.to_json(sources)]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -80,27 +95,32 @@ def prepare(
     val_fraction: float = 0.05,
     text_field: str = "text",
     shard_tokens: int = SHARD_TOKENS,
+    cleaning: Cleaning | None = None,
+    workers: int | None = None,
+    engine: str = "local",
     trust_archives: bool = False,
 ) -> Summary:
     """Make a dataset folder of the text in `inputs`; `output` defaults to `default_output`.
 
     The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens learnt from the training part, or
-    GPT-2's. A folder that holds exactly this already is left as it is; an older dataset is replaced.
+    GPT-2's. `workers` processes tokenize (default: one for each core), here or, with `engine="ray"`, on a Ray
+    cluster; the shards are the same, bit for bit. A folder that holds exactly this already is left as it is, an
+    older dataset is replaced, and what a killed call had done is gone on with.
     Raises `AtlasError` for input that cannot be read, an output folder that holds something else, a text of
     which nothing is left to train on, and, unless `trust_archives`, for a zip as large as only bombs are.
     """
-    options = _Options(val_fraction, shard_tokens, train_tokenizer)
+    options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
         raise AtlasError(
             f"tokenizer {tokenizer.name}: cannot be given together with training a new one; give one of them"
         )
     if not tokenizer and not train_tokenizer:
         tokenizer = Tokenizer.gpt2()
-    with _file_errors():
-        sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives)
-    target = default_output(sources) if output is None else Path(output)
-    with _file_errors(target):
-        return _prepare(sources, target, tokenizer, options)
+    with _file_errors(), spooled_standard_input(inputs, output) as stdin:
+        sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
+        target = default_output(sources) if output is None else Path(output)
+        with _file_errors(target):
+            return _prepare(sources, target, tokenizer, options, Crew(workers, engine))
 
 
 def prepare_text_cached(
@@ -115,7 +135,7 @@ def prepare_text_cached(
         sources = Sources(paths, text_field=text_field)
         folder = cache_folder() / "datasets" / options.key(sources, tokenizer)[:32]
     with _file_errors(folder):
-        return _prepare(sources, folder, tokenizer, options).dataset.folder
+        return _prepare(sources, folder, tokenizer, options, Crew()).dataset.folder
 
 
 @contextmanager
@@ -131,53 +151,137 @@ def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
 
 def default_output(sources: Sources) -> Path:
     """`data/processed/wikipedia` for the Kaggle archive, else `data/processed/<stem>` of the first input."""
-    first = sources.paths[0].resolve()
-    return Path("data", "processed", "wikipedia" if sources.is_kaggle else first.stem)
+    return Path("data", "processed", "wikipedia" if sources.is_kaggle else sources.stem)
 
 
-def _prepare(sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options) -> Summary:
+def _prepare(
+    sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options, crew: Crew
+) -> Summary:
     refuse_foreign(output)
     key = options.key(sources, tokenizer)
-    existing = _existing(output, key)
-    if existing:
+    if existing := _existing(output, key):
         return Summary(existing, unchanged=True)
     if next(sources.documents(), None) is None:
         raise AtlasError(f"{sources.names}: holds no text to train on; give some that does")
-    rule = SplitRule.choose(sources.documents(), options.val_fraction)
     with alone(output):
         if existing := _existing(output, key):  # made meanwhile, by the one that this one waited for
             return Summary(existing, unchanged=True)
-        _make(sources, output, tokenizer or _train_tokenizer(sources, rule, options), rule, key, options)
+        for line in what_changed(output, sources, tokenizer, options.to_json(sources)):
+            say(line)
+        with making(output, key) as workshop:
+            _make(sources, output, tokenizer, options, crew, workshop)
         return Summary(open_dataset(output), unchanged=False)
 
 
 def _make(
-    sources: Sources, output: Path, tokenizer: Tokenizer, rule: SplitRule, key: str, options: _Options
+    sources: Sources,
+    output: Path,
+    tokenizer: Tokenizer | None,
+    options: _Options,
+    crew: Crew,
+    workshop: Workshop,
 ) -> None:
-    """Read everything once, write the shards, and put the folder that describes them in place."""
-    report = SourceReport()
-    _require_space(sources, tokenizer, output)
-    with replacing(output) as folder:
-        with byte_progress(sources.total_bytes, "tokenizing") as advance:
-            parts = rule.assign(sources.documents(report, advance))
-            splits = _write_shards(folder, parts, tokenizer, options.shard_tokens)
-        if "train" not in splits:
-            raise AtlasError(
-                f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "
-                "give more text, or a smaller fraction"
-            )
-        if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
+    """Read everything once, write the shards, and describe them; or go on where a killed call was."""
+    state, folder = workshop.state or {}, workshop.dataset
+    if state:
+        rule = SplitRule(**state["rule"])
+        tokenizer = tokenizer or Tokenizer.load(folder)
+    else:
+        rule = SplitRule.choose(sources.documents(), options.val_fraction)
+        if tokenizer is None:
+            assert options.train_tokenizer is not None
+            tokenizer = learn_tokenizer(sources, rule, options.cleaning, options.train_tokenizer)
+        if is_own := isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
             tokenizer.save(folder / "tokenizer.json")
-        Manifest(
-            version=FORMAT_VERSION,
-            key=key,
-            tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
-            dtype=token_dtype(tokenizer.vocab_size).str,
-            splits=splits,
-            options={**vars(options), "text_field": sources.text_field},
-            source=sources.description(report),
-            notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
-        ).write(folder)
+        if is_own and options.train_tokenizer:
+            workshop.commit({"rule": vars(rule)})
+    dtype = token_dtype(tokenizer.vocab_size)
+    assembly = Assembly(
+        folder,
+        workshop.folder,
+        rule,
+        options.cleaning,
+        dtype,
+        options.shard_tokens,
+        state=state.get("assembly"),
+    )
+    _require_space(sources, tokenizer, output, done=assembly.tokens)
+    if assembly.tokens:
+        say(f"{output}: {assembly.tokens:,} tokens were done before; going on behind them")
+    try:
+        report = _tokenize(sources, assembly, Encoder(tokenizer, options.cleaning, dtype.str), crew, workshop)
+        splits = assembly.finish()
+    finally:
+        assembly.close()
+    if "train" not in splits:
+        raise AtlasError(
+            f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "
+            "give more text, or a smaller fraction"
+        )
+    Manifest(
+        version=FORMAT_VERSION,
+        key=workshop.key,
+        tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
+        dtype=dtype.str,
+        splits=splits,
+        options=options.to_json(sources),
+        source=sources.description(report)
+        | {"content_key": sources.content_key, "roots": roots_to_keep(sources)},
+        notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
+        cleaning=assembly.cleaned,
+    ).write(folder)
+
+
+def _tokenize(
+    sources: Sources, assembly: Assembly, encoder: Encoder, crew: Crew, workshop: Workshop
+) -> SourceReport:
+    """Every batch into the assembly, with a commit after each finished shard and every few seconds."""
+    state = workshop.state or {}
+    report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
+    start = Position(*state.get("position", ()))
+    committed = time.monotonic()
+    with byte_progress(sources.total_bytes, "tokenizing") as advance:
+        shown = 0
+        for batch, encoded in crew.encode(sources, assembly.rule, start, encoder):
+            finished_shard = assembly.add(batch, encoded)
+            report.merge(batch.report)
+            advance(batch.bytes_read - shown)
+            shown = batch.bytes_read
+            if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
+                workshop.commit(
+                    {
+                        "rule": vars(assembly.rule),
+                        "position": batch.end,
+                        "report": report.to_json(),
+                        "assembly": assembly.sync(),
+                    }
+                )
+                committed = time.monotonic()
+    return report
+
+
+def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:
+    """Say what the tokens will take if the rest of the text is like its beginning; refuse a disk too small."""
+    bytes_read: list[int] = []
+    tokens = encoded_chars = chars = 0
+    for piece in sources.documents(advance=bytes_read.append):
+        chars += len(piece.text)
+        if encoded_chars < _ENCODED_PROBE_CHARS:
+            tokens += len(tokenizer.encode(piece.text)) + piece.ends_document
+            encoded_chars += len(piece.text)
+        if chars >= _PROBE_CHARS:
+            break
+    all_chars = chars * max(1, sources.total_bytes) / max(1, sum(bytes_read))
+    all_tokens = int(all_chars * tokens / max(1, encoded_chars))
+    needed = max(0, all_tokens - done) * token_dtype(tokenizer.vocab_size).itemsize
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < needed:
+        raise AtlasError(
+            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} take about "
+            f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
+        )
+    if needed >= _WORTH_SAYING:
+        say(f"{output}: will take about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")
 
 
 def _existing(output: Path, key: str) -> PreparedDataset | None:
@@ -187,94 +291,6 @@ def _existing(output: Path, key: str) -> PreparedDataset | None:
     except (AtlasError, OSError):
         return None  # a damaged one, or one that another process just replaces, is made again
     return dataset if dataset and dataset.manifest.key == key else None
-
-
-def _train_tokenizer(sources: Sources, rule: SplitRule, options: _Options) -> Tokenizer:
-    """A BPE learnt from the training part alone: validation text must be as new to it as to the model."""
-    assert options.train_tokenizer is not None
-    with byte_progress(sources.total_bytes, "learning the vocabulary") as advance:
-        parts = rule.assign(sources.documents(advance=advance))
-        return _learn((part.text for part in parts if part.split == "train"), options.train_tokenizer)
-
-
-def _learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """`Tokenizer.train` in a thread beside this one: it is compiled code that would hear no signal for as
-    long as it takes, minutes for a large text. An interrupt here leaves it without more text to read."""
-    result: Future[Tokenizer] = Future()
-    given_up = threading.Event()
-
-    def learn() -> None:
-        try:
-            unless_given_up = itertools.takewhile(lambda _: not given_up.is_set(), texts)
-            result.set_result(Tokenizer.train(unless_given_up, vocab_size))
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=learn, daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.2)  # Windows hears Ctrl-C only between two waits
-    finally:
-        given_up.set()
-    return result.result()
-
-
-def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path) -> None:
-    """Refuse a disk that the tokens would not fit on, if the rest of the text is like its beginning."""
-    free = shutil.disk_usage(output.absolute().parent).free
-    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    if free > sources.total_bytes * token_bytes:
-        return
-    read: list[int] = []
-    tokens = chars = 0
-    for piece in sources.documents(advance=read.append):
-        tokens += len(tokenizer.encode(piece.text)) + piece.ends_document
-        chars += len(piece.text)
-        if chars >= _BATCH_CHARS:
-            break
-    needed = tokens * token_bytes * sources.total_bytes // max(1, sum(read))
-    if free < needed:
-        raise AtlasError(
-            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} take about "
-            f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
-        )
-
-
-def _write_shards(
-    folder: Path, parts: Iterable[Part], tokenizer: Tokenizer, shard_tokens: int
-) -> dict[str, SplitRecord]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: SplitWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
-    end = np.array([tokenizer.eos_id])
-    try:
-        for batch in _batches(parts):
-            for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
-                tokens = np.array(ids, dtype=np.int64)
-                writers[part.split].write(
-                    np.concatenate([tokens, end]) if part.ends_document else tokens,
-                    num_bytes=len(part.text.encode("utf-8")),
-                    starts_document=part.starts_document,
-                )
-        records = {split: writer.close() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    return {split: record for split, record in records.items() if record}
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """As much at once as keeps all cores busy and memory small."""
-    batch: list[Part] = []
-    chars = 0
-    for part in parts:
-        batch.append(part)
-        chars += len(part.text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _notes(

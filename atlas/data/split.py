@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas.data.duplicates import Digests, fractions
 from atlas.data.text import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
 """With fewer documents than this a split by document would be luck."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of a document, and the split it goes to."""
+class Part(NamedTuple):
+    """A piece of a document. `split` is None where the document's hash is to decide."""
 
     text: str
-    split: str
+    split: str | None
     starts_document: bool
     ends_document: bool
 
@@ -43,23 +46,24 @@ class SplitRule:
                 return SplitRule(val_fraction)
         return SplitRule(val_fraction, cut_at=chars - int(chars * val_fraction))
 
-    def assign(self, documents: Iterable[Piece]) -> Iterator[Part]:
-        """Each piece with its split; a cut at a place between two words divides a piece."""
-        if self.cut_at is None:
-            return self._by_hash(documents)
-        return self._by_place(documents, self.cut_at)
-
-    def _by_hash(self, documents: Iterable[Piece]) -> Iterator[Part]:
-        starts, split = True, "train"
-        for piece in documents:
-            if starts:
-                split = "val" if text_fraction(piece.text) < self.val_fraction else "train"
-            yield Part(piece.text, split, starts, piece.ends_document)
+    def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
+        """Each piece as a part; a cut at a place between two words makes two of one."""
+        if self.cut_at is not None:
+            yield from self._cut(pieces, self.cut_at)
+            return
+        starts = True
+        for piece in pieces:
+            yield Part(piece.text, None, starts, piece.ends_document)
             starts = piece.ends_document
 
-    def _by_place(self, documents: Iterable[Piece], cut_at: int) -> Iterator[Part]:
+    def holds_out(self, digests: Digests) -> NDArray[np.bool_]:
+        """(n,): which of the documents with these digests are for validation. It depends on the text alone, so
+        that neither other documents nor a second copy move one."""
+        return fractions(digests)[:, 0] < self.val_fraction
+
+    def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:
         starts, position = True, 0
-        for piece in documents:
+        for piece in pieces:
             head = piece.text[: max(0, cut_at - position)]
             if 0 < len(head) < len(piece.text):
                 head = head[: last_word_end(head)]
@@ -71,9 +75,3 @@ class SplitRule:
                 yield Part(tail, "val", starts or first_of_val, piece.ends_document)
             position += len(piece.text)
             starts = piece.ends_document
-
-
-def text_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, evenly spread over texts."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"atlas-split").digest()
-    return int.from_bytes(digest, "big") / 2**64

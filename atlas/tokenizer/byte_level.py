@@ -81,6 +81,9 @@ class ByteLevelTokenizer(Tokenizer):
             "fingerprint": self.fingerprint,
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_state, (self.state(),)
+
     @cached_property
     def hf(self) -> HFTokenizer:
         """The same tokenizer built with Hugging Face `tokenizers`."""

@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 
 from atlas.errors import AtlasError
 from atlas.tokenizer.byte_level import BYTE_ORDER, CHAR_OF_BYTE, ByteLevelTokenizer, Merge, token_bytes
@@ -48,6 +50,14 @@ class GPT2Tokenizer(ByteLevelTokenizer):
             run = self._tiktoken._encode_single_piece(text[blank.start() : end])
             return self._tiktoken.encode_ordinary(text[: blank.start()]) + run + self.encode(text[end:])
         return self._tiktoken.encode_ordinary(text)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [
+            np.array(self.encode(text), dtype=np.uint32)
+            if len(text) >= _LONG_BLANK_LENGTH
+            else self._tiktoken.encode_to_numpy(text, disallowed_special=())
+            for text in texts
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(len(text) >= _LONG_BLANK_LENGTH for text in texts):

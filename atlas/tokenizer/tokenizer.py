@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from atlas.errors import AtlasError
 from atlas.files import read_limited
 
@@ -43,6 +46,10 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each; in parallel where the implementation can."""
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """`encode` of each as an array, in this thread: for workers, of which there are many."""
+        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     @property
     @abstractmethod
