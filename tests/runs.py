@@ -132,5 +132,6 @@ def _last_checkpoint(folder: Path, steps: int) -> Path:
 
 def lines_without_timings(folder: Path, kind: str) -> list[dict]:
     return [
-        {key: value for key, value in line.items() if "second" not in key} for line in logged(folder, kind)
+        {key: value for key, value in line.items() if "second" not in key and key != "data_wait"}
+        for line in logged(folder, kind)
     ]

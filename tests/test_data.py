@@ -6,8 +6,9 @@ import collections
 import json
 import os
 import pickle
-import subprocess
-import sys
+import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atlas.data import (
@@ -254,7 +255,7 @@ def test_text_dataset_takes_any_tokenizer(tmp_path: Path) -> None:
 # Order
 
 
-@given(seed=st.integers(0, 2**63 - 1), windows=st.integers(1, 2000), epoch=st.integers(0, 10**6))
+@given(seed=st.integers(0, 2**63 - 1), windows=st.integers(1, 10_000), epoch=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=100)
 def test_every_window_once_per_epoch(seed: int, windows: int, epoch: int) -> None:
     order = SequenceOrder(seed, windows)
@@ -342,69 +343,151 @@ def test_batches_without_end(dataset: SequenceDataset) -> None:
     assert len([next(iterator) for _ in range(10)]) == 10
 
 
-def run_with_workers(dataset: SequenceDataset, program: str) -> str:
-    """What a program of its own process group prints; `iterator` yields 50 updates read by 2 workers."""
-    program = f"""
-import os, signal
-from atlas.data import SequenceDataset, SequenceOrder, batches, open_dataset
-heard = []
-dataset = SequenceDataset(open_dataset({str(dataset.stream.folder)!r}).split("train"), 16)
-iterator = batches(dataset, SequenceOrder(5, len(dataset)), start=0, sequences_per_update=4,
-                   num_workers=2, num_updates=50)
-{program}
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.strip()
+class Failing:
+    """Gives rows slowly, and none from the tenth on."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.read = error, 0
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read += 1
+        time.sleep(0.002)
+        if self.read > 10:
+            raise self.error
+        return torch.tensor([window]), torch.tensor([window])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX process groups")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_are_left_to_the_parent(name: str, dataset: SequenceDataset) -> None:
-    """Both go to the whole process group; the workers must go on reading, and end quietly."""
-    program = f"""
-next(iterator)
-signal.signal(signal.{name}, lambda *_: heard.append(1))
-os.killpg(0, signal.{name})
-print(len(list(iterator)), len(heard))
-"""
-    assert run_with_workers(dataset, program) == "49 1"
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_a_reading_thread_raises_arrives_as_it_is(workers: int) -> None:
+    failing: Any = Failing(AtlasError("train-00000.npy: gone"))
+    stream = batches(failing, SequenceOrder(5, 100), start=0, sequences_per_update=2, num_workers=workers)
+    with pytest.raises(AtlasError, match=r"^train-00000\.npy: gone$"):
+        list(stream)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.slow
-def test_a_worker_that_hangs_is_ended_when_its_batches_are_no_longer_wanted(dataset: SequenceDataset) -> None:
-    program = """
-import multiprocessing, time
-first = next(iterator)
-iterator.close()
-class Hanging:
-    def __getitem__(self, window): time.sleep(1000)
-    def __len__(self): return len(dataset)
-hanging = batches(Hanging(), SequenceOrder(5, len(dataset)), start=0, sequences_per_update=4, num_workers=2)
-signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
-signal.alarm(2)
-try:
-    next(hanging)
-except ZeroDivisionError:
-    pass
-del hanging
-print(len(multiprocessing.active_children()))
-"""
-    assert run_with_workers(dataset, program) == "0"
+def test_no_thread_reads_on_when_its_batches_are_no_longer_wanted(dataset: SequenceDataset) -> None:
+    before = threading.active_count()
+    for end in ("close", "drop"):
+        stream = batches(
+            dataset, SequenceOrder(5, len(dataset)), start=0, sequences_per_update=4, num_workers=2
+        )
+        next(stream)
+        assert threading.active_count() > before
+        if end == "close":
+            stream.close()  # type: ignore[attr-defined]
+        del stream
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_workers_end_with_a_parent_that_handles_sigterm(dataset: SequenceDataset) -> None:
-    """They ignore the signal while the parent reads, and must obey it when the parent's exit ends them by it."""
-    program = """
-signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-next(iterator)
-print("ends with workers alive")
-"""
-    assert run_with_workers(dataset, program) == "ends with workers alive"
+def test_threads_read_a_bounded_way_ahead() -> None:
+    slow: Any = Failing(AtlasError("never"))
+    slow.read = -(10**6)
+    stream = batches(slow, SequenceOrder(5, 100), start=0, sequences_per_update=2, num_workers=2)
+    next(stream)
+    time.sleep(0.2)
+    assert slow.read + 10**6 <= 2 * 2 * 2 + 2
+
+
+@given(
+    share=st.integers(1, 5),
+    world_size=st.integers(1, 6),
+    start=st.integers(0, 500),
+    workers=st.integers(0, 2),
+)
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_ranks_share_each_update(
+    share: int, world_size: int, start: int, workers: int, dataset: SequenceDataset
+) -> None:
+    options: dict[str, Any] = {"start": start, "sequences_per_update": share * world_size, "num_updates": 3}
+    order = SequenceOrder(5, len(dataset))
+    alone = list(batches(dataset, order, **options))
+    ranks = [
+        list(batches(dataset, order, rank=rank, world_size=world_size, num_workers=workers, **options))
+        for rank in range(world_size)
+    ]
+    for update, (inputs, targets) in enumerate(alone):
+        assert torch.equal(torch.cat([rank[update][0] for rank in ranks]), inputs)
+        assert torch.equal(torch.cat([rank[update][1] for rank in ranks]), targets)
+
+
+def test_an_update_that_cannot_be_shared_evenly_is_refused(dataset: SequenceDataset) -> None:
+    with pytest.raises(AtlasError, match="an update of 8 sequences cannot be split evenly over 3 processes"):
+        batches(dataset, SequenceOrder(5, len(dataset)), start=0, sequences_per_update=8, world_size=3)
+
+
+# At scale
+
+
+def sparse_dataset(folder: Path, tokens: int, *, last: int = 0) -> Path:
+    """A prepared dataset of so many zeros, which take no room on the disk, and one more token."""
+    tokenizer = Tokenizer.gpt2()
+    folder.mkdir()
+    for name, kind, count in (("train-00000.npy", "<u2", tokens), ("train-00000.docs.npy", "<i8", 1)):
+        with (folder / name).open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": kind, "fortran_order": False, "shape": (count,)}
+            )
+            file.truncate(file.tell() + count * np.dtype(kind).itemsize)
+    if last:
+        np.load(folder / "train-00000.npy", mmap_mode="r+")[-1] = last
+    shard = {
+        "file": "train-00000.npy",
+        "tokens": tokens,
+        "sha256": "",
+        "documents": 1,
+        "documents_sha256": "",
+    }
+    content = {
+        "format": "atlas-dataset",
+        "version": 1,
+        "key": "",
+        "tokenizer": tokenizer.state(),
+        "dtype": "<u2",
+        "splits": {"train": {"documents": 1, "tokens": tokens, "bytes": tokens, "shards": [shard]}},
+        "options": {},
+        "source": {},
+        "notes": [],
+    }
+    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_seeking_in_ten_thousand_million_tokens_costs_nothing(tmp_path: Path) -> None:
+    """Step 10⁷ of eight sequences; also, a dataset of format version 1 is read."""
+    folder = sparse_dataset(tmp_path / "sparse", 10**10)
+    tracemalloc.start()
+    stream = open_dataset(folder).split("train")
+    assert stream is not None
+    dataset = SequenceDataset(stream, 1024)
+    seconds = []
+    for step in (10**7, 10**7 + 1, 3 * 10**8):
+        start = time.perf_counter()
+        order = SequenceOrder(1, len(dataset))
+        inputs, _ = next(batches(dataset, order, start=8 * step, sequences_per_update=8))
+        seconds.append(time.perf_counter() - start)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert inputs.shape == (8, 1024)
+    assert min(seconds) < 0.1, "10 ms are measured by benchmarks/loader.py; this machine may be busy"
+    assert peak < 50e6
+
+
+def test_a_wrong_id_is_refused_when_it_is_read_at_the_latest(tmp_path: Path) -> None:
+    """Of a large dataset nobody looks at every id when it is opened."""
+    stream = open_dataset(sparse_dataset(tmp_path / "sparse", 10**9, last=50_300)).split("train")
+    assert stream is not None
+    assert stream.read(0, 1000).max() == 0
+    with pytest.raises(AtlasError, match="train holds token id 50300, its tokenizer has 50257 tokens"):
+        stream.read(10**9 - 10, 10**9)
+    small = sparse_dataset(tmp_path / "small", 10**6, last=50_300)
+    with pytest.raises(AtlasError, match="train holds token id 50300"):
+        open_dataset(small)
 
 
 # What --train-data and --val-data accept

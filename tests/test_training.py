@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,27 @@ def test_gradient_checkpointing_changes_no_loss_even_with_dropout(tmp_path: Path
     ]
 
 
-def test_worker_processes_change_nothing(tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize(("seconds", "low", "high"), [(0.0, 0, 0.5), (0.05, 0.6, 1)])
+def test_the_wait_for_data_is_measured(
+    seconds: float, low: float, high: float, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight sequences of 0.05 s are far more than the update of a tiny model takes."""
+    trainer = trainer_for(layer(tmp_path / "run", text_file, training__batch_size=8, data__num_workers=0))
+    read = type(trainer.train_data).__getitem__
+
+    def slow(self: object, window: int) -> tuple[torch.Tensor, ...]:
+        time.sleep(seconds)
+        return read(self, window)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(trainer.train_data), "__getitem__", slow)
+    trainer.state.horizon = 3
+    trainer.val_data = None
+    trainer.train()
+    waits = [line["data_wait"] for line in logged(tmp_path / "run")]
+    assert all(low <= wait <= high for wait in waits), waits
+
+
+def test_reading_threads_change_nothing(tmp_path: Path, text_file: Path) -> None:
     for name, workers in (("a", 0), ("b", 1)):
         run(layer(tmp_path / name, text_file, model__dropout=0.2, data__num_workers=workers))
     assert [line["loss"] for line in logged(tmp_path / "a")] == [

@@ -6,25 +6,25 @@ at any batch size, by one integer: how many sequences it has consumed.
 
 from __future__ import annotations
 
-import atexit
-import functools
+import collections
 import hashlib
 import itertools
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
-from atlas.data.dataset import SequenceDataset
+from atlas.errors import AtlasError
+
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Numbers of a run's sequences → their windows."""
+
+_AHEAD = 2
+"""Batches per thread that are read or waiting to be used: one in work, one done."""
 
 _ROUNDS = 8
 _NUM_KEYS = np.uint64(_ROUNDS + 1)
@@ -79,92 +79,77 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def batches(
-    dataset: SequenceDataset,
-    order: SequenceOrder,
+    dataset: Dataset[tuple[Tensor, ...]],
+    order: Order,
     *,
     start: int,
     sequences_per_update: int,
     num_updates: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, ...]]:
     """Per update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
-    Yields (inputs, targets), each (N, T) int64, for `num_updates` updates or without end. With
-    `num_workers` other processes read ahead; the batches are the same, bit for bit, and torch's global
-    random state is left alone.
+    Yields the dataset's columns stacked, (inputs, targets) or (inputs, targets, documents), each (N, T) int64,
+    for `num_updates` updates or without end. Of `world_size` processes each gets an equal share of every update:
+    `rank` 0 the first N sequences, rank 1 the next; together the update of one process, in its order.
+
+    With `num_workers` threads read ahead, in memory for 2 batches each (16 bytes per token); the batches are
+    the same, bit for bit. What a thread raises is raised here, and closing the iterator stops the threads.
+
+    Raises `AtlasError` if an update cannot be shared out evenly.
     """
-    updates = _windows_of_updates(order, start, sequences_per_update, num_updates)
-    if num_workers == 0:
-        for windows in updates:
-            rows = [dataset[window] for window in windows]
-            inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
-            yield (inputs.pin_memory(), targets.pin_memory()) if pin_memory else (inputs, targets)
-        return
-    with _workers_may_go() as may_go:
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=updates,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=functools.partial(_leave_signals_to_parent, may_go),
-            generator=torch.Generator(),
+    if sequences_per_update % world_size:
+        raise AtlasError(
+            f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
+            "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
         )
-        with _signals_held_back():
-            iterator = iter(loader)
-        for inputs, targets in iterator:
-            yield inputs, targets
+    windows = _windows_of_updates(order, start, sequences_per_update, num_updates, rank, world_size)
+    return _read_ahead(dataset, windows, num_threads=num_workers, pin_memory=pin_memory)
 
 
 def _windows_of_updates(
-    order: SequenceOrder, start: int, sequences_per_update: int, num_updates: int | None
+    order: Order,
+    start: int,
+    sequences_per_update: int,
+    num_updates: int | None,
+    rank: int,
+    world_size: int,
 ) -> Iterator[list[int]]:
+    share = sequences_per_update // world_size
     for update in itertools.count() if num_updates is None else range(num_updates):
-        first = start + update * sequences_per_update
-        yield order(np.arange(first, first + sequences_per_update)).tolist()
+        first = start + update * sequences_per_update + rank * share
+        yield order(np.arange(first, first + share)).tolist()
 
 
-@contextmanager
-def _workers_may_go() -> Iterator[Any]:
-    """A byte that workers see too, 1 from the moment when they may end: the loop is left, or the process.
-
-    Torch and `multiprocessing` end workers that linger by SIGTERM, and at exit wait until it is obeyed.
-    """
-    may_go = multiprocessing.RawValue("b", 0)
-    let_go = functools.partial(setattr, may_go, "value", 1)
-    atexit.register(let_go)
-    try:
-        yield may_go
-    finally:
-        let_go()
-        atexit.unregister(let_go)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Processes started meanwhile are born deaf to both signals; the parent hears them when they are started."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+def _read_ahead(
+    dataset: Dataset[tuple[Tensor, ...]], updates: Iterator[list[int]], *, num_threads: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of `updates`, in order, read by threads: page faults and copies do not hold Python's lock."""
+    if num_threads == 0:
+        for windows in updates:
+            yield _read(dataset, windows, pin_memory=pin_memory)
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="atlas-read-ahead")
+    ahead: collections.deque[Future[tuple[Tensor, ...]]] = collections.deque()
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while True:
+            for windows in itertools.islice(updates, _AHEAD * num_threads - len(ahead)):
+                ahead.append(pool.submit(_read, dataset, windows, pin_memory=pin_memory))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:  # also when the iterator is dropped: a thread ends with the batch it is at, and nobody waits for it
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _leave_signals_to_parent(may_go: Any, _worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and SIGTERM every process that a batch system or a
-    container ends, but the parent decides when to stop, and wants its batches until then. SIGTERM is obeyed
-    once they `may_go`. (Windows has no mask to inherit; there this is the whole protection.)"""
-
-    def go_if_allowed(number: int, frame: FrameType | None) -> None:
-        if may_go.value:
-            os._exit(0)  # as torch's own handler does: any other end is reported as a failure
-
-    for name in ("SIGINT", "SIGBREAK"):
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, go_if_allowed)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def _read(
+    dataset: Dataset[tuple[Tensor, ...]], windows: list[int], *, pin_memory: bool
+) -> tuple[Tensor, ...]:
+    """The sequences of these windows, stacked column by column."""
+    # NumPy, since torch.stack would start a pool of OpenMP threads of its own for every thread that reads.
+    rows = zip(*(dataset[window] for window in windows), strict=True)
+    columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
+    return tuple(column.pin_memory() for column in columns) if pin_memory else columns

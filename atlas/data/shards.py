@@ -32,11 +32,14 @@ from atlas.errors import AtlasError
 from atlas.files import check_regular, read_limited, sha256_of
 from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
 MANIFEST = "dataset.json"
 MAX_TOKENS = 2**48
 _LARGEST_MANIFEST = 64 << 20
 _CHECK_TOKENS = 2**24
+_CHECKED_WHEN_OPENED = 2**26
+"""Tokens of a split up to which every id is looked at when it is opened; of a larger one, as it is read."""
 _HEADER = re.compile(
     rb"\{'descr': '([<|][uif][1248])', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n"
 )
@@ -55,6 +58,8 @@ class ShardRecord(BaseModel):
     sha256: str
     documents: int = Field(ge=0, le=MAX_TOKENS)
     documents_sha256: str
+    largest_id: int | None = None
+    """Not known in format version 1."""
 
     @property
     def documents_file(self) -> str:
@@ -72,6 +77,15 @@ class SplitRecord(BaseModel):
     shards: list[ShardRecord]
 
 
+class StepRecord(BaseModel):
+    """What a cleaning step did: documents that it changed or removed, by how many characters there are fewer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    documents: int = 0
+    characters: int = 0
+
+
 class Manifest(BaseModel):
     """`dataset.json`."""
 
@@ -86,6 +100,8 @@ class Manifest(BaseModel):
     options: dict[str, Any]
     source: dict[str, Any]
     notes: list[str]
+    cleaning: dict[str, StepRecord] = {}
+    """By the steps that were taken."""
 
     def write(self, folder: Path) -> None:
         with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
@@ -98,7 +114,8 @@ class Manifest(BaseModel):
 class TokenStream:
     """The tokens of a split as one array, read from its shards by memory map.
 
-    It may be handed to another process, which maps the files itself.
+    It may be handed to another process, which maps the files itself, and read by several threads: two that map a
+    shard at once map it twice, and one of the maps is forgotten.
     """
 
     folder: Path
@@ -107,6 +124,8 @@ class TokenStream:
     eos_id: int
     name: str
     """What the user calls it: the dataset's folder, or the text that was prepared into a cache."""
+    vocab_size: int = 2**32
+    """What is read is checked against it."""
     _ends: list[int] = field(init=False, repr=False)
     _maps: dict[int, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
@@ -127,7 +146,7 @@ class TokenStream:
         return self.record.documents
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens `start` to `stop`, in the shards' dtype."""
+        """Tokens `start` to `stop`, in the shards' dtype. Raises `AtlasError` for an id that no token has."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         parts = []
@@ -137,9 +156,27 @@ class TokenStream:
             end = min(stop, self._ends[shard])
             parts.append(self._map(shard)[start - offset : end - offset])
             start = end
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dtype)])
+        if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
+            raise self._wrong_id(largest)
+        return tokens
+
+    def check_ids(self) -> None:
+        """Compare the largest id with the vocabulary: the recorded ones, and of a split that is read in a moment
+        every one; those of a larger split are looked at as they are read. Raises `AtlasError`."""
+        largest = max((shard.largest_id or 0 for shard in self.record.shards), default=0)
+        if largest >= self.vocab_size:
+            raise self._wrong_id(largest)
+        if self.num_tokens <= _CHECKED_WHEN_OPENED:
+            for _ in self.chunks():
+                pass
+
+    def _wrong_id(self, largest: int) -> AtlasError:
+        split = self.record.shards[0].file.partition("-")[0]
+        return AtlasError(
+            f"{self.folder}: {split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens; "
+            "prepare the dataset again"
+        )
 
     def document_starts(self) -> NDArray[np.int64]:
         """Where each document begins. (A split cut out of one document begins in its middle.)"""
@@ -197,7 +234,14 @@ class PreparedDataset:
         if record is None:
             return None
         eos_id = int(self.tokenizer_state["eos_id"])
-        return TokenStream(self.folder, record, self.manifest.dtype, eos_id, name=str(self.folder))
+        return TokenStream(
+            self.folder,
+            record,
+            self.manifest.dtype,
+            eos_id,
+            name=str(self.folder),
+            vocab_size=int(self.tokenizer_state["vocab_size"]),
+        )
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -230,7 +274,9 @@ def open_dataset(
                 _check_sha256(folder / shard.documents_file, shard.documents_sha256, advance)
     dataset = PreparedDataset(folder, manifest, state)
     for name in manifest.splits:
-        _check_ids(dataset, name)
+        stream = dataset.split(name)
+        assert stream is not None
+        stream.check_ids()
         _check_document_starts(dataset, name)
     return dataset
 
@@ -248,7 +294,7 @@ def read_manifest(path: Path) -> Manifest:
         raise AtlasError(f"{path}: cannot be read: {reason}; prepare the dataset again") from None
     if not isinstance(content, dict) or content.get("format") != "atlas-dataset":
         raise AtlasError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
-    if content.get("version") != FORMAT_VERSION:
+    if content.get("version") not in _READABLE:
         raise AtlasError(
             f"{path}: format version {content.get('version')!r:.20} is not {FORMAT_VERSION}; "
             "prepare the dataset again, or update Atlas"
@@ -333,20 +379,6 @@ def _read_header(file: BinaryIO) -> tuple[str, int]:
 def _check_sha256(path: Path, expected: str, advance: Callable[[int], None]) -> None:
     if sha256_of(path, advance) != expected:
         raise AtlasError(f"{path}: its content changed since it was prepared; prepare the dataset again")
-
-
-def _check_ids(dataset: PreparedDataset, name: Split) -> None:
-    vocab_size = dataset.tokenizer_state["vocab_size"]
-    if vocab_size == np.iinfo(dataset.manifest.dtype).max + 1:
-        return
-    stream = dataset.split(name)
-    assert stream is not None
-    largest = max((int(chunk.max()) for chunk in stream.chunks()), default=0)
-    if largest >= vocab_size:
-        raise AtlasError(
-            f"{dataset.folder}: {name} holds token id {largest}, its tokenizer has {vocab_size} tokens; "
-            "prepare the dataset again"
-        )
 
 
 def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:

@@ -24,6 +24,10 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+_WAIT_WORTH_SHOWING = 0.01
+"""Of the time of a step."""
+
+
 class RunLog:
     """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder."""
 
@@ -115,6 +119,8 @@ class RunLog:
             f"loss {metrics['loss']:.4f}  ppl {_large(metrics['perplexity'])}  {metrics['steps_per_second']:.2f} it/s  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
         )
+        if metrics["data_wait"] >= _WAIT_WORTH_SHOWING:
+            status += f"  data {metrics['data_wait']:.0%}"
         place = metrics["step"] if total is None else f"{metrics['step']}/{total}"
         line = f"step {place}  {status}"
         if self._progress:
@@ -205,13 +211,14 @@ def _duration(seconds: float) -> str:
 
 
 class Throughput:
-    """Steps and tokens per second since the last reading, time in evaluation and saving left out."""
+    """Steps and tokens per second since the last reading, time in evaluation and saving left out; and the share of
+    that time in which training waited for its data."""
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self._steps, self._tokens, self._start = 0, 0, time.perf_counter()
+        self._steps, self._tokens, self._waited, self._start = 0, 0, 0.0, time.perf_counter()
 
     def count(self, tokens: int) -> None:
         self._steps += 1
@@ -223,8 +230,14 @@ class Throughput:
         yield
         self._start += time.perf_counter() - before
 
-    def rates(self) -> tuple[float, float]:
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def rates(self) -> tuple[float, float, float]:
         seconds = max(1e-9, time.perf_counter() - self._start)
-        rates = self._steps / seconds, self._tokens / seconds
+        rates = self._steps / seconds, self._tokens / seconds, min(1.0, self._waited / seconds)
         self._reset()
         return rates
