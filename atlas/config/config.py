@@ -135,14 +135,28 @@ class ModelConfig(Section):
         return "gpt2"
 
 
+class MixturePart(Section):
+    """One dataset of a mixture."""
+
+    path: str = Field(description="A prepared folder, or plain text (file, folder or zip).")
+    weight: Float = Field(gt=0, description="Its share of the sequences, beside the other weights.")
+
+
 class DataConfig(Section):
     """Where tokens come from."""
 
     train_data: str | None = Field(
         None, description="Training data: a prepared folder, or plain text (file, folder or zip)."
     )
+    mixture: tuple[MixturePart, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Several datasets instead of train_data, each with its share of the sequences: "
+        "[{path: a, weight: 0.7}, {path: b, weight: 0.3}].",
+    )
     val_data: str | None = Field(
-        None, description="Validation data, in the same forms; left out, the validation part of train_data."
+        None,
+        description="Validation data, in the same forms; left out, the validation parts of the training data.",
     )
     tokenizer: str | None = Field(
         None,
@@ -152,9 +166,27 @@ class DataConfig(Section):
     val_fraction: Float = Field(
         0.05, ge=0, lt=1, description="Part of the documents of a plain text that is held out for validation."
     )
-    num_workers: Int = Field(
-        0, ge=0, description="Processes that read batches ahead; 0 reads in the training process."
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat",
+        description="concat: windows cut out of the documents one after the other. best_fit: whole documents put "
+        "together into windows, cut only where one is longer; validation is read as concat.",
     )
+    document_mask: bool = Field(
+        False,
+        description="Keep attention inside a document, and start positions again in each, where a sequence holds "
+        "several.",
+    )
+    num_workers: Int = Field(
+        1, ge=0, description="Threads that read batches ahead; 0 reads in the training thread."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.train_data is not None and self.mixture is not None:
+            raise ValueError(
+                f"train_data {self.train_data} and mixture exclude each other: set one of them to null"
+            )
+        return self
 
 
 class TrainingConfig(Section):

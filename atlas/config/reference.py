@@ -20,6 +20,7 @@ _KINDS = {
     "boolean": "`true` or `false`",
     "string": "text",
     "null": "`null`",
+    "array": "list",
 }
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

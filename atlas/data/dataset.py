@@ -21,8 +21,11 @@ IGNORE_INDEX = -100
 """The target of a position that the loss leaves out, as in `torch.nn.functional.cross_entropy`."""
 
 
-class SequenceDataset(Dataset[tuple[Tensor, Tensor]]):
+class SequenceDataset(Dataset[tuple[Tensor, ...]]):
     """Windows of `max_seq_len` tokens: `dataset[w]` is (inputs (T,), targets (T,)), both int64.
+
+    With `with_documents` a third tensor says which document of the window each input belongs to, from 0 on: the
+    token after an end of text begins the next.
 
     Windows do not overlap but for the one token that is the last target of one and the first input of
     the next. The tokens left over at the end are dropped, or with `pad_last` make one more window, padded
@@ -32,9 +35,12 @@ class SequenceDataset(Dataset[tuple[Tensor, Tensor]]):
     Raises `AtlasError` if the stream has not one window.
     """
 
-    def __init__(self, stream: TokenStream, max_seq_len: int, *, pad_last: bool = False) -> None:
+    def __init__(
+        self, stream: TokenStream, max_seq_len: int, *, pad_last: bool = False, with_documents: bool = False
+    ) -> None:
         self.stream = stream
         self.max_seq_len = max_seq_len
+        self.with_documents = with_documents
         num_targets = max(0, stream.num_tokens - 1)
         self._num_windows = -(-num_targets // max_seq_len) if pad_last else num_targets // max_seq_len
         if self._num_windows == 0:
@@ -44,10 +50,19 @@ class SequenceDataset(Dataset[tuple[Tensor, Tensor]]):
                 "give more text, or set a smaller model.max_seq_len"
             )
 
+    @property
+    def num_tokens(self) -> int:
+        return self.stream.num_tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text in UTF-8 that a token stands for, on average."""
+        return self.stream.num_bytes / self.stream.num_tokens
+
     def __len__(self) -> int:
         return self._num_windows
 
-    def __getitem__(self, window: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, window: int) -> tuple[Tensor, ...]:
         if not 0 <= window < self._num_windows:
             raise IndexError(f"window {window} of {self._num_windows}")
         start = window * self.max_seq_len
@@ -58,7 +73,15 @@ class SequenceDataset(Dataset[tuple[Tensor, Tensor]]):
         if missing:
             inputs = torch.nn.functional.pad(inputs, (0, missing), value=self.stream.eos_id)
             targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
+        if self.with_documents:
+            return inputs, targets, documents_of(inputs, self.stream.eos_id)
         return inputs, targets
+
+
+def documents_of(inputs: Tensor, eos_id: int) -> Tensor:
+    """(T,) ids → (T,) int64: how many ends of text come before each token, its own not counted."""
+    ends = inputs == eos_id
+    return ends.cumsum(0) - ends.long()
 
 
 class TextDataset(SequenceDataset):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from atlas.config.config import MixturePart
 from atlas.data.prepare import prepare_text_cached
 from atlas.data.shards import PreparedDataset, TokenStream, is_prepared, open_dataset
 from atlas.errors import AtlasError
@@ -13,14 +16,33 @@ from atlas.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """The streams of a run, their tokenizer, and the fingerprint that tells this training data from other."""
+    """The streams of a run, their tokenizer, and the fingerprint that tells this training data from other.
 
-    train: TokenStream
-    val: TokenStream | None
+    A mixture has several training streams, each with its weight; one dataset is a mixture of one.
+    """
+
+    trains: tuple[TokenStream, ...]
+    weights: tuple[float, ...]
+    vals: tuple[TokenStream, ...]
     tokenizer: Tokenizer
     fingerprint: str
     notes: list[str]
     """What was found and decided when plain text was prepared, one line each."""
+
+    @property
+    def train(self) -> TokenStream:
+        """The first training stream, which is the only one but in a mixture."""
+        return self.trains[0]
+
+    @property
+    def val(self) -> TokenStream | None:
+        """The first validation stream, if there is any."""
+        return self.vals[0] if self.vals else None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the training data."""
+        return ", ".join(stream.name for stream in self.trains)
 
 
 def resolve_data(
@@ -52,11 +74,42 @@ def resolve_data(
     assert train is not None
     val = dataset.split("val") if val_data is None else _validation_stream(val_data, tokenizer)
     return ResolvedData(
-        train=replace(train, name=str(train_data)),
-        val=val,
+        trains=(replace(train, name=str(train_data)),),
+        weights=(1.0,),
+        vals=(val,) if val else (),
         tokenizer=tokenizer,
         fingerprint=dataset.fingerprint,
         notes=notes,
+    )
+
+
+def resolve_mixture(
+    mixture: Sequence[MixturePart],
+    val_data: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    val_fraction: float = 0.05,
+) -> ResolvedData:
+    """Open or prepare several datasets, as `resolve_data` does one; validation is that of all, or `val_data`.
+
+    All have one tokenizer: the one that the user named, else that of the first prepared folder among them.
+    """
+    prepared = next((part.path for part in mixture if is_prepared(part.path)), None)
+    if tokenizer is None and prepared is not None:
+        tokenizer = open_dataset(prepared).tokenizer()
+    parts = [
+        resolve_data(part.path, val_data, tokenizer=tokenizer, val_fraction=val_fraction) for part in mixture
+    ]
+    total = sum(part.weight for part in mixture)
+    weights = tuple(part.weight / total for part in mixture)
+    identity = [f"{part.fingerprint} {weight!r}" for part, weight in zip(parts, weights, strict=True)]
+    return ResolvedData(
+        trains=tuple(part.train for part in parts),
+        weights=weights,
+        vals=parts[0].vals if val_data else tuple(stream for part in parts for stream in part.vals),
+        tokenizer=parts[0].tokenizer,
+        fingerprint=hashlib.sha256("\n".join(identity).encode()).hexdigest(),
+        notes=[note for part in parts for note in part.notes],
     )
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from atlas.config import ModelConfig
+from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
 
 
@@ -29,21 +31,25 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C). With a cache, `positions` (B, T) and `mask` (B, 1, T, S) say what is seen."""
+        """(B, T, C) → (B, T, C). `mask` (B, 1, T, S) says what is seen, all that came before where it is left out;
+        with a cache `positions` (B, T) says where the tokens stand."""
         B, T, C = x.shape
         q_BHTD, k_BHTD, v_BHTD = (
             part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for part in self.qkv(x).split(C, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
-        if cache is None:
-            out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True
-            )
-        else:
+        if cache is not None:
             assert positions is not None
+            assert isinstance(mask, Tensor)
             k_BHSD, v_BHSD = cache.update(self.layer, positions, k_BHTD, v_BHTD)
             out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask)
+        elif isinstance(mask, BlockMask):
+            out_BHTD = attend_sparsely(q_BHTD, k_BHTD, v_BHTD, mask)
+        else:
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+            )
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]

@@ -11,10 +11,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from atlas.config import ModelConfig
 from atlas.model.attention import CausalSelfAttention
+from atlas.model.documents import document_mask, document_positions
 from atlas.model.kv_cache import KVCache
 from atlas.model.mlp import MLP
 
@@ -35,7 +37,7 @@ class Block(nn.Module):
         x: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cache, positions, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
@@ -80,17 +82,27 @@ class AtlasLM(nn.Module):
         if not self.config.tie_embeddings:
             self.lm_head.weight[self.config.vocabulary :] = 0
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of `tokens` (B, T), which follow what `cache` holds, if one is given."""
-        return self.head(self.hidden_states(tokens, cache))
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of `tokens` (B, T), which follow what `cache` holds, if one is given.
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        With `documents` (B, T), the number of each token's document in its row, none sees another document, and
+        positions start again in each.
+        """
+        return self.head(self.hidden_states(tokens, cache, documents))
+
+    def hidden_states(
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids → (B, T, C) after the final norm; what `head` turns into logits."""
         T = tokens.shape[1]
         if cache is None:
             if self.config.max_seq_len < T:
                 raise ValueError(f"{T} tokens do not fit a context of {self.config.max_seq_len}")
-            positions, mask = torch.arange(T, device=tokens.device), None
+            positions, mask = self._positions_and_mask(T, tokens.device, documents)
+        elif documents is not None:
+            raise ValueError("a cache holds one document a row: documents cannot be given with it")
         else:
             positions = cache.positions(T)
             mask = cache.visible(positions)
@@ -103,6 +115,15 @@ class AtlasLM(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def _positions_and_mask(
+        self, num_tokens: int, device: torch.device, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor | BlockMask | None]:
+        """Made once for all blocks; the mask of a single document is left to attention's own kernel."""
+        if documents is None:
+            return torch.arange(num_tokens, device=device), None
+        dropout = self.config.dropout if self.training else 0.0
+        return document_positions(documents), document_mask(documents, dropout=dropout)
 
     @property
     def head_weight(self) -> Tensor:

@@ -141,6 +141,10 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     if model.dropout:
         kept += tokens * C * (1 if device == "cuda" else _FP32)
 
+    if config.data.document_mask and (device != "cuda" or model.dropout):
+        # The T × T mask as bool and fp32; in half precision each layer keeps a copy of its own.
+        kept += tokens * model.max_seq_len * (5 + (2 * model.num_layers if half else 0))
+
     accumulates = training.sequences_per_update > micro_batch
     gradients = stored if accumulates else max(0, stored + 2 * table - kept - at_loss)
     matrices = 12 * model.num_layers * C * C + model.vocabulary * C

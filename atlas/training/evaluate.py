@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from atlas.data.dataset import IGNORE_INDEX, SequenceDataset
+from atlas.data.dataset import IGNORE_INDEX
+from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.training.interrupt import Stopped, StopRequest
@@ -46,7 +47,7 @@ def fixed_subset(num_sequences: int, size: int) -> list[int]:
 @torch.no_grad()
 def evaluate(
     model: AtlasLM,
-    dataset: SequenceDataset,
+    dataset: Sequences,
     windows: Sequence[int],
     *,
     batch_size: int,
@@ -67,21 +68,21 @@ def evaluate(
             if should_stop():
                 return None
             rows = [dataset[window] for window in windows[start : start + batch_size]]
-            inputs = torch.stack([row[0] for row in rows]).to(runtime.device)
-            targets = torch.stack([row[1] for row in rows])
-            tokens += int((targets != IGNORE_INDEX).sum())
+            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+            tokens += int((columns[1] != IGNORE_INDEX).sum())
+            inputs, targets, *documents = (column.to(runtime.device) for column in columns)
             with runtime.autocast():
-                loss = compute_lm_loss(model(inputs), targets.to(runtime.device), reduction="sum")
+                logits = model(inputs, documents=documents[0] if documents else None)
+                loss = compute_lm_loss(logits, targets, reduction="sum")
             total += loss.cpu().double()
     finally:
         model.train(was_training)
-    bytes_per_token = dataset.stream.num_bytes / dataset.stream.num_tokens
-    return Evaluation(float(total) / max(1, tokens), tokens, tokens * bytes_per_token)
+    return Evaluation(float(total) / max(1, tokens), tokens, tokens * dataset.bytes_per_token)
 
 
 def evaluate_within_memory(
     model: AtlasLM,
-    dataset: SequenceDataset,
+    dataset: Sequences,
     windows: Sequence[int],
     *,
     state: TrainState,

@@ -12,9 +12,12 @@ import yaml
 
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
-from atlas.data import SequenceDataset
+from atlas.data import training_sequences, validation_sequences
+from atlas.data.mixture import MixtureDataset
+from atlas.data.packing import PackedDataset
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, build_model
+from atlas.model.documents import has_flex_attention
 from atlas.planning import (
     checkpoint_bytes,
     count_parameters,
@@ -55,10 +58,8 @@ def start_run(start: Start) -> Trainer:
     _refuse_too_large(config)
     runtime = setup_runtime(config)
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
-    train_data = SequenceDataset(start.data.train, config.model.max_seq_len)
-    val_data = (
-        SequenceDataset(start.data.val, config.model.max_seq_len, pad_last=True) if start.data.val else None
-    )
+    train_data = training_sequences(start.data, config)
+    val_data = validation_sequences(start.data, config)
     model = build_model(config.model, seed=None if start.contents else config.seed)
     if start.contents:
         load_weights(model, start.contents, start.source)
@@ -86,7 +87,7 @@ def start_run(start: Start) -> Trainer:
         start.data.tokenizer,
         train_data,
         val_data,
-        data_identity={"fingerprint": start.data.fingerprint, "train_data": config.data.train_data},
+        data_identity={"fingerprint": start.data.fingerprint, "train_data": start.data.name},
         runtime=runtime,
         state=state,
         checkpoints=checkpoints,
@@ -278,10 +279,24 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     say(_as_yaml(config).rstrip())
     data, model = trainer.train_data, trainer.model
     say(
-        f"model: {model.num_parameters():,} parameters; data: {data.stream.num_tokens:,} tokens, "
+        f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
         f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
     )
+    parts = data.parts if isinstance(data, MixtureDataset) else [data]
+    for part in parts:
+        if isinstance(part, PackedDataset):
+            say(
+                f"best-fit packing: {part.stream.name}: {part.padding:.2%} of positions are padding, every token is in "
+                "a window"
+            )
+    if isinstance(data, MixtureDataset):
+        _announce_mixture(data, trainer)
+    if config.data.document_mask and config.model.dropout and has_flex_attention(trainer.runtime.device):
+        say(
+            "data.document_mask: attention computes all T × T weights, since its sparse kernel has no dropout; "
+            "model.dropout 0 is faster"
+        )
     if trainer.val_data is None:
         say("no validation data: the best checkpoint is judged by training loss")
     one, total = checkpoint_bytes(config), output_folder_bytes(config)
@@ -294,6 +309,14 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
+
+
+def _announce_mixture(data: MixtureDataset, trainer: Trainer) -> None:
+    """How often the run will read each part."""
+    run = trainer.state.horizon * trainer.config.training.sequences_per_update
+    for part, weight in zip(data.parts, data.weights, strict=True):
+        passes = f", {run * weight / len(part):.2f} passes over it" if trainer.state.is_planned else ""
+        trainer.log.say(f"mixture: {part.stream.name}: {weight:.2%} of the sequences{passes}")
 
 
 def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from atlas.config.loader import Layer, resolve
-from atlas.data import SequenceDataset
-from atlas.data.loader import SequenceOrder, batches
+from atlas.data import training_sequences
+from atlas.data.loader import batches
+from atlas.data.mixture import order_of
 from atlas.model import build_model
 from atlas.training.loss import compute_lm_loss, load_loss
 from atlas.training.optimizer import build_optimizer
@@ -28,11 +29,11 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     """Train on the run's first micro-batch at a constant rate, dropout off; whether its loss went to zero."""
     config, data = with_data(resolve(explicit), explicit, None)
     runtime = setup_runtime(config)
-    dataset = SequenceDataset(data.train, config.model.max_seq_len)
-    order = SequenceOrder(config.seed, len(dataset))
+    dataset = training_sequences(data, config)
+    order = order_of(dataset, config.seed)
     size = min(config.training.batch_size, len(dataset))
-    inputs, targets = next(batches(dataset, order, start=0, num_updates=1, sequences_per_update=size))
-    inputs, targets = inputs.to(runtime.device), targets.to(runtime.device)
+    batch = next(batches(dataset, order, start=0, num_updates=1, sequences_per_update=size))
+    inputs, targets, *documents = (column.to(runtime.device) for column in batch)
     model = (
         build_model(config.model.model_copy(update={"dropout": 0.0}), seed=config.seed)
         .to(runtime.device)
@@ -48,7 +49,8 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     best = math.inf
     for update in range(1, updates + 1):
         with runtime.autocast():
-            loss = loss_function(model(inputs), targets)
+            logits = model(inputs, documents=documents[0] if documents else None)
+            loss = loss_function(logits, targets)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.grad_clip or math.inf)

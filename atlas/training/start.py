@@ -13,7 +13,7 @@ from typing import Any
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, overlay, resolve
-from atlas.data import ResolvedData, resolve_data
+from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
@@ -166,7 +166,7 @@ def with_data(
     config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None
 ) -> tuple[AtlasConfig, ResolvedData]:
     """The config with its vocabulary resolved, and the data it names."""
-    if config.data.train_data is None:
+    if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
             "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text"
         )
@@ -176,22 +176,22 @@ def with_data(
         tokenizer = Tokenizer.resolve(wished)
     elif contents is not None:
         tokenizer = Tokenizer.from_state(contents["tokenizer"])
-    data = resolve_data(
-        config.data.train_data,
-        config.data.val_data,
-        tokenizer=tokenizer,
-        val_fraction=config.data.val_fraction,
-    )
+    val_data, val_fraction = config.data.val_data, config.data.val_fraction
+    if config.data.mixture is not None:
+        data = resolve_mixture(config.data.mixture, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
+    else:
+        assert config.data.train_data is not None
+        data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
     if contents is not None and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
         raise AtlasError(
-            f"{config.data.train_data}: was made with the tokenizer {data.tokenizer.name} "
+            f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): prepare the text with the checkpoint's"
         )
     stated, actual = config.model.vocab_size, data.tokenizer.vocab_size
     if stated is not None and stated != actual:
         raise AtlasError(
-            f"model.vocab_size: {stated}: the tokenizer of {config.data.train_data} has {actual}; leave vocab_size out"
+            f"model.vocab_size: {stated}: the tokenizer of {data.name} has {actual}; leave vocab_size out"
         )
     model = config.model.model_copy(update={"vocab_size": actual})
     return config.model_copy(update={"model": model}), data

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from atlas.config import AtlasConfig
-from atlas.data.dataset import SequenceDataset
-from atlas.data.loader import SequenceOrder, batches
+from atlas.data.loader import batches
+from atlas.data.mixture import order_of
+from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -58,8 +59,8 @@ class Trainer:
         config: AtlasConfig,
         model: AtlasLM,
         tokenizer: Tokenizer,
-        train_data: SequenceDataset,
-        val_data: SequenceDataset | None,
+        train_data: Sequences,
+        val_data: Sequences | None,
         *,
         data_identity: dict[str, Any],
         runtime: Runtime,
@@ -79,7 +80,7 @@ class Trainer:
         self.train_data = train_data
         self.val_data = val_data
         self.val_windows = fixed_subset(len(val_data), config.training.eval_sequences) if val_data else []
-        self.order = SequenceOrder(config.seed, len(train_data))
+        self.order = order_of(train_data, config.seed)
         self.data_identity = data_identity
         self.runtime = runtime
         self.state = state
@@ -127,7 +128,9 @@ class Trainer:
                     break
                 epoch_before = self.epoch
                 self.clock.update_begins()
-                update = self.train_step(*next(stream))
+                with self._timer.waiting_for_data():
+                    batch = next(stream)
+                update = self.train_step(*batch)
                 if update is None:
                     break
                 self.clock.update_ends()
@@ -162,10 +165,10 @@ class Trainer:
         self.log.flush_to_disk()
         return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> Update | None:
+    def train_step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Update | None:
         """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
         state = self.state
-        loss = self.updater.gradient(inputs, targets, state, stop=self.stop)
+        loss = self.updater.gradient(inputs, targets, state, stop=self.stop, documents=documents)
         if loss is None:
             return None
         self._rate = state.rate_scale * learning_rate_at(state.step, self.config.training, state.horizon)
@@ -177,7 +180,7 @@ class Trainer:
         self.log.advance(state.step)
         return update
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         """The updates' sequences, from where the run stands to its horizon."""
         per_update = self.config.training.sequences_per_update
         return batches(
@@ -202,7 +205,7 @@ class Trainer:
 
     def _metrics(self, update: Update) -> dict[str, Any]:
         state = self.state
-        steps_per_second, tokens_per_second = self._timer.rates()
+        steps_per_second, tokens_per_second, data_wait = self._timer.rates()
         metrics = {
             "step": state.step,
             "epoch": self.epoch,
@@ -212,6 +215,7 @@ class Trainer:
             "grad_norm": update.grad_norm,
             "steps_per_second": steps_per_second,
             "tokens_per_second": tokens_per_second,
+            "data_wait": data_wait,
             "sequences_consumed": state.sequences_consumed,
         }
         return metrics | (self.sensor.read().metrics() if self.sensor else {})

@@ -57,7 +57,13 @@ class Updater:
         self.scaler = runtime.grad_scaler()
 
     def gradient(
-        self, inputs: Tensor, targets: Tensor, state: TrainState, *, stop: StopRequest
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        state: TrainState,
+        *,
+        stop: StopRequest,
+        documents: Tensor | None = None,
     ) -> Tensor | None:
         """The gradient of (N, T) sequences, in the parameters; their loss, a scalar on the device. None, and no
         gradient, on a stop.
@@ -68,7 +74,7 @@ class Updater:
         while True:
             try:
                 with stop.at_once(enabled=self.config.training.compile == "on"):
-                    loss = self._accumulate(inputs, targets, state, stop)
+                    loss = self._accumulate(inputs, targets, documents, state, stop)
                 break
             except Stopped:
                 loss = None
@@ -104,7 +110,7 @@ class Updater:
         state.micro_batch_size = running // 2
 
     def _accumulate(
-        self, inputs: Tensor, targets: Tensor, state: TrainState, stop: StopRequest
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None, state: TrainState, stop: StopRequest
     ) -> Tensor | None:
         """Sum the gradient over micro-batches.
 
@@ -123,16 +129,21 @@ class Updater:
                 continue
             seed_micro_step(self.config.seed, state.step, 0, start)
             with self.runtime.autocast():
-                loss = self._loss(inputs[micro], targets[micro], num_valid, total_valid)
+                logits = self._logits(inputs[micro], None if documents is None else documents[micro])
+                loss = self._loss(logits, targets[micro], num_valid, total_valid)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _loss(self, inputs: Tensor, targets: Tensor, num_valid: int, total_valid: int) -> Tensor:
-        """This micro-batch's share of the update's loss."""
+    def _logits(self, inputs: Tensor, documents: Tensor | None) -> Tensor:
         inputs = inputs.to(self.runtime.device, non_blocking=True)
+        if documents is not None:
+            documents = documents.to(self.runtime.device, non_blocking=True)
+        return self.model(inputs, documents=documents)  # type: ignore[no-any-return]
+
+    def _loss(self, logits: Tensor, targets: Tensor, num_valid: int, total_valid: int) -> Tensor:
+        """This micro-batch's share of the update's loss."""
         targets = targets.to(self.runtime.device, non_blocking=True)
-        logits = self.model(inputs)
         if self.custom_loss is None:
             return compute_lm_loss(logits, targets, reduction="sum") / total_valid
         return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * (num_valid / total_valid)
