@@ -42,7 +42,12 @@ def evaluate(
             f"{data}: was prepared with another tokenizer than {checkpoint}: evaluate on the plain text"
         )
     stream = resolved.val or resolved.train
-    dataset = SequenceDataset(stream, loaded.config.model.max_seq_len, pad_last=True)
+    dataset = SequenceDataset(
+        stream,
+        loaded.config.model.max_seq_len,
+        pad_last=True,
+        with_documents=loaded.config.data.document_mask,
+    )
     runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
     console = Console(stderr=True)
     result = measure(

@@ -34,19 +34,34 @@ def info(
             "that were saved, and look for numbers that are not finite.",
         ),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the document lengths of a dataset as a PNG picture. Needs matplotlib: "
+            'pip install "atlas-llm[plot]".',
+            metavar="FILE.png",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what a checkpoint, dataset, tokenizer, GGUF or config file is."""
-    from atlas.cli.terminal import printable
+    from atlas.cli.terminal import print_facts
     from atlas.config.presets import preset_names
 
     file = Path(path)
     if not file.exists() and file.suffix != ".pt" and path not in preset_names():
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
+    if (file / "dataset.json").exists():
+        from atlas.cli.info_dataset import show_dataset
+
+        return show_dataset(file, verify=verify, plot=plot)
+    if plot:
+        raise AtlasError(
+            f"--plot: draws the document lengths of a prepared dataset; {path} is none: leave it out"
+        )
     if file.is_dir():
-        if not (file / "dataset.json").exists():
-            return _output_folder(file, verify)
-        facts = _dataset(file, verify)
-    elif file.suffix == ".pt" or (file.suffix == ".json" and file.with_suffix(".pt").exists()):
+        return _output_folder(file, verify)
+    if file.suffix == ".pt" or (file.suffix == ".json" and file.with_suffix(".pt").exists()):
         file = file.with_suffix(".pt")
         facts = _checkpoint(file, verify)
     elif verify:
@@ -59,10 +74,7 @@ def info(
         facts = _config(path)
     else:
         raise AtlasError(f"{path}: is none of .pt, .gguf, .json, .yaml, or a folder that Atlas made")
-    rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {printable(value)}")
+    print_facts(facts)
 
 
 def _checkpoint(path: Path, verify: bool) -> Facts:
@@ -144,7 +156,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
         raise AtlasError(f"{folder}: is neither a prepared dataset nor a folder with checkpoints")
     with byte_progress(sum(path.stat().st_size for path in files), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
-    _print_table([(path, manifests.get(path), verdicts.get(path)) for path in files])
+    _print_checkpoints([(path, manifests.get(path), verdicts.get(path)) for path in files])
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):
         raise AtlasError(f"{folder}: none of its checkpoints is whole: take a copy of one, or train again")
@@ -158,8 +170,8 @@ def _output_folder(folder: Path, verify: bool) -> None:
         )
 
 
-def _print_table(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
-    from atlas.cli.terminal import printable
+def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
+    from atlas.cli.terminal import print_table
 
     rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
     for path, manifest, verdict in checkpoints:
@@ -169,11 +181,7 @@ def _print_table(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]
         size = f"{path.stat().st_size / 1e6:,.1f} MB"
         state = str(verdict) if verdict else _seen(path, manifest)
         rows.append((path.name, step, kind, _rounded(loss) or "", _rounded(val_loss) or "", size, state))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, step, kind, *numbers, state in rows:
-        aligned = [name.ljust(widths[0]), step.rjust(widths[1]), kind.ljust(widths[2])]
-        aligned += [number.rjust(width) for number, width in zip(numbers, widths[3:], strict=False)]
-        typer.echo(printable("  ".join([*aligned, state])))
+    print_table(rows, right={1, 3, 4, 5})
 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
@@ -184,34 +192,6 @@ def _seen(path: Path, manifest: Manifest | None) -> str:
         has_sidecar = sidecar_of(path).exists()
         return f"not the file that {sidecar_of(path).name} describes" if has_sidecar else "no sidecar"
     return "size as saved" + (", no optimizer state" if manifest.slim else "")
-
-
-def _dataset(folder: Path, verify: bool) -> Facts:
-    from atlas.data import open_dataset
-    from atlas.data.progress import byte_progress
-
-    total = sum(file.stat().st_size for file in folder.glob("*.npy"))
-    with byte_progress(total if verify else 0, "reading") as advance:
-        dataset = open_dataset(folder, verify=verify, advance=advance)
-    yield "dataset", folder
-    yield (
-        "state",
-        f"whole: {total:,} bytes, sha256 as saved"
-        if verify
-        else "sizes as saved; --verify compares every byte",
-    )
-    state = dataset.tokenizer_state
-    yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
-    for name in ("train", "val"):
-        if stream := dataset.split(name):
-            yield (
-                name,
-                f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes, "
-                f"{stream.num_bytes / stream.num_tokens:.2f} bytes per token",
-            )
-    for note in dataset.manifest.notes:
-        yield "note", note
-    yield "fingerprint", dataset.fingerprint
 
 
 def _tokenizer(path: Path) -> Facts:

@@ -1,10 +1,11 @@
-"""Questions to a person, only where there is one."""
+"""Questions to a person, only where there is one; and text as a terminal shows it."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 from unicodedata import category
 
 import typer
@@ -25,3 +26,22 @@ def printable(text: str) -> str:
     written as escapes, since they may come from a stranger's file."""
     shown = "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text[:_LONGEST_LINE])
     return shown + ("…" if len(text) > _LONGEST_LINE else "")
+
+
+def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
+    """A line for each fact, its name in front; nothing for one that is None or empty."""
+    rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {printable(value)}")
+
+
+def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+    """Columns as wide as their widest cell, those numbered in `right` aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        typer.echo(printable("  ".join(cells).rstrip()))

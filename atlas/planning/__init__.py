@@ -1,5 +1,6 @@
 """What a run will take, said before any work: from the config alone, and what this machine has."""
 
+from atlas.planning.advice import Advice, advise
 from atlas.planning.estimate import (
     InferenceMemory,
     Parameters,
@@ -17,10 +18,12 @@ from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 
 __all__ = [
+    "Advice",
     "InferenceMemory",
     "Parameters",
     "PresetPlan",
     "TrainingMemory",
+    "advise",
     "assume_vocabulary",
     "checkpoint_bytes",
     "count_parameters",

@@ -1,0 +1,162 @@
+"""`atlas info DATASET`: what a prepared dataset holds, how large a model it can teach, and how its text looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from atlas.cli.terminal import print_facts, print_table, printable
+from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
+from atlas.data.statistics import (
+    SAMPLE_TOKENS,
+    STRETCH_TOKENS,
+    Lengths,
+    measure_lengths,
+    sample_documents,
+    worst_stretches,
+)
+from atlas.errors import AtlasError
+from atlas.tokenizer.byte_level import ByteLevelTokenizer
+
+
+def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
+    """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
+    from atlas.data.plot import check_plot
+
+    if plot:
+        check_plot(plot)
+    dataset, state = _open(folder, verify)
+    splits = {name: stream for name in ("train", "val") if (stream := dataset.split(name))}
+    lengths = {name: measure_lengths(stream) for name, stream in splits.items() if stream.num_documents}
+    print_facts([("dataset", folder), ("state", state), *_facts(dataset, splits, lengths)])
+    vocab_size = int(dataset.tokenizer_state["vocab_size"])
+    _print_advice(splits["train"].num_tokens, vocab_size)
+    _print_texts(dataset, splits["train"])
+    if plot and lengths:
+        _draw(plot, folder, lengths, vocab_size)
+    elif plot:
+        raise AtlasError(
+            f"--plot: {folder} has no document that begins in it, so that there are no lengths to draw"
+        )
+
+
+def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
+    """The dataset, and in what state it is."""
+    from atlas.data.progress import byte_progress
+
+    total = sum(file.stat().st_size for file in folder.glob("*.npy"))
+    with byte_progress(total if verify else 0, "reading") as advance:
+        dataset = open_dataset(folder, verify=verify, advance=advance)
+    if verify:
+        return dataset, f"whole: {total:,} bytes, sha256 as saved"
+    return dataset, "sizes as saved; --verify compares every byte"
+
+
+def _facts(
+    dataset: PreparedDataset, splits: Mapping[str, TokenStream], lengths: Mapping[str, Lengths]
+) -> Iterator[tuple[str, Any]]:
+    state = dataset.tokenizer_state
+    yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
+    for name, stream in splits.items():
+        yield (
+            name,
+            f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes, "
+            f"{stream.num_bytes / stream.num_tokens:.2f} bytes per token",
+        )
+    for name, split in lengths.items():
+        measured = split.documents
+        sampled = f"; {measured:,} documents measured" if measured < splits[name].num_documents else ""
+        yield (
+            f"{name} lengths",
+            f"median {split.median:,.10g} tokens, longest {split.longest:,}, end of text included{sampled}",
+        )
+    yield from cleaning_facts(
+        {step: record.model_dump() for step, record in dataset.manifest.cleaning.items()}
+    )
+    for note in dataset.manifest.notes:
+        yield "note", note
+    yield "fingerprint", dataset.fingerprint
+
+
+def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]]:
+    """A row for each step of cleaning that found something, and one for all that found nothing."""
+    for step, removed in cleaning.items():
+        if any(removed.values()):
+            yield (
+                "removed",
+                f"{step}: " + ", ".join(f"{count:,} {what}" for what, count in removed.items() if count),
+            )
+    if idle := [step for step, removed in cleaning.items() if not any(removed.values())]:
+        yield "removed", f"nothing by {', '.join(idle)}"
+
+
+def _print_advice(num_tokens: int, vocab_size: int) -> None:
+    from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
+
+    advice = advise(num_tokens, vocab_size=vocab_size)
+    fitting = max((row for row in advice if row.fits), key=lambda row: row.parameters, default=None)
+    best = f"the largest preset that fits is {fitting.preset}" if fitting else "no preset is small enough"
+    typer.echo(f"\nhow large a model for this text: {best}")
+    header = ("preset", "parameters", "tokens per parameter", f"passes to {TOKENS_PER_PARAMETER}", "")
+    rows = [
+        (
+            row.preset,
+            f"{row.parameters:,}",
+            _figure(row.tokens_per_parameter),
+            _figure(row.passes),
+            row.verdict,
+        )
+        for row in advice
+    ]
+    print_table([header, *rows], right={1, 2, 3})
+    typer.echo(
+        f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
+        f"beyond about {GOOD_PASSES} passes over a text each gives less (Muennighoff et al. 2023, arXiv:2305.16264)"
+    )
+
+
+def _figure(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
+    """Ten documents chosen at random, and what the tokenizer compresses worst, from the training split."""
+    if dataset.tokenizer_state.get("kind") == "custom":
+        name = dataset.tokenizer_state["name"]
+        text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not bring along"
+        typer.echo("\n" + printable(text))
+        return
+    tokenizer = dataset.tokenizer()
+    excerpts = sample_documents(stream, tokenizer)
+    typer.echo(f"\n{len(excerpts)} documents of train chosen at random, by their tokens")
+    print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        stretches = worst_stretches(stream, tokenizer)
+        typer.echo(
+            f"\nworst compressed stretches of {STRETCH_TOKENS} tokens, by bytes per token{_searched(stream)}"
+        )
+        rows = [(f"{stretch.bytes_per_token:.2f}", printable(stretch.text)) for stretch in stretches]
+        print_table(rows or [("none: no document is that long",)], right=set())
+
+
+def _searched(stream: TokenStream) -> str:
+    if stream.num_tokens <= SAMPLE_TOKENS:
+        return ""
+    return f", of {SAMPLE_TOKENS:,} tokens evenly spread over the split"
+
+
+def _draw(path: Path, folder: Path, lengths: Mapping[str, Lengths], vocab_size: int) -> None:
+    from atlas.data.plot import draw_lengths
+    from atlas.planning.advice import advise
+
+    contexts: dict[int, list[str]] = {}
+    for row in advise(1, vocab_size=vocab_size):
+        contexts.setdefault(row.max_seq_len, []).append(row.preset)
+    names = {tokens: ", ".join(presets) for tokens, presets in contexts.items()}
+    draw_lengths(path, lengths, title=f"Document lengths in {folder}", contexts=names)
+    typer.echo(f"\ndocument lengths: {path}")

@@ -1,0 +1,167 @@
+"""What a prepared dataset is made of: how long its documents are, some of them to look at, and the places that its
+tokenizer compresses worst.
+
+Nothing here reads a dataset whole: lengths come from the document offsets, texts from a few memory-mapped places.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas.data.shards import ShardRecord, TokenStream
+from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.byte_level import ByteLevelTokenizer
+
+MOST_DOCUMENTS = 2**26
+"""Of a split with more of them than that, the lengths in evenly spread shards are taken."""
+STRETCH_TOKENS = 64
+SAMPLE_TOKENS = 2**24
+"""Of a split with more tokens than that, evenly spread blocks are searched for the worst stretches."""
+
+_OFFSETS_AT_ONCE = 2**22
+_BLOCK_TOKENS = 2**18
+# One bad table should not fill the list.
+_APART_TOKENS = 1024
+_MOST_BYTES_OF_A_CHARACTER = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """How long documents are, in tokens with their end of text: `counts[i]` of them have `values[i]`, ascending."""
+
+    values: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @property
+    def documents(self) -> int:
+        """How many were measured."""
+        return int(self.counts.sum())
+
+    @property
+    def longest(self) -> int:
+        return int(self.values[-1])
+
+    @property
+    def median(self) -> float:
+        """The mean of the two in the middle where their number is even."""
+        middle = [(self.documents - 1) // 2, self.documents // 2]
+        return float(self.values[np.searchsorted(self.counts.cumsum(), middle, side="right")].mean())
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The beginning of a document as a model is given it, and how many tokens the document has."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`STRETCH_TOKENS` tokens of one document, from token `start` of the split."""
+
+    start: int
+    text: str
+    bytes_per_token: float
+
+
+def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengths:
+    """Lengths of all documents of a split; of about `most` of them, in evenly spread shards, where it has more.
+
+    Counted by length, since a split of N tokens has at most √(2N) different ones.
+    """
+    counter: Counter[int] = Counter()
+    for lengths in _lengths(stream, every=max(1, -(-stream.num_documents // most))):
+        values, counts = np.unique(lengths, return_counts=True)
+        counter.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    table = np.array(sorted(counter.items()), np.int64).reshape(-1, 2)
+    return Lengths(table[:, 0], table[:, 1])
+
+
+def sample_documents(
+    stream: TokenStream, tokenizer: Tokenizer, *, count: int = 10, characters: int = 100, seed: int = 0
+) -> list[Excerpt]:
+    """The beginnings of `count` documents chosen at random, in the order of the data."""
+    numbers = random.Random(seed).sample(range(stream.num_documents), min(count, stream.num_documents))
+    excerpts = []
+    for number in sorted(numbers):
+        start, end = _document_start(stream, number), _document_start(stream, number + 1)
+        # A token has at least one byte.
+        read_to = min(end, start + _MOST_BYTES_OF_A_CHARACTER * characters)
+        text = tokenizer.decode(stream.read(start, read_to).tolist())
+        whole = read_to == end and len(text) <= characters
+        excerpts.append(Excerpt(text if whole else text[:characters] + "…", end - start))
+    return excerpts
+
+
+def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count: int = 3) -> list[Stretch]:
+    """The stretches with the fewest bytes per token, the worst first, at least `_APART_TOKENS` apart.
+
+    Of `SAMPLE_TOKENS` in evenly spread blocks, or of all tokens if there are no more than that. Fewer than `count`
+    where few documents are long enough.
+    """
+    sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # a character is a byte
+    across_documents = STRETCH_TOKENS * int(sizes.max()) + 1
+    sizes[tokenizer.eos_id] = across_documents
+    candidates = []
+    for start, ids in _blocks(stream):
+        totals = np.concatenate([[0], sizes[ids].cumsum()])
+        in_stretch = totals[STRETCH_TOKENS:] - totals[:-STRETCH_TOKENS]
+        for _ in range(count if len(in_stretch) else 0):
+            place = int(in_stretch.argmin())
+            candidates.append((int(in_stretch[place]), start + place))
+            in_stretch[max(0, place - _APART_TOKENS) : place + _APART_TOKENS] = across_documents
+    worst: list[Stretch] = []
+    for size, start in sorted(candidates):
+        apart = all(abs(start - other.start) >= _APART_TOKENS for other in worst)
+        if size < across_documents and apart and len(worst) < count:
+            text = tokenizer.decode(stream.read(start, start + STRETCH_TOKENS).tolist())
+            worst.append(Stretch(start, text, size / STRETCH_TOKENS))
+    return worst
+
+
+def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Evenly spread parts of a split and where they start; all of it, if it is small enough. Each goes on for a
+    stretch into what follows it, so that none is missed between two."""
+    blocks = min(SAMPLE_TOKENS, stream.num_tokens) // _BLOCK_TOKENS + 1
+    for block in range(blocks):
+        start = block * stream.num_tokens // blocks
+        stop = min(start + _BLOCK_TOKENS + STRETCH_TOKENS, stream.num_tokens)
+        yield start, stream.read(start, stop)
+
+
+def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
+    """Lengths of the documents that begin in every so manieth shard, in pieces of bounded size."""
+    shards = (_starts(stream, shard) for shard in stream.record.shards if shard.documents)
+    end = np.array([stream.num_tokens])
+    for number, (starts, following) in enumerate(itertools.pairwise(itertools.chain(shards, [end]))):
+        for place in range(0, len(starts) if number % every == 0 else 0, _OFFSETS_AT_ONCE):
+            piece = starts[place : place + _OFFSETS_AT_ONCE + 1]
+            is_last = place + _OFFSETS_AT_ONCE >= len(starts)
+            yield np.diff(piece, append=following[:1]) if is_last else np.diff(piece)
+
+
+def _document_start(stream: TokenStream, number: int) -> int:
+    """Where a document begins, counted from the split's first token; the split's end for the one after the last."""
+    if number == stream.num_documents:
+        return stream.num_tokens
+    ends = list(itertools.accumulate(shard.documents for shard in stream.record.shards))
+    place = bisect.bisect_right(ends, number)
+    shard = stream.record.shards[place]
+    return int(_starts(stream, shard)[number - ends[place] + shard.documents])
+
+
+def _starts(stream: TokenStream, shard: ShardRecord) -> NDArray[np.int64]:
+    starts: NDArray[np.int64] = np.load(
+        stream.folder / shard.documents_file, mmap_mode="r", allow_pickle=False
+    )
+    return starts

@@ -1,0 +1,63 @@
+"""How large a model a text can teach.
+
+A model of P parameters makes the best use of its training time with about 20 · P tokens (Hoffmann et al. 2022,
+arXiv:2203.15556). Where the text has fewer, it is read several times: up to about 4 passes that is almost as good
+as new text, then each gives less, and beyond about 40 nothing (Muennighoff et al. 2023, arXiv:2305.16264).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atlas.config.loader import read_yaml, resolve
+from atlas.config.presets import preset_names, preset_path
+from atlas.planning.estimate import count_parameters
+
+TOKENS_PER_PARAMETER = 20
+GOOD_PASSES = 4
+MOST_PASSES = 40
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A preset beside a text."""
+
+    preset: str
+    parameters: int
+    max_seq_len: int
+    tokens_per_parameter: float
+    """In one pass over the text."""
+    passes: float
+    """Until a parameter has seen `TOKENS_PER_PARAMETER` tokens."""
+
+    @property
+    def fits(self) -> bool:
+        return self.passes <= GOOD_PASSES
+
+    @property
+    def verdict(self) -> str:
+        if self.passes <= 1:
+            return "fits: one pass is enough"
+        if self.fits:
+            return "fits: so few passes are almost as good as new text"
+        if self.passes <= MOST_PASSES:
+            return f"large: beyond about {GOOD_PASSES} passes repeated text gives less and less"
+        return "larger than this text can teach"
+
+
+def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
+    """Every preset, smallest first, with a vocabulary of `vocab_size`, beside a text of `num_tokens`."""
+    advice = []
+    for name in preset_names():
+        model = resolve(read_yaml(preset_path(name))).model.model_copy(update={"vocab_size": vocab_size})
+        parameters = count_parameters(model).total
+        advice.append(
+            Advice(
+                preset=name,
+                parameters=parameters,
+                max_seq_len=model.max_seq_len,
+                tokens_per_parameter=num_tokens / parameters,
+                passes=TOKENS_PER_PARAMETER * parameters / num_tokens,
+            )
+        )
+    return advice
