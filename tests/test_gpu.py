@@ -111,3 +111,11 @@ def test_the_card_says_how_warm_it_is() -> None:
     assert 10 <= metrics["gpu_temperature"] <= 110
     assert metrics["gpu_power"] > 0
     assert isinstance(metrics["gpu_throttle"], list)
+
+
+def test_the_document_mask_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> None:
+    """There FlexAttention computes, compiled, forward and backward; here one mask in SDPA."""
+    for device in ("cpu", "cuda"):
+        options = {"device": device, "training__precision": "fp32", "data__document_mask": True}
+        run(layer(tmp_path / device, text_file, **options))
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
