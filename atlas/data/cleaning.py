@@ -24,6 +24,7 @@ from atlas.errors import AtlasError
 STEPS = ("nfc", "control", "whitespace", "duplicates")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")
 # Each begins at one place of a run only, so that a run of any length is walked once.
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 _BLANKS_INSIDE_LINE = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
@@ -80,6 +81,9 @@ def _compose(text: str) -> str:
 
 
 def _drop_control(text: str) -> str:
+    content = text.encode()  # asked of bytes, the question costs a tenth
+    if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
+        return text
     return _CONTROL.sub("", text)
 
 
