@@ -6,6 +6,8 @@ import collections
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -392,6 +394,53 @@ def test_threads_read_a_bounded_way_ahead() -> None:
     next(stream)
     time.sleep(0.2)
     assert slow.read + 10**6 <= 2 * 2 * 2 + 2
+
+
+def test_a_thread_that_hangs_does_not_hold_up_the_end(dataset: SequenceDataset) -> None:
+    release = threading.Event()
+
+    class Hanging(SequenceDataset):
+        def __getitem__(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if window != first:
+                release.wait(30)
+            return super().__getitem__(window)
+
+    order = SequenceOrder(5, len(dataset))
+    first = int(order(np.array(0)))
+    hanging = Hanging(dataset.stream, 16)
+    iterator = batches(hanging, order, start=0, sequences_per_update=1, num_workers=1)
+    next(iterator)
+    start = time.monotonic()
+    del iterator
+    assert time.monotonic() - start < 1
+    release.set()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and forks")
+def test_signals_forks_and_exit_while_threads_read(dataset: SequenceDataset) -> None:
+    program = f"""
+import os, signal
+from atlas.data import SequenceDataset, SequenceOrder, batches, open_dataset
+heard = []
+dataset = SequenceDataset(open_dataset({str(dataset.stream.folder)!r}).split("train"), 16)
+order = SequenceOrder(5, len(dataset))
+iterator = batches(dataset, order, start=0, sequences_per_update=4, num_workers=2, num_updates=50)
+next(iterator)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: heard.append(1))
+    os.killpg(0, number)
+child = os.fork()
+if child == 0:
+    raise SystemExit(7)  # as an ordinary program ends
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(len(list(iterator)), len(heard), status)
+left_reading = batches(dataset, order, start=0, sequences_per_update=4, num_workers=2)
+next(left_reading)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "49 2 7\n")
 
 
 @given(
