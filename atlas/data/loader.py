@@ -142,7 +142,9 @@ def _read_ahead(
                 return
             yield ahead.popleft().result()
     finally:  # also when the iterator is dropped: a thread ends with the batch it is at, and nobody waits for it
-        for batch in ahead:  # not by `cancel_futures`, which fails where the interpreter drops the iterator as it ends
+        for batch in (
+            ahead
+        ):  # not by `cancel_futures`, which fails where the interpreter drops the iterator as it ends
             batch.cancel()
         pool.shutdown(wait=False)
 

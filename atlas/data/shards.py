@@ -17,6 +17,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ _LARGEST_MANIFEST = 64 << 20
 _CHECK_TOKENS = 2**24
 _CHECKED_WHEN_OPENED = 2**26
 """Tokens of a split up to which every id is looked at when it is opened; of a larger one, as it is read."""
+_WINDOW = 2**16  # tokens; longer reads follow each other
 _HEADER = re.compile(
     rb"\{'descr': '([<|][uif][1248])', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n"
 )
@@ -127,7 +129,7 @@ class TokenStream:
     vocab_size: int = 2**32
     """What is read is checked against it."""
     _ends: list[int] = field(init=False, repr=False)
-    _maps: dict[int, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
+    _maps: dict[tuple[int, bool], NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ends = list(itertools.accumulate(shard.tokens for shard in self.record.shards))
@@ -149,12 +151,12 @@ class TokenStream:
         """Tokens `start` to `stop`, in the shards' dtype. Raises `AtlasError` for an id that no token has."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        parts = []
+        parts, is_window = [], stop - start < _WINDOW
         while start < stop:
             shard = bisect.bisect_right(self._ends, start)
             offset = self._ends[shard] - self.record.shards[shard].tokens
             end = min(stop, self._ends[shard])
-            parts.append(self._map(shard)[start - offset : end - offset])
+            parts.append(self._map(shard, at_random=is_window)[start - offset : end - offset])
             start = end
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dtype)])
         if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
@@ -189,11 +191,15 @@ class TokenStream:
         for start in range(0, self.num_tokens, _CHECK_TOKENS):
             yield self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
-    def _map(self, shard: int) -> NDArray[Any]:
-        if shard not in self._maps:
+    def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
+        """`at_random`: without the system's reading ahead, which takes longer than the window that is wanted."""
+        if (shard, at_random) not in self._maps:
             path = self.folder / self.record.shards[shard].file
-            self._maps[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return self._maps[shard]
+            mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+            if at_random and hasattr(mmap, "MADV_RANDOM"):
+                mapped._mmap.madvise(mmap.MADV_RANDOM)
+            self._maps[shard, at_random] = mapped
+        return self._maps[shard, at_random]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # a pickled memory map would carry the whole file
@@ -233,14 +239,9 @@ class PreparedDataset:
         record = self.manifest.splits.get(name)
         if record is None:
             return None
-        eos_id = int(self.tokenizer_state["eos_id"])
+        eos_id, vocab_size = (int(self.tokenizer_state[key]) for key in ("eos_id", "vocab_size"))
         return TokenStream(
-            self.folder,
-            record,
-            self.manifest.dtype,
-            eos_id,
-            name=str(self.folder),
-            vocab_size=int(self.tokenizer_state["vocab_size"]),
+            self.folder, record, self.manifest.dtype, eos_id, name=str(self.folder), vocab_size=vocab_size
         )
 
 
