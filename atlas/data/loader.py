@@ -106,38 +106,39 @@ def batches(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
             "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
         )
-    windows = _windows_of_updates(order, start, sequences_per_update, num_updates, rank, world_size)
-    return _read_ahead(dataset, windows, num_threads=num_workers, pin_memory=pin_memory)
+    updates = _sequences_of_updates(start, sequences_per_update, num_updates, rank, world_size)
+
+    def read(sequences: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        return _read(dataset, order(sequences).tolist(), pin_memory=pin_memory)
+
+    return _read_ahead(read, updates, num_threads=num_workers)
 
 
-def _windows_of_updates(
-    order: Order,
-    start: int,
-    sequences_per_update: int,
-    num_updates: int | None,
-    rank: int,
-    world_size: int,
-) -> Iterator[list[int]]:
+def _sequences_of_updates(
+    start: int, sequences_per_update: int, num_updates: int | None, rank: int, world_size: int
+) -> Iterator[NDArray[np.int64]]:
     share = sequences_per_update // world_size
     for update in itertools.count() if num_updates is None else range(num_updates):
         first = start + update * sequences_per_update + rank * share
-        yield order(np.arange(first, first + share)).tolist()
+        yield np.arange(first, first + share)
 
 
 def _read_ahead(
-    dataset: Dataset[tuple[Tensor, ...]], updates: Iterator[list[int]], *, num_threads: int, pin_memory: bool
+    read: Callable[[NDArray[np.int64]], tuple[Tensor, ...]],
+    updates: Iterator[NDArray[np.int64]],
+    *,
+    num_threads: int,
 ) -> Iterator[tuple[Tensor, ...]]:
     """The batches of `updates`, in order, read by threads: page faults and copies do not hold Python's lock."""
     if num_threads == 0:
-        for windows in updates:
-            yield _read(dataset, windows, pin_memory=pin_memory)
+        yield from map(read, updates)
         return
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="atlas-read-ahead")
     ahead: collections.deque[Future[tuple[Tensor, ...]]] = collections.deque()
     try:
         while True:
-            for windows in itertools.islice(updates, _AHEAD * num_threads - len(ahead)):
-                ahead.append(pool.submit(_read, dataset, windows, pin_memory=pin_memory))
+            for sequences in itertools.islice(updates, _AHEAD * num_threads - len(ahead)):
+                ahead.append(pool.submit(read, sequences))
             if not ahead:
                 return
             yield ahead.popleft().result()
