@@ -74,7 +74,7 @@ def prepare(
         typer.Option(
             "--near-dedup",
             help="Leave out documents that are nearly one before them, too (MinHash, 80 % of their runs of five "
-            "words); slow, and about 4 KB of memory for each document.",
+            "words); slow, and about 3 KB of memory for each document.",
         ),
     ] = False,
     workers: Annotated[

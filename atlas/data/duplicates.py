@@ -139,7 +139,7 @@ def minhash_of(text: str) -> NDArray[np.uint32]:
 
 
 class SimilarTexts:
-    """The signatures met so far, searched by locality-sensitive hashing: about 4 KB of memory a document."""
+    """The signatures met so far, searched by locality-sensitive hashing: about 3 KB of memory a document."""
 
     def __init__(self, log: Path, *, count: int = 0) -> None:
         """`count` signatures of an older `log` are known from the start."""
