@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -129,6 +130,25 @@ def test_a_batch_is_its_texts(name: str) -> None:
     assert tokenizer.encode_batch([]) == []
 
 
+blanks_and_words = st.text(" \n\t\r\v\f\x1c\x85\xa0\u2003\u3000a1.'é“漢🙂", max_size=14)
+
+
+@given(texts=st.lists(blanks_and_words | mixed_text, max_size=5))
+@settings(deadline=None, max_examples=400)
+def test_arrays_equal_another_implementation_whatever_the_blanks(texts: list[str]) -> None:
+    assert [array.tolist() for array in gpt2().encode_arrays(texts)] == by_tiktoken_gpt2(texts)
+
+
+def test_arrays_equal_another_implementation_for_every_short_run_of_blanks() -> None:
+    texts = ["".join(chars) for length in range(7) for chars in itertools.product(" \n\ta'", repeat=length)]
+    assert [array.tolist() for array in gpt2().encode_arrays(texts)] == by_tiktoken_gpt2(texts)
+
+
+def by_tiktoken_gpt2(texts: list[str]) -> list[list[int]]:
+    encode, _ = REFERENCES["gpt2"]()
+    return [encode(text) for text in texts]
+
+
 @given(data=st.binary(max_size=40))
 @settings(deadline=None, max_examples=60)
 def test_bytes_that_are_not_utf8_decode_with_replacement(data: bytes) -> None:
@@ -152,6 +172,7 @@ def test_a_million_blanks_do_not_abort_tiktoken() -> None:
     ids = gpt2().encode(text)
     assert ids == by_tokenizers(gpt2())(text)
     assert gpt2().encode_batch(["a", text]) == [[64], ids]
+    assert [array.tolist() for array in gpt2().encode_arrays(["a", text])] == [[64], ids]
 
 
 # Training
