@@ -91,9 +91,10 @@ def _tidy_whitespace(text: str) -> str:
     # The questions cost little, the substitutions much.
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if " \n" in text or "\t\n" in text:
+    has_tabs = "\t" in text
+    if has_tabs or " \n" in text:
         text = _BLANKS_AT_LINE_END.sub("", text)
-    if "  " in text or "\t" in text:
+    if has_tabs or "  " in text:
         text = _BLANKS_INSIDE_LINE.sub(" ", text)
     if "\n\n\n\n" in text:
         text = _EMPTY_LINES.sub("\n\n\n", text)

@@ -42,7 +42,7 @@ COMMIT_SECONDS = 10.0
 """So much work a kill may cost; a finished shard is never done again."""
 _WORTH_SAYING = 1_000_000
 """Bytes on the disk."""
-_PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 25, 1 << 19
+_PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
 """Of the beginning so much is read, and so much tokenized, to know what the whole will take."""
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from importlib import resources
 
 import numpy as np
@@ -25,8 +25,8 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 # GPT-2's wherever no more than two blanks stand before a word and no more than one at the end of the text.
 _QUICK_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 _BLANKS = b"\t\n\v\f\r "
-_WIDE_BLANK = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-"""A blank of which a token may hold a part only."""
+_WIDE_BLANKS = [chr(code) for code in range(0x80, 0x3001) if chr(code).isspace()]
+"""Those of which a token may hold a part only."""
 
 # tiktoken's regex engine aborts in `\s+(?!\S)` at about a million white characters in a row.
 _LONG_BLANK_LENGTH = 200_000
@@ -43,16 +43,25 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         tokens += [left + right for left, right in merges]
         eos_id = len(tokens)
         super().__init__("gpt2", [*tokens, END_OF_TEXT], merges, eos_id)
-        ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
-        special = {END_OF_TEXT: eos_id}
-        self._tiktoken = tiktoken.Encoding(
-            "gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special
-        )
-        self._quick = tiktoken.Encoding(
-            "gpt2, quick", pat_str=_QUICK_SPLIT, mergeable_ranks=ranks, special_tokens=special
-        )
+        self._ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
         # 2: a token of blanks only; 1: one that begins with a blank, and the end of text, before which it is the same.
-        self._blankness = np.array([_blankness(token) for token in ranks] + [1], dtype=np.uint8)
+        self._blankness = np.array([*map(_blankness, self._ranks), 1], dtype=np.uint8)
+
+    @cached_property
+    def _tiktoken(self) -> tiktoken.Encoding:
+        return self._encoding(GPT2_SPLIT)
+
+    @cached_property
+    def _quick(self) -> tiktoken.Encoding:
+        return self._encoding(_QUICK_SPLIT)
+
+    def _encoding(self, pattern: str) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            "gpt2",
+            pat_str=pattern,
+            mergeable_ranks=self._ranks,
+            special_tokens={END_OF_TEXT: self.eos_id},
+        )
 
     def encode(self, text: str) -> list[int]:
         if len(text) >= _LONG_BLANK_LENGTH and (blank := _LONG_BLANK.search(text)):
@@ -75,7 +84,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         wide = {
             place
             for place, text in enumerate(texts)
-            if not text.isascii() and _WIDE_BLANK.search(text) is not None
+            if not text.isascii() and any(blank in text for blank in _WIDE_BLANKS)
         }
         end = np.array([self.eos_id], dtype=np.uint32)
         kinds = self._blankness[np.concatenate([ids for array in arrays for ids in (array, end)] or [end])]
@@ -93,7 +102,7 @@ def _blankness(token: bytes) -> int:
     return 2 if not token.strip(_BLANKS) else int(token[0] in _BLANKS)
 
 
-@functools.cache
+@cache
 def gpt2_tokenizer() -> GPT2Tokenizer:
     table = (resources.files("atlas.tokenizer") / "assets" / "vocab.bpe").read_bytes()
     if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
