@@ -123,12 +123,12 @@ def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
     trainer = trainer_for(layer(tmp_path / "short", text_file, training__eval_batch_size=7, **settings))
     forward, sizes = trainer.model.hidden_states, []
 
-    def limited(tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+    def limited(tokens: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
         if not trainer.model.training:
             sizes.append(len(tokens))
             if len(tokens) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(tokens, *rest)
+        return forward(tokens, *rest, **named)
 
     monkeypatch.setattr(trainer.model, "hidden_states", limited)
     assert trainer.train().outcome == "finished"

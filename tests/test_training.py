@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from atlas.config import TrainingConfig
 from atlas.config.loader import nested, overlay, resolve
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.loss import compute_lm_loss, load_loss
+from atlas.training.loss import compute_lm_loss, linear_cross_entropy, load_loss
 from atlas.training.optimizer import build_optimizer
 from atlas.training.runtime import choose_device, seed_micro_step, setup_runtime
 from atlas.training.schedule import horizon_steps, learning_rate_at
@@ -41,6 +46,99 @@ def test_loss_of_no_token_is_zero_with_zero_gradient() -> None:
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
+
+
+def differentiated(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The loss and its gradients, times 3."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = loss(*leaves)
+    (3 * value).backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9)),
+    width=st.integers(1, 12),
+    vocabulary=st.integers(1, 40),
+    chunk=st.integers(1, 20),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_loss_in_chunks_is_the_loss_on_all_logits(
+    shape: tuple[int, int], width: int, vocabulary: int, chunk: int, ignored: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(*shape, width), torch.randn(vocabulary, width)
+    targets = torch.randint(0, vocabulary, shape).masked_fill(torch.rand(shape) < ignored, IGNORE_INDEX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atlas.training.loss.CHUNK_TOKENS", chunk)
+        chunked = differentiated(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
+    whole = differentiated(
+        lambda h, w: F.cross_entropy((h @ w.T).flatten(0, 1), targets.flatten(), reduction="sum"),
+        hidden,
+        weight,
+    )
+    for ours, reference in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_in_chunks_in_half_precision() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 7, 8), torch.randn(11, 8), torch.randint(0, 11, (2, 7))
+    exact = differentiated(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = differentiated(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
+    assert {tensor.dtype for tensor in rounded} == {torch.float32}
+    for ours, reference in zip(rounded, exact, strict=True):
+        assert 0 < (ours - reference).norm() < 0.02 * reference.norm()
+
+
+def test_loss_in_chunks_is_differentiable_once_and_not_without_need() -> None:
+    hidden, weight, targets = torch.randn(1, 3, 4), torch.randn(5, 4), torch.tensor([[1, 2, 3]])
+    assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    weight.requires_grad_()
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+PEAK_OF_LOSS = """
+import sys, torch
+from atlas.training.loss import compute_lm_loss, linear_cross_entropy
+
+def peak():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status", encoding="utf-8"))
+    return int(status["VmHWM"].split()[0]) * 1024
+
+N, V, C = 2048, 50304, 64
+hidden = torch.randn(1, N, C, requires_grad=True)
+weight = torch.randn(V, C, requires_grad=True)
+targets = torch.randint(0, V, (1, N))
+linear_cross_entropy(hidden[:, :1], weight, targets[:, :1]).backward()  # what is loaded at the first use
+weight.grad = None
+before = peak()
+if sys.argv[1] == "chunks":
+    linear_cross_entropy(hidden, weight, targets).backward()
+else:
+    compute_lm_loss(hidden @ weight.T, targets).backward()
+print((peak() - before) / (N * V * 4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is to be had from /proc only")
+def test_loss_in_chunks_never_holds_the_logits() -> None:
+    """In units of the logits' size: 412 MB."""
+
+    def peak(kind: str) -> float:
+        run = [sys.executable, "-c", PEAK_OF_LOSS, kind]
+        return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+
+    assert peak("whole") > 2
+    assert peak("chunks") < 0.5
 
 
 @settings(deadline=None, max_examples=8)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig
+from atlas.training.loss import CHUNK_TOKENS
 
 ASSUMED_VOCABULARY = 2048
 """Of a config that leaves `vocab_size` to the dataset: the demo's own byte-level BPE."""
@@ -50,7 +51,7 @@ class TrainingMemory:
 
     `gradients` are those that earlier micro-batches of the same update have left. An update of a single
     micro-batch has none of them yet when activations peak: then the part counts only what gradients need
-    beyond the space that activations and logits free. `allocator` is freed memory that it keeps.
+    beyond the space that activations and loss free. `allocator` is freed memory that it keeps.
     """
 
     weights: int
@@ -59,7 +60,7 @@ class TrainingMemory:
     half_precision_weights: int
     activations: int
     allocator: int
-    logits: int
+    loss: int
     process: int
 
     @property
@@ -128,10 +129,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     table = model.padded_vocab_size * C * _FP32
 
     block = _block_activations(model, micro_batch, half=half, device=device)
-    # The forward's, log_softmax's and the backward's copy of the logits in fp32; then one of them, and the
-    # head's gradient before and after it is padded.
-    logits = tokens * model.vocabulary * _FP32
-    at_loss = max(3 * logits, logits + 2 * table)
+    at_loss = _at_the_loss(config, tokens, half=half)
     if training.gradient_checkpointing:
         kept = model.num_layers * tokens * C * _FP32
         at_loss = max(at_loss, block + table)
@@ -155,9 +153,25 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         half_precision_weights=2 * matrices if half else 0,
         activations=kept,
         allocator=int(_CPU_SLACK * model.num_layers * block) if device == "cpu" else 0,
-        logits=at_loss,
+        loss=at_loss,
         process=_PROCESS[device],
     )
+
+
+def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
+    """Bytes that the loss takes on top of the activations."""
+    model = config.model
+    table = model.padded_vocab_size * model.hidden_size * _FP32
+    if config.training.loss:
+        # The forward's, log_softmax's and the backward's copy of the logits in fp32; then one of them, and the
+        # head's gradient before and after it is padded.
+        logits = tokens * model.vocabulary * _FP32
+        return max(3 * logits, logits + 2 * table)
+    # The gradients by the last hidden states and by the head, and a chunk's logits with their logarithms; then the
+    # head's gradient before and after it is padded.
+    chunk = 2 * min(tokens, CHUNK_TOKENS) * model.vocabulary * _FP32
+    by_head = table + table // 2 if half else table
+    return tokens * model.hidden_size * (2 if half else _FP32) + max(by_head + chunk, 2 * table)
 
 
 def _block_activations(model: ModelConfig, batch: int, *, half: bool, device: str) -> int:

@@ -14,7 +14,7 @@ from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.loss import compute_lm_loss
+from atlas.training.loss import linear_cross_entropy
 from atlas.training.memory import is_out_of_memory, release_memory
 from atlas.training.metrics import perplexity
 from atlas.training.runtime import Runtime, refuse_failed_compilation
@@ -72,8 +72,8 @@ def evaluate(
             tokens += int((columns[1] != IGNORE_INDEX).sum())
             inputs, targets, *documents = (column.to(runtime.device) for column in columns)
             with runtime.autocast():
-                logits = model(inputs, documents=documents[0] if documents else None)
-                loss = compute_lm_loss(logits, targets, reduction="sum")
+                hidden = model.hidden_states(inputs, documents=documents[0] if documents else None)
+                loss = linear_cross_entropy(hidden, model.head_weight, targets)
             total += loss.cpu().double()
     finally:
         model.train(was_training)

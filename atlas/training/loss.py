@@ -7,7 +7,9 @@ whole accumulated update. A mean of micro-batch means would weigh a token by the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.tokenizer.custom import import_object
 from atlas.tokenizer.tokenizer import DOTTED_NAME
+
+CHUNK_TOKENS = 256
+"""Rows of logits that exist at once in `linear_cross_entropy`: 51 MB in fp32 for GPT-2's vocabulary."""
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
@@ -42,6 +47,59 @@ def compute_lm_loss(
     if reduction != "mean":
         raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
+
+    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). The (B × T, V) logits of a language model are its largest
+    tensor; here `CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
+    Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, -2), weight, targets.flatten(), differentiated
+        )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(N, C), (V, C), (N,) → the sum of the losses. The gradients are made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiated: bool) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden) if differentiated else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            rows, goals = hidden[start : start + CHUNK_TOKENS], targets[start : start + CHUNK_TOKENS]
+            counts = (goals != IGNORE_INDEX).float()[:, None]
+            goals = goals.clamp(min=0)[:, None]
+            log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
+            total -= (log_probs.gather(1, goals) * counts).sum()
+            if hidden_grad is not None and weight_grad is not None:
+                # By the logits: the probabilities, less one at the target.
+                grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).mul_(counts)
+                grad = grad.to(hidden.dtype)
+                hidden_grad[start : start + CHUNK_TOKENS] = grad @ weight
+                if weight_grad.dtype == grad.dtype:
+                    weight_grad.addmm_(grad.T, rows)
+                else:
+                    weight_grad += grad.T @ rows
+        ctx.grads = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
+        hidden_grad, weight_grad = ctx.grads
+        ctx.grads = None
+        return hidden_grad.mul_(grads[0]), weight_grad.mul_(grads[0]), None, None
 
 
 def load_loss(dotted: str) -> LossFunction:

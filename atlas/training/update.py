@@ -15,7 +15,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.loss import LossFunction, compute_lm_loss
+from atlas.training.loss import LossFunction, linear_cross_entropy
 from atlas.training.memory import (
     is_out_of_memory,
     release_memory,
@@ -129,24 +129,27 @@ class Updater:
                 continue
             seed_micro_step(self.config.seed, state.step, 0, start)
             with self.runtime.autocast():
-                logits = self._logits(inputs[micro], None if documents is None else documents[micro])
-                loss = self._loss(logits, targets[micro], num_valid, total_valid)
+                loss = self._loss(
+                    self._to_device(inputs[micro]),
+                    self._to_device(targets[micro]),
+                    None if documents is None else self._to_device(documents[micro]),
+                )
+                loss = loss * (1 if self.custom_loss is None else num_valid) / total_valid
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _logits(self, inputs: Tensor, documents: Tensor | None) -> Tensor:
-        inputs = inputs.to(self.runtime.device, non_blocking=True)
-        if documents is not None:
-            documents = documents.to(self.runtime.device, non_blocking=True)
-        return self.model(inputs, documents=documents)  # type: ignore[no-any-return]
-
-    def _loss(self, logits: Tensor, targets: Tensor, num_valid: int, total_valid: int) -> Tensor:
-        """This micro-batch's share of the update's loss."""
-        targets = targets.to(self.runtime.device, non_blocking=True)
+    def _loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
+        """Of a micro-batch: the sum over its valid tokens, or a custom loss's mean."""
         if self.custom_loss is None:
-            return compute_lm_loss(logits, targets, reduction="sum") / total_valid
-        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * (num_valid / total_valid)
+            hidden = self.model.hidden_states(inputs, documents=documents)
+            return linear_cross_entropy(hidden, self.model.head_weight, targets)
+        return self.custom_loss(
+            self.model(inputs, documents=documents), targets, mask=targets != IGNORE_INDEX
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.runtime.device, non_blocking=True)
 
     def apply(self, loss: Tensor, state: TrainState, *, rate: float) -> Update:
         """Clip the gradient and take the optimizer's step at `rate`, unless the numbers are unsound: then neither
