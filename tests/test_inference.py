@@ -47,9 +47,11 @@ def test_top_k_keeps_the_k_likeliest(logits: torch.Tensor, k: int) -> None:
     assert kept.tolist() == [value >= threshold for value in values]
 
 
-@given(logit_rows, st.floats(0.01, 0.999))
-def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: float) -> None:
-    kept = keep_top_p(logits, p)[0].isfinite()
+@given(logit_rows, st.floats(0.01, 0.999), st.integers(1, 50))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: float, few: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atlas.inference.sampling._FEW", few)
+        kept = keep_top_p(logits, p)[0].isfinite()
     chances = logits.double().softmax(-1)[0]
     inside, outside = chances[kept], chances[~kept]
     assert inside.sum() >= p - 1e-5

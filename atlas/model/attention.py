@@ -43,9 +43,11 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             assert positions is not None
-            assert isinstance(mask, Tensor)
+            assert not isinstance(mask, BlockMask)
             k_BHSD, v_BHSD = cache.update(self.layer, positions, k_BHTD, v_BHTD)
-            out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask)
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=mask is None and T > 1
+            )
         elif isinstance(mask, BlockMask):
             out_BHTD = attend_sparsely(q_BHTD, k_BHTD, v_BHTD, mask)
         else:

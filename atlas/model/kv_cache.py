@@ -37,7 +37,9 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self._longest = 0  # on the host, so that slicing needs no device sync
+        # On the host, so that slicing needs no device sync.
+        self._longest = 0
+        self._even = True  # all rows are equally long
 
     def positions(self, num_new: int) -> Tensor:
         """(B, num_new): the positions that the next `num_new` tokens of each row take."""
@@ -45,18 +47,28 @@ class KVCache:
             raise ValueError(f"{num_new} tokens after {self._longest} do not fit a cache of {self.max_len}")
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
-    def visible(self, positions: Tensor) -> Tensor:
-        """(B, 1, T, S) bool: which of the first S slots each of the queries at `positions` (B, T) may see."""
+    def visible(self, positions: Tensor) -> Tensor | None:
+        """(B, 1, T, S) bool: which of the first S slots each of the queries at `positions` (B, T) may see.
+
+        None where that is what attention sees by itself, which is quicker: one query that sees every slot, or
+        queries that see each other and what came before, in an empty cache.
+        """
+        if self._even and (positions.shape[1] == 1 or self._longest == 0):
+            return None
         slots = torch.arange(self._longest + positions.shape[1], device=positions.device)
         return (slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, T, D) at `positions` (B, T); return the first S slots of the layer, (B, H, S, D)."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        # Advanced indices around a slice put the indexed dimensions first: (B, T, H, D).
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
         end = self._longest + positions.shape[1]
+        if self._even:
+            self.keys[layer, :, :, self._longest : end] = keys
+            self.values[layer, :, :, self._longest : end] = values
+        else:
+            rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+            # Advanced indices around a slice put the indexed dimensions first: (B, T, H, D).
+            self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+            self.values[layer][rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, num_new: int) -> None:
@@ -68,3 +80,4 @@ class KVCache:
         """Forget what lies beyond `lengths`, one per row: the padding of a ragged prefill, or everything."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
         self._longest = max(lengths)
+        self._even = min(lengths) == self._longest
