@@ -19,6 +19,7 @@ import pytest
 
 from atlas.cli import main
 from atlas.data import open_dataset, prepare, reading
+from atlas.data.cleaning import Cleaning
 from atlas.errors import AtlasError
 from tests.archive import write_folder, write_zip
 
@@ -309,6 +310,13 @@ def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.Captu
         assert f"{out} is made anew: {line}\n" in error
     prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
     assert "the tokenizer was gpt2, is to be learnt with 270 tokens" in capsys.readouterr().err
+    prepare([folder], out, val_fraction=0.1, cleaning=Cleaning(("nfc", "control"), min_chars=3))
+    error = capsys.readouterr().err
+    assert f"{out} is made anew: clean was nfc,control,whitespace,duplicates, is nfc,control\n" in error
+    assert f"{out} is made anew: min_chars was 1, is 3\n" in error
+    assert error.count("made anew") == 3  # and the tokenizer
+    prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
+    capsys.readouterr()
     prepare([folder], out, val_fraction=0.1)
     assert "the tokenizer was one of 270 tokens, learnt from the text, is" in capsys.readouterr().err
 

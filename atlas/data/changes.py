@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,25 @@ def what_changed(
     differences = [
         *_text_differences(manifest, sources),
         *_tokenizer_difference(manifest, tokenizer, options),
-        *(
-            f"{name} was {manifest.options.get(name)}, is {value}"
-            for name, value in options.items()
-            if name != "train_tokenizer" and manifest.options.get(name) != value
-        ),
+        *_option_differences(manifest.options, options),
     ]
     return [f"{output} is made anew: {difference}" for difference in differences or ["it is damaged"]]
+
+
+def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    before, now = _flat(before), _flat(now)
+    for name, value in now.items():
+        if name != "train_tokenizer" and before.get(name) != value:
+            yield f"{name} was {before.get(name)}, is {value}"
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of cleaning under names of their own, and what they hold as a user writes it."""
+    cleaning = options.get("cleaning") or {}
+    named = {"clean" if name == "steps" else name: value for name, value in cleaning.items()}
+    if "clean" in named:
+        named["clean"] = ",".join(named["clean"]) or "none"
+    return {name: value for name, value in options.items() if name != "cleaning"} | named
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:
