@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig
-from atlas.training.loss import CHUNK_TOKENS
+from atlas.config.config import CHUNK_TOKENS
 
 ASSUMED_VOCABULARY = 2048
 """Of a config that leaves `vocab_size` to the dataset: the demo's own byte-level BPE."""

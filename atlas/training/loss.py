@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas.config.config import CHUNK_TOKENS
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.tokenizer.custom import import_object
 from atlas.tokenizer.tokenizer import DOTTED_NAME
-
-CHUNK_TOKENS = 256
-"""Rows of logits that exist at once in `linear_cross_entropy`: 51 MB in fp32 for GPT-2's vocabulary."""
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
