@@ -75,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and below `whole/` the dataset that an undisturbed call makes of it."""
     folder = tmp_path_factory.mktemp("signals")
     (folder / "text").mkdir()
-    text = words(15_000)
+    text = words(60_000)
     for number in range(30):
         part = slice(number * len(text) // 30, (number + 1) * len(text) // 30)
         (folder / "text" / f"{number:02d}.txt").write_text(text[part], encoding="utf-8")

@@ -58,7 +58,7 @@ def generate(
     """Write text with a trained model: --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:
         raise AtlasError("give one of --prompt TEXT, --prompts-file FILE and --interactive")
-    from atlas.inference.load import load_model
+    from atlas.inference.load import lay_out_for_decoding, load_model
     from atlas.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -68,6 +68,8 @@ def generate(
             f"--output-file {output_file}: cannot be written; name a file in a folder that exists"
         )
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
+    if loaded.model.head_weight.device.type == "cpu":
+        lay_out_for_decoding(loaded.model)
     if seed is None:
         seed = secrets.randbelow(2**31)
         if temperature > 0:

@@ -70,15 +70,12 @@ def model_of(
         model = AtlasLM(config.model)
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
-    model = model.to(choose_device(device)).eval()
-    if choose_device(device).type == "cpu":
-        lay_out_for_decoding(model)
-    return LoadedModel(model, own, config, path, facts)
+    return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)
 
 
 @torch.no_grad()
 def lay_out_for_decoding(model: AtlasLM) -> None:
-    """Store each matrix by columns; its values and shape stay.
+    """Store each matrix by columns; its values and shape stay. For a model on a CPU that is to write much.
 
     A product of one row with a matrix reads every weight once, and takes as long as that. Stored by rows, a CPU reads
     them in one thread, row by row; stored by columns, in all threads and in the order of memory.

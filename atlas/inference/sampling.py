@@ -86,7 +86,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     chances = logits.softmax(dim=-1)
     for count in (_FEW, logits.shape[-1]):
-        ordered, index = chances.topk(min(count, logits.shape[-1]), dim=-1)
+        index = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
+        ordered = chances.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
         if bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):  # the others are beyond, too
             break
