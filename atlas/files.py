@@ -132,10 +132,13 @@ class _LimitedReads(io.FileIO):
     def __init__(self, path: Path, limit: int) -> None:
         super().__init__(path, "rb")
         self._limit = limit
+        self._size = path.stat().st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:  # of the last 64 KiB, where the end of the directory is searched for
-            size = self._limit
+            size = max(
+                0, self._size - self.tell()
+            )  # not the limit: memory for all that is asked for is taken first
         if size > self._limit:
             raise zipfile.BadZipFile(f"its directory has more than {self._limit:,} bytes")
         return super().read(size) or b""

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from atlas.data import open_dataset
 from atlas.data.sources import SourceReport, Sources
 from atlas.data.text import PIECE_CHARS, as_document
 from atlas.errors import AtlasError
-from atlas.files import sha256_of
+from atlas.files import open_zip, sha256_of
 from atlas.inference import load_model
 from atlas.training import pickled
 from atlas.training.checkpoint import load_checkpoint
@@ -104,6 +105,20 @@ def test_info_answers_every_attack_with_one_line_and_two(
         else:
             assert (code, output, errors.count("\n")) == (2, "", 1), attack.name
             assert errors.startswith("error: ")
+
+
+def test_a_zip_is_opened_in_the_memory_of_its_directory(tmp_path: Path) -> None:
+    """However much a directory may take: behind a comment, where its end is searched for, too."""
+    path = tmp_path / "small.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text")
+        archive.comment = b"a comment"
+    tracemalloc.start()
+    try:
+        open_zip(path, directory_limit=4 << 30).close()
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.slow
