@@ -72,7 +72,7 @@ def test_loss_in_chunks_is_the_loss_on_all_logits(
     hidden, weight = torch.randn(*shape, width), torch.randn(vocabulary, width)
     targets = torch.randint(0, vocabulary, shape).masked_fill(torch.rand(shape) < ignored, IGNORE_INDEX)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.training.loss.CHUNK_TOKENS", chunk)
+        patch.setattr("atlas.training.loss.LOSS_CHUNK_TOKENS", chunk)
         chunked = differentiated(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
     whole = differentiated(
         lambda h, w: F.cross_entropy((h @ w.T).flatten(0, 1), targets.flatten(), reduction="sum"),

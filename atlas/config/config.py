@@ -16,7 +16,7 @@ MAX_PARAMETERS = 10**13
 """Their weights alone take 40 TB."""
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
-CHUNK_TOKENS = 256
+LOSS_CHUNK_TOKENS = 256
 """Rows of logits that exist at once in training's loss: 51 MB in fp32 for GPT-2's vocabulary."""
 
 

@@ -50,8 +50,8 @@ class KVCache:
     def visible(self, positions: Tensor) -> Tensor | None:
         """(B, 1, T, S) bool: which of the first S slots each of the queries at `positions` (B, T) may see.
 
-        None where that is what attention sees by itself, which is quicker: one query that sees every slot, or
-        queries that see each other and what came before, in an empty cache.
+        None where attention needs no mask for that, which is quicker: one query, which sees every slot, or queries in
+        an empty cache, which see those before them.
         """
         if self._even and (positions.shape[1] == 1 or self._longest == 0):
             return None

@@ -3,10 +3,10 @@
 Memory is counted tensor by tensor: what autograd keeps in `atlas.model` and `atlas.training.loss` at the
 moment when most is alive, the start of the backward pass, plus what the process itself takes.
 
-How far off: the tensors by less than 1 % on a CPU (peak resident memory of 5 shapes from 2 to 51 million
-parameters, with an allocator that returns what is freed). With glibc's allocator, which does not, the
-estimate including `_CPU_SLACK` was 6 % too low to 5 % too high for 7 shapes, and up to 7 % too low in runs
-of `tiny` with gradient checkpointing. The figures for GPUs follow from the same count and have not been measured yet.
+How far off: the tensors by about 1 % on a CPU (peak resident memory of updates of 7 shapes and batches, from 2 to 51
+million parameters, with an allocator that returns what is freed). With glibc's allocator, which does not, the
+estimate including `_CPU_SLACK` was up to 9 % too high for them, and 7 % too low for `tiny` with gradient checkpointing.
+The figures for GPUs follow from the same count and have not been measured yet.
 
 Symbols: B sequences at once, T max_seq_len, C hidden_size, L num_layers, H num_heads, V vocabulary.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig
-from atlas.config.config import CHUNK_TOKENS
+from atlas.config.config import LOSS_CHUNK_TOKENS
 
 ASSUMED_VOCABULARY = 2048
 """Of a config that leaves `vocab_size` to the dataset: the demo's own byte-level BPE."""
@@ -169,7 +169,7 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
         return max(3 * logits, logits + 2 * table)
     # The gradients by the last hidden states and by the head, and a chunk's logits with their logarithms; then the
     # head's gradient before and after it is padded.
-    chunk = 2 * min(tokens, CHUNK_TOKENS) * model.vocabulary * _FP32
+    chunk = 2 * min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
     by_head = table + table // 2 if half else table
     return tokens * model.hidden_size * (2 if half else _FP32) + max(by_head + chunk, 2 * table)
 

@@ -44,7 +44,8 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         eos_id = len(tokens)
         super().__init__("gpt2", [*tokens, END_OF_TEXT], merges, eos_id)
         self._ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
-        # 2: a token of blanks only; 1: one that begins with a blank, and the end of text, before which it is the same.
+        # 2: a token of blanks only; 1: one that begins with a blank, or end of text: two blanks before either are cut
+        # otherwise by GPT-2's pattern.
         self._blankness = np.array([*map(_blankness, self._ranks), 1], dtype=np.uint8)
 
     @cached_property

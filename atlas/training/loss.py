@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atlas.config.config import CHUNK_TOKENS
+from atlas.config.config import LOSS_CHUNK_TOKENS
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.tokenizer.custom import import_object
@@ -51,7 +51,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 
     `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). The (B × T, V) logits of a language model are its largest
-    tensor; here `CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
+    tensor; here `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
     Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once.
     """
     device = hidden.device.type
@@ -73,8 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            rows, goals = hidden[start : start + CHUNK_TOKENS], targets[start : start + CHUNK_TOKENS]
+        for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
+            rows, goals = (
+                hidden[start : start + LOSS_CHUNK_TOKENS],
+                targets[start : start + LOSS_CHUNK_TOKENS],
+            )
             counts = (goals != IGNORE_INDEX).float()[:, None]
             goals = goals.clamp(min=0)[:, None]
             log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
@@ -83,11 +86,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # By the logits: the probabilities, less one at the target.
                 grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).mul_(counts)
                 grad = grad.to(hidden.dtype)
-                hidden_grad[start : start + CHUNK_TOKENS] = grad @ weight
+                hidden_grad[start : start + LOSS_CHUNK_TOKENS] = grad @ weight
                 if weight_grad.dtype == grad.dtype:
                     weight_grad.addmm_(grad.T, rows)
                 else:
                     weight_grad += grad.T @ rows
+                del grad
+            del log_probs  # before the next chunk's are made
         ctx.grads = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
         return total
 

@@ -120,7 +120,7 @@ class RunLog:
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
         )
         if metrics["data_wait"] >= _WAIT_WORTH_SHOWING:
-            status += f"  data {metrics['data_wait']:.0%}"
+            status += f"  waiting for data {metrics['data_wait']:.0%}"
         place = metrics["step"] if total is None else f"{metrics['step']}/{total}"
         line = f"step {place}  {status}"
         if self._progress:

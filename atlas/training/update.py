@@ -133,20 +133,20 @@ class Updater:
                     self._to_device(inputs[micro]),
                     self._to_device(targets[micro]),
                     None if documents is None else self._to_device(documents[micro]),
+                    num_valid,
                 )
-                loss = loss * (1 if self.custom_loss is None else num_valid) / total_valid
+                loss = loss / total_valid
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """Of a micro-batch: the sum over its valid tokens, or a custom loss's mean."""
+    def _loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None, num_valid: int) -> Tensor:
+        """Summed over the `num_valid` valid tokens of a micro-batch."""
         if self.custom_loss is None:
             hidden = self.model.hidden_states(inputs, documents=documents)
             return linear_cross_entropy(hidden, self.model.head_weight, targets)
-        return self.custom_loss(
-            self.model(inputs, documents=documents), targets, mask=targets != IGNORE_INDEX
-        )
+        logits = self.model(inputs, documents=documents)
+        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * num_valid
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.runtime.device, non_blocking=True)
