@@ -274,12 +274,12 @@ def test_rows_are_documents(tmp_path: Path) -> None:
     [
         ('{"text": "open', "line 3: is not JSON"),
         ("[" * 100_000, "line 3: is not JSON"),
-        ("[1]", "line 3: is list, not an object"),
+        ("[1]", "line 3: is an array, not an object"),
         (
             '{"body": "x", "id": 1}',
             "line 3: has no field 'text', but body, id; name the field with --text-field",
         ),
-        ('{"text": 7}', "line 3: field 'text' is int, not text"),
+        ('{"text": 7}', "line 3: field 'text' is a number, not text; name the field"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(row: str, reason: str, tmp_path: Path) -> None:
@@ -287,6 +287,14 @@ def test_a_bad_row_is_named_by_its_line(row: str, reason: str, tmp_path: Path) -
     path.write_text(f'{{"text": "fine"}}\n\n{row}\n', encoding="utf-8")
     with pytest.raises(AtlasError, match=re.escape(reason)):
         documents_of(path)
+
+
+def test_rows_without_text_are_counted_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": null}\n\n{"text": "one"}\n{"text": null}\n', encoding="utf-8")
+    report = SourceReport()
+    assert whole(Sources([path]).documents(report)) == ["one"]
+    assert report.empty_rows == {str(path): 2}
 
 
 def test_undecodable_bytes_are_replaced_counted_and_named(tmp_path: Path) -> None:

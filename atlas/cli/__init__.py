@@ -140,6 +140,8 @@ def _usage_problem(error: Exception, argv: Sequence[str]) -> str:
             reason = message.replace("Input should be", "must be").rstrip(".")
             return f"{flag} {value if equals else following}: {reason}"
     whole: str = error.format_message()  # type: ignore[attr-defined]
+    if "unexpected extra argument" in whole:
+        whole += '; a pattern such as "texts/*.txt" goes in quotes, since the shell takes it apart otherwise'
     return whole[0].lower() + whole[1:].rstrip(".")
 
 

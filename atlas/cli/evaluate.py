@@ -39,7 +39,8 @@ def evaluate(
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise AtlasError(
-            f"{data}: was prepared with another tokenizer than {checkpoint}: evaluate on the plain text"
+            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, and {checkpoint} reads "
+            f"{loaded.tokenizer.name}'s ids: give --data the text that it was prepared from"
         )
     stream = resolved.val or resolved.train
     dataset = SequenceDataset(

@@ -73,7 +73,10 @@ def info(
     elif file.suffix in (".yaml", ".yml") or path in preset_names():
         facts = _config(path)
     else:
-        raise AtlasError(f"{path}: is none of .pt, .gguf, .json, .yaml, or a folder that Atlas made")
+        raise AtlasError(
+            f"{path}: is none of .pt, .gguf, .json, .yaml, or a folder that Atlas made; "
+            f"if it is text: atlas prepare --input {path}"
+        )
     print_facts(facts)
 
 
@@ -153,7 +156,10 @@ def _output_folder(folder: Path, verify: bool) -> None:
     manifests = {path: manifest for manifest, path in CheckpointManager(folder).found()}
     files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
     if not files:
-        raise AtlasError(f"{folder}: is neither a prepared dataset nor a folder with checkpoints")
+        raise AtlasError(
+            f"{folder}: is neither a prepared dataset nor a folder with checkpoints; "
+            f"if it holds text: atlas prepare --input {folder}"
+        )
     with byte_progress(sum(path.stat().st_size for path in files), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
     _print_checkpoints([(path, manifests.get(path), verdicts.get(path)) for path in files])

@@ -98,7 +98,7 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
 
     advice = advise(num_tokens, vocab_size=vocab_size)
     fitting = max((row for row in advice if row.fits), key=lambda row: row.parameters, default=None)
-    best = f"the largest preset that fits is {fitting.preset}" if fitting else "no preset is small enough"
+    best = f"the largest preset that fits is {fitting.preset}" if fitting else "every preset is larger"
     typer.echo(f"\nhow large a model for this text: {best}")
     header = ("preset", "parameters", "tokens per parameter", f"passes to {TOKENS_PER_PARAMETER}", "")
     rows = [
@@ -116,6 +116,28 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
         f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
         f"beyond about {GOOD_PASSES} passes over a text each gives less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
+
+    if not fitting:
+        typer.echo(_what_a_small_text_can_do(num_tokens, vocab_size))
+
+
+def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
+    from atlas.planning import ASSUMED_VOCABULARY
+    from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
+
+    smallest, *_ = advise(num_tokens, vocab_size=vocab_size)
+    own, *_ = advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)
+    wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
+    advice = (
+        f"what to do: {smallest.preset} wants about {wanted:,} tokens, add text; or train it all the same and take "
+        "atlas_best.pt, from before it learns by heart"
+    )
+    if own.parameters < smallest.parameters / 2:
+        advice += (
+            f"; or prepare it with a vocabulary of its own (--train-tokenizer {ASSUMED_VOCABULARY}), with which "
+            f"{own.preset} has {own.parameters:,} parameters"
+        )
+    return advice
 
 
 def _figure(value: float) -> str:

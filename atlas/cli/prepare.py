@@ -160,8 +160,9 @@ def _print_summary(summary: Summary) -> None:
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
     # The larger presets state GPT-2's vocabulary; nano takes any.
-    preset = "small" if manifest.tokenizer["name"] == "gpt2" else "nano"
-    typer.echo(f"train on it: atlas train --config {preset} --train-data {folder}", err=True)
+    larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
+    typer.echo(f"train on it: atlas train --config nano --train-data {folder}{larger}", err=True)
+    typer.echo(f"how large a model it can teach: atlas info {folder}", err=True)
 
 
 def _print_list(root: Path) -> None:

@@ -151,7 +151,9 @@ def _checked_zip(path: Path, trust: bool) -> list[zipfile.ZipInfo]:
         with open_zip(path, directory_limit=limit) as archive:
             members = [member for member in archive.infolist() if not member.filename.endswith("/")]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise AtlasError(f"{path}: is not a zip archive ({error!s:.200}); download it again") from None
+        raise AtlasError(
+            f"{path}: is not a zip archive ({error!s:.200}); download or pack it again"
+        ) from None
     for member in members:
         _refuse_unsafe(path, member)
     if not trust:
@@ -176,7 +178,9 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
             if is_in_own_order(path):
                 _read_on(archive, path, trust)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, zstd.ZstdError) as error:
-        raise AtlasError(f"{path}: is not a whole tar archive ({error!s:.200}); download it again") from None
+        raise AtlasError(
+            f"{path}: is not a whole tar archive ({error!s:.200}); download or pack it again"
+        ) from None
     except RecursionError:  # tarfile's, in a chain of thousands of headers
         raise AtlasError(f"{path}: is not a whole tar archive (headers without end)") from None
     return members
@@ -223,7 +227,7 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
             f"{shown} is compressed in a way Atlas does not read; unpack it, or pack with deflate"
         )
     if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
-        raise AtlasError(f"{shown} contradicts itself about its size; download it again")
+        raise AtlasError(f"{shown} contradicts itself about its size; download or pack it again")
 
 
 def _refuse_bomb(archive: Path, count: int, size: int) -> None:

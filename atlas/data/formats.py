@@ -107,8 +107,12 @@ def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advanc
             place = f"{file.name} line {number}"
             if len(line) > _LONGEST_ROW:
                 raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
+            if not line.strip():
+                continue
             text = _row_text(line, place, text_field)
-            if text is not None:
+            if text is None:
+                report.empty_rows[file.name] += 1
+            else:
                 yield from as_document([replace_undecodable(text, on_undecodable)])
 
 
@@ -126,22 +130,37 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _row_text(line: bytes, place: str, text_field: str) -> str | None:
-    if not line.strip():
-        return None
+    """None where the field is null."""
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise AtlasError(f"{place}: is not JSON: {error}; every line must be one JSON object") from None
+        reason = (
+            f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        )
+        raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
-        raise AtlasError(f"{place}: is {type(row).__name__}, not an object with a field {text_field!r}")
+        raise AtlasError(
+            f"{place}: is {_json_name(row)}, not an object; every line must be like {{{json.dumps(text_field)}: …}}"
+        )
     if text_field not in row:
         raise AtlasError(
             f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with --text-field"
         )
     text = row[text_field]
-    if not isinstance(text, str):
-        raise AtlasError(f"{place}: field {text_field!r} is {type(text).__name__}, not text")
+    if text is not None and not isinstance(text, str):
+        raise AtlasError(
+            f"{place}: field {text_field!r} is {_json_name(text)}, not text; "
+            "name the field that holds the text with --text-field, or take the row out"
+        )
     return text
+
+
+def _json_name(value: object) -> str:
+    """What a parsed value is called in JSON."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
@@ -181,7 +200,9 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
                 advance(file.size)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AtlasError(f"{file.name}: is not whole Parquet ({reason:.200}); download it again") from None
+        raise AtlasError(
+            f"{file.name}: is not whole Parquet ({reason:.200}); download or write it again"
+        ) from None
 
 
 def _check_column(file: TextFile, table: Any, text_field: str) -> None:

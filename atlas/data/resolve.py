@@ -130,5 +130,5 @@ def _refuse_other_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer | Non
     raise AtlasError(
         f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
         f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} ({tokenizer.fingerprint[:16]}); "
-        "prepare it again with atlas prepare --tokenizer"
+        "give the text that it was prepared from instead, or prepare that with atlas prepare --tokenizer"
     )

@@ -133,7 +133,7 @@ class TextFile:
 
     def _damaged(self, error: Exception) -> AtlasError:
         what = "the archive" if self.member else "the file"
-        return AtlasError(f"{self.name}: {what} is damaged ({error!s:.200}); download it again")
+        return AtlasError(f"{self.name}: {what} is damaged ({error!s:.200}); download or pack it again")
 
 
 def open_root(root: str) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from atlas.planning.advice import Advice, advise
 from atlas.planning.estimate import (
+    ASSUMED_VOCABULARY,
     InferenceMemory,
     Parameters,
     TrainingMemory,
@@ -18,6 +19,7 @@ from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 
 __all__ = [
+    "ASSUMED_VOCABULARY",
     "Advice",
     "InferenceMemory",
     "Parameters",

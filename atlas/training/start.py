@@ -186,7 +186,7 @@ def with_data(
         raise AtlasError(
             f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
-            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): prepare the text with the checkpoint's"
+            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
     stated, actual = config.model.vocab_size, data.tokenizer.vocab_size
     if stated is not None and stated != actual:
