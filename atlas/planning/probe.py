@@ -1,0 +1,51 @@
+"""What this machine does in a second, measured in a moment: matrix products and copies, the two floors of any model.
+
+A training step cannot be faster than its floating-point operations at the first rate, nor writing a token faster than
+its weights at the second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_SECONDS = 0.5
+_SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
+_COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
+
+
+def measure_matrix_products(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of square products of `dtype` on `device`: 2 N³ for each, the best of many."""
+    size = _SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _best_time(lambda: torch.mm(left, right, out=out), device)
+
+
+def measure_copy(device: torch.device) -> float:
+    """Bytes/s that are read and written together while a large tensor is copied on `device`, the best of many."""
+    source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best_time(lambda: target.copy_(source), device)
+
+
+def _best_time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest call in about `_SECONDS`; others share the machine, and they only ever make it slower."""
+    work()
+    _wait_for(device)
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        _wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
