@@ -65,8 +65,9 @@ def atlas(shape: Shape, folder: str) -> Step:
 
     from atlas.config.loader import resolve
     from atlas.model import build_model
+    from atlas.training.compilation import compile_blocks
     from atlas.training.interrupt import StopRequest
-    from atlas.training.runtime import compile_blocks, setup_runtime
+    from atlas.training.runtime import setup_runtime
     from atlas.training.state import TrainState
     from atlas.training.update import Updater
 

@@ -181,7 +181,7 @@ def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
             assert Path(written).exists()
     if command == "generate" and "--prompt" in arguments and "--num-samples" not in arguments:
         assert said.out.startswith(arguments[arguments.index("--prompt") + 1])
-    if command == "train" and "--overfit-batch" not in arguments:
+    if command == "train" and not {"--overfit-batch", "--profile"} & {*arguments}:
         folder = (
             arguments[arguments.index("--output-dir") + 1] if "--output-dir" in arguments else "checkpoints"
         )

@@ -59,6 +59,22 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
     assert run(on_cpu)[1].step == 12
 
 
+@pytest.mark.parametrize("dtype", ["f16", "auto"])
+def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: Path, dtype: str) -> None:
+    run(layer(tmp_path / "run", text_file, device="cuda", training__max_steps=10))
+    log_probs = []
+    for kind in ("f32", dtype):
+        loaded = load_model(
+            tmp_path / "run" / "atlas_best.pt", device="cuda", tokenizer="tests.toy:tokenizer", dtype=kind
+        )
+        with torch.inference_mode():
+            logits = loaded.model(torch.tensor([[84, 104, 101]], device="cuda"))
+        log_probs.append(logits.float().log_softmax(-1))
+        assert len(list(generate(loaded.model, [[84]], Sampling(temperature=0), max_tokens=40))) == 40
+    assert logits.dtype in (torch.float16, torch.bfloat16)
+    torch.testing.assert_close(log_probs[1], log_probs[0], atol=0.05, rtol=0)
+
+
 def test_a_save_in_the_background_is_the_blocking_one(tmp_path: Path, text_file: Path) -> None:
     for background in (True, False):
         options = {"checkpoint__background": background, "training__precision": "fp32", "device": "cuda"}

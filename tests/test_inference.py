@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -122,6 +123,19 @@ def test_greedy_equals_the_argmax_of_plain_forward_passes(tiny_model: AtlasLM) -
     for _ in range(20):
         row.append(int(tiny_model(torch.tensor([row]))[0, -1].argmax()))
     assert ids(tiny_model, [[5, 17, 3]], max_tokens=20) == [row[3:]]
+
+
+def test_weights_in_half_precision_write_through_a_cache_of_their_kind(tiny_model: AtlasLM) -> None:
+    """Nothing but the model's own tensors decides the precision; f16, since this CPU may lack bf16 arithmetic."""
+    half = copy.deepcopy(tiny_model).half()
+    prompts = [[1, 2, 3], [4]]
+    for use_cache in (True, False):
+        rows = ids(half, prompts, Sampling(temperature=0), use_cache=use_cache)
+        assert all(len(row) == 60 for row in rows)
+    logits = half(torch.tensor([[1, 2, 3]])).float().log_softmax(-1)
+    torch.testing.assert_close(
+        logits, tiny_model(torch.tensor([[1, 2, 3]])).log_softmax(-1), atol=0.02, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=0, top_p=1.0)])

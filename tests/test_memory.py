@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from atlas.errors import AtlasError
+from atlas.training.fit import _largest, _runs
 from atlas.training.loss import compute_lm_loss
 from atlas.training.memory import is_out_of_memory
 from atlas.training.trainer import Trainer
@@ -172,3 +175,36 @@ def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -
     assert ended.returncode == 0, ended.stderr
     assert "out of memory with 64 sequences at once" in ended.stderr
     assert [line["sequences_consumed"] for line in logged(tmp_path / "run")] == [64, 128]
+
+
+@given(most=st.integers(1, 300), limit=st.integers(0, 400), guess=st.integers(1, 300))
+def test_the_largest_that_fits_is_found_in_few_tries(most: int, limit: int, guess: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert _largest(most, guess, fits) == min(most, limit)
+    assert all(1 <= size <= most for size in tried)
+    assert len(tried) == len(set(tried)) <= 20
+
+
+def test_a_try_that_fails_leaves_nothing_and_is_remembered(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Children that really run; the second of two sequences is given no memory."""
+    monkeypatch.setattr("atlas.training.fit.measure_memory", lambda device: 400 * 10**6)
+    sizes: list[int] = []
+
+    def runs(config: object, size: int, runtime: object, limit: int, say: object) -> bool:
+        sizes.append(size)
+        return _runs(config, size, runtime, 60 * 10**6 if size > 1 else 4 * 10**9, say)
+
+    monkeypatch.setattr("atlas.training.fit._runs", runs)
+    settings = {"training__batch_size": 2, "training__max_steps": 2}
+    trainer = trainer_for(layer(tmp_path / "run", text_file, **settings))
+    assert trainer.state.micro_batch_size == 1
+    assert sizes == [2, 1]
+    monkeypatch.setattr("atlas.training.fit._runs", lambda *_: pytest.fail("tried again"))
+    assert trainer_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1

@@ -409,6 +409,22 @@ def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
     assert "learning its text by heart" in (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
 
 
+def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, tmp_path: Path) -> None:
+    from atlas.training.profile import profile_update
+
+    explicit = layer(tmp_path / "run", text_file, training__gradient_accumulation_steps=2)
+    profile = profile_update(explicit, say=print)
+    assert profile.tokens == 4 * 2 * 16
+    assert profile.seconds > 0
+    names = [name for name, _, _ in profile.operations]
+    events = json.loads((tmp_path / "run" / "profile.json").read_text(encoding="utf-8"))["traceEvents"]
+    traced = {event.get("name") for event in events}
+    for name in ("aten::addmm", "aten::_fused_adamw_"):
+        assert name in names
+        assert name in traced
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
+
+
 def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(
     text_file: Path, tmp_path: Path
 ) -> None:

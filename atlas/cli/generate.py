@@ -51,6 +51,13 @@ def generate(
         int | None, typer.Option(help="Same seed, same text; left out: a new one, which is said.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
+            metavar="DTYPE",
+        ),
+    ] = "auto",
     tokenizer: Annotated[
         str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
     ] = None,
@@ -67,7 +74,7 @@ def generate(
         raise AtlasError(
             f"--output-file {output_file}: cannot be written; name a file in a folder that exists"
         )
-    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
+    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
     if loaded.model.head_weight.device.type == "cpu":
         lay_out_for_decoding(loaded.model)
     if seed is None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from atlas.training.trainer import Trainer
 
 
+_SHOWN_OPERATIONS = 12
+
+
 def _option(flag: str, key: str, metavar: str = "N") -> Any:
     return typer.Option(flag, help=describe(key), metavar=metavar, show_default=False)
 
@@ -62,6 +65,14 @@ def train(
             "the loss does not fall. Saves nothing.",
         ),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Take a few updates, record the last one, print where its time went, and write it as a Chrome trace "
+            "to profile.json in the output folder. Saves nothing else.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or go on with one.
 
@@ -88,6 +99,8 @@ def train(
 
         overfit_one_batch(explicit, say=lambda line: typer.echo(line, err=True))
         return
+    if profile:
+        return _print_profile(explicit)
 
     from atlas.cli.terminal import ask_or_none
     from atlas.training.launch import start_run
@@ -107,6 +120,24 @@ def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, s
         if value is not None:
             layer = overlay(layer, nested(key, value))
     return layer
+
+
+def _print_profile(explicit: Layer) -> None:
+    from atlas.cli.terminal import print_table
+    from atlas.training.profile import profile_update
+
+    profile = profile_update(explicit, say=lambda line: typer.echo(line, err=True))
+    typer.echo(
+        f"an update: {profile.tokens:,} tokens in {profile.seconds:.3g} s, {profile.tokens / profile.seconds:,.0f} "
+        "tokens/s; recorded:"
+    )
+    recorded = sum(seconds for _, _, seconds in profile.operations)
+    rows = [
+        (name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}")
+        for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]
+    ]
+    print_table([("operation", "calls", "time of its own", "share"), *rows], right={1, 2, 3})
+    typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
 def train_to_the_end(trainer: Trainer) -> None:

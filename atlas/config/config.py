@@ -201,7 +201,7 @@ class TrainingConfig(Section):
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         "auto",
         description="Sequences that run through the model at once; changes memory and speed, "
-        "not the result. auto: batch_size.",
+        "not the result. auto: batch_size, or as many of them as fit into memory.",
     )
     max_steps: Int | None = Field(
         None,
@@ -230,9 +230,10 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more time."
     )
-    compile: Annotated[Literal["off", "on"], BeforeValidator(_off_on)] = Field(
-        "off",
-        description="Compile each block with torch.compile: minutes at the start, faster updates after.",
+    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(_off_on)] = Field(
+        "auto",
+        description="Compile each block with torch.compile: a minute at the start, faster updates after. auto: on CUDA "
+        "where it works, never on a CPU, where it does not pay.",
     )
     loss: str | None = Field(
         None,

@@ -16,7 +16,7 @@ from atlas.model import AtlasLM
 from atlas.planning import count_parameters
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from atlas.training.runtime import choose_device
+from atlas.training.runtime import choose_device, choose_weights_dtype
 
 NOT_NEEDED = ("optimizer_state_dict",)
 """What of a checkpoint only training reads."""
@@ -28,7 +28,8 @@ second and some 60 MB to get ready for that; a small model is initialised and ov
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`model` is in evaluation mode, in fp32, on its device; `facts` is the checkpoint without its tensors."""
+    """`model` is in evaluation mode, on its device, in fp32 unless another dtype was asked for; `facts` is the
+    checkpoint without its tensors."""
 
     model: AtlasLM
     tokenizer: Tokenizer
@@ -37,21 +38,30 @@ class LoadedModel:
     facts: dict[str, Any]
 
 
-def load_model(path: str | Path, *, device: str = "cpu", tokenizer: str | None = None) -> LoadedModel:
-    """Load a checkpoint for inference, evaluation or export.
+def load_model(
+    path: str | Path, *, device: str = "cpu", tokenizer: str | None = None, dtype: str = "f32"
+) -> LoadedModel:
+    """Load a checkpoint for inference, evaluation or export, its weights as `dtype`: f32, bf16, f16 or auto.
 
     `tokenizer` names a custom tokenizer (`package.module:factory`); the others travel inside the
     checkpoint. Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
     """
     path = find_checkpoint(path)
     contents = load_checkpoint(path, without=NOT_NEEDED)
-    return model_of(contents, path, device=device, tokenizer=tokenizer)
+    return model_of(contents, path, device=device, tokenizer=tokenizer, dtype=dtype)
 
 
 def model_of(
-    contents: dict[str, Any], path: Path, *, device: str = "cpu", tokenizer: str | None = None
+    contents: dict[str, Any],
+    path: Path,
+    *,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    dtype: str = "f32",
 ) -> LoadedModel:
     """The same, from the contents that `load_checkpoint` read from `path`."""
+    where = choose_device(device)
+    kind = choose_weights_dtype(dtype, where)
     saved = contents["tokenizer"]
     try:
         config = resolve(contents["config"])
@@ -70,7 +80,7 @@ def model_of(
         model = AtlasLM(config.model)
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
-    return LoadedModel(model.to(choose_device(device)).eval(), own, config, path, facts)
+    return LoadedModel(model.to(where, kind).eval(), own, config, path, facts)
 
 
 @torch.no_grad()

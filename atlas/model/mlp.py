@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from atlas.config import ModelConfig
 
@@ -21,4 +25,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        inside = self.up(x)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._down(inside)
+        # GELU's output, a quarter of what a block would keep for its gradients, is made again from its input:
+        # the recomputation ends where `down` asks for it, before its product.
+        recomputed: Any = checkpoint(self._down, inside, use_reentrant=False, preserve_rng_state=False)
+        return recomputed  # type: ignore[no-any-return]
+
+    def _down(self, inside: Tensor) -> Tensor:
+        return self.down(F.gelu(inside, approximate="tanh"))  # type: ignore[no-any-return]

@@ -132,7 +132,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     at_loss = _at_the_loss(config, tokens, half=half)
     if training.gradient_checkpointing:
         kept = model.num_layers * tokens * C * _FP32
-        at_loss = max(at_loss, block + table)
+        recomputed_gelu = 4 * tokens * C * (2 if half else _FP32)
+        at_loss = max(at_loss, block + recomputed_gelu + table)
     else:
         kept = model.num_layers * block
     kept += tokens * C * (6 if half else 8)  # the last block's output, and the final norm's
@@ -178,12 +179,12 @@ def _block_activations(model: ModelConfig, batch: int, *, half: bool, device: st
     """Bytes that autograd keeps of one block for B sequences.
 
     In units of C per token: the two inputs of norms, always fp32; in the precision of the matrix products
-    the two norms' outputs, q, k and v, attention's output, and 4 + 4 around GELU. Attention keeps a
-    logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused kernel lacks.
+    the two norms' outputs, q, k and v, attention's output, and GELU's input (4), whose output is recomputed.
+    Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
     tokens = batch * T
-    total = tokens * C * (2 * _FP32 + 14 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
+    total = tokens * C * (2 * _FP32 + 10 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
     if model.dropout:
         total += 2 * tokens * C * (1 if device == "cuda" else _FP32)
         if device == "cpu":

@@ -15,10 +15,31 @@ def measure_memory(device: str) -> int:
     if device == "cuda":
         free, _total = torch.cuda.mem_get_info()
         return int(free)
-    available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP))
+    available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP), left_of_data_limit())
     if device == "mps":  # the same memory, of which the driver lets a process have a part
         return min(available, torch.mps.recommended_max_memory())
     return available
+
+
+def left_of_data_limit() -> int:
+    """What `ulimit -d` leaves this process, as Linux counts: private memory that can be written to, touched or not.
+    Without a limit, everything."""
+    try:
+        import resource
+
+        limit, _hard = resource.getrlimit(resource.RLIMIT_DATA)
+    except ImportError:  # Windows
+        return psutil.virtual_memory().total
+    if limit == resource.RLIM_INFINITY:
+        return psutil.virtual_memory().total
+    return max(0, limit - data_bytes())
+
+
+def data_bytes() -> int:
+    """The memory of this process that `ulimit -d` counts."""
+    return (
+        int(psutil.Process().memory_info().data) if psutil.LINUX else int(psutil.Process().memory_info().rss)
+    )
 
 
 def _left_in_container(cgroup: Path) -> int:

@@ -13,11 +13,12 @@ from atlas.data.dataset import IGNORE_INDEX
 from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.training.compilation import refuse_failed_compilation
 from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.loss import linear_cross_entropy
 from atlas.training.memory import is_out_of_memory, release_memory
 from atlas.training.metrics import perplexity
-from atlas.training.runtime import Runtime, refuse_failed_compilation
+from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
 
 
@@ -88,14 +89,13 @@ def evaluate_within_memory(
     state: TrainState,
     runtime: Runtime,
     stop: StopRequest,
-    is_compiled: bool,
     say: Callable[[str], None],
 ) -> Evaluation | None:
     """`evaluate` by `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
     asked = min(state.eval_batch_size, len(windows))
     while True:
         try:
-            with stop.at_once(enabled=is_compiled):
+            with stop.at_once(enabled=runtime.compiles):
                 evaluation = evaluate(
                     model,
                     dataset,

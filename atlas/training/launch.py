@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ from atlas.planning import (
     snapshot_bytes,
 )
 from atlas.training.checkpoint import CheckpointManager, load_weights
+from atlas.training.compilation import choose_compile, compile_blocks
+from atlas.training.fit import fit_micro_batch
 from atlas.training.heat import open_sensor
 from atlas.training.lock import FolderLock
 from atlas.training.loss import load_loss
-from atlas.training.memory import remembered_micro_batch
 from atlas.training.metrics import RunLog
 from atlas.training.optimizer import build_optimizer
 from atlas.training.retention import move_aside
 from atlas.training.runtime import (
     Runtime,
-    compile_blocks,
     cpu_only_build_with_nvidia_driver,
     restore_machine,
     setup_runtime,
@@ -57,6 +58,7 @@ def start_run(start: Start) -> Trainer:
     _refuse_small_total(config)
     _refuse_too_large(config)
     runtime = setup_runtime(config)
+    runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=start.notes.append))
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = training_sequences(start.data, config)
     val_data = validation_sequences(start.data, config)
@@ -105,22 +107,17 @@ def start_run(start: Start) -> Trainer:
     log.rewind(state.step if resumes else -1)  # a run that was killed before its first save left lines, too
     if not trainer.is_complete:
         _announce(start, trainer, differences)
-    if config.training.compile == "on":
+    if runtime.compiles:
         compile_blocks(trainer.model)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
 
 
 def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
-    micro_batch = _micro_batch(config)
     if config.training.micro_batch_size == "auto":
-        fitted = remembered_micro_batch(config, runtime.device)
-        if fitted is not None and fitted < micro_batch:
-            log.say(
-                f"{fitted} sequences run at once: more did not fit this machine's memory before; "
-                f"--set training.micro_batch_size={micro_batch} tries again"
-            )
-            micro_batch = fitted
+        micro_batch = fit_micro_batch(config, runtime, say=log.say)
+    else:
+        micro_batch = _micro_batch(config)
     return TrainState(
         horizon_steps(config.training, sequences_per_epoch),
         micro_batch,
@@ -282,6 +279,7 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
         f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
+        f"{', compiled' if trainer.runtime.compiles else ''}"
     )
     parts = data.parts if isinstance(data, MixtureDataset) else [data]
     for part in parts:

@@ -31,7 +31,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
-    """How many sequences fitted at once when this shape ran out of memory on this machine; None if it never did."""
+    """How many sequences fit at once on this machine, as was found for this config; None if nobody tried."""
     try:
         value = json.loads(_note(config, device).read_text(encoding="utf-8"))["micro_batch_size"]
         return value if isinstance(value, int) and value >= 1 else None
@@ -61,6 +61,8 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
     training = config.training
     facts = [
         config.model.model_dump(mode="json"),
+        training.batch_size,
+        training.sequences_per_update > training.batch_size,
         training.precision,
         training.gradient_checkpointing,
         training.compile,

@@ -17,7 +17,6 @@ import torch
 from atlas import __version__
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +27,8 @@ class Runtime:
 
     device: torch.device
     precision: str
+    compiles: bool = False
+    """Whether the model's blocks are compiled."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,22 +48,6 @@ def setup_runtime(config: AtlasConfig) -> Runtime:
     """The runtime that `device` and `training.precision` ask for; `AtlasError` where it cannot be had."""
     device = choose_device(config.device)
     return Runtime(device, _choose_precision(config.training.precision, device))
-
-
-def compile_blocks(model: AtlasLM) -> None:
-    """Compile each block in place: state-dict keys stay as they are, and equal blocks compile once."""
-    for block in model.blocks:
-        block.compile()
-
-
-def refuse_failed_compilation(error: BaseException) -> None:
-    """A compiler that is missing or fails is the user's to mend; other errors are not this function's."""
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = str(error).strip().splitlines()[0]
-        raise AtlasError(
-            f"training.compile: on: the model cannot be compiled here ({reason}): install a C++ compiler (and Triton, "
-            "on a GPU), or --set training.compile=off"
-        ) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -114,6 +99,22 @@ def _choose_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
+def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """In what a model that only writes keeps its weights and cache on `device`: `f32`, `bf16` or `f16` as asked, or for
+    `auto` half precision on CUDA, the kind that training takes there, and f32 elsewhere. Raises `AtlasError` for what
+    the device does not compute in."""
+    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "auto": "auto"}
+    if asked not in names:
+        raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
+    if asked == "f16" and device.type == "mps":
+        return torch.float16
+    try:
+        return _DTYPES[_choose_precision(names[asked], device)]
+    except AtlasError as error:
+        reason = str(error).split(": ", 2)[2].replace("fp32", "f32").replace("fp16", "f16")
+        raise AtlasError(f"--dtype {asked}: {reason}") from None
+
+
 def _cpu_has_bf16() -> bool:
     flags = torch.backends.cpu.get_cpu_capability()
     if flags != "AVX512":
@@ -147,6 +148,7 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "precision": runtime.precision,
+        "compiled": "yes" if runtime.compiles else "no",
     }
 
 
@@ -166,6 +168,6 @@ def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
     here = describe_machine(runtime)
     return [
         f"{key}: {saved[key]} when saved, {here[key]} here: the run goes on, but not with the same bits"
-        for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")
+        for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision", "compiled")
         if key in saved and saved[key] != here[key]
     ]

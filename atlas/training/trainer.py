@@ -293,7 +293,6 @@ class Trainer:
             state=self.state,
             runtime=self.runtime,
             stop=self.stop,
-            is_compiled=self.config.training.compile == "on",
             say=self.log.say,
         )
 

@@ -13,6 +13,7 @@ from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.training.compilation import refuse_failed_compilation
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.loss import LossFunction, linear_cross_entropy
@@ -23,7 +24,7 @@ from atlas.training.memory import (
     what_would_help,
 )
 from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import Runtime, refuse_failed_compilation, seed_micro_step
+from atlas.training.runtime import Runtime, seed_micro_step
 from atlas.training.state import TrainState
 
 
@@ -73,7 +74,7 @@ class Updater:
         asked = min(state.micro_batch_size, len(inputs))
         while True:
             try:
-                with stop.at_once(enabled=self.config.training.compile == "on"):
+                with stop.at_once(enabled=self.runtime.compiles):
                     loss = self._accumulate(inputs, targets, documents, state, stop)
                 break
             except Stopped:
@@ -88,12 +89,12 @@ class Updater:
         if loss is None:
             self.optimizer.zero_grad()
         elif state.micro_batch_size < asked:
-            remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
             self.say(
                 f"step {state.step + 1}: out of memory with {asked} sequences at once: {state.micro_batch_size} from "
                 f"now on. An update still takes {len(inputs)}. This is remembered for this machine and model; "
                 "--set training.micro_batch_size=N sets it"
             )
+            remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
         return loss
 
     def _run_fewer_at_once(self, state: TrainState, num_sequences: int) -> None:

@@ -1,0 +1,71 @@
+"""torch.compile: whether this run is compiled, and what to say where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+
+_INSTALL = "install a C++ compiler (and Triton, on a GPU)"
+
+
+def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[str], None]) -> bool:
+    """What `training.compile` comes to on `device`.
+
+    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 to 1.04 of its eager speed after
+    a minute of compiling, since there the matrix products are nearly all of the time (benchmarks/RESULTS.md).
+    Raises `AtlasError` where `on` cannot be had; `auto` says so and goes on without.
+    """
+    asked = config.training.compile
+    if asked == "off" or (asked == "auto" and device.type != "cuda"):
+        return False
+    problem = why_not_compile(device)
+    if problem is None:
+        return True
+    if asked == "on":
+        raise AtlasError(
+            f"training.compile: on: this machine cannot ({problem}): {_INSTALL}, or --set training.compile=auto"
+        )
+    say(f"training without torch.compile, slower, since this machine cannot ({problem}): {_INSTALL}")
+    return False
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """A step of one weight, compiled on `device`, forward and backward; what is missing, or None."""
+    torch._dynamo.reset()
+    weight = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(_step)(weight).backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return _first_line(error)
+    finally:
+        torch._dynamo.reset()  # so that the run's own compilations do not count this one
+    return None
+
+
+def _step(weight: torch.Tensor) -> torch.Tensor:
+    return F.gelu(weight * 2).sum()
+
+
+def compile_blocks(model: AtlasLM) -> None:
+    """Compile each block in place: state-dict keys stay as they are, and equal blocks compile once."""
+    for block in model.blocks:
+        block.compile()
+
+
+def refuse_failed_compilation(error: BaseException) -> None:
+    """A compiler that fails on the model itself is the user's to mend; other errors are not this function's."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        raise AtlasError(
+            f"training.compile: the model cannot be compiled here ({_first_line(error)}): {_INSTALL}, or "
+            "--set training.compile=off"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

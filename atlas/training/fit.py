@@ -1,0 +1,179 @@
+"""How many sequences fit into memory at once: tried in a process of its own, so that a failed try leaves nothing.
+
+The estimate (`atlas.planning`) says where to look; what counts is whether an update runs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import resolve
+from atlas.errors import AtlasError
+from atlas.model import build_model
+from atlas.planning import estimate_training_memory, measure_memory
+from atlas.planning.machine import data_bytes
+from atlas.training.compilation import compile_blocks
+from atlas.training.interrupt import StopRequest
+from atlas.training.loss import load_loss
+from atlas.training.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
+from atlas.training.runtime import Runtime, setup_runtime
+from atlas.training.state import TrainState
+from atlas.training.update import Updater
+
+ROOMY = 0.75
+"""An update whose estimate is below this part of the free memory fits without being tried."""
+_LEFT_FREE = 0.05
+"""Of the free memory, for what a run has and a try has not: batches read ahead, the log, fragmentation."""
+_TOO_LARGE = 3
+_KILLED = {-6, -9, -11}  # by an allocation that failed in C++, by the system, by a thread without a stack
+
+
+def fit_micro_batch(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None]) -> int:
+    """`training.micro_batch_size: auto`: the largest number up to `batch_size` that fits. Remembered for this machine
+    and config.
+
+    Raises `AtlasError` where not even one sequence fits.
+    """
+    most = config.training.batch_size
+    free = measure_memory(runtime.device.type)
+    known = remembered_micro_batch(config, runtime.device)
+    if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
+        if known < most:
+            say(
+                f"{known} sequences run at once: more did not fit this machine's memory before; "
+                f"--set training.micro_batch_size={most} tries again"
+            )
+        return min(known, most)
+    if _estimate(config, most, runtime) <= ROOMY * free:
+        return most
+    say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB at once")
+    guess = max((n for n in range(1, most + 1) if _estimate(config, n, runtime) <= free), default=1)
+    limit = data_bytes() + int((1 - _LEFT_FREE) * free)
+    found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
+    if found == 0:
+        raise AtlasError(
+            f"training: not even one sequence fits into the {free / 1e9:.2f} GB of memory that are free: "
+            "atlas plan says what would help, such as --set training.gradient_checkpointing=true"
+        )
+    remember_micro_batch(config, runtime.device, found)
+    say(
+        f"{found} of {most} sequences run at once: an update still takes {config.training.sequences_per_update}"
+    )
+    return found
+
+
+def _estimate(config: AtlasConfig, size: int, runtime: Runtime) -> int:
+    training = config.training.model_copy(update={"micro_batch_size": size})
+    return estimate_training_memory(
+        config.model_copy(update={"training": training}), device=runtime.device.type
+    ).total
+
+
+def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` for which `fits`, which holds up to some number and not beyond; 0 if
+    for none. Steps away from `guess` that double, then halves."""
+    low, high = 0, most + 1  # fits, does not
+    step = max(1, guess // 16)
+    size = min(guess, most)
+    while high - low > 1:
+        if fits(size):
+            low = size
+        else:
+            high = size
+        if low == 0:
+            size = max(1, high - step)
+        elif high > most:
+            size = min(most, low + step)
+        else:
+            size = (low + high) // 2
+        step *= 2
+    return low
+
+
+def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]) -> bool:
+    """Whether an update of micro-batches of `size` runs, in a child that may have `limit` bytes."""
+    trial = {
+        "config": config.model_dump(mode="json"),
+        "size": size,
+        "limit": limit if runtime.device.type == "cpu" else None,
+        "compiles": runtime.compiles,
+        "threads": torch.get_num_threads(),
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "atlas.training.fit"],
+        input=json.dumps(trial),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    fits = child.returncode == 0
+    if not fits and child.returncode != _TOO_LARGE and child.returncode not in _KILLED:
+        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise AtlasError(
+            f"training.micro_batch_size: auto: an update could not be tried ({reason:.200}): give a number"
+        )
+    say(f"  {size} at once: {'fits' if fits else 'does not fit'}")
+    return fits
+
+
+def _try() -> int:
+    """In the child: two micro-batches where an update has several, since the second meets the first's gradient."""
+    trial = json.load(sys.stdin)
+    config = resolve(trial["config"])
+    torch.set_num_threads(trial["threads"])
+    runtime = replace(setup_runtime(config), compiles=trial["compiles"])
+    if trial["limit"]:
+        _limit_memory(trial["limit"])
+    size = trial["size"]
+    sequences = min(2 * size, config.training.sequences_per_update)
+    tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
+    state = TrainState(horizon=1, micro_batch_size=size, eval_batch_size=size)
+    try:
+        model = build_model(config.model, seed=config.seed).to(runtime.device).train()
+        model.gradient_checkpointing = config.training.gradient_checkpointing
+        if runtime.compiles:
+            compile_blocks(model)
+        custom_loss = load_loss(config.training.loss) if config.training.loss else None
+        updater = Updater(model, config, runtime, custom_loss, say=_give_up)
+        documents = torch.zeros_like(tokens[:, 1:]) if config.data.document_mask else None
+        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=StopRequest(), documents=documents)
+        assert loss is not None
+        updater.apply(loss, state, rate=0.0)
+    except (
+        ImportError
+    ):  # of a library that PyTorch loads when it is first needed: no memory is left to map it
+        return _TOO_LARGE
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _TOO_LARGE
+    return 0
+
+
+def _give_up(line: str) -> None:
+    """The updater speaks where memory ran out and fewer would run at once: that is the answer."""
+    raise MemoryError(line)
+
+
+def _limit_memory(limit: int) -> None:
+    """Where the system knows such a limit, an allocation beyond it fails; elsewhere the system decides."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
+
+
+if __name__ == "__main__":
+    sys.exit(_try())
