@@ -180,7 +180,8 @@ def _block_activations(model: ModelConfig, batch: int, *, half: bool, device: st
 
     In units of C per token: the two inputs of norms, always fp32; in the precision of the matrix products
     the two norms' outputs, q, k and v, attention's output, and GELU's input (4), whose output is recomputed.
-    Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused kernel lacks.
+    Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused
+    kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
     tokens = batch * T
