@@ -68,6 +68,7 @@ def test_the_facts_are_those_of_other_sources(healthy: dict[str, Any]) -> None:
     assert machine["memory_total"] == psutil.virtual_memory().total
     assert 0 < machine["memory_available"] <= machine["memory_total"]
     assert healthy["matrix_products"]["fp32"] > 0
+    assert healthy["precision"]["fp32"]["product_times_fp32"] == 1
     assert healthy["copy"] > 0
     assert healthy["disk"]["write"] > 0
     assert healthy["problems"] == []
@@ -229,13 +230,12 @@ def test_a_driver_that_pytorch_cannot_use(
 def test_a_device_that_fails_leaves_the_other_facts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure = doctor_facts.measure_memory
-    answers = iter([measure("cpu")])
+    answers = [doctor_facts.measure_memory("cpu")]  # of main memory; the device's comes second
 
     def failing(device: str) -> int:
-        for answer in answers:
-            return answer
-        raise RuntimeError("CUDA error: out of memory\nand more")
+        if not answers:
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return answers.pop()
 
     monkeypatch.setattr(doctor_facts, "measure_memory", failing)
     code, facts = doctor(capsys)

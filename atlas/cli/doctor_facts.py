@@ -48,6 +48,8 @@ Facts = dict[str, Any]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+_SMALL_PRODUCT = 256  # large enough to show what is imitated, small enough to wait for it
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -159,15 +161,20 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
         reason = f"nano, the smallest preset, takes {needs / 2**30:.2f} GiB"
         problems.append(Problem(value, reason, "close other programs that use it"))
     precision = {name: _precision(device, name, effort) for name in PRECISIONS}
+    computes = [name for name, step in precision.items() if "error" not in step]
+    small = {name: _products(device, name, _SMALL_PRODUCT, effort.seconds / 5) for name in computes}
     for name, step in precision.items():
-        step["times_fp32"] = _ratio(step.get("seconds"), precision["fp32"].get("seconds"))
+        step["step_times_fp32"] = _ratio(step.get("seconds"), precision["fp32"].get("seconds"))
+        step["product_times_fp32"] = _ratio(small.get("fp32"), small.get(name))
         problems += _wrong_numbers(name, step, device)
-    usable = [name for name, step in precision.items() if step["refusal"] is None and "error" not in step]
+    usable = [name for name in computes if precision[name]["refusal"] is None]
     copied = min(effort.copied or COPIED[device.type], available // 8)
     return {
         "memory": {"device": device.type, "available": available, "preset": largest and largest.name},
         "precision": precision,
-        "matrix_products": {name: _matrix_products(device, name, effort) for name in usable},
+        "matrix_products": {
+            name: _products(device, name, effort.matrix_size, effort.seconds) for name in usable
+        },
         "copy": _unless_full(lambda: measure_copy(device, copied=copied, seconds=effort.seconds)),
         "attention": working_attention(device, _chosen(device).dtype),
     }
@@ -214,11 +221,9 @@ def _shown(error: float | None) -> str:
     return "no finite number" if error is None else f"{error:.0e}"
 
 
-def _matrix_products(device: torch.device, name: str, effort: Effort) -> float | None:
+def _products(device: torch.device, name: str, size: int | None, seconds: float) -> float | None:
     dtype = Runtime(device, name).dtype
-    return _unless_full(
-        lambda: measure_matrix_products(device, dtype, size=effort.matrix_size, seconds=effort.seconds)
-    )
+    return _unless_full(lambda: measure_matrix_products(device, dtype, size=size, seconds=seconds))
 
 
 def _unless_full(measure: Callable[[], float]) -> float | None:
@@ -279,8 +284,8 @@ def _refusal(device: str, precision: str) -> str | None:
     return None
 
 
-def _ratio(seconds: float | None, of: float | None) -> float | None:
-    return seconds / of if seconds and of else None
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
 
 
 def _finite(number: float) -> float | None:
