@@ -34,14 +34,15 @@ def doctor(
 ) -> None:
     """Say what this machine can do, what train will choose, and what to mend.
 
-    Takes about 20 seconds and leaves nothing behind. Exit code 0: training works as well as it can here; 1: mend this.
+    Takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see the
+    last lines, each of which names a remedy.
     """
     import json
 
     from atlas.cli import doctor_facts
 
     if sys.stderr.isatty():
-        typer.echo("measuring this machine for about 20 seconds", err=True)
+        typer.echo("measuring this machine, which takes about half a minute", err=True)
     facts = doctor_facts.examine(device, output_dir)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, allow_nan=False))
