@@ -126,8 +126,11 @@ def _off(error: float | None) -> str:
 
 
 def _speed(facts: dict[str, Any]) -> Rows:
+    on_cpu = facts["train"]["device"] == "cpu"
+    threads = f" with {facts['machine']['cpu_threads']} threads" if on_cpu else ""
     for name, rate in facts.get("matrix_products", {}).items():
-        yield f"products, {name}", f"{rate / 1e12:,.2f} TFLOP/s" if rate else "not measured: no memory left"
+        measured = f"{rate / 1e12:,.2f} TFLOP/s{threads}" if rate else "not measured: no memory left"
+        yield f"products, {name}", measured
     if facts.get("copy"):
         yield "copy", f"{facts['copy'] / 1e9:,.1f} GB/s read and written"
     if attention := facts.get("attention"):
