@@ -69,7 +69,7 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
     output_dir = output_dir or Path(AtlasConfig().checkpoint.output_dir)
     device = choose_device(device_name)
     problems = _wheel_and_driver()
-    facts: Facts = {"versions": _versions(), "machine": _machine(device)}
+    facts: Facts = {"versions": _versions(), "machine": _machine()}
     try:
         torch.zeros(1, device=device)
         available = measure_memory(device.type)
@@ -116,7 +116,7 @@ def _versions() -> Facts:
     }
 
 
-def _machine(device: torch.device) -> Facts:
+def _machine() -> Facts:
     on_cpu = describe_machine(Runtime(torch.device("cpu"), "fp32"))
     driver = nvidia_driver()
     available = measure_memory("cpu")
@@ -168,7 +168,7 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
         step["product_times_fp32"] = _ratio(small.get("fp32"), small.get(name))
         problems += _wrong_numbers(name, step, device)
     usable = [name for name in computes if precision[name]["refusal"] is None]
-    copied = min(effort.copied or COPIED[device.type], available // 8)
+    copied = max(1, min(effort.copied or COPIED[device.type], available // 8))
     return {
         "memory": {"device": device.type, "available": available, "preset": largest and largest.name},
         "precision": precision,
