@@ -349,6 +349,9 @@ MISTAKES = {
         "--config indivisible.yaml": "hidden_size 16 is not divisible by num_heads 3 … use hidden_size 15 or 18",
         "--config small.yaml --memory much": "--memory much: is not a size; write it as 8GB",
     },
+    "doctor": {
+        "--device tpu": "device: tpu: is not one of auto, cpu, cuda, mps",
+    },
     "": {
         "bogus": "'bogus'; see atlas --help",
     },
@@ -408,6 +411,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
         "train --train-data own --output-dir new --config cuda.yaml",
         "train --train-data own --config small.yaml --device cuda",
         "generate --prompt Once --device cuda",
+        "doctor --device cuda",
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

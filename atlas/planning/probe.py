@@ -13,30 +13,39 @@ import torch
 
 _SECONDS = 0.5
 _SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
-_COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
+COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
+"""Bytes, too many for any cache."""
 
 
-def measure_matrix_products(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of square products of `dtype` on `device`: 2 N³ for each, the best of many."""
-    size = _SIZE[device.type]
+def measure_matrix_products(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: int | None = None,
+    seconds: float = _SECONDS,
+) -> float:
+    """FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ for each, the best of many."""
+    size = size or _SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return 2 * size**3 / _best_time(lambda: torch.mm(left, right, out=out), device)
+    return 2 * size**3 / best_time(lambda: torch.mm(left, right, out=out), device, seconds=seconds)
 
 
-def measure_copy(device: torch.device) -> float:
-    """Bytes/s that are read and written together while a large tensor is copied on `device`, the best of many."""
-    source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
+def measure_copy(device: torch.device, *, copied: int | None = None, seconds: float = _SECONDS) -> float:
+    """Bytes/s that are read and written together while a tensor of `copied` bytes is copied on `device`, the best of
+    many."""
+    source = torch.zeros(copied or COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _best_time(lambda: target.copy_(source), device)
+    return 2 * source.numel() / best_time(lambda: target.copy_(source), device, seconds=seconds)
 
 
-def _best_time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest call in about `_SECONDS`; others share the machine, and they only ever make it slower."""
+def best_time(work: Callable[[], object], device: torch.device, *, seconds: float) -> float:
+    """Seconds of the fastest call in about `seconds`, after a first that does not count; others share the machine, and
+    they only ever make it slower."""
     work()
     _wait_for(device)
-    best, end = float("inf"), time.perf_counter() + _SECONDS
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         work()
         _wait_for(device)

@@ -1,0 +1,161 @@
+"""`atlas doctor`: what this machine can do, what training will choose on it, and what to mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atlas.cli.terminal import printable
+
+Rows = Iterable[tuple[str, Any]]
+
+SOMETHING_TO_MEND = 1
+_SLOW = 3
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same facts as one JSON object, for programs and bug reports.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the disk's speed is measured: the folder that train will write to, or where it will make it. "
+            "Left out, it is train's own default.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say what this machine can do, what train will choose, and what to mend.
+
+    Takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see the
+    last lines, each of which names a remedy.
+    """
+    import json
+
+    from atlas.cli import doctor_facts
+
+    if sys.stderr.isatty():
+        typer.echo("measuring this machine, which takes about half a minute", err=True)
+    facts = doctor_facts.examine(device, output_dir)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+    else:
+        _print(facts)
+    if facts["problems"]:
+        raise typer.Exit(SOMETHING_TO_MEND)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """One screen: a group of rows for each section of the facts."""
+    groups = {
+        "Versions": _versions(facts["versions"]),
+        "Machine": _machine(facts["machine"], facts.get("memory")),
+        "Precision: a training step against 64 bits": _precision(facts.get("precision", {})),
+        "Speed": _speed(facts),
+        "Train will take": _choice(facts["train"]),
+    }
+    for title, rows in groups.items():
+        typer.echo(title)
+        _print_rows(rows)
+    problems = facts["problems"]
+    typer.echo(f"To mend: {len(problems)}" if problems else "Nothing to mend")
+    for problem in problems:
+        typer.echo(printable(f"  {problem['value']}: {problem['reason']}; {problem['remedy']}"))
+
+
+def _print_rows(rows: Rows) -> None:
+    for name, value in rows:
+        if value:
+            typer.echo(f"  {name:<16}  {printable(str(value))}")
+
+
+def _versions(versions: dict[str, Any]) -> Rows:
+    cuda, rocm = versions["cuda"], versions["rocm"]
+    build = f"with CUDA {cuda}" if cuda else f"with ROCm {rocm}" if rocm else "without CUDA and ROCm"
+    yield "atlas", versions["atlas"]
+    yield "Python", versions["python"]
+    yield "PyTorch", f"{versions['torch']}, {build}"
+    yield "NumPy", versions["numpy"]
+    packages = {name: version for extra in versions["extras"].values() for name, version in extra.items()}
+    yield "optional", ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    yield "not installed", ", ".join(name for name, version in packages.items() if not version)
+
+
+def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
+    threads, cpus = machine["cpu_threads"], machine["cpu_count"]
+    arithmetic = "computes in bf16" if machine["cpu_bf16"] else "no bf16 arithmetic"
+    available, total = machine["memory_available"], machine["memory_total"]
+    yield "system", machine["system"]
+    yield (
+        "CPU",
+        f"{machine['cpu']}: {threads} threads on {cpus} logical CPUs, {machine['cpu_capability']}, {arithmetic}",
+    )
+    yield "memory", f"{_gib(available)} free of {_gib(total)}"
+    yield "NVIDIA driver", machine["nvidia_driver"]
+    for gpu in machine["gpus"]:
+        known = gpu.get("compute_capability")
+        computes = f", compute capability {known}" if known else ""
+        yield "GPU", f"{gpu['name']}: {_gib(gpu['memory_total'])}{computes}"
+    if memory:
+        fits = f"up to {memory['preset']}" if memory["preset"] else "none"
+        yield "presets that fit", f"{fits}, in {_gib(memory['available'])} on {memory['device']}"
+
+
+def _precision(precision: dict[str, Any]) -> Rows:
+    for name, step in precision.items():
+        if "error" in step:
+            verdict = f"does not compute ({step['error']})"
+        else:
+            off = ", ".join(f"{part} off by {_off(step[f'{part}_error'])}" for part in ("loss", "gradient"))
+            verdict = "right" if step["right"] else "WRONG"
+            verdict += f": {off} (bound {step['bound']:.0e})"
+            if (times := step["product_times_fp32"]) and times >= _SLOW:
+                verdict += f"; but a matrix product takes {times:.0f} times as long as in fp32"
+        yield name, verdict
+
+
+def _off(error: float | None) -> str:
+    return "NaN" if error is None else f"{error:.0e}"
+
+
+def _speed(facts: dict[str, Any]) -> Rows:
+    on_cpu = facts["train"]["device"] == "cpu"
+    threads = f" with {facts['machine']['cpu_threads']} threads" if on_cpu else ""
+    for name, rate in facts.get("matrix_products", {}).items():
+        measured = f"{rate / 1e12:,.2f} TFLOP/s{threads}" if rate else "not measured: no memory left"
+        yield f"products, {name}", measured
+    if facts.get("copy"):
+        yield "copy", f"{facts['copy'] / 1e9:,.1f} GB/s read and written"
+    if attention := facts.get("attention"):
+        works = [name for name, runs in attention.items() if runs]
+        fails = [name for name, runs in attention.items() if not runs]
+        yield "attention", ", ".join(works) + (f"; not {', '.join(fails)}" if fails else "")
+    compiled, disk = facts["compile"], facts["disk"]
+    took = f"works; {compiled['seconds']:.0f} s for a first function"
+    yield "compile", f"does not work: {compiled['reason']}" if compiled["reason"] else took
+    if "error" in disk:
+        yield "disk", f"{disk['folder']}: {disk['error']}"
+    else:
+        memory = " (perhaps from memory)" if disk["read_from_memory"] else ""
+        speeds = f"{_megabytes(disk['write'])} written, {_megabytes(disk['read'])} read{memory}"
+        yield "disk", f"{speeds}, in {disk['folder']}"
+
+
+def _choice(train: dict[str, Any]) -> Rows:
+    yield "device", f"{train['device']}: {train['device_reason']}"
+    yield "precision", f"{train['precision']}: {train['precision_reason']}"
+
+
+def _megabytes(rate: float) -> str:
+    return f"{rate / 1e6:,.0f} MB/s"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

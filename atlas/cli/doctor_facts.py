@@ -1,0 +1,297 @@
+"""The facts of `atlas doctor`, as one object that JSON can hold, and what of them somebody should mend.
+
+What training would choose is asked of the functions that training itself calls.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import torch
+from torch import Tensor
+
+from atlas import __version__
+from atlas.config import AtlasConfig
+from atlas.config.loader import nested, overlay, resolve
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.planning import largest_that_fits, measure_memory, plan_presets
+from atlas.planning.doctor import (
+    Effort,
+    check_step,
+    measure_disk,
+    nearest_folder,
+    nvidia_driver,
+    optional_packages,
+    try_compile,
+    working_attention,
+)
+from atlas.planning.probe import COPIED, measure_copy, measure_matrix_products
+from atlas.training.loss import linear_cross_entropy
+from atlas.training.runtime import (
+    Runtime,
+    choose_device,
+    cpu_only_build_with_nvidia_driver,
+    describe_machine,
+    setup_runtime,
+)
+
+Facts = dict[str, Any]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+_SMALL_PRODUCT = 256  # large enough to show what is imitated, small enough to wait for it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that the user should mend, said as every mistake is."""
+
+    value: str
+    reason: str
+    remedy: str
+
+
+def examine(device_name: str, output_dir: Path | None, effort: Effort | None = None) -> Facts:
+    """Everything that `atlas doctor` says; `output_dir` is train's own where it is left out.
+
+    Bytes, seconds, bytes/s and FLOP/s. Raises `AtlasError` if the device that is asked for is not there.
+    """
+    effort = effort or Effort()
+    output_dir = output_dir or Path(AtlasConfig().checkpoint.output_dir)
+    device = choose_device(device_name)
+    problems = _wheel_and_driver()
+    facts: Facts = {"versions": _versions(), "machine": _machine()}
+    try:
+        torch.zeros(1, device=device)
+        available = measure_memory(device.type)
+    except RuntimeError as error:  # a full or broken GPU; what needs none is measured all the same
+        remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
+        problems.append(Problem(f"device {device.type}", f"does not compute ({_first_line(error)})", remedy))
+    else:
+        facts |= _computing(device, available, effort, problems)
+    facts["compile"] = asdict(try_compile(device, seconds=effort.compile_seconds))
+    facts["disk"] = _disk(output_dir, effort, problems)
+    facts["train"] = _choice(device_name, device)
+    facts["problems"] = [asdict(problem) for problem in problems]
+    return facts
+
+
+def _wheel_and_driver() -> list[Problem]:
+    """An NVIDIA card that this PyTorch cannot use."""
+    if cpu_only_build_with_nvidia_driver():
+        reason = "is a CPU-only build, although an NVIDIA driver is there"
+        return [Problem(f"PyTorch {torch.__version__}", reason, "install the CUDA build (README, Install)")]
+    driver = nvidia_driver()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if driver is None or torch.version.cuda is None or torch.cuda.is_available() or hidden:
+        return []
+    version, newest = driver
+    if int(newest.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
+        reason = f"knows CUDA up to {newest}, and this PyTorch is built with {torch.version.cuda}"
+        remedy = "update the driver, or install a PyTorch build with an older CUDA (README, Install)"
+    else:
+        reason = "is there, but PyTorch sees no CUDA device"
+        remedy = "check it with nvidia-smi; after an update of the driver restart the machine"
+    return [Problem(f"NVIDIA driver {version}", reason, remedy)]
+
+
+def _versions() -> Facts:
+    return {
+        "atlas": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "numpy": numpy.__version__,
+        "extras": optional_packages(),
+    }
+
+
+def _machine() -> Facts:
+    on_cpu = describe_machine(Runtime(torch.device("cpu"), "fp32"))
+    driver = nvidia_driver()
+    available = measure_memory("cpu")
+    return {
+        "system": platform.platform(),
+        "cpu": on_cpu["cpu"],
+        "cpu_count": os.cpu_count(),
+        "cpu_threads": on_cpu["threads"],
+        "cpu_capability": on_cpu["cpu_capability"],
+        "cpu_bf16": _refusal("cpu", "bf16") is None,
+        "memory_total": psutil.virtual_memory().total,
+        "memory_available": available,
+        "nvidia_driver": driver and driver[0],
+        "gpus": _gpus(),
+    }
+
+
+def _gpus() -> list[Facts]:
+    if torch.backends.mps.is_available():
+        return [{"name": "Apple GPU", "memory_total": torch.mps.recommended_max_memory()}]
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_total": properties.total_memory,
+                "compute_capability": capability,
+            }
+        )
+    return gpus
+
+
+def _computing(device: torch.device, available: int, effort: Effort, problems: list[Problem]) -> Facts:
+    """What the device does, with `available` bytes of memory."""
+    plans = plan_presets(available, device=device.type)
+    largest = largest_that_fits(plans)
+    if largest is None:
+        needs = min(plan.memory for plan in plans)
+        value = f"{available / 2**30:.2f} GiB of memory free on {device.type}"
+        reason = f"nano, the smallest preset, takes {needs / 2**30:.2f} GiB"
+        problems.append(Problem(value, reason, "close other programs that use it"))
+    precision = {name: _precision(device, name, effort) for name in PRECISIONS}
+    computes = [name for name, step in precision.items() if "error" not in step]
+    small = {name: _products(device, name, _SMALL_PRODUCT, effort.seconds / 5) for name in computes}
+    for name, step in precision.items():
+        step["step_times_fp32"] = _ratio(step.get("seconds"), precision["fp32"].get("seconds"))
+        step["product_times_fp32"] = _ratio(small.get("fp32"), small.get(name))
+        problems += _wrong_numbers(name, step, device)
+    usable = [name for name in computes if precision[name]["refusal"] is None]
+    copied = max(1, min(effort.copied or COPIED[device.type], available // 8))
+    return {
+        "memory": {"device": device.type, "available": available, "preset": largest and largest.name},
+        "precision": precision,
+        "matrix_products": {
+            name: _products(device, name, effort.matrix_size, effort.seconds) for name in usable
+        },
+        "copy": _unless_full(lambda: measure_copy(device, copied=copied, seconds=effort.seconds)),
+        "attention": working_attention(device, _chosen(device).dtype),
+    }
+
+
+def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
+    """One training step in it; `refusal` is why training would not take it, None where it would."""
+    runtime = Runtime(device, name)
+    step: Facts = {"refusal": _refusal(device.type, name)}
+
+    def loss_of(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
+        with runtime.autocast():
+            return (
+                linear_cross_entropy(model.hidden_states(inputs), model.head_weight, targets)
+                / targets.numel()
+            )
+
+    try:
+        scale = runtime.grad_scaler().get_scale()
+        check = check_step(device, runtime.dtype, loss_of, loss_scale=scale, seconds=effort.seconds / 5)
+    except RuntimeError as error:
+        return step | {"right": False, "error": _first_line(error)}
+    return step | {"right": check.is_right} | {key: _finite(value) for key, value in asdict(check).items()}
+
+
+def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Problem]:
+    """Of a precision that training would take."""
+    if step["right"] or step["refusal"] is not None:
+        return []
+    if "error" in step:
+        reason = f"does not compute on {device.type} ({step['error']})"
+        remedy = "take the build of PyTorch for this machine (README, Install), or --device cpu"
+    else:
+        reason = (
+            f"computes wrong numbers on {device.type}: of one training step the loss is off by "
+            f"{_shown(step['loss_error'])} and the gradient by {_shown(step['gradient_error'])}, "
+            f"and {step['bound']:.0e} would be rounding"
+        )
+        remedy = "do not train in it (--set training.precision=…); try another version of PyTorch and of the driver"
+    return [Problem(f"precision {name}", reason, remedy)]
+
+
+def _shown(error: float | None) -> str:
+    return "no finite number" if error is None else f"{error:.0e}"
+
+
+def _products(device: torch.device, name: str, size: int | None, seconds: float) -> float | None:
+    dtype = Runtime(device, name).dtype
+    return _unless_full(lambda: measure_matrix_products(device, dtype, size=size, seconds=seconds))
+
+
+def _unless_full(measure: Callable[[], float]) -> float | None:
+    """A rate; None where its matrices do not fit the GPU beside what others keep in it."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _disk(output_dir: Path, effort: Effort, problems: list[Problem]) -> Facts:
+    folder = nearest_folder(output_dir)
+    try:
+        return {"folder": str(folder), **asdict(measure_disk(folder, size=effort.disk))}
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror})"
+        remedy = "free some space or get the right to write there, or choose another --output-dir"
+        problems.append(Problem(f"--output-dir {output_dir}", reason, remedy))
+        return {"folder": str(folder), "error": error.strerror}
+
+
+def _choice(device_name: str, device: torch.device) -> Facts:
+    """What training takes where the config leaves it open, and why."""
+    runtime = _chosen(device)
+    if device_name != "auto":
+        why_device = f"--device {device_name}"
+    else:
+        why_device = {
+            "cuda": "auto takes a CUDA device where PyTorch sees one",
+            "mps": "PyTorch sees no CUDA device, but an Apple GPU",
+            "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
+        }[device.type]
+    others = {name: _refusal(device.type, name) for name in PRECISIONS if name != runtime.precision}
+    possible = [name for name, refusal in others.items() if refusal is None]
+    why_precision = f"auto on this {device.type}; " + "; ".join(
+        [f"{name}: {refusal}" for name, refusal in others.items() if refusal]
+        + ([f"{' and '.join(possible)} can be asked for"] if possible else [])
+    )
+    return {
+        "device": runtime.device.type,
+        "device_reason": why_device,
+        "precision": runtime.precision,
+        "precision_reason": why_precision,
+    }
+
+
+def _chosen(device: torch.device) -> Runtime:
+    return setup_runtime(AtlasConfig(device=device.type))
+
+
+def _refusal(device: str, precision: str) -> str | None:
+    """Why training would not take this precision on the device; None if it would."""
+    config = resolve(overlay({"device": device}, nested("training.precision", precision)))
+    try:
+        setup_runtime(config)
+    except AtlasError as refusal:
+        return str(refusal).removeprefix(f"training.precision: {precision}: ").split(";")[0]
+    return None
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no name for the others."""
+    return number if math.isfinite(number) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

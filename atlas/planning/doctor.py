@@ -1,0 +1,283 @@
+"""What `atlas doctor` tries on this machine: packages, driver, one training step, attention, the compiler, the disk.
+
+Each function measures one thing and returns it; what it means, and what to do about it, is said by the command.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from atlas.config import ModelConfig
+from atlas.model import AtlasLM, build_model
+from atlas.planning.probe import best_time
+
+LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
+"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tried."""
+
+_SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
+_BATCH = 2
+
+# A half format rounds the results of 6 operations in each block (two norms, qkv, attention, two of the MLP) forward, as
+# many backward, and 4 around the head. Independent roundings add up as a random walk does: to √28 times the unit
+# roundoff, 2e-2 for bf16 and 3e-3 for fp16. A CPU's step is off by one unit; attention that sees the future, by 0.2.
+_ROUNDINGS = 2 * 6 * _SHAPE.num_layers + 4
+# 32 bits are not held to theirs, since GPUs take quicker exponentials and add in other orders. A CPU's step is off by
+# 3e-7; TF32, which looks like fp32 and is not, has a unit roundoff of 5e-4.
+_BOUND_FP32 = 1e-4
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+_BLOCK = 4_000_000  # bytes written at once
+
+_COMPILED = """\
+import sys, torch
+x = torch.ones(64, device=sys.argv[1], requires_grad=True)
+try:
+    torch.compile(lambda x: (2 * x).relu().sum())(x).backward()
+except Exception as error:
+    sys.exit(str(error).strip().splitlines()[0])
+"""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: enough to trust on a person's machine; a test takes less."""
+
+    seconds: float = 0.5  # of each rate
+    matrix_size: int | None = None  # None: what the device needs to be busy
+    copied: int | None = None  # bytes
+    disk: int = 128_000_000  # bytes
+    compile_seconds: float = 60.0  # at most
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """A training step beside the same in 64 bits: relative differences, what they may be, and seconds."""
+
+    loss_error: float
+    gradient_error: float
+    bound: float
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        """False of NaN, too."""
+        return self.loss_error <= self.bound and self.gradient_error <= self.bound
+
+
+@dataclass(frozen=True)
+class CompileCheck:
+    """How long it took to compile a function, and why it failed; None if it did not."""
+
+    seconds: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Bytes/s. Where `read_from_memory`, the system may have kept what was written."""
+
+    write: float
+    read: float
+    read_from_memory: bool
+
+
+def optional_packages() -> dict[str, dict[str, str | None]]:
+    """By extra of Atlas's package: the versions of what it asks for, None where that is not installed."""
+    try:
+        required = importlib.metadata.requires("atlas-llm") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, never installed
+        return {}
+    found: dict[str, dict[str, str | None]] = {}
+    for requirement in required:
+        named = re.match(r"([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
+        if named and named[2] != "dev":
+            found.setdefault(named[2], {})[named[1]] = _version(named[1])
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def nvidia_driver() -> tuple[str, str] | None:
+    """The NVIDIA driver's version and the newest CUDA that it knows, such as 580.65.06 and 13.0; None without a driver
+    or a card."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        return str(pynvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def check_step(
+    device: torch.device, dtype: torch.dtype, loss_of: LossOf, *, loss_scale: float = 1.0, seconds: float
+) -> StepCheck:
+    """Forward, loss and backward of a small model on `device`, against 64 bits on the CPU, and the best time of about
+    `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least what its norm is off by.
+
+    `loss_scale` is what fp16 training multiplies the loss by, so that small gradients are not lost. What the device
+    cannot compute at all raises `RuntimeError`.
+    """
+    exact_model, inputs, targets = _example()
+    exact_model.double()
+    exact_loss = F.cross_entropy(exact_model(inputs).flatten(0, 1), targets.flatten())
+    exact_loss.backward()  # type: ignore[no-untyped-call]
+    exact_gradient = _gradient(exact_model)
+
+    model, inputs, targets = _example()
+    model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
+    loss = torch.zeros(())
+
+    def step() -> None:
+        nonlocal loss
+        model.zero_grad()
+        loss = loss_of(model, inputs, targets)
+        (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+
+    best = best_time(step, device, seconds=seconds)
+    gradient = _gradient(model) / loss_scale
+    return StepCheck(
+        loss_error=abs(loss.item() / exact_loss.item() - 1),
+        gradient_error=float((gradient - exact_gradient).norm() / exact_gradient.norm()),
+        bound=_BOUND_FP32 if dtype == torch.float32 else math.sqrt(_ROUNDINGS) * torch.finfo(dtype).eps / 2,
+        seconds=best,
+    )
+
+
+def _example() -> tuple[AtlasLM, Tensor, Tensor]:
+    """The same weights and (B, T) tokens every time."""
+    model = build_model(_SHAPE, seed=0)
+    tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
+    return model, tokens[:, :-1], tokens[:, 1:]
+
+
+def _gradient(model: AtlasLM) -> Tensor:
+    """All of it, as one vector of 64 bits on the CPU."""
+    return torch.cat([p.grad.cpu().double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
+    """Which of PyTorch's attention kernels compute here: each forced, forward and backward, on a small example."""
+    return {name: _attends(backend, device, dtype) for name, backend in _BACKENDS.items()}
+
+
+def _attends(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type == "mps" and backend != SDPBackend.MATH:
+        return False  # PyTorch has no choice of kernels there, and would compute with another than the one asked for
+    query, key, value = (
+        torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")  # a kernel that is not there is an answer here
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            (grad,) = torch.autograd.grad(out.sum(), query)
+            return bool(grad.isfinite().all())  # which waits for the device, and what failed there
+    except RuntimeError:
+        return False
+
+
+def try_compile(device: torch.device, *, seconds: float) -> CompileCheck:
+    """`torch.compile` of a small function, in a process of its own, from nothing, for at most `seconds`.
+
+    Its caches go into a folder that is removed: an older one would hide that the compiler is gone.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:
+        # One thread: otherwise PyTorch starts a pool of processes, which outlives what is stopped.
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": folder,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _COMPILED, device.type],
+                env=os.environ | caches,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return CompileCheck(time.perf_counter() - start, f"was not done after {seconds:g} seconds")
+    lines = done.stderr.strip().splitlines()
+    reason = None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+    return CompileCheck(time.perf_counter() - start, reason)
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or where it is not there yet, the nearest of its parents that is."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+def measure_disk(folder: Path, *, size: int) -> DiskSpeed:
+    """Write `size` bytes in `folder`, until the disk says that it has them, and read them. Raises `OSError`.
+
+    The file has lost its name before it is written, so that nothing stays however this ends.
+    """
+    if shutil.disk_usage(folder).free < 2 * size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    block = os.urandom(min(_BLOCK, size))  # a disk may pack zeros
+    blocks = math.ceil(size / len(block))
+    path = folder / f".atlas-doctor-{os.getpid()}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_TEMPORARY", 0)
+    descriptor = os.open(path, flags, 0o600)
+    if not hasattr(os, "O_TEMPORARY"):  # which Windows has instead: there an open file keeps its name
+        path.unlink()
+    with open(descriptor, "w+b", buffering=0) as file:
+        start = time.perf_counter()
+        for _ in range(blocks):
+            file.write(block)
+        os.fsync(descriptor)
+        written = time.perf_counter()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start_reading = time.perf_counter()
+        while file.readinto(bytearray(len(block))):
+            pass
+        read = time.perf_counter()
+    total = blocks * len(block)
+    from_memory = not hasattr(os, "posix_fadvise")
+    return DiskSpeed(total / (written - start), total / (read - start_reading), from_memory)
