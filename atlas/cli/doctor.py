@@ -151,6 +151,7 @@ def _speed(facts: dict[str, Any]) -> Rows:
 def _choice(train: dict[str, Any]) -> Rows:
     yield "device", f"{train['device']}: {train['device_reason']}"
     yield "precision", f"{train['precision']}: {train['precision_reason']}"
+    yield "compile", f"{train['compile']}: {train['compile_reason']}"
 
 
 def _megabytes(rate: float) -> str:

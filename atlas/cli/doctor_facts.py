@@ -35,6 +35,7 @@ from atlas.planning.doctor import (
     working_attention,
 )
 from atlas.planning.probe import COPIED, measure_copy, measure_matrix_products
+from atlas.training.compilation import choose_compile
 from atlas.training.loss import linear_cross_entropy
 from atlas.training.runtime import (
     Runtime,
@@ -267,7 +268,15 @@ def _choice(device_name: str, device: torch.device) -> Facts:
         "device_reason": why_device,
         "precision": runtime.precision,
         "precision_reason": why_precision,
+        **_compile_choice(device),
     }
+
+
+def _compile_choice(device: torch.device) -> Facts:
+    said: list[str] = []
+    compiles = choose_compile(AtlasConfig(), device, say=said.append)
+    why = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
+    return {"compile": "on" if compiles else "off", "compile_reason": said[0] if said else why}
 
 
 def _chosen(device: torch.device) -> Runtime:
