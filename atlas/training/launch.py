@@ -112,7 +112,7 @@ def start_run(start: Start) -> Trainer:
 
 
 def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
-    micro_batch = _micro_batch(config)
+    micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
         fitted = remembered_micro_batch(config, runtime.device)
         if fitted is not None and fitted < micro_batch:
@@ -127,11 +127,6 @@ def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime
         _eval_batch(config, micro_batch),
         is_planned=config.training.max_hours is None,
     )
-
-
-def _micro_batch(config: AtlasConfig) -> int:
-    asked = config.training.micro_batch_size
-    return config.training.batch_size if asked == "auto" else min(asked, config.training.sequences_per_update)
 
 
 def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
@@ -155,7 +150,7 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
         state.horizon = horizon
         state.is_planned = new.max_hours is None
     if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
-        state.micro_batch_size = _micro_batch(start.config)
+        state.micro_batch_size = new.sequences_at_once
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
     return state
