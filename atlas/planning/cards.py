@@ -142,8 +142,8 @@ def _hint(text: str) -> str:
     sizes = [str(card.gibibytes) for card in CARDS if _key(card.name)[0] == _key(text)[0]]
     if sizes:
         return f"that card has {' or '.join(sizes)} GB; leave the size out, and give --memory as well"
-    keys = {_key(card.name)[0]: card.name for card in CARDS}
-    if close := difflib.get_close_matches(_key(text)[0], keys, n=1, cutoff=0.7):
-        return f"did you mean {keys[close[0]]}? Another card's memory goes by --memory 8GB"
-    names = ", ".join(dict.fromkeys(card.name for card in CARDS))
-    return f"give its memory, --memory 8GB, or one of {names}"
+    names = {spelling: card.name for card in CARDS for spelling in (card.name.lower(), _key(card.name)[0])}
+    if close := difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.7):
+        meant = " or ".join(dict.fromkeys(names[spelling] for spelling in close))
+        return f"did you mean {meant}? Of another card give the memory, --memory 8GB"
+    return f"give its memory, --memory 8GB, or one of {', '.join(dict.fromkeys(names.values()))}"

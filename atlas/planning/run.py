@@ -112,10 +112,14 @@ def _energy(seconds: Range | None, watts: int | None) -> Range | None:
     return seconds[0] * watts / 3.6e6, seconds[1] * watts / 3.6e6
 
 
+def _two_digits(value: float) -> int:
+    return round(value) if value < 100 else int(float(f"{value:.2g}"))
+
+
 def describe_duration(seconds: Range) -> str:
     """`3 to 5 hours`: two digits at most, in the largest unit of which the longer time is at least two."""
     for name, length in _UNITS.items():
         if seconds[1] >= 2 * length:
-            low, high = (float(f"{time / length:.2g}") for time in seconds)
-            return f"{low:,.0f} to {high:,.0f} {name}"
+            low, high = (_two_digits(time / length) for time in seconds)
+            return f"{low:,} to {high:,} {name}"
     return "less than 2 minutes"

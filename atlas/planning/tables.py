@@ -85,7 +85,7 @@ def cards_table() -> str:
         "memory",
         "largest preset that fits",
         "sequences at once, at most",
-        "time that it takes",
+        "time",
     )
     return _markdown(header, rows)
 
