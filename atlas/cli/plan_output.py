@@ -179,10 +179,11 @@ def _notes(report: Report) -> Iterator[str]:
     if machine.flops_per_second is None:
         yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     else:
+        waits = "; a fast card also waits between the tasks of a small model, or of few sequences at once"
         yield (
             f"Time: FLOPs at {machine.utilisation:.0%} ({machine.utilisation_is}) of "
-            f"{machine.flops_per_second / 1e12:.3g} TFLOP/s, {machine.rate_is}. Evaluations and saves come on top; "
-            "so does what a fast GPU waits for its next task, with small models or few sequences at once."
+            f"{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}. "
+            f"Evaluations and saves come on top{'' if machine.device == 'cpu' else waits}."
         )
     if summary and summary.advice:
         advice = summary.advice
