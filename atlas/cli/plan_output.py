@@ -58,7 +58,6 @@ def print_json(report: Report) -> None:
             "memory_bytes": machine.memory,
             "flops_per_second": machine.flops_per_second,
             "flops_per_second_is": machine.rate_is,
-            "utilisation": machine.utilisation,
             "utilisation_is": machine.utilisation_is,
             "watts": machine.watts,
         },
@@ -179,9 +178,11 @@ def _notes(report: Report) -> Iterator[str]:
     if machine.flops_per_second is None:
         yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     else:
+        narrow = "; less for narrow models" if machine.device == "cpu" and not summary else ""
         waits = "; a fast card also waits between the tasks of a small model, or of few sequences at once"
+        reached = (summary or report.preset_summaries[-1]).run.utilisation
         yield (
-            f"Time: FLOPs at {machine.utilisation:.0%} ({machine.utilisation_is}) of "
+            f"Time: FLOPs at {reached:.0%} ({machine.utilisation_is}{narrow}) of "
             f"{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}. "
             f"Evaluations and saves come on top{'' if machine.device == 'cpu' else waits}."
         )

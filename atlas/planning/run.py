@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atlas.config import AtlasConfig
+from atlas.config import AtlasConfig, ModelConfig
 from atlas.errors import AtlasError
 from atlas.planning.cards import Card
 from atlas.planning.estimate import count_parameters
@@ -13,9 +13,10 @@ from atlas.planning.flops import training_flops_per_token
 Range = tuple[float, float]
 """From, to."""
 
-UTILISATION = {"cpu": 0.65, "cuda": 0.35, "mps": 0.35}
-"""The part of the rate of matrix products that training reaches. On a CPU it is measured: 395 of the 599 tokens a
-second that the products of `tiny` allow (benchmarks/RESULTS.md). On GPUs it is assumed and not measured."""
+CPU_UTILISATION = 0.65
+"""Measured: 395 of the 599 tokens a second that the matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
+GPU_UTILISATION = 0.35
+"""Assumed, not measured."""
 SPREAD = 1.3
 """A time is given from so much less to so much more than the quotient: no more than that is known."""
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
@@ -38,12 +39,20 @@ class Machine:
     """At full load, where it is known."""
 
     @property
-    def utilisation(self) -> float:
-        return UTILISATION[self.device]
-
-    @property
     def utilisation_is(self) -> str:
+        """Where the part of that rate comes from that training reaches."""
         return "measured" if self.device == "cpu" else "assumed, not measured"
+
+
+def utilisation(model: ModelConfig, device: str) -> float:
+    """The part of the rate of matrix products that training reaches, 0 to 1.
+
+    Products take time with the square of the width C, norms and activations with C: on a CPU C / (C + 200) is what
+    benchmarks/utilisation.py measured at 128, 256 and 384. Wider models are taken to reach no more than the last.
+    """
+    if device != "cpu":
+        return GPU_UTILISATION
+    return min(CPU_UTILISATION, model.hidden_size / (model.hidden_size + 200))
 
 
 def machine_with(card: Card, *, precision: str = "auto", memory: int | None = None) -> Machine:
@@ -76,6 +85,7 @@ class Run:
     tokens_per_parameter: float | None
     flops_per_token: int
     flops: int | None
+    utilisation: float
     seconds: Range | None
     """Of the updates alone: evaluations and saves come on top."""
     kilowatt_hours: Range | None
@@ -85,14 +95,14 @@ def plan_run(
     config: AtlasConfig, machine: Machine, *, updates: int | None, sequences_per_epoch: int | None = None
 ) -> Run:
     """A run of so many `updates` (None: not known), of which `sequences_per_epoch` sequences are one epoch."""
-    per_token = training_flops_per_token(config)
+    per_token, reached = training_flops_per_token(config), utilisation(config.model, machine.device)
     if updates is None:
-        return Run(None, None, None, None, per_token, None, None, None)
+        return Run(None, None, None, None, per_token, None, reached, None, None)
     sequences = updates * config.training.sequences_per_update
     tokens = sequences * config.model.max_seq_len
     seconds = None
     if machine.flops_per_second:
-        middle = tokens * per_token / (machine.flops_per_second * machine.utilisation)
+        middle = tokens * per_token / (machine.flops_per_second * reached)
         seconds = (middle / SPREAD, middle * SPREAD)
     return Run(
         updates=updates,
@@ -101,6 +111,7 @@ def plan_run(
         tokens_per_parameter=tokens / count_parameters(config.model).total,
         flops_per_token=per_token,
         flops=tokens * per_token,
+        utilisation=reached,
         seconds=seconds,
         kilowatt_hours=_energy(seconds, machine.watts),
     )
