@@ -332,6 +332,7 @@ def test_json_says_what_the_estimate_says(dataset: Path, capsys: pytest.CaptureF
     assert (found["utilisation"], content["machine"]["utilisation_is"]) == (0.35, "assumed, not measured")
     assert list(content["presets"]) == list(preset_names())
     assert content["presets"]["nano"]["vocab_size"] == 300
+    assert content["presets"]["nano"]["epochs"] == pytest.approx(2400 * 4 * 256 / tokens, rel=0.1)
     assert content["largest_preset_for_the_data"] is None
 
 
@@ -349,6 +350,7 @@ def test_memory_that_is_given_wins_over_the_cards(capsys: pytest.CaptureFixture[
     content = planned(capsys, "--gpu", "RTX 4090", "--memory", "4GB")
     assert content["machine"]["memory_bytes"] == 4 * 2**30
     assert content["config"] is None
+    assert (content["machine"]["watts"], content["machine"]["memory_bytes_per_second"]) == (450, 1008e9)
     assert content["largest_preset_that_fits"] == "small"
 
 
@@ -356,7 +358,8 @@ def test_memory_that_is_given_wins_over_the_cards(capsys: pytest.CaptureFixture[
     ("settings", "says"),
     [
         (["training.max_steps=null"], "neither training.max_steps nor --data"),
-        (["training.max_steps=null", "training.max_hours=2"], "ends the run after 2 hours"),
+        (["training.max_steps=null", "training.max_hours=2"], "ends the run after 2 hours at the latest"),
+        (["training.epochs=2"], "training.epochs may end the run sooner"),
         (["training.precision=fp32"], "Time: not known"),
         (["training.micro_batch_size=32"], r"--set training.micro_batch_size=\d+: fits"),
         (["model.num_layers=48"], "5. a smaller model, such as --config small"),

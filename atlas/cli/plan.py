@@ -60,13 +60,13 @@ def _report(
 ) -> Report:
     """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
     from atlas.cli.plan_output import Report
-    from atlas.planning import assume_vocabulary, plan_presets, summarize
+    from atlas.planning import assume_vocabulary, plan_presets
     from atlas.training.start import with_vocabulary
 
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
     machine = _choose_machine(wanted, gpu, memory)
-    tokens, vocab_size = (text.num_tokens, text.vocab_size) if text else (None, None)
+    vocab_size = text.vocab_size if text else None
     presets = plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size)
     return Report(
         machine=machine,
@@ -74,10 +74,7 @@ def _report(
         assumes_vocabulary=wanted.model.vocab_size is None,
         summary=_summarize(assume_vocabulary(wanted), machine, text) if is_asked else None,
         presets=presets,
-        preset_summaries=[
-            summarize(preset.config, machine, updates=preset.config.training.max_steps, text_tokens=tokens)
-            for preset in presets
-        ],
+        preset_summaries=[_summarize_preset(preset.config, machine, text) for preset in presets],
     )
 
 
@@ -96,6 +93,18 @@ def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) 
         updates=None if updates == NO_LIMIT else updates,
         sequences_per_epoch=per_epoch,
         text_tokens=text.num_tokens,
+    )
+
+
+def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
+    """Without a look at the text, which may be shorter than the preset's context."""
+    from atlas.planning import summarize
+
+    tokens = text.num_tokens if text else None
+    windows = (tokens - 1) // config.model.max_seq_len if tokens else 0
+    updates = config.training.max_steps
+    return summarize(
+        config, machine, updates=updates, sequences_per_epoch=windows or None, text_tokens=tokens
     )
 
 

@@ -59,6 +59,7 @@ def print_json(report: Report) -> None:
             "flops_per_second": machine.flops_per_second,
             "flops_per_second_is": machine.rate_is,
             "utilisation_is": machine.utilisation_is,
+            "memory_bytes_per_second": machine.bytes_per_second,
             "watts": machine.watts,
         },
         "data": text
@@ -168,13 +169,8 @@ def _time_rows(run: Run) -> Iterator[tuple[str, str]]:
 def _notes(report: Report) -> Iterator[str]:
     """How the figures came about, and what is not known."""
     machine, summary = report.machine, report.summary
-    if summary and summary.run.updates is None:
-        hours = summary.config.training.max_hours
-        yield (
-            f"Updates: training.max_hours ends the run after {hours:g} hours; the first updates show how many that is."
-            if hours
-            else "Updates: neither training.max_steps nor --data says how many there will be."
-        )
+    if summary:
+        yield from _notes_on_length(summary, has_text=report.text is not None)
     if machine.flops_per_second is None:
         yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     else:
@@ -202,6 +198,16 @@ def _notes(report: Report) -> Iterator[str]:
             f"vocab_size is left out, so the dataset's will be taken; {summary.config.model.vocab_size} is assumed "
             "here. GPT-2's: --set model.vocab_size=50257"
         )
+
+
+def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
+    training = summary.config.training
+    if training.max_hours:
+        yield f"Updates: training.max_hours ends the run after {training.max_hours:g} hours at the latest."
+    elif summary.run.updates is None:
+        yield "Updates: neither training.max_steps nor --data says how many there will be."
+    if training.epochs and not has_text and summary.run.updates is not None:
+        yield "Updates: training.epochs may end the run sooner; --data says whether it does."
 
 
 def _print_presets(console: Console, report: Report) -> None:

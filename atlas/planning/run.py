@@ -35,6 +35,8 @@ class Machine:
     """Of large matrix products in the precision of training; None where it is not known."""
     rate_is: str | None = None
     """Where that rate comes from."""
+    bytes_per_second: float | None = None
+    """Between the processor and its memory, where it is known."""
     watts: int | None = None
     """At full load, where it is known."""
 
@@ -70,6 +72,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
         memory=card.memory if memory is None else memory,
         flops_per_second=None if precision == "fp32" else card.tflops * 1e12,
         rate_is=f"its peak in {card.precision if precision == 'auto' else precision} by the maker's data sheet",
+        bytes_per_second=card.bandwidth * 1e9,
         watts=card.watts,
     )
 
