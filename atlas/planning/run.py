@@ -67,7 +67,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
             f"training.precision: bf16: the {card.name} does not compute in it; use fp16 or auto"
         )
     return Machine(
-        name=f"{card.name}, {card.gibibytes} GB",
+        name=card.name,
         device="cuda",
         memory=card.memory if memory is None else memory,
         flops_per_second=None if precision == "fp32" else card.tflops * 1e12,
