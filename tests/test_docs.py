@@ -37,6 +37,7 @@ from atlas.planning import (
     estimate_training_memory,
     output_folder_bytes,
 )
+from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
 from tests.archive import kaggle_files, write_zip
 from tests.conftest import SENTENCES, corpus
 
@@ -389,6 +390,11 @@ FIGURES: dict[str, tuple[str, float, Callable[[AtlasConfig], float]]] = {
     ),
     "one checkpoint": ("GB", 1e9, checkpoint_bytes),
     "at most, all kinds": ("GB", 1e9, output_folder_bytes),
+    "text for it, at least": (
+        "M tokens",
+        1e6,
+        lambda config: TOKENS_PER_PARAMETER * number_of_parameters(config) / GOOD_PASSES,
+    ),
 }
 """What a column of a table of presets says: its unit, and where the number comes from."""
 

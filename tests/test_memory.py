@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas.errors import AtlasError
-from atlas.training.fit import _largest, _runs
 from atlas.training.loss import compute_lm_loss
 from atlas.training.memory import is_out_of_memory
+from atlas.training.micro_batch import _largest, _runs
 from atlas.training.trainer import Trainer
 from tests.runs import REPOSITORY, layer, logged, run, trainer_for
 
@@ -194,17 +194,17 @@ def test_a_try_that_fails_leaves_nothing_and_is_remembered(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Children that really run; the second of two sequences is given no memory."""
-    monkeypatch.setattr("atlas.training.fit.measure_memory", lambda device: 400 * 10**6)
+    monkeypatch.setattr("atlas.training.micro_batch.measure_memory", lambda device: 400 * 10**6)
     sizes: list[int] = []
 
     def runs(config: object, size: int, runtime: object, limit: int, say: object) -> bool:
         sizes.append(size)
         return _runs(config, size, runtime, 60 * 10**6 if size > 1 else 4 * 10**9, say)
 
-    monkeypatch.setattr("atlas.training.fit._runs", runs)
+    monkeypatch.setattr("atlas.training.micro_batch._runs", runs)
     settings = {"training__batch_size": 2, "training__max_steps": 2}
     trainer = trainer_for(layer(tmp_path / "run", text_file, **settings))
     assert trainer.state.micro_batch_size == 1
     assert sizes == [2, 1]
-    monkeypatch.setattr("atlas.training.fit._runs", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr("atlas.training.micro_batch._runs", lambda *_: pytest.fail("tried again"))
     assert trainer_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1

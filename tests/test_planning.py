@@ -295,12 +295,12 @@ def test_plan_of_a_preset(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     out, err = capsys.readouterr()
     assert err == ""
     assert "…" not in out
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
     assert rows["token"] == ["token", "embedding", "38,597,376"]
     assert ["total", "124,439,808"] in [line.split() for line in out.splitlines()]
     assert rows["one"] == ["one", "checkpoint", "1.49", "GB"]
     assert set(preset_names()) < set(rows)
-    assert rows["default"][-1] == "no"
+    assert "no" in rows["default"]
     assert "Presets on 6GB (cuda), 6.00 GiB: the largest that fits is small" in out
 
 

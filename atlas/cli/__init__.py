@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text.",
     "export": "Write a GGUF file and prove it in llama.cpp.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
-    "plan": "Parameters, memory and disk of a config, before any work.",
+    "plan": "Memory, disk, tokens and time of a config, before any work.",
     "doctor": "What this machine can do, and what to mend.",
     "pipeline": "The whole road in one command, with questions or without.",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from atlas.cli.terminal import print_facts, print_table, printable
+from atlas.cli.terminal import figure, print_facts, print_table, printable
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
 from atlas.data.statistics import (
     SAMPLE_TOKENS,
@@ -105,8 +105,8 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
         (
             row.preset,
             f"{row.parameters:,}",
-            _figure(row.tokens_per_parameter),
-            _figure(row.passes),
+            figure(row.tokens_per_parameter),
+            figure(row.passes),
             row.verdict,
         )
         for row in advice
@@ -138,12 +138,6 @@ def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
             f"{own.preset} has {own.parameters:,} parameters"
         )
     return advice
-
-
-def _figure(value: float) -> str:
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from atlas.cli.plan_output import Report
     from atlas.config import AtlasConfig
-    from atlas.planning import PresetPlan
-
-_NARROWEST = 100  # without a terminal: wide enough for every table
+    from atlas.data import TokenStream
+    from atlas.planning import Machine, Summary
 
 
 def plan(
@@ -22,42 +20,139 @@ def plan(
         str | None,
         typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Prepared dataset that it is to be trained on.", metavar="FOLDER"),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help='Plan for this card instead of this machine: "RTX 3060".', metavar="NAME"),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Plan for a GPU of this size instead of this machine.", metavar="8GB"),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object: bytes, seconds, FLOPs, kWh.")
+    ] = False,
 ) -> None:
-    """Parameters, memory and disk of a config, and which presets fit this machine."""
-    import sys
-
-    from rich.console import Console
-
+    """Memory, disk, tokens and time of a config, and which presets fit: this machine, a card, a text."""
+    from atlas.cli.plan_output import print_json, print_report
     from atlas.config.loader import overlay, parse_overrides, read_yaml, resolve
     from atlas.config.presets import find_config
-    from atlas.planning import measure_memory, plan_presets
-    from atlas.training.runtime import choose_device
 
     written = read_yaml(find_config(config)) if config else {}
     wanted = resolve(overlay(written, parse_overrides(overrides or [])))
-    if memory is None:
-        device = choose_device(wanted.device).type
-        available, whose = measure_memory(device), f"this machine ({device})"
+    text = None if data is None else _open(data)
+    report = _report(wanted, text, gpu, memory, is_asked=bool(config or overrides))
+    if as_json:
+        print_json(report)
     else:
-        device = "cuda" if wanted.device == "auto" else wanted.device
-        available, whose = _gibibytes(memory), f"{memory} ({device})"
+        print_report(report)
 
-    console = Console(width=None if sys.stdout.isatty() else _NARROWEST, highlight=False)
-    if config or overrides:
-        _print_config(console, wanted, device)
-    _print_presets(console, plan_presets(available, device=device), f"{whose}, {_gib(available)}")
-    if device == "cpu":
-        console.print(
-            "On a CPU time is the limit before memory: nano takes minutes, tiny days.", soft_wrap=True
+
+def _report(
+    wanted: AtlasConfig, text: TokenStream | None, gpu: str | None, memory: str | None, *, is_asked: bool
+) -> Report:
+    """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
+    from atlas.cli.plan_output import Report
+    from atlas.planning import assume_vocabulary, plan_presets
+    from atlas.training.start import with_vocabulary
+
+    if text is not None:
+        wanted = with_vocabulary(wanted, text.vocab_size, text.name)
+    machine = _choose_machine(wanted, gpu, memory)
+    vocab_size = text.vocab_size if text else None
+    presets = plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size)
+    return Report(
+        machine=machine,
+        text=text,
+        assumes_vocabulary=wanted.model.vocab_size is None,
+        summary=_summarize(assume_vocabulary(wanted), machine, text) if is_asked else None,
+        presets=presets,
+        preset_summaries=[_summarize_preset(preset.config, machine, text) for preset in presets],
+    )
+
+
+def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
+    from atlas.data.sequences import training_windows
+    from atlas.planning import summarize
+    from atlas.training.schedule import NO_LIMIT, horizon_steps
+
+    if text is None:
+        return summarize(config, machine, updates=config.training.max_steps)
+    per_epoch = len(training_windows(text, config))
+    updates = horizon_steps(config.training, per_epoch)
+    return summarize(
+        config,
+        machine,
+        updates=None if updates == NO_LIMIT else updates,
+        sequences_per_epoch=per_epoch,
+        text_tokens=text.num_tokens,
+    )
+
+
+def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
+    """Without a look at the text, which may be shorter than the preset's context."""
+    from atlas.planning import summarize
+
+    tokens = text.num_tokens if text else None
+    windows = (tokens - 1) // config.model.max_seq_len if tokens else 0
+    updates = config.training.max_steps
+    return summarize(
+        config, machine, updates=updates, sequences_per_epoch=windows or None, text_tokens=tokens
+    )
+
+
+def _open(data: Path) -> TokenStream:
+    """What a prepared dataset trains on."""
+    from atlas.data.shards import is_prepared, open_dataset
+    from atlas.errors import AtlasError
+
+    if not is_prepared(data):
+        raise AtlasError(
+            f"--data {data}: is not a prepared dataset; make one with atlas prepare --input, and name its folder"
         )
+    stream = open_dataset(data).split("train")
+    assert stream is not None
+    return stream
+
+
+def _choose_machine(wanted: AtlasConfig, gpu: str | None, memory: str | None) -> Machine:
+    from atlas.planning import Machine, find_card, machine_with
+
+    size = None if memory is None else _gibibytes(memory)
+    if gpu is not None:
+        return machine_with(find_card(gpu), precision=wanted.training.precision, memory=size)
+    if size is not None:
+        device = "cuda" if wanted.device == "auto" else wanted.device
+        return Machine(f"{memory} ({device})", device, size)
+    return _this_machine(wanted)
+
+
+def _this_machine(wanted: AtlasConfig) -> Machine:
+    """With its speed, measured in about a second."""
+    import torch
+
+    from atlas.planning import Machine, card_named, measure_memory
+    from atlas.planning.probe import measure_matrix_products
+    from atlas.training.runtime import setup_runtime
+
+    runtime = setup_runtime(wanted)
+    device = runtime.device.type
+    card = card_named(torch.cuda.get_device_name()) if device == "cuda" else None
+    return Machine(
+        name=f"this machine ({device})",
+        device=device,
+        memory=measure_memory(device),
+        flops_per_second=measure_matrix_products(runtime.device, runtime.dtype),
+        rate_is=f"measured here in {runtime.precision}",
+        watts=card.watts if card else None,
+    )
 
 
 def _gibibytes(text: str) -> int:
@@ -68,77 +163,3 @@ def _gibibytes(text: str) -> int:
     if match is None:
         raise AtlasError(f"--memory {text}: is not a size; write it as 8GB")
     return int(float(match[1]) * 2**30)
-
-
-def _print_config(console: Console, wanted: AtlasConfig, device: str) -> None:
-    from atlas.planning import (
-        assume_vocabulary,
-        checkpoint_bytes,
-        count_parameters,
-        estimate_inference_memory,
-        estimate_training_memory,
-        output_folder_bytes,
-        snapshot_bytes,
-    )
-
-    config = assume_vocabulary(wanted)
-    training = estimate_training_memory(config, device=device)
-    inference = estimate_inference_memory(config.model, device=device)
-    disk = {"one checkpoint": checkpoint_bytes(config), "output folder, at most": output_folder_bytes(config)}
-    _print_parts(console, "Parameters", _parts(count_parameters(config.model)), "{:,}".format)
-    besides = {"besides, in main memory": snapshot_bytes(config)}
-    _print_parts(console, f"Memory of training on {device}", _parts(training) | besides, _gib)
-    console.print(
-        "The last line is the copy that checkpoints are written from while training goes on; where it does not fit, "
-        "or with checkpoint.background=false, training waits for the disk.\n",
-        soft_wrap=True,
-    )
-    _print_parts(console, f"Memory of generating on {device}", _parts(inference), _gib)
-    _print_parts(console, "Disk", disk, lambda size: f"{size / 1e9:.2f} GB")
-    if wanted.model.vocab_size is None:
-        console.print(
-            f"vocab_size is left out, so the dataset's will be taken; {config.model.vocab_size} is assumed here. "
-            "GPT-2's: --set model.vocab_size=50257\n",
-            soft_wrap=True,
-        )
-
-
-def _parts(estimate: Any) -> dict[str, int]:
-    """The parts of an estimate by name, those of 0 left out, and their sum."""
-    named = {name.replace("_", " "): size for name, size in vars(estimate).items() if size}
-    return {**named, "total": estimate.total}
-
-
-def _print_parts(console: Console, title: str, rows: dict[str, int], show: Callable[[int], str]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    table.add_column(no_wrap=True, min_width=24)
-    table.add_column(no_wrap=True, justify="right", min_width=14)
-    for name, size in rows.items():
-        table.add_row(name, show(size))
-    console.print(title, table, "", sep="\n")
-
-
-def _print_presets(console: Console, plans: list[PresetPlan], whose: str) -> None:
-    from rich.table import Table
-
-    from atlas.planning import largest_that_fits
-
-    largest = largest_that_fits(plans)
-    verdict = f"the largest that fits is {largest.name}" if largest else "none fits"
-    table = Table(box=None, padding=(0, 2))
-    table.add_column("preset", no_wrap=True)
-    for name in ("parameters", "context", "at once", "training memory", "fits"):
-        table.add_column(name, no_wrap=True, justify="right")
-    for plan in plans:
-        model, training = plan.config.model, plan.config.training
-        memory, fits = _gib(plan.memory), "yes" if plan.fits else "no"
-        table.add_row(
-            plan.name, f"{plan.parameters:,}", str(model.max_seq_len), str(training.batch_size), memory, fits
-        )
-    console.print(f"Presets on {whose}: {verdict}", table, sep="\n", soft_wrap=True)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

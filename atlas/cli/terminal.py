@@ -28,6 +28,13 @@ def printable(text: str) -> str:
     return shown + ("…" if len(text) > _LONGEST_LINE else "")
 
 
+def figure(value: float) -> str:
+    """Two or more digits of it, none after the point from 100 on."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
     """A line for each fact, its name in front; nothing for one that is None or empty."""
     rows = [(name, str(value)) for name, value in facts if value not in (None, "")]

@@ -255,6 +255,12 @@ class TrainingConfig(Section):
     def sequences_per_update(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def sequences_at_once(self) -> int:
+        """As long as memory does not run out."""
+        asked = self.micro_batch_size
+        return self.batch_size if asked == "auto" else min(asked, self.sequences_per_update)
+
 
 class CheckpointConfig(Section):
     """Where the run is kept and how often."""

@@ -14,14 +14,15 @@ Sequences = SequenceDataset | MixtureDataset
 
 def training_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences:
     """What is trained on: one dataset's windows, or a mixture's."""
-    length, masked = config.model.max_seq_len, config.data.document_mask
-    parts = [
-        PackedDataset(stream, length, with_documents=masked)
-        if config.data.packing == "best_fit"
-        else _windows(stream, config)
-        for stream in data.trains
-    ]
+    parts = [training_windows(stream, config) for stream in data.trains]
     return parts[0] if len(parts) == 1 else MixtureDataset(parts, data.weights)
+
+
+def training_windows(stream: TokenStream, config: AtlasConfig) -> SequenceDataset:
+    """The windows of one dataset, as they are trained on."""
+    if config.data.packing == "best_fit":
+        return PackedDataset(stream, config.model.max_seq_len, with_documents=config.data.document_mask)
+    return _windows(stream, config)
 
 
 def validation_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences | None:

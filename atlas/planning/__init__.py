@@ -1,6 +1,7 @@
-"""What a run will take, said before any work: from the config alone, and what this machine has."""
+"""What a run will take, said before any work: from its config, the size of its text, and a machine or a card."""
 
-from atlas.planning.advice import Advice, advise
+from atlas.planning.advice import Advice, advise, advise_on
+from atlas.planning.cards import CARDS, Card, card_named, find_card
 from atlas.planning.estimate import (
     ASSUMED_VOCABULARY,
     InferenceMemory,
@@ -15,26 +16,45 @@ from atlas.planning.estimate import (
     output_folder_bytes,
     snapshot_bytes,
 )
+from atlas.planning.fit import largest_micro_batch, what_would_help
+from atlas.planning.flops import training_flops_per_token
 from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
+from atlas.planning.run import Machine, Run, describe_duration, machine_with, plan_run
+from atlas.planning.summary import Summary, summarize
 
 __all__ = [
     "ASSUMED_VOCABULARY",
+    "CARDS",
     "Advice",
+    "Card",
     "InferenceMemory",
+    "Machine",
     "Parameters",
     "PresetPlan",
+    "Run",
+    "Summary",
     "TrainingMemory",
     "advise",
+    "advise_on",
     "assume_vocabulary",
+    "card_named",
     "checkpoint_bytes",
     "count_parameters",
+    "describe_duration",
     "estimate_inference_memory",
     "estimate_training_memory",
+    "find_card",
+    "largest_micro_batch",
     "largest_that_fits",
+    "machine_with",
     "measure_memory",
     "memory_of_a_step",
     "output_folder_bytes",
     "plan_presets",
+    "plan_run",
     "snapshot_bytes",
+    "summarize",
+    "training_flops_per_token",
+    "what_would_help",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atlas.config import ModelConfig
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
 from atlas.planning.estimate import count_parameters
@@ -47,17 +48,20 @@ class Advice:
 
 def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
     """Every preset, smallest first, with a vocabulary of `vocab_size`, beside a text of `num_tokens`."""
-    advice = []
-    for name in preset_names():
-        model = resolve(read_yaml(preset_path(name))).model.model_copy(update={"vocab_size": vocab_size})
-        parameters = count_parameters(model).total
-        advice.append(
-            Advice(
-                preset=name,
-                parameters=parameters,
-                max_seq_len=model.max_seq_len,
-                tokens_per_parameter=num_tokens / parameters,
-                passes=TOKENS_PER_PARAMETER * parameters / num_tokens,
-            )
-        )
-    return advice
+    models = {name: resolve(read_yaml(preset_path(name))).model for name in preset_names()}
+    return [
+        advise_on(model.model_copy(update={"vocab_size": vocab_size}), num_tokens, name=name)
+        for name, model in models.items()
+    ]
+
+
+def advise_on(model: ModelConfig, num_tokens: int, *, name: str) -> Advice:
+    """One model beside a text of `num_tokens`."""
+    parameters = count_parameters(model).total
+    return Advice(
+        preset=name,
+        parameters=parameters,
+        max_seq_len=model.max_seq_len,
+        tokens_per_parameter=num_tokens / parameters,
+        passes=TOKENS_PER_PARAMETER * parameters / num_tokens,
+    )

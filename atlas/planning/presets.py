@@ -22,11 +22,16 @@ class PresetPlan:
     fits: bool
 
 
-def plan_presets(available: int, *, device: str) -> list[PresetPlan]:
-    """Every preset, smallest first, against `available` bytes on `device` (`cpu`, `cuda` or `mps`)."""
+def plan_presets(available: int, *, device: str, vocab_size: int | None = None) -> list[PresetPlan]:
+    """Every preset, smallest first, against `available` bytes on `device` (`cpu`, `cuda` or `mps`); with a dataset's
+    `vocab_size` in place of its own."""
     plans = []
     for name in preset_names():
-        config = assume_vocabulary(resolve(read_yaml(preset_path(name))))
+        config = resolve(read_yaml(preset_path(name)))
+        if vocab_size is not None:
+            model = config.model.model_copy(update={"vocab_size": vocab_size})
+            config = config.model_copy(update={"model": model})
+        config = assume_vocabulary(config)
         memory = estimate_training_memory(config, device=device).total
         plans.append(
             PresetPlan(name, config, count_parameters(config.model).total, memory, memory <= available)

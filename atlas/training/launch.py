@@ -29,11 +29,11 @@ from atlas.planning import (
 )
 from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.compilation import choose_compile, compile_blocks
-from atlas.training.fit import fit_micro_batch
 from atlas.training.heat import open_sensor
 from atlas.training.lock import FolderLock
 from atlas.training.loss import load_loss
 from atlas.training.metrics import RunLog
+from atlas.training.micro_batch import fit_micro_batch
 from atlas.training.optimizer import build_optimizer
 from atlas.training.retention import move_aside
 from atlas.training.runtime import (
@@ -114,21 +114,15 @@ def start_run(start: Start) -> Trainer:
 
 
 def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
+    micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
         micro_batch = fit_micro_batch(config, runtime, say=log.say)
-    else:
-        micro_batch = _micro_batch(config)
     return TrainState(
         horizon_steps(config.training, sequences_per_epoch),
         micro_batch,
         _eval_batch(config, micro_batch),
         is_planned=config.training.max_hours is None,
     )
-
-
-def _micro_batch(config: AtlasConfig) -> int:
-    asked = config.training.micro_batch_size
-    return config.training.batch_size if asked == "auto" else min(asked, config.training.sequences_per_update)
 
 
 def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
@@ -152,7 +146,7 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
         state.horizon = horizon
         state.is_planned = new.max_hours is None
     if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
-        state.micro_batch_size = _micro_batch(start.config)
+        state.micro_batch_size = new.sequences_at_once
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
     return state

@@ -12,7 +12,6 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.data.folder import cache_folder
-from atlas.planning import estimate_training_memory, largest_that_fits, plan_presets
 
 _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
 
@@ -70,31 +69,3 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
     ]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "micro_batch" / f"{key}.json"
-
-
-def what_would_help(config: AtlasConfig, *, device: str) -> list[str]:
-    """When not even one sequence fits: what would, in the FAQ's order, each with its estimated saving."""
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    config = config.model_copy(update={"training": training})
-    now = estimate_training_memory(config, device=device).total
-
-    def saving(section: str, **changes: object) -> str:
-        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
-        return f"{(now - estimate_training_memory(changed, device=device).total) / 1e9:.2f} GB less"
-
-    lines = [f"estimated need with one sequence at once: {now / 1e9:.2f} GB. In this order:"]
-    lines.append(
-        "1. batch_size: one sequence runs at once already; training.batch_size takes no memory of its own"
-    )
-    if training.gradient_checkpointing:
-        lines.append("2. gradient checkpointing: is on already")
-    else:
-        less = saving("training", gradient_checkpointing=True)
-        lines.append(f"2. --set training.gradient_checkpointing=true: {less}")
-    half = max(1, config.model.max_seq_len // 2)
-    lines.append(f"3. --set model.max_seq_len={half}, a new run: {saving('model', max_seq_len=half)}")
-    lines.append("4. gradient accumulation: one sequence at once is that already")
-    if smaller := largest_that_fits(plan_presets(now - 1, device=device)):
-        less = f"{(now - smaller.memory) / 1e9:.2f} GB less"
-        lines.append(f"5. a smaller model, such as --config {smaller.name}, a new run: {less}")
-    return lines

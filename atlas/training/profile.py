@@ -88,8 +88,7 @@ def _updater(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) 
         compile_blocks(model)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
     updater = Updater(model, config, runtime, custom_loss, say=say)
-    asked = config.training.micro_batch_size
-    size = config.training.batch_size if asked == "auto" else asked
+    size = config.training.sequences_at_once
     state = TrainState(horizon=WARM_UP + 2, micro_batch_size=size, eval_batch_size=size)
     stop = StopRequest()
 

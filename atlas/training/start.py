@@ -188,13 +188,18 @@ def with_data(
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
-    stated, actual = config.model.vocab_size, data.tokenizer.vocab_size
-    if stated is not None and stated != actual:
+    return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
+
+
+def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
+    """The config with the `vocab_size` of the data called `data`; `AtlasError` if it states another."""
+    stated = config.model.vocab_size
+    if stated not in (None, vocab_size):
         raise AtlasError(
-            f"model.vocab_size: {stated}: the tokenizer of {data.name} has {actual}; leave vocab_size out"
+            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out"
         )
-    model = config.model.model_copy(update={"vocab_size": actual})
-    return config.model_copy(update={"model": model}), data
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    return config.model_copy(update={"model": model})
 
 
 def _refuse_other_shape(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:

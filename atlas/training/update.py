@@ -13,16 +13,12 @@ from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.planning import what_would_help
 from atlas.training.compilation import refuse_failed_compilation
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.loss import LossFunction, linear_cross_entropy
-from atlas.training.memory import (
-    is_out_of_memory,
-    release_memory,
-    remember_micro_batch,
-    what_would_help,
-)
+from atlas.training.memory import is_out_of_memory, release_memory, remember_micro_batch
 from atlas.training.optimizer import build_optimizer
 from atlas.training.runtime import Runtime, seed_micro_step
 from atlas.training.state import TrainState

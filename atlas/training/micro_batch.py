@@ -17,7 +17,12 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.model import build_model
-from atlas.planning import estimate_training_memory, measure_memory
+from atlas.planning import (
+    estimate_training_memory,
+    largest_micro_batch,
+    measure_memory,
+    what_would_help,
+)
 from atlas.planning.machine import data_bytes
 from atlas.training.compilation import compile_blocks
 from atlas.training.interrupt import StopRequest
@@ -54,13 +59,15 @@ def fit_micro_batch(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str
     if _estimate(config, most, runtime) <= ROOMY * free:
         return most
     say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB at once")
-    guess = max((n for n in range(1, most + 1) if _estimate(config, n, runtime) <= free), default=1)
+    guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
     limit = data_bytes() + int((1 - _LEFT_FREE) * free)
     found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
     if found == 0:
+        for line in what_would_help(config, device=runtime.device.type, available=free):
+            say(line)
         raise AtlasError(
-            f"training: not even one sequence fits into the {free / 1e9:.2f} GB of memory that are free: "
-            "atlas plan says what would help, such as --set training.gradient_checkpointing=true"
+            f"training: not even one sequence fits into the {free / 1e9:.2f} GB of memory that are free: see above for "
+            "what would help"
         )
     remember_micro_batch(config, runtime.device, found)
     say(
@@ -107,7 +114,7 @@ def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Cal
         "threads": torch.get_num_threads(),
     }
     child = subprocess.run(
-        [sys.executable, "-m", "atlas.training.fit"],
+        [sys.executable, "-m", "atlas.training.micro_batch"],
         input=json.dumps(trial),
         capture_output=True,
         text=True,

@@ -1,0 +1,149 @@
+"""Graphics cards by name: their memory, how fast they can multiply matrices, and what power they draw.
+
+The figures are those of the makers: NVIDIA's architecture whitepapers (Pascal GP104 and GP102, Volta V100, Turing,
+Ampere GA100 and GA102, Ada, Hopper H100, RTX Blackwell) and data sheets (T4, L4, A10, L40S, H200), AMD's product pages.
+Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
+PyTorch computes them. That is less than what is advertised:
+
+- the tensor cores of GeForce cards (20, 30, 40 and 50 series) add in fp32 at half of their fp16 rate, those of
+  workstation and data-centre cards at the full one;
+- rates "with sparsity" are twice these;
+- GeForce 10 cards have no tensor cores: their fp16 products run at the rate of fp32.
+
+A card that its vendor has overclocked is a little faster; one in a laptop is much slower and is another card.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from atlas.errors import AtlasError
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card by its maker's data sheet."""
+
+    name: str
+    gibibytes: int
+    precision: str
+    """`bf16`, or `fp16` where the card does not compute in bf16."""
+    tflops: float
+    """10¹² FLOP/s of dense matrix products in `precision`, summed in fp32."""
+    bandwidth: int
+    """GB/s between the chip and its memory."""
+    watts: int
+    """Of the whole board."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.gibibytes << 30
+
+
+CARDS = (
+    # Pascal: fp32 units only
+    Card("GTX 1060", 6, "fp16", 4.4, 192, 120),
+    Card("GTX 1070", 8, "fp16", 6.5, 256, 150),
+    Card("GTX 1080", 8, "fp16", 8.9, 320, 180),
+    Card("GTX 1080 Ti", 11, "fp16", 11.3, 484, 250),
+    # Turing
+    Card("RTX 2060", 6, "fp16", 25.8, 336, 160),
+    Card("RTX 2070", 8, "fp16", 29.9, 448, 175),
+    Card("RTX 2080", 8, "fp16", 40.3, 448, 215),
+    Card("RTX 2080 Ti", 11, "fp16", 53.8, 616, 250),
+    # Ampere
+    Card("RTX 3050", 8, "bf16", 18.2, 224, 130),
+    Card("RTX 3060", 12, "bf16", 25.5, 360, 170),
+    Card("RTX 3060 Ti", 8, "bf16", 32.4, 448, 200),
+    Card("RTX 3070", 8, "bf16", 40.6, 448, 220),
+    Card("RTX 3070 Ti", 8, "bf16", 43.5, 608, 290),
+    Card("RTX 3080", 10, "bf16", 59.5, 760, 320),
+    Card("RTX 3080 Ti", 12, "bf16", 68.2, 912, 350),
+    Card("RTX 3090", 24, "bf16", 71.0, 936, 350),
+    Card("RTX 3090 Ti", 24, "bf16", 80.0, 1008, 450),
+    # Ada
+    Card("RTX 4060", 8, "bf16", 30.2, 272, 115),
+    Card("RTX 4060 Ti", 8, "bf16", 44.1, 288, 160),
+    Card("RTX 4060 Ti", 16, "bf16", 44.1, 288, 165),
+    Card("RTX 4070", 12, "bf16", 58.3, 504, 200),
+    Card("RTX 4070 SUPER", 12, "bf16", 71.0, 504, 220),
+    Card("RTX 4070 Ti", 12, "bf16", 80.2, 504, 285),
+    Card("RTX 4070 Ti SUPER", 16, "bf16", 88.2, 672, 285),
+    Card("RTX 4080", 16, "bf16", 97.5, 717, 320),
+    Card("RTX 4080 SUPER", 16, "bf16", 104.4, 736, 320),
+    Card("RTX 4090", 24, "bf16", 165.2, 1008, 450),
+    # Blackwell
+    Card("RTX 5050", 8, "bf16", 26.3, 320, 130),
+    Card("RTX 5060", 8, "bf16", 38.4, 448, 145),
+    Card("RTX 5060 Ti", 8, "bf16", 47.4, 448, 180),
+    Card("RTX 5060 Ti", 16, "bf16", 47.4, 448, 180),
+    Card("RTX 5070", 12, "bf16", 61.7, 672, 250),
+    Card("RTX 5070 Ti", 16, "bf16", 87.9, 896, 300),
+    Card("RTX 5080", 16, "bf16", 112.6, 960, 360),
+    Card("RTX 5090", 32, "bf16", 209.5, 1792, 575),
+    # Workstations and data centres
+    Card("V100", 16, "fp16", 125.0, 900, 300),
+    Card("V100", 32, "fp16", 125.0, 900, 300),
+    Card("T4", 16, "fp16", 65.0, 320, 70),
+    Card("A10", 24, "bf16", 125.0, 600, 150),
+    Card("RTX A6000", 48, "bf16", 154.8, 768, 300),
+    Card("A100 PCIe", 40, "bf16", 312.0, 1555, 250),
+    Card("A100 PCIe", 80, "bf16", 312.0, 1935, 300),
+    Card("A100", 40, "bf16", 312.0, 1555, 400),
+    Card("A100", 80, "bf16", 312.0, 2039, 400),
+    Card("L4", 24, "bf16", 121.0, 300, 72),
+    Card("L40S", 48, "bf16", 362.0, 864, 350),
+    Card("H100 PCIe", 80, "bf16", 756.0, 2000, 350),
+    Card("H100", 80, "bf16", 989.0, 3350, 700),
+    Card("H200", 141, "bf16", 989.0, 4800, 700),
+    # AMD: the first two have no matrix units, and compute bf16 at the rate of fp32
+    Card("RX 6800", 16, "bf16", 16.2, 512, 250),
+    Card("RX 6800 XT", 16, "bf16", 20.7, 512, 300),
+    Card("RX 7900 XTX", 24, "bf16", 122.8, 960, 355),
+)
+
+_MEMORY = re.compile(r"(?<![a-z0-9])(\d{1,3})\s?gi?b(?![a-z])")
+_NO_NAME = re.compile(r"nvidia|geforce|amd|radeon|tesla|\bgpu\b|\bsxm\d?\b|\bhbm\d?e?\b|[\s\-_,]")
+
+
+def card_named(text: str) -> Card | None:
+    """The card that a person, or a driver, calls so: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`.
+
+    Where a card was sold with several sizes of memory and none is named, the smallest. None if it is not known.
+    """
+    key, gibibytes = _key(text)
+    return next(
+        (card for card in CARDS if _key(card.name)[0] == key and gibibytes in (None, card.gibibytes)), None
+    )
+
+
+def find_card(text: str) -> Card:
+    """As `card_named`; raises `AtlasError` with what was probably meant."""
+    card = card_named(text)
+    if card is None:
+        raise AtlasError(f"--gpu {text}: is not a card that is known here; {_hint(text)}")
+    return card
+
+
+def _key(text: str) -> tuple[str, int | None]:
+    """What is left of a name without maker, family and spaces, and the GiB of memory that it states."""
+    text = text.lower()
+    stated = _MEMORY.search(text)
+    bare = _NO_NAME.sub("", _MEMORY.sub("", text))
+    return re.sub(r"^(rtx|gtx|rx)(?=a?\d)", "", bare), int(stated[1]) if stated else None
+
+
+def _hint(text: str) -> str:
+    if re.search(r"laptop|mobile|max-?q", text, re.IGNORECASE):
+        return "a laptop's chip is another one than the card of its name; give its memory, --memory 8GB"
+    sizes = [str(card.gibibytes) for card in CARDS if _key(card.name)[0] == _key(text)[0]]
+    if sizes:
+        return f"that card has {' or '.join(sizes)} GB; leave the size out, and give --memory as well"
+    names = {spelling: card.name for card in CARDS for spelling in (card.name.lower(), _key(card.name)[0])}
+    if close := difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.7):
+        meant = " or ".join(dict.fromkeys(names[spelling] for spelling in close))
+        return f"did you mean {meant}? Of another card give the memory, --memory 8GB"
+    return f"give its memory, --memory 8GB, or one of {', '.join(dict.fromkeys(names.values()))}"

@@ -1,0 +1,73 @@
+"""All that a config comes to on a machine, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atlas.config import AtlasConfig
+from atlas.planning.advice import Advice, advise_on
+from atlas.planning.estimate import (
+    InferenceMemory,
+    Parameters,
+    TrainingMemory,
+    checkpoint_bytes,
+    count_parameters,
+    estimate_inference_memory,
+    estimate_training_memory,
+    output_folder_bytes,
+    snapshot_bytes,
+)
+from atlas.planning.fit import largest_micro_batch, what_would_help
+from atlas.planning.run import Machine, Run, plan_run
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Memory and disk in bytes; `advice` is None without a text, `remedies` are empty where the config fits."""
+
+    config: AtlasConfig
+    parameters: Parameters
+    training: TrainingMemory
+    generating: InferenceMemory
+    snapshot: int
+    checkpoint: int
+    output_folder: int
+    largest_micro_batch: int
+    fits: bool
+    run: Run
+    advice: Advice | None
+    remedies: list[str]
+
+
+def summarize(
+    config: AtlasConfig,
+    machine: Machine,
+    *,
+    updates: int | None,
+    sequences_per_epoch: int | None = None,
+    text_tokens: int | None = None,
+) -> Summary:
+    """A config whose vocabulary is known, as a run of `updates` over a text of `text_tokens`, as far as these are."""
+    training = estimate_training_memory(config, device=machine.device)
+    largest = largest_micro_batch(config, machine.memory, device=machine.device)
+    fits = training.total <= machine.memory
+    return Summary(
+        config=config,
+        parameters=count_parameters(config.model),
+        training=training,
+        generating=estimate_inference_memory(config.model, device=machine.device),
+        snapshot=snapshot_bytes(config),
+        checkpoint=checkpoint_bytes(config),
+        output_folder=output_folder_bytes(config),
+        largest_micro_batch=largest,
+        fits=fits,
+        run=plan_run(config, machine, updates=updates, sequences_per_epoch=sequences_per_epoch),
+        advice=advise_on(config.model, text_tokens, name="") if text_tokens else None,
+        remedies=[] if fits else _remedies(config, machine, largest),
+    )
+
+
+def _remedies(config: AtlasConfig, machine: Machine, largest: int) -> list[str]:
+    if largest:
+        return [f"--set training.micro_batch_size={largest}: fits, and gives the same result"]
+    return what_would_help(config, device=machine.device, available=machine.memory)

@@ -1,0 +1,81 @@
+"""The part of the rate of matrix products that an update of training reaches, by the width of the model.
+
+    python benchmarks/utilisation.py --seconds 30
+
+Updates and products of 1024 × 1024 take turns in one process, so that other work on the machine slows both; medians
+count. `atlas plan` makes times from this: see `utilisation` in atlas/planning/run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas` does
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import resolve
+from atlas.model import build_model
+from atlas.planning import training_flops_per_token
+from atlas.planning.run import utilisation
+from atlas.training.interrupt import StopRequest
+from atlas.training.runtime import setup_runtime
+from atlas.training.state import TrainState
+from atlas.training.update import Updater
+
+BATCH, SIDE = 4, 1024
+SHAPES = {
+    "nano": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_seq_len": 256, "vocab_size": 2048},
+    "between": {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "max_seq_len": 256, "vocab_size": 8192},
+    "tiny": {"hidden_size": 384, "num_layers": 12, "num_heads": 6, "max_seq_len": 512, "vocab_size": 50257},
+}
+
+
+def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
+    """(seconds of an update, FLOP/s of products, updates), medians."""
+    network = build_model(config.model, seed=0).train()
+    updater = Updater(network, config, setup_runtime(config), None, say=print)
+    state = TrainState(horizon=10**9, micro_batch_size=BATCH, eval_batch_size=BATCH)
+    stop = StopRequest(print)
+    left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    updates, products = [], []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(updates) < 3:
+        tokens = torch.randint(0, config.model.vocabulary, (BATCH, config.model.max_seq_len + 1))
+        start = time.perf_counter()
+        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
+        assert loss is not None
+        updater.apply(loss, state, rate=3e-4)
+        state.step += 1
+        updates.append(time.perf_counter() - start)
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(left, right)
+            products.append(time.perf_counter() - start)
+    return statistics.median(updates), 2 * SIDE**3 / statistics.median(products), len(updates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="for each shape")
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, PyTorch {torch.__version__}, Python {platform.python_version()}\n")
+    print("| | width | updates | measured | planned |\n|---|---:|---:|---:|---:|")
+    for name, model in SHAPES.items():
+        config = resolve({"model": model, "training": {"batch_size": BATCH}, "device": "cpu"})
+        seconds, rate, count = measure(config, arguments.seconds)
+        flops = BATCH * config.model.max_seq_len * training_flops_per_token(config)
+        planned = utilisation(config.model, "cpu")
+        reached = flops / seconds / rate
+        print(f"| {name} | {model['hidden_size']} | {count} | {reached:.2f} | {planned:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
