@@ -141,6 +141,10 @@ def transformers(shape: Shape) -> Write:
 def llama_cpp(shape: Shape, slots: int) -> Write:
     import xllamacpp
 
+    if shape.device == "cuda":
+        gpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_GPU
+        if gpu not in [device["type"] for device in xllamacpp.get_device_info()]:
+            raise SystemExit("this xllamacpp is built without support for the GPU")
     params = xllamacpp.CommonParams()
     params.model.path = shape.gguf
     params.n_parallel = slots

@@ -102,5 +102,5 @@ def _gpu_name() -> str:
 
 def command() -> str:
     """What was typed, without the folders of this machine: a peer in /somewhere/nanoGPT is ../nanoGPT."""
-    words = [re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1../\2", word) for word in sys.argv[1:]]
+    words = [re.sub(r"(^|=)/.*?([^/]+)/?$", r"\1../\2", word) for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

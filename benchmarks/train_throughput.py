@@ -344,6 +344,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for one in started:
                 one.step()
+        for one in started:
+            one.contender.stop()
         report(arguments.preset, shape, started[:-1], ceiling)
 
 
