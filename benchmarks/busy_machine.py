@@ -9,12 +9,15 @@ GOMP_SPINCOUNT=1000, which lets it sleep instead. Runs are interleaved; the tabl
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+
+from results import add_record_option, recorded
 
 STEPS, ROUNDS = 20, 3
 SETTINGS = {"threads spin (PyTorch's default)": {}, "threads sleep (atlas)": {"GOMP_SPINCOUNT": "1000"}}
@@ -53,6 +56,15 @@ def run(variables: dict[str, str]) -> list[float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_record_option(parser)
+    with recorded("A busy machine", parser.parse_args()):
+        compare()
+
+
+def compare() -> None:
     print(f"{'':<34}{'idle machine':>16}{'one core busy':>16}")
     times: dict[tuple[str, bool], list[float]] = {}
     for _ in range(ROUNDS):

@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas` sets it
 
 import torch
+from results import add_record_option, recorded
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import overlay, read_yaml, resolve
@@ -135,20 +136,26 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="where to write; a temporary folder in the working folder by default"
     )
+    add_record_option(parser)
     arguments = parser.parse_args()
     layer = read_yaml(find_config(arguments.config))
     config = resolve(overlay(layer, {"model": {"vocab_size": layer["model"].get("vocab_size") or 50257}}))
     run = Run(config, arguments.batch, arguments.length)
     for _ in range(3):
         run.update()
-    print(
-        f"{arguments.config}, {tensor_bytes(run.contents()) / 1e6:,.0f} MB of state, {run.runtime.device.type}"
-    )
-    with tempfile.TemporaryDirectory(dir=arguments.folder or ".") as temporary:
-        times = stalls(run, Path(temporary), arguments.rounds)
-        alone, beside, saves = updates_beside_a_save(
-            run, Path(temporary), arguments.rounds, arguments.interval
+    arguments.device = run.runtime.device.type
+    with tempfile.TemporaryDirectory(dir=arguments.folder or ".") as temporary, recorded("Saving", arguments):
+        print(
+            f"{arguments.config}, {tensor_bytes(run.contents()) / 1e6:,.0f} MB of state, {arguments.device}"
         )
+        times = stalls(run, Path(temporary), arguments.rounds)
+        beside = updates_beside_a_save(run, Path(temporary), arguments.rounds, arguments.interval)
+        report(times, *beside)
+
+
+def report(
+    times: dict[str, list[float]], alone: list[float], beside: list[float], saves: list[float]
+) -> None:
     blocking = statistics.median(times["blocking"])
     print(f"\n{'training stands still for':<28}{'median':>10}{'of blocking':>14}")
     for name, seconds in times.items():

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import add_record_option, recorded
 from torch.utils.data import DataLoader
 
 from atlas.data import SequenceDataset, SequenceOrder, batches, open_dataset
@@ -180,11 +181,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=500_000_000, help="2 bytes each")
+    add_record_option(parser)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tokens = parser.parse_args().tokens
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, recorded("Reading batches", arguments):
         seek(Path(temporary) / "sparse")
-        compare(random_dataset(Path(temporary) / "random", tokens=tokens))
+        compare(random_dataset(Path(temporary) / "random", tokens=arguments.tokens))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from results import add_record_option, recorded
 
 GAP = "\n\n\n"
 PART_CHARS = 1_000_000
@@ -367,7 +368,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a text to take instead of a generated one")
     parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT, to run its way too")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where to write; default: a temporary folder in the working folder")
+    parser.add_argument("--folder", default=".", help="where to write, into a temporary folder")
+    add_record_option(parser)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -375,7 +377,7 @@ def main() -> None:
         print(json.dumps(CHILDREN[kind](*rest)))
         return
 
-    with tempfile.TemporaryDirectory(dir=arguments.folder or ".") as temporary:
+    with recorded("Preparing", arguments), tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary).absolute()
         os.environ |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
         limit = int(arguments.megabytes * 1e6)

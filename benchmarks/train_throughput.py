@@ -3,33 +3,39 @@
     python benchmarks/train_throughput.py                                   tiny, beside transformers
     python benchmarks/train_throughput.py --preset nano --rounds 8
     python benchmarks/train_throughput.py --peer nanoGPT=../nanoGPT         beside nanoGPT too, eager and compiled
+    python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
 Every contender is a process of its own with the preset's shape and GPT-2's vocabulary (50,304 rows in all of them, so
-that the work is the same), dropout 0, biases on, and AdamW with clipping, on random tokens. It trains some updates to
-warm up; then the processes take turns, one update each, and the others wait without computing. Medians count. Peak
-memory is the process's own (resident; on a GPU the allocator's). A peer's folder holds a `model.py` with nanoGPT's
-`GPT` and `GPTConfig`.
+that the work is the same), dropout 0, biases on, and AdamW with clipping, on random tokens, in fp32 on a CPU and in
+bf16 (autocast) on a GPU. It trains some updates to warm up; then the processes take turns, one update each, and the
+others wait without computing. Medians count. Peak memory is the process's own (resident; on a GPU the allocator's). A
+peer's folder holds a `model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
 
-The ceiling is what the matrix products alone allow: their FLOPs in an update, at the rate of a large one measured here.
+The ceiling is what the matrix products alone allow: their FLOPs in an update (6 for each weight and token, attention
+counted as causal), at the rate of a large one measured here in the same precision. A contender's part of it is its
+model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from contenders import Contender, take_turns
+from results import add_record_option, recorded
 
 ROWS = 50_304
 WARM_UP = 2
+PRODUCTS = 5
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def atlas(shape: Shape, folder: str) -> Step:
         "vocab_size": ROWS,
         "max_seq_len": shape.context,
     }
-    training = {"batch_size": shape.batch_size}
+    precision = "bf16" if shape.device == "cuda" else "fp32"
+    training = {"batch_size": shape.batch_size, "precision": precision}
     config = resolve({"model": model, "training": training, "device": shape.device})
     runtime = setup_runtime(config)
     network = build_model(config.model, seed=0).to(runtime.device).train()
@@ -116,6 +123,36 @@ def nanogpt(shape: Shape, folder: str) -> Step:
     optimizer = network.configure_optimizers(0.1, 3e-4, (0.9, 0.95), shape.device)
     run = torch.compile(network) if compiled else network
     return _plain_step(shape, network, optimizer, lambda inputs, targets: run(inputs, targets)[1])
+
+
+def first_atlas(shape: Shape, folder: str) -> Step:
+    """The implementation that Atlas was first published with, as its trainer does it, without its collecting of
+    garbage after each update."""
+    sys.path.insert(0, folder)  # its package is called as ours
+    from atlas.config import ModelConfig
+    from atlas.model import AtlasLM
+    from atlas.training.loss import compute_lm_loss_with_logits_shift
+    from atlas.training.optimizer import create_optimizer  # type: ignore[import-not-found]
+
+    config = ModelConfig(
+        vocab_size=ROWS,
+        max_seq_len=shape.context,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    network = AtlasLM(config).to(shape.device).train()
+    optimizer = create_optimizer(network)
+    return _plain_step(
+        shape,
+        network,
+        optimizer,
+        lambda inputs, targets: compute_lm_loss_with_logits_shift(
+            model_output=network(inputs), input_ids=inputs
+        ),
+    )
 
 
 def transformers(shape: Shape, folder: str) -> Step:
@@ -174,26 +211,31 @@ def products(shape: Shape, folder: str) -> Step:
     out = torch.empty_like(a)
 
     def step() -> None:
-        torch.mm(a, b, out=out)
+        for _ in range(PRODUCTS):
+            torch.mm(a, b, out=out)
 
     return step
 
 
-KINDS = {"atlas": atlas, "nanogpt": nanogpt, "transformers": transformers, "products": products}
+KINDS = {
+    "atlas": atlas,
+    "nanogpt": nanogpt,
+    "first": first_atlas,
+    "transformers": transformers,
+    "products": products,
+}
 
 
-def child(kind: str, folder: str, shape: Shape) -> None:
-    """One update for each line that comes in; its seconds and the peak memory go out."""
+def prepare(kind: str, folder: str, shape: Shape) -> Callable[[Any], Any]:
+    """What a child answers with: the seconds of one update, and the peak memory so far."""
+    step = KINDS[kind](shape, folder)
     import torch
 
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a peer prints is no figure
-    step = KINDS[kind](shape, folder)
     on_gpu = shape.device == "cuda"
     for _ in range(WARM_UP):
         step()
-    print("ready", file=out, flush=True)
-    for _ in sys.stdin:
+
+    def update(request: Any) -> tuple[float, int]:
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -201,11 +243,12 @@ def child(kind: str, folder: str, shape: Shape) -> None:
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
-        print(json.dumps([seconds, peak]), file=out, flush=True)
+        return seconds, torch.cuda.max_memory_allocated() if on_gpu else peak_resident()
+
+    return update
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Bytes. Not getrusage: its peak begins with that of the process that started this one."""
     import psutil
 
@@ -217,34 +260,59 @@ def _peak_resident() -> int:
 
 
 @dataclass
-class Contender:
-    """A process that waits for its turn."""
+class Trainee:
+    """A contender and what it has shown."""
 
-    name: str
-    kind: str
-    folder: str = ""
+    contender: Contender
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
-    process: subprocess.Popen[str] | None = None
 
-    def start(self, shape: Shape) -> None:
-        # What `atlas` sets for itself, see busy_machine.py; a peer has PyTorch's default.
-        environment = os.environ | ({"GOMP_SPINCOUNT": "1000"} if self.kind == "atlas" else {})
-        command = [sys.executable, __file__, "--child", self.kind, self.folder, json.dumps(asdict(shape))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert self.process.stdout
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"{self.name}: did not start; its own words are above")
+    @property
+    def name(self) -> str:
+        return self.contender.name
 
     def step(self) -> None:
-        assert self.process
-        assert self.process.stdin
-        assert self.process.stdout
-        print(file=self.process.stdin, flush=True)
-        seconds, self.peak = json.loads(self.process.stdout.readline())
+        seconds, self.peak = self.contender.ask()
         self.seconds.append(seconds)
+
+
+def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
+    # What `atlas` sets for itself, see busy_machine.py; a peer has PyTorch's default.
+    environment = {"GOMP_SPINCOUNT": "1000"} if kind == "atlas" else {}
+    command = [sys.executable, __file__, "--child", kind, folder, json.dumps(asdict(shape))]
+    return Trainee(Contender(name, command, environment))
+
+
+def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
+    """Atlas first, then those that are here."""
+    yield trainee("Atlas", "atlas", shape)
+    if compiled:
+        yield trainee("Atlas, compiled", "atlas", shape, "compiled")
+    for peer in peers:
+        name, _, folder = peer.partition("=")
+        if (Path(folder) / "atlas").is_dir():
+            yield trainee(name, "first", shape, folder)
+            continue
+        yield trainee(name, "nanogpt", shape, folder)
+        if compiled:
+            yield trainee(f"{name}, compiled", "nanogpt", shape, f"{folder}:compiled")
+    if importlib.util.find_spec("transformers"):
+        yield trainee("transformers", "transformers", shape)
+    else:
+        print("transformers: is not installed and left out", file=sys.stderr)
+
+
+def start(chosen: list[Trainee], *, at_once: bool) -> list[Trainee]:
+    """Those that are ready; the others are said. Their warming up goes on side by side where `at_once` says so."""
+    for one in chosen if at_once else ():
+        one.contender.launch()
+    started = []
+    for one in chosen:
+        if not at_once:
+            one.contender.launch()
+        if one.contender.is_ready():
+            started.append(one)
+    return started
 
 
 def main() -> None:
@@ -258,64 +326,59 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled contenders")
+    add_record_option(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        kind, folder, shape = arguments.child
-        child(kind, folder, Shape(**json.loads(shape)))
+        kind, folder, given = arguments.child
+        take_turns(lambda: prepare(kind, folder, Shape(**json.loads(given))))
         return
 
+    shape = shape_of(arguments.preset, arguments.batch_size, arguments.device, arguments.context)
+    chosen = list(trainees(shape, arguments.peer, compiled=not arguments.no_compile))
+    ceiling = trainee("matrix products alone", "products", shape)
+    with recorded("Training throughput", arguments):
+        # On a GPU compiling takes longest, a CPU core for each; on a CPU they would be in each other's way.
+        started = start([*chosen, ceiling], at_once=arguments.device == "cuda")
+        if not {chosen[0].name, ceiling.name} <= {one.name for one in started}:
+            raise SystemExit("nothing to compare")
+        for _ in range(arguments.rounds):
+            for one in started:
+                one.step()
+        for one in started:
+            one.contender.stop()
+        report(arguments.preset, shape, started[:-1], ceiling)
+
+
+def shape_of(preset: str, batch_size: int, device: str, context: int | None = None) -> Shape:
     from atlas.config.loader import read_yaml, resolve
     from atlas.config.presets import preset_path
 
-    model = resolve(read_yaml(preset_path(arguments.preset))).model
-    shape = Shape(
-        model.hidden_size,
-        model.num_layers,
-        model.num_heads,
-        arguments.context or model.max_seq_len,
-        arguments.batch_size,
-        arguments.device,
-    )
-    contenders = [Contender("Atlas", "atlas")]
-    contenders += [] if arguments.no_compile else [Contender("Atlas, compiled", "atlas", "compiled")]
-    for peer in arguments.peer:
-        name, _, folder = peer.partition("=")
-        contenders.append(Contender(name, "nanogpt", folder))
-        if not arguments.no_compile:
-            contenders.append(Contender(f"{name}, compiled", "nanogpt", f"{folder}:compiled"))
-    contenders.append(Contender("transformers", "transformers"))
-    ceiling = Contender("matrix products alone", "products")
-    for contender in (*contenders, ceiling):
-        contender.start(shape)
-    for _ in range(arguments.rounds):
-        for contender in (*contenders, ceiling):
-            contender.step()
-    report(arguments.preset, shape, contenders, ceiling)
+    model = resolve(read_yaml(preset_path(preset))).model
+    context = context or model.max_seq_len
+    return Shape(model.hidden_size, model.num_layers, model.num_heads, context, batch_size, device)
 
 
-def report(preset: str, shape: Shape, contenders: list[Contender], ceiling: Contender) -> None:
-    import torch
-
+def report(preset: str, shape: Shape, contenders: list[Trainee], ceiling: Trainee) -> None:
     first = contenders[0]
+    precision = "bf16" if shape.device == "cuda" else "fp32"
     print(
         f"{preset}: {shape.num_layers} × {shape.hidden_size}, batch {shape.batch_size} × {shape.context}, "
-        f"{shape.device}, {os.cpu_count()} cores, PyTorch {torch.__version__}, Python {platform.python_version()}, "
-        f"medians of {len(first.seconds)} updates\n"
+        f"{shape.device}, {precision}, medians of {len(first.seconds)} updates\n"
     )
-    print("| | tokens/s | Atlas ÷ it | peak memory | Atlas ÷ it |\n|---|---:|---:|---:|---:|")
+    side = 8192 if shape.device == "cuda" else 2048
+    rate = PRODUCTS * 2 * side**3 / statistics.median(ceiling.seconds)
+    bound = shape.tokens / (shape.matrix_flops / rate)
+    print("| | tokens/s | Atlas ÷ it | MFU | peak memory | Atlas ÷ it |\n|---|---:|---:|---:|---:|---:|")
     speed = {one.name: shape.tokens / statistics.median(one.seconds) for one in contenders}
     for one in contenders:
         print(
             f"| {one.name} | {speed[one.name]:,.0f} | {speed[first.name] / speed[one.name]:.2f} "
-            f"| {one.peak / 1e6:,.0f} MB | {first.peak / one.peak:.2f} |"
+            f"| {speed[one.name] / bound:.1%} | {one.peak / 1e6:,.0f} MB | {first.peak / one.peak:.2f} |"
         )
-    side = 8192 if shape.device == "cuda" else 2048
-    rate = 2 * side**3 / statistics.median(ceiling.seconds)
-    bound = shape.tokens / (shape.matrix_flops / rate)
-    print(f"| {ceiling.name} | {bound:,.0f} | {speed[first.name] / bound:.2f} | | |")
+    print(f"| {ceiling.name} | {bound:,.0f} | {speed[first.name] / bound:.2f} | 100% | | |")
     print(
-        f"\nA matrix product runs at {rate / 1e9:,.0f} GFLOP/s; those of an update have "
+        f"\nA matrix product runs at {rate / 1e9:,.0f} GFLOP/s in {precision}; those of an update have "
         f"{shape.matrix_flops / 1e9:,.0f} GFLOP."
     )
 

@@ -1,0 +1,76 @@
+"""Programs that are compared: each a process of its own, which waits for its turn without computing.
+
+The parent writes a line of JSON, the child answers with one. What a library prints meanwhile goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PAUSE = 0.2
+"""Seconds after a turn in which threads that spin for more work give up and go to sleep."""
+
+
+@dataclass
+class Contender:
+    """`command` starts a program that calls `take_turns`."""
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[str] | None = None
+
+    def launch(self) -> None:
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=os.environ | self.environment,
+        )
+
+    def is_ready(self) -> bool:
+        """Waits until the program is; False, and it is said, where it ends before."""
+        if self._line():
+            return True
+        print(f"{self.name}: did not start and is left out; its own words are above", file=sys.stderr)
+        return False
+
+    def ask(self, request: Any = None) -> Any:
+        """Its answer, after which it rests."""
+        assert self.process
+        assert self.process.stdin
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self._line()
+        if not line:
+            raise SystemExit(f"{self.name}: ended with {self.process.wait()}; its own words are above")
+        time.sleep(PAUSE)
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """End of input ends the program."""
+        if self.process and self.process.stdin:
+            self.process.stdin.close()
+            self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+
+def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
+    """The child's side: get ready, then answer each line that comes in."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    answer = prepare()
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=out, flush=True)

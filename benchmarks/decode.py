@@ -1,0 +1,375 @@
+"""Tokens a second of writing, after the prompt is read, beside transformers and llama.cpp with the same weights.
+
+    python benchmarks/decode.py                             tiny, 200 tokens, one text and eight at once
+    python benchmarks/decode.py --preset small --tokens 100 --rounds 3
+    python benchmarks/decode.py --device cuda --preset small
+
+A model with random weights in the preset's shape and GPT-2's vocabulary, in f32, writes greedily. Atlas takes the road
+of `atlas generate`, transformers `generate` with its cache, llama.cpp (package `xllamacpp`) the server's slots and the
+file that Atlas exports, with an f32 cache. All have as many threads, each is a process of its own, and they take turns;
+medians count. What is not installed is left out, and said.
+
+Each token is timed when it comes out. Tokens a second are those after the moment when every text has its first token,
+so that reading the prompt does not count. "Over the context" are the milliseconds a token in a text that fills the
+context, in its first quarter and in its last. The weights cannot be read faster than memory gives them: the last row is
+how many tokens a second that would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from contenders import Contender, take_turns
+from results import add_record_option, recorded
+from twin import transformers_twin
+
+PROMPTS = (
+    "The river",
+    "A small boat lay in the reeds",
+    "Once the mill stood still,",
+    "In the year 1848 the town had four thousand inhabitants, and",
+    "Water",
+    "The bridge, which was built of stone,",
+    "He said that nobody had seen the",
+    "Snow fell on the hills and on the harbour, and in the morning",
+)
+"""Of different lengths, as texts are."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    preset: str
+    device: str
+    threads: int
+    gguf: str
+
+    def model(self) -> Any:
+        """The same weights in every process. The end of the text has none, so that it is never the likeliest."""
+        import torch
+
+        from atlas.config.loader import read_yaml, resolve
+        from atlas.config.presets import preset_path
+        from atlas.model import build_model
+        from atlas.tokenizer import Tokenizer
+
+        gpt2 = Tokenizer.gpt2()
+        config = resolve(read_yaml(preset_path(self.preset))).model
+        config = config.model_copy(
+            update={"vocab_size": gpt2.vocab_size, "dropout": 0.0, "tie_embeddings": True}
+        )
+        model = build_model(config, seed=0).eval()
+        with torch.no_grad():
+            model.token_embedding.weight[gpt2.eos_id] = 0
+        return model
+
+
+Write = Callable[[Sequence[str], int], list[list[float]]]
+"""Texts to continue and a number of tokens → the moment of each token of each text."""
+
+
+# The contenders, each imported in its own process
+
+
+def atlas(shape: Shape) -> Write:
+    from atlas.config import AtlasConfig
+    from atlas.inference.load import LoadedModel, lay_out_for_decoding
+    from atlas.inference.sampling import Sampling
+    from atlas.inference.text import stream_text
+    from atlas.tokenizer import Tokenizer
+    from atlas.training.runtime import choose_device
+
+    model = shape.model().to(choose_device(shape.device))
+    if shape.device == "cpu":
+        lay_out_for_decoding(model)
+    loaded = LoadedModel(model, Tokenizer.gpt2(), AtlasConfig(model=model.config), Path(), {})
+
+    def write(prompts: Sequence[str], tokens: int) -> list[list[float]]:
+        moments: list[float] = []
+        for _ in stream_text(loaded, prompts, Sampling(temperature=0), max_tokens=tokens):
+            moments.append(time.perf_counter())
+        return [moments[:tokens] for _ in prompts]  # the last step releases what was held back
+
+    return write
+
+
+def transformers(shape: Shape) -> Write:
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    from atlas.tokenizer import Tokenizer
+
+    twin, tokenizer = transformers_twin(shape.model()).to(shape.device), Tokenizer.gpt2()
+
+    class Moments(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.moments: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.moments.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def write(prompts: Sequence[str], tokens: int) -> list[list[float]]:
+        rows = [tokenizer.encode(prompt) for prompt in prompts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=shape.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=shape.device
+        )
+        streamer = Moments()
+        # No eos_token_id: nothing ends a text before its last token.
+        options = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
+        with torch.inference_mode():
+            twin.generate(ids, attention_mask=mask, streamer=streamer, use_cache=True, **options)
+        return [streamer.moments[1:] for _ in prompts]  # the first is the prompt's
+
+    return write
+
+
+def llama_cpp(shape: Shape, slots: int) -> Write:
+    import xllamacpp
+
+    if shape.device == "cuda":
+        gpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_GPU
+        if gpu not in [device["type"] for device in xllamacpp.get_device_info()]:
+            raise SystemExit("this xllamacpp is built without support for the GPU")
+    params = xllamacpp.CommonParams()
+    params.model.path = shape.gguf
+    params.n_parallel = slots
+    params.n_ctx = slots * shape.model().config.max_seq_len
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = shape.threads
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.n_gpu_layers = 999 if shape.device == "cuda" else 0
+    params.fit_params = False
+    params.verbosity = 1  # errors only
+    server = xllamacpp.Server(params)
+
+    request = {"temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
+
+    def write_one(prompt: str, tokens: int, moments: list[float]) -> None:
+        def receive(chunk: Any) -> None:
+            if not chunk["choices"][0]["finish_reason"]:  # the last one has no token
+                moments.append(time.perf_counter())
+
+        server.handle_completions(request | {"prompt": prompt, "max_tokens": tokens}, receive)
+
+    def write(prompts: Sequence[str], tokens: int) -> list[list[float]]:
+        rows: list[list[float]] = [[] for _ in prompts]
+        threads = [
+            threading.Thread(target=write_one, args=(prompt, tokens, row))
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return rows
+
+    return write
+
+
+KINDS: dict[str, Callable[[Shape], Write]] = {
+    "atlas": atlas,
+    "transformers": transformers,
+    "llama.cpp": lambda shape: llama_cpp(shape, 1),
+    "llama.cpp, 8 slots": lambda shape: llama_cpp(shape, len(PROMPTS)),
+}
+
+
+def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
+    import torch
+
+    torch.set_num_threads(shape.threads)
+    if kind == "memory":
+        return lambda request: bytes_per_second(shape.device)
+    write = KINDS[kind](shape)
+    write(PROMPTS[:1], 8)  # to warm up
+
+    def answer(request: Any) -> list[list[float]]:
+        texts, tokens = request
+        rows = write(PROMPTS[:texts], tokens)
+        if any(len(row) != tokens for row in rows):
+            raise SystemExit(f"wrote {[len(row) for row in rows]} tokens instead of {tokens} each")
+        return rows
+
+    return answer
+
+
+def bytes_per_second(device: str) -> float:
+    """How fast memory is read: the better of a copy, its writing counted too, and of adding up."""
+    import torch
+
+    from atlas.planning.probe import measure_copy
+
+    numbers = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return max(measure_copy(torch.device(device)), numbers.nbytes / min(seconds))
+
+
+# What the parent does
+
+
+def tokens_per_second(rows: list[list[float]]) -> float:
+    """Of all texts together, from when each has its first token."""
+    start, end = max(row[0] for row in rows), max(row[-1] for row in rows)
+    return sum(moment > start for row in rows for moment in row) / (end - start)
+
+
+def milliseconds_in_quarters(row: list[float]) -> tuple[float, float]:
+    """A token's, in the first and the last quarter of a text."""
+    quarter = len(row) // 4
+    return tuple((part[-1] - part[0]) / (len(part) - 1) * 1e3 for part in (row[:quarter], row[-quarter:]))  # type: ignore[return-value]
+
+
+@dataclass
+class Writer:
+    """A contender, and a figure a round for each thing that is measured."""
+
+    name: str
+    contender: Contender
+    speeds: list[float]
+    quarters: list[tuple[float, float]]
+
+    def write(self, texts: int, tokens: int) -> None:
+        self.speeds.append(tokens_per_second(self.contender.ask([texts, tokens])))
+
+    def fill_context(self, tokens: int) -> None:
+        [row] = self.contender.ask([1, tokens])
+        self.quarters.append(milliseconds_in_quarters(row))
+
+
+def contender(kind: str, shape: Shape) -> Contender:
+    # What `atlas` sets for itself, see busy_machine.py; a peer has PyTorch's default.
+    environment = {"GOMP_SPINCOUNT": "1000"} if kind == "atlas" else {}
+    return Contender(
+        kind, [sys.executable, __file__, "--child", kind, json.dumps(asdict(shape))], environment
+    )
+
+
+def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
+    """Of one text and of eight; the same process, but for llama.cpp, whose context its slots divide."""
+    kinds = {"Atlas": ("atlas", "atlas"), "transformers": ("transformers", "transformers")}
+    if shape.gguf:
+        kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")
+    else:
+        print("llama.cpp: xllamacpp is not installed: left out", file=sys.stderr)
+    if not importlib.util.find_spec("transformers"):
+        print("transformers: is not installed: left out", file=sys.stderr)
+        del kinds["transformers"]
+    for name, (one, eight) in kinds.items():
+        first = contender(one, shape)
+        second = first if one == eight else contender(eight, shape)
+        ready = True
+        for each in {id(first): first, id(second): second}.values():
+            each.launch()
+            ready = each.is_ready() and ready
+        if ready:
+            yield Writer(name, first, [], []), Writer(name, second, [], [])
+
+
+def compare(
+    shape: Shape, context: int, tokens: int, rounds: int
+) -> tuple[list[tuple[Writer, Writer]], float]:
+    pairs = list(writers(shape))
+    if not pairs or pairs[0][0].name != "Atlas":
+        raise SystemExit("nothing to compare")
+    memory = contender("memory", shape)
+    memory.launch()
+    memory.is_ready()
+    rates = []
+    for number in range(rounds):
+        for one, eight in pairs:
+            one.write(1, tokens)
+            eight.write(len(PROMPTS), tokens)
+            one.fill_context(context - len(PROMPTS[0]))
+        rates.append(memory.ask())
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    for each in (*(writer.contender for pair in pairs for writer in pair), memory):
+        each.stop()
+    return pairs, statistics.median(rates)
+
+
+def report(pairs: list[tuple[Writer, Writer]], rate: float, num_bytes: int) -> None:
+    print("| | tokens/s | Atlas ÷ it | ms a token over the context, first and last quarter | |")
+    print("|---|---:|---:|---:|---:|")
+    speeds = {one.name: statistics.median(one.speeds) for one, _ in pairs}
+    for one, _ in pairs:
+        first, last = (statistics.median(quarter) for quarter in zip(*one.quarters, strict=True))
+        print(
+            f"| {one.name} | {speeds[one.name]:,.1f} | {speeds['Atlas'] / speeds[one.name]:.2f} "
+            f"| {first:.2f} → {last:.2f} | × {last / first:.2f} |"
+        )
+    bound = rate / num_bytes
+    print(f"| weights read once a token | {bound:,.1f} | {speeds['Atlas'] / bound:.2f} | | |")
+    print(
+        f"\n| {len(PROMPTS)} texts at once | tokens/s in all | Atlas ÷ it | of one text |\n|---|---:|---:|---:|"
+    )
+    together = {eight.name: statistics.median(eight.speeds) for _, eight in pairs}
+    for name, speed in together.items():
+        print(f"| {name} | {speed:,.1f} | {together['Atlas'] / speed:.2f} | {speed / speeds[name]:.2f} |")
+    print(f"\nA token reads {num_bytes / 1e6:,.0f} MB of weights; memory gives {rate / 1e9:,.1f} GB/s.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--tokens", type=int, default=200, help="that each text goes on by")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="default: PyTorch's, one a core")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    add_record_option(parser)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        kind, given = arguments.child
+        take_turns(lambda: prepare(kind, Shape(**json.loads(given))))
+        return
+
+    import torch
+
+    from atlas.planning import count_parameters
+
+    threads = arguments.threads or torch.get_num_threads()
+    shape = Shape(arguments.preset, arguments.device, threads, gguf="")
+    model = shape.model()
+    context = model.config.max_seq_len
+    if not 4 <= arguments.tokens <= context - max(map(len, PROMPTS)):
+        parser.error(f"--tokens {arguments.tokens}: with its prompt, a text must fit a context of {context}")
+    parameters = count_parameters(model.config)
+    num_bytes = 4 * (parameters.total - parameters.position_embedding)
+    with tempfile.TemporaryDirectory() as folder, recorded("Decoding", arguments):
+        if importlib.util.find_spec("xllamacpp"):
+            from atlas.export.gguf import export_gguf
+            from atlas.tokenizer import Tokenizer
+
+            file = export_gguf(model, Tokenizer.gpt2(), Path(folder, "model.gguf"), quantize="f32").path
+            shape = Shape(arguments.preset, arguments.device, threads, str(file))
+        del model
+        pairs, rate = compare(shape, context, arguments.tokens, arguments.rounds)
+        print(
+            f"{arguments.preset}, {parameters.total:,} parameters in f32, {arguments.device}, {threads} threads, "
+            f"{arguments.tokens} tokens a text, greedy, medians of {arguments.rounds} rounds in turn\n"
+        )
+        report(pairs, rate, num_bytes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The peak memory of training, measured, beside what `atlas plan` says it will be; and beside other implementations.
+
+    python benchmarks/memory.py                                     nano, tiny, small: those that fit this machine
+    python benchmarks/memory.py --presets tiny --micro-batch 2
+    python benchmarks/memory.py --peer nanoGPT=../nanoGPT           the peers' peak, too
+    python benchmarks/memory.py --device cuda                       all seven presets
+
+Each preset trains two real updates on random tokens in a process of its own, with its dropout, precision, gradient
+checkpointing and micro-batch. Of its gradient accumulation two micro-batches are kept: more take longer, and no more
+memory.
+
+On a CPU the peak is the process's resident memory. On a GPU it is the allocator's peak and what the process takes there
+outside of it (the CUDA context, kernels, workspaces of libraries): the card's used memory after the updates, less that
+before the process came and what the allocator holds by then. Nothing else may start or end on the card meanwhile.
+
+An estimate passes that is within 10 % of what was measured. The peers train what train_throughput.py has them train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from results import add_record_option, recorded
+from train_throughput import peak_resident, shape_of, start, trainees
+
+TOLERANCE = 0.10
+ON_A_CPU = ["nano", "tiny", "small"]
+PEERS = {"preset": "tiny", "batch_size": 4}
+
+
+def config_of(preset: str, micro_batch: int | None, device: str) -> Any:
+    """The preset, with at most two micro-batches an update."""
+    from atlas.config.loader import overlay, read_yaml, resolve
+    from atlas.config.presets import preset_path
+    from atlas.planning import assume_vocabulary
+
+    layer = read_yaml(preset_path(preset))
+    training = {"gradient_accumulation_steps": min(2, layer["training"]["gradient_accumulation_steps"])}
+    if micro_batch:
+        training["batch_size"] = micro_batch
+    return assume_vocabulary(resolve(overlay(layer, {"training": training, "device": device})))
+
+
+def child(preset: str, micro_batch: int | None, device: str, free_before: int) -> None:
+    """Prints the bytes of each part of the peak. `free_before` were free on the device before this process came."""
+    import torch
+
+    from atlas.model import build_model
+    from atlas.planning import measure_memory
+    from atlas.training.interrupt import StopRequest
+    from atlas.training.runtime import setup_runtime
+    from atlas.training.state import TrainState
+    from atlas.training.update import Updater
+
+    config = config_of(preset, micro_batch, device)
+    runtime = setup_runtime(config)
+    network = build_model(config.model, seed=0).to(runtime.device).train()
+    network.gradient_checkpointing = config.training.gradient_checkpointing
+    updater = Updater(network, config, runtime, None, say=print)
+    size = config.training.batch_size
+    state = TrainState(horizon=10**9, micro_batch_size=size, eval_batch_size=size)
+    stop = StopRequest(print)
+    shape = (config.training.sequences_per_update, config.model.max_seq_len + 1)
+    for _ in range(2):
+        tokens = torch.randint(0, config.model.vocabulary, shape)
+        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
+        assert loss is not None
+        updater.apply(loss, state, rate=3e-4)
+        state.step += 1
+    if state.micro_batch_size < size:
+        raise SystemExit(f"out of memory with {size} sequences at once")
+    if device == "cuda":
+        torch.cuda.synchronize()
+        used = free_before - measure_memory("cuda")
+        outside = max(0, used - torch.cuda.memory_reserved())
+        print(json.dumps({"allocator": torch.cuda.max_memory_allocated(), "outside": outside}))
+    else:
+        print(json.dumps({"resident": peak_resident()}))
+
+
+def measure(preset: str, arguments: argparse.Namespace, free: int) -> dict[str, int] | str:
+    """The parts of the peak, or why there are none."""
+    wanted = json.dumps([preset, arguments.micro_batch, arguments.device, free])
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", wanted], capture_output=True, encoding="utf-8"
+    )
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def compare_with_estimates(presets: list[str], arguments: argparse.Namespace) -> None:
+    from atlas.planning import estimate_training_memory, measure_memory
+
+    device = arguments.device
+    print("| | micro-batch | measured | estimated | error | within 10 % |\n|---|---:|---:|---:|---:|---|")
+    passed = []
+    left_out = []
+    for preset in presets:
+        config = config_of(preset, arguments.micro_batch, device)
+        estimate = estimate_training_memory(config, device=device).total
+        available = measure_memory(device)
+        if estimate > available:
+            left_out.append(f"{preset}: needs {estimate / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
+            continue
+        print(f"{preset} …", file=sys.stderr)
+        parts = measure(preset, arguments, available)
+        if isinstance(parts, str):
+            left_out.append(f"{preset}: {parts}")
+            continue
+        peak = sum(parts.values())
+        error = estimate / peak - 1
+        passed.append(abs(error) <= TOLERANCE)
+        outside = f" ({parts['outside'] / 1e6:,.0f} outside the allocator)" if "outside" in parts else ""
+        print(
+            f"| {preset} | {config.training.batch_size} × {config.model.max_seq_len:,} | {peak / 1e6:,.0f} MB{outside} "
+            f"| {estimate / 1e6:,.0f} MB | {error:+.1%} | {'yes' if passed[-1] else 'NO'} |",
+            flush=True,
+        )
+    print(f"\n{sum(passed)} of {len(passed)} within {TOLERANCE:.0%}")
+    for line in left_out:
+        print(f"left out: {line}")
+
+
+def compare_with_peers(arguments: argparse.Namespace) -> None:
+    shape = shape_of(PEERS["preset"], PEERS["batch_size"], arguments.device)
+    chosen = list(trainees(shape, arguments.peer, compiled=False))
+    print(
+        f"\n| {PEERS['preset']}, {shape.batch_size} × {shape.context} | peak memory | Atlas ÷ it |\n|---|---:|---:|"
+    )
+    peaks: dict[str, int] = {}
+    for one in chosen:
+        if start([one], at_once=False):
+            one.step()
+            one.contender.stop()
+            peaks[one.name] = one.peak
+            print(f"| {one.name} | {one.peak / 1e6:,.0f} MB | {peaks['Atlas'] / one.peak:.2f} |", flush=True)
+    if arguments.device == "cuda":
+        print("\nOf the allocator alone; what is outside of it is the same for all.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--presets", nargs="+", help="default: nano, tiny and small on a CPU, all on a GPU")
+    parser.add_argument("--micro-batch", type=int, help="sequences at once; default: the preset's")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--no-peers", action="store_true", help="the estimates only")
+    add_record_option(parser)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*json.loads(arguments.child))
+        return
+
+    from atlas.config.presets import preset_names
+
+    presets = arguments.presets or (list(preset_names()) if arguments.device == "cuda" else ON_A_CPU)
+    with recorded("Memory of training", arguments):
+        compare_with_estimates(presets, arguments)
+        if not arguments.no_peers:
+            compare_with_peers(arguments)
+
+
+if __name__ == "__main__":
+    main()

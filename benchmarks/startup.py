@@ -1,0 +1,140 @@
+"""How long it takes until something happens: the help, and the first finished step of training.
+
+    python benchmarks/startup.py
+    python benchmarks/startup.py --rounds 9 --sequences 32      with the preset's own updates
+
+Wall time of whole commands, in turn in every round; medians count. The first round of each, which reads files from the
+disk, is left out.
+
+`atlas train --config tiny` begins on a dataset that is prepared already, with GPT-2's vocabulary. The time is that from
+the start of the command to the line of its first step in metrics.jsonl, which is written when the optimizer has taken
+the step. An update of tiny is 32 sequences, which is a matter of the processor and not of starting: here it is one, of
+512 tokens. What it took by itself stands beside, by the run's own count, which begins when model and data are there.
+The floor of both is `import torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results import add_record_option, recorded, version
+
+HELP_AIM, TRAIN_AIM = 0.4, 5.0
+PATIENCE = 600.0
+
+ATLAS = [sys.executable, "-m", "atlas"]
+
+
+def seconds_of(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def prepare_data(folder: Path) -> Path:
+    """A dataset of a megabyte or two: the documentation inside Python's standard library."""
+    from atlas.data.demo import write_demo_corpus
+
+    corpus = write_demo_corpus(folder / "corpus.jsonl")
+    command = [*ATLAS, "prepare", "--input", str(corpus), "--output", str(folder / "data")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "data"
+
+
+def first_step(data: Path, output: Path, sequences: int) -> tuple[float, float]:
+    """Seconds from the command to the end of the first step, and of that step alone; the run is ended then."""
+    settings = {
+        "data.train_data": data,
+        "checkpoint.output_dir": output,
+        "training.batch_size": sequences,
+        "training.micro_batch_size": min(sequences, 4),
+        "training.gradient_accumulation_steps": 1,
+        "training.log_interval": 1,
+        "device": "cpu",
+    }
+    command = [*ATLAS, "train", "--config", "tiny"]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+        try:
+            while not (line := _first_line(output / "metrics.jsonl")):
+                if process.poll() is not None or time.perf_counter() - start > PATIENCE:
+                    said.seek(0)
+                    raise SystemExit(said.read().decode("utf-8", "replace") + "atlas train made no step")
+                time.sleep(0.005)
+            seconds = time.perf_counter() - start
+        finally:
+            process.kill()
+            process.wait()
+    return seconds, 1 / json.loads(line)["steps_per_second"]
+
+
+def _first_line(path: Path) -> str:
+    try:
+        line, newline, _ = path.read_text(encoding="utf-8").partition("\n")
+    except OSError:
+        return ""
+    return line if newline else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sequences", type=int, default=1, help="of an update")
+    add_record_option(parser)
+    arguments = parser.parse_args()
+
+    commands = {
+        "`atlas --help`": [*ATLAS, "--help"],
+        "`atlas train --help`": [*ATLAS, "train", "--help"],
+        "`import torch`, the floor": [sys.executable, "-c", "import torch"],
+    }
+    if version("transformers"):
+        name = "`from transformers import GPT2LMHeadModel`"
+        commands[name] = [sys.executable, "-c", name.strip("`")]
+    else:
+        print("transformers: is not installed and left out", file=sys.stderr)
+    times: dict[str, list[float]] = {}
+    steps: list[float] = []
+    with tempfile.TemporaryDirectory() as temporary, recorded("Starting", arguments):
+        folder = Path(temporary)
+        data = prepare_data(folder)
+        for number in range(arguments.rounds + 1):
+            measured = {name: seconds_of(command) for name, command in commands.items()}
+            whole, step = first_step(data, folder / f"run-{number}", arguments.sequences)
+            if number > 0:
+                measured["train"] = whole
+                for name, seconds in measured.items():
+                    times.setdefault(name, []).append(seconds)
+                steps.append(step)
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        report(medians, statistics.median(steps), arguments)
+
+
+def report(medians: dict[str, float], step: float, arguments: argparse.Namespace) -> None:
+    whole = medians.pop("train")
+    print(f"medians of {arguments.rounds} rounds in turn\n")
+    print("| | seconds | aim | × `import torch` |\n|---|---:|---:|---:|")
+    floor = medians["`import torch`, the floor"]
+    for name, seconds in medians.items():
+        aim = f"{HELP_AIM}" if name == "`atlas --help`" else ""
+        print(f"| {name} | {seconds:.2f} | {aim} | {seconds / floor:.2f} |")
+    tokens = f"{arguments.sequences} × 512 tokens"
+    name = f"`atlas train --config tiny`, to the end of its first step of {tokens}"
+    print(f"| {name} | {whole:.2f} | {TRAIN_AIM} | {whole / floor:.2f} |")
+    print(f"| of it that step | {step:.2f} | | |")
+    print(f"| of it before the step | {whole - step:.2f} | | {(whole - step) / floor:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The benchmarks' own parts: what is kept of a run, contenders that do not start, how speeds are counted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> object:
+    """A module of the folder, found as when a script there is run."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def results(module: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    loaded: ModuleType = module("results")  # type: ignore[operator]
+    (tmp_path / "RESULTS.md").write_text("# Measured\n", encoding="utf-8")
+    monkeypatch.setattr(loaded, "RESULTS", tmp_path / "RESULTS.md")
+    return loaded
+
+
+def options(results: ModuleType, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    results.add_record_option(parser)
+    return parser.parse_args(words)
+
+
+def test_what_is_printed_is_kept_when_asked(
+    results: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--peer", "nanoGPT=/a b/c/nanoGPT/", "--record"])
+    with results.recorded("Some figures", options(results, "--record")):
+        print("| a | 1.00 |")
+    assert "| a | 1.00 |" in capsys.readouterr().out
+    kept = results.RESULTS.read_text(encoding="utf-8")
+    assert kept.startswith("# Measured\n\n## Some figures\n\n")
+    assert "```text\n| a | 1.00 |\n```\n" in kept
+    assert "python benchmarks/some.py --peer nanoGPT=../nanoGPT --record" in kept
+    assert re.search(r"\d{4}-\d\d-\d\d, \d+ cores \(.+\), \d+ GiB, .*Python 3\.\d+\.\d+, PyTorch \d", kept)
+
+
+def test_nothing_is_kept_unasked_or_of_a_failure(results: ModuleType) -> None:
+    with results.recorded("Some figures", options(results)):
+        print("| a | 1.00 |")
+    with pytest.raises(SystemExit), results.recorded("Some figures", options(results, "--record")):
+        raise SystemExit("nothing to compare")
+    assert results.RESULTS.read_text(encoding="utf-8") == "# Measured\n"
+
+
+CHILD = """
+from contenders import take_turns
+
+def prepare():
+    print("noise")
+    return lambda request: [request, request * 2]
+
+take_turns(prepare)
+"""
+
+
+def test_contenders_answer_in_turn(
+    module: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    contenders: ModuleType = module("contenders")  # type: ignore[operator]
+    monkeypatch.setattr(contenders, "PAUSE", 0)
+    here = contenders.Contender("here", [sys.executable, "-c", CHILD], {"PYTHONPATH": str(FOLDER)})
+    here.launch()
+    assert here.is_ready()
+    assert [here.ask(number) for number in (1, 3)] == [[1, 2], [3, 6]]
+    here.stop()
+    assert here.process is not None
+    assert here.process.returncode == 0
+    missing = contenders.Contender("missing", [sys.executable, "-c", "raise SystemExit('no such library')"])
+    missing.launch()
+    assert not missing.is_ready()
+    said = capfd.readouterr().err
+    assert "no such library" in said
+    assert "missing: did not start and is left out" in said
+
+
+def test_speed_counts_from_when_every_text_has_begun(module: object) -> None:
+    decode: ModuleType = module("decode")  # type: ignore[operator]
+    assert decode.tokens_per_second([[1.0, 2.0, 3.0]]) == 1.0
+    assert decode.tokens_per_second([[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]) == pytest.approx(5 / 3)
+    first, last = decode.milliseconds_in_quarters([*range(50), *range(50, 150, 2)])
+    assert last == 2 * first == 2000
+
+
+def test_the_contributors_page_names_every_benchmark() -> None:
+    page = (FOLDER.parent / "docs/CONTRIBUTING.md").read_text(encoding="utf-8")
+    scripts = [
+        path
+        for path in FOLDER.iterdir()
+        if path.suffix == ".sh" or "__main__" in path.read_text(encoding="utf-8")
+    ]
+    assert len(scripts) > 5
+    assert [path.name for path in scripts if f"benchmarks/{path.name}`" not in page] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a Bash script")
+def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
+    """Without one it says so and runs nothing: a Python that finds PyTorch too old stands for it."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'error: no CUDA device'\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", FOLDER / "gpu.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert (tmp_path / "out/summary.txt").read_text(encoding="utf-8") == "error: no CUDA device\n"
