@@ -197,6 +197,12 @@ def _set_aside(start: Start) -> None:
 def _refuse_other_optimizer(start: Start, model: AtlasLM) -> None:
     if start.mode != "resume":
         return
+    saved_by, wanted = resolve(start.contents["config"]).training.optimizer, start.config.training.optimizer
+    if saved_by != wanted:
+        raise AtlasError(
+            f"{start.source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
+            f"leave the setting as it was, or start a new run from its weights with --init-from {start.source}"
+        )
     try:
         saved = start.contents.get("optimizer_state_dict")
         if not saved:

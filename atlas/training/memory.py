@@ -12,7 +12,7 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.data.folder import cache_folder
-from atlas.planning import estimate_training_memory, largest_that_fits, plan_presets
+from atlas.planning import count_parameters, estimate_training_memory, largest_that_fits, plan_presets
 
 _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
 
@@ -92,7 +92,12 @@ def what_would_help(config: AtlasConfig, *, device: str) -> list[str]:
     half = max(1, config.model.max_seq_len // 2)
     lines.append(f"3. --set model.max_seq_len={half}, a new run: {saving('model', max_seq_len=half)}")
     lines.append("4. gradient accumulation: one sequence at once is that already")
-    if smaller := largest_that_fits(plan_presets(now - 1, device=device)):
+    parameters = count_parameters(config.model).total
+    plans = [plan for plan in plan_presets(now - 1, device=device) if plan.parameters < parameters]
+    if smaller := largest_that_fits(plans):
         less = f"{(now - smaller.memory) / 1e9:.2f} GB less"
         lines.append(f"5. a smaller model, such as --config {smaller.name}, a new run: {less}")
+    if training.optimizer != "adafactor":
+        less = saving("training", optimizer="adafactor")
+        lines.append(f"6. --set training.optimizer=adafactor, a new run: {less}")
     return lines
