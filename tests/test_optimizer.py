@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -245,3 +247,71 @@ def test_a_checkpoint_from_before_there_was_a_choice_is_adamw_s(tmp_path: Path, 
     longer = overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "new")))
     longer = overlay(longer, nested("training.max_steps", 8))
     assert run(longer, resume=str(tmp_path / "old.pt"))[1].step == 8
+
+
+# adamw8bit, where torchao is installed.
+
+
+@pytest.fixture(scope="module")
+def torchao() -> object:
+    return pytest.importorskip("torchao.optim")
+
+
+def in_8_bits(folder: Path, text: Path) -> dict:
+    return layer(
+        folder,
+        text,
+        training__optimizer="adamw8bit",
+        model__hidden_size=64,
+        model__dropout=0.2,
+        checkpoint__save_interval=3,
+    )
+
+
+@pytest.mark.slow
+def test_8_bits_resume_with_the_same_bits_learn_and_take_what_was_planned(
+    torchao: object, tmp_path: Path, text_file: Path
+) -> None:
+    """One test, since each process compiles the step for minutes."""
+    folder = tmp_path / "run"
+    trainer, _ = run(in_8_bits(folder, text_file))
+    assert "compiles its step" in (folder / "training.log").read_text(encoding="utf-8")
+    whole = load_checkpoint(folder / "atlas_step_6.pt")
+    losses = [line["loss"] for line in logged(folder)]
+    assert losses[-1] < losses[0] - 0.3
+    kept = tensor_bytes(trainer.optimizer.state_dict()["state"])
+    planned = checkpoint_bytes(trainer.config) - tensor_bytes(dict(trainer.model.state_dict()))
+    assert kept == pytest.approx(planned, rel=0.05)
+    run(in_8_bits(folder, text_file), resume=str(folder / "atlas_step_3.pt"))
+    again = load_checkpoint(folder / "atlas_step_6.pt")
+    for key in STATE:
+        assert same_bits(whole[key], again[key]), key
+    assert [line["loss"] for line in logged(folder)] == losses
+
+    trainer = trainer_for(overlay(in_8_bits(folder, text_file), nested("training.max_steps", 9)))
+    before = copy.deepcopy([dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
+    loss = trainer.updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
+    trainer.model.blocks[0].mlp.up.weight.grad[0, 0] = math.nan
+    assert trainer.updater.apply(loss, trainer.state, rate=1e-2).fault is not None
+    assert same_bits(before, [dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
+
+    state = trainer.optimizer.state_dict()
+    moment = state["state"][0]["exp_avg"]
+    for wrong in ({**moment, "codes": moment["codes"][:1]}, {**moment, "scale": moment["scale"][:1]}, {}):
+        changed = {**state["state"], 0: {**state["state"][0], "exp_avg": wrong}}
+        with pytest.raises(ValueError, match="parameter 0"):
+            check_optimizer_state(trainer.optimizer, {**state, "state": changed})
+
+
+def test_8_bits_without_torchao_or_a_compiler_are_refused_in_a_line(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(AtlasError, match=r'pip install "atlas-llm\[lowmem\]".*adafactor') as caught:
+        trainer_for(in_8_bits(tmp_path / "run", text_file))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "torchao.optim", types.SimpleNamespace(AdamW8bit=None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AtlasError, match=r"no C\+\+ compiler.*adafactor"):
+        trainer_for(in_8_bits(tmp_path / "run", text_file))
+    assert not (tmp_path / "run").exists()

@@ -119,18 +119,22 @@ def _stored_parameters(model: ModelConfig) -> int:
     )
 
 
-def _optimizer_numbers(model: ModelConfig, training: TrainingConfig) -> int:
-    """How many numbers of fp32 `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
+def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
+    """What `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
     C, L, T, V = model.hidden_size, model.num_layers, model.max_seq_len, model.padded_vocab_size
     stored, in_blocks = _stored_parameters(model), 12 * L * C * C
     tables = (T + V if model.tie_embeddings else T + 2 * V) * C
     if training.optimizer == "muon":
-        return in_blocks + 2 * (stored - in_blocks)
+        return _FP32 * (in_blocks + 2 * (stored - in_blocks))
     if training.optimizer == "adafactor":
         # Rows and columns of qkv (3 C, C), output (C, C), up (4 C, C), down (C, 4 C), and of the tables.
         sides = 16 * L * C + tables // C + (2 if model.tie_embeddings else 3) * C
-        return sides + stored - in_blocks - tables
-    return 2 * stored
+        return _FP32 * (sides + stored - in_blocks - tables)
+    if training.optimizer == "adamw8bit":
+        # Of matrices a byte, and a scale for each 256 of them; of biases and norms, mostly below 4,096 numbers, fp32.
+        matrices = in_blocks + tables
+        return 2 * (matrices + matrices // 256 * _FP32 + (stored - matrices) * _FP32)
+    return 2 * _FP32 * stored
 
 
 def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: str) -> int:
@@ -140,9 +144,8 @@ def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: s
         # Of up (4 C, C) the mean gradient, its orthogonalised form before and after an iteration, (C, C) products.
         width = _FP32 if device == "cpu" else 2
         return 4 * C * C * (_FP32 + 2 * width) + 2 * C * C * width
-    if training.optimizer == "adafactor":
-        return max(model.padded_vocab_size, model.max_seq_len, 4 * C) * C * _FP32
-    return 0
+    largest = max(model.padded_vocab_size, model.max_seq_len, 4 * C) * C * _FP32
+    return {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}[training.optimizer]
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMemory:
@@ -185,7 +188,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         gradients = max(0, stored + max(2 * table, step) - kept - at_loss)
     return TrainingMemory(
         weights=stored,
-        optimizer=_FP32 * _optimizer_numbers(model, training),
+        optimizer=_optimizer_bytes(model, training),
         gradients=gradients,
         half_precision_weights=half_weights,
         activations=kept,
@@ -246,9 +249,8 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
-    """One checkpoint: weights and optimizer state, in fp32."""
-    numbers = _stored_parameters(config.model) + _optimizer_numbers(config.model, config.training)
-    return _FP32 * numbers
+    """One checkpoint: weights and optimizer state."""
+    return _FP32 * _stored_parameters(config.model) + _optimizer_bytes(config.model, config.training)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:

@@ -211,13 +211,23 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
         raise ValueError("its parameters are not numbered")
     shapes = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
     for number, expected in zip(numbers, shapes, strict=True):
-        state = states.get(number, {})
-        if not isinstance(state, dict) or (state and state.keys() != expected.keys()):
-            raise ValueError(f"parameter {number} has not {', '.join(sorted(expected))}")
-        for key, value in state.items():
-            shape = expected[key]
-            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-                raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
+        if states.get(number, {}) != {}:
+            _check_state(number, states[number], expected)
+
+
+def _check_state(number: int, state: Any, expected: dict[str, Any]) -> None:
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise ValueError(f"parameter {number} has not {', '.join(sorted(expected))}")
+    for key, shape in expected.items():
+        value = state[key]
+        if isinstance(shape, dict):
+            _check_state(number, value, shape)
+            continue
+        is_kind = isinstance(value, Tensor) and (
+            value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()
+        )
+        if not is_kind or value.shape != shape:
+            raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
 
 
 def _parameters(groups: list[dict[str, Any]]) -> list[Any]:
