@@ -228,7 +228,24 @@ print(int(status["VmHWM"].split()[0]) * 1024)
     ids=["tiny", "nano", "tiny with gradient checkpointing"],
 )
 def test_training_memory_is_near_the_measured_peak(sections: dict) -> None:
-    config = resolve(overlay({"training": {"batch_size": 2}}, sections))
+    assert_near_the_measured_peak(resolve(overlay({"training": {"batch_size": 2}}, sections)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+@pytest.mark.parametrize("optimizer_name", ["muon", "adafactor"])
+def test_training_memory_with_another_optimizer_is_near_the_measured_peak(optimizer_name: str) -> None:
+    shape = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "vocab_size": 16384, "max_seq_len": 128}
+    training = {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "optimizer": optimizer_name,
+    }
+    assert_near_the_measured_peak(resolve({"model": shape, "training": training}))
+
+
+def assert_near_the_measured_peak(config: AtlasConfig) -> None:
     measured = subprocess.run(
         [sys.executable, "-c", PEAK, config.model_dump_json()], check=True, capture_output=True, text=True
     )

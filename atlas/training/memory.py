@@ -62,6 +62,7 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
     facts = [
         config.model.model_dump(mode="json"),
         training.precision,
+        training.optimizer,
         training.gradient_checkpointing,
         training.compile,
         machine,
