@@ -433,6 +433,8 @@ def test_presets_are_the_files_that_the_documentation_names() -> None:
     assert shapes["xlarge"].model == shapes["large"].model
     assert shapes["ultra"].model.model_copy(update={"max_seq_len": 1024}) == shapes["large"].model
     assert [name for name in shapes if shapes[name].training.gradient_checkpointing] == ["xlarge", "ultra"]
+    optimizers = [shapes[name].training.optimizer for name in ("large", "xlarge", "ultra")]
+    assert optimizers == ["adamw", "muon", "adafactor"]
 
 
 def test_a_config_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
             "1. batch_size",
             "2. --set training.gradient_checkpointing=true:",
             "3. --set model.max_seq_len=8",
+            "6. --set training.optimizer=adafactor, a new run: ",
         )
     ]
     assert places == sorted(places)

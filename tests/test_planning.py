@@ -122,6 +122,12 @@ def test_parts_of_training_memory_are_what_they_are_named() -> None:
     weights = sum(p.numel() * p.element_size() for p in build_model(config.model).parameters())
     memory = estimate_training_memory(config, device="cuda")
     assert (memory.weights, memory.optimizer, memory.gradients) == (weights, 2 * weights, weights)
+    less = {
+        name: estimate_training_memory(config_of(training={"optimizer": name}), device="cuda").optimizer
+        for name in ("muon", "adafactor")
+    }
+    assert 100 * less["adafactor"] < 7 * weights
+    assert weights < less["muon"] < 1.5 * weights
     assert memory.total == sum(vars(memory).values())
     assert memory.half_precision_weights > 0
     in_fp32 = estimate_training_memory(config_of(training={"precision": "fp32"}), device="cuda")
@@ -222,7 +228,24 @@ print(int(status["VmHWM"].split()[0]) * 1024)
     ids=["tiny", "nano", "tiny with gradient checkpointing"],
 )
 def test_training_memory_is_near_the_measured_peak(sections: dict) -> None:
-    config = resolve(overlay({"training": {"batch_size": 2}}, sections))
+    assert_near_the_measured_peak(resolve(overlay({"training": {"batch_size": 2}}, sections)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+@pytest.mark.parametrize("optimizer_name", ["muon", "adafactor"])
+def test_training_memory_with_another_optimizer_is_near_the_measured_peak(optimizer_name: str) -> None:
+    shape = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "vocab_size": 16384, "max_seq_len": 128}
+    training = {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "optimizer": optimizer_name,
+    }
+    assert_near_the_measured_peak(resolve({"model": shape, "training": training}))
+
+
+def assert_near_the_measured_peak(config: AtlasConfig) -> None:
     measured = subprocess.run(
         [sys.executable, "-c", PEAK, config.model_dump_json()], check=True, capture_output=True, text=True
     )
@@ -233,9 +256,10 @@ def test_training_memory_is_near_the_measured_peak(sections: dict) -> None:
 # Disk
 
 
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon", "adafactor"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_takes_what_was_planned(tied: bool, tmp_path: Path) -> None:
-    config = config_of(model={"tie_embeddings": tied})
+def test_a_checkpoint_takes_what_was_planned(tied: bool, optimizer_name: str, tmp_path: Path) -> None:
+    config = config_of(model={"tie_embeddings": tied}, training={"optimizer": optimizer_name})
     model = build_model(config.model, seed=0)
     optimizer = build_optimizer(model, config.training)
     tokens = torch.zeros(1, 8, dtype=torch.long)
@@ -262,11 +286,18 @@ def test_the_largest_preset_that_fits() -> None:
         None,
         "nano",
         "small",
-        "small",
-        "default",
+        "ultra",
+        "xlarge",
         "large",
         "large",
     ]
+
+
+def test_each_preset_fits_the_card_it_is_meant_for() -> None:
+    """In GB as makers of graphics cards count them, with `cuda`'s estimate."""
+    cards = {"tiny": 4, "small": 6, "default": 8, "large": 12, "xlarge": 8, "ultra": 6}
+    memory = {plan.name: plan.memory for plan in plan_presets(0, device="cuda")}
+    assert {name: memory[name] <= size * 2**30 for name, size in cards.items()} == dict.fromkeys(cards, True)
 
 
 def test_a_vocabulary_left_to_the_dataset_is_assumed() -> None:
@@ -301,7 +332,7 @@ def test_plan_of_a_preset(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert rows["one"] == ["one", "checkpoint", "1.49", "GB"]
     assert set(preset_names()) < set(rows)
     assert "no" in rows["default"]
-    assert "Presets on 6GB (cuda), 6.00 GiB: the largest that fits is small" in out
+    assert "Presets on 6GB (cuda), 6.00 GiB: the largest that fits is ultra" in out
 
 
 def test_plan_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

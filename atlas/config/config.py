@@ -215,12 +215,18 @@ class TrainingConfig(Section):
         description="Hours to train for in all: the schedule is planned to end inside them, from the speed of the "
         "first updates. With max_steps or epochs, the smaller wins; alone, as many epochs as there is time for.",
     )
+    optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = Field(
+        "adamw",
+        description="adamw. adamw8bit: a quarter of its memory, by torchao. muon: Muon for the matrices of the blocks, "
+        "AdamW for the rest, less memory. adafactor: almost no memory. The same learning_rate and weight_decay hold "
+        "for all of them; fixed for a run.",
+    )
     learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
     min_learning_rate_ratio: Float = Field(
         0.1, ge=0, le=1, description="Final learning rate as a part of the peak (cosine decay)."
     )
     warmup_steps: Int = Field(100, ge=0, description="Updates of linear warm-up.")
-    weight_decay: Float = Field(0.1, ge=0, description="AdamW decay of matrices; never of biases and norms.")
+    weight_decay: Float = Field(0.1, ge=0, description="Decay of matrices; never of biases and norms.")
     beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     grad_clip: Float = Field(1.0, ge=0, description="Largest gradient norm; 0 leaves gradients as they are.")
@@ -279,7 +285,8 @@ class CheckpointConfig(Section):
     )
     slim_old: bool = Field(
         False,
-        description="Remove the optimizer state, two thirds of the bytes, from step checkpoints beyond the newest two.",
+        description="Remove the optimizer state (AdamW's is two thirds of the bytes) from step checkpoints beyond the "
+        "newest two.",
     )
     background: bool = Field(
         True,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from atlas.config import AtlasConfig, ModelConfig
+from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
 from atlas.config.config import LOSS_CHUNK_TOKENS
 
 ASSUMED_VOCABULARY = 2048
@@ -51,7 +51,8 @@ class TrainingMemory:
 
     `gradients` are those that earlier micro-batches of the same update have left. An update of a single
     micro-batch has none of them yet when activations peak: then the part counts only what gradients need
-    beyond the space that activations and loss free. `allocator` is freed memory that it keeps.
+    beyond the space that activations and loss free. `half_precision_weights` are the copies that matrix
+    products keep at that moment. `allocator` is freed memory that it keeps.
     """
 
     weights: int
@@ -118,6 +119,35 @@ def _stored_parameters(model: ModelConfig) -> int:
     )
 
 
+def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
+    """What `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
+    C, L, T, V = model.hidden_size, model.num_layers, model.max_seq_len, model.padded_vocab_size
+    stored, in_blocks = _stored_parameters(model), 12 * L * C * C
+    tables = (T + V if model.tie_embeddings else T + 2 * V) * C
+    if training.optimizer == "muon":
+        return _FP32 * (in_blocks + 2 * (stored - in_blocks))
+    if training.optimizer == "adafactor":
+        # Rows and columns of qkv (3 C, C), output (C, C), up (4 C, C), down (C, 4 C), and of the tables.
+        sides = 16 * L * C + tables // C + (2 if model.tie_embeddings else 3) * C
+        return _FP32 * (sides + stored - in_blocks - tables)
+    if training.optimizer == "adamw8bit":
+        # Of matrices a byte, and a scale for each 256 of them; of biases and norms, mostly below 4,096 numbers, fp32.
+        matrices = in_blocks + tables
+        return 2 * (matrices + matrices // 256 * _FP32 + (stored - matrices) * _FP32)
+    return 2 * _FP32 * stored
+
+
+def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: str) -> int:
+    """Bytes that the optimizer's step takes for the parameter that it is at, when activations are gone."""
+    C = model.hidden_size
+    if training.optimizer == "muon":
+        # Of up (4 C, C) the mean gradient, its orthogonalised form before and after an iteration, (C, C) products.
+        width = _FP32 if device == "cpu" else 2
+        return 4 * C * C * (_FP32 + 2 * width) + 2 * C * C * width
+    largest = max(model.padded_vocab_size, model.max_seq_len, 4 * C) * C * _FP32
+    return {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}[training.optimizer]
+
+
 def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMemory:
     """The peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config."""
     model, training = config.model, config.training
@@ -144,14 +174,24 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         # The T × T mask as bool and fp32; in half precision each layer keeps a copy of its own.
         kept += tokens * model.max_seq_len * (5 + (2 * model.num_layers if half else 0))
 
+    half_weights = 0
+    if half:
+        # With gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
+        in_blocks, head = 12 * model.num_layers * C * C, model.vocabulary * C
+        half_weights = 2 * (max(12 * C * C, head) if training.gradient_checkpointing else in_blocks + head)
+
     accumulates = training.sequences_per_update > micro_batch
-    gradients = stored if accumulates else max(0, stored + 2 * table - kept - at_loss)
-    matrices = 12 * model.num_layers * C * C + model.vocabulary * C
+    step = _step_temporaries(model, training, device=device)
+    if accumulates:
+        gradients = stored
+        at_loss = max(at_loss, step - kept - half_weights)
+    else:
+        gradients = max(0, stored + max(2 * table, step) - kept - at_loss)
     return TrainingMemory(
         weights=stored,
-        optimizer=2 * stored,
+        optimizer=_optimizer_bytes(model, training),
         gradients=gradients,
-        half_precision_weights=2 * matrices if half else 0,
+        half_precision_weights=half_weights,
         activations=kept,
         allocator=int(_CPU_SLACK * model.num_layers * block) if device == "cpu" else 0,
         loss=at_loss,
@@ -211,8 +251,8 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
-    """One checkpoint: weights and AdamW's two moments, in fp32."""
-    return 3 * _FP32 * _stored_parameters(config.model)
+    """One checkpoint: weights and optimizer state."""
+    return _FP32 * _stored_parameters(config.model) + _optimizer_bytes(config.model, config.training)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 
 from atlas.config import AtlasConfig
-from atlas.planning.estimate import estimate_training_memory
+from atlas.planning.estimate import count_parameters, estimate_training_memory
 from atlas.planning.presets import largest_that_fits, plan_presets
 
 
@@ -54,7 +54,12 @@ def what_would_help(config: AtlasConfig, *, device: str, available: int | None =
     half = max(1, config.model.max_seq_len // 2)
     lines.append(f"3. --set model.max_seq_len={half}, a new run: {saving('model', max_seq_len=half)}")
     lines.append("4. gradient accumulation: one sequence at once is that already")
-    if smaller := largest_that_fits(plan_presets(min(now - 1, room), device=device)):
+    parameters = count_parameters(config.model).total
+    plans = plan_presets(min(now - 1, room), device=device)
+    if smaller := largest_that_fits([plan for plan in plans if plan.parameters < parameters]):
         less = f"{(now - smaller.memory) / 1e9:.2f} GB less"
         lines.append(f"5. a smaller model, such as --config {smaller.name}, a new run: {less}")
+    if training.optimizer != "adafactor":
+        less = saving("training", optimizer="adafactor")
+        lines.append(f"6. --set training.optimizer=adafactor, a new run: {less}")
     return lines

@@ -226,8 +226,8 @@ def load_checkpoint(
     """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
     or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run.
 
-    What the keys `without` name is left out and takes no memory: two thirds of a checkpoint are the
-    optimizer's, which only training needs.
+    What the keys `without` name is left out and takes no memory: with AdamW two thirds of a checkpoint
+    are the optimizer's, which only training needs.
 
     Raises `AtlasError`, which ends with `remedy`, by default with another checkpoint to take.
     """

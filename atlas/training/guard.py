@@ -77,7 +77,7 @@ def causes(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences
     """What to check when a run cannot go on, a line each, the likeliest first."""
     lines = [
         f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
-        f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual for AdamW: lower --learning-rate, or "
+        f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual: lower --learning-rate, or "
         "lengthen training.warmup_steps",
         f"the data: {sequences} were the last ones tried",
     ]

@@ -186,13 +186,21 @@ def _set_aside(start: Start) -> None:
 
 
 def _refuse_other_optimizer(start: Start, model: AtlasLM) -> None:
+    wanted = start.config.training.optimizer
+    saved_by = resolve(start.contents["config"]).training.optimizer if start.mode == "resume" else wanted
+    if saved_by != wanted:
+        raise AtlasError(
+            f"{start.source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
+            f"leave the setting as it was, or start a new run from its weights with --init-from {start.source}"
+        )
+    optimizer = build_optimizer(model, start.config.training)  # or it is refused, if it cannot be had here
     if start.mode != "resume":
         return
     try:
         saved = start.contents.get("optimizer_state_dict")
         if not saved:
             raise ValueError("there is none, as after checkpoint.slim_old")
-        check_optimizer_state(build_optimizer(model, start.config.training), saved)
+        check_optimizer_state(optimizer, saved)
     except ValueError as error:
         raise AtlasError(
             f"{start.source}: its optimizer state does not fit ({error}): take another checkpoint, or start a new run "
@@ -288,6 +296,10 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "data.document_mask: attention computes all T × T weights, since its sparse kernel has no dropout; "
             "model.dropout 0 is faster"
+        )
+    if config.training.optimizer == "adamw8bit":
+        say(
+            "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"
         )
     if trainer.val_data is None:
         say("no validation data: the best checkpoint is judged by training loss")

@@ -63,6 +63,7 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
         training.batch_size,
         training.sequences_per_update > training.batch_size,
         training.precision,
+        training.optimizer,
         training.gradient_checkpointing,
         training.compile,
         machine,

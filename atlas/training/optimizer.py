@@ -2,24 +2,149 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atlas.config import TrainingConfig
+from atlas.training.adamw8bit import build_adamw8bit, shapes_8bit
+
+_MUON_MOMENTUM = 0.95
+_ADAFACTOR_EPS = (1e-15, 1.0)
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with two groups: matrices and embeddings
-    decay, biases and norms do not. The trainer sets the rate of each step.
+    """The one that `training.optimizer` names. Matrices and embeddings decay, biases and norms do not, and a rate means
+    the same for all of them. The trainer sets the rate of each step.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
+    if config.optimizer == "adafactor":
+        return _adafactor([matrices, vectors], config)
+    if config.optimizer == "adamw8bit":
+        return build_adamw8bit([matrices, vectors], config)
+    if config.optimizer == "muon":
+        return MuonWithAdamW(model, config)
+    return _adamw([matrices, vectors], config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): two moments, 8 bytes, a parameter."""
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum: of a matrix it keeps the mean squared
+    gradient of each row and of each column, and clips the update to a root mean square (RMS) of 1.
+
+    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³ a
+    rate would be relative to each weight, some 50 times smaller than the same number means for AdamW; with ε₂ = 1
+    it is the step itself for every parameter whose RMS is below 1: all but the norms' gains, which stay near it. The
+    second bound is above any usual rate: 1e-3 is reached after a million updates.
+
+    ε₁ bounds the mean squared gradient, and its square, 10⁻³⁰ as in the paper, each estimate. PyTorch's default, 10⁻⁷,
+    is more than the mean squared gradient of a large model whose gradient is clipped to a norm of 1.
+    """
+    # One parameter after the other: all at once would take as much memory again as the weights.
+    return torch.optim.Adafactor(groups, lr=config.learning_rate, eps=_ADAFACTOR_EPS, foreach=False)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, AdamW
+    for embeddings, head, biases and norms, as there. Muon keeps one moment, 4 bytes, a parameter.
+
+    The groups of AdamW are this optimizer's groups, and so is its state: one state dict, rates set in one place.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        inside = [(name, p) for name, p in named if name.startswith("blocks.") and p.dim() == 2]
+        tables = [p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2]
+        common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        matrices = [
+            {"params": [p for name, p in inside if name.endswith("qkv.weight") == is_qkv], "is_qkv": is_qkv}
+            | common
+            for is_qkv in (True, False)
+        ]
+        self._adamw = _adamw(
+            [
+                {"params": tables, "weight_decay": config.weight_decay},
+                {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            config,
+        )
+        super().__init__([*matrices, *self._adamw.param_groups], {})
+        self.__setstate__({})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """`load_state_dict` comes here with new groups and state: AdamW gets its share of them."""
+        super().__setstate__(state)
+        share = {"state": self.state, "param_groups": self.param_groups[2:]}
+        self._adamw.__setstate__(share)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update. q, k and v share a tensor (3 C, C), and are three matrices all the same: orthogonalised together,
+        each would get as much of the update as the sizes of their gradients leave it."""
+        for group in self.param_groups[:2]:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                tensors = (weight, weight.grad, state["momentum_buffer"])
+                for parts in zip(
+                    *(tensor.chunk(3 if group["is_qkv"] else 1) for tensor in tensors), strict=True
+                ):
+                    _muon_update(*parts, rate=group["lr"], decay=group["weight_decay"])
+        self._adamw.step()
+
+
+def _muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, *, rate: float, decay: float) -> None:
+    """Move a matrix along its orthogonalised mean gradient (with Nesterov's look ahead).
+
+    Multiplied by 0.2 √(larger side), the root mean square of the update is that of AdamW's usual one, so that the same
+    rate and decay hold (Liu et al. 2025, arXiv:2502.16982).
+    """
+    momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
+    update = _orthogonalized(gradient.lerp(momentum, _MUON_MOMENTUM))
+    weight.mul_(1 - rate * decay)
+    weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def _orthogonalized(matrix: Tensor) -> Tensor:
+    """Of U S Vᵀ about U Vᵀ, the singular values being between 0.7 and 1.2: every direction moves alike.
+
+    Five steps of a Newton–Schulz iteration with Jordan's coefficients, on GPUs in bf16. A CPU without bf16 arithmetic
+    takes three to eight times as long in bf16 as in fp32 (measured with AVX2).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What a state dict holds of a parameter of one of the groups above from its first step on: shapes, or dicts of
+    shapes."""
+    if "is_8bit" in group:
+        return shapes_8bit(parameter)
+    if "is_qkv" in group:
+        return {"momentum_buffer": parameter.shape}
+    if "beta2_decay" not in group:
+        return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if parameter.dim() < 2:
+        return {"step": torch.Size(), "variance": parameter.shape}
+    rows, columns = parameter.shape
+    return {"step": torch.Size(), "row_var": torch.Size((rows, 1)), "col_var": torch.Size((1, columns))}

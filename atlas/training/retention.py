@@ -86,7 +86,7 @@ def move_aside(folder: Path, files: Sequence[Path]) -> Path:
 
 
 def slim(path: Path) -> None:
-    """Leave a checkpoint without its optimizer state, two thirds of its bytes. Raises `OSError`."""
+    """Leave a checkpoint without its optimizer state, with AdamW two thirds of its bytes. Raises `OSError`."""
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return

@@ -37,7 +37,9 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        # Each weight is used once a forward pass: the cache would only keep its copy alive until the end, which with
+        # gradient checkpointing nothing else does.
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss where fp16 would lose small gradients; otherwise passes everything through."""

@@ -23,6 +23,7 @@ from atlas.errors import AtlasError
 from atlas.files import open_zip
 from atlas.planning.estimate import count_parameters
 from atlas.training.manifest import FORMAT_VERSION, LARGEST_COUNT
+from atlas.training.optimizer import state_shapes
 from atlas.training.pickled import NotPlainError, Storage, TensorClaim, read_pickle
 
 _LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, where that is a BPE of one's own
@@ -199,7 +200,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
 
     PyTorch takes it as it is, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
     """
-    own, parameters = optimizer.state_dict()["param_groups"], _parameters(optimizer.param_groups)
+    own = optimizer.state_dict()["param_groups"]
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         raise ValueError("it has no groups")
@@ -208,15 +209,25 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
     numbers = _parameters(groups)
     if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
         raise ValueError("its parameters are not numbered")
-    moments = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
-    for number, parameter in zip(numbers, parameters, strict=True):
-        state = states.get(number, {})
-        if not isinstance(state, dict) or (state and not moments <= state.keys()):
-            raise ValueError(f"parameter {number} lacks some of {', '.join(sorted(moments))}")
-        for key, value in state.items():
-            shape = torch.Size() if key == "step" else parameter.shape
-            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-                raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
+    shapes = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for number, expected in zip(numbers, shapes, strict=True):
+        if states.get(number, {}) != {}:
+            _check_state(number, states[number], expected)
+
+
+def _check_state(number: int, state: Any, expected: dict[str, Any]) -> None:
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise ValueError(f"parameter {number} has not {', '.join(sorted(expected))}")
+    for key, shape in expected.items():
+        value = state[key]
+        if isinstance(shape, dict):
+            _check_state(number, value, shape)
+            continue
+        is_kind = isinstance(value, Tensor) and (
+            value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()
+        )
+        if not is_kind or value.shape != shape:
+            raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
 
 
 def _parameters(groups: list[dict[str, Any]]) -> list[Any]:

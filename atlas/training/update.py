@@ -160,8 +160,12 @@ class Updater:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
         figures = torch.stack([loss, grad_norm.to(loss)])
 
-        on_device = self.runtime.device.type in ("cpu", "cuda")  # whose fused kernels read `found_inf`
-        if on_device and not self.scaler.is_enabled() and guard.spikes == "off":
+        # Of all optimizers and devices these have a kernel that reads `found_inf`.
+        reads_flag = isinstance(self.optimizer, torch.optim.AdamW) and self.runtime.device.type in (
+            "cpu",
+            "cuda",
+        )
+        if reads_flag and not self.scaler.is_enabled() and guard.spikes == "off":
             # The optimizer leaves everything as it is where `found_inf` is 1, so that the device need not wait
             # for the host to look at the numbers.
             self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]

@@ -1,0 +1,104 @@
+"""AdamW whose two moments take a byte a number, by torchao (Dettmers et al. 2021, arXiv:2110.02861).
+
+torchao keeps a moment as a tensor of a class of its own: a byte a number, and for each 256 of them a scale in fp32.
+A checkpoint holds plain tensors only, so that reading one runs no code: a moment is taken apart when the state is
+saved, and put together again when it is loaded. Small tensors it keeps in fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.config import TrainingConfig
+from atlas.errors import AtlasError
+
+_BLOCK = 256
+_SMALLEST = 4096
+_IS_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+_INSTEAD = "or take --set training.optimizer=adafactor or muon, which need neither"
+
+
+def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """torchao's `AdamW8bit`, made to keep the contract of every optimizer here: rates are numbers, and its state dict
+    holds plain values. Raises `AtlasError` where torchao or a compiler is missing."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise AtlasError(
+            f'training.optimizer: adamw8bit: needs torchao ({error}): pip install "atlas-llm[lowmem]", {_INSTEAD}'
+        ) from None
+    missing = _missing_compiler(groups)
+    if missing:
+        raise AtlasError(
+            f"training.optimizer: adamw8bit: compiles its step, and no {missing} is here: install it, {_INSTEAD}"
+        )
+    optimizer = AdamW8bit(
+        [{**group, "is_8bit": True} for group in groups],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        block_size=_BLOCK,
+    )
+    optimizer.register_step_pre_hook(_rate_as_tensor)
+    optimizer.register_state_dict_post_hook(_take_apart)
+    optimizer.register_load_state_dict_pre_hook(_put_together)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def shapes_8bit(parameter: Tensor) -> dict[str, Any]:
+    """What is saved of a parameter's state: a shape, or those of a moment's bytes and scales."""
+    moment: Any = parameter.shape
+    if parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0:
+        moment = {"codes": parameter.shape, "scale": torch.Size((parameter.numel() // _BLOCK,))}
+    return {"step": torch.Size(), "exp_avg": moment, "exp_avg_sq": moment}
+
+
+def _missing_compiler(groups: list[dict[str, Any]]) -> str | None:
+    names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "c++", "clang++", "gcc", "clang", "cl"]
+    if not any(name and shutil.which(name) for name in names):
+        return "C++ compiler (such as g++)"
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    return "Triton" if on_gpu and importlib.util.find_spec("triton") is None else None
+
+
+def _rate_as_tensor(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A number would be compiled into the step, and each rate compile it again; torchao refuses one."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+
+def _take_apart(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
+
+    return {
+        "state": {
+            number: {key: plain(value) for key, value in state.items()}
+            for number, state in state_dict["state"].items()
+        },
+        "param_groups": [{**group, "lr": float(group["lr"])} for group in state_dict["param_groups"]],
+    }
+
+
+def _put_together(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    def moment(key: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        signed, device = _IS_SIGNED[key], value["codes"].device
+        qmap = OptimState8bit.zeros((_BLOCK,), signed, _BLOCK, device).qmap
+        return OptimState8bit(value["codes"], value["scale"], qmap, signed, torch.float32)
+
+    return {
+        **state_dict,
+        "state": {
+            number: {key: moment(key, value) for key, value in state.items()}
+            for number, state in state_dict["state"].items()
+        },
+    }
