@@ -274,7 +274,7 @@ def test_what_would_help_names_a_preset_that_fits() -> None:
     large = next(plan for plan in plan_presets(0, device="cuda") if plan.name == "large")
     [smaller] = [
         line
-        for line in what_would_help(large.config, device="cuda", available=5 * 2**30)
+        for line in what_would_help(large.config, device="cuda", available=4 * 2**30)
         if "smaller model" in line
     ]
     assert "--config small" in smaller
