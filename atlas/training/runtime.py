@@ -57,13 +57,17 @@ def compile_blocks(model: AtlasLM) -> None:
         block.compile()
 
 
-def refuse_failed_compilation(error: BaseException) -> None:
+def refuse_failed_compilation(
+    error: BaseException,
+    *,
+    what: str = "training.compile: on: the model",
+    instead: str = "--set training.compile=off",
+) -> None:
     """A compiler that is missing or fails is the user's to mend; other errors are not this function's."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         raise AtlasError(
-            f"training.compile: on: the model cannot be compiled here ({reason}): install a C++ compiler (and Triton, "
-            "on a GPU), or --set training.compile=off"
+            f"{what} cannot be compiled here ({reason}): install a C++ compiler (and Triton, on a GPU), or {instead}"
         ) from error
 
 
