@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import CppCompileError
 
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.config.loader import nested, overlay
@@ -315,3 +316,18 @@ def test_8_bits_without_torchao_or_a_compiler_are_refused_in_a_line(
     with pytest.raises(AtlasError, match=r"no C\+\+ compiler.*adafactor"):
         trainer_for(in_8_bits(tmp_path / "run", text_file))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_cannot_be_compiled_is_one_line(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CppCompileError(["g++", "step.cpp"], "fatal error: omp.h: No such file")
+
+    trainer = trainer_for(layer(tmp_path / "run", text_file, training__optimizer="muon"))
+    monkeypatch.setattr(trainer.optimizer, "step", fail)
+    with pytest.raises(
+        AtlasError, match=r"training\.optimizer.*cannot be compiled here.*adafactor"
+    ) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)

@@ -58,12 +58,16 @@ def compile_blocks(model: AtlasLM) -> None:
         block.compile()
 
 
-def refuse_failed_compilation(error: BaseException) -> None:
-    """A compiler that fails on the model itself is the user's to mend; other errors are not this function's."""
+def refuse_failed_compilation(
+    error: BaseException,
+    *,
+    what: str = "training.compile: the model",
+    instead: str = "--set training.compile=off",
+) -> None:
+    """A compiler that fails on what a run needs is the user's to mend; other errors are not this function's."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise AtlasError(
-            f"training.compile: the model cannot be compiled here ({_first_line(error)}): {_INSTALL}, or "
-            "--set training.compile=off"
+            f"{what} cannot be compiled here ({_first_line(error)}): {_INSTALL}, or {instead}"
         ) from error
 
 

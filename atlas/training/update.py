@@ -177,7 +177,16 @@ class Updater:
             scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
             fault = find_fault(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
             if fault is None:
-                self.scaler.step(self.optimizer)
+                self._step()
             self.scaler.update()
         self.optimizer.zero_grad()
         return Update(loss_value, norm_value, fault)
+
+    def _step(self) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            what = f"training.optimizer: {self.config.training.optimizer}: its step"
+            instead = "a new run with training.optimizer adafactor or muon, which compile nothing"
+            refuse_failed_compilation(error, what=what, instead=instead)
+            raise
