@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -232,9 +233,10 @@ def tokens_per_second(rows: list[list[float]]) -> float:
 
 
 def milliseconds_in_quarters(row: list[float]) -> tuple[float, float]:
-    """A token's, in the first and the last quarter of a text."""
-    quarter = len(row) // 4
-    return tuple((part[-1] - part[0]) / (len(part) - 1) * 1e3 for part in (row[:quarter], row[-quarter:]))  # type: ignore[return-value]
+    """A token's, in the first and the last quarter of a text: medians, which another program's turn does not move."""
+    gaps = [(after - before) * 1e3 for before, after in itertools.pairwise(row)]
+    quarter = len(gaps) // 4
+    return statistics.median(gaps[:quarter]), statistics.median(gaps[-quarter:])
 
 
 @dataclass
