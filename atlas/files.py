@@ -136,9 +136,8 @@ class _LimitedReads(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:  # of the last 64 KiB, where the end of the directory is searched for
-            size = max(
-                0, self._size - self.tell()
-            )  # not the limit: memory for all that is asked for is taken first
+            # What is left and not the limit: memory for all that is asked for is taken first.
+            size = max(0, self._size - self.tell())
         if size > self._limit:
             raise zipfile.BadZipFile(f"its directory has more than {self._limit:,} bytes")
         return super().read(size) or b""

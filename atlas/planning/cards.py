@@ -1,8 +1,7 @@
 """Graphics cards by name: their memory, how fast they can multiply matrices, and what power they draw.
 
-The figures are those of the makers: NVIDIA's architecture whitepapers (Pascal GP104 and GP102, Volta V100, Turing,
-Ampere GA100 and GA102, Ada, Hopper H100, RTX Blackwell) and data sheets (T4, L4, A10, L40S, H200), AMD's product pages.
-Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
+The figures are meant to be those of the makers' whitepapers and data sheets. They were written down from common knowledge
+and have not been compared with these yet, line by line; nothing here was measured. Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
 PyTorch computes them. That is less than what is advertised:
 
 - the tensor cores of GeForce cards (20, 30, 40 and 50 series) add in fp32 at half of their fp16 rate, those of
@@ -24,7 +23,7 @@ from atlas.errors import AtlasError
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card by its maker's data sheet."""
+    """A graphics card, as its maker states it."""
 
     name: str
     gibibytes: int

@@ -17,8 +17,8 @@ _INSTALL = "install a C++ compiler (and Triton, on a GPU)"
 def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[str], None]) -> bool:
     """What `training.compile` comes to on `device`.
 
-    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 to 1.04 of its eager speed after
-    a minute of compiling, since there the matrix products are nearly all of the time (benchmarks/RESULTS.md).
+    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 of its eager speed, since there the
+    matrix products are most of the time (benchmarks/RESULTS.md).
     Raises `AtlasError` where `on` cannot be had; `auto` says so and goes on without.
     """
     asked = config.training.compile
