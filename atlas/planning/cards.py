@@ -1,7 +1,9 @@
 """Graphics cards by name: their memory, how fast they can multiply matrices, and what power they draw.
 
-The figures are meant to be those of the makers' whitepapers and data sheets. They were written down from common knowledge
-and have not been compared with these yet, line by line; nothing here was measured. Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
+The figures are meant to be those of the makers' whitepapers and data sheets. They were written down from common
+knowledge and have not been compared with these line by line yet; nothing here was measured.
+
+Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
 PyTorch computes them. That is less than what is advertised:
 
 - the tensor cores of GeForce cards (20, 30, 40 and 50 series) add in fp32 at half of their fp16 rate, those of

@@ -71,7 +71,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
         device="cuda",
         memory=card.memory if memory is None else memory,
         flops_per_second=None if precision == "fp32" else card.tflops * 1e12,
-        rate_is=f"its peak in {card.precision if precision == 'auto' else precision} by the maker's data sheet",
+        rate_is=f"its peak in {card.precision if precision == 'auto' else precision} by Atlas's table of cards",
         bytes_per_second=card.bandwidth * 1e9,
         watts=card.watts,
     )
