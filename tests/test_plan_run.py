@@ -384,7 +384,7 @@ def test_a_screen_about_a_config_a_text_and_a_card(
     assert main(["plan", "--config", "nano", "--data", str(dataset), "--gpu", "RTX 3060"]) == 0
     out = capsys.readouterr().out
     assert "…" not in out
-    assert "35% (assumed, not measured) of 25,500 GFLOP/s, its peak in bf16 by the maker's data sheet" in out
+    assert "35% (assumed, not measured) of 25,500 GFLOP/s, its peak in bf16 by Atlas's table of cards" in out
     assert "the text is small for every one" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
     assert rows["updates"] == ["updates", "2,400"]
