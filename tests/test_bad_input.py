@@ -282,8 +282,8 @@ MISTAKES = {
         "--prompts-file nothing": "--prompts-file nothing: cannot be read … a prompt on each line",
         "--prompts-file blank.txt": "--prompts-file blank.txt: holds no prompt; write one on each line",
         "--prompts-file utf16.txt": "--prompts-file utf16.txt: is not UTF-8 text; save it as UTF-8",
-        "--prompt a --dtype q8": "--dtype q8: is not one of f32, bf16, f16, auto",
-        "--prompt a --dtype f16": "--dtype f16: is for GPUs; use f32 or auto on a CPU",
+        "--prompt a --dtype q8": "--dtype q8: is not one of auto, f32, bf16, f16",
+        "--prompt a --dtype f16": "--dtype f16: is for GPUs; use f32 or auto",
     },
     "evaluate": {
         "--data gpt2": "gpt2: was prepared with tokenizer gpt2 … not with bpe … give the text",

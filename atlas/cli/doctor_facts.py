@@ -20,8 +20,6 @@ from torch import Tensor
 
 from atlas import __version__
 from atlas.config import AtlasConfig
-from atlas.config.loader import nested, overlay, resolve
-from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.planning import largest_that_fits, measure_memory, plan_presets
 from atlas.planning.doctor import (
@@ -43,6 +41,7 @@ from atlas.training.runtime import (
     cpu_only_build_with_nvidia_driver,
     describe_machine,
     setup_runtime,
+    why_not_in,
 )
 
 Facts = dict[str, Any]
@@ -127,7 +126,7 @@ def _machine() -> Facts:
         "cpu_count": os.cpu_count(),
         "cpu_threads": on_cpu["threads"],
         "cpu_capability": on_cpu["cpu_capability"],
-        "cpu_bf16": _refusal("cpu", "bf16") is None,
+        "cpu_bf16": why_not_in("bf16", torch.device("cpu")) is None,
         "memory_total": psutil.virtual_memory().total,
         "memory_available": available,
         "nvidia_driver": driver and driver[0],
@@ -184,7 +183,7 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
     """One training step in it; `refusal` is why training would not take it, None where it would."""
     runtime = Runtime(device, name)
-    step: Facts = {"refusal": _refusal(device.type, name)}
+    step: Facts = {"refusal": why_not_in(name, device)}
 
     def loss_of(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
         with runtime.autocast():
@@ -257,7 +256,7 @@ def _choice(device_name: str, device: torch.device) -> Facts:
             "mps": "PyTorch sees no CUDA device, but an Apple GPU",
             "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
         }[device.type]
-    others = {name: _refusal(device.type, name) for name in PRECISIONS if name != runtime.precision}
+    others = {name: why_not_in(name, device) for name in PRECISIONS if name != runtime.precision}
     possible = [name for name, refusal in others.items() if refusal is None]
     why_precision = f"auto on this {device.type}; " + "; ".join(
         [f"{name}: {refusal}" for name, refusal in others.items() if refusal]
@@ -281,16 +280,6 @@ def _compile_choice(device: torch.device) -> Facts:
 
 def _chosen(device: torch.device) -> Runtime:
     return setup_runtime(AtlasConfig(device=device.type))
-
-
-def _refusal(device: str, precision: str) -> str | None:
-    """Why training would not take this precision on the device; None if it would."""
-    config = resolve(overlay({"device": device}, nested("training.precision", precision)))
-    try:
-        setup_runtime(config)
-    except AtlasError as refusal:
-        return str(refusal).removeprefix(f"training.precision: {precision}: ").split(";")[0]
-    return None
 
 
 def _ratio(value: float | None, other: float | None) -> float | None:

@@ -78,43 +78,51 @@ def _why_no_cuda() -> str:
     return "this PyTorch sees no CUDA device: check the driver with nvidia-smi"
 
 
+def why_not_in(precision: str, device: torch.device) -> str | None:
+    """Why nothing is computed in `fp32`, `bf16` or `fp16` on `device`; None if it can be."""
+    if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
+        return "this GPU does not compute in it"
+    if device.type == "cpu" and precision == "bf16" and not _cpu_has_bf16():
+        return "this CPU lacks bf16 arithmetic and would be hundreds of times slower"
+    if device.type == "cpu" and precision == "fp16":
+        return "is for GPUs"
+    if device.type == "mps" and precision != "fp32":
+        return "is not supported on mps"
+    return None
+
+
 def _choose_precision(asked: str, device: torch.device) -> str:
-    if device.type == "cuda":
-        # Without `including_emulation=False` older cards claim bf16 and compute it in slow motion.
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if asked == "auto":
-            return "bf16" if has_bf16 else "fp16"
-        if asked == "bf16" and not has_bf16:
-            raise AtlasError("training.precision: bf16: this GPU does not compute in it; use fp16 or auto")
-        return asked
     if asked == "auto":
-        return "fp32"
-    if device.type == "cpu" and asked == "bf16" and not _cpu_has_bf16():
-        raise AtlasError(
-            "training.precision: bf16: this CPU lacks bf16 arithmetic and would be hundreds of times slower; "
-            "use fp32 or auto"
-        )
-    if device.type == "cpu" and asked == "fp16":
-        raise AtlasError("training.precision: fp16: is for GPUs; use fp32 or auto on a CPU")
-    if device.type == "mps" and asked != "fp32":
-        raise AtlasError(f"training.precision: {asked}: is not supported on mps; use fp32 or auto")
+        return _own_precision(device)
+    if reason := why_not_in(asked, device):
+        raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
     return asked
+
+
+def _own_precision(device: torch.device) -> str:
+    """What `auto` comes to."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if _gpu_has_bf16() else "fp16"
 
 
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
     """In what a model that only writes keeps its weights and cache on `device`: `f32`, `bf16` or `f16` as asked, or for
     `auto` half precision on CUDA, the kind that training takes there, and f32 elsewhere. Raises `AtlasError` for what
     the device does not compute in."""
-    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "auto": "auto"}
+    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+    if asked == "auto":
+        return _DTYPES[_own_precision(device)]
     if asked not in names:
-        raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
-    if asked == "f16" and device.type == "mps":
-        return torch.float16
-    try:
-        return _DTYPES[_choose_precision(names[asked], device)]
-    except AtlasError as error:
-        reason = str(error).split(": ", 2)[2].replace("fp32", "f32").replace("fp16", "f16")
-        raise AtlasError(f"--dtype {asked}: {reason}") from None
+        raise AtlasError(f"--dtype {asked}: is not one of auto, {', '.join(names)}")
+    if reason := why_not_in(names[asked], device):
+        raise AtlasError(f"--dtype {asked}: {reason}; use f32 or auto")
+    return _DTYPES[names[asked]]
+
+
+def _gpu_has_bf16() -> bool:
+    # Without `including_emulation=False` older cards claim bf16 and compute it in slow motion.
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_has_bf16() -> bool:
