@@ -16,7 +16,6 @@ import torch
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
-from atlas.model import build_model
 from atlas.planning import (
     estimate_training_memory,
     largest_micro_batch,
@@ -24,13 +23,11 @@ from atlas.planning import (
     what_would_help,
 )
 from atlas.planning.machine import data_bytes
-from atlas.training.compilation import compile_blocks
 from atlas.training.interrupt import StopRequest
-from atlas.training.loss import load_loss
 from atlas.training.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
 from atlas.training.runtime import Runtime, setup_runtime
 from atlas.training.state import TrainState
-from atlas.training.update import Updater
+from atlas.training.update import fresh_updater
 
 ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without being tried."""
@@ -145,12 +142,7 @@ def _try() -> int:
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
     state = TrainState(horizon=1, micro_batch_size=size, eval_batch_size=size)
     try:
-        model = build_model(config.model, seed=config.seed).to(runtime.device).train()
-        model.gradient_checkpointing = config.training.gradient_checkpointing
-        if runtime.compiles:
-            compile_blocks(model)
-        custom_loss = load_loss(config.training.loss) if config.training.loss else None
-        updater = Updater(model, config, runtime, custom_loss, say=_give_up)
+        updater = fresh_updater(config, runtime, say=_give_up)
         documents = torch.zeros_like(tokens[:, 1:]) if config.data.document_mask else None
         loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=StopRequest(), documents=documents)
         assert loss is not None

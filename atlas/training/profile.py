@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,14 +16,12 @@ from atlas.data import training_sequences
 from atlas.data.loader import batches
 from atlas.data.mixture import order_of
 from atlas.errors import AtlasError
-from atlas.model import build_model
-from atlas.training.compilation import choose_compile, compile_blocks
+from atlas.training.compilation import choose_compile
 from atlas.training.interrupt import StopRequest
-from atlas.training.loss import load_loss
 from atlas.training.runtime import Runtime, setup_runtime
 from atlas.training.start import with_data
 from atlas.training.state import TrainState
-from atlas.training.update import Updater
+from atlas.training.update import fresh_updater
 
 WARM_UP = 3
 
@@ -59,7 +57,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
         sequences_per_update=config.training.sequences_per_update,
         pin_memory=runtime.device.type == "cuda",
     )
-    update = _updater(config, Runtime(runtime.device, runtime.precision, compiles), say)
+    update = _updater(config, replace(runtime, compiles=compiles), say)
     for _ in range(WARM_UP):
         update(*next(stream))
     start = time.perf_counter()
@@ -82,12 +80,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
 
 def _updater(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> Callable[..., None]:
     """Batch → one whole update, as in a run: the device is waited for, since the numbers are read."""
-    model = build_model(config.model, seed=config.seed).to(runtime.device).train()
-    model.gradient_checkpointing = config.training.gradient_checkpointing
-    if runtime.compiles:
-        compile_blocks(model)
-    custom_loss = load_loss(config.training.loss) if config.training.loss else None
-    updater = Updater(model, config, runtime, custom_loss, say=say)
+    updater = fresh_updater(config, runtime, say=say)
     size = config.training.sequences_at_once
     state = TrainState(horizon=WARM_UP + 2, micro_batch_size=size, eval_batch_size=size)
     stop = StopRequest()

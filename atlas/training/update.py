@@ -12,16 +12,26 @@ from torch import Tensor
 from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM
+from atlas.model import AtlasLM, build_model
 from atlas.planning import what_would_help
-from atlas.training.compilation import refuse_failed_compilation
+from atlas.training.compilation import compile_blocks, refuse_failed_compilation
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.loss import LossFunction, linear_cross_entropy
+from atlas.training.loss import LossFunction, linear_cross_entropy, load_loss
 from atlas.training.memory import is_out_of_memory, release_memory, remember_micro_batch
 from atlas.training.optimizer import build_optimizer
 from atlas.training.runtime import Runtime, seed_micro_step
 from atlas.training.state import TrainState
+
+
+def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None]) -> Updater:
+    """The model of `config` with new weights, and what a run moves it by; without the run's data and folder."""
+    model = build_model(config.model, seed=config.seed).to(runtime.device).train()
+    model.gradient_checkpointing = config.training.gradient_checkpointing
+    if runtime.compiles:
+        compile_blocks(model)
+    custom_loss = load_loss(config.training.loss) if config.training.loss else None
+    return Updater(model, config, runtime, custom_loss, say=say)
 
 
 @dataclass(frozen=True)
