@@ -3,8 +3,9 @@
     python benchmarks/busy_machine.py
 
 PyTorch's threads wait for each other hundreds of times in a step. By default a waiting thread spins; if the
-one it waits for has lost its core to another program, that takes until the scheduler's next turn. `atlas` sets
-GOMP_SPINCOUNT=1000, which lets it sleep instead. Runs are interleaved; the table shows medians of all steps.
+one it waits for has lost its core to another program, that takes until the scheduler's next turn. With
+GOMP_SPINCOUNT=1000 it sleeps instead, which `atlas` chooses where another program computes as it starts. Runs are
+interleaved; the table shows medians of all steps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from results import add_record_option, recorded
 
 STEPS, ROUNDS = 20, 3
-SETTINGS = {"threads spin (PyTorch's default)": {}, "threads sleep (atlas)": {"GOMP_SPINCOUNT": "1000"}}
+SETTINGS = {"threads spin (alone)": {}, "threads sleep (beside another)": {"GOMP_SPINCOUNT": "1000"}}
 
 
 def measure() -> None:

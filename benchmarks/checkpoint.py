@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas` sets it
-
 import torch
 from results import add_record_option, recorded
 
@@ -27,6 +25,7 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import overlay, read_yaml, resolve
 from atlas.config.presets import find_config
 from atlas.model import build_model
+from atlas.process import keep_memory
 from atlas.training.background import BackgroundSaver
 from atlas.training.checkpoint import CheckpointManager
 from atlas.training.loss import compute_lm_loss
@@ -123,6 +122,7 @@ def updates_beside_a_save(
 
 
 def main() -> None:
+    keep_memory()  # as the command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

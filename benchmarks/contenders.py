@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 PAUSE = 0.2
@@ -24,7 +24,6 @@ class Contender:
 
     name: str
     command: Sequence[str]
-    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
     def launch(self) -> None:
@@ -33,7 +32,6 @@ class Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env=os.environ | self.environment,
         )
 
     def is_ready(self) -> bool:

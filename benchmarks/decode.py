@@ -83,6 +83,9 @@ Write = Callable[[Sequence[str], int], list[list[float]]]
 
 
 def atlas(shape: Shape) -> Write:
+    from atlas.process import set_up_process
+
+    set_up_process()  # as the command does
     from atlas.config import AtlasConfig
     from atlas.inference.load import LoadedModel, lay_out_for_decoding
     from atlas.inference.sampling import Sampling
@@ -257,11 +260,7 @@ class Writer:
 
 
 def contender(kind: str, shape: Shape) -> Contender:
-    # What `atlas` sets for itself, see busy_machine.py; a peer has PyTorch's default.
-    environment = {"GOMP_SPINCOUNT": "1000"} if kind == "atlas" else {}
-    return Contender(
-        kind, [sys.executable, __file__, "--child", kind, json.dumps(asdict(shape))], environment
-    )
+    return Contender(kind, [sys.executable, __file__, "--child", kind, json.dumps(asdict(shape))])
 
 
 def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:

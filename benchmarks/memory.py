@@ -47,6 +47,9 @@ def config_of(preset: str, micro_batch: int | None, device: str) -> Any:
 
 def child(preset: str, micro_batch: int | None, device: str, free_before: int) -> None:
     """Prints the bytes of each part of the peak. `free_before` were free on the device before this process came."""
+    from atlas.process import set_up_process
+
+    set_up_process()  # as the command does
     import torch
 
     from atlas.model import build_model

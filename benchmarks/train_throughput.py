@@ -67,6 +67,9 @@ Step = Callable[[], None]
 
 
 def atlas(shape: Shape, folder: str) -> Step:
+    from atlas.process import set_up_process
+
+    set_up_process()  # as the command does
     import torch
 
     from atlas.config.loader import resolve
@@ -277,10 +280,8 @@ class Trainee:
 
 
 def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
-    # What `atlas` sets for itself, see busy_machine.py; a peer has PyTorch's default.
-    environment = {"GOMP_SPINCOUNT": "1000"} if kind == "atlas" else {}
     command = [sys.executable, __file__, "--child", kind, folder, json.dumps(asdict(shape))]
-    return Trainee(Contender(name, command, environment))
+    return Trainee(Contender(name, command))
 
 
 def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:

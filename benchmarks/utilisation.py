@@ -14,8 +14,6 @@ import platform
 import statistics
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas` does
-
 import torch
 
 from atlas.config import AtlasConfig
@@ -23,6 +21,7 @@ from atlas.config.loader import resolve
 from atlas.model import build_model
 from atlas.planning import training_flops_per_token
 from atlas.planning.run import utilisation
+from atlas.process import keep_memory
 from atlas.training.interrupt import StopRequest
 from atlas.training.runtime import setup_runtime
 from atlas.training.state import TrainState
@@ -61,6 +60,7 @@ def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
 
 
 def main() -> None:
+    keep_memory()  # as the command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -78,7 +78,8 @@ def test_contenders_answer_in_turn(
 ) -> None:
     contenders: ModuleType = module("contenders")  # type: ignore[operator]
     monkeypatch.setattr(contenders, "PAUSE", 0)
-    here = contenders.Contender("here", [sys.executable, "-c", CHILD], {"PYTHONPATH": str(FOLDER)})
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    here = contenders.Contender("here", [sys.executable, "-c", CHILD])
     here.launch()
     assert here.is_ready()
     assert [here.ask(number) for number in (1, 3)] == [[1, 2], [3, 6]]

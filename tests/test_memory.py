@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from atlas.training.loss import compute_lm_loss
 from atlas.training.memory import is_out_of_memory
 from atlas.training.micro_batch import _largest, _runs
 from atlas.training.trainer import Trainer
-from tests.runs import REPOSITORY, layer, logged, run, trainer_for
+from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -176,6 +177,51 @@ def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -
     assert ended.returncode == 0, ended.stderr
     assert "out of memory with 64 sequences at once" in ended.stderr
     assert [line["sequences_consumed"] for line in logged(tmp_path / "run")] == [64, 128]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of data is Linux's")
+@pytest.mark.parametrize("gib", [2, 4, 8])
+def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
+    """What is found runs for 20 updates without running out, an eighth more does not (5 % are kept free), and the
+    losses are those of the same number given by hand."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number * number} " for number in range(60_000)), encoding="utf-8")
+    explicit = layer(tmp_path / "auto", text, training__max_steps=20, training__batch_size=256 * gib)
+    explicit["model"] = {"hidden_size": 32, "num_layers": 24, "num_heads": 1, "max_seq_len": 128}
+
+    def train(name: str, **settings: int) -> tuple[str, list[float]]:
+        chosen = {**explicit, "training": {**explicit["training"], **settings}}
+        chosen["checkpoint"] = {**explicit["checkpoint"], "output_dir": str(tmp_path / name)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPOSITORY)}
+        config = write_config(tmp_path / f"{name}.yaml", chosen)
+        command = [
+            "prlimit",
+            f"--data={gib << 30}",
+            sys.executable,
+            "-m",
+            "atlas",
+            "train",
+            "--config",
+            config,
+        ]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stderr, [line["loss"] for line in logged(tmp_path / name)]
+
+    said, losses = train("auto")
+    found = re.search(r"(\d+) of \d+ sequences run at once", said)
+    assert found, said
+    assert "out of memory" not in said
+    fits = int(found[1])
+    assert 1 < fits < 256 * gib
+    said, by_hand = train("fixed", micro_batch_size=fits)
+    assert "out of memory" not in said
+    assert len(losses) == 20
+    assert losses == by_hand
+    too_many = fits + fits // 8
+    said, _ = train("more", micro_batch_size=too_many, max_steps=1)
+    assert f"out of memory with {too_many} sequences at once" in said
 
 
 @given(most=st.integers(1, 300), limit=st.integers(0, 400), guess=st.integers(1, 300))

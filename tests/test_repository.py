@@ -21,15 +21,16 @@ SOURCES = sorted((ROOT / "atlas").rglob("*.py"))
 MAY_IMPORT = {
     "errors": "",
     "files": "",
+    "process": "",
     "config": "errors files",
     "tokenizer": "errors files config",
     "data": "errors files config tokenizer",
     "model": "errors config",
     "planning": "errors config model",
-    "training": "errors files config tokenizer data model planning",
+    "training": "errors files process config tokenizer data model planning",
     "inference": "errors config tokenizer data model planning training",
     "export": "errors files config tokenizer data model planning training inference",
-    "cli": "errors config tokenizer data model planning training inference export",
+    "cli": "errors process config tokenizer data model planning training inference export",
     "__main__": "cli",
     "__init__": "",
 }

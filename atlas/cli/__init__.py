@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import os
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ import typer
 from atlas import __version__
 from atlas.cli.terminal import printable
 from atlas.errors import AtlasError, Interrupted
+from atlas.process import set_up_process
 
 # In the order of the road.
 COMMANDS = {
@@ -38,6 +38,8 @@ COMMANDS = {
     "pipeline": "The whole road in one command, with questions or without.",
 }
 
+_COMPUTE = {"train", "generate", "evaluate", "export", "doctor", "pipeline"}
+
 USER_MISTAKE, INTERRUPTED = 2, 130
 
 # What the parser raises: click's UsageError, which newer versions of typer bring along under a name of their own.
@@ -47,9 +49,10 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `atlas` with `argv` (default: the process's) and return the exit code."""
     _speak_utf8()
-    _share_the_cores()
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
+    if invoked in _COMPUTE:
+        set_up_process()
     try:
         with _terminated_as_by_ctrl_c():
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
@@ -148,15 +151,6 @@ def _usage_problem(error: Exception, argv: Sequence[str]) -> str:
 
 def _help_for(invoked: str | None) -> str:
     return f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
-
-
-def _share_the_cores() -> None:
-    """Let PyTorch's waiting threads go to sleep soon; said before it is imported and they are made.
-
-    Left to themselves they spin, and where another program wants the core each step waits for its turn.
-    What that costs, and saves, is measured by benchmarks/busy_machine.py.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _speak_utf8() -> None:

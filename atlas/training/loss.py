@@ -73,6 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        # Made once: to the system, fresh memory for each chunk costs as much as a quarter of its product.
+        logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), len(weight))
+        log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
             rows, goals = (
                 hidden[start : start + LOSS_CHUNK_TOKENS],
@@ -80,7 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
             goals = goals.clamp(min=0)[:, None]
-            log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
+            logits, log_probs = logits[: len(rows)], log_probs[: len(rows)]
+            torch.mm(rows, weight.T, out=logits)
+            torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
             total -= (log_probs.gather(1, goals) * counts).sum()
             if hidden_grad is not None and weight_grad is not None:
                 # By the logits: the probabilities, less one at the target; by ignored rows' nothing, which is cheaper
@@ -93,8 +98,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weight_grad.addmm_(grad.T, rows)
                 else:
                     weight_grad += grad.T @ rows
-                del grad
-            del log_probs  # before the next chunk's are made
         ctx.grads = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
         return total
 

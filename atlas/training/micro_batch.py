@@ -23,6 +23,7 @@ from atlas.planning import (
     what_would_help,
 )
 from atlas.planning.machine import data_bytes
+from atlas.process import keep_memory
 from atlas.training.interrupt import StopRequest
 from atlas.training.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
 from atlas.training.runtime import Runtime, setup_runtime
@@ -132,6 +133,7 @@ def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Cal
 def _try() -> int:
     """In the child: two micro-batches where an update has several, since the second meets the first's gradient."""
     trial = json.load(sys.stdin)
+    keep_memory()  # as the run itself, which therefore takes a little more
     config = resolve(trial["config"])
     torch.set_num_threads(trial["threads"])
     runtime = replace(setup_runtime(config), compiles=trial["compiles"])

@@ -1,0 +1,49 @@
+"""What a process asks of the system's C libraries before PyTorch computes in it. On Linux; elsewhere nothing is asked.
+
+Each changes only how fast the same bits are made. What they give is in benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""glibc's `malloc.h`."""
+_BUSY_CORES, _LOOK = 0.5, 0.1
+"""Another program computes where this many cores have worked for so many seconds while this one waited."""
+
+
+def set_up_process() -> None:
+    """Called before PyTorch is imported: its threads read their setting once."""
+    if sys.platform == "linux":
+        keep_memory()
+        if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+            _share_the_cores()
+
+
+def keep_memory() -> None:
+    """Let malloc keep what is freed, for the next update, which wants the same again.
+
+    Left to itself it gives blocks of some megabytes back to the system, and each comes again page by page, zeroed:
+    hundreds of thousands of page faults in an update.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    # Both or neither: with only one of them set, malloc stops adjusting the other to what it sees.
+    # Before 2.35 glibc took no more than 32 MB.
+    if mallopt and (mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _share_the_cores() -> None:
+    """Where another program computes, let PyTorch's waiting threads go to sleep soon.
+
+    They wait for each other hundreds of times in an update. Left to themselves they spin meanwhile, which is fastest on
+    a machine of one's own; where the one waited for has lost its core to another program, it takes until the
+    scheduler's next turn (benchmarks/busy_machine.py).
+    """
+    import psutil
+
+    if psutil.cpu_percent(_LOOK) / 100 * (psutil.cpu_count() or 1) >= _BUSY_CORES:
+        os.environ["GOMP_SPINCOUNT"] = "1000"

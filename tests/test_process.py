@@ -1,0 +1,58 @@
+"""What a process sets before PyTorch computes: memory that is kept, threads that leave a busy core."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPOSITORY
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asked of Linux's C libraries")
+
+FAULTS = """
+import resource, sys
+from atlas.process import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytes(bytearray(64_000_000))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+SETTING = """
+import os, psutil
+psutil.cpu_percent = lambda interval: {percent}
+psutil.cpu_count = lambda: 8
+from atlas.process import set_up_process
+set_up_process()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+def printed(code: str, *arguments: str, **variables: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), **variables}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_memory_that_is_freed_is_used_again() -> None:
+    """128 MB are 31,250 pages."""
+    assert int(printed(FAULTS, "given back")) > 10_000
+    assert int(printed(FAULTS, "kept")) < 2_000
+
+
+@pytest.mark.parametrize(("percent", "set_to"), [(0.9, "None"), (12.5, "1000")])
+def test_threads_sleep_where_another_program_has_half_a_core(percent: float, set_to: str) -> None:
+    assert printed(SETTING.format(percent=percent)) == set_to
+
+
+def test_what_the_user_sets_stays() -> None:
+    assert printed(SETTING.format(percent=100), GOMP_SPINCOUNT="77") == "77"
+    assert printed(SETTING.format(percent=100), OMP_WAIT_POLICY="active") == "None"
