@@ -126,10 +126,14 @@ class AtlasLM(nn.Module):
         return document_positions(documents), document_mask(documents, dropout=dropout)
 
     @property
+    def head_table(self) -> Tensor:
+        """(padded V, C): the head's parameter, with the rows that only pad the vocabulary."""
+        return self.token_embedding.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, C): the head's rows without the padding, a view."""
-        embedding = self.token_embedding if self.config.tie_embeddings else self.lm_head
-        return embedding.weight[: self.config.vocabulary]
+        return self.head_table[: self.config.vocabulary]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, C) → logits (…, V)."""

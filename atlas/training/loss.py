@@ -47,10 +47,13 @@ def compute_lm_loss(
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None
+) -> Tensor:
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 
-    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). The (B × T, V) logits of a language model are its largest
+    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). Of a `weight` with rows that only pad it, `vocabulary` are
+    used: to slice it outside would cost the gradient a copy. The (B × T, V) logits of a language model are its largest
     tensor; here `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
     Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once.
     """
@@ -60,19 +63,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, -2), weight, targets.flatten(), differentiated
+            hidden.flatten(0, -2), weight, targets.flatten(), vocabulary or len(weight), differentiated
         )
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(N, C), (V, C), (N,) → the sum of the losses. The gradients are made on the way forward."""
+    """(N, C), (V or more, C), (N,) → the sum of the losses. The gradients are made on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiated: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, differentiated: bool
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        table_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        weight = weight[:vocabulary]
+        weight_grad = None if table_grad is None else table_grad[:vocabulary]
         # Made once: to the system, fresh memory for each chunk costs as much as a quarter of its product.
         logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), len(weight))
         log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
@@ -98,16 +105,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weight_grad.addmm_(grad.T, rows)
                 else:
                     weight_grad += grad.T @ rows
-        ctx.grads = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+        ctx.grads = hidden_grad, None if table_grad is None else table_grad.to(weight.dtype)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         if ctx.grads is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
-        hidden_grad, weight_grad = ctx.grads
+        hidden_grad, table_grad = ctx.grads
         ctx.grads = None
-        return hidden_grad.mul_(grads[0]), weight_grad.mul_(grads[0]), None, None
+        return hidden_grad.mul_(grads[0]), table_grad.mul_(grads[0]), None, None, None
 
 
 def load_loss(dotted: str) -> LossFunction:

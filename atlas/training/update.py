@@ -151,7 +151,8 @@ class Updater:
         """Summed over the `num_valid` valid tokens of a micro-batch."""
         if self.custom_loss is None:
             hidden = self.model.hidden_states(inputs, documents=documents)
-            return linear_cross_entropy(hidden, self.model.head_weight, targets)
+            vocabulary = self.config.model.vocabulary
+            return linear_cross_entropy(hidden, self.model.head_table, targets, vocabulary=vocabulary)
         logits = self.model(inputs, documents=documents)
         return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * num_valid
 
