@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_keeps(batch_size: int, dropout: float, ch
     )
     estimated = estimate_training_memory(config, device="cpu").activations
     # With dropout a CPU's attention copies q, k and v or does not, by their strides.
-    assert estimated == pytest.approx(kept_by_autograd(config), rel=0.08 if dropout else 0.02)
+    assert estimated == pytest.approx(kept_by_autograd(config), rel=0.1 if dropout else 0.02)
 
 
 def test_parts_of_training_memory_are_what_they_are_named() -> None:

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from atlas.config import ModelConfig
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
+from atlas.model.recompute import recomputed
 
 
 class CausalSelfAttention(nn.Module):
@@ -29,16 +30,18 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        norm: nn.Module,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C). `mask` (B, 1, T, S) says what is seen, all that came before where it is left out;
-        with a cache `positions` (B, T) says where the tokens stand."""
+        """(B, T, C) → (B, T, C), of norm(x), which is not kept. `mask` (B, 1, T, S) says what is seen, all that came
+        before where it is left out; with a cache `positions` (B, T) says where the tokens stand."""
         B, T, C = x.shape
+        qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
         q_BHTD, k_BHTD, v_BHTD = (
             part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in self.qkv(x).split(C, dim=-1)
+            for part in qkv.split(C, dim=-1)  # type: ignore[no-untyped-call]
         )
         dropout = self.dropout if self.training else 0.0
         if cache is not None:

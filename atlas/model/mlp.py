@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from atlas.config import ModelConfig
+from atlas.model.recompute import recomputed
 
 
 class MLP(nn.Module):
@@ -23,15 +20,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=config.bias)
         self.down = nn.Linear(4 * config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
-        inside = self.up(x)
-        if not (self.training and torch.is_grad_enabled()):
-            return self._down(inside)
-        # GELU's output, a quarter of what a block would keep for its gradients, is made again from its input:
-        # the recomputation ends where `down` asks for it, before its product.
-        recomputed: Any = checkpoint(self._down, inside, use_reentrant=False, preserve_rng_state=False)
-        return recomputed  # type: ignore[no-any-return]
-
-    def _down(self, inside: Tensor) -> Tensor:
-        return self.down(F.gelu(inside, approximate="tanh"))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """(B, T, C) → (B, T, C), of norm(x). Neither the norm's output nor GELU's is kept."""
+        inside = recomputed(lambda x: self.up(norm(x)), x)
+        return recomputed(lambda x: self.down(F.gelu(x, approximate="tanh")), inside)

@@ -176,9 +176,10 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
 
     half_weights = 0
     if half:
-        # With gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
-        in_blocks, head = 12 * model.num_layers * C * C, model.vocabulary * C
-        half_weights = 2 * (max(12 * C * C, head) if training.gradient_checkpointing else in_blocks + head)
+        # Only attention's output keeps its copy: the others' are made again with the norms' and GELU's outputs. With
+        # gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
+        in_blocks, head = (model.num_layers + 4) * C * C, model.padded_vocab_size * C
+        half_weights = 2 * (max(5 * C * C, head) if training.gradient_checkpointing else in_blocks + head)
 
     accumulates = training.sequences_per_update > micro_batch
     step = _step_temporaries(model, training, device=device)
@@ -208,24 +209,25 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
         # head's gradient before and after it is padded.
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
-    # The gradients by the last hidden states and by the head, and a chunk's logits with their logarithms; then the
-    # head's gradient before and after it is padded.
-    chunk = 2 * min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
-    by_head = table + table // 2 if half else table
-    return tokens * model.hidden_size * (2 if half else _FP32) + max(by_head + chunk, 2 * table)
+    # The gradients by the last hidden states and by the head, and a chunk's logits, which become their own gradient;
+    # in half precision the head's gradient a second time, and a chunk's logits, logarithms and gradient.
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
+    if half:
+        return tokens * model.hidden_size * 2 + table + table // 2 + 2 * chunk
+    return tokens * model.hidden_size * _FP32 + table + chunk
 
 
 def _block_activations(model: ModelConfig, batch: int, *, half: bool, device: str) -> int:
     """Bytes that autograd keeps of one block for B sequences.
 
-    In units of C per token: the two inputs of norms, always fp32; in the precision of the matrix products
-    the two norms' outputs, q, k and v, attention's output, and GELU's input (4), whose output is recomputed.
+    In units of C per token: the two inputs of norms, always fp32; in the precision of the matrix products q, k and v,
+    attention's output, and GELU's input (4). The norms' outputs and GELU's are recomputed.
     Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused
     kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
     tokens = batch * T
-    total = tokens * C * (2 * _FP32 + 10 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
+    total = tokens * C * (2 * _FP32 + 8 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
     if model.dropout:
         total += 2 * tokens * C * (1 if device == "cuda" else _FP32)
         if device == "cpu":
