@@ -215,6 +215,30 @@ def test_tokens_decode_to_the_cleaned_documents_byte_for_byte(
     assert sum(split.bytes for split in dataset.manifest.splits.values()) == len(kept)
 
 
+@given(
+    numbers=st.lists(st.integers(0, 4), min_size=1, max_size=19),
+    lengths=st.lists(st.integers(20, 300), min_size=5, max_size=5),
+    piece_chars=st.sampled_from([100, 1 << 20]),
+)
+@settings(deadline=None, max_examples=30)
+def test_of_few_documents_no_copy_is_cut(
+    numbers: list[int], lengths: list[int], piece_chars: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Where the end of the text is held out, the cut may go through the first of two copies, or the second."""
+    texts = [" ".join(f"{number}.{word}" for word in range(lengths[number])) for number in range(5)]
+    folder = tmp_path_factory.mktemp("copies")
+    rows = [
+        json.dumps({"text": texts[number] + "  \n" * (place % 2)}) for place, number in enumerate(numbers)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "PIECE_CHARS", piece_chars)
+        dataset = prepare([folder / "rows.jsonl"], folder / "out", val_fraction=0.2).dataset
+    words = " ".join(documents_in(dataset, "train") + documents_in(dataset, "val")).split()
+    assert words == " ".join(texts[number] for number in dict.fromkeys(numbers)).split()
+    assert dataset.manifest.cleaning["duplicates"].documents == len(numbers) - len(set(numbers))
+
+
 @given(documents=st.lists(TEXTS.filter(lambda d: not d.isspace()), min_size=20, max_size=40, unique=True))
 @settings(deadline=None, max_examples=20)
 def test_without_cleaning_every_byte_is_kept(
@@ -466,3 +490,12 @@ def test_prepare_data_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tokenizer custom:Bytes (257 tokens)" in done.stdout
     assert (tmp_path / "data" / "processed" / "a" / "train-00000.npy").is_file()
+
+
+def test_the_command_takes_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("The river runs past the old mill. " * 40, encoding="utf-8")
+    out = tmp_path / "out"
+    assert main(["prepare", "--input", (tmp_path / "a.txt").as_uri(), "--output", str(out)]) == 0
+    assert documents_in(open_dataset(out), "train")[0].startswith("The river runs")
+    assert main(["prepare", "--input", "nosuch://bucket/a.txt", "--output", str(tmp_path / "none")]) == 2
+    assert "nosuch://bucket/a.txt" in capsys.readouterr().err

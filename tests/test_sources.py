@@ -277,7 +277,7 @@ def test_rows_are_documents(tmp_path: Path) -> None:
         ("[1]", "line 3: is an array, not an object"),
         (
             '{"body": "x", "id": 1}',
-            "line 3: has no field 'text', but body, id; name the field with --text-field",
+            "line 3: has no field 'text', but body, id; name the field with atlas prepare --text-field",
         ),
         ('{"text": 7}', "line 3: field 'text' is a number, not text; name the field"),
     ],

@@ -307,13 +307,13 @@ def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.Captu
     prepare([folder], out, val_fraction=0.1)
     error = capsys.readouterr().err
     for line in ("new.txt is new", "4.txt is gone", "3.txt changed", "val_fraction was 0.05, is 0.1"):
-        assert f"{out} is made anew: {line}\n" in error
+        assert f"{out} is to be made anew: {line}\n" in error
     prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
     assert "the tokenizer was gpt2, is to be learnt with 270 tokens" in capsys.readouterr().err
     prepare([folder], out, val_fraction=0.1, cleaning=Cleaning(("nfc", "control"), min_chars=3))
     error = capsys.readouterr().err
-    assert f"{out} is made anew: clean was nfc,control,whitespace,duplicates, is nfc,control\n" in error
-    assert f"{out} is made anew: min_chars was 1, is 3\n" in error
+    assert f"{out} is to be made anew: clean was nfc,control,whitespace,duplicates, is nfc,control\n" in error
+    assert f"{out} is to be made anew: min_chars was 1, is 3\n" in error
     assert error.count("made anew") == 3  # and the tokenizer
     prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
     capsys.readouterr()

@@ -19,7 +19,7 @@ ARCHIVE = "https://www.kaggle.com/datasets/ffatty/plaintext-wikipedia-simpleengl
 
 def prepare(
     inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,  # a Path would make s3:/ of s3://
         typer.Option(
             "--input",
             help="Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', "
@@ -96,7 +96,7 @@ def prepare(
         bool,
         typer.Option(
             "--trust-archives",
-            help="Read a zip of any size too: one that unpacks to more than 1 TB, to more than 200 times its own "
+            help="Read an archive of any size too: one that unpacks to more than 1 TB, to more than 200 times its own "
             "bytes, or holds more than a million files.",
         ),
     ] = False,
@@ -137,6 +137,8 @@ def _print_summary(summary: Summary) -> None:
     from atlas.cli.terminal import printable
 
     manifest, folder = summary.dataset.manifest, summary.dataset.folder
+    if summary.unchanged:
+        typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
     for note in summary.notes:
         typer.echo(printable(note), err=True)
     for step, record in manifest.cleaning.items():
@@ -149,10 +151,9 @@ def _print_summary(summary: Summary) -> None:
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
         typer.echo(
-            f"cleaning: duplicates were known by 16 bytes each, {16 * kept / 1e6:,.2f} MB in all", err=True
+            f"cleaning: {kept:,} documents were told apart by 16 bytes each, {16 * kept / 1e6:,.2f} MB of memory",
+            err=True,
         )
-    if summary.unchanged:
-        typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
     typer.echo(f"{folder}: {_tokenizer(manifest)}")
     for name, split in manifest.splits.items():
         typer.echo(

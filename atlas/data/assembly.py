@@ -57,6 +57,8 @@ class Assembly:
             step: StepRecord(**record)
             for step, record in state.get("cleaned", _nothing_yet(cleaning)).items()
         }
+        if rule.copies and not state:
+            self._count("duplicates", len(rule.copies), rule.copied_chars)
         splits = state.get("splits", {})
         self.writers = {
             name: SplitWriter(folder, work, name, dtype, shard_tokens, **_resumed(splits.get(name)))

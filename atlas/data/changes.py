@@ -25,13 +25,13 @@ def what_changed(
     try:
         manifest = read_manifest(output / MANIFEST)
     except AtlasError as error:
-        return [f"{output} is made anew: {error}"]
+        return [f"{output} is to be made anew: {error}"]
     differences = [
         *_text_differences(manifest, sources),
         *_tokenizer_difference(manifest, tokenizer, options),
         *_option_differences(manifest.options, options),
     ]
-    return [f"{output} is made anew: {difference}" for difference in differences or ["it is damaged"]]
+    return [f"{output} is to be made anew: {difference}" for difference in differences or ["it is damaged"]]
 
 
 def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

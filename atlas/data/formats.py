@@ -132,10 +132,12 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 def _row_text(line: bytes, place: str, text_field: str) -> str | None:
     """None where the field is null."""
     try:
-        row = json.loads(line.decode("utf-8", errors="surrogateescape"))
+        row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         reason = (
-            f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            f"{error.msg.removesuffix(' at')} at character {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
         )
         raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
@@ -144,7 +146,8 @@ def _row_text(line: bytes, place: str, text_field: str) -> str | None:
         )
     if text_field not in row:
         raise AtlasError(
-            f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with --text-field"
+            f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
+            "atlas prepare --text-field"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):

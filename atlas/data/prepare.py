@@ -187,7 +187,7 @@ def _make(
         rule = SplitRule(**state["rule"])
         tokenizer = tokenizer or Tokenizer.load(folder)
     else:
-        rule = SplitRule.choose(sources.documents(), options.val_fraction)
+        rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
         if tokenizer is None:
             assert options.train_tokenizer is not None
             tokenizer = learn_tokenizer(sources, rule, options.cleaning, options.train_tokenizer)

@@ -79,7 +79,9 @@ class Sources:
 
     @property
     def names(self) -> str:
-        return printable(", ".join(self.paths))
+        return printable(
+            ", ".join("standard input" if path == STANDARD_INPUT else path for path in self.paths)
+        )
 
     @property
     def stem(self) -> str:

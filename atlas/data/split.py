@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas.data.cleaning import Cleaning, digest_of
 from atlas.data.duplicates import Digests, fractions
 from atlas.data.text import Piece, last_word_end
 
@@ -28,23 +29,39 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class SplitRule:
     """By the hash of each document; or, with `cut_at`, by place: what stands behind that many characters
-    is held out."""
+    is held out. Copies are left out before that cut, which could go through one of two."""
 
     val_fraction: float
     cut_at: int | None = None
+    copies: tuple[int, ...] = ()
+    """Of the few documents those, by their places, that say what one before them says."""
+    copied_chars: int = 0
 
     @staticmethod
-    def choose(documents: Iterable[Piece], val_fraction: float) -> SplitRule:
+    def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
         """Reads `documents` until it is clear that there are enough of them."""
         if val_fraction == 0:
             return SplitRule(0.0)
-        count = chars = 0
+        lengths: dict[bytes, int] = {}
+        copies: list[int] = []
+        count = chars = copied_chars = 0
+        digest = b""
         for piece in documents:
+            text, _ = cleaning.clean(piece.text, starts_document=not digest)
+            digest = digest_of(digest + text.strip().encode())
             chars += len(piece.text)
-            count += piece.ends_document
+            if not piece.ends_document:
+                continue
+            if cleaning.drops_duplicates and digest in lengths:
+                copies.append(count)
+                copied_chars += chars
+            else:
+                lengths[digest if cleaning.drops_duplicates else digest + bytes([count])] = chars
+            count, chars, digest = count + 1, 0, b""
             if count == FEWEST_DOCUMENTS:
                 return SplitRule(val_fraction)
-        return SplitRule(val_fraction, cut_at=chars - int(chars * val_fraction))
+        total = sum(lengths.values())
+        return SplitRule(val_fraction, total - int(total * val_fraction), tuple(copies), copied_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
         """Each piece as a part; a cut at a place between two words makes two of one."""
@@ -62,8 +79,12 @@ class SplitRule:
         return fractions(digests)[:, 0] < self.val_fraction
 
     def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:
-        starts, position = True, 0
+        starts, position, number = True, 0, 0
         for piece in pieces:
+            is_copy = number in self.copies
+            number += piece.ends_document
+            if is_copy:
+                continue
             head = piece.text[: max(0, cut_at - position)]
             if 0 < len(head) < len(piece.text):
                 head = head[: last_word_end(head)]
