@@ -4,9 +4,9 @@ Memory is counted tensor by tensor: what autograd keeps in `atlas.model` and `at
 moment when most is alive, the start of the backward pass, plus what the process itself takes.
 
 How far off: the tensors by about 1 % on a CPU (peak resident memory of updates of 7 shapes and batches, from 2 to 51
-million parameters, with an allocator that returns what is freed). Where freed memory is kept (`atlas.process`), the estimate
-including `_CPU_SLACK` is 1 to 5 % below what `nano`, `tiny` and `small` took (benchmarks/memory.py). The figures for
-GPUs follow from the same count and have not been measured yet.
+million parameters, with an allocator that returns what is freed). Where freed memory is kept (`atlas.process`), the
+estimate including `_CPU_SLACK` is 1 to 5 % below what `nano`, `tiny` and `small` took (benchmarks/memory.py).
+The figures for GPUs follow from the same count and have not been measured yet.
 
 Symbols: B sequences at once, T max_seq_len, C hidden_size, L num_layers, H num_heads, V vocabulary.
 """
