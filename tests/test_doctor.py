@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas.cli import doctor_facts, main
 from atlas.model.mlp import MLP
@@ -122,8 +122,8 @@ def wrong_mlp(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float
     """A matrix product that is off by `factor` in one precision."""
     right = MLP.forward
 
-    def forward(self: MLP, x: Tensor) -> Tensor:
-        computed = right(self, x)
+    def forward(self: MLP, x: Tensor, norm: nn.Module) -> Tensor:
+        computed = right(self, x, norm)
         return computed * factor if computed.dtype == dtype else computed
 
     monkeypatch.setattr(MLP, "forward", forward)

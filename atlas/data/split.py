@@ -48,7 +48,8 @@ class SplitRule:
         digest = b""
         for piece in documents:
             text, _ = cleaning.clean(piece.text, starts_document=not digest)
-            digest = digest_of(digest + text.strip().encode())
+            if content := text.strip().encode():  # blanks at the end may be a piece of their own
+                digest = digest_of(digest + content)
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
