@@ -520,4 +520,5 @@ def test_every_preset_takes_a_real_step(preset: str, text_file: Path, tmp_path: 
     assert not torch.equal(trainer.model.blocks[0].mlp.up.weight, before)
     state = trainer.optimizer.state_dict()["state"]
     assert len(state) == len(list(trainer.model.parameters()))
-    assert all(entry["exp_avg"].any() for entry in state.values())  # a gradient reached every tensor
+    for entry in state.values():  # whatever the optimizer keeps, a gradient reached every tensor
+        assert any(torch.is_tensor(kept) and kept.any() for name, kept in entry.items() if name != "step")
