@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas.data.cleaning import Cleaning, digest_of
+from atlas.data.cleaning import Cleaning
 from atlas.data.duplicates import Digests, fractions
 from atlas.data.text import Piece, last_word_end
 
@@ -45,20 +46,24 @@ class SplitRule:
         lengths: dict[bytes, int] = {}
         copies: list[int] = []
         count = chars = copied_chars = 0
-        digest = b""
+        starts, blanks, whole = True, "", hashlib.blake2b(digest_size=16)
         for piece in documents:
-            text, _ = cleaning.clean(piece.text, starts_document=not digest)
-            if content := text.strip().encode():  # blanks at the end may be a piece of their own
-                digest = digest_of(digest + content)
+            text, _ = cleaning.clean(piece.text, starts_document=starts)
+            text = text.lstrip() if starts else blanks + text
+            starts = piece.ends_document
+            body = text.rstrip()
+            blanks = text[len(body) :]  # of the document's end, if nothing follows
+            whole.update(body.encode())
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
+            digest = whole.digest()
             if cleaning.drops_duplicates and digest in lengths:
                 copies.append(count)
                 copied_chars += chars
             else:
-                lengths[digest if cleaning.drops_duplicates else digest + bytes([count])] = chars
-            count, chars, digest = count + 1, 0, b""
+                lengths[digest if cleaning.drops_duplicates else bytes([count])] = chars
+            count, chars, whole = count + 1, 0, hashlib.blake2b(digest_size=16)
             if count == FEWEST_DOCUMENTS:
                 return SplitRule(val_fraction)
         total = sum(lengths.values())
