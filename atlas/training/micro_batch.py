@@ -146,9 +146,12 @@ def _try() -> int:
     try:
         updater = fresh_updater(config, runtime, say=_give_up)
         documents = torch.zeros_like(tokens[:, 1:]) if config.data.document_mask else None
-        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=StopRequest(), documents=documents)
-        assert loss is not None
-        updater.apply(loss, state, rate=0.0)
+        for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
+            loss = updater.gradient(
+                tokens[:, :-1], tokens[:, 1:], state, stop=StopRequest(), documents=documents
+            )
+            assert loss is not None
+            updater.apply(loss, state, rate=0.0)
     except (
         ImportError
     ):  # of a library that PyTorch loads when it is first needed: no memory is left to map it
