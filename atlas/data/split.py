@@ -43,9 +43,9 @@ class SplitRule:
         """Reads `documents` until it is clear that there are enough of them."""
         if val_fraction == 0:
             return SplitRule(0.0)
-        lengths: dict[bytes, int] = {}
+        seen: set[bytes] = set()
         copies: list[int] = []
-        count = chars = copied_chars = 0
+        count = chars = total = copied_chars = 0
         starts, blanks, whole = True, "", hashlib.blake2b(digest_size=16)
         for piece in documents:
             text, _ = cleaning.clean(piece.text, starts_document=starts)
@@ -57,16 +57,15 @@ class SplitRule:
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
-            digest = whole.digest()
-            if cleaning.drops_duplicates and digest in lengths:
+            if cleaning.drops_duplicates and whole.digest() in seen:
                 copies.append(count)
                 copied_chars += chars
             else:
-                lengths[digest if cleaning.drops_duplicates else bytes([count])] = chars
+                seen.add(whole.digest())
+                total += chars
             count, chars, whole = count + 1, 0, hashlib.blake2b(digest_size=16)
             if count == FEWEST_DOCUMENTS:
                 return SplitRule(val_fraction)
-        total = sum(lengths.values())
         return SplitRule(val_fraction, total - int(total * val_fraction), tuple(copies), copied_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
