@@ -33,7 +33,7 @@ def test_fp32_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> Non
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true", "fp16"])
 def test_half_precision_learns_and_resumes(tmp_path: Path, text_file: Path, precision: str) -> None:
     options = {"device": "cuda", "training__precision": precision, "training__max_steps": 40}
     explicit = layer(tmp_path / "run", text_file, **options, checkpoint__save_interval=20, model__dropout=0.1)

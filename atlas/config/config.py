@@ -230,8 +230,10 @@ class TrainingConfig(Section):
     beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: Float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     grad_clip: Float = Field(1.0, ge=0, description="Largest gradient norm; 0 leaves gradients as they are.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the GPU computes in it, else fp16 on CUDA, fp32 elsewhere."
+    precision: Literal["auto", "fp32", "bf16", "bf16-true", "fp16"] = Field(
+        "auto",
+        description="auto: bf16 where the GPU computes in it, else fp16 on CUDA, fp32 elsewhere. "
+        "bf16-true: weights and gradients as well.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more time."

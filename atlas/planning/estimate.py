@@ -119,6 +119,10 @@ def _stored_parameters(model: ModelConfig) -> int:
     )
 
 
+def _weight_bytes(training: TrainingConfig) -> int:
+    return 2 if training.precision == "bf16-true" else _FP32
+
+
 def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
     """What `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
     C, L, T, V = model.hidden_size, model.num_layers, model.max_seq_len, model.padded_vocab_size
@@ -140,33 +144,37 @@ def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
 def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: str) -> int:
     """Bytes that the optimizer's step takes for the parameter that it is at, when activations are gone."""
     C = model.hidden_size
-    if training.optimizer == "muon":
-        # Of up (4 C, C) the mean gradient, its orthogonalised form before and after an iteration, (C, C) products.
-        width = _FP32 if device == "cpu" else 2
-        return 4 * C * C * (_FP32 + 2 * width) + 2 * C * C * width
     largest = max(model.padded_vocab_size, model.max_seq_len, 4 * C) * C * _FP32
-    return {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}[training.optimizer]
+    # Of up (4 C, C) Muon makes the mean gradient, an orthogonalised one before and after an iteration, (C, C) products.
+    width = _FP32 if device == "cpu" else 2
+    muon = 4 * C * C * (_FP32 + 2 * width) + 2 * C * C * width
+    own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest, "muon": muon}[training.optimizer]
+    if _weight_bytes(training) == _FP32:
+        return own
+    return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMemory:
     """The peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config."""
     model, training = config.model, config.training
-    half = training.precision in ("bf16", "fp16") or (training.precision == "auto" and device == "cuda")
+    half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
+    pure = training.precision == "bf16-true"
     micro_batch = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
     micro_batch = min(micro_batch, training.sequences_per_update)
     tokens, C = micro_batch * model.max_seq_len, model.hidden_size
-    stored = _stored_parameters(model) * _FP32
+    width = _weight_bytes(training)  # of the residual stream as well
+    stored = _stored_parameters(model) * width
     table = model.padded_vocab_size * C * _FP32
 
-    block = _block_activations(model, micro_batch, half=half, device=device)
+    block = _block_activations(model, micro_batch, half=half, width=width, device=device)
     at_loss = _at_the_loss(config, tokens, half=half)
     if training.gradient_checkpointing:
-        kept = model.num_layers * tokens * C * _FP32
+        kept = model.num_layers * tokens * C * width
         recomputed_gelu = 4 * tokens * C * (2 if half else _FP32)
         at_loss = max(at_loss, block + recomputed_gelu + table)
     else:
         kept = model.num_layers * block
-    kept += tokens * C * (6 if half else 8)  # the last block's output, and the final norm's
+    kept += tokens * C * (width + (2 if half else _FP32))  # the last block's output, and the final norm's
     if model.dropout:
         kept += tokens * C * (1 if device == "cuda" else _FP32)
 
@@ -175,7 +183,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         kept += tokens * model.max_seq_len * (5 + (2 * model.num_layers if half else 0))
 
     half_weights = 0
-    if half:
+    if half and not pure:
         # Only attention's output keeps its copy: the others' are made again with the norms' and GELU's outputs. With
         # gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
         in_blocks, head = (model.num_layers + 4) * C * C, model.padded_vocab_size * C
@@ -217,17 +225,17 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
     return tokens * model.hidden_size * _FP32 + table + chunk
 
 
-def _block_activations(model: ModelConfig, batch: int, *, half: bool, device: str) -> int:
+def _block_activations(model: ModelConfig, batch: int, *, half: bool, width: int, device: str) -> int:
     """Bytes that autograd keeps of one block for B sequences.
 
-    In units of C per token: the two inputs of norms, always fp32; in the precision of the matrix products q, k and v,
-    attention's output, and GELU's input (4). The norms' outputs and GELU's are recomputed.
+    In units of C per token: the two inputs of norms, of `width` bytes; in the precision of the matrix products q, k
+    and v, attention's output, and GELU's input (4). The norms' outputs and GELU's are recomputed.
     Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused
     kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
     tokens = batch * T
-    total = tokens * C * (2 * _FP32 + 8 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
+    total = tokens * C * (2 * width + 8 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
     if model.dropout:
         total += 2 * tokens * C * (1 if device == "cuda" else _FP32)
         if device == "cpu":
@@ -254,7 +262,8 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
     """One checkpoint: weights and optimizer state."""
-    return _FP32 * _stored_parameters(config.model) + _optimizer_bytes(config.model, config.training)
+    stored = _stored_parameters(config.model)
+    return _weight_bytes(config.training) * stored + _optimizer_bytes(config.model, config.training)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:

@@ -62,9 +62,9 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
 
     Raises `AtlasError` for a precision that the card does not compute in.
     """
-    if precision == "bf16" != card.precision:
+    if precision.startswith("bf16") and card.precision != "bf16":
         raise AtlasError(
-            f"training.precision: bf16: the {card.name} does not compute in it; use fp16 or auto"
+            f"training.precision: {precision}: the {card.name} does not compute in it; use fp16 or auto"
         )
     return Machine(
         name=card.name,

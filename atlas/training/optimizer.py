@@ -90,8 +90,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update. q, k and v share a tensor (3 C, C), and are three matrices all the same: orthogonalised together,
         each would get as much of the update as the sizes of their gradients leave it."""
-        for group in self.param_groups[:2]:
-            for weight in group["params"]:
+        for group in self.param_groups:
+            for weight in group["params"] if "is_qkv" in group else ():
                 if weight.grad is None:
                     continue
                 state = self.state[weight]
@@ -102,6 +102,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     *(tensor.chunk(3 if group["is_qkv"] else 1) for tensor in tensors), strict=True
                 ):
                     _muon_update(*parts, rate=group["lr"], decay=group["weight_decay"])
+        self._adamw.param_groups = [group for group in self.param_groups if "is_qkv" not in group]
         self._adamw.step()
 
 
@@ -133,6 +134,45 @@ def _orthogonalized(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x
+
+
+@torch.no_grad()
+def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    """`optimizer.step()` for weights in bf16: taken in fp32, by one parameter after the other, and rounded at random.
+
+    Rounded to the nearest, a weight would stay where it is in nearly every update, which moves it by less than half of
+    bf16's last digit (a 256th of its size). Up or down by chance, it moves as far as it should on average (Gupta et al.
+    2015, arXiv:1502.02551). A gradient is freed as soon as its parameter is done.
+    """
+    groups = optimizer.param_groups
+    try:
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                weights, gradient = parameter.data, parameter.grad.float()
+                parameter.grad = None
+                try:
+                    parameter.data = weights.float()
+                    parameter.grad = gradient
+                    optimizer.param_groups = [{**group, "params": [parameter]}]
+                    optimizer.step()
+                    weights.copy_(round_to_bf16(parameter.data, generator))
+                finally:
+                    parameter.grad = None
+                    parameter.data = weights
+    finally:
+        optimizer.param_groups = groups
+
+
+def round_to_bf16(numbers: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 → bf16: one of its two neighbours, the nearer one the likelier, so that the mean is the number itself.
+
+    bf16 is the upper half of fp32's bits: to add a random lower half and cut it off rounds up as often as it should.
+    """
+    bits = numbers.view(torch.int32)
+    chance = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    return chance.add_(bits).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

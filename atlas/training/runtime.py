@@ -18,12 +18,18 @@ from atlas import __version__
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the precision of its matrix products; weights and optimizer state are fp32."""
+    """A device and the precision of its matrix products. Weights are fp32, in `bf16-true` bf16 as well; what the
+    optimizer keeps is fp32 in all of them."""
 
     device: torch.device
     precision: str
@@ -33,6 +39,10 @@ class Runtime:
     @property
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.precision]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -79,7 +89,8 @@ def _why_no_cuda() -> str:
 
 
 def why_not_in(precision: str, device: torch.device) -> str | None:
-    """Why nothing is computed in `fp32`, `bf16` or `fp16` on `device`; None if it can be."""
+    """Why nothing is computed in a precision of `training.precision` on `device`; None if it can be."""
+    precision = precision.removesuffix("-true")
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
     if device.type == "cpu" and precision == "bf16" and not _cpu_has_bf16():
@@ -141,8 +152,17 @@ def seed_micro_step(seed: int, update: int, rank: int, position: int) -> None:
 
     `position` is the index, within the update, of the micro-batch's first sequence.
     """
-    place = f"{seed} {update} {rank} {position}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1)
+    torch.manual_seed(_seed_of(seed, update, rank, position))
+
+
+def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
+    """Of the random numbers by which an update's new weights are rounded: they too follow from where it happens."""
+    return torch.Generator(device).manual_seed(_seed_of(seed, update, "rounding"))
+
+
+def _seed_of(*place: int | str) -> int:
+    text = " ".join(map(str, place)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:

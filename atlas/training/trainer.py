@@ -74,7 +74,7 @@ class Trainer:
         lock: FolderLock | None = None,
     ) -> None:
         self.config = config
-        self.model = model.to(runtime.device)
+        self.model = model.to(runtime.device, runtime.weights_dtype)
         self.model.gradient_checkpointing = config.training.gradient_checkpointing
         self.tokenizer = tokenizer
         self.train_data = train_data
@@ -102,7 +102,7 @@ class Trainer:
         """Take optimizer and scaler state from a checkpoint; the weights were there before."""
         try:
             check_optimizer_state(self.optimizer, contents["optimizer_state_dict"])
-            self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+            self.updater.load_optimizer_state(contents["optimizer_state_dict"])
         except (KeyError, ValueError) as error:
             raise AtlasError(
                 f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"

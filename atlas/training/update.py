@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.loss import LossFunction, linear_cross_entropy, load_loss
 from atlas.training.memory import is_out_of_memory, release_memory, remember_micro_batch
-from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import Runtime, seed_micro_step
+from atlas.training.optimizer import build_optimizer, step_rounding_weights
+from atlas.training.runtime import Runtime, rounding_generator, seed_micro_step
 from atlas.training.state import TrainState
 
 
 def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None]) -> Updater:
     """The model of `config` with new weights, and what a run moves it by; without the run's data and folder."""
-    model = build_model(config.model, seed=config.seed).to(runtime.device).train()
+    model = build_model(config.model, seed=config.seed).to(runtime.device, runtime.weights_dtype).train()
     model.gradient_checkpointing = config.training.gradient_checkpointing
     if runtime.compiles:
         compile_blocks(model)
@@ -62,6 +63,14 @@ class Updater:
         self.say = say
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()
+        self.rounds = runtime.weights_dtype != torch.float32
+
+    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        """`saved` as the optimizer's state dict. PyTorch gives a state the dtype of its parameter; that of weights in
+        bf16 is fp32 here, and so are they while it is loaded."""
+        self.model.float()
+        self.optimizer.load_state_dict(saved)
+        self.model.to(self.runtime.weights_dtype)
 
     def gradient(
         self,
@@ -176,7 +185,7 @@ class Updater:
             "cpu",
             "cuda",
         )
-        if reads_flag and not self.scaler.is_enabled() and guard.spikes == "off":
+        if reads_flag and not self.rounds and not self.scaler.is_enabled() and guard.spikes == "off":
             # The optimizer leaves everything as it is where `found_inf` is 1, so that the device need not wait
             # for the host to look at the numbers.
             self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
@@ -188,14 +197,18 @@ class Updater:
             scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
             fault = find_fault(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
             if fault is None:
-                self._step()
+                self._step(state.step)
             self.scaler.update()
         self.optimizer.zero_grad()
         return Update(loss_value, norm_value, fault)
 
-    def _step(self) -> None:
+    def _step(self, step: int) -> None:
         try:
-            self.scaler.step(self.optimizer)
+            if self.rounds:
+                generator = rounding_generator(self.config.seed, step, self.runtime.device)
+                step_rounding_weights(self.optimizer, generator)
+            else:
+                self.scaler.step(self.optimizer)
         except RuntimeError as error:
             what = f"training.optimizer: {self.config.training.optimizer}: its step"
             instead = "a new run with training.optimizer adafactor or muon, which compile nothing"
