@@ -19,6 +19,9 @@ def set_up_process() -> None:
     """Called before PyTorch is imported: its threads read their setting once."""
     if sys.platform == "linux":
         keep_memory()
+        # PyTorch then aligns tensors of 2 MB and more to the system's large pages, and asks for them: a page fault for
+        # 512 pages, and fewer holes between tensors.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()
 
@@ -31,9 +34,8 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     # Both or neither: with only one of them set, malloc stops adjusting the other to what it sees.
-    # Larger blocks are given back: among smaller ones they leave holes that nothing fills. Before 2.35 glibc took no
-    # more than 32 MB.
-    if mallopt and (mallopt(_M_MMAP_THRESHOLD, 64 << 20) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
+    # Larger blocks are given back: among smaller ones they leave holes that nothing fills.
+    if mallopt and mallopt(_M_MMAP_THRESHOLD, 32 << 20):
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -87,7 +87,8 @@ def atlas(shape: Shape) -> Write:
 
     set_up_process()  # as the command does
     from atlas.config import AtlasConfig
-    from atlas.inference.load import LoadedModel, lay_out_for_decoding
+    from atlas.inference.layout import lay_out_for_decoding
+    from atlas.inference.load import LoadedModel
     from atlas.inference.sampling import Sampling
     from atlas.inference.text import stream_text
     from atlas.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from atlas.config import ModelConfig, TrainingConfig
-from atlas.inference.load import lay_out_for_decoding
+from atlas.inference.layout import lay_out_for_decoding
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
 from atlas.training.optimizer import build_optimizer
@@ -182,15 +182,20 @@ def test_cached_logits_equal_uncached_ones_with_ragged_prompts_in_one_batch() ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("by_columns", [False, True])
-def test_cached_logits_equal_uncached_ones_with_prompts_of_one_length(by_columns: bool) -> None:
-    """Then no mask is needed but in a later call of several tokens."""
-    model = sharp_model(CONFIG)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("parts", [0, 1, 2, 3])
+def test_cached_logits_equal_uncached_ones_with_prompts_of_one_length(
+    parts: int, tied: bool, bias: bool
+) -> None:
+    """Then no mask is needed but in a later call of several tokens; with the weights laid out for decoding, too, in
+    parts that the 101 rows of the vocabulary do not divide by."""
+    model = sharp_model(CONFIG.model_copy(update={"tie_embeddings": tied, "bias": bias}))
     rows = torch.randint(101, (3, 12), generator=torch.Generator().manual_seed(3))
     uncached = model(rows)
-    if by_columns:
-        lay_out_for_decoding(model)
-        assert model.head_weight.stride() != sharp_model(CONFIG).head_weight.stride()
+    if parts:
+        lay_out_for_decoding(model, parts=parts)
+        assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
     cache = KVCache(CONFIG, batch_size=3, max_len=20)
     pieces = [model(piece, cache) for piece in rows.split([5, 1, 1, 3, 2], dim=1)]
     assert difference(torch.cat(pieces, dim=1), uncached) <= 1e-5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,10 +20,23 @@ if sys.argv[1] == "kept":
     keep_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    bytes(bytearray(64_000_000))
+    bytes(bytearray(30_000_000))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
+"""
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+TENSOR = """
+import resource
+from atlas.process import set_up_process
+set_up_process()
+import torch
+torch.ones(4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 SETTING = """
@@ -43,9 +57,19 @@ def printed(code: str, *arguments: str, **variables: str) -> str:
 
 
 def test_memory_that_is_freed_is_used_again() -> None:
-    """128 MB are 31,250 pages."""
+    """60 MB are 14,600 pages."""
     assert int(printed(FAULTS, "given back")) > 10_000
     assert int(printed(FAULTS, "kept")) < 2_000
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
+    reason="this system gives no large pages",
+)
+def test_large_tensors_lie_in_large_pages() -> None:
+    """64 MB are 15,600 pages, or 31 large ones."""
+    assert int(printed(TENSOR, THP_MEM_ALLOC_ENABLE="0")) > 10_000
+    assert int(printed(TENSOR)) < 2_000
 
 
 @pytest.mark.parametrize(("percent", "set_to"), [(0.9, "None"), (12.5, "1000")])

@@ -65,7 +65,8 @@ def generate(
     """Write text with a trained model: --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:
         raise AtlasError("give one of --prompt TEXT, --prompts-file FILE and --interactive")
-    from atlas.inference.load import lay_out_for_decoding, load_model
+    from atlas.inference.layout import lay_out_for_decoding
+    from atlas.inference.load import load_model
     from atlas.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

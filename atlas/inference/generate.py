@@ -81,7 +81,7 @@ class _Context:
         for row, window in enumerate(windows):
             padded[row, : len(window)] = torch.tensor(window)
         if self.use_cache:
-            dtype = self.model.token_embedding.weight.dtype
+            dtype = next(self.model.parameters()).dtype
             self.cache = self.cache or KVCache(self.model.config, len(windows), device=device, dtype=dtype)
             self.cache.truncate([0] * len(windows))
         hidden = self.model.hidden_states(padded.to(device), self.cache)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
@@ -81,17 +80,3 @@ def model_of(
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
     return LoadedModel(model.to(where, kind).eval(), own, config, path, facts)
-
-
-@torch.no_grad()
-def lay_out_for_decoding(model: AtlasLM) -> None:
-    """Store each matrix by columns; its values and shape stay. For a model on a CPU that is to write much.
-
-    A product of one row with a matrix reads every weight once, and takes as long as that. Stored by rows, a CPU reads
-    them in one thread, row by row; stored by columns, in all threads and in the order of memory.
-    """
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    if model.config.tie_embeddings:
-        weights.append(model.token_embedding.weight)
-    for weight in weights:
-        weight.data = weight.data.T.contiguous().T
