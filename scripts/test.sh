@@ -19,4 +19,4 @@ run() {
 run ruff check .
 run ruff format --check .
 run mypy
-run pytest "$@"
+run pytest --numprocesses auto --dist worksteal "$@"

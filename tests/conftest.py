@@ -11,6 +11,11 @@ from atlas.config import ModelConfig
 from atlas.model import AtlasLM, build_model
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Long tests measure memory and kill by the clock: one after the other. Others: one process a core."""
+    return 0 if "slow" in config.option.markexpr.replace("not slow", "") else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny models gain nothing from a second thread, and lose much when the machine is busy."""

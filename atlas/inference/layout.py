@@ -52,11 +52,14 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, N)."""
-        rows = x.reshape(-1, x.shape[-1]).expand(len(self.weight), -1, -1)
-        products = (
+        rows = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight), -1, -1)
+        parts = (
             torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
         )
-        return products.transpose(0, 1).reshape(*x.shape[:-1], -1)[..., : self.num_out]
+        if rows.shape[1] > 1:  # the parts of a single row lie one after the other
+            parts = parts.transpose(0, 1)
+        out = parts.reshape(*x.shape[:-1], -1)
+        return out if out.shape[-1] == self.num_out else out[..., : self.num_out]
 
 
 class _SplitEmbedding(nn.Module):
