@@ -12,7 +12,8 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's `malloc.h`."""
 _BUSY_CORES, _LOOK = 0.5, 0.1
-"""Another program computes where this many cores have worked for so many seconds while this one waited."""
+"""Another program computes where this many cores have worked for so many seconds while this one waited, and not only
+then: on average of the last minute as well."""
 
 
 def set_up_process() -> None:
@@ -48,5 +49,7 @@ def _share_the_cores() -> None:
     """
     import psutil
 
+    if os.getloadavg()[0] < _BUSY_CORES:
+        return
     if psutil.cpu_percent(_LOOK) / 100 * (psutil.cpu_count() or 1) >= _BUSY_CORES:
         os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -178,6 +178,8 @@ def test_overrides_speak_yaml_and_the_last_of_one_key_wins() -> None:
             "tokenizer: {name: gpt2}",
             "config.yaml: tokenizer is not a setting here; write it as data.tokenizer",
         ),
+        ("training: {lr: 1}", "config.yaml: unknown setting training.lr: it is training.learning_rate here"),
+        ("n_layer: 3", "config.yaml: unknown setting n_layer: it is model.num_layers here"),
         ("zzz: 1", "config.yaml: unknown setting zzz: docs/CONFIG.md lists every setting"),
         ("seed: 1\nmodel: {bias: true}\nseed: 2", "config.yaml line 3: key 'seed' is given twice"),
         ("training:\n  epochs: 1\n  epochs: 2", "config.yaml line 3: key 'epochs' is given twice"),

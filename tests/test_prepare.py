@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from atlas.cli import main
@@ -219,13 +219,22 @@ def test_tokens_decode_to_the_cleaned_documents_byte_for_byte(
     numbers=st.lists(st.integers(0, 4), min_size=1, max_size=19),
     lengths=st.lists(st.integers(20, 300), min_size=5, max_size=5),
     piece_chars=st.sampled_from([100, 1 << 20]),
+    min_chars=st.sampled_from([1, 300, 800]),
 )
 @settings(deadline=None, max_examples=30)
-@example(numbers=[1, 1], lengths=[20, 80, 20, 20, 20], piece_chars=100)  # the blanks make other pieces
-def test_of_few_documents_no_copy_is_cut(
-    numbers: list[int], lengths: list[int], piece_chars: int, tmp_path_factory: pytest.TempPathFactory
+@example(
+    numbers=[1, 1], lengths=[20, 80, 20, 20, 20], piece_chars=100, min_chars=1
+)  # blanks make other pieces
+@example(numbers=[0, 1], lengths=[60, 250, 20, 20, 20], piece_chars=100, min_chars=800)
+def test_of_few_documents_no_copy_is_cut_and_a_short_one_is_left_out_whole(
+    numbers: list[int],
+    lengths: list[int],
+    piece_chars: int,
+    min_chars: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Where the end of the text is held out, the cut may go through the first of two copies, or the second."""
+    """Where the end of the text is held out, the cut may go through the first of two copies, or the second, and through
+    a document that is long enough, but whose halves are not."""
     texts = [" ".join(f"{number}.{word}" for word in range(lengths[number])) for number in range(5)]
     folder = tmp_path_factory.mktemp("copies")
     rows = [
@@ -234,10 +243,19 @@ def test_of_few_documents_no_copy_is_cut(
     (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "PIECE_CHARS", piece_chars)
-        dataset = prepare([folder / "rows.jsonl"], folder / "out", val_fraction=0.2).dataset
+        cleaning = Cleaning(min_chars=min_chars)
+        assume(all(abs(len(texts[n]) - min_chars) > 2 for n in numbers))  # whatever their blanks
+        long = [n for n in numbers if len(texts[n]) > min_chars]
+        paths, out = [folder / "rows.jsonl"], folder / "out"
+        if not long:
+            with pytest.raises(AtlasError, match=rf"{len(numbers)} by short\).*--min-chars than {min_chars}"):
+                prepare(paths, out, val_fraction=0.2, cleaning=cleaning)
+            return
+        dataset = prepare(paths, out, val_fraction=0.2, cleaning=cleaning).dataset
     kept = "".join(documents_in(dataset, "train") + documents_in(dataset, "val"))
-    assert "".join(kept.split()) == "".join("".join(texts[n] for n in dict.fromkeys(numbers)).split())
-    assert dataset.manifest.cleaning["duplicates"].documents == len(numbers) - len(set(numbers))
+    assert "".join(kept.split()) == "".join("".join(texts[n] for n in dict.fromkeys(long)).split())
+    assert dataset.manifest.cleaning["duplicates"].documents == len(long) - len(set(long))
+    assert dataset.manifest.cleaning["short"].documents == len(numbers) - len(long)
 
 
 @given(documents=st.lists(TEXTS.filter(lambda d: not d.isspace()), min_size=20, max_size=40, unique=True))

@@ -158,7 +158,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
     if not files:
         raise AtlasError(
             f"{folder}: is neither a prepared dataset nor a folder with checkpoints; "
-            f"if it holds text: atlas prepare --input {folder}"
+            f"what is prepared: atlas prepare --list; if it holds text: atlas prepare --input {folder}"
         )
     with byte_progress(sum(path.stat().st_size for path in files), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}

@@ -229,9 +229,25 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
     return layer
 
 
+_ELSEWHERE = {
+    "block_size": "model.max_seq_len",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_heads",
+    "n_layer": "model.num_layers",
+    "dtype": "training.precision",
+    "lr": "training.learning_rate",
+    "max_iters": "training.max_steps",
+    "min_lr": "training.min_learning_rate_ratio",
+    "warmup_iters": "training.warmup_steps",
+}
+"""What settings are called in nanoGPT and Hugging Face, where no likeness would lead from one name to the other."""
+
+
 def _unknown(dotted: str) -> str:
     dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
+    if leaf in _ELSEWHERE:
+        return f"unknown setting {dotted}: it is {_ELSEWHERE[leaf]} here"
     homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
     if dotted in homes:
         return f"{dotted}: write it as {leaf} in the section {dotted.split('.')[0]}"

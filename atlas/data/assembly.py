@@ -53,12 +53,18 @@ class Assembly:
     ) -> None:
         state = state or {}
         self.rule, self.cleaning = rule, cleaning
+        # With a cut the rule has left out what is short, and counted it: a half of a document, which may be empty, is
+        # not to be judged again.
+        self._judges_length = rule.cut_at is None
+        self._min_chars = max(1, cleaning.min_chars) if self._judges_length else 1
         self.cleaned = {
             step: StepRecord(**record)
             for step, record in state.get("cleaned", _nothing_yet(cleaning)).items()
         }
         if rule.copies and not state:
             self._count("duplicates", len(rule.copies), rule.copied_chars)
+        if rule.short and not state:
+            self._count("short", len(rule.short), rule.short_chars)
         splits = state.get("splits", {})
         self.writers = {
             name: SplitWriter(folder, work, name, dtype, shard_tokens, **_resumed(splits.get(name)))
@@ -88,6 +94,16 @@ class Assembly:
         finished = [writer.finish_full_shards() for writer in self.writers.values()]
         return any(finished)
 
+    @property
+    def left_out(self) -> dict[str, StepRecord]:
+        """The steps that left out whole documents."""
+        steps = ("short", "duplicates", "near_duplicates")
+        return {
+            step: self.cleaned[step]
+            for step in steps
+            if step in self.cleaned and self.cleaned[step].documents
+        }
+
     def sync(self) -> dict[str, Any]:
         """Bring everything to the disk; the state that it stands for."""
         for writer in self.writers.values():
@@ -116,8 +132,9 @@ class Assembly:
         self._document = None  # one that was cut in two has no end of its own
         for step, (documents, characters) in encoded.changes.items():
             self._count(step, documents, characters)
-        keep = encoded.num_chars >= max(1, self.cleaning.min_chars)
-        self._leave_out("short", encoded, ~keep)
+        keep = encoded.num_chars >= self._min_chars
+        if self._judges_length:
+            self._leave_out("short", encoded, ~keep)
         digests = np.frombuffer(encoded.digests, dtype="V16")
         if self.cleaning.drops_duplicates:
             candidates = np.flatnonzero(keep)
@@ -159,13 +176,14 @@ class Assembly:
         self.writers[document.split].append(encoded.tokens, starts, int(encoded.num_bytes[0]))
         if part.ends_document:
             if reason := self._reason_to_leave_out(document):
-                self._count(reason, 1, document.num_chars)
+                if reason != "short" or self._judges_length:
+                    self._count(reason, 1, document.num_chars)
                 for name, extent in document.before.items():
                     self.writers[name].cut_back(extent)
             self._document = None
 
     def _reason_to_leave_out(self, document: _OpenDocument) -> str | None:
-        if document.num_chars < max(1, self.cleaning.min_chars):
+        if document.num_chars < self._min_chars:
             return "short"
         if self.cleaning.drops_duplicates and not self.seen.first_met(bytes.fromhex(document.digest))[0]:
             return "duplicates"

@@ -213,6 +213,14 @@ def _make(
         splits = assembly.finish()
     finally:
         assembly.close()
+    gone = [f"{record.documents:,} by {step}" for step, record in assembly.left_out.items()]
+    if not splits and gone:
+        shortest = options.cleaning.min_chars
+        less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
+        raise AtlasError(
+            f"{sources.names}: cleaning leaves no text to train on: every document is left out "
+            f"({', '.join(gone)}); give more text{less}"
+        )
     if "train" not in splits:
         raise AtlasError(
             f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "

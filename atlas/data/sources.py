@@ -75,7 +75,12 @@ class Sources:
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
-            raise AtlasError(f"{self.names}: nothing to read{self._links_note}; give {_KINDS}")
+            ignored = (
+                f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
+                if self.ignored
+                else ""
+            )
+            raise AtlasError(f"{self.names}: nothing to read{self._links_note}{ignored}; give {_KINDS}")
 
     @property
     def names(self) -> str:

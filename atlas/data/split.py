@@ -30,13 +30,16 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class SplitRule:
     """By the hash of each document; or, with `cut_at`, by place: what stands behind that many characters
-    is held out. Copies are left out before that cut, which could go through one of two."""
+    is held out. Copies and short documents are left out before that cut, which could go through one of them."""
 
     val_fraction: float
     cut_at: int | None = None
     copies: tuple[int, ...] = ()
     """Of the few documents those, by their places, that say what one before them says."""
     copied_chars: int = 0
+    short: tuple[int, ...] = ()
+    """And those with fewer characters than `Cleaning.min_chars`."""
+    short_chars: int = 0
 
     @staticmethod
     def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
@@ -45,10 +48,12 @@ class SplitRule:
             return SplitRule(0.0)
         seen: set[bytes] = set()
         copies: list[int] = []
-        count = chars = total = copied_chars = 0
+        short: list[int] = []
+        count = chars = cleaned = total = copied_chars = short_chars = 0
         starts, blanks, whole = True, "", hashlib.blake2b(digest_size=16)
         for piece in documents:
             text, _ = cleaning.clean(piece.text, starts_document=starts)
+            cleaned += len(text)
             text = text.lstrip() if starts else blanks + text
             starts = piece.ends_document
             body = text.rstrip()
@@ -57,16 +62,20 @@ class SplitRule:
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
-            if cleaning.drops_duplicates and whole.digest() in seen:
+            if cleaned < max(1, cleaning.min_chars):
+                short.append(count)
+                short_chars += cleaned
+            elif cleaning.drops_duplicates and whole.digest() in seen:
                 copies.append(count)
                 copied_chars += chars
             else:
                 seen.add(whole.digest())
                 total += chars
-            count, chars, whole = count + 1, 0, hashlib.blake2b(digest_size=16)
+            count, chars, cleaned, whole = count + 1, 0, 0, hashlib.blake2b(digest_size=16)
             if count == FEWEST_DOCUMENTS:
                 return SplitRule(val_fraction)
-        return SplitRule(val_fraction, total - int(total * val_fraction), tuple(copies), copied_chars)
+        cut_at = total - int(total * val_fraction)
+        return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
         """Each piece as a part; a cut at a place between two words makes two of one."""
@@ -86,9 +95,9 @@ class SplitRule:
     def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:
         starts, position, number = True, 0, 0
         for piece in pieces:
-            is_copy = number in self.copies
+            is_left_out = number in self.copies or number in self.short
             number += piece.ends_document
-            if is_copy:
+            if is_left_out:
                 continue
             head = piece.text[: max(0, cut_at - position)]
             if 0 < len(head) < len(piece.text):

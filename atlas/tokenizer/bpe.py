@@ -78,7 +78,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens at most."""
     if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise AtlasError(
-            f"vocabulary of {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
+            f"--train-tokenizer {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
             f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE}"
         )
     learner = HFTokenizer(models.BPE())
