@@ -12,6 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SECONDS=0
 trap 'echo "scripts/test.sh: $SECONDS s after installation, exit $?" >&2' EXIT
+# Hundreds of tests start a Python of their own, which would compile the package anew each time.
+unset PYTHONDONTWRITEBYTECODE
 run() {
   echo "+ $*" >&2
   "$venv_python" -m "$@"
