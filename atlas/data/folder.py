@@ -97,6 +97,11 @@ class Workshop:
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
+    @property
+    def can_go_on(self) -> bool:
+        """By what is on the disk: an interrupt may come in the middle of a commit."""
+        return self._journal.exists()
+
     def commit(self, state: dict[str, Any]) -> None:
         """From here on the next process goes on. All that `state` tells of must be on the disk."""
         new = self._journal.with_suffix(".new")
@@ -128,7 +133,7 @@ def making(output: Path, key: str) -> Iterator[Workshop]:
             output.rename(replaced)
         workshop.dataset.rename(output)
     except (KeyboardInterrupt, OSError, WorkerKilled):
-        keep = workshop.state is not None
+        keep = workshop.can_go_on
         if keep:
             say(f"{output}: what is done so far is kept; the same command goes on with it")
         raise
