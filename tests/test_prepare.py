@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare, text
 from atlas.data.cleaning import Cleaning
+from atlas.data.folder import Workshop, making
 from atlas.data.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
@@ -518,3 +519,16 @@ def test_the_command_takes_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert documents_in(open_dataset(out), "train")[0].startswith("The river runs")
     assert main(["prepare", "--input", "nosuch://bucket/a.txt", "--output", str(tmp_path / "none")]) == 2
     assert "nosuch://bucket/a.txt" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_the_middle_of_a_first_commit_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("atlas.data.folder.flush_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt), making(tmp_path / "set", "key") as workshop:
+        workshop.commit({"position": 3})
+    assert "the same command goes on with it" in capsys.readouterr().err
+    assert Workshop(tmp_path / ".set.preparing", "key").state == {"position": 3}
