@@ -11,7 +11,7 @@ try {
     Invoke-Checked $python -m ruff check .
     Invoke-Checked $python -m ruff format --check .
     Invoke-Checked $python -m mypy
-    Invoke-Checked $python -m pytest --numprocesses auto --dist worksteal @args
+    Invoke-Checked $python -m pytest @args
     [Console]::Error.WriteLine("scripts/test.ps1: passed, $([int]$watch.Elapsed.TotalSeconds) s after installation")
 }
 finally {

@@ -21,4 +21,4 @@ run() {
 run ruff check .
 run ruff format --check .
 run mypy
-run pytest --numprocesses auto --dist worksteal "$@"
+run pytest "$@"
