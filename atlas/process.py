@@ -21,7 +21,7 @@ def set_up_process() -> None:
     if sys.platform == "linux":
         keep_memory()
         # PyTorch then aligns tensors of 2 MB and more to the system's large pages, and asks for them: a page fault for
-        # 512 pages, and fewer holes between tensors.
+        # 512 pages.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()

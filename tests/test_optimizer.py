@@ -22,7 +22,7 @@ from atlas.training.checkpoint import load_checkpoint
 from atlas.training.optimizer import build_optimizer
 from atlas.training.untrusted import check_optimizer_state
 from atlas.training.writing import tensor_bytes
-from tests.runs import STATE, layer, logged, run, same_bits, trainer_for
+from tests.runs import STATE, layer, logged, resumes_with_the_same_bits, run, same_bits, trainer_for
 
 NAMES = ("adamw", "muon", "adafactor")
 RATE = 1e-3
@@ -184,14 +184,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
         model__dropout=0.2,
         checkpoint__save_interval=3,
     )
-    run(explicit)
-    whole = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
-    losses = [line["loss"] for line in logged(tmp_path / "run")]
-    run(explicit, resume=str(tmp_path / "run" / "atlas_step_3.pt"))
-    again = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
-    for key in STATE:
-        assert same_bits(whole[key], again[key]), key
-    assert [line["loss"] for line in logged(tmp_path / "run")] == losses
+    resumes_with_the_same_bits(explicit, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas.config import ModelConfig, TrainingConfig
+from atlas.config.loader import resolve
 from atlas.inference.load import load_model
 from atlas.model import build_model
 from atlas.planning import checkpoint_bytes
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.optimizer import build_optimizer, round_to_bf16, step_rounding_weights
 from atlas.training.writing import tensor_bytes
-from tests.runs import STATE, layer, logged, run, same_bits
+from tests.runs import layer, logged, resumes_with_the_same_bits, run, same_bits
 
 NAMES = ("adamw", "muon", "adafactor")
 
@@ -105,21 +106,13 @@ def in_bf16(folder: Path, text: Path, optimizer: str, **settings: object) -> dic
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: Path) -> None:
-    explicit = in_bf16(tmp_path / "run", text_file, name)
-    trainer, _ = run(explicit)
-    whole = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
-    losses = [line["loss"] for line in logged(tmp_path / "run")]
-    run(explicit, resume=str(tmp_path / "run" / "atlas_step_3.pt"))
-    again = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
-    for key in STATE:
-        assert same_bits(whole[key], again[key]), key
-    assert [line["loss"] for line in logged(tmp_path / "run")] == losses
+    whole = resumes_with_the_same_bits(in_bf16(tmp_path / "run", text_file, name), tmp_path / "run")
     assert {tensor.dtype for tensor in whole["model_state_dict"].values()} == {torch.bfloat16}
-    kept = trainer.optimizer.state_dict()["state"]
+    kept = whole["optimizer_state_dict"]["state"]
     assert {value.dtype for state in kept.values() for value in state.values()} == {torch.float32}
     steps = sum(tensor_bytes(state["step"]) for state in kept.values() if "step" in state)
     in_file = tensor_bytes(whole["model_state_dict"]) + tensor_bytes(kept) - steps
-    assert checkpoint_bytes(trainer.config) == in_file
+    assert checkpoint_bytes(resolve(whole["config"])) == in_file
 
 
 def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> None:
@@ -141,4 +134,8 @@ def test_its_checkpoint_is_read_like_any_other(tmp_path: Path, text_file: Path) 
     longer = in_bf16(tmp_path / "run", text_file, "adamw", training__max_steps=8)
     longer["training"]["precision"] = "fp32"
     assert run(longer)[0].model.token_embedding.weight.dtype == torch.float32
-    assert "precision: bf16-true when saved, fp32 here" in (tmp_path / "run" / "training.log").read_text()
+    back = in_bf16(tmp_path / "run", text_file, "adamw", training__max_steps=10)
+    assert run(back)[0].model.token_embedding.weight.dtype == torch.bfloat16
+    log = (tmp_path / "run" / "training.log").read_text()
+    for change in ("bf16-true when saved, fp32 here", "fp32 when saved, bf16-true here"):
+        assert f"precision: {change}" in log

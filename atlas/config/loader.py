@@ -240,7 +240,7 @@ _ELSEWHERE = {
     "min_lr": "training.min_learning_rate_ratio",
     "warmup_iters": "training.warmup_steps",
 }
-"""What settings are called in nanoGPT and Hugging Face, where no likeness would lead from one name to the other."""
+"""What settings are called in nanoGPT and elsewhere, where no likeness would lead from one name to the other."""
 
 
 def _unknown(dotted: str) -> str:
