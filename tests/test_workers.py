@@ -227,6 +227,47 @@ def _busy_worker(parent: int) -> psutil.Process:
     raise AssertionError("no worker began")
 
 
+DIES_WHILE_IT_SENDS = """
+import multiprocessing.connection as pipes, os, signal
+from types import SimpleNamespace
+from atlas.data import workers
+from atlas.data.folder import WorkerKilled
+
+class Encoder:
+    tokenizer = None
+
+    def __call__(self, parts):
+        if parts == [3]:
+            pipes.Connection._send = die_halfway
+        return b"x" * 100_000
+
+def die_halfway(pipe, message, *_):
+    os.write(pipe.fileno(), bytes(message)[:3000])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+workers._LOOK_SECONDS = 0.3
+try:
+    for batch, encoded in workers._encode_here((SimpleNamespace(parts=[n]) for n in range(20)), Encoder(), 2):
+        print(batch.parts[0])
+except WorkerKilled as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on Windows")
+def test_a_worker_killed_while_it_sends_is_told() -> None:
+    """Its half result must not be waited for."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", DIES_WHILE_IT_SENDS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert run.stdout.startswith("0\n1\n2\na worker process was killed"), run.stderr
+
+
 # Standard input, Ray, and what is printed
 
 

@@ -12,8 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -26,10 +28,15 @@ from atlas.data.split import Part, SplitRule
 from atlas.errors import AtlasError
 from atlas.tokenizer import CustomTokenizer
 
+if TYPE_CHECKING:
+    from loky import ProcessPoolExecutor
+
 _AHEAD = 3
 """Batches under way for each worker: one in work, the others waiting."""
 _WORTH_A_WORKER = 4_000_000
 """Bytes of text below which starting a process costs more than it saves."""
+_LOOK_SECONDS = 5.0
+"""How long a result is waited for before it is looked whether a worker is gone."""
 
 _encoder: Encoder | None = None
 """In a worker process: what its initializer was given."""
@@ -119,8 +126,7 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[Callable[[list[Part]], Cal
     def submit(parts: list[Part]) -> Callable[[], Encoded]:
         with _signals_held_back():  # it may start processes, and they are born deaf to Ctrl-C
             future = pool.submit(_encode, parts)
-        result: Callable[[], Encoded] = future.result
-        return result
+        return lambda: _result(future, pool)
 
     try:
         yield submit
@@ -131,7 +137,29 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[Callable[[list[Part]], Cal
             "it goes on from what is done"
         ) from None
     finally:
+        if not finished:
+            _kill(pool)
         pool.shutdown(wait=True, kill_workers=not finished)
+
+
+def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:
+    """A worker that is killed while it sends leaves half a result in the pipe, and loky would wait for the other
+    half for ever: one that was gone at two looks, and still no result, is taken for that."""
+    from loky.process_executor import TerminatedWorkerError
+
+    gone: set[int] = set()
+    while not wait([future], timeout=_LOOK_SECONDS).done:
+        gone_before, gone = gone, {pid for pid, worker in [*pool._processes.items()] if not worker.is_alive()}
+        if gone & gone_before:
+            raise TerminatedWorkerError
+    return future.result()
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """With the workers dead and this process's own end of their pipe closed, nobody waits for what they send."""
+    for worker in [*pool._processes.values()]:
+        worker.terminate()
+    pool._result_queue._writer.close()
 
 
 def _begin(encoder: Encoder, parent: int) -> None:
