@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from pathlib import Path
 
@@ -320,7 +321,11 @@ def test_every_setting_is_read_by_some_code() -> None:
     package = Path(atlas.__file__).parent
     outside = [path for path in package.rglob("*.py") if package / "config" not in path.parents]
     read = set().union(*(attributes(ast.parse(path.read_text(encoding="utf-8"))) for path in outside))
-    for function in ast.walk(ast.parse((package / "config/config.py").read_text(encoding="utf-8"))):
+    own = [
+        ast.parse((package / "config" / name).read_text(encoding="utf-8"))
+        for name in ("config.py", "model.py")
+    ]
+    for function in itertools.chain(*map(ast.walk, own)):
         is_property = isinstance(function, ast.FunctionDef) and function.decorator_list
         if is_property and any(name == function.name for _, name in read):
             read |= {("config", name) for owner, name in attributes(function) if owner == "self"}

@@ -41,6 +41,7 @@ from atlas.training.loss import compute_lm_loss
 from tests.conftest import corpus
 
 SHAPE = {"hidden_size": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 130, "max_seq_len": 32}
+MODERN = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 
 
 def config_of(**sections: dict[str, Any]) -> AtlasConfig:
@@ -69,6 +70,8 @@ def counted_flops(config: AtlasConfig) -> int:
         {"tie_embeddings": False, "bias": False},
         {"num_layers": 1, "num_heads": 1},
         {"max_seq_len": 100, "vocab_size": 7},
+        MODERN,
+        MODERN | {"num_kv_heads": 2, "head_dim": 32, "mlp_size": 200},
     ],
     ids=str,
 )
@@ -76,7 +79,8 @@ def test_flops_are_those_that_pytorch_counts(model: dict[str, Any], checkpointin
     config = config_of(model=model, training={"batch_size": 2, "gradient_checkpointing": checkpointing})
     shape = config.model
     # Half of all pairs are masked; the fused kernels do not compute them, the one that is counted does.
-    masked = (8 if checkpointing else 6) * shape.num_layers * shape.max_seq_len * shape.hidden_size
+    pairs = shape.num_layers * shape.max_seq_len * shape.num_heads * shape.head_size
+    masked = (8 if checkpointing else 6) * pairs
     expected = 2 * shape.max_seq_len * (training_flops_per_token(config) + masked)
     assert counted_flops(config) == expected
 

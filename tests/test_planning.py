@@ -33,6 +33,7 @@ from atlas.training.loss import compute_lm_loss
 from atlas.training.optimizer import build_optimizer
 
 SHAPE = {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "vocab_size": 300, "max_seq_len": 64}
+MODERN = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 
 
 def config_of(**sections: dict) -> AtlasConfig:
@@ -48,11 +49,24 @@ def config_of(**sections: dict) -> AtlasConfig:
     context=st.integers(1, 50),
     bias=st.booleans(),
     tied=st.booleans(),
+    others=st.fixed_dictionaries(
+        {
+            "position": st.sampled_from(["learned", "rope"]),
+            "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+            "mlp": st.sampled_from(["gelu", "swiglu"]),
+            "qk_norm": st.booleans(),
+            "num_kv_heads": st.sampled_from([None, 1]),
+            "head_dim": st.sampled_from([None, 6]),
+        }
+    ),
 )
 def test_parameters_are_those_of_the_model(
-    heads: int, head_dim: int, layers: int, vocab: int, context: int, bias: bool, tied: bool
+    heads: int, head_dim: int, layers: int, vocab: int, context: int, bias: bool, tied: bool, others: dict
 ) -> None:
+    if others["position"] == "rope" and others["head_dim"] is None:
+        head_dim *= 2  # it turns pairs
     model_config = ModelConfig(
+        **others,
         hidden_size=heads * head_dim,
         num_layers=layers,
         num_heads=heads,
@@ -107,9 +121,14 @@ def kept_by_autograd(config: AtlasConfig) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_activations_are_what_autograd_keeps(batch_size: int, dropout: float, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    "shape", [{}, MODERN, MODERN | {"qk_norm": True, "num_kv_heads": 2, "head_dim": 32}], ids=str
+)
+def test_activations_are_what_autograd_keeps(
+    shape: dict, batch_size: int, dropout: float, checkpointing: bool
+) -> None:
     config = config_of(
-        model={"dropout": dropout},
+        model={"dropout": dropout, **shape},
         training={"batch_size": batch_size, "gradient_checkpointing": checkpointing},
     )
     estimated = estimate_training_memory(config, device="cpu").activations
@@ -257,9 +276,13 @@ def assert_near_the_measured_peak(config: AtlasConfig) -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon", "adafactor"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_takes_what_was_planned(tied: bool, optimizer_name: str, tmp_path: Path) -> None:
-    config = config_of(model={"tie_embeddings": tied}, training={"optimizer": optimizer_name})
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tie_embeddings": False}, MODERN | {"qk_norm": True, "num_kv_heads": 2, "head_dim": 32}],
+    ids=str,
+)
+def test_a_checkpoint_takes_what_was_planned(shape: dict, optimizer_name: str, tmp_path: Path) -> None:
+    config = config_of(model=shape, training={"optimizer": optimizer_name})
     model = build_model(config.model, seed=0)
     optimizer = build_optimizer(model, config.training)
     tokens = torch.zeros(1, 8, dtype=torch.long)

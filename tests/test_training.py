@@ -219,6 +219,37 @@ def test_schedule_equals_pytorch_s_own() -> None:
             cosine.step()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "fraction", "decay"), [("linear", 0.2, 90), ("wsd", 0.25, 25), ("wsd", 1.0, 90)]
+)
+def test_linear_and_wsd_are_transformers_after_warm_up(schedule: str, fraction: float, decay: int) -> None:
+    from transformers import get_wsd_schedule
+
+    config = TrainingConfig(
+        learning_rate=2e-3,
+        warmup_steps=10,
+        min_learning_rate_ratio=0.1,
+        schedule=schedule,
+        decay_fraction=fraction,
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    theirs = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=10,
+        num_decay_steps=decay,
+        num_training_steps=100,
+        min_lr_ratio=0.1,
+        decay_type="linear",
+    )
+    for step in range(105):
+        if step >= 10:
+            assert learning_rate_at(step, config, 100) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9), (
+                step
+            )
+        optimizer.step()
+        theirs.step()
+
+
 @given(
     st.integers(1, 50),
     st.integers(1, 9),

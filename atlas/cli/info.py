@@ -125,6 +125,7 @@ def _model(config: Any) -> Facts:
         f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads, context {config.max_seq_len}, "
         f"vocabulary {config.vocab_size:,}",
     )
+    yield "architecture", config.gguf_architecture or f"for Atlas only: {config.train_only}"
 
 
 def _rounded(loss: float | None) -> str | None:

@@ -5,8 +5,8 @@ from atlas.config.config import (
     CheckpointConfig,
     DataConfig,
     GuardConfig,
-    ModelConfig,
     TrainingConfig,
 )
+from atlas.config.model import ModelConfig
 
 __all__ = ["AtlasConfig", "CheckpointConfig", "DataConfig", "GuardConfig", "ModelConfig", "TrainingConfig"]

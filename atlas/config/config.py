@@ -6,135 +6,15 @@ are made from them.
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, PositiveInt, model_validator
 
-MAX_PARAMETERS = 10**13
-"""Their weights alone take 40 TB."""
-VOCAB_MULTIPLE = 64
-"""Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
+from atlas.config.fields import Float, Int, Section, count_or_auto, off_on, size
+from atlas.config.model import ModelConfig as ModelConfig
+
 LOSS_CHUNK_TOKENS = 256
 """Rows of logits that exist at once in training's loss: 51 MB in fp32 for GPT-2's vocabulary."""
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `3e-4` as a string and `yes` as a bool: take the first, refuse the second."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true/false")
-    if isinstance(value, str):
-        try:
-            return float(value.replace("_", ""))
-        except ValueError:
-            raise ValueError("must be a number") from None
-    return value
-
-
-def _whole_number(value: Any) -> Any:
-    """As `_number`, and `1e5` is the integer 100000."""
-    value = _number(value)
-    if isinstance(value, float):
-        if not math.isfinite(value) or value != int(value):
-            raise ValueError("must be a whole number")
-        value = int(value)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("must be below 2^63")
-    return value
-
-
-def _count_or_auto(value: Any) -> Any:
-    if value == "auto":
-        return value
-    value = _whole_number(value)
-    if isinstance(value, int) and value < 1:
-        raise ValueError("must be at least 1, or auto")
-    return value
-
-
-def _off_on(value: Any) -> Any:
-    """YAML 1.1 reads `off` and `on` as booleans."""
-    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
-
-
-def _size(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(
-        r"\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE
-    ):
-        raise ValueError("must be a size such as 20GB")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_whole_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Frozen, no unknown keys, no unread ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ModelConfig(Section):
-    """The shape of the network: enough, with the weights, to rebuild it."""
-
-    hidden_size: Int = Field(
-        768, ge=1, le=2**24, description="Width of the residual stream; divisible by num_heads."
-    )
-    num_layers: Int = Field(12, ge=1, le=10_000, description="Number of transformer blocks.")
-    num_heads: Int = Field(12, ge=1, le=2**24, description="Attention heads per block.")
-    vocab_size: Int | None = Field(
-        None, ge=1, le=2**24, description="Tokens in the vocabulary; left out, the dataset's is taken."
-    )
-    max_seq_len: Int = Field(1024, ge=1, le=2**32, description="Context length in tokens.")
-    dropout: Float = Field(
-        0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
-    )
-    bias: bool = Field(True, description="Biases in linear layers and layer norms, as in GPT-2.")
-    tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weights.")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            below = self.hidden_size // self.num_heads * self.num_heads
-            sizes = " or ".join(str(size) for size in (below, below + self.num_heads) if size)
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
-                f"use hidden_size {sizes}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _some_machine_holds_it(self) -> ModelConfig:
-        rows = 12 * self.num_layers * self.hidden_size + (self.vocab_size or 0) + self.max_seq_len
-        if rows * self.hidden_size > MAX_PARAMETERS:
-            raise ValueError(
-                f"num_layers {self.num_layers}, hidden_size {self.hidden_size}, vocab_size {self.vocab_size} and "
-                f"max_seq_len {self.max_seq_len} make {rows * self.hidden_size:.0e} parameters, and no machine holds "
-                f"more than {MAX_PARAMETERS:.0e}: use smaller ones"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def vocabulary(self) -> int:
-        """`vocab_size`, once it is known. A model is only ever built from a config that knows it."""
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def gguf_architecture(self) -> str:
-        """The llama.cpp architecture that computes what this model computes."""
-        return "gpt2"
 
 
 class MixturePart(Section):
@@ -198,7 +78,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Int = Field(
         1, ge=1, description="An update takes batch_size × gradient_accumulation_steps sequences."
     )
-    micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = Field(
         "auto",
         description="Sequences that run through the model at once; changes memory and speed, "
         "not the result. auto: batch_size, or as many of them as fit into memory.",
@@ -222,8 +102,16 @@ class TrainingConfig(Section):
         "for all of them; fixed for a run.",
     )
     learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="How the learning rate falls after warm-up: along a cosine, along a line, or (wsd) not before the "
+        "last part of the run, decay_fraction, and then along a line.",
+    )
+    decay_fraction: Float = Field(
+        0.2, gt=0, le=1, description="The part of the run, at its end, in which wsd falls."
+    )
     min_learning_rate_ratio: Float = Field(
-        0.1, ge=0, le=1, description="Final learning rate as a part of the peak (cosine decay)."
+        0.1, ge=0, le=1, description="Final learning rate as a part of the peak."
     )
     warmup_steps: Int = Field(100, ge=0, description="Updates of linear warm-up.")
     weight_decay: Float = Field(0.1, ge=0, description="Decay of matrices; never of biases and norms.")
@@ -238,7 +126,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute each block in the backward pass: less memory, more time."
     )
-    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(_off_on)] = Field(
+    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(off_on)] = Field(
         "auto",
         description="Compile each block with torch.compile: a minute at the start, faster updates after. auto: on CUDA "
         "where it works, never on a CPU, where it does not pay.",
@@ -249,7 +137,7 @@ class TrainingConfig(Section):
     )
     log_interval: Int = Field(10, ge=1, description="Updates between two lines of metrics.")
     eval_interval: Int = Field(100, ge=1, description="Updates between two evaluations on validation data.")
-    eval_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+    eval_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = Field(
         "auto", description="Sequences evaluated at once. auto: as many as train at once."
     )
     eval_sequences: Int = Field(
@@ -280,7 +168,7 @@ class CheckpointConfig(Section):
     keep_checkpoints: Int = Field(
         5, ge=1, description="Checkpoints kept of each kind; the best is always kept besides."
     )
-    max_total: Annotated[ByteSize, BeforeValidator(_size)] | None = Field(
+    max_total: Annotated[ByteSize, BeforeValidator(size)] | None = Field(
         None,
         description="Bytes that all checkpoints together may take, such as 20GB: the oldest go first, never the best "
         "and the newest.",
@@ -306,7 +194,7 @@ class GuardConfig(Section):
         description="So many updates in a row that could not be applied, since their loss or gradient was not finite, "
         "send the run back to its last save.",
     )
-    spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(_off_on)] = Field(
+    spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(off_on)] = Field(
         "off",
         description="What to do with an update whose loss or gradient norm is far above the last 128: nothing, not "
         "apply it, or go back to the last save.",

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from atlas.config.config import AtlasConfig, Section
+from atlas.config.config import AtlasConfig
+from atlas.config.fields import Section
 from atlas.errors import AtlasError
 from atlas.files import read_limited
 

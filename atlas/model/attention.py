@@ -1,6 +1,6 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T new tokens, S tokens seen, H heads, D head_dim, C hidden_size = H × D.
+Shapes: B batch, T new tokens, S tokens seen, H heads, K heads of keys and values, D head_dim, C hidden_size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from atlas.config import ModelConfig
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
 from atlas.model.recompute import recomputed
+from atlas.model.rope import Rotation, rotate
 
 
 class CausalSelfAttention(nn.Module):
@@ -21,11 +22,17 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads = config.num_heads
-        self.head_dim = config.head_dim
+        self.head_size = config.head_size
+        self.widths = [
+            heads * config.head_size for heads in (config.num_heads, config.kv_heads, config.kv_heads)
+        ]
+        self.shares_keys = config.kv_heads != config.num_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
+        self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
+        # Keep the products of queries and keys from growing (Henry et al. 2020, arXiv:2010.04245).
+        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -34,27 +41,50 @@ class CausalSelfAttention(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """(B, T, C) → (B, T, C), of norm(x), which is not kept. `mask` (B, 1, T, S) says what is seen, all that came
-        before where it is left out; with a cache `positions` (B, T) says where the tokens stand."""
-        B, T, C = x.shape
+        before where it is left out; with a cache `positions` (B, T) says where the tokens stand; `rotation` turns
+        queries and keys. Where K < H, each head of keys and values serves H / K of queries (Ainslie et al. 2023,
+        arXiv:2305.13245)."""
+        B, T, _ = x.shape
         qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
-        q_BHTD, k_BHTD, v_BHTD = (
-            part.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in qkv.split(C, dim=-1)  # type: ignore[no-untyped-call]
+        q_BTHD, k_BTKD, v_BTKD = (
+            part.view(B, T, -1, self.head_size)
+            for part in qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
         )
+        q_BHTD = _placed(q_BTHD, self.q_norm, rotation).transpose(1, 2)
+        k_BKTD = _placed(k_BTKD, self.k_norm, rotation).transpose(1, 2)
+        v_BKTD = v_BTKD.transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             assert positions is not None
             assert not isinstance(mask, BlockMask)
-            k_BHSD, v_BHSD = cache.update(self.layer, positions, k_BHTD, v_BHTD)
+            k_BKSD, v_BKSD = cache.update(self.layer, positions, k_BKTD, v_BKTD)
+            is_causal = mask is None and T > 1
             out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=mask is None and T > 1
+                q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=is_causal, enable_gqa=self.shares_keys
             )
         elif isinstance(mask, BlockMask):
-            out_BHTD = attend_sparsely(q_BHTD, k_BHTD, v_BHTD, mask)
+            out_BHTD = attend_sparsely(q_BHTD, k_BKTD, v_BKTD, mask)
         else:
             out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                enable_gqa=self.shares_keys,
             )
-        return self.output(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+
+def _placed(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
+    """Queries or keys (B, T, H, D), normalised and turned, of which only `x` and the result are kept."""
+
+    def place(x: Tensor) -> Tensor:
+        x = x if norm is None else norm(x)
+        return x if rotation is None else rotate(x, rotation)
+
+    return place(x) if norm is None else recomputed(place, x)

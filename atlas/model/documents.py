@@ -54,9 +54,9 @@ def has_flex_attention(device: torch.device) -> bool:
 
 
 def attend_sparsely(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """(B, H, T, D) each → (B, H, T, D)."""
+    """(B, H, T, D), and keys and values of as many heads or fewer → (B, H, T, D)."""
     attend: Any = _compiled() if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask)  # type: ignore[no-any-return]
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
 
 
 @functools.cache

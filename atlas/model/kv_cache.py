@@ -19,7 +19,7 @@ from atlas.config import ModelConfig
 class KVCache:
     """Preallocated keys and values, with a length per row.
 
-    `keys` and `values` have shape (num_layers, B, num_heads, max_len, head_dim); `lengths` is (B,).
+    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.max_len = max_len or config.max_seq_len
-        shape = (config.num_layers, batch_size, config.num_heads, self.max_len, config.head_dim)
+        shape = (config.num_layers, batch_size, config.kv_heads, self.max_len, config.head_size)
         # Zeros, not empty: a masked slot still enters the softmax's product with weight 0, and 0 × NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -10,17 +10,26 @@ from atlas.model.recompute import recomputed
 
 
 class MLP(nn.Module):
-    """C → 4C → C with GELU between (Hendrycks & Gimpel 2016, arXiv:1606.08415), in the tanh form.
+    """C → M → C, with GELU between (Hendrycks & Gimpel 2016, arXiv:1606.08415), or SwiGLU (Shazeer 2020,
+    arXiv:2002.05202), where `up` makes both the values and the gates that they are multiplied by.
 
-    GPT-2 was trained with the tanh form and llama.cpp computes it, so no other is offered.
+    GPT-2 was trained with the tanh form of GELU and llama.cpp computes it, so no other is offered.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=config.bias)
-        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size, bias=config.bias)
+        self.is_gated = config.mlp == "swiglu"
+        inside = 2 * config.mlp_width if self.is_gated else config.mlp_width
+        self.up = nn.Linear(config.hidden_size, inside, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """(B, T, C) → (B, T, C), of norm(x). Neither the norm's output nor GELU's is kept."""
+        """(B, T, C) → (B, T, C), of norm(x). Neither the norm's output nor what `down` takes is kept."""
         inside = recomputed(lambda x: self.up(norm(x)), x)
-        return recomputed(lambda x: self.down(F.gelu(x, approximate="tanh")), inside)
+        return recomputed(lambda x: self.down(self._activate(x)), inside)
+
+    def _activate(self, inside: Tensor) -> Tensor:
+        if not self.is_gated:
+            return F.gelu(inside, approximate="tanh")
+        gates, values = inside.chunk(2, dim=-1)
+        return F.silu(gates) * values

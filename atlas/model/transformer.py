@@ -1,7 +1,8 @@
-"""`AtlasLM`: a decoder-only transformer in GPT-2's shape (Radford et al. 2019).
+"""`AtlasLM`: a decoder-only transformer, in GPT-2's shape (Radford et al. 2019), in that of Llama (Touvron et al. 2023,
+arXiv:2302.13971) or Qwen3, or in between, as `ModelConfig` says.
 
-Pre-norm blocks, learned positions, a head that may share the token embedding's weights. The model
-knows nothing of training, devices or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
+Pre-norm blocks, a head that may share the token embedding's weights. The model knows nothing of training, devices or
+files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from atlas.model.attention import CausalSelfAttention
 from atlas.model.documents import document_mask, document_positions
 from atlas.model.kv_cache import KVCache
 from atlas.model.mlp import MLP
+from atlas.model.norm import build_norm
+from atlas.model.rope import Rotation, rotation_at
 
 
 class Block(nn.Module):
@@ -26,9 +29,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        self.attention_norm = build_norm(config)
         self.attention = CausalSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        self.mlp_norm = build_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -38,8 +41,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(x, self.attention_norm, cache, positions, mask))
+        x = x + self.dropout(self.attention(x, self.attention_norm, cache, positions, mask, rotation))
         return x + self.dropout(self.mlp(x, self.mlp_norm))  # type: ignore[no-any-return]
 
 
@@ -55,10 +59,11 @@ class AtlasLM(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_seq_len, config.hidden_size)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.max_seq_len, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, bias=config.bias)
+        self.final_norm = build_norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.init_weights()
@@ -74,7 +79,7 @@ class AtlasLM(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes_to_residual = name.endswith(("attention.output", "mlp.down"))
                 nn.init.normal_(module.weight, std=residual_std if writes_to_residual else 0.02)
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 nn.init.ones_(module.weight)
             if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -106,12 +111,17 @@ class AtlasLM(nn.Module):
         else:
             positions = cache.positions(T)
             mask = cache.visible(positions)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        x, rotation = self.token_embedding(tokens), None
+        if self.config.position == "rope":
+            rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
+        else:
+            x = x + self.position_embedding(positions)
+        x = self.dropout(x)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, cache, positions, mask, rotation, use_reentrant=False)
             else:
-                x = block(x, cache, positions, mask)
+                x = block(x, cache, positions, mask, rotation)
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ million parameters, with an allocator that returns what is freed). Where freed m
 estimate including `_CPU_SLACK` is 1 to 5 % below what `nano`, `tiny` and `small` took (benchmarks/memory.py).
 The figures for GPUs follow from the same count and have not been measured yet.
 
-Symbols: B sequences at once, T max_seq_len, C hidden_size, L num_layers, H num_heads, V vocabulary.
+Symbols: B sequences at once, T max_seq_len, C hidden_size, L num_layers, H num_heads, M mlp_width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
 from atlas.config.config import LOSS_CHUNK_TOKENS
+from atlas.planning.shapes import Matrix, block_matrices
 
 ASSUMED_VOCABULARY = 2048
 """Of a config that leaves `vocab_size` to the dataset: the demo's own byte-level BPE."""
@@ -93,21 +94,23 @@ def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Exact, by the closed formula of the architecture."""
-    C, L, V, T, bias = (
-        model.hidden_size,
-        model.num_layers,
-        model.vocabulary,
-        model.max_seq_len,
-        int(model.bias),
-    )
+    C, L, V, bias = model.hidden_size, model.num_layers, model.vocabulary, int(model.bias)
+    qkv, output, up, down = block_matrices(model).values()
+    norm = C * (1 + bias) if model.norm == "layernorm" else C
     return Parameters(
         token_embedding=V * C,
-        position_embedding=T * C,
-        attention=L * (4 * C * C + bias * 4 * C),
-        mlp=L * (8 * C * C + bias * 5 * C),
-        norms=(2 * L + 1) * (1 + bias) * C,
+        position_embedding=model.max_seq_len * C if model.position == "learned" else 0,
+        attention=L * (qkv.size + output.size + bias * (qkv.rows + C)),
+        mlp=L * (up.size + down.size + bias * (up.rows + C)),
+        norms=(2 * L + 1) * norm + (2 * L * model.head_size if model.qk_norm else 0),
         head=0 if model.tie_embeddings else V * C,
     )
+
+
+def _tables(model: ModelConfig) -> list[int]:
+    """Rows of the embeddings and of a head of its own."""
+    tables = [model.padded_vocab_size] * (1 if model.tie_embeddings else 2)
+    return [*tables, model.max_seq_len] if model.position == "learned" else tables
 
 
 def _stored_parameters(model: ModelConfig) -> int:
@@ -125,33 +128,43 @@ def _weight_bytes(training: TrainingConfig) -> int:
 
 def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
     """What `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
-    C, L, T, V = model.hidden_size, model.num_layers, model.max_seq_len, model.padded_vocab_size
-    stored, in_blocks = _stored_parameters(model), 12 * L * C * C
-    tables = (T + V if model.tie_embeddings else T + 2 * V) * C
+    C, L, matrices = model.hidden_size, model.num_layers, block_matrices(model).values()
+    stored, in_blocks = _stored_parameters(model), L * sum(matrix.size for matrix in matrices)
+    tables = sum(_tables(model)) * C
     if training.optimizer == "muon":
         return _FP32 * (in_blocks + 2 * (stored - in_blocks))
     if training.optimizer == "adafactor":
-        # Rows and columns of qkv (3 C, C), output (C, C), up (4 C, C), down (C, 4 C), and of the tables.
-        sides = 16 * L * C + tables // C + (2 if model.tie_embeddings else 3) * C
+        # A number for each row and each column.
+        sides = L * sum(matrix.rows + matrix.columns for matrix in matrices) + sum(
+            rows + C for rows in _tables(model)
+        )
         return _FP32 * (sides + stored - in_blocks - tables)
     if training.optimizer == "adamw8bit":
         # Of matrices a byte, and a scale for each 256 of them; of biases and norms, mostly below 4,096 numbers, fp32.
-        matrices = in_blocks + tables
-        return 2 * (matrices + matrices // 256 * _FP32 + (stored - matrices) * _FP32)
+        in_bytes = in_blocks + tables
+        return 2 * (in_bytes + in_bytes // 256 * _FP32 + (stored - in_bytes) * _FP32)
     return 2 * _FP32 * stored
 
 
 def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: str) -> int:
     """Bytes that the optimizer's step takes for the parameter that it is at, when activations are gone."""
-    C = model.hidden_size
-    largest = max(model.padded_vocab_size, model.max_seq_len, 4 * C) * C * _FP32
-    # Of up (4 C, C) Muon makes the mean gradient, an orthogonalised one before and after an iteration, (C, C) products.
-    width = _FP32 if device == "cpu" else 2
-    muon = 4 * C * C * (_FP32 + 2 * width) + 2 * C * C * width
+    C, matrices = model.hidden_size, block_matrices(model).values()
+    largest = max(max(_tables(model)) * C, *(matrix.size for matrix in matrices)) * _FP32
+    # Of its largest matrix Muon makes the mean gradient, an orthogonalised one before and after an iteration, and
+    # products of the shorter side; of those that share a tensor one after the other.
+    part = max(*_muon_parts(model), key=lambda matrix: matrix.size)
+    width, short = (_FP32 if device == "cpu" else 2), min(part)
+    muon = part.size * (_FP32 + 2 * width) + 2 * short * short * width
     own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest, "muon": muon}[training.optimizer]
     if _weight_bytes(training) == _FP32:
         return own
     return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them
+
+
+def _muon_parts(model: ModelConfig) -> list[Matrix]:
+    """The matrices of a block that Muon makes orthogonal, the largest of each kind."""
+    C, M = model.hidden_size, model.mlp_width
+    return [Matrix(model.num_heads * model.head_size, C), Matrix(M, C)]
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMemory:
@@ -170,11 +183,14 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     at_loss = _at_the_loss(config, tokens, half=half)
     if training.gradient_checkpointing:
         kept = model.num_layers * tokens * C * width
-        recomputed_gelu = 4 * tokens * C * (2 if half else _FP32)
-        at_loss = max(at_loss, block + recomputed_gelu + table)
+        # What GELU makes again, or SwiGLU's gates and what they let through.
+        inside = (2 if model.mlp == "swiglu" else 1) * tokens * model.mlp_width * (2 if half else _FP32)
+        at_loss = max(at_loss, block + inside + table)
     else:
         kept = model.num_layers * block
     kept += tokens * C * (width + (2 if half else _FP32))  # the last block's output, and the final norm's
+    if model.norm == "rmsnorm" and device == "cpu":
+        kept += tokens * C * _FP32  # which has no kernel of its own there, and keeps a step in between
     if model.dropout:
         kept += tokens * C * (1 if device == "cuda" else _FP32)
 
@@ -186,8 +202,12 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     if half and not pure:
         # Only attention's output keeps its copy: the others' are made again with the norms' and GELU's outputs. With
         # gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
-        in_blocks, head = (model.num_layers + 4) * C * C, model.padded_vocab_size * C
-        half_weights = 2 * (max(5 * C * C, head) if training.gradient_checkpointing else in_blocks + head)
+        _, output, up, down = (matrix.size for matrix in block_matrices(model).values())
+        outputs, head = (model.num_layers * output), model.padded_vocab_size * C
+        if training.gradient_checkpointing:
+            half_weights = 2 * max(output + max(up, down), head)
+        else:
+            half_weights = 2 * (outputs + max(up, down) + head)
 
     accumulates = training.sequences_per_update > micro_batch
     step = _step_temporaries(model, training, device=device)
@@ -228,14 +248,19 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
 def _block_activations(model: ModelConfig, batch: int, *, half: bool, width: int, device: str) -> int:
     """Bytes that autograd keeps of one block for B sequences.
 
-    In units of C per token: the two inputs of norms, of `width` bytes; in the precision of the matrix products q, k
-    and v, attention's output, and GELU's input (4). The norms' outputs and GELU's are recomputed.
-    Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with dropout, which its fused
-    kernel lacks.
+    Per token: the two inputs of norms, C each of `width` bytes; in the precision of the matrix products q, k and v,
+    attention's output, and what the MLP's activation takes; with RoPE q and k once more, turned. The norms' outputs and
+    the activation's are recomputed. Attention keeps a logarithm per head, and its T × T weights never, except on a CPU
+    with dropout, which its fused kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
-    tokens = batch * T
-    total = tokens * C * (2 * width + 8 * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
+    tokens, matrices = batch * T, block_matrices(model)
+    products = matrices["qkv"].rows + matrices["output"].columns + matrices["up"].rows
+    if model.position == "rope":
+        products += (model.num_heads + model.kv_heads) * model.head_size
+    total = (
+        tokens * (2 * C * width + products * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
+    )
     if model.dropout:
         total += 2 * tokens * C * (1 if device == "cuda" else _FP32)
         if device == "cpu":
@@ -245,11 +270,12 @@ def _block_activations(model: ModelConfig, batch: int, *, half: bool, width: int
 
 def estimate_inference_memory(model: ModelConfig, *, device: str, batch_size: int = 1) -> InferenceMemory:
     """With the KV cache of `batch_size` rows, each of `max_seq_len` tokens."""
-    tokens, C = batch_size * model.max_seq_len, model.hidden_size
+    tokens = batch_size * model.max_seq_len
+    inside = 2 * (model.hidden_size + model.mlp_width)
     return InferenceMemory(
         weights=_stored_parameters(model) * _FP32,
-        cache=2 * model.num_layers * tokens * C * _FP32,
-        activations=10 * tokens * C * _FP32,  # prefill: the residual stream and the inside of one MLP
+        cache=2 * model.num_layers * tokens * model.kv_heads * model.head_size * _FP32,
+        activations=tokens * inside * _FP32,  # prefill: the residual stream and the inside of one MLP
         process=_PROCESS[device],
     )
 

@@ -297,6 +297,8 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
             "data.document_mask: attention computes all T × T weights, since its sparse kernel has no dropout; "
             "model.dropout 0 is faster"
         )
+    if config.model.train_only:
+        say(f"model: for Atlas only, it cannot be exported: {config.model.train_only}")
     if config.training.optimizer == "adamw8bit":
         say(
             "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"

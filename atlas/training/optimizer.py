@@ -70,6 +70,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             | common
             for is_qkv in (True, False)
         ]
+        self._parts = {p: _rows_of_parts(name, model) for name, p in inside}
         self._adamw = _adamw(
             [
                 {"params": tables, "weight_decay": config.weight_decay},
@@ -88,8 +89,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update. q, k and v share a tensor (3 C, C), and are three matrices all the same: orthogonalised together,
-        each would get as much of the update as the sizes of their gradients leave it."""
+        """One update. q, k and v share a tensor, and so do the values and the gates of SwiGLU. They are matrices of
+        their own all the same: orthogonalised together, each would get as much of the update as the sizes of their
+        gradients leave it."""
         for group in self.param_groups:
             for weight in group["params"] if "is_qkv" in group else ():
                 if weight.grad is None:
@@ -98,12 +100,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 tensors = (weight, weight.grad, state["momentum_buffer"])
-                for parts in zip(
-                    *(tensor.chunk(3 if group["is_qkv"] else 1) for tensor in tensors), strict=True
-                ):
+                for parts in zip(*(tensor.split(self._parts[weight]) for tensor in tensors), strict=True):
                     _muon_update(*parts, rate=group["lr"], decay=group["weight_decay"])
         self._adamw.param_groups = [group for group in self.param_groups if "is_qkv" not in group]
         self._adamw.step()
+
+
+def _rows_of_parts(name: str, model: nn.Module) -> list[int]:
+    """How many rows each matrix has of those that the parameter holds."""
+    room = model.get_submodule(name.rsplit(".", 2)[0])
+    rows = len(model.get_parameter(name))
+    if name.endswith("qkv.weight"):
+        return list(room.widths)  # type: ignore[arg-type]
+    return [rows // 2] * 2 if name.endswith("up.weight") and room.is_gated else [rows]
 
 
 def _muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, *, rate: float, decay: float) -> None:

@@ -28,11 +28,17 @@ def horizon_steps(
 
 
 def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
-    """The rate of update `step` (0 is the first): linear warm-up, then cosine decay to the horizon
-    (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
+    """The rate of update `step` (0 is the first): linear warm-up, then `schedule` down to its floor at the horizon.
+
+    Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983. Warm-up, stable, decay (wsd): Hu et al. 2024, arXiv:2404.06395.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, horizon - config.warmup_steps)
+    falling = max(1, horizon - config.warmup_steps)
+    if config.schedule == "wsd":
+        falling = min(falling, max(1, round(config.decay_fraction * horizon)))
+    left = min(1.0, max(0.0, (horizon - step) / falling))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
     floor = config.min_learning_rate_ratio
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (floor + (1 - floor) * cosine)
+    return config.learning_rate * (floor + (1 - floor) * left)

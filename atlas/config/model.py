@@ -1,0 +1,165 @@
+"""The shape of the network, and which of llama.cpp's architectures computes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from atlas.config.fields import Float, Int, Section
+
+MAX_PARAMETERS = 10**13
+"""Their weights alone take 40 TB."""
+VOCAB_MULTIPLE = 64
+"""Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
+_ROPE_THETA = 10_000.0
+
+_ROTATED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False},
+    "llama": {**_ROTATED, "qk_norm": False},
+    "qwen3": {**_ROTATED, "qk_norm": True},
+}
+"""llama.cpp's architectures that a model can be exported as, and what each of them wants."""
+
+
+class ModelConfig(Section):
+    """The shape of the network: enough, with the weights, to rebuild it."""
+
+    hidden_size: Int = Field(
+        768, ge=1, le=2**24, description="Width of the residual stream; divisible by num_heads."
+    )
+    num_layers: Int = Field(12, ge=1, le=10_000, description="Number of transformer blocks.")
+    num_heads: Int = Field(12, ge=1, le=2**24, description="Attention heads per block.")
+    num_kv_heads: Int | None = Field(
+        None,
+        ge=1,
+        le=2**24,
+        description="Heads of keys and values, each shared by num_heads / num_kv_heads queries; left out, num_heads.",
+    )
+    head_dim: Int | None = Field(
+        None, ge=1, le=2**24, description="Width of a head; left out, hidden_size / num_heads."
+    )
+    mlp_size: Int | None = Field(
+        None,
+        ge=1,
+        le=2**26,
+        description="Width inside the MLP; left out, 4 × hidden_size for gelu, and for swiglu, which has a third "
+        "matrix, 8/3 of it, rounded up to a multiple of 64.",
+    )
+    vocab_size: Int | None = Field(
+        None, ge=1, le=2**24, description="Tokens in the vocabulary; left out, the dataset's is taken."
+    )
+    max_seq_len: Int = Field(1024, ge=1, le=2**32, description="Context length in tokens.")
+    position: Literal["learned", "rope"] = Field(
+        "learned", description="How a token knows its place: a learned vector, or rotated queries and keys."
+    )
+    rope_theta: Float = Field(
+        _ROPE_THETA, gt=1, description="The longest wave of rope is about 2π times so many tokens."
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Norm before attention and MLP.")
+    norm_eps: Float = Field(1e-5, gt=0, lt=1, description="Added to what a norm divides by.")
+    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="What the MLP does between its matrices.")
+    qk_norm: bool = Field(False, description="RMS norms of queries and keys, per head.")
+    dropout: Float = Field(
+        0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
+    )
+    bias: bool = Field(True, description="Biases in linear layers and layer norms, as in GPT-2.")
+    tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weights.")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            below = self.hidden_size // self.num_heads * self.num_heads
+            sizes = " or ".join(str(size) for size in (below, below + self.num_heads) if size)
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                f"use hidden_size {sizes}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}: "
+                f"use one of {', '.join(str(n) for n in _divisors(self.num_heads))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rope_can_rotate(self) -> ModelConfig:
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(
+                f"head_dim {self.head_size} is odd, and position rope turns pairs: use head_dim {self.head_size + 1}"
+            )
+        if self.position != "rope" and self.rope_theta != _ROPE_THETA:
+            raise ValueError(
+                f"rope_theta {self.rope_theta:g} does nothing with position {self.position}: set position to rope"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_machine_holds_it(self) -> ModelConfig:
+        inside = 2 * self.num_heads * self.head_size + 2 * self.mlp_width
+        rows = inside * self.num_layers + (self.vocab_size or 0) + self.max_seq_len
+        if rows * self.hidden_size > MAX_PARAMETERS:
+            raise ValueError(
+                f"num_layers {self.num_layers}, hidden_size {self.hidden_size}, vocab_size {self.vocab_size} and "
+                f"max_seq_len {self.max_seq_len} make {rows * self.hidden_size:.0e} parameters, and no machine holds "
+                f"more than {MAX_PARAMETERS:.0e}: use smaller ones"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_size is not None:
+            return self.mlp_size
+        return 4 * self.hidden_size if self.mlp == "gelu" else -(-8 * self.hidden_size // 3 // 64) * 64
+
+    @property
+    def vocabulary(self) -> int:
+        """`vocab_size`, once it is known. A model is only ever built from a config that knows it."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return self.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def gguf_architecture(self) -> str | None:
+        """The llama.cpp architecture that computes what this model computes, if there is one."""
+        return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
+
+    @property
+    def train_only(self) -> str | None:
+        """Why the model cannot leave Atlas, with what to change; None where it can."""
+        if self.gguf_architecture:
+            return None
+        nearest = min(_ARCHITECTURES, key=lambda name: len(self._changes_for(name)))
+        changes = " and ".join(
+            f"model.{setting} to {str(value).lower()}"
+            for setting, value in self._changes_for(nearest).items()
+        )
+        return f"no architecture of llama.cpp computes this model: for {nearest}, set {changes}"
+
+    def _changes_for(self, architecture: str) -> dict[str, Any]:
+        """The settings that stand between this model and a llama.cpp architecture, with the values it wants."""
+        wanted = _ARCHITECTURES[architecture]
+        changes = {name: value for name, value in wanted.items() if getattr(self, name) != value}
+        if architecture == "gpt2":  # its heads are as wide together as the model
+            if self.kv_heads != self.num_heads:
+                changes["num_kv_heads"] = self.num_heads
+            if self.head_size * self.num_heads != self.hidden_size:
+                changes["head_dim"] = "null"
+        return changes
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
