@@ -1,6 +1,6 @@
 """`atlas <command>`: one small module per command, imported only when it is called.
 
-Each module holds one function of its own name whose typer annotations are its options, and imports its
+Each module holds one function of its own name, the command's, whose typer annotations are its options, and imports its
 work inside it, so that `atlas --help` needs neither PyTorch nor a second. Here a mistake of the user's, in
 what they wrote or in what it names, becomes one line and exit code 2.
 """
@@ -31,14 +31,17 @@ COMMANDS = {
     "train": "Train a model, or go on with one.",
     "generate": "Write text with a trained model.",
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text.",
-    "export": "Write a GGUF file and prove it in llama.cpp.",
+    "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
+    "import": "Make a checkpoint of a public model in Hugging Face's format.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
     "plan": "Memory, disk, tokens and time of a config, before any work.",
     "doctor": "What this machine can do, and what to mend.",
     "pipeline": "The whole road in one command, with questions or without.",
 }
 
-_COMPUTE = {"train", "generate", "evaluate", "export", "doctor", "pipeline"}
+_COMPUTE = {"train", "generate", "evaluate", "export", "import", "doctor", "pipeline"}
+FUNCTIONS = {"import": "import_model"}
+"""Of commands whose name Python keeps for itself."""
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 
@@ -106,7 +109,8 @@ def _build_app(invoked: str | None) -> typer.Typer:
 
     for name, summary in COMMANDS.items():
         if name == invoked:
-            function = getattr(importlib.import_module(f"atlas.cli.{name}"), name)
+            place = FUNCTIONS.get(name, name)
+            function = getattr(importlib.import_module(f"atlas.cli.{place}"), place)
             app.command(name)(_with_readable_errors(function))
         else:
             app.command(name, help=summary)(lambda: None)

@@ -1,4 +1,4 @@
-"""`atlas export`: a checkpoint as a GGUF file, and its proof in llama.cpp."""
+"""`atlas export`: a checkpoint as a GGUF file, with its proof in llama.cpp, or in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -13,28 +13,59 @@ import typer
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from atlas.export.gguf import ExportedFile, Quantization
+    from atlas.export.gguf import ExportedFile
+    from atlas.export.huggingface import HFType
+    from atlas.export.quantize import Quantization
     from atlas.inference.load import LoadedModel
 
 
 class Type(str, Enum):
-    """The types `--quantize` takes."""
+    """The types `--quantize` takes, the largest file first."""
 
     f32 = "f32"
     f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q6_k = "q6_k"
+    q5_k_m = "q5_k_m"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_k_m = "q4_k_m"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+
+
+class Format(str, Enum):
+    """The forms `--format` takes."""
+
+    gguf = "gguf"
+    hf = "hf"
 
 
 def export(
     checkpoint: Annotated[str, typer.Option(help="The checkpoint to export.")] = "checkpoints/atlas_best.pt",
-    output: Annotated[str, typer.Option(help="The GGUF file to write.")] = "atlas_model.gguf",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="The GGUF file to write, or the folder for hf.", show_default="atlas_model.gguf, atlas_model"
+        ),
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers.")
+    ] = Format.gguf,
     quantize: Annotated[
-        Type, typer.Option(help="Type of the matrices: f32 is exact, f16 half the size.")
-    ] = Type.f16,
+        Type | None,
+        typer.Option(
+            help="Type of the matrices: f32 is exact, f16 or bf16 half the size, q8_0 a quarter, q4_k_m an eighth.",
+            show_default="gguf f16, hf f32",
+        ),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Run the file in llama.cpp (package xllamacpp) and compare it with PyTorch.")
+        bool,
+        typer.Option(help="gguf: run the file in llama.cpp (package xllamacpp) and compare it with PyTorch."),
     ] = True,
 ) -> None:
-    """Write a GGUF file with the tokenizer inside, for llama.cpp and all that is built on it, and prove it."""
+    """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
     from atlas.inference.load import NOT_NEEDED, model_of
     from atlas.training.checkpoint import find_checkpoint, load_checkpoint
 
@@ -42,10 +73,27 @@ def export(
     contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
-            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that a "
-            "GGUF file cannot hold; train with gpt2 or a tokenizer.json to export"
+            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
+            "file can hold; train with gpt2 or a tokenizer.json to export"
         )
-    export_and_prove(model_of(contents, path), Path(output), quantize=quantize.value, verify=verify)
+    loaded = model_of(contents, path)
+    if format is Format.hf:
+        kind = quantize or Type.f32
+        if kind not in (Type.f32, Type.f16, Type.bf16):
+            raise AtlasError(f"--quantize {kind.value}: is for GGUF; --format hf takes f32, f16 or bf16")
+        _export_hf(loaded, Path(output or "atlas_model"), kind.value)
+        return
+    kind = quantize or Type.f16
+    export_and_prove(loaded, Path(output or "atlas_model.gguf"), quantize=kind.value, verify=verify)
+
+
+def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType) -> None:
+    from atlas.export.huggingface import export_hf
+
+    export_hf(loaded.model, loaded.tokenizer, folder, dtype=dtype, name=folder.name, facts=loaded.facts)
+    for path in sorted(folder.iterdir()):
+        _say(f"{path.name:<22} {path.stat().st_size:>13,} bytes")
+    typer.echo(folder)
 
 
 def export_and_prove(
@@ -79,7 +127,7 @@ def _prove(loaded: LoadedModel, output: Path, quantize: Quantization, texts: Seq
     _say(str(proof))
     if not proof.holds:
         failed = ", ".join(name for name, agrees, _ in proof.checks if not agrees)
-        remedy = "try --quantize f32" if quantize == "f16" else "do not use this file"
+        remedy = "do not use this file" if quantize == "f32" else "try --quantize f32"
         raise AtlasError(f"{output}: llama.cpp does not say what the model says ({failed}); {remedy}")
     _say("proved: llama.cpp says what the model says")
 

@@ -1,7 +1,7 @@
 """GGUF out and in: an `AtlasLM` and its tokenizer as one file that llama.cpp runs, and back.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names, shapes and which tensors stay
-in 32 bits are those of llama.cpp's own converter, `convert_hf_to_gguf.py`.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What the file says of the model and which tensors
+stay in 32 bits is as in llama.cpp's own converter, `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,41 +20,23 @@ from torch import Tensor, nn
 
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError
+from atlas.export.architectures import (
+    TENSOR_NAMES,
+    architecture_of,
+    exportable_tokenizer,
+    for_llama_cpp,
+    from_llama_cpp,
+    tensor_names,
+)
 from atlas.export.gguf_header import check_header
+from atlas.export.quantize import Quantization, as_type, check_available, file_type, num_bytes, tensor_type
 from atlas.files import flush_folder, flush_to_disk
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
-Quantization = Literal["f32", "f16"]
-
-TENSOR_NAMES = {
-    "gpt2": {
-        "token_embedding.weight": "token_embd.weight",
-        "position_embedding.weight": "position_embd.weight",
-        "blocks.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-        "blocks.{}.attention_norm.bias": "blk.{}.attn_norm.bias",
-        "blocks.{}.attention.qkv.weight": "blk.{}.attn_qkv.weight",
-        "blocks.{}.attention.qkv.bias": "blk.{}.attn_qkv.bias",
-        "blocks.{}.attention.output.weight": "blk.{}.attn_output.weight",
-        "blocks.{}.attention.output.bias": "blk.{}.attn_output.bias",
-        "blocks.{}.mlp_norm.weight": "blk.{}.ffn_norm.weight",
-        "blocks.{}.mlp_norm.bias": "blk.{}.ffn_norm.bias",
-        "blocks.{}.mlp.up.weight": "blk.{}.ffn_up.weight",
-        "blocks.{}.mlp.up.bias": "blk.{}.ffn_up.bias",
-        "blocks.{}.mlp.down.weight": "blk.{}.ffn_down.weight",
-        "blocks.{}.mlp.down.bias": "blk.{}.ffn_down.bias",
-        "final_norm.weight": "output_norm.weight",
-        "final_norm.bias": "output_norm.bias",
-        "lm_head.weight": "output.weight",
-    },
-}
-"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's, `{}` being the block."""
-
 VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
 """Tensors with one row a token; the rows that only pad the vocabulary are not exported."""
 
-FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
-MATRIX_TYPES = {"f32": TensorType.F32, "f16": TensorType.F16}
 LARGEST_F16 = 65504.0
 
 
@@ -83,18 +65,20 @@ def export_gguf(
     model's state dict differ.
     """
     output = Path(output)
-    vocabulary = exportable(tokenizer, model.config)
+    vocabulary = exportable_tokenizer(tokenizer, model.config)
+    check_available(quantize)
     tensors = file_tensors(model)
-    types = {tensor: tensor_type(tensor, weights, quantize) for tensor, weights in tensors.items()}
+    types = tensor_types(model.config, tensors, quantize)
     for tensor, weights in tensors.items():
         _check_range(tensor, weights, types[tensor])
 
     temporary = output.with_name(output.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, model.config.gguf_architecture)
+    architecture = architecture_of(model.config)
+    writer = gguf.GGUFWriter(temporary, architecture)
     writer.add_name(name)
     for key, value in metadata_of(model, vocabulary, quantize).items():
         _add(writer, key, value)
-    sizes = {tensor: _num_bytes(weights, types[tensor]) for tensor, weights in tensors.items()}
+    sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
     try:
@@ -106,7 +90,7 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor, weights in tensors.items():  # one converted tensor in memory at a time
-                writer.write_tensor_data(gguf.quantize(weights.numpy(), types[tensor]))
+                writer.write_tensor_data(as_type(weights.numpy(), types[tensor]))
             writer.close()
             with open(temporary, "rb+") as file:
                 flush_to_disk(file)
@@ -119,37 +103,16 @@ def export_gguf(
         reason = error.strerror or error
         raise AtlasError(f"{output}: cannot be written: {reason}; choose another place") from None
     type_names = {tensor: type.name.lower() for tensor, type in types.items()}
-    return ExportedFile(output, model.config.gguf_architecture, type_names, output.stat().st_size)
-
-
-def exportable(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """`tokenizer`, if a GGUF file can hold it and its vocabulary is the model's; else `AtlasError`."""
-    if not isinstance(tokenizer, ByteLevelTokenizer):
-        raise AtlasError(
-            f"tokenizer {tokenizer.name}: is custom code, which a GGUF file cannot hold; "
-            "train with gpt2 or a tokenizer.json to export"
-        )
-    if tokenizer.vocab_size != config.vocabulary:
-        raise AtlasError(
-            f"model.vocab_size {config.vocabulary}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-            "tokens, and llama.cpp wants one row for each; train with the tokenizer's size to export"
-        )
-    return tokenizer
+    return ExportedFile(output, architecture, type_names, output.stat().st_size)
 
 
 def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
     """llama.cpp's name → fp32 tensor on the CPU, for all that its graph reads.
 
-    Covers the state dict exactly, or raises `ValueError`. llama.cpp's `gpt2` adds every bias, so those that
-    the model goes without are written as zeros.
+    Covers the state dict exactly, or raises `ValueError`.
     """
     config = model.config
-    names = tensor_names(config)
-    state = dict(model.state_dict())
-    if not config.bias:
-        for name in names.keys() - state.keys():
-            if name.endswith(".bias"):
-                state[name] = torch.zeros(len(state[name.removesuffix("bias") + "weight"]))
+    names, state = tensor_names(config), for_llama_cpp(model.state_dict(), config)
     if different := names.keys() ^ state.keys():
         raise ValueError(f"{config.gguf_architecture} table and state dict differ in {sorted(different)}")
     for name in VOCABULARY_ROWS & state.keys():
@@ -159,20 +122,15 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
 
 def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantization) -> dict[str, Any]:
     """Everything the file says besides its tensors and the model's name."""
-    config, architecture, eos_id = model.config, model.config.gguf_architecture, tokenizer.eos_id
+    config, eos_id = model.config, tokenizer.eos_id
     tokens = tokenizer.token_strings()
     token_types = [int(gguf.TokenType.NORMAL)] * len(tokens)
     token_types[eos_id] = int(gguf.TokenType.CONTROL)
     return {
         "general.type": "model",
-        "general.file_type": int(FILE_TYPES[quantize]),
+        "general.file_type": file_type(quantize),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        f"{architecture}.context_length": config.max_seq_len,
-        f"{architecture}.embedding_length": config.hidden_size,
-        f"{architecture}.feed_forward_length": 4 * config.hidden_size,
-        f"{architecture}.block_count": config.num_layers,
-        f"{architecture}.attention.head_count": config.num_heads,
-        f"{architecture}.attention.layer_norm_epsilon": float(np.float32(model.final_norm.eps)),
+        **{f"{architecture_of(config)}.{key}": value for key, value in _shape_in_file(config).items()},
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
@@ -184,18 +142,39 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
     }
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → llama.cpp's, of each tensor of a model of this shape."""
-    table = TENSOR_NAMES[config.gguf_architecture]
-    names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
-    if config.tie_embeddings:
-        del names["lm_head.weight"]
-    return names
+def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
+    """What the file says of the architecture, each key behind its name."""
+    shape: dict[str, Any] = {
+        "context_length": config.max_seq_len,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.mlp_width,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+    }
+    epsilon = float(np.float32(config.norm_eps))
+    if config.gguf_architecture == "gpt2":
+        return shape | {"attention.layer_norm_epsilon": epsilon}
+    return shape | {
+        "vocab_size": config.vocabulary,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": epsilon,
+        "rope.dimension_count": config.head_size,
+        "rope.freq_base": float(np.float32(config.rope_theta)),
+    }
 
 
-def tensor_type(name: str, tensor: Tensor, quantize: Quantization) -> TensorType:
-    """Vectors and positions stay in 32 bits, as llama.cpp's converter keeps them: they cost nothing."""
-    return TensorType.F32 if tensor.ndim == 1 or name == "position_embd.weight" else MATRIX_TYPES[quantize]
+def tensor_types(
+    config: ModelConfig, tensors: dict[str, Tensor], quantize: Quantization
+) -> dict[str, TensorType]:
+    """The type of each tensor of `file_tensors` in the file."""
+    return {
+        name: tensor_type(
+            name, tuple(tensor.shape), quantize, num_layers=config.num_layers, is_tied=config.tie_embeddings
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
@@ -224,33 +203,45 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
 
 
 def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
-    architecture = metadata["general.architecture"]
-    config = ModelConfig(
-        hidden_size=metadata[f"{architecture}.embedding_length"],
-        num_layers=metadata[f"{architecture}.block_count"],
-        num_heads=metadata[f"{architecture}.attention.head_count"],
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        max_seq_len=metadata[f"{architecture}.context_length"],
-        tie_embeddings="output.weight" not in tensors,
-    )
+    config = _config_in_file(metadata, tied="output.weight" not in tensors)
     padding = config.padded_vocab_size - config.vocabulary
     state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
     if tensors:
-        raise ValueError(f"holds tensors that {architecture} has not: {', '.join(tensors)}")
+        raise ValueError(f"holds tensors that {config.gguf_architecture} has not: {', '.join(tensors)}")
     for name in VOCABULARY_ROWS & state.keys():
         state[name] = nn.functional.pad(state[name], (0, 0, 0, padding))
     with torch.device("meta"):
         model = AtlasLM(config)
-    model.load_state_dict(state, assign=True)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = float(metadata[f"{architecture}.attention.layer_norm_epsilon"])
+    model.load_state_dict(from_llama_cpp(state, config), assign=True)
     return model
 
 
-def _num_bytes(tensor: Tensor, type: TensorType) -> int:
-    block_length, block_bytes = gguf.GGML_QUANT_SIZES[type]
-    return tensor.numel() // block_length * block_bytes
+def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
+    architecture = metadata["general.architecture"]
+    said = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    shape = {
+        "hidden_size": said["embedding_length"],
+        "num_layers": said["block_count"],
+        "num_heads": said["attention.head_count"],
+        "mlp_size": said["feed_forward_length"],
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "max_seq_len": said["context_length"],
+        "tie_embeddings": tied,
+    }
+    if architecture == "gpt2":
+        return ModelConfig(**shape, norm_eps=said["attention.layer_norm_epsilon"])
+    return ModelConfig(
+        **shape,
+        num_kv_heads=said["attention.head_count_kv"],
+        head_dim=said["attention.key_length"],
+        position="rope",
+        rope_theta=said["rope.freq_base"],
+        norm="rmsnorm",
+        norm_eps=said["attention.layer_norm_rms_epsilon"],
+        mlp="swiglu",
+        qk_norm=architecture == "qwen3",
+        bias=False,
+    )
 
 
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:

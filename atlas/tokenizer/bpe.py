@@ -67,9 +67,9 @@ class BPETokenizer(ByteLevelTokenizer):
                 f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
             ) from None
         except _Foreign as error:
-            raise AtlasError(
-                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, other tokenizers "
-                "as --tokenizer package.module:factory"
+            raise NotGPT2s(
+                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, others with the config.json of "
+                "their model beside them, or as --tokenizer package.module:factory"
             ) from None
         return cls("bpe", tokens, merges, eos_id)
 
@@ -92,6 +92,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     learner.train_from_iterator((well_formed(text) for text in texts), trainer=trainer)
     return BPETokenizer.from_json(learner.to_str(), origin="trained tokenizer")
+
+
+class NotGPT2s(AtlasError):
+    """A tokenizer of another kind; it may be a `ForeignTokenizer`."""
 
 
 class _Foreign(Exception):

@@ -2,8 +2,9 @@
 
 A tokenizer is anything with `encode`, `decode`, `vocab_size` and `eos_id`. Atlas brings two: GPT-2's
 vocabulary (`Tokenizer.gpt2()`, offline) and a byte-level BPE trained on one's own text
-(`Tokenizer.train`). A third comes in as `package.module:factory` or as an object. The first two are
-`ByteLevelTokenizer`s, whose vocabulary can be written down; only those can be saved and exported.
+(`Tokenizer.train`). Both are `ByteLevelTokenizer`s, and only those can be exported. The tokenizer.json of
+another model is run as it is (`ForeignTokenizer`), and any other comes in as `package.module:factory` or as
+an object.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Tokenizer(ABC):
     """Text ⇄ token ids. `<|endoftext|>` in a text is plain text; only `eos_id` marks a document's end."""
 
     name: str
-    """`gpt2`, `bpe`, or the `package.module:factory` it came from."""
+    """`gpt2`, `bpe`, `hf`, or the `package.module:factory` it came from."""
     vocab_size: int
     eos_id: int
 
@@ -87,14 +88,18 @@ class Tokenizer(ABC):
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
         """The tokenizer of a `tokenizer.json`, of a folder that holds one, or of a prepared dataset."""
-        from atlas.tokenizer.bpe import BPETokenizer
+        from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s
+        from atlas.tokenizer.foreign import ForeignTokenizer
 
         path = Path(path)
         if path.is_dir():
             if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
                 return Tokenizer.from_state(_state_in_dataset(path / "dataset.json"))
             path = path / "tokenizer.json"
-        return BPETokenizer.from_file(path)
+        try:
+            return BPETokenizer.from_file(path)
+        except NotGPT2s as refusal:
+            return ForeignTokenizer.from_file(path, refusal)
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Tokenizer:
@@ -104,6 +109,7 @@ class Tokenizer(ABC):
         owner has to name it.
         """
         from atlas.tokenizer.bpe import BPETokenizer
+        from atlas.tokenizer.foreign import ForeignTokenizer
 
         kind, name = state.get("kind"), state.get("name")
         if kind == "custom":
@@ -115,6 +121,8 @@ class Tokenizer(ABC):
             tokenizer = Tokenizer.gpt2()
         elif kind == "bpe" and isinstance(state.get("json"), str):
             tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
+        elif kind == "hf" and isinstance(state.get("json"), str):
+            tokenizer = ForeignTokenizer.from_state_dict(state)
         else:
             raise AtlasError(
                 f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"

@@ -1,0 +1,233 @@
+"""How Hugging Face's `transformers` writes down a model: its config.json and its names of tensors, out and in.
+
+The three model types are those whose computation Atlas has: `gpt2`, `llama`, `qwen3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.config import ModelConfig
+from atlas.errors import AtlasError
+from atlas.export.architectures import architecture_of, exportable_state, joined
+
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+_LLAMA = {
+    "token_embedding.weight": "model.embed_tokens.weight",
+    "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.attention.q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.{}.attention.k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.{}.attention.v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.{}.attention.output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.{}.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.{}.mlp.value.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "final_norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+_NAMES = {
+    "gpt2": {
+        "token_embedding.weight": "transformer.wte.weight",
+        "position_embedding.weight": "transformer.wpe.weight",
+        "blocks.{}.attention_norm.weight": "transformer.h.{}.ln_1.weight",
+        "blocks.{}.attention_norm.bias": "transformer.h.{}.ln_1.bias",
+        "blocks.{}.attention.qkv.weight": "transformer.h.{}.attn.c_attn.weight",
+        "blocks.{}.attention.qkv.bias": "transformer.h.{}.attn.c_attn.bias",
+        "blocks.{}.attention.output.weight": "transformer.h.{}.attn.c_proj.weight",
+        "blocks.{}.attention.output.bias": "transformer.h.{}.attn.c_proj.bias",
+        "blocks.{}.mlp_norm.weight": "transformer.h.{}.ln_2.weight",
+        "blocks.{}.mlp_norm.bias": "transformer.h.{}.ln_2.bias",
+        "blocks.{}.mlp.up.weight": "transformer.h.{}.mlp.c_fc.weight",
+        "blocks.{}.mlp.up.bias": "transformer.h.{}.mlp.c_fc.bias",
+        "blocks.{}.mlp.down.weight": "transformer.h.{}.mlp.c_proj.weight",
+        "blocks.{}.mlp.down.bias": "transformer.h.{}.mlp.c_proj.bias",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "final_norm.bias": "transformer.ln_f.bias",
+        "lm_head.weight": "lm_head.weight",
+    },
+    "llama": _LLAMA,
+    "qwen3": {
+        **_LLAMA,
+        "blocks.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+        "blocks.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+    },
+}
+_NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""What older versions saved beside the weights: masks and RoPE's speeds."""
+
+
+def names_of(config: ModelConfig) -> dict[str, str]:
+    """Atlas's name → Hugging Face's, of each tensor."""
+    table = _NAMES[architecture_of(config)]
+    names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
+    if config.tie_embeddings:
+        del names["lm_head.weight"]
+    return names
+
+
+def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict of Atlas's by Hugging Face's names, without the rows that only pad the vocabulary."""
+    parts, tensors = exportable_state(state, config), {}
+    for ours, theirs in names_of(config).items():
+        tensor = parts[ours]
+        if ours in ("token_embedding.weight", "lm_head.weight"):
+            tensor = tensor[: config.vocabulary]
+        tensors[theirs] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
+    return tensors
+
+
+def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The other way round, in fp32. Raises `AtlasError` for tensors that are missing, too many or of another shape."""
+    found = {
+        _full_name(name, config): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(_NOT_WEIGHTS)
+    }
+    names = names_of(config)
+    if config.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some files hold the shared table twice
+    if missing := sorted(set(names.values()) - found.keys()):
+        raise AtlasError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the download complete?")
+    if unknown := sorted(found.keys() - set(names.values())):
+        raise AtlasError(f"holds {len(unknown)} tensors that Atlas has no place for, such as {unknown[0]}")
+    state = {}
+    for ours, theirs in names.items():
+        tensor = found[theirs].float()
+        if ours in ("token_embedding.weight", "lm_head.weight"):
+            if len(tensor) != config.vocabulary:
+                raise AtlasError(
+                    f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
+                    "one of the two files is of another model"
+                )
+            padding = config.padded_vocab_size - config.vocabulary
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
+        state[ours] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
+    return joined(state, config)
+
+
+def _full_name(name: str, config: ModelConfig) -> str:
+    """Files of a bare model, as OpenAI's GPT-2 is published, leave out the first part."""
+    if name.startswith("lm_head."):
+        return name
+    prefix = "transformer." if config.gguf_architecture == "gpt2" else "model."
+    return name if name.startswith(prefix) else prefix + name
+
+
+def _is_transposed(config: ModelConfig, name: str) -> bool:
+    """GPT-2's linear layers are stored as (in, out) there."""
+    return (
+        config.gguf_architecture == "gpt2"
+        and name.startswith("blocks.")
+        and name.endswith(("qkv.weight", "output.weight", "up.weight", "down.weight"))
+    )
+
+
+def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
+    """config.json."""
+    architecture = architecture_of(config)
+    common = {
+        "architectures": [CLASSES[architecture]],
+        "model_type": architecture,
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
+    if architecture == "gpt2":
+        return common | {
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_positions": config.max_seq_len,
+            "n_inner": config.mlp_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        }
+    return common | {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+def config_in(stated: Mapping[str, Any]) -> ModelConfig:
+    """The shape that a config.json states, defaults being those of `transformers`. Raises `AtlasError` for what Atlas
+    does not compute."""
+    family = stated.get("model_type")
+    if family not in CLASSES:
+        raise AtlasError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
+    wanted: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,)}
+    if family == "gpt2":
+        wanted |= {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        }
+    else:
+        wanted |= {
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "use_sliding_window": (False,),
+        }
+    for key, values in wanted.items():
+        if (value := stated.get(key, values[0])) not in values:
+            raise AtlasError(
+                f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
+            )
+    if family == "gpt2":
+        return ModelConfig(
+            hidden_size=stated.get("n_embd", 768),
+            num_layers=stated.get("n_layer", 12),
+            num_heads=stated.get("n_head", 12),
+            mlp_size=stated.get("n_inner"),
+            vocab_size=stated.get("vocab_size", 50257),
+            max_seq_len=stated.get("n_positions", 1024),
+            norm_eps=stated.get("layer_norm_epsilon", 1e-5),
+            tie_embeddings=stated.get("tie_word_embeddings", True),
+        )
+    return ModelConfig(
+        hidden_size=stated.get("hidden_size", 4096),
+        num_layers=stated.get("num_hidden_layers", 32),
+        num_heads=stated.get("num_attention_heads", 32),
+        num_kv_heads=stated.get("num_key_value_heads"),
+        head_dim=stated.get("head_dim", 128 if family == "qwen3" else None),
+        mlp_size=stated.get("intermediate_size", 11008 if family == "llama" else 22016),
+        vocab_size=stated.get("vocab_size", 32000 if family == "llama" else 151936),
+        max_seq_len=stated.get("max_position_embeddings", 2048 if family == "llama" else 32768),
+        position="rope",
+        rope_theta=_rope_theta(stated),
+        norm="rmsnorm",
+        norm_eps=stated.get("rms_norm_eps", 1e-6),
+        mlp="swiglu",
+        qk_norm=family == "qwen3",
+        bias=False,
+        tie_embeddings=stated.get("tie_word_embeddings", False),
+    )
+
+
+def _rope_theta(stated: Mapping[str, Any]) -> float:
+    """`rope_theta`, or, since version 5 of `transformers`, `rope_parameters`."""
+    parameters = stated.get("rope_parameters") or {}
+    if (kind := parameters.get("rope_type", "default")) != "default":
+        raise AtlasError(
+            f"config.json: rope_parameters of type {kind!s:.60}: Atlas computes the default only"
+        )
+    return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))  # type: ignore[no-any-return]

@@ -1,0 +1,165 @@
+"""A folder that `transformers`, vLLM and their like load: safetensors, config.json, tokenizer.json and a model card.
+
+The formats: https://huggingface.co/docs/safetensors and https://huggingface.co/docs/transformers/main_classes/configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from atlas.errors import AtlasError
+from atlas.export.architectures import exportable_tokenizer
+from atlas.export.hf_format import CLASSES, config_out, state_out
+from atlas.files import flush_folder, flush_to_disk
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.foreign import ForeignTokenizer
+
+HFType = Literal["f32", "f16", "bf16"]
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+)
+
+
+def export_hf(
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    dtype: HFType = "f32",
+    name: str = "Atlas",
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `model` with `tokenizer` into `folder`, which appears whole or not at all; an earlier export there is
+    replaced, anything else is not.
+
+    `facts` is what the checkpoint says of its training, for the model card. Raises `AtlasError` for a tokenizer or a
+    shape that has no place there, for weights that `dtype` cannot hold, and where the folder cannot be written.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise AtlasError('--format hf: needs safetensors; pip install "atlas-llm[hf]"') from None
+    folder = Path(folder)
+    if not isinstance(tokenizer, ForeignTokenizer):
+        exportable_tokenizer(tokenizer, model.config)
+    eos_id = tokenizer.eos_id
+    tensors = {
+        name: tensor.to(_DTYPES[dtype])
+        for name, tensor in state_out(model.state_dict(), model.config).items()
+    }
+    for tensor_name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AtlasError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
+    if folder.exists() and not _is_export(folder):
+        raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
+    configs = {
+        "config.json": config_out(model.config, eos_id=eos_id, dtype=str(_DTYPES[dtype]).split(".")[1]),
+        "generation_config.json": {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_k": 50,
+            "top_p": 0.95,
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokenizer.decode([eos_id]),
+            "eos_token": tokenizer.decode([eos_id]),
+            "model_max_length": model.config.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for file, content in configs.items():
+            (temporary / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(temporary / "tokenizer.json")
+        (temporary / "README.md").write_text(_model_card(model, name, dtype, facts or {}), encoding="utf-8")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        for file in _FILES:
+            with open(temporary / file, "rb+") as written:
+                flush_to_disk(written)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        flush_folder(folder.parent)
+    except OSError as error:
+        raise AtlasError(
+            f"{folder}: cannot be written: {error.strerror or error}; choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_export(folder: Path) -> bool:
+    """An empty folder, or one with nothing in it but what is written here."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= set(_FILES)
+
+
+def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any]) -> str:
+    config = model.config
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "architecture": f"{CLASSES[str(config.gguf_architecture)]}: {config.num_layers} layers × {config.hidden_size}, "
+        f"{config.num_heads} heads",
+        "context": f"{config.max_seq_len:,} tokens",
+        "vocabulary": f"{config.vocabulary:,} tokens",
+        "weights": dtype,
+    }
+    training = facts.get("config", {}).get("training", {})
+    sequences = facts.get("sequences_consumed")
+    known = {
+        "trained on": facts.get("data", {}).get("train_data"),
+        "updates": facts.get("step"),
+        "tokens seen": f"{sequences * config.max_seq_len:,}" if sequences else None,
+        "optimizer": training.get("optimizer"),
+        "peak learning rate": training.get("learning_rate"),
+        "training loss": _loss(facts.get("loss")),
+        "validation loss": _loss(facts.get("val_loss")),
+        "started from": facts.get("initialized_from"),
+    }
+    rows |= {key: str(value) for key, value in known.items() if value is not None}
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model trained from scratch with [Atlas](https://github.com/juliuspleunes4/Atlas). It continues text.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+ids = tokenizer("The river", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+```
+"""
+
+
+def _loss(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.4f} nats a token"

@@ -1,0 +1,109 @@
+"""A model in Hugging Face's format as an `AtlasLM` and its tokenizer: GPT-2, Llama and Qwen3, from a local folder.
+
+Nothing in it is run: tensors come from safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from atlas.errors import AtlasError
+from atlas.export.hf_format import config_in, state_in
+from atlas.files import check_regular, read_limited
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+
+_LARGEST_JSON = 64 << 20
+
+
+def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
+    """The model, in fp32 on the CPU, and the tokenizer of `folder`, or the one that `tokenizer` names.
+
+    Raises `AtlasError` for a family that Atlas does not compute, for files that are missing, damaged or do not belong
+    together, and for weights that are pickled.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AtlasError(f"{folder}: no such folder; give one with config.json and *.safetensors in it")
+    try:
+        config = config_in(_read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = AtlasLM(config)
+        model.load_state_dict(state_in(_read_tensors(folder), config), assign=True)
+    except ValidationError as error:
+        raise AtlasError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
+    except RuntimeError as error:  # PyTorch's, of tensors of other shapes
+        raise AtlasError(
+            f"{folder}: config.json does not fit the weights: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    except AtlasError as error:
+        raise AtlasError(f"{folder}: {error}") from None
+    return model.eval(), _read_tokenizer(folder, tokenizer, config.vocabulary)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of model.safetensors, or of the shards that its index names."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise AtlasError('needs safetensors to be read; pip install "atlas-llm[hf]"') from None
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            check_regular(folder / file)
+            tensors |= load_file(folder / file)
+        except FileNotFoundError:
+            raise AtlasError(f"{file} is missing, which the index names: is the download complete?") from None
+        except (OSError, SafetensorError) as error:
+            raise AtlasError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if (folder / "model.safetensors.index.json").is_file():
+        places = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else set()
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise AtlasError("model.safetensors.index.json: names no files of this folder")
+        return sorted(names)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise AtlasError(
+            "holds pickled weights, which can run code and are not read; save it with safetensors "
+            "(model.save_pretrained does)"
+        )
+    raise AtlasError("has no model.safetensors and no model.safetensors.index.json")
+
+
+def _read_tokenizer(folder: Path, named: str | None, vocab_size: int) -> Tokenizer:
+    if named is None and not (folder / "tokenizer.json").is_file():
+        raise AtlasError(
+            f"{folder}: has no tokenizer.json; name its tokenizer with --tokenizer (gpt2, or a tokenizer.json)"
+        )
+    tokenizer = Tokenizer.load(folder) if named is None else Tokenizer.resolve(named)
+    if tokenizer.vocab_size != vocab_size:
+        raise AtlasError(
+            f"{folder}: the model has {vocab_size:,} tokens, and tokenizer {named or 'tokenizer.json'} has "
+            f"{tokenizer.vocab_size:,}: they are not of one model"
+        )
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_limited(path, limit=_LARGEST_JSON))
+    except FileNotFoundError:
+        raise AtlasError(f"has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{path.name}: cannot be read: {error!s:.200}") from None
+    if not isinstance(content, dict):
+        raise AtlasError(f"{path.name}: is not an object")
+    return content

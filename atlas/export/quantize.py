@@ -1,0 +1,142 @@
+"""The types that GGUF's tensors can have, and how weights become them.
+
+Which tensor gets which type is llama.cpp's own rule (`llama_tensor_get_type_impl` and `tensor_type_fallback` in its
+`src/llama-quant.cpp`, for models without experts and without an importance matrix). The simple types are written by the
+package `gguf`, K-quants, which it can only read, by ggml's own function inside the package `xllamacpp`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as TensorType
+from gguf import LlamaFileType as FileType
+from numpy.typing import NDArray
+
+from atlas.errors import AtlasError
+
+Quantization = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"
+]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+"""What `--quantize` takes, the largest file first."""
+
+_TYPES: dict[Quantization, tuple[FileType, TensorType]] = {
+    "f32": (FileType.ALL_F32, TensorType.F32),
+    "f16": (FileType.MOSTLY_F16, TensorType.F16),
+    "bf16": (FileType.MOSTLY_BF16, TensorType.BF16),
+    "q8_0": (FileType.MOSTLY_Q8_0, TensorType.Q8_0),
+    "q6_k": (FileType.MOSTLY_Q6_K, TensorType.Q6_K),
+    "q5_k_m": (FileType.MOSTLY_Q5_K_M, TensorType.Q5_K),
+    "q5_1": (FileType.MOSTLY_Q5_1, TensorType.Q5_1),
+    "q5_0": (FileType.MOSTLY_Q5_0, TensorType.Q5_0),
+    "q4_k_m": (FileType.MOSTLY_Q4_K_M, TensorType.Q4_K),
+    "q4_1": (FileType.MOSTLY_Q4_1, TensorType.Q4_1),
+    "q4_0": (FileType.MOSTLY_Q4_0, TensorType.Q4_0),
+}
+_FALLBACKS = {
+    TensorType.Q4_K: TensorType.Q5_0,
+    TensorType.Q5_K: TensorType.Q5_1,
+    TensorType.Q6_K: TensorType.Q8_0,
+}
+"""For rows that are not whole blocks of 256."""
+_UNQUANTIZED = (TensorType.F32, TensorType.F16, TensorType.BF16)
+
+
+def file_type(quantize: Quantization) -> int:
+    """What the file calls itself."""
+    return int(_TYPES[quantize][0])
+
+
+def tensor_type(
+    name: str, shape: tuple[int, ...], quantize: Quantization, *, num_layers: int, is_tied: bool
+) -> TensorType:
+    """The type of the tensor that llama.cpp calls `name`.
+
+    Vectors and positions stay in 32 bits: they cost nothing. Of quantized files the head has more bits, and in the
+    mixtures (`_k_m`) the values of attention and the end of the MLP of some layers.
+    """
+    if len(shape) == 1 or name == "position_embd.weight":
+        return TensorType.F32
+    kind = _TYPES[quantize][1]
+    if kind in _UNQUANTIZED:
+        return kind
+    columns = shape[-1]
+    if name == ("token_embd.weight" if is_tied else "output.weight"):
+        if columns % _block_length(kind):
+            kind = TensorType.Q8_0
+        elif kind is not TensorType.Q8_0:
+            kind = TensorType.Q6_K
+    elif (
+        quantize.endswith("_k_m")
+        and (layer := re.fullmatch(r"blk\.(\d+)\.(attn_v|attn_qkv|ffn_down)\.weight", name))
+        and _has_more_bits(int(layer[1]), num_layers)
+    ):
+        kind = TensorType.Q6_K
+    if columns % _block_length(kind):
+        kind = _FALLBACKS.get(kind, TensorType.F16)
+    return kind if columns % _block_length(kind) == 0 else TensorType.F16
+
+
+def _has_more_bits(layer: int, num_layers: int) -> bool:
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _block_length(kind: TensorType) -> int:
+    return int(gguf.GGML_QUANT_SIZES[kind][0])
+
+
+def num_bytes(count: int, kind: TensorType) -> int:
+    """Of `count` numbers, whole blocks."""
+    length, size = gguf.GGML_QUANT_SIZES[kind]
+    return count // length * size
+
+
+def check_available(quantize: Quantization) -> None:
+    """Raises `AtlasError` where what writes it is missing."""
+    if "_k" in quantize:
+        _ggml(quantize)
+
+
+def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
+    """fp32 → what the file holds of it. Raises `AtlasError` for K-quants without ggml."""
+    if kind not in _FALLBACKS:
+        return gguf.quantize(weights, kind)
+    rows = np.ascontiguousarray(weights, dtype=np.float32)
+    out = np.empty((len(rows), num_bytes(rows.shape[1], kind)), dtype=np.uint8)
+    ggml = _ggml(kind.name.lower())
+    written = ggml(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], None)
+    if written != out.nbytes:
+        raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes, not {out.nbytes}")
+    return out
+
+
+@functools.cache
+def _ggml(quantize: str) -> Any:
+    """ggml's public function `ggml_quantize_chunk(type, from, to, start, rows, columns, importance)`."""
+    found = importlib.util.find_spec("xllamacpp")
+    problem = "the package xllamacpp is not installed"
+    if found is not None and found.origin is not None:
+        problem = "this xllamacpp does not let it out"
+        for library in sorted(Path(found.origin).parent.glob("xllamacpp*.so")) + sorted(
+            Path(found.origin).parent.glob("xllamacpp*.pyd")
+        ):
+            try:
+                function = ctypes.CDLL(str(library)).ggml_quantize_chunk
+            except (OSError, AttributeError):
+                continue
+            function.restype = ctypes.c_size_t
+            number, pointer = ctypes.c_int64, ctypes.c_void_p
+            function.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+            return function
+    raise AtlasError(
+        f'--quantize {quantize}: needs ggml, and {problem}; pip install "atlas-llm[llama]", or take q8_0, q5_1 or q4_1'
+    )

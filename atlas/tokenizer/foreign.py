@@ -1,0 +1,106 @@
+"""A tokenizer.json of another model, run as it is by Hugging Face `tokenizers`: Llama's, Qwen's, or any other.
+
+It can be trained with and kept in a checkpoint. It is not exported: a GGUF file names its split by a word that
+llama.cpp must know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
+
+from atlas.errors import AtlasError
+from atlas.files import read_limited
+from atlas.tokenizer.byte_level import well_formed
+from atlas.tokenizer.tokenizer import MAX_FILE_BYTES, Tokenizer
+
+
+class ForeignTokenizer(Tokenizer):
+    """`text` is the tokenizer.json. `vocab_size` may be more than the tokens in it, as of a model with spare rows."""
+
+    def __init__(self, text: str, *, eos_id: int, vocab_size: int, origin: str) -> None:
+        try:
+            self._hf = HFTokenizer.from_str(text)
+        except Exception as error:  # whatever the library raises, of a file from anybody
+            raise AtlasError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self._hf.encode_special_tokens = True  # special tokens in a text are plain text
+        self._text = text
+        self.name = "hf"
+        self.eos_id = eos_id
+        tokens = max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
+        if not 0 <= eos_id < tokens <= vocab_size:
+            raise AtlasError(
+                f"{origin}: has {tokens:,} tokens, which does not go with vocab_size {vocab_size:,} and "
+                f"eos_token_id {eos_id:,}: are the files of one model?"
+            )
+
+    @classmethod
+    def from_file(cls, path: Path, refusal: AtlasError) -> ForeignTokenizer:
+        """Its end of text and number of rows are config.json's, beside it; `refusal` is raised where there is none."""
+        config = _json_beside(path, "config.json")
+        eos_id, rows = config.get("eos_token_id"), config.get("vocab_size")
+        if isinstance(eos_id, list) and eos_id:  # any of these ends a text; the first also begins one
+            eos_id = eos_id[0]
+        if type(eos_id) is not int or type(rows) is not int:
+            raise refusal
+        text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
+        return cls(text, eos_id=eos_id, vocab_size=rows, origin=str(path))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ForeignTokenizer:
+        eos_id, vocab_size = state.get("eos_id"), state.get("vocab_size")
+        if type(eos_id) is not int or type(vocab_size) is not int:
+            raise AtlasError(
+                "stored tokenizer: has no eos_id or vocab_size; the file is damaged or was edited"
+            )
+        return cls(state["json"], eos_id=eos_id, vocab_size=vocab_size, origin="stored tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        return self._hf.encode(well_formed(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._hf.encode_batch_fast(
+            [well_formed(text) for text in texts], add_special_tokens=False
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._hf.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        identity = json.dumps([json.loads(self._text), self.eos_id, self.vocab_size], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kind": "hf",
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+            "json": self._text,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_state, (self.state(),)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self._text, encoding="utf-8", newline="\n")
+
+
+def _json_beside(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(read_limited(path.with_name(name), limit=MAX_FILE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
