@@ -104,6 +104,15 @@ def test_the_token_after_an_end_of_text_begins_a_document() -> None:
     assert documents_of(torch.tensor([5, 0, 7, 7, 0, 0, 1]), 0).tolist() == [0, 0, 1, 1, 1, 2, 3]
 
 
+def test_gradient_checkpointing_keeps_the_mask() -> None:
+    model, documents = sharp().train(), documents_from([5, 9, 10])
+    tokens = torch.randint(0, 50, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = model(tokens, documents=documents)
+    model.gradient_checkpointing = True
+    assert torch.equal(model(tokens, documents=documents), plain)
+    assert not torch.allclose(model(tokens), plain)
+
+
 def test_a_cache_and_documents_are_refused_together() -> None:
     with pytest.raises(ValueError, match="cache"):
         sharp()(torch.zeros(1, 2, dtype=torch.long), KVCache(CONFIG, 1), torch.zeros(1, 2, dtype=torch.long))

@@ -204,6 +204,21 @@ def test_parameters_are_counted_and_initial_loss_is_a_uniform_guess(name: str) -
     assert loss == pytest.approx(math.log(1000), rel=0.02)
 
 
+def test_scaled_initialisation_begins_as_the_identity_at_any_width() -> None:
+    """Whatever the width, a matrix in the blocks gives numbers of one size, and the stream is the embedding."""
+    sizes = []
+    for width in (64, 512):
+        config = ModelConfig(**(LLAMA.model_dump() | {"hidden_size": width, "init": "scaled"}))
+        model = build_model(config, seed=0)
+        tokens = torch.arange(32)[None]
+        expected = model.final_norm(model.token_embedding(tokens))
+        assert torch.equal(model.hidden_states(tokens), expected)
+        block = model.blocks[1]
+        sizes.append(float(block.attention.qkv(block.attention_norm(expected)).detach().std()))
+        assert float(block.mlp.up.weight.std()) == pytest.approx(0.5 / math.sqrt(width), rel=0.05)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3-gqa"])
 def test_muon_takes_the_parts_of_a_tensor_for_matrices_of_their_own(name: str) -> None:
     """Every part's update is orthogonal by itself: its singular values are near 1, however large its gradient."""

@@ -163,3 +163,32 @@ def test_k_quants_without_ggml_are_refused(
         with pytest.raises(AtlasError, match="does not let it out"):
             module.check_available("q6_k")
     module._ggml.cache_clear()
+
+
+def test_the_command_prints_types_and_writes_licence_and_modelfile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bpe = Tokenizer.train([corpus()], 400)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", bpe)
+    output = tmp_path / "out" / "river.gguf"
+    command = ["export", "--checkpoint", str(checkpoint), "--output", str(output), "--no-verify"]
+    assert main([*command, "--quantize", "q4_1", "--license", "mit", "--modelfile"]) == 0
+    said = capsys.readouterr()
+    assert said.out.split() == [str(output), str(output.with_name("Modelfile"))]
+    lines = dict(line.split(None, 1) for line in said.err.splitlines() if line.count(" "))
+    assert lines["token_embd.weight"] == "q8_0"
+    assert lines["blk.*.ffn_up.weight"] == "q4_1"
+    reader = gguf.GGUFReader(output)
+    fields, parameters = reader.fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
+    assert fields["general.license"].contents() == "mit"
+    assert fields["general.size_label"].contents() == f"{parameters / 1000:.1f}K"
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_1
+    modelfile = output.with_name("Modelfile").read_text()
+    assert modelfile.startswith("FROM ./river.gguf\n")
+    assert "PARAMETER num_ctx 48\n" in modelfile
+    output.with_name("Modelfile").write_text("my own notes")
+    assert main([*command, "--modelfile"]) == 2
+    assert "is not a Modelfile" in capsys.readouterr().err
+    assert output.with_name("Modelfile").read_text() == "my own notes"
+    assert main([*command, "--format", "hf", "--modelfile"]) == 2
+    assert "--modelfile: is for GGUF" in capsys.readouterr().err

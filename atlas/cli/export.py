@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
@@ -60,6 +61,12 @@ def export(
             show_default="gguf f16, hf f32",
         ),
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="The model's licence, as an SPDX identifier such as mit.")
+    ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside the file.")
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(help="gguf: run the file in llama.cpp (package xllamacpp) and compare it with PyTorch."),
@@ -81,23 +88,56 @@ def export(
         kind = quantize or Type.f32
         if kind not in (Type.f32, Type.f16, Type.bf16):
             raise AtlasError(f"--quantize {kind.value}: is for GGUF; --format hf takes f32, f16 or bf16")
-        _export_hf(loaded, Path(output or "atlas_model"), kind.value)
+        if modelfile:
+            raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
+        _export_hf(loaded, Path(output or "atlas_model"), kind.value, license)
         return
-    kind = quantize or Type.f16
-    export_and_prove(loaded, Path(output or "atlas_model.gguf"), quantize=kind.value, verify=verify)
+    kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
+    export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license)
+    if modelfile:
+        _write_modelfile(target, loaded.config.model.max_seq_len)
 
 
-def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType) -> None:
+def _write_modelfile(file: Path, context: int) -> None:
+    """For Ollama, which is told to pass the prompt on as it is: the model continues text."""
+    target = file.with_name("Modelfile")
+    if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
+        raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
+    target.write_text(
+        f"FROM ./{file.name}\n"
+        "TEMPLATE {{ .Prompt }}\n"
+        f"PARAMETER num_ctx {context}\n"
+        "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
+        encoding="utf-8",
+    )
+    typer.echo(target)
+
+
+def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType, license: str | None) -> None:
     from atlas.export.huggingface import export_hf
 
-    export_hf(loaded.model, loaded.tokenizer, folder, dtype=dtype, name=folder.name, facts=loaded.facts)
+    export_hf(
+        loaded.model,
+        loaded.tokenizer,
+        folder,
+        dtype=dtype,
+        name=folder.name,
+        facts=loaded.facts,
+        license=license,
+    )
     for path in sorted(folder.iterdir()):
         _say(f"{path.name:<22} {path.stat().st_size:>13,} bytes")
     typer.echo(folder)
 
 
 def export_and_prove(
-    loaded: LoadedModel, output: Path, *, quantize: Quantization, verify: bool, texts: Sequence[str] = ()
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    quantize: Quantization,
+    verify: bool,
+    texts: Sequence[str] = (),
+    license: str | None = None,
 ) -> None:
     """Write `output`, and unless `verify` is off, compare it in llama.cpp; its path goes to standard output.
 
@@ -105,7 +145,9 @@ def export_and_prove(
     """
     from atlas.export.gguf import export_gguf
 
-    written = export_gguf(loaded.model, loaded.tokenizer, output, quantize=quantize, name=output.stem)
+    written = export_gguf(
+        loaded.model, loaded.tokenizer, output, quantize=quantize, name=output.stem, license=license
+    )
     _say(_table(written))
     if verify:
         _prove(loaded, output, quantize, texts)
@@ -140,7 +182,26 @@ def _table(written: ExportedFile) -> str:
         "tensors": f"{len(written.tensor_types)}: {tensors}",
         "size": f"{written.num_bytes / 1e6:,.1f} MB",
     }
-    return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
+    if len(counts) > 2:  # a mixture
+        rows |= _types_by_tensor(written.tensor_types)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
+
+
+def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
+    """The type of each matrix; where blocks differ, which of them have which."""
+    blocks: dict[str, dict[str, list[str]]] = {}
+    for name, kind in types.items():
+        block = re.match(r"blk\.(\d+)\.", name)
+        stem = name.replace(block[0], "blk.*.") if block else name
+        blocks.setdefault(stem, {}).setdefault(kind, []).append(block[1] if block else "")
+    return {
+        stem: next(iter(kinds))
+        if len(kinds) == 1
+        else "; ".join(f"{kind} in {', '.join(numbers)}" for kind, numbers in kinds.items())
+        for stem, kinds in blocks.items()
+        if set(kinds) != {"f32"}
+    }
 
 
 def _say(line: str) -> None:

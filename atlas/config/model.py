@@ -66,6 +66,11 @@ class ModelConfig(Section):
     )
     bias: bool = Field(True, description="Biases in linear layers and layer norms, as in GPT-2.")
     tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weights.")
+    init: Literal["gpt2", "scaled"] = Field(
+        "gpt2",
+        description="Weights at the start. gpt2: one deviation for all. scaled: in the blocks one that falls with "
+        "width, and zero for those that write to the residual stream.",
+    )
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelConfig:

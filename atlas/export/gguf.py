@@ -57,12 +57,13 @@ def export_gguf(
     *,
     quantize: Quantization = "f16",
     name: str = "Atlas",
+    license: str | None = None,
 ) -> ExportedFile:
     """Write `model` with `tokenizer` inside to `output`, which appears whole or not at all.
 
-    `name` is what programs that list models will call it. Raises `AtlasError` for a tokenizer or weights
-    that the file cannot hold and where it cannot be written, `ValueError` if the name table and the
-    model's state dict differ.
+    `name` is what programs that list models will call it, `license` an SPDX identifier such as `mit`. Raises
+    `AtlasError` for a tokenizer or weights that the file cannot hold and where it cannot be written, `ValueError` if
+    the name table and the model's state dict differ.
     """
     output = Path(output)
     vocabulary = exportable_tokenizer(tokenizer, model.config)
@@ -76,6 +77,9 @@ def export_gguf(
     architecture = architecture_of(model.config)
     writer = gguf.GGUFWriter(temporary, architecture)
     writer.add_name(name)
+    writer.add_size_label(_size_label(model.num_parameters()))
+    if license:
+        writer.add_license(license)
     for key, value in metadata_of(model, vocabulary, quantize).items():
         _add(writer, key, value)
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
@@ -140,6 +144,14 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
         "tokenizer.ggml.eos_token_id": eos_id,
         "tokenizer.ggml.add_bos_token": False,
     }
+
+
+def _size_label(parameters: int) -> str:
+    """`124M`, as models are called."""
+    for unit, suffix in ((1e9, "B"), (1e6, "M")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g}{suffix}"
+    return f"{parameters / 1e3:.3g}K"
 
 
 def _shape_in_file(config: ModelConfig) -> dict[str, Any]:

@@ -41,12 +41,14 @@ def export_hf(
     dtype: HFType = "f32",
     name: str = "Atlas",
     facts: Mapping[str, Any] | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write `model` with `tokenizer` into `folder`, which appears whole or not at all; an earlier export there is
     replaced, anything else is not.
 
-    `facts` is what the checkpoint says of its training, for the model card. Raises `AtlasError` for a tokenizer or a
-    shape that has no place there, for weights that `dtype` cannot hold, and where the folder cannot be written.
+    `facts` is what the checkpoint says of its training, for the model card, `license` an SPDX identifier. Raises
+    `AtlasError` for a tokenizer or a shape that has no place there, for weights that `dtype` cannot hold, and where the
+    folder cannot be written.
     """
     try:
         from safetensors.torch import save_file
@@ -90,7 +92,9 @@ def export_hf(
         for file, content in configs.items():
             (temporary / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
-        (temporary / "README.md").write_text(_model_card(model, name, dtype, facts or {}), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            _model_card(model, name, dtype, facts or {}, license), encoding="utf-8"
+        )
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         for file in _FILES:
             with open(temporary / file, "rb+") as written:
@@ -113,7 +117,7 @@ def _is_export(folder: Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= set(_FILES)
 
 
-def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any]) -> str:
+def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None) -> str:
     config = model.config
     rows = {
         "parameters": f"{model.num_parameters():,}",
@@ -139,7 +143,7 @@ def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any])
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: text-generation{f"{chr(10)}license: {license}" if license else ""}
 ---
 
 # {name}

@@ -70,15 +70,22 @@ class AtlasLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation: normal with std 0.02, zero biases, and the projections that write to
-        the residual stream scaled by 1/√(2 · num_layers), so that its variance does not grow with depth
-        (Radford et al. 2019, section 2.3). Rows that only pad the vocabulary are zero.
+        """Zero biases, gains of 1, and normal weights. Rows that only pad the vocabulary are zero.
+
+        `gpt2`: std 0.02, and for the projections that write to the residual stream 1/√(2 · num_layers) of that, so that
+        its variance does not grow with depth (Radford et al. 2019, section 2.3). `scaled`: std 1/(2√inputs) in the
+        blocks, so that what comes out is of one size at any width (Yang et al. 2022, arXiv:2203.03466), and those
+        projections zero: every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        is_scaled = self.config.init == "scaled"
+        residual_scale = 0.0 if is_scaled else 1 / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                writes_to_residual = name.endswith(("attention.output", "mlp.down"))
-                nn.init.normal_(module.weight, std=residual_std if writes_to_residual else 0.02)
+                is_inside = name.startswith("blocks.")
+                std = 0.5 / math.sqrt(module.weight.shape[1]) if is_scaled and is_inside else 0.02
+                if name.endswith(("attention.output", "mlp.down")):
+                    std *= residual_scale
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 nn.init.ones_(module.weight)
             if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
