@@ -11,6 +11,8 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's `malloc.h`."""
+KEPT_BELOW = 32 << 20
+"""Bytes of blocks that malloc keeps when they are freed."""
 _BUSY_CORES, _LOOK = 0.5, 0.1
 """Another program computes where this many cores have worked for so many seconds while this one waited, and not only
 then: on average of the last minute as well."""
@@ -36,7 +38,7 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     # Both or neither: with only one of them set, malloc stops adjusting the other to what it sees.
     # Larger blocks are given back: among smaller ones they leave holes that nothing fills.
-    if mallopt and mallopt(_M_MMAP_THRESHOLD, 32 << 20):
+    if mallopt and mallopt(_M_MMAP_THRESHOLD, KEPT_BELOW):
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tokenizer": "errors files config",
     "data": "errors files config tokenizer",
     "model": "errors config",
-    "planning": "errors config model",
+    "planning": "errors process config model",
     "training": "errors files process config tokenizer data model planning",
     "inference": "errors config tokenizer data model planning training",
     "export": "errors files config tokenizer data model planning training inference",

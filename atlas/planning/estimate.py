@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
 from atlas.config.config import LOSS_CHUNK_TOKENS
 from atlas.planning.shapes import Matrix, block_matrices
+from atlas.process import KEPT_BELOW
 
 ASSUMED_VOCABULARY = 2048
 """Of a config that leaves `vocab_size` to the dataset: the demo's own byte-level BPE."""
@@ -26,7 +27,7 @@ _FP32 = 4
 # Interpreter, PyTorch and its libraries on a CPU (measured); a CUDA context and its library workspaces.
 _PROCESS = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
 # Freed activations that glibc keeps between allocations of other sizes, as a part of all blocks' activations,
-# recomputed ones too.
+# recomputed ones too. Larger tensors are given back.
 _CPU_SLACK = 0.8
 
 
@@ -179,7 +180,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     stored = _stored_parameters(model) * width
     table = model.padded_vocab_size * C * _FP32
 
-    block = _block_activations(model, micro_batch, half=half, width=width, device=device)
+    tensors = _block_tensors(model, micro_batch, half=half, width=width, device=device)
+    block = sum(tensors)
     at_loss = _at_the_loss(config, tokens, half=half)
     if training.gradient_checkpointing:
         kept = model.num_layers * tokens * C * width
@@ -222,7 +224,9 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         gradients=gradients,
         half_precision_weights=half_weights,
         activations=kept,
-        allocator=int(_CPU_SLACK * model.num_layers * block) if device == "cpu" else 0,
+        allocator=int(_CPU_SLACK * model.num_layers * sum(t for t in tensors if t < KEPT_BELOW))
+        if device == "cpu"
+        else 0,
         loss=at_loss,
         process=_PROCESS[device],
     )
@@ -245,27 +249,26 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
     return tokens * model.hidden_size * _FP32 + table + chunk
 
 
-def _block_activations(model: ModelConfig, batch: int, *, half: bool, width: int, device: str) -> int:
-    """Bytes that autograd keeps of one block for B sequences.
+def _block_tensors(model: ModelConfig, batch: int, *, half: bool, width: int, device: str) -> list[int]:
+    """Bytes of each tensor that autograd keeps of one block for B sequences.
 
-    Per token: the two inputs of norms, C each of `width` bytes; in the precision of the matrix products q, k and v,
-    attention's output, and what the MLP's activation takes; with RoPE q and k once more, turned. The norms' outputs and
-    the activation's are recomputed. Attention keeps a logarithm per head, and its T × T weights never, except on a CPU
-    with dropout, which its fused kernel lacks.
+    The two inputs of norms, of `width` bytes a number; in the precision of the matrix products q, k and v, attention's
+    output, and what the MLP's activation takes; with RoPE q and k once more, turned. The norms' outputs and the
+    activation's are recomputed. Attention keeps a logarithm per head, and its T × T weights never, except on a CPU with
+    dropout, which its fused kernel lacks.
     """
     T, C = model.max_seq_len, model.hidden_size
-    tokens, matrices = batch * T, block_matrices(model)
-    products = matrices["qkv"].rows + matrices["output"].columns + matrices["up"].rows
+    tokens, matrices, precise = batch * T, block_matrices(model), 2 if half else _FP32
+    widths = [matrices["qkv"].rows, matrices["output"].columns, matrices["up"].rows]
     if model.position == "rope":
-        products += (model.num_heads + model.kv_heads) * model.head_size
-    total = (
-        tokens * (2 * C * width + products * (2 if half else _FP32)) + tokens * (model.num_heads + 4) * _FP32
-    )
+        widths += [heads * model.head_size for heads in (model.num_heads, model.kv_heads)]
+    tensors = [tokens * C * width] * 2 + [tokens * numbers * precise for numbers in widths]
+    tensors.append(tokens * (model.num_heads + 4) * _FP32)
     if model.dropout:
-        total += 2 * tokens * C * (1 if device == "cuda" else _FP32)
+        tensors += [tokens * C * (1 if device == "cuda" else _FP32)] * 2
         if device == "cpu":
-            total += 3 * batch * model.num_heads * T * T * _FP32
-    return total
+            tensors += [batch * model.num_heads * T * T * _FP32] * 3
+    return tensors
 
 
 def estimate_inference_memory(model: ModelConfig, *, device: str, batch_size: int = 1) -> InferenceMemory:
