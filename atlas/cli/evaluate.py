@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import itertools
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from atlas.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from atlas.data import SequenceDataset
+    from atlas.model import AtlasLM
+    from atlas.tokenizer import Tokenizer
+    from atlas.training.runtime import Runtime
+
+_MARKED, _AROUND = 8, 40
+"""Tokens of a window that are marked, and shown before and after the worst."""
 
 
 def evaluate(
@@ -17,6 +31,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option(help="The checkpoint to judge.")] = "checkpoints/atlas_best.pt",
     batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    worst: Annotated[
+        int, typer.Option(help="Show so many windows of the text that are predicted worst.", min=0)
+    ] = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
     ] = None,
@@ -67,3 +84,43 @@ def evaluate(
         f"perplexity     {result.perplexity:,.2f}\n"
         f"bits per byte  {result.bits_per_byte:.4f}"
     )
+    if worst:
+        _show_worst(loaded.model, dataset, resolved.tokenizer, runtime, worst, console)
+
+
+def _show_worst(
+    model: AtlasLM,
+    dataset: SequenceDataset,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    count: int,
+    console: Console,
+) -> None:
+    """Each window's mean loss, and the text around its worst token, the tokens that cost most marked ⟦so⟧."""
+    from rich.progress import track
+
+    from atlas.training.evaluate import token_losses
+
+    windows = track(range(len(dataset)), "looking", console=console, disable=not console.is_terminal)
+    losses = {window: token_losses(model, dataset, window, runtime=runtime) for window in windows}
+    ranked = sorted(losses, key=lambda window: -float(losses[window].nanmean()))
+    for rank, window in enumerate(ranked[:count], start=1):
+        mean, costs = float(losses[window].nanmean()), losses[window].nan_to_num()
+        ids, worst = dataset[window][1].tolist(), int(costs.argmax())
+        marked = set(costs.topk(min(_MARKED, len(costs))).indices.tolist())
+        around = range(max(0, worst - _AROUND), min(len(ids), worst + _AROUND))
+        shown = _marked_text(
+            [(ids[place], place in marked) for place in around if ids[place] >= 0], tokenizer
+        )
+        typer.echo(
+            f"\n{rank}. window {window:,}: {mean:.3f} nats per token, {float(costs[worst]):.1f} for "
+            f"{printable(tokenizer.decode([ids[worst]]))!r}\n   {printable(' '.join(shown.split()))}"
+        )
+
+
+def _marked_text(tokens: list[tuple[int, bool]], tokenizer: Tokenizer) -> str:
+    runs = [
+        (is_marked, tokenizer.decode([id for id, _ in run]))
+        for is_marked, run in itertools.groupby(tokens, key=lambda token: token[1])
+    ]
+    return "".join(f"⟦{text}⟧" if is_marked else text for is_marked, text in runs)

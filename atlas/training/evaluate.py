@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.data.sequences import Sequences
@@ -79,6 +81,16 @@ def evaluate(
     finally:
         model.train(was_training)
     return Evaluation(float(total) / max(1, tokens), tokens, tokens * dataset.bytes_per_token)
+
+
+@torch.no_grad()
+def token_losses(model: AtlasLM, dataset: Sequences, window: int, *, runtime: Runtime) -> Tensor:
+    """(T,) nats of each target of a window, on the CPU; NaN where there is none."""
+    inputs, targets, *documents = (column[None].to(runtime.device) for column in dataset[window])
+    with runtime.autocast():
+        logits = model(inputs, documents=documents[0] if documents else None)
+    losses = F.cross_entropy(logits[0].float(), targets[0], ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.masked_fill(targets[0] == IGNORE_INDEX, math.nan).cpu()
 
 
 def evaluate_within_memory(
