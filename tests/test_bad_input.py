@@ -175,7 +175,7 @@ MISTAKES = {
         "smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
         "nothing": "nothing: is a folder; name a config file in it",
         "smalll": "smalll: no such preset; did you mean small?",
-        "gigantic": "gigantic: no such preset; the presets are nano, tiny, small",
+        "gigantic": "gigantic: no such preset; the presets are nano, modern-nano, tiny, modern, small",
     },
     "train --config small.yaml --output-dir new --train-data": {
         "data/processed/missing": "data/processed/missing: no such file or folder; give a .txt, .md, .jsonl",
@@ -303,7 +303,7 @@ MISTAKES = {
     },
     "info": {
         "": "'path'; see atlas info --help",
-        "nonsense": "nonsense: no such file or folder, and no preset (nano, tiny",
+        "nonsense": "nonsense: no such file or folder, and no preset (nano, modern-nano",
         "missing.pt": "missing.pt: no such checkpoint",
         "river.txt": "river.txt: is none of .pt, .gguf, .json, .yaml … atlas prepare --input",
         "nothing": "nothing: is neither a prepared dataset nor a folder with checkpoints … atlas prepare --input",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atlas.errors import AtlasError
 
-_NAMES = ("nano", "modern-nano", "tiny", "small", "default", "large", "xlarge", "ultra")
+_NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
 # A wheel carries the presets inside the package; a checkout has them beside it.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")

@@ -334,14 +334,14 @@ def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> 
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
-    """What differs from the checkpoint's config, a line each."""
-    new = config.model_dump(mode="json")
+    """What differs from the checkpoint's config, a line each. What an older one does not name has its default."""
+    before, new = resolve(old).model_dump(mode="json"), config.model_dump(mode="json")
     pairs = []
     for key, value in new.items():
         if isinstance(value, dict):
-            pairs += [(f"{key}.{leaf}", old.get(key, {}).get(leaf), entry) for leaf, entry in value.items()]
+            pairs += [(f"{key}.{leaf}", before[key][leaf], entry) for leaf, entry in value.items()]
         else:
-            pairs.append((key, old.get(key), value))
+            pairs.append((key, before[key], value))
     return [
         f"changed since the checkpoint: {key} {before} → {after}"
         for key, before, after in pairs

@@ -204,11 +204,11 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
 
 
 def _refuse_other_shape(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
-    old, new = contents["config"].get("model", {}), config.model.model_dump(mode="json")
+    # Resolved: an older checkpoint does not know of every setting.
+    saved = resolve({"model": contents["config"].get("model", {})})
+    old, new = (one.model.model_dump(mode="json") for one in (saved, config))
     changed = [
-        f"{key} {old.get(key)} → {new[key]}"
-        for key in new
-        if old.get(key) != new[key] and key not in _MAY_CHANGE
+        f"{key} {old[key]} → {new[key]}" for key in new if old[key] != new[key] and key not in _MAY_CHANGE
     ]
     if changed:
         raise AtlasError(
