@@ -11,7 +11,8 @@ try {
     Invoke-Checked $python -m ruff check .
     Invoke-Checked $python -m ruff format --check .
     Invoke-Checked $python -m mypy
-    Invoke-Checked $python -m pytest @args
+    $options = if ($args) { $args } else { '-n', 'auto' }
+    Invoke-Checked $python -m pytest @options
     [Console]::Error.WriteLine("scripts/test.ps1: passed, $([int]$watch.Elapsed.TotalSeconds) s after installation")
 }
 finally {

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change is merged: ruff, types, tests, in a .venv that is made if need be.
 # The first failure ends it. What is given here goes to pytest:
-#   ./scripts/test.sh               the default suite
+#   ./scripts/test.sh               the default suite, a process a core
 #   ./scripts/test.sh -m slow       the long tests
 #   ./scripts/test.sh -k resume -x  some tests, up to the first failure
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1-}" = -- ] && shift
+[ $# -gt 0 ] || set -- -n auto
 
 . scripts/venv.sh dev
 

@@ -156,6 +156,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of address space is Linux's")
 def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -> None:
     """No injected error: the process may have 500 MB more, and 64 sequences at once take 3 times that."""
@@ -239,6 +240,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(most: int, limit: int, gues
     assert len(tried) == len(set(tried)) <= 20
 
 
+@pytest.mark.slow
 def test_a_try_that_fails_leaves_nothing_and_is_remembered(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_the_demo_goes_the_whole_road_on_ones_own_text(
     assert "the run is complete at step 4" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_demo_s_corpus_is_documentation_and_the_same_every_time(tmp_path: Path) -> None:
     first = write_demo_corpus("a/corpus.jsonl").read_bytes()
     assert first == write_demo_corpus("b/corpus.jsonl").read_bytes()

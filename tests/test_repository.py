@@ -151,7 +151,7 @@ def test_both_test_scripts_take_the_same_steps() -> None:
     powershell = (ROOT / "scripts/test.ps1").read_text(encoding="utf-8")
     steps = re.findall(r'^run (.*?)(?: "\$@")?$', shell, re.M)
     assert steps == ["ruff check .", "ruff format --check .", "mypy", "pytest"]
-    assert re.findall(r"^\s*Invoke-Checked \$python -m (.*?)(?: @args)?$", powershell, re.M) == steps
+    assert re.findall(r"^\s*Invoke-Checked \$python -m (.*?)(?: @options)?$", powershell, re.M) == steps
 
 
 @pytest.mark.skipif(os.name == "nt", reason="runs the Bash script")

@@ -366,7 +366,9 @@ def test_the_wait_for_data_is_measured(
     trainer.state.horizon = 3
     trainer.val_data = None
     trainer.train()
-    waits = [line["data_wait"] for line in logged(tmp_path / "run")]
+    # The first update also loads parts of PyTorch, for seconds.
+    waits = [line["data_wait"] for line in logged(tmp_path / "run")][1:]
+    assert len(waits) == 2
     assert all(low <= wait <= high for wait in waits), waits
 
 

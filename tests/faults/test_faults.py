@@ -33,14 +33,17 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, rounds=3, steps=12, seed=7, fsync_s=0.03)
 
 
+@pytest.mark.slow
 def test_rotten_files_are_never_believed(tmp_path: Path) -> None:
     corrupt_and_resume(tmp_path, rounds=25, seed=random.randrange(1 << 32), processes=False)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_point_of_a_save(tmp_path: Path) -> None:
     fill_at_each_point(tmp_path, variants=1, once_each=True)
 
