@@ -412,8 +412,8 @@ PARAMETERS = {
 
 
 def closed_formula(model: ModelConfig) -> int:
-    """GPT-2 with tied embeddings and biases: tables, blocks of 12 C² + 13 C, and the last norm. Qwen3: one table, blocks
-    of attention, an MLP of three matrices, two norms and those of queries and keys."""
+    """GPT-2 with tied embeddings and biases: tables, blocks of 12 C² + 13 C, and the last norm. Qwen3: one table, in
+    each block attention, an MLP of three matrices, two norms and those of queries and keys."""
     C, L, V, T = model.hidden_size, model.num_layers, model.vocabulary, model.max_seq_len
     if model.position == "rope":
         M, D = -(-8 * C // 3 // 64) * 64, C // model.num_heads

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -13,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.model import AtlasLM, KVCache, build_model
+from atlas.model.norm import RMSNorm
 from atlas.planning import count_parameters
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
 from atlas.training.optimizer import build_optimizer
@@ -122,6 +126,33 @@ def test_logits_and_all_gradients_equal_transformers(name: str) -> None:
         mine = model.get_parameter(ours).grad
         assert mine is not None
         assert difference(mine[: len(gradient)], gradient) <= 1e-5, ours
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 5), st.floats(1e-8, 0.1), st.floats(1e-4, 1e4), st.integers(0, 9))
+def test_rmsnorm_on_a_cpu_is_pytorchs(width: int, rows: int, eps: float, scale: float, seed: int) -> None:
+    """Values and both gradients, in double where ours is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    x, upstream = (torch.randn(2, rows, width, generator=generator) for _ in range(2))
+    norm = RMSNorm(width, eps=eps)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(width, generator=generator))
+    inputs = [(x * scale).requires_grad_(), (x * scale).double().requires_grad_()]
+    outputs = [norm(inputs[0]), F.rms_norm(inputs[1], (width,), norm.weight.double(), eps)]
+    gradients = [
+        torch.autograd.grad(out, (x, norm.weight), upstream.to(out.dtype))
+        for out, x in zip(outputs, inputs, strict=True)
+    ]
+    # What the gradient by x is a difference of; for one number a row it is nothing.
+    rstd = (inputs[1].detach().square().mean(-1) + eps).rsqrt().max()
+    sizes = [
+        1.0,
+        float(rstd * (upstream * norm.weight).abs().max()) * width**0.5,
+        float(rows * 2 * width**0.5),
+    ]
+    pairs = zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), sizes, strict=True)
+    for ours, theirs, size in pairs:
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6 * size)
 
 
 MIXED = {

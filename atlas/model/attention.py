@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from atlas.config import ModelConfig
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
+from atlas.model.norm import RMSNorm
 from atlas.model.recompute import recomputed
 from atlas.model.rope import Rotation, rotate
 
@@ -31,8 +32,8 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
         self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
         # Keep the products of queries and keys from growing (Henry et al. 2020, arXiv:2010.04245).
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,

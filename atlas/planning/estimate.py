@@ -191,8 +191,6 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     else:
         kept = model.num_layers * block
     kept += tokens * C * (width + (2 if half else _FP32))  # the last block's output, and the final norm's
-    if model.norm == "rmsnorm" and device == "cpu":
-        kept += tokens * C * _FP32  # which has no kernel of its own there, and keeps a step in between
     if model.dropout:
         kept += tokens * C * (1 if device == "cuda" else _FP32)
 
