@@ -11,12 +11,15 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
+
+from atlas.errors import AtlasError
 
 # Record locks rather than flock: the forks that read data ahead would hold a flock for seconds after their parent was
 # killed. They work over NFS, too. On Windows the locked byte lies behind the text, which others may then read.
@@ -80,6 +83,32 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
+    """Let `write` make the files called `names` in a folder that then appears as `folder`, whole or not at all. One
+    that holds nothing else is replaced. Raises `AtlasError` for one that does, and where it cannot be written."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
+        raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for name in names:
+            with open(temporary / name, "rb+") as written:
+                flush_to_disk(written)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        flush_folder(folder.parent)
+    except OSError as error:
+        raise AtlasError(
+            f"{folder}: cannot be written: {error.strerror or error}; choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,7 @@ class Format(str, Enum):
 
     gguf = "gguf"
     hf = "hf"
+    peft = "peft"
 
 
 def export(
@@ -48,11 +49,16 @@ def export(
     output: Annotated[
         str | None,
         typer.Option(
-            help="The GGUF file to write, or the folder for hf.", show_default="atlas_model.gguf, atlas_model"
+            help="The GGUF file to write, or the folder for hf and peft.",
+            show_default="atlas_model.gguf, atlas_model",
         ),
     ] = None,
     format: Annotated[
-        Format, typer.Option(help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers.")
+        Format,
+        typer.Option(
+            help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers. "
+            "peft: the updates of lora alone."
+        ),
     ] = Format.gguf,
     quantize: Annotated[
         Type | None,
@@ -83,6 +89,11 @@ def export(
             f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
             "file can hold; train with gpt2 or a tokenizer.json to export"
         )
+    if format is Format.peft:
+        if quantize or modelfile:
+            raise AtlasError("--format peft: takes no --quantize and no --modelfile")
+        _export_adapter(contents, path, Path(output or "atlas_model"))
+        return
     loaded = model_of(contents, path)
     if format is Format.hf:
         kind = quantize or Type.f32
@@ -113,6 +124,21 @@ def _write_modelfile(file: Path, context: int) -> None:
     typer.echo(target)
 
 
+def _export_adapter(contents: dict[str, Any], path: Path, folder: Path) -> None:
+    from atlas.config.loader import resolve
+    from atlas.export.peft import export_adapter
+
+    config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
+    export_adapter(contents["model_state_dict"], config.model, config.lora, folder, base=base)
+    _list_files(folder)
+
+
+def _list_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        _say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
+    typer.echo(folder)
+
+
 def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType, license: str | None) -> None:
     from atlas.export.huggingface import export_hf
 
@@ -125,9 +151,7 @@ def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType, license: str | 
         facts=loaded.facts,
         license=license,
     )
-    for path in sorted(folder.iterdir()):
-        _say(f"{path.name:<22} {path.stat().st_size:>13,} bytes")
-    typer.echo(folder)
+    _list_files(folder)
 
 
 def export_and_prove(

@@ -5,8 +5,17 @@ from atlas.config.config import (
     CheckpointConfig,
     DataConfig,
     GuardConfig,
+    LoraConfig,
     TrainingConfig,
 )
 from atlas.config.model import ModelConfig
 
-__all__ = ["AtlasConfig", "CheckpointConfig", "DataConfig", "GuardConfig", "ModelConfig", "TrainingConfig"]
+__all__ = [
+    "AtlasConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "GuardConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "TrainingConfig",
+]

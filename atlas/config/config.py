@@ -158,6 +158,20 @@ class TrainingConfig(Section):
         return self.batch_size if asked == "auto" else min(asked, self.sequences_per_update)
 
 
+class LoraConfig(Section):
+    """Fine-tuning by low-rank updates beside weights that rest."""
+
+    rank: Int = Field(
+        0, ge=0, le=4096, description="Inner width of each update; 0: no updates, all weights learn."
+    )
+    alpha: Float = Field(16.0, gt=0, description="An update is multiplied by alpha / rank.")
+    targets: tuple[Literal["qkv", "output", "up", "down"], ...] = Field(
+        ("qkv", "output", "up", "down"),
+        min_length=1,
+        description="The matrices of each block that have one: qkv and output of attention, up and down of the MLP.",
+    )
+
+
 class CheckpointConfig(Section):
     """Where the run is kept and how often."""
 
@@ -221,6 +235,7 @@ class AtlasConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="The network.")
     data: DataConfig = Field(default_factory=DataConfig, description="The data.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="The optimisation.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Fine-tuning by low-rank updates.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="The output folder.")
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="What is watched, and what happens then."

@@ -6,7 +6,6 @@ The formats: https://huggingface.co/docs/safetensors and https://huggingface.co/
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch
 from atlas.errors import AtlasError
 from atlas.export.architectures import exportable_tokenizer
 from atlas.export.hf_format import CLASSES, config_out, state_out
-from atlas.files import flush_folder, flush_to_disk
+from atlas.files import write_folder
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -65,8 +64,6 @@ def export_hf(
     for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise AtlasError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
-    if folder.exists() and not _is_export(folder):
-        raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
     configs = {
         "config.json": config_out(model.config, eos_id=eos_id, dtype=str(_DTYPES[dtype]).split(".")[1]),
         "generation_config.json": {
@@ -85,36 +82,16 @@ def export_hf(
             "clean_up_tokenization_spaces": False,
         },
     }
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    card = _model_card(model, name, dtype, facts or {}, license)
+
+    def write(folder: Path) -> None:
         for file, content in configs.items():
-            (temporary / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(temporary / "tokenizer.json")
-        (temporary / "README.md").write_text(
-            _model_card(model, name, dtype, facts or {}, license), encoding="utf-8"
-        )
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        for file in _FILES:
-            with open(temporary / file, "rb+") as written:
-                flush_to_disk(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except OSError as error:
-        raise AtlasError(
-            f"{folder}: cannot be written: {error.strerror or error}; choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(folder / "tokenizer.json")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-
-def _is_export(folder: Path) -> bool:
-    """An empty folder, or one with nothing in it but what is written here."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= set(_FILES)
+    return write_folder(folder, _FILES, write)
 
 
 def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None) -> str:

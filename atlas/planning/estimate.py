@@ -127,8 +127,18 @@ def _weight_bytes(training: TrainingConfig) -> int:
     return 2 if training.precision == "bf16-true" else _FP32
 
 
-def _optimizer_bytes(model: ModelConfig, training: TrainingConfig) -> int:
-    """What `training.optimizer` keeps: see `atlas/training/optimizer.py`."""
+def lora_parameters(config: AtlasConfig) -> int:
+    """Numbers in the low-rank updates, (r, in) and (out, r) each; 0 without them."""
+    matrices = block_matrices(config.model)
+    sides = sum(matrices[target].rows + matrices[target].columns for target in config.lora.targets)
+    return config.model.num_layers * config.lora.rank * sides
+
+
+def _optimizer_bytes(config: AtlasConfig) -> int:
+    """What `training.optimizer` keeps: see `atlas/training/optimizer.py`. Of low-rank updates at most."""
+    model, training = config.model, config.training
+    if config.lora.rank:
+        return 2 * _FP32 * lora_parameters(config)
     C, L, matrices = model.hidden_size, model.num_layers, block_matrices(model).values()
     stored, in_blocks = _stored_parameters(model), L * sum(matrix.size for matrix in matrices)
     tables = sum(_tables(model)) * C
@@ -177,8 +187,9 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     micro_batch = min(micro_batch, training.sequences_per_update)
     tokens, C = micro_batch * model.max_seq_len, model.hidden_size
     width = _weight_bytes(training)  # of the residual stream as well
-    stored = _stored_parameters(model) * width
-    table = model.padded_vocab_size * C * _FP32
+    stored = (_stored_parameters(model) + lora_parameters(config)) * width
+    learned = lora_parameters(config) * width or stored
+    table = 0 if config.lora.rank else model.padded_vocab_size * C * _FP32
 
     tensors = _block_tensors(model, micro_batch, half=half, width=width, device=device)
     block = sum(tensors)
@@ -212,13 +223,13 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     accumulates = training.sequences_per_update > micro_batch
     step = _step_temporaries(model, training, device=device)
     if accumulates:
-        gradients = stored
+        gradients = learned
         at_loss = max(at_loss, step - kept - half_weights)
     else:
-        gradients = max(0, stored + max(2 * table, step) - kept - at_loss)
+        gradients = max(0, learned + max(2 * table, step) - kept - at_loss)
     return TrainingMemory(
         weights=stored,
-        optimizer=_optimizer_bytes(model, training),
+        optimizer=_optimizer_bytes(config),
         gradients=gradients,
         half_precision_weights=half_weights,
         activations=kept,
@@ -233,7 +244,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
 def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
     """Bytes that the loss takes on top of the activations."""
     model = config.model
-    table = model.padded_vocab_size * model.hidden_size * _FP32
+    table = 0 if config.lora.rank else model.padded_vocab_size * model.hidden_size * _FP32
     if config.training.loss:
         # The forward's, log_softmax's and the backward's copy of the logits in fp32; then one of them, and the
         # head's gradient before and after it is padded.
@@ -289,8 +300,8 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
     """One checkpoint: weights and optimizer state."""
-    stored = _stored_parameters(config.model)
-    return _weight_bytes(config.training) * stored + _optimizer_bytes(config.model, config.training)
+    stored = _stored_parameters(config.model) + lora_parameters(config)
+    return _weight_bytes(config.training) * stored + _optimizer_bytes(config)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from atlas.config import CheckpointConfig
+from atlas.config import CheckpointConfig, LoraConfig
 from atlas.errors import AtlasError
+from atlas.model import has_lora, merged
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
 from atlas.training.retention import RESUMABLE, find_room, remove, slim, surplus
 from atlas.training.untrusted import check_zip, read_plain
@@ -247,12 +248,16 @@ def load_checkpoint(
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Put a checkpoint's weights into `model`. Raises `AtlasError` if they are another shape's.
+    """Put a checkpoint's weights into `model`, its low-rank updates added to them unless the model has such updates
+    itself. Raises `AtlasError` if they are another shape's.
 
     They are copied; a model on the meta device, which has no memory yet, takes the tensors themselves (in
     fp32), so that they are in memory once.
     """
     weights = contents["model_state_dict"]
+    lora = LoraConfig(**contents["config"].get("lora", {}))
+    if lora.rank and not has_lora(model):
+        weights = merged(weights, lora)
     is_hollow = any(parameter.is_meta for parameter in model.parameters())
     if is_hollow:
         weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}

@@ -17,11 +17,12 @@ from atlas.data import training_sequences, validation_sequences
 from atlas.data.mixture import MixtureDataset
 from atlas.data.packing import PackedDataset
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM, build_model
+from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.documents import has_flex_attention
 from atlas.planning import (
     checkpoint_bytes,
     count_parameters,
+    lora_parameters,
     measure_memory,
     memory_of_a_step,
     output_folder_bytes,
@@ -62,9 +63,7 @@ def start_run(start: Start) -> Trainer:
     sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
     train_data = training_sequences(start.data, config)
     val_data = validation_sequences(start.data, config)
-    model = build_model(config.model, seed=None if start.contents else config.seed)
-    if start.contents:
-        load_weights(model, start.contents, start.source)
+    model = _build(start, config)
     _refuse_other_optimizer(start, model)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
     lock = _claim(folder)
@@ -111,6 +110,32 @@ def start_run(start: Start) -> Trainer:
         compile_blocks(trainer.model)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
+
+
+def _build(start: Start, config: AtlasConfig) -> AtlasLM:
+    """The model with the weights that the run begins with, on the CPU."""
+    model = build_model(config.model, seed=None if start.contents else config.seed)
+    if start.mode == "resume":
+        saved = resolve(start.contents["config"]).lora
+        if saved != config.lora:
+            raise AtlasError(
+                f"{start.source}: was trained with lora.rank {saved.rank}, alpha {saved.alpha:g}, targets "
+                f"{', '.join(saved.targets)}: leave these as they were, or start a new run from it with --init-from"
+            )
+        if config.lora.rank:
+            add_lora(model, config.lora)
+        load_weights(model, start.contents, start.source)
+        return model
+    if start.contents:
+        load_weights(model, start.contents, start.source)
+    elif config.lora.rank:
+        raise AtlasError(
+            f"lora.rank: {config.lora.rank}: updates beside weights that rest need a trained model: name it with "
+            "--init-from, or set lora.rank to 0"
+        )
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.seed)
+    return model
 
 
 def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
@@ -277,6 +302,8 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         )
     say(_as_yaml(config).rstrip())
     data, model = trainer.train_data, trainer.model
+    if config.lora.rank:
+        say(f"lora: {lora_parameters(config):,} numbers beside the model's learn, its own rest")
     say(
         f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "

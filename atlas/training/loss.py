@@ -63,7 +63,12 @@ def linear_cross_entropy(
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, -2), weight, targets.flatten(), vocabulary or len(weight), differentiated
+            hidden.flatten(0, -2),
+            weight,
+            targets.flatten(),
+            vocabulary or len(weight),
+            differentiated,
+            differentiated and weight.requires_grad,
         )
     return loss
 
@@ -73,11 +78,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, differentiated: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocabulary: int,
+        differentiated: bool,
+        weight_learns: bool,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
-        table_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        table_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
         weight = weight[:vocabulary]
         weight_grad = None if table_grad is None else table_grad[:vocabulary]
         # Made once: to the system, fresh memory for each chunk costs as much as a quarter of its product.
@@ -94,12 +105,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(rows, weight.T, out=logits)
             torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
             total -= (log_probs.gather(1, goals) * counts).sum()
-            if hidden_grad is not None and weight_grad is not None:
+            if hidden_grad is not None:
                 # By the logits: the probabilities, less one at the target; by ignored rows' nothing, which is cheaper
                 # to say of the narrow factors.
                 grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
                 counts = counts.to(hidden.dtype)
                 torch.mul(grad @ weight, counts, out=hidden_grad[start : start + LOSS_CHUNK_TOKENS])
+                if weight_grad is None:
+                    continue
                 rows = rows * counts
                 if weight_grad.dtype == grad.dtype:
                     weight_grad.addmm_(grad.T, rows)
@@ -109,12 +122,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
         hidden_grad, table_grad = ctx.grads
         ctx.grads = None
-        return hidden_grad.mul_(grads[0]), table_grad.mul_(grads[0]), None, None, None
+        by_table = None if table_grad is None else table_grad.mul_(grads[0])
+        return hidden_grad.mul_(grads[0]), by_table, None, None, None, None
 
 
 def load_loss(dotted: str) -> LossFunction:

@@ -13,7 +13,7 @@ from torch import Tensor
 from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM, build_model
+from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import what_would_help
 from atlas.training.compilation import compile_blocks, refuse_failed_compilation
 from atlas.training.guard import Fault, find_fault
@@ -27,7 +27,10 @@ from atlas.training.state import TrainState
 
 def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None]) -> Updater:
     """The model of `config` with new weights, and what a run moves it by; without the run's data and folder."""
-    model = build_model(config.model, seed=config.seed).to(runtime.device, runtime.weights_dtype).train()
+    model = build_model(config.model, seed=config.seed)
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    model = model.to(runtime.device, runtime.weights_dtype).train()
     model.gradient_checkpointing = config.training.gradient_checkpointing
     if runtime.compiles:
         compile_blocks(model)

@@ -1,0 +1,79 @@
+"""Low-rank updates in the format of Hugging Face's `peft`: adapter_config.json and adapter_model.safetensors.
+
+The format: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from atlas.config import LoraConfig, ModelConfig
+from atlas.errors import AtlasError
+from atlas.export.architectures import separated
+from atlas.export.hf_format import names_of
+from atlas.files import write_folder
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def export_adapter(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    lora: LoraConfig,
+    folder: str | Path,
+    *,
+    base: str = "",
+) -> Path:
+    """Write the updates in `weights`, a training state dict, into `folder`; `base` says which model they are for.
+
+    Raises `AtlasError` where there are none, and as `write_folder` does.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise AtlasError('--format peft: needs safetensors; pip install "atlas-llm[hf]"') from None
+    if not lora.rank:
+        raise AtlasError("--format peft: all weights of this model learnt (lora.rank 0); take --format hf")
+    tensors = adapter_tensors(weights, config)
+    # With the room that each stands in: GPT-2 has two called c_proj.
+    modules = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
+    stated: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+        "fan_in_fan_out": config.gguf_architecture == "gpt2",  # it stores matrices as (in, out)
+        "inference_mode": True,
+    }
+
+    def write(folder: Path) -> None:
+        (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+
+    return write_folder(Path(folder), _FILES, write)
+
+
+def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The updates by PEFT's names. Where one Atlas matrix is several there, A is the same for all of them."""
+    names, tensors = names_of(config), {}
+    for name, b in weights.items():
+        if not name.endswith(".lora_b"):
+            continue
+        place = name.removesuffix(".lora_b")
+        parts = {f"{place}.weight": b}
+        if config.gguf_architecture != "gpt2":
+            parts = separated(parts, config)
+        for part, rows in parts.items():
+            theirs = f"base_model.model.{names[part].removesuffix('.weight')}"
+            tensors[f"{theirs}.lora_A.weight"] = weights[f"{place}.lora_a"].float().clone()
+            tensors[f"{theirs}.lora_B.weight"] = rows.float().contiguous()
+    return tensors
