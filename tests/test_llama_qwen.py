@@ -246,7 +246,9 @@ def test_scaled_initialisation_begins_as_the_identity_at_any_width() -> None:
         assert torch.equal(model.hidden_states(tokens), expected)
         block = model.blocks[1]
         sizes.append(float(block.attention.qkv(block.attention_norm(expected)).detach().std()))
-        assert float(block.mlp.up.weight.std()) == pytest.approx(0.5 / math.sqrt(width), rel=0.05)
+        loss = float(compute_lm_loss(model(tokens[:, :-1]), tokens[:, 1:]).detach())
+        assert loss == pytest.approx(math.log(101), rel=0.25)  # an echo would be twice that at 512
+        assert float(block.mlp.up.weight.detach().std()) == pytest.approx(0.5 / math.sqrt(width), rel=0.05)
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
 
 

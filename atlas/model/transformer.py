@@ -75,14 +75,17 @@ class AtlasLM(nn.Module):
         `gpt2`: std 0.02, and for the projections that write to the residual stream 1/√(2 · num_layers) of that, so that
         its variance does not grow with depth (Radford et al. 2019, section 2.3). `scaled`: std 1/(2√inputs) in the
         blocks, so that what comes out is of one size at any width (Yang et al. 2022, arXiv:2203.03466), and those
-        projections zero: every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
+        projections zero: every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321). Then a tied head
+        gives each token itself a logit of std · width, which is kept to 5: the model must not begin as an echo.
         """
         is_scaled = self.config.init == "scaled"
         residual_scale = 0.0 if is_scaled else 1 / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                is_inside = name.startswith("blocks.")
-                std = 0.5 / math.sqrt(module.weight.shape[1]) if is_scaled and is_inside else 0.02
+                std = 0.02
+                if is_scaled:
+                    is_inside, inputs = name.startswith("blocks."), module.weight.shape[1]
+                    std = 0.5 / math.sqrt(inputs) if is_inside else min(0.02, 5 / inputs)
                 if name.endswith(("attention.output", "mlp.down")):
                     std *= residual_scale
                 nn.init.normal_(module.weight, std=std)
