@@ -29,7 +29,7 @@ training: {batch_size: 2, max_steps: 2, warmup_steps: 1}
 
 CONFIGS = {
     "small": SMALL,
-    "unknown": SMALL + "colour: red\n",
+    "unknown": SMALL + "zebra: red\n",
     "misspelt": SMALL.replace("model:", "modle:"),
     "misplaced": SMALL.replace("max_steps", "hidden_size"),
     "twice": SMALL.replace("batch_size: 2", "batch_size: 2, batch_size: 3"),
@@ -160,7 +160,7 @@ def write_broken_archives() -> None:
 # Commands, and what their one line must say, in this order: the value, the reason, the remedy.
 MISTAKES = {
     "train --train-data own --output-dir new --config": {
-        "unknown.yaml": "unknown.yaml … unknown setting colour … docs/CONFIG.md",
+        "unknown.yaml": "unknown.yaml … unknown setting zebra … docs/CONFIG.md",
         "misspelt.yaml": "misspelt.yaml … modle … did you mean model?",
         "misplaced.yaml": "training.hidden_size … write it as model.hidden_size",
         "twice.yaml": "twice.yaml line 3 … 'batch_size' is given twice",
@@ -342,7 +342,7 @@ MISTAKES = {
     "pipeline": {
         "--yes": "archive.zip: is not there; download it from https://www.kaggle.com … --data PATH … --demo",
         "--data river.txt --config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
-        "--data own --config small.yaml --set colour=red": "colour … docs/CONFIG.md",
+        "--data own --config small.yaml --set zebra=red": "zebra … docs/CONFIG.md",
     },
     "plan": {
         "--config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
