@@ -16,6 +16,7 @@ nobody has seen, in windows of each one's own context, of checkpoints that the r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -58,9 +59,11 @@ class Run:
 
     def reaches(self, bits: float) -> float | None:
         """Seconds until it is there, in a line between checkpoints."""
-        for (t0, b0), (t1, b1) in zip(self.curve, self.curve[1:], strict=False):
+        if self.curve[0][1] <= bits:
+            return self.curve[0][0]
+        for (t0, b0), (t1, b1) in itertools.pairwise(self.curve):
             if b1 <= bits:
-                return t0 if b0 <= bits else t0 + (t1 - t0) * (b0 - bits) / (b0 - b1)
+                return t0 + (t1 - t0) * (b0 - bits) / (b0 - b1)
         return None
 
 
@@ -177,7 +180,7 @@ def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, fl
 
     curve = []
     for seconds, path in saved:
-        contents = torch.load(path, weights_only=False)
+        contents = torch.load(path, weights_only=True)
         model = GPT(GPTConfig(**contents["model_args"]))
         model.load_state_dict(contents["model"])
         model.eval()
@@ -362,6 +365,12 @@ def report(arguments: argparse.Namespace, runs: Sequence[Run]) -> None:
                 ours / theirs for ours, theirs in zip(medians[name], medians[peer], strict=True)
             )
             print(f"{name}: {time_ratio:.3f} of {peer}'s time, {bits_ratio:.3f} of its bits per byte")
+            there = [run.reaches(medians[peer][1]) for run in runs if run.name == name]
+            print(f"{name}: at {peer}'s bits per byte after {', '.join(map(_seconds, there))}")
+
+
+def _seconds(when: float | None) -> str:
+    return "never" if when is None else f"{when:.1f} s"
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:

@@ -63,7 +63,7 @@ def export(
     quantize: Annotated[
         Type | None,
         typer.Option(
-            help="Type of the matrices: f32 is exact, f16 or bf16 half the size, q8_0 a quarter, q4_k_m an eighth.",
+            help="Type of the matrices: f32 is exact, f16 or bf16 half the size, q8_0 a quarter, q4_k_m a fifth.",
             show_default="gguf f16, hf f32",
         ),
     ] = None,

@@ -88,7 +88,12 @@ def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevel
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
     """Atlas's name → llama.cpp's, of each tensor of a model of this shape."""
-    table = TENSOR_NAMES[architecture_of(config)]
+    return names_in(TENSOR_NAMES, config)
+
+
+def names_in(tables: Mapping[str, Mapping[str, str]], config: ModelConfig) -> dict[str, str]:
+    """The names that a table of these, by architecture, gives to the tensors of a model of this shape."""
+    table = tables[architecture_of(config)]
     names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
     if config.tie_embeddings:
         del names["lm_head.weight"]

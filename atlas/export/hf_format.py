@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError
-from atlas.export.architectures import architecture_of, exportable_state, joined
+from atlas.export.architectures import architecture_of, exportable_state, joined, names_in
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -64,11 +64,7 @@ _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 def names_of(config: ModelConfig) -> dict[str, str]:
     """Atlas's name → Hugging Face's, of each tensor."""
-    table = _NAMES[architecture_of(config)]
-    names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
-    if config.tie_embeddings:
-        del names["lm_head.weight"]
-    return names
+    return names_in(_NAMES, config)
 
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A tokenizer.json of another model, run as it is by Hugging Face `tokenizers`: Llama's, Qwen's, or any other.
 
-It can be trained with and kept in a checkpoint. It is not exported: a GGUF file names its split by a word that
-llama.cpp must know.
+It can be trained with, kept in a checkpoint and given back to Hugging Face. A GGUF file cannot hold it: that names a
+split by a word that llama.cpp must know.
 """
 
 from __future__ import annotations

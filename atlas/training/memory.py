@@ -66,6 +66,7 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
         training.optimizer,
         training.gradient_checkpointing,
         training.compile,
+        config.lora.model_dump(mode="json"),
         machine,
     ]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
