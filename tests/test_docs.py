@@ -180,7 +180,7 @@ def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
     for flag, written in itertools.pairwise(arguments):
         if flag in ("--output", "--output-file"):
             assert Path(written).exists()
-    if command == "generate" and "--prompt" in arguments and "--num-samples" not in arguments:
+    if command == "generate" and "--prompt" in arguments and not {"--num-samples", "--chat"} & {*arguments}:
         assert said.out.startswith(arguments[arguments.index("--prompt") + 1])
     if command == "train" and not {"--overfit-batch", "--profile"} & {*arguments}:
         folder = (
@@ -237,6 +237,9 @@ def furnish(folder: Path) -> None:
     (folder / "my_texts/river.txt").write_text(corpus(1000), encoding="utf-8")
     (folder / "my_texts/mill.md").write_text("# The mill\n\n" + corpus(500), encoding="utf-8")
     (folder / "prompts.txt").write_text("The river\n\nA small boat\n", encoding="utf-8")
+    page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
+    rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)
+    (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
     shutil.copytree(ROOT / "configs", folder / "configs")
 
 

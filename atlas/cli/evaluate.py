@@ -12,7 +12,7 @@ from atlas.cli.terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from atlas.data import SequenceDataset
+    from atlas.data.sequences import Windows
     from atlas.model import AtlasLM
     from atlas.tokenizer import Tokenizer
     from atlas.training.runtime import Runtime
@@ -25,7 +25,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="A prepared folder (its validation part, where it has one) or plain text (all of it)."
+            help="A prepared folder (its validation part, where it has one), plain text or conversations (all of it)."
         ),
     ],
     checkpoint: Annotated[str, typer.Option(help="The checkpoint to judge.")] = "checkpoints/atlas_best.pt",
@@ -46,7 +46,7 @@ def evaluate(
     from rich.progress import track
 
     from atlas.config.loader import nested, overlay, resolve
-    from atlas.data import SequenceDataset, resolve_data
+    from atlas.data import resolve_data, validation_windows
     from atlas.errors import AtlasError
     from atlas.inference.load import load_model
     from atlas.training.evaluate import evaluate as measure
@@ -60,12 +60,7 @@ def evaluate(
             f"{loaded.tokenizer.name}'s ids: give --data the text that it was prepared from"
         )
     stream = resolved.val or resolved.train
-    dataset = SequenceDataset(
-        stream,
-        loaded.config.model.max_seq_len,
-        pad_last=True,
-        with_documents=loaded.config.data.document_mask,
-    )
+    dataset = validation_windows(stream, loaded.config)
     runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
     console = Console(stderr=True)
     result = measure(
@@ -90,7 +85,7 @@ def evaluate(
 
 def _show_worst(
     model: AtlasLM,
-    dataset: SequenceDataset,
+    dataset: Windows,
     tokenizer: Tokenizer,
     runtime: Runtime,
     count: int,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atlas.errors import AtlasError
+from atlas.tokenizer.chat import chat_template
 
 if TYPE_CHECKING:
     from atlas.export.gguf import ExportedFile
@@ -106,17 +107,29 @@ def export(
     kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
     export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license)
     if modelfile:
-        _write_modelfile(target, loaded.config.model.max_seq_len)
+        _write_modelfile(target, loaded)
 
 
-def _write_modelfile(file: Path, context: int) -> None:
-    """For Ollama, which is told to pass the prompt on as it is: the model continues text."""
+_OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
+{{ .Content }}<|endoftext|>
+{{ end }}<|assistant|>
+\"\"\""""
+"""`chat_template` as Ollama writes it."""
+
+
+def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
+    """For Ollama, which is told the form of a conversation, or to pass the prompt on as it is."""
+    context, template = loaded.config.model.max_seq_len, loaded.facts["data"].get("chat_template")
+    if template not in (None, chat_template(loaded.tokenizer)):
+        raise AtlasError(
+            "--modelfile: the model was imported with a chat template of its own, which Ollama wants in Go"
+        )
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
     target.write_text(
         f"FROM ./{file.name}\n"
-        "TEMPLATE {{ .Prompt }}\n"
+        f"TEMPLATE {_OLLAMA_CHAT if template else '{{ .Prompt }}'}\n"
         f"PARAMETER num_ctx {context}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
         encoding="utf-8",
@@ -170,7 +183,13 @@ def export_and_prove(
     from atlas.export.gguf import export_gguf
 
     written = export_gguf(
-        loaded.model, loaded.tokenizer, output, quantize=quantize, name=output.stem, license=license
+        loaded.model,
+        loaded.tokenizer,
+        output,
+        quantize=quantize,
+        name=output.stem,
+        license=license,
+        chat_template=loaded.facts["data"].get("chat_template"),
     )
     _say(_table(written))
     if verify:

@@ -6,17 +6,19 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atlas.errors import AtlasError
+from atlas.tokenizer.chat import Message, chat_template
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
     from atlas.inference.sampling import Sampling
+    from atlas.inference.text import Prompt
 
 _ROWS_AT_ONCE = 16
 
@@ -29,6 +31,13 @@ def generate(
     prompts_file: Annotated[str | None, typer.Option(help="File with a prompt on each line.")] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask for prompts until end of input.")
+    ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Prompts are what a user says to a model that learnt from conversations; print its answers.",
+        ),
     ] = False,
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
@@ -76,6 +85,8 @@ def generate(
             f"--output-file {output_file}: cannot be written; name a file in a folder that exists"
         )
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
+    if chat:
+        _check_chat(loaded)
     if loaded.model.head_weight.device.type == "cpu":
         lay_out_for_decoding(loaded.model)
     if seed is None:
@@ -84,11 +95,14 @@ def generate(
             typer.echo(f"seed {seed}", err=True)
     run = _Run(loaded, sampling, max_tokens, stop or [], seed)
     if interactive:
+        said: list[Message] = []
         for number, line in enumerate(_ask_prompts()):
             run.seed = seed + number
-            run.print([line] * num_samples)
+            said.append(Message("user", line))
+            texts = run.print([said if chat else line] * num_samples)
+            said.append(Message("assistant", texts[0]))
         return
-    rows = [text for text in prompts for _ in range(num_samples)]
+    rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
     if output_file:
         run.write(rows, Path(output_file))
     else:
@@ -111,7 +125,7 @@ class _Run:
         )
         self.tokens, self.seconds = 0, 0.0
 
-    def texts(self, rows: list[str]) -> Iterator[tuple[str, str]]:
+    def texts(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, str]]:
         """(prompt, continuation) of every row, many rows at a time."""
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             chunk = rows[first : first + _ROWS_AT_ONCE]
@@ -120,29 +134,34 @@ class _Run:
                 pieces = [text + new for text, new in zip(pieces, step, strict=True)]
             yield from zip(chunk, pieces, strict=True)
 
-    def print(self, rows: list[str]) -> None:
-        """One text as it is made; several one after the other, a blank line between."""
+    def print(self, rows: Sequence[Prompt]) -> list[str]:
+        """One text as it is made; several one after the other, a blank line between. Returns what the model wrote."""
+        written = []
         if len(rows) == 1:
-            _write(rows[0])
+            _write(_shown(rows[0]))
             for step in self._stream(rows, 0):
                 _write(step[0])
+                written.append(step[0])
             _write("\n")
-            return
+            return ["".join(written)]
         for number, (prompt, text) in enumerate(self.texts(rows)):
-            _write(("\n" if number else "") + prompt + text + "\n")
+            _write(("\n" if number else "") + _shown(prompt) + text + "\n")
+            written.append(text)
+        return written
 
-    def write(self, rows: list[str], path: Path) -> None:
+    def write(self, rows: Sequence[Prompt], path: Path) -> None:
         try:
             with open(path, "w", encoding="utf-8") as file:
                 for prompt, text in self.texts(rows):
-                    file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                    asked = prompt if isinstance(prompt, str) else prompt[-1].content
+                    file.write(json.dumps({"prompt": asked, "text": text}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise AtlasError(
                 f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
             ) from None
         typer.echo(f"{len(rows)} texts written to {path}", err=True)
 
-    def _stream(self, rows: list[str], first_row: int) -> Iterator[list[str]]:
+    def _stream(self, rows: Sequence[Prompt], first_row: int) -> Iterator[list[str]]:
         from atlas.inference.text import stream_text
 
         start = time.perf_counter()
@@ -160,6 +179,25 @@ class _Run:
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
+
+
+def _shown(prompt: Prompt) -> str:
+    """Of a text its beginning; what was said in a conversation is known."""
+    return prompt if isinstance(prompt, str) else ""
+
+
+def _check_chat(loaded: LoadedModel) -> None:
+    template = loaded.facts["data"].get("chat_template")
+    if template is None:
+        raise AtlasError(
+            f"--chat: {loaded.path} did not learn from conversations: leave --chat out, or fine-tune it with "
+            "atlas train --init-from on JSONL rows with messages"
+        )
+    if template != chat_template(loaded.tokenizer):
+        raise AtlasError(
+            f"--chat: {loaded.path} was imported with a chat template of its own, which Atlas does not run: write it "
+            "out in --prompt, or export the model and chat in llama.cpp"
+        )
 
 
 def _write(text: str) -> None:

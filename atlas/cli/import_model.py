@@ -26,14 +26,16 @@ def import_model(
     ] = None,
 ) -> None:
     """Make a checkpoint of a model in Hugging Face's format (GPT-2, Llama, Qwen3), to write with or to fine-tune."""
-    from atlas.export.import_hf import import_hf
+    from atlas.export.import_hf import import_hf, read_chat_template
     from atlas.training.imported import save_imported
 
     output = Path(output_dir) if output_dir else Path("checkpoints") / Path(folder).resolve().name
     if output.exists() and any(output.iterdir()):
         raise AtlasError(f"{output}: is not empty; choose another --output-dir")
     model, own = import_hf(folder, tokenizer=tokenizer)
-    path = save_imported(model, own, output, source=str(folder))
+    path = save_imported(
+        model, own, output, source=str(folder), chat_template=read_chat_template(Path(folder))
+    )
     config = model.config
     typer.echo(
         f"{config.gguf_architecture}: {model.num_parameters():,} parameters, context {config.max_seq_len:,}, "

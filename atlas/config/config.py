@@ -28,7 +28,9 @@ class DataConfig(Section):
     """Where tokens come from."""
 
     train_data: str | None = Field(
-        None, description="Training data: a prepared folder, or plain text (file, folder or zip)."
+        None,
+        description="Training data: a prepared folder, plain text (file, folder or zip), or conversations (JSONL), of "
+        "which the answers are learnt.",
     )
     mixture: tuple[MixturePart, ...] | None = Field(
         None,
@@ -51,12 +53,13 @@ class DataConfig(Section):
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="concat: windows cut out of the documents one after the other. best_fit: whole documents put "
-        "together into windows, cut only where one is longer; validation is read as concat.",
+        "together into windows, cut only where one is longer; validation is read as concat. Conversations are always "
+        "packed whole.",
     )
     document_mask: bool = Field(
         False,
         description="Keep attention inside a document, and start positions again in each, where a sequence holds "
-        "several.",
+        "several. Of conversations true unless it is written.",
     )
     num_workers: Int = Field(
         1, ge=0, description="Threads that read batches ahead; 0 reads in the training thread."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from atlas.data.dataset import IGNORE_INDEX, SequenceDataset, TextDataset
     from atlas.data.loader import SequenceOrder, batches
     from atlas.data.resolve import ResolvedData, resolve_data, resolve_mixture
-    from atlas.data.sequences import training_sequences, validation_sequences
+    from atlas.data.sequences import training_sequences, validation_sequences, validation_windows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -34,6 +34,7 @@ __all__ = [
     "resolve_mixture",
     "training_sequences",
     "validation_sequences",
+    "validation_windows",
 ]
 
 _NEED_TORCH = {
@@ -47,6 +48,7 @@ _NEED_TORCH = {
     "resolve_mixture": "resolve",
     "training_sequences": "sequences",
     "validation_sequences": "sequences",
+    "validation_windows": "sequences",
 }
 
 

@@ -102,18 +102,23 @@ def _counter(counts: Counter[str], name: str) -> Any:
 
 def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
     on_undecodable = _counter(report.undecodable, file.name)
+    for place, row in read_rows(file, advance):
+        text = _row_text(row, place, text_field)
+        if text is None:
+            report.empty_rows[file.name] += 1
+        else:
+            yield from as_document([replace_undecodable(text, on_undecodable)])
+
+
+def read_rows(file: TextFile, advance: Advance) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file, each with what errors call its place."""
     with file.open(advance) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
             if len(line) > _LONGEST_ROW:
                 raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
-            if not line.strip():
-                continue
-            text = _row_text(line, place, text_field)
-            if text is None:
-                report.empty_rows[file.name] += 1
-            else:
-                yield from as_document([replace_undecodable(text, on_undecodable)])
+            if line.strip():
+                yield place, _row(line, place)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -129,8 +134,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
     yield from itertools.chain([first] if first else [], rest)
 
 
-def _row_text(line: bytes, place: str, text_field: str) -> str | None:
-    """None where the field is null."""
+def _row(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
@@ -142,7 +146,16 @@ def _row_text(line: bytes, place: str, text_field: str) -> str | None:
         raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
         raise AtlasError(
-            f"{place}: is {_json_name(row)}, not an object; every line must be like {{{json.dumps(text_field)}: …}}"
+            f'{place}: is {json_name(row)}, not an object; every line must be like {{"text": …}}'
+        )
+    return row
+
+
+def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
+    """None where the field is null."""
+    if text_field not in row and "messages" in row:
+        raise AtlasError(
+            f"{place}: is a conversation, which is not prepared: give the file itself to atlas train --train-data"
         )
     if text_field not in row:
         raise AtlasError(
@@ -152,13 +165,13 @@ def _row_text(line: bytes, place: str, text_field: str) -> str | None:
     text = row[text_field]
     if text is not None and not isinstance(text, str):
         raise AtlasError(
-            f"{place}: field {text_field!r} is {_json_name(text)}, not text; "
+            f"{place}: field {text_field!r} is {json_name(text)}, not text; "
             "name the field that holds the text with --text-field, or take the row out"
         )
     return text
 
 
-def _json_name(value: object) -> str:
+def json_name(value: object) -> str:
     """What a parsed value is called in JSON."""
     if value is None:
         return "null"

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from atlas.data.conversations import ChatDataset
 from atlas.data.dataset import SequenceDataset
 from atlas.data.loader import SequenceOrder
 from atlas.errors import AtlasError
@@ -23,7 +24,7 @@ Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
     """The windows of its parts, one part after the other, and the `weights` that training draws them by."""
 
-    def __init__(self, parts: Sequence[SequenceDataset], weights: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence[SequenceDataset | ChatDataset], weights: Sequence[float]) -> None:
         super().__init__(parts)
         self.parts = list(parts)
         self.weights = list(weights)
@@ -98,7 +99,9 @@ def quotas(weights: Sequence[float]) -> list[int]:
     return [int(count) for count in counts]
 
 
-def order_of(dataset: SequenceDataset | MixtureDataset, seed: int) -> SequenceOrder | MixtureOrder:
+def order_of(
+    dataset: SequenceDataset | ChatDataset | MixtureDataset, seed: int
+) -> SequenceOrder | MixtureOrder:
     """The order that a run with this `seed` takes the windows in."""
     if isinstance(dataset, MixtureDataset):
         return MixtureOrder(seed, [len(part) for part in dataset.parts], dataset.weights)

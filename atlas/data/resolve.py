@@ -1,4 +1,5 @@
-"""What `--train-data` and `--val-data` name, opened: prepared folders as they are, plain text prepared."""
+"""What `--train-data` and `--val-data` name, opened: prepared folders as they are, plain text prepared, conversations
+read."""
 
 from __future__ import annotations
 
@@ -8,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atlas.config.config import MixturePart
+from atlas.data.conversations import Conversations, holds_conversations, read_conversations
 from atlas.data.prepare import prepare_text_cached
 from atlas.data.shards import PreparedDataset, TokenStream, is_prepared, open_dataset
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
+
+Stream = TokenStream | Conversations
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,21 @@ class ResolvedData:
     A mixture has several training streams, each with its weight; one dataset is a mixture of one.
     """
 
-    trains: tuple[TokenStream, ...]
+    trains: tuple[Stream, ...]
     weights: tuple[float, ...]
-    vals: tuple[TokenStream, ...]
+    vals: tuple[Stream, ...]
     tokenizer: Tokenizer
     fingerprint: str
     notes: list[str]
     """What was found and decided when plain text was prepared, one line each."""
 
     @property
-    def train(self) -> TokenStream:
+    def train(self) -> Stream:
         """The first training stream, which is the only one but in a mixture."""
         return self.trains[0]
 
     @property
-    def val(self) -> TokenStream | None:
+    def val(self) -> Stream | None:
         """The first validation stream, if there is any."""
         return self.vals[0] if self.vals else None
 
@@ -43,6 +47,11 @@ class ResolvedData:
     def name(self) -> str:
         """What the user calls the training data."""
         return ", ".join(stream.name for stream in self.trains)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether there is something to learn the form of a conversation from."""
+        return any(isinstance(stream, Conversations) for stream in self.trains)
 
 
 def resolve_data(
@@ -60,6 +69,8 @@ def resolve_data(
 
     Raises `AtlasError` for missing or empty data, and where two tokenizers would meet.
     """
+    if holds_conversations(train_data):
+        return _resolve_conversations(train_data, val_data, tokenizer or Tokenizer.gpt2(), val_fraction)
     notes: list[str] = []
     if is_prepared(train_data):
         dataset = open_dataset(train_data)
@@ -113,7 +124,28 @@ def resolve_mixture(
     )
 
 
-def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> TokenStream:
+def _resolve_conversations(
+    path: str | Path, val_data: str | Path | None, tokenizer: Tokenizer, val_fraction: float
+) -> ResolvedData:
+    held_out = val_fraction if val_data is None else 0.0
+    train, val = read_conversations(path, tokenizer, val_fraction=held_out)
+    vals = val if val_data is None else _validation_stream(val_data, tokenizer)
+    return ResolvedData(
+        trains=(train,),
+        weights=(1.0,),
+        vals=(vals,) if vals else (),
+        tokenizer=tokenizer,
+        fingerprint=train.fingerprint,
+        notes=[
+            f"{path}: {len(train.ends):,} conversations to train on, {len(val.ends) if val else 0:,} held out; the "
+            "loss is that of the answers"
+        ],
+    )
+
+
+def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> Stream:
+    if holds_conversations(val_data):
+        return read_conversations(val_data, tokenizer, val_fraction=0.0)[0]
     if is_prepared(val_data):
         dataset = open_dataset(val_data)
         _refuse_other_tokenizer(dataset, tokenizer)

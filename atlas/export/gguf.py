@@ -58,12 +58,13 @@ def export_gguf(
     quantize: Quantization = "f16",
     name: str = "Atlas",
     license: str | None = None,
+    chat_template: str | None = None,
 ) -> ExportedFile:
     """Write `model` with `tokenizer` inside to `output`, which appears whole or not at all.
 
-    `name` is what programs that list models will call it, `license` an SPDX identifier such as `mit`. Raises
-    `AtlasError` for a tokenizer or weights that the file cannot hold and where it cannot be written, `ValueError` if
-    the name table and the model's state dict differ.
+    `name` is what programs that list models will call it, `license` an SPDX identifier such as `mit`, `chat_template`
+    the form of a conversation in Jinja. Raises `AtlasError` for a tokenizer or weights that the file cannot hold and
+    where it cannot be written, `ValueError` if the name table and the model's state dict differ.
     """
     output = Path(output)
     vocabulary = exportable_tokenizer(tokenizer, model.config)
@@ -80,6 +81,8 @@ def export_gguf(
     writer.add_size_label(_size_label(model.num_parameters()))
     if license:
         writer.add_license(license)
+    if chat_template:
+        writer.add_chat_template(chat_template)
     for key, value in metadata_of(model, vocabulary, quantize).items():
         _add(writer, key, value)
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}

@@ -56,7 +56,8 @@ def export_hf(
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
-    eos_id = tokenizer.eos_id
+    eos_id, facts = tokenizer.eos_id, facts or {}
+    chat_template = facts.get("data", {}).get("chat_template")
     tensors = {
         name: tensor.to(_DTYPES[dtype])
         for name, tensor in state_out(model.state_dict(), model.config).items()
@@ -80,9 +81,10 @@ def export_hf(
             "eos_token": tokenizer.decode([eos_id]),
             "model_max_length": model.config.max_seq_len,
             "clean_up_tokenization_spaces": False,
+            **({"chat_template": chat_template} if chat_template else {}),
         },
     }
-    card = _model_card(model, name, dtype, facts or {}, license)
+    card = _model_card(model, name, dtype, facts, license)
 
     def write(folder: Path) -> None:
         for file, content in configs.items():
@@ -104,6 +106,7 @@ def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any],
         "vocabulary": f"{config.vocabulary:,} tokens",
         "weights": dtype,
     }
+    does = "answers" if facts.get("data", {}).get("chat_template") else "continues text"
     training = facts.get("config", {}).get("training", {})
     sequences = facts.get("sequences_consumed")
     known = {
@@ -125,7 +128,7 @@ pipeline_tag: text-generation{f"{chr(10)}license: {license}" if license else ""}
 
 # {name}
 
-A language model trained from scratch with [Atlas](https://github.com/juliuspleunes4/Atlas). It continues text.
+A language model trained from scratch with [Atlas](https://github.com/juliuspleunes4/Atlas). It {does}.
 
 | | |
 |---|---|

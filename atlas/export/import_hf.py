@@ -20,6 +20,7 @@ from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 
 _LARGEST_JSON = 64 << 20
+_LARGEST_TEMPLATE = 1 << 20
 
 
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
@@ -45,6 +46,21 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
     except AtlasError as error:
         raise AtlasError(f"{folder}: {error}") from None
     return model.eval(), _read_tokenizer(folder, tokenizer, config.vocabulary)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The form of a conversation in Jinja, which is not run here but kept for exports; None where there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode(
+            "utf-8", "replace"
+        )
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    except AtlasError as error:
+        raise AtlasError(f"{folder}: {error}") from None
+    return template if isinstance(template, str) else None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -9,6 +9,10 @@ from atlas.inference.generate import generate
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, row_generators
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat import Message, encode_question
+
+Prompt = str | Sequence[Message]
+"""Text to continue, or a conversation to answer."""
 
 
 class TextStream:
@@ -74,7 +78,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def stream_text(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
     max_tokens: int,
@@ -91,7 +95,7 @@ def stream_text(
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
     tokenizer = loaded.tokenizer
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    ids = [_encode(prompt, tokenizer) for prompt in prompts]
     streams = [TextStream(tokenizer, stop) for _ in prompts]
     ended = [False] * len(prompts)
     generators = row_generators(seed, len(ids), first_row=first_row)
@@ -108,3 +112,9 @@ def stream_text(
         if all(ended):
             break
     yield [stream.finish() for stream in streams]
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    return encode_question(prompt, tokenizer)

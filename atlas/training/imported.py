@@ -14,7 +14,14 @@ from atlas.training.manifest import FORMAT_VERSION
 from atlas.training.state import TrainState
 
 
-def save_imported(model: AtlasLM, tokenizer: Tokenizer, folder: str | Path, *, source: str) -> Path:
+def save_imported(
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    source: str,
+    chat_template: str | None = None,
+) -> Path:
     """Write `atlas_best.pt` into `folder` and return its path; it holds no optimizer state, so that no run goes on from
     it. Raises `AtlasError` where it cannot be written."""
     config = AtlasConfig(model=model.config)
@@ -28,7 +35,7 @@ def save_imported(model: AtlasLM, tokenizer: Tokenizer, folder: str | Path, *, s
         "epoch": 0,
         "config": config.model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
-        "data": {},
+        "data": {"chat_template": chat_template},
         "initialized_from": source,
         "machine": {},
     }

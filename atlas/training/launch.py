@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import yaml
 
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
-from atlas.data import training_sequences, validation_sequences
+from atlas.data import SequenceDataset, training_sequences, validation_sequences
+from atlas.data.conversations import ChatDataset
 from atlas.data.mixture import MixtureDataset
 from atlas.data.packing import PackedDataset
 from atlas.errors import AtlasError
@@ -28,6 +29,7 @@ from atlas.planning import (
     output_folder_bytes,
     snapshot_bytes,
 )
+from atlas.tokenizer.chat import chat_template
 from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.compilation import choose_compile, compile_blocks
 from atlas.training.heat import open_sensor
@@ -88,7 +90,11 @@ def start_run(start: Start) -> Trainer:
         start.data.tokenizer,
         train_data,
         val_data,
-        data_identity={"fingerprint": start.data.fingerprint, "train_data": start.data.name},
+        data_identity={
+            "fingerprint": start.data.fingerprint,
+            "train_data": start.data.name,
+            "chat_template": chat_template(start.data.tokenizer) if start.data.has_conversations else None,
+        },
         runtime=runtime,
         state=state,
         checkpoints=checkpoints,
@@ -310,13 +316,8 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
         f"{', compiled' if trainer.runtime.compiles else ''}"
     )
-    parts = data.parts if isinstance(data, MixtureDataset) else [data]
-    for part in parts:
-        if isinstance(part, PackedDataset):
-            say(
-                f"best-fit packing: {part.stream.name}: {part.padding:.2%} of positions are padding, every token is in "
-                "a window"
-            )
+    for part in data.parts if isinstance(data, MixtureDataset) else [data]:
+        _announce_packing(part, say)
     if isinstance(data, MixtureDataset):
         _announce_mixture(data, trainer)
     if config.data.document_mask and config.model.dropout and has_flex_attention(trainer.runtime.device):
@@ -342,6 +343,23 @@ def _announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
+
+
+def _announce_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]) -> None:
+    if isinstance(part, PackedDataset):
+        say(
+            f"best-fit packing: {part.stream.name}: {part.padding:.2%} of positions are padding, every token is in "
+            "a window"
+        )
+    if isinstance(part, ChatDataset):
+        say(
+            f"{part.stream.name}: {part.num_conversations:,} conversations packed whole into {len(part):,} sequences"
+        )
+        if part.num_cut or part.num_left_out:
+            say(
+                f"{part.stream.name}: longer than {part.max_seq_len} tokens: {part.num_cut:,} conversations lose their "
+                f"end, {part.num_left_out:,} more are left out, since their first answer would begin beyond it"
+            )
 
 
 def _announce_mixture(data: MixtureDataset, trainer: Trainer) -> None:

@@ -189,7 +189,16 @@ def with_data(
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
+    if data.has_conversations and not (contents and data.fingerprint == contents["data"].get("fingerprint")):
+        config = _conversations_apart(config, explicit)
     return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
+
+
+def _conversations_apart(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
+    """In use a conversation stands alone, so that it does in training, unless the user wrote otherwise."""
+    if "document_mask" in explicit.get("data", {}):
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"document_mask": True})})
 
 
 def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
