@@ -312,7 +312,7 @@ def split_text(data: str, folder: Path) -> None:
     for part in ("train", "val"):
         stream = open_dataset(dataset.folder).split(part)
         assert stream is not None
-        ids = stream[0 : stream.num_tokens].tolist()
+        ids = stream.read(0, stream.num_tokens).tolist()
         text = tokenizer.decode(ids).replace("<|endoftext|>", "\n")
         (folder / f"{part}.txt").write_text(text, encoding="utf-8")
         print(f"{part}: {len(text.encode()) / 1e6:.2f} MB")
