@@ -240,6 +240,8 @@ def furnish(folder: Path) -> None:
     page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
     rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)
     (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
+    question = '{"question": "The river runs past the old", "answers": ["mill", "moon"], "right": 0}\n'
+    (folder / "rivers.jsonl").write_text(question * 3, encoding="utf-8")
     shutil.copytree(ROOT / "configs", folder / "configs")
 
 
@@ -248,6 +250,7 @@ def test_what_the_pages_show_runs(
 ) -> None:
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for page in PAGES:
         namespace: dict[str, Any] = {"__name__": page.stem}
         for block in blocks_of(page):
@@ -269,7 +272,8 @@ def test_every_block_says_what_it_is() -> None:
 
 def test_configs_that_the_pages_show_are_configs(tmp_path: Path) -> None:
     for page in PAGES:
-        for number, block in enumerate(block for block in blocks_of(page) if block.language == "yaml"):
+        blocks = (block for block in blocks_of(page) if block.language == "yaml")
+        for number, block in enumerate(block for block in blocks if not block.text.startswith("# tasks/")):
             file = tmp_path / f"{page.stem}{number}.yaml"
             file.write_text(block.text, encoding="utf-8")
             resolve(read_yaml(file))

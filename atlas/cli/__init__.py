@@ -30,7 +30,7 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "train": "Train a model, or go on with one.",
     "generate": "Write text with a trained model.",
-    "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text.",
+    "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
     "import": "Make a checkpoint of a public model in Hugging Face's format.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",

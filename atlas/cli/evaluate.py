@@ -1,18 +1,21 @@
-"""`atlas evaluate`: how well a checkpoint predicts a text."""
+"""`atlas evaluate`: how well a checkpoint predicts a text, or answers the tasks of lm-eval."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atlas.cli.terminal import printable
+from atlas.cli.terminal import print_table, printable
+from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from atlas.data.sequences import Windows
+    from atlas.inference.load import LoadedModel
     from atlas.model import AtlasLM
     from atlas.tokenizer import Tokenizer
     from atlas.training.runtime import Runtime
@@ -23,53 +26,86 @@ _MARKED, _AROUND = 8, 40
 
 def evaluate(
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A prepared folder (its validation part, where it has one), plain text or conversations (all of it)."
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-eval, or YAML files or folders of your own, with commas between.",
+            metavar="NAME[,NAME]",
+        ),
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="The checkpoint to judge.")] = "checkpoints/atlas_best.pt",
     batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     worst: Annotated[
-        int, typer.Option(help="Show so many windows of the text that are predicted worst.", min=0)
+        int, typer.Option(help="Of --data: show so many windows that are predicted worst.", min=0)
     ] = 0,
+    limit: Annotated[int | None, typer.Option(help="Of --tasks: so many examples of each.", min=1)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Of --tasks: so many solved examples before each question.", min=0)
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
     ] = None,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on a text.
+    """Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in the tasks of lm-eval.
 
     Bits per byte compare models with different tokenizers; loss and perplexity do not.
     """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if (data is None) == (not names):
+        raise AtlasError("give one of --data TEXT and --tasks NAME")
+    if data is not None and (limit or num_fewshot is not None):
+        raise AtlasError("--limit and --num-fewshot are for --tasks; leave them out")
+    if names and worst:
+        raise AtlasError(f"--worst {worst}: is for --data; leave it out")
     from rich.console import Console
+
+    from atlas.inference.load import load_model
+
+    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
+    console = Console(stderr=True)
+    if data is not None:
+        _on_text(loaded, data, batch_size, device, worst, console)
+    else:
+        _on_tasks(loaded, names, limit, num_fewshot, batch_size, console)
+
+
+def _bar(name: str, console: Console) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """Draws a progress bar around what it is given, on a terminal only."""
     from rich.progress import track
 
+    return lambda items: track(items, name, console=console, disable=not console.is_terminal)
+
+
+def _on_text(
+    loaded: LoadedModel, data: str, batch_size: int, device: str, worst: int, console: Console
+) -> None:
     from atlas.config.loader import nested, overlay, resolve
     from atlas.data import resolve_data, validation_windows
-    from atlas.errors import AtlasError
-    from atlas.inference.load import load_model
     from atlas.training.evaluate import evaluate as measure
     from atlas.training.runtime import setup_runtime
 
-    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise AtlasError(
-            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, and {checkpoint} reads "
+            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, and {loaded.path} reads "
             f"{loaded.tokenizer.name}'s ids: give --data the text that it was prepared from"
         )
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
     runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
-    console = Console(stderr=True)
     result = measure(
         loaded.model,
         dataset,
         range(len(dataset)),
         batch_size=batch_size,
         runtime=runtime,
-        track=lambda starts: track(starts, "evaluating", console=console, disable=not console.is_terminal),
+        track=_bar("evaluating", console),
     )
     assert result is not None
     part = "validation part" if resolved.val else "whole text"
@@ -83,6 +119,32 @@ def evaluate(
         _show_worst(loaded.model, dataset, resolved.tokenizer, runtime, worst, console)
 
 
+def _on_tasks(
+    loaded: LoadedModel,
+    names: list[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    console: Console,
+) -> None:
+    from atlas.inference.tasks import evaluate_tasks
+
+    scores = evaluate_tasks(
+        loaded,
+        names,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        track=_bar("answering", console),
+    )
+    rows = [("task", "metric", "value", "±", "examples", "shots")]
+    for score in scores:
+        error = "" if score.error is None else f"{score.error:.4f}"
+        value = f"{score.value:.4f}"
+        rows.append((score.task, score.metric, value, error, f"{score.examples:,}", str(score.shots)))
+    print_table(rows, right=(2, 3, 4, 5))
+
+
 def _show_worst(
     model: AtlasLM,
     dataset: Windows,
@@ -92,11 +154,9 @@ def _show_worst(
     console: Console,
 ) -> None:
     """Each window's mean loss, and the text around its worst token, the tokens that cost most marked ⟦so⟧."""
-    from rich.progress import track
-
     from atlas.training.evaluate import token_losses
 
-    windows = track(range(len(dataset)), "looking", console=console, disable=not console.is_terminal)
+    windows = _bar("looking", console)(range(len(dataset)))
     losses = {window: token_losses(model, dataset, window, runtime=runtime) for window in windows}
     ranked = sorted(losses, key=lambda window: -float(losses[window].nanmean()))
     for rank, window in enumerate(ranked[:count], start=1):

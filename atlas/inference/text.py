@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from atlas.errors import AtlasError
 from atlas.inference.generate import generate
 from atlas.inference.load import LoadedModel
@@ -92,15 +94,32 @@ def stream_text(
     `first_row` numbers the rows on over several calls, since a row's random numbers follow from `seed`
     and its number. `count` is told how many tokens each step made.
     """
+    tokenizer = loaded.tokenizer
+    ids = [_encode(prompt, tokenizer) for prompt in prompts]
+    generators = row_generators(seed, len(ids), first_row=first_row)
+    yield from stream_ids(
+        loaded, ids, sampling, max_tokens=max_tokens, stop=stop, generators=generators, count=count
+    )
+
+
+def stream_ids(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    stop: Sequence[str],
+    generators: list[torch.Generator],
+    count: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[list[str]]:
+    """The same for prompts that are ids already, at least one each, with the random numbers of each row."""
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
     tokenizer = loaded.tokenizer
-    ids = [_encode(prompt, tokenizer) for prompt in prompts]
     streams = [TextStream(tokenizer, stop) for _ in prompts]
     ended = [False] * len(prompts)
-    generators = row_generators(seed, len(ids), first_row=first_row)
     steps = generate(
-        loaded.model, ids, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, generators=generators
+        loaded.model, prompts, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, generators=generators
     )
     for step in steps:
         count(sum(token is not None for token in step))

@@ -1,0 +1,159 @@
+"""Tasks of lm-eval, by name or in files of one's own: loaded, put to a model, and scored."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atlas.errors import AtlasError
+from atlas.inference.load import LoadedModel
+
+if TYPE_CHECKING:
+    from atlas.inference.harness import Track
+
+_RESAMPLES = 1000
+"""Bootstrap samples behind the error of a metric that is no mean: enough for two digits of it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task: its standard error, where lm-eval has one, and the examples and shots behind it."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    examples: int
+    shots: int
+
+
+def evaluate_tasks(
+    loaded: LoadedModel,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    track: Track = iter,
+) -> list[Score]:
+    """The scores of a model in tasks: `names` of lm-eval's, YAML files, or folders of such. Of each, `limit` examples.
+
+    `track` may draw a progress bar around the batches. Raises `AtlasError` where lm-eval is not installed, and for a
+    task that it does not know or cannot load.
+    """
+    try:
+        from lm_eval import defaults, evaluator
+    except ImportError:
+        raise AtlasError('--tasks: needs lm-eval: pip install "atlas-llm[eval]"') from None
+    from atlas.inference.harness import HarnessModel
+
+    model = HarnessModel(loaded, batch_size=batch_size, track=track)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process for each core, to resample for a second
+    with _quietly():
+        # As lm-eval's own command does, for the same questions and the same examples before them.
+        random.seed(defaults.DEFAULT_RANDOM_SEED)
+        np.random.seed(defaults.DEFAULT_OTHER_SEED)
+        tasks = _load(names)
+        for name, task in tasks["tasks"].items():
+            _prepare(name, task, num_fewshot)
+            task.set_fewshot_seed(defaults.DEFAULT_OTHER_SEED)
+        results = evaluator.evaluate(
+            lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=False
+        )
+    return list(_scores(results))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """lm-eval's bars are for a terminal; what it prints and warns of is for its own users."""
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(shown):
+        yield
+
+
+def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tasks and groups by name, as lm-eval's `evaluate` takes them."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell a server of local files, too
+    # Without lm-eval's own 14,000, where none is asked for: to read their files takes seconds.
+    manager = TaskManager(include_defaults=not all(map(os.path.exists, names)))
+    merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    for name in names:
+        if Path(name).is_dir():
+            source = TaskManager(include_path=name, include_defaults=False)
+            wanted = [*source.all_groups, *source.all_subtasks]
+            if not wanted:
+                raise AtlasError(
+                    f"--tasks {name}: holds no task; name a folder of YAML files that lm-eval reads"
+                )
+        elif Path(name).is_file() or name in manager.all_tasks:
+            source, wanted = manager, [name]
+        else:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+            raise AtlasError(f"--tasks {name}: is neither a task of lm-eval's nor a YAML file of one; {hint}")
+        try:
+            for part in wanted:
+                if not any(part in entries for entries in merged.values()):  # as a task of a group is by then
+                    found = source.load(part)
+                    for kind, entries in merged.items():
+                        entries.update(found.get(kind, {}))
+        except Exception as error:  # whatever a file, and the code that it names, can do wrong
+            raise _cannot_load(name, error) from None
+    return merged
+
+
+def _cannot_load(name: str, error: Exception) -> AtlasError:
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return AtlasError(
+            f"--tasks {name}: its data cannot be had ({reason}); tasks of lm-eval's fetch it from huggingface.co, a "
+            "file of your own names it under dataset_kwargs: data_files"
+        )
+    return AtlasError(
+        f"--tasks {name}: cannot be loaded ({reason}); mend the file, name the folder of a group, or take another task"
+    )
+
+
+def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Refuse what a model of text cannot be asked, and set the number of examples that come before a question."""
+    for mark, reason in (
+        ("UNSAFE_CODE", "runs code that the model writes"),
+        ("MULTIMODAL", "shows pictures or plays sounds"),
+    ):
+        if getattr(task, mark, False):
+            raise AtlasError(f"--tasks {name}: {reason}, which Atlas does not; take another task")
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 says that examples make no sense
+        task.set_config("num_fewshot", num_fewshot)
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+    """lm-eval keeps them as `metric,filter` and `metric_stderr,filter`."""
+    for task, entries in results["results"].items():
+        for key, value in entries.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                error = entries.get(f"{metric}_stderr,{kind}")
+                yield Score(
+                    task=task,
+                    metric=metric if kind == "none" else f"{metric} ({kind})",
+                    value=float(value),
+                    error=float(error) if isinstance(error, float) else None,
+                    examples=entries["sample_len"],
+                    shots=results["n-shot"].get(task) or 0,
+                )
