@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from atlas.config import TrainingConfig
 from atlas.training.adamw8bit import build_adamw8bit, shapes_8bit
 
 _MUON_MOMENTUM = 0.95
+_MUON_NUMBERS = 1 << 20
+"""Of matrices that are made orthogonal at once: those of a small model cost more in calls than in arithmetic."""
 _ADAFACTOR_EPS = (1e-15, 1.0)
 
 
@@ -93,6 +96,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         their own all the same: orthogonalised together, each would get as much of the update as the sizes of their
         gradients leave it."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for weight in group["params"] if "is_qkv" in group else ():
                 if weight.grad is None:
                     continue
@@ -101,7 +105,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 tensors = (weight, weight.grad, state["momentum_buffer"])
                 for parts in zip(*(tensor.split(self._parts[weight]) for tensor in tensors), strict=True):
-                    _muon_update(*parts, rate=group["lr"], decay=group["weight_decay"])
+                    alike[parts[0].shape].append(parts)
+            for shape, matrices in alike.items():
+                at_once = max(1, _MUON_NUMBERS // shape.numel())
+                for start in range(0, len(matrices), at_once):
+                    some = matrices[start : start + at_once]
+                    _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
         self._adamw.param_groups = [group for group in self.param_groups if "is_qkv" not in group]
         self._adamw.step()
 
@@ -115,34 +124,37 @@ def _rows_of_parts(name: str, model: nn.Module) -> list[int]:
     return [rows // 2] * 2 if name.endswith("up.weight") and room.is_gated else [rows]
 
 
-def _muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, *, rate: float, decay: float) -> None:
-    """Move a matrix along its orthogonalised mean gradient (with Nesterov's look ahead).
+def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: float) -> None:
+    """Move matrices of one shape, each with its gradient and momentum, along their orthogonalised mean gradients (with
+    Nesterov's look ahead).
 
     Multiplied by 0.2 √(larger side), the root mean square of the update is that of AdamW's usual one, so that the same
     rate and decay hold (Liu et al. 2025, arXiv:2502.16982).
     """
-    momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
-    update = _orthogonalized(gradient.lerp(momentum, _MUON_MOMENTUM))
-    weight.mul_(1 - rate * decay)
-    weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+    for _, gradient, momentum in matrices:
+        momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
+    means = torch.stack([gradient.lerp(momentum, _MUON_MOMENTUM) for _, gradient, momentum in matrices])
+    for (weight, _, _), update in zip(matrices, _orthogonalized(means), strict=True):
+        weight.mul_(1 - rate * decay)
+        weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
 
 
-def _orthogonalized(matrix: Tensor) -> Tensor:
-    """Of U S Vᵀ about U Vᵀ, the singular values being between 0.7 and 1.2: every direction moves alike.
+def _orthogonalized(matrices: Tensor) -> Tensor:
+    """(N, R, C): of each U S Vᵀ about U Vᵀ, the singular values being between 0.7 and 1.2: every direction moves alike.
 
     Five steps of a Newton–Schulz iteration with Jordan's coefficients, on GPUs in bf16. A CPU without bf16 arithmetic
     takes some thirty times as long in bf16 as in fp32 (measured with AVX2, one thread).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
-    is_tall = x.shape[0] > x.shape[1]
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 @torch.no_grad()
