@@ -17,6 +17,7 @@ from atlas.tokenizer.chat import chat_template
 if TYPE_CHECKING:
     from atlas.export.gguf import ExportedFile
     from atlas.export.huggingface import HFType
+    from atlas.export.judge import Sample
     from atlas.export.quantize import Quantization
     from atlas.inference.load import LoadedModel
 
@@ -78,11 +79,23 @@ def export(
         bool,
         typer.Option(help="gguf: run the file in llama.cpp (package xllamacpp) and compare it with PyTorch."),
     ] = True,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf: judge the file by this text, plain or prepared: bits per byte in llama.cpp and in PyTorch."
+        ),
+    ] = None,
 ) -> None:
     """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
     from atlas.inference.load import NOT_NEEDED, model_of
     from atlas.training.checkpoint import find_checkpoint, load_checkpoint
 
+    if data and format is not Format.gguf:
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")
+    if data and not verify:
+        raise AtlasError(
+            "--data: judges the file in llama.cpp, and --no-verify leaves that out; drop one of them"
+        )
     path = find_checkpoint(checkpoint)
     contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
@@ -105,7 +118,8 @@ def export(
         _export_hf(loaded, Path(output or "atlas_model"), kind.value, license)
         return
     kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
-    export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license)
+    sample = _sample(loaded, data) if data else None
+    export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license, sample=sample)
     if modelfile:
         _write_modelfile(target, loaded)
 
@@ -175,8 +189,10 @@ def export_and_prove(
     verify: bool,
     texts: Sequence[str] = (),
     license: str | None = None,
+    sample: Sample | None = None,
 ) -> None:
-    """Write `output`, and unless `verify` is off, compare it in llama.cpp; its path goes to standard output.
+    """Write `output`, and unless `verify` is off, compare it in llama.cpp, and tell how well it predicts `sample`; its
+    path goes to standard output.
 
     Raises `AtlasError` for a file that fails the proof; it is left for a look.
     """
@@ -193,13 +209,15 @@ def export_and_prove(
     )
     _say(_table(written))
     if verify:
-        _prove(loaded, output, quantize, texts)
+        _prove(loaded, output, quantize, texts, sample)
     else:
         _say("not verified: --no-verify")
     typer.echo(output)
 
 
-def _prove(loaded: LoadedModel, output: Path, quantize: Quantization, texts: Sequence[str]) -> None:
+def _prove(
+    loaded: LoadedModel, output: Path, quantize: Quantization, texts: Sequence[str], sample: Sample | None
+) -> None:
     from atlas.export.llama_cpp import is_available
     from atlas.export.verify import verify_gguf
 
@@ -215,6 +233,24 @@ def _prove(loaded: LoadedModel, output: Path, quantize: Quantization, texts: Seq
         remedy = "do not use this file" if quantize == "f32" else "try --quantize f32"
         raise AtlasError(f"{output}: llama.cpp does not say what the model says ({failed}); {remedy}")
     _say("proved: llama.cpp says what the model says")
+    if sample:
+        _judge(loaded, output, sample)
+
+
+def _sample(loaded: LoadedModel, data: str) -> Sample:
+    from atlas.export.judge import sample_of
+
+    return sample_of(data, loaded.tokenizer, loaded.config.model.max_seq_len)
+
+
+def _judge(loaded: LoadedModel, output: Path, sample: Sample) -> None:
+    from atlas.export.judge import llama_cpp_logprobs, pytorch_logprobs
+
+    theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
+    _say(
+        f"bits per byte  {sample.bits_per_byte(theirs):.4f} in llama.cpp, {sample.bits_per_byte(ours):.4f} in PyTorch "
+        f"with the checkpoint's own weights, on {sample.num_tokens:,} tokens of {sample.name}"
+    )
 
 
 def _table(written: ExportedFile) -> str:

@@ -27,6 +27,18 @@ NUM_CANDIDATES = 10
 """Most probable tokens whose log-probabilities are asked for at each step."""
 
 
+UNDERFLOW = -80.0
+"""Below this log-probability llama.cpp's fp32 softmax runs out of numbers."""
+
+_MANY, _ALL = 300, 10**6
+"""Candidates: where a token is nearly always, and more than any vocabulary has."""
+
+_CERTAIN = 1000.0
+"""Added to a logit, so that its token is said whatever is likely. Log-probabilities are taken before."""
+
+Post = Callable[[str, dict[str, Any]], Any]
+
+
 @dataclass(frozen=True)
 class Step:
     """One token of llama.cpp's greedy text, and the log-probabilities of the likeliest tokens, by id."""
@@ -61,14 +73,32 @@ def ask_llama_cpp(
     Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `AtlasError`
     if llama.cpp cannot load or run the file.
     """
-    request = {
-        "path": str(path),
+    asked = {
         "texts": list(texts),
         "prompts": [list(prompt) for prompt in prompts],
         "lengths": list(lengths),
-        "context": context,
-        "threads": threads,
+        "windows": [],
     }
+    answer = _in_a_process(path, context, threads, asked)
+    continuations = [
+        [Step(token, {id: _number(p) for id, p in candidates}) for token, candidates in steps]
+        for steps in answer["continuations"]
+    ]
+    return Answer(answer["token_ids"], continuations)
+
+
+def score_in_llama_cpp(
+    path: str | Path, windows: Sequence[Sequence[int]], *, context: int, threads: int
+) -> list[list[float]]:
+    """For each of `windows` (token ids, at most `context`) the log-probability of each token but the first, after
+    those before it. Runs as `ask_llama_cpp` does, and raises as it does."""
+    asked = {"texts": [], "prompts": [], "lengths": [], "windows": [list(window) for window in windows]}
+    answer = _in_a_process(path, context, threads, asked)
+    return [[_number(p) for p in logprobs] for logprobs in answer["logprobs"]]
+
+
+def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str, Any]) -> dict[str, Any]:
+    request = {"path": str(path), "context": context, "threads": threads, **asked}
     # The child finds Atlas where this process found it, installed or not.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(
@@ -81,16 +111,13 @@ def ask_llama_cpp(
     )
     if process.returncode != 0:
         raise AtlasError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
-    answer = json.loads(process.stdout.splitlines()[-1])
-    continuations = [
-        # JSON has no nan: llama.cpp says null.
-        [
-            Step(token, {id: math.nan if p is None else p for id, p in candidates})
-            for token, candidates in steps
-        ]
-        for steps in answer["continuations"]
-    ]
-    return Answer(answer["token_ids"], continuations)
+    answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return answer
+
+
+def _number(said: float | None) -> float:
+    """JSON has no nan: llama.cpp says null."""
+    return math.nan if said is None else said
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
@@ -103,8 +130,8 @@ def _reason(process: subprocess.CompletedProcess[str]) -> str:
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    server = _load(request["path"], request["context"], request["threads"])
-    post = _door(server)
+    server = load(request["path"], request["context"], request["threads"])
+    post = door(server)
     token_ids = [
         post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
         for text in request["texts"]
@@ -113,11 +140,13 @@ def _main() -> None:
         _continue(post, prompt, length)
         for prompt, length in zip(request["prompts"], request["lengths"], strict=True)
     ]
+    logprobs = [_score(post, window) for window in request["windows"]]
     del server
-    print("\n" + json.dumps({"token_ids": token_ids, "continuations": continuations}))
+    print("\n" + json.dumps({"token_ids": token_ids, "continuations": continuations, "logprobs": logprobs}))
 
 
-def _load(path: str, context: int, threads: int) -> Any:
+def load(path: str, context: int, threads: int) -> Any:
+    """llama.cpp's server with a file, in this process."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -135,7 +164,8 @@ def _load(path: str, context: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def _door(server: Any) -> Callable[[str, dict[str, Any]], Any]:
+def door(server: Any) -> Post:
+    """What asks it: a route and a request → the answer."""
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -149,23 +179,57 @@ def _door(server: Any) -> Callable[[str, dict[str, Any]], Any]:
     return post
 
 
-def _continue(post: Callable[[str, dict[str, Any]], Any], prompt: list[int], length: int) -> list[Any]:
+def _continue(post: Post, prompt: list[int], length: int) -> list[Any]:
     """[token, [[candidate, log-probability], …]] a step; the token is llama.cpp's likeliest.
 
     Each step is a request for one token more; the cache keeps what was computed. The request is made to say
     "a", whatever is likely: over text that ends inside a character or the document llama.cpp's server stops,
-    withholds the log-probabilities or, in older versions, fails. Log-probabilities are taken before the bias.
+    withholds the log-probabilities or, in older versions, fails.
     """
-    [letter] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
-    forced = {"n_predict": 1, "temperature": 0, "n_probs": NUM_CANDIDATES, "logit_bias": [[letter, 1000.0]]}
+    letter = _letter(post)
     ids, steps = list(prompt), []
     for _ in range(length):
-        [said] = post("/completion", forced | {"prompt": ids})["completion_probabilities"]
+        [said] = _say(post, ids, letter, NUM_CANDIDATES)
         candidates = [[candidate["id"], candidate["logprob"]] for candidate in said["top_logprobs"]]
         token = candidates[0][0]
         steps.append([token, candidates])
         ids.append(token)
     return steps
+
+
+def _score(post: Post, window: list[int]) -> list[float | None]:
+    """log p of each token but the first."""
+    letter = _letter(post)
+    return [_logprob(post, window[:place], window[place], letter) for place in range(1, len(window))]
+
+
+def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | None:
+    """That of `token` after `prompt`: the server is made to say it.
+
+    Of a token that ends inside a character it tells nothing. Then it is made to say "a" and to tell of many tokens, and
+    if it is none of them, of all, which takes up to a second with a large vocabulary.
+    """
+    said = _say(post, prompt, token, 1)
+    for candidates in (_MANY, _ALL):
+        if not said:
+            [told] = _say(post, prompt, letter, candidates)
+            said = [each for each in told["top_logprobs"] if each["id"] == token]
+    logprob: float | None = said[0]["logprob"]
+    return logprob
+
+
+def _say(post: Post, prompt: list[int], token: int, candidates: int) -> list[dict[str, Any]]:
+    """`token`, which the server is made to say after `prompt`, its log-probability, and those of the likeliest
+    `candidates`; empty where the server withholds them."""
+    request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": candidates}
+    answer = post("/completion", request | {"logit_bias": [[token, _CERTAIN]]})
+    said: list[dict[str, Any]] = answer.get("completion_probabilities", [])
+    return said
+
+
+def _letter(post: Post) -> int:
+    [id] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
+    return int(id)
 
 
 if __name__ == "__main__":

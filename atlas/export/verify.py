@@ -6,7 +6,8 @@ llama.cpp's are those of PyTorch running the weights *read back from the file*. 
 llama.cpp's is PyTorch's choice too, or less probable than it by less than the bound (a near-tie).
 
 PyTorch is fed llama.cpp's own text, so that a near-tie does not end the comparison, and one prompt reaches
-to the end of the context, so that no position stays unread.
+to the end of the context, so that no position stays unread. How far the rounding of the weights itself has moved the
+log-probabilities (the drift) is told too, and is no part of the verdict.
 
 The bound. llama.cpp rounds where PyTorch does not: it looks GELU up in a table of f16 numbers, and what it
 multiplies with weights of a type it first rounds to that type, or to 8 bits if the weights are quantized. So does
@@ -31,11 +32,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType as TensorType
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atlas.export.architectures import exportable_tokenizer
 from atlas.export.gguf import file_tensors, metadata_of, read_gguf, tensor_types
-from atlas.export.llama_cpp import Step, ask_llama_cpp
+from atlas.export.llama_cpp import UNDERFLOW, Step, ask_llama_cpp
 from atlas.export.quantize import Quantization, as_type
 from atlas.model import AtlasLM
 from atlas.model.mlp import MLP
@@ -46,9 +48,6 @@ SMALLEST_BOUND, LARGEST_BOUND, LARGEST_QUANTIZED_BOUND = 1e-3, 0.1, 0.5
 
 _ROUNDING_FACTOR, _ROUNDING_FACTOR_OF_F16 = 3.0, 10.0
 """How many times as far from PyTorch's rounded run llama.cpp may be as the plain one is."""
-
-UNDERFLOW = -80.0
-"""Below this log-probability llama.cpp's fp32 softmax runs out of numbers."""
 
 PROMPT_TOKENS = 16
 """Length of the prompts that are beginnings of texts."""
@@ -88,6 +87,8 @@ class Proof:
     num_logprobs: int
     largest_difference: float
     bound: float
+    mean_drift: float
+    largest_drift: float
     num_steps: int
     near_ties: int
     wrong_steps: int
@@ -116,6 +117,11 @@ class Proof:
             f"{'same' if agrees else 'DIFFERENT':<10} {name:<18} {facts}"
             for name, agrees, facts in self.checks
         ]
+        if self.quantize != "f32":
+            rows.append(
+                f"{'told':<10} {'drift':<18} log-probabilities moved by {self.mean_drift:.1e} on average, "
+                f"{self.largest_drift:.1e} at most, as the weights were rounded (f32: 0)"
+            )
         return "\n".join(["llama.cpp against PyTorch with the weights read back from the file:", *rows])
 
 
@@ -150,7 +156,7 @@ def verify_gguf(
     answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context, threads=threads)
     told = zip(corpus, ids, answer.token_ids, strict=True)
 
-    differences, roundings, gaps = _compare(read, quantize, prompts, answer.continuations)
+    differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
     factor = _ROUNDING_FACTOR_OF_F16 if quantize == "f16" else _ROUNDING_FACTOR
     moved = factor * np.nan_to_num(roundings, nan=np.inf).max(initial=0)
     largest = LARGEST_BOUND if quantize in ("f32", "f16", "bf16") else LARGEST_QUANTIZED_BOUND
@@ -165,6 +171,8 @@ def verify_gguf(
         num_logprobs=len(differences),
         largest_difference=float(differences.max(initial=0)),
         bound=bound,
+        mean_drift=float(drifts.mean()) if len(drifts) else 0.0,
+        largest_drift=float(drifts.max(initial=0)),
         num_steps=len(gaps),
         near_ties=int(((gaps > 0) & (gaps < bound)).sum()),
         wrong_steps=int((~(gaps < bound)).sum()),
@@ -191,23 +199,29 @@ def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: in
 
 
 def _compare(
-    model: AtlasLM, quantize: Quantization, prompts: Sequence[list[int]], continuations: Sequence[list[Step]]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    read: AtlasLM,
+    model: AtlasLM,
+    quantize: Quantization,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[Step]],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Distances from PyTorch's log-probabilities with llama.cpp's roundings: llama.cpp's, and PyTorch's without them;
-    and for each step how much more probable PyTorch's choice is than llama.cpp's (0: they are one).
+    from the latter to those of the `model` whose weights were not rounded; and for each step how much more probable
+    PyTorch's choice is than llama.cpp's (0: they are one).
     """
-    differences, roundings, gaps = [], [], []
+    differences, roundings, drifts, gaps = [], [], [], []
     for prompt, steps in zip(prompts, continuations, strict=True):
-        plain = _logprobs(model, prompt, steps)
-        with _rounding_as_llama_cpp(model, quantize):
-            rounded = _logprobs(model, prompt, steps)
-        for row, rounded_row, step in zip(plain, rounded, steps, strict=True):
+        own, plain = _logprobs(model, prompt, steps), _logprobs(read, prompt, steps)
+        with _rounding_as_llama_cpp(read, quantize):
+            rounded = _logprobs(read, prompt, steps)
+        for own_row, row, rounded_row, step in zip(own, plain, rounded, steps, strict=True):
             for id, logprob in step.logprobs.items():
                 if not logprob <= UNDERFLOW:  # nan is compared, and fails
                     differences.append(abs(logprob - rounded_row[id].item()))
                     roundings.append((rounded_row[id] - row[id]).abs().item())
+                    drifts.append((row[id] - own_row[id]).abs().item())
             gaps.append((rounded_row.max() - rounded_row[step.token]).item())
-    return np.array(differences), np.array(roundings), np.array(gaps)
+    return np.array(differences), np.array(roundings), np.array(drifts), np.array(gaps)
 
 
 @torch.inference_mode()

@@ -1,0 +1,82 @@
+"""How well a GGUF file predicts a text, in llama.cpp, beside the model it was made from, in PyTorch.
+
+Both read the same windows of the text, spread evenly over it, and tell the log-probability of each token but the
+first of a window. A window is one token shorter than the model's context, which llama.cpp's server lets no prompt
+fill; documents in a window see each other, as llama.cpp knows no `data.document_mask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
+from atlas.export.llama_cpp import UNDERFLOW, score_in_llama_cpp
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+from atlas.training.evaluate import Evaluation, fixed_subset
+
+NUM_TOKENS = 4000
+"""So many tokens of a text judge a file: seconds for a small model, and a few percent of uncertainty."""
+
+LogProbs = NDArray[np.float64]
+"""(tokens,): of each token of a sample that is predicted, in order."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of the text that is called `name`. The first token of each is given, the others are predicted."""
+
+    name: str
+    windows: Sequence[list[int]]
+    bytes_per_token: float
+    context: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(window) - 1 for window in self.windows)
+
+    def bits_per_byte(self, logprobs: LogProbs) -> float:
+        num_bytes = self.num_tokens * self.bytes_per_token
+        return Evaluation(-float(logprobs.mean()), self.num_tokens, num_bytes).bits_per_byte
+
+
+def sample_of(
+    data: str | Path, tokenizer: Tokenizer, context: int, *, num_tokens: int = NUM_TOKENS
+) -> Sample:
+    """About `num_tokens` tokens of a prepared folder (its validation part, where it has one) or of plain text.
+
+    Raises `AtlasError` where there is none, or where it was prepared with another tokenizer.
+    """
+    resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
+    length = max(1, context - 1)
+    dataset = SequenceDataset(resolved.val or resolved.train, length, pad_last=True)
+    windows = []
+    for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
+        inputs, targets = dataset[number]
+        windows.append([int(inputs[0]), *targets[targets != IGNORE_INDEX].tolist()])
+    part = "validation part" if resolved.val else "whole text"
+    return Sample(f"{data} ({part})", windows, dataset.bytes_per_token, context)
+
+
+@torch.inference_mode()
+def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
+    rows = []
+    for window in sample.windows:
+        tokens = torch.tensor(window)
+        rows.append(-F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none"))
+    logprobs: LogProbs = torch.cat(rows).clamp(min=UNDERFLOW).double().numpy()
+    return logprobs
+
+
+def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
+    """Raises `AtlasError` where llama.cpp cannot run the file."""
+    threads = max(1, torch.get_num_threads() // 2)
+    rows = score_in_llama_cpp(path, sample.windows, context=sample.context, threads=threads)
+    return np.maximum([logprob for row in rows for logprob in row], UNDERFLOW)
