@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -100,6 +101,18 @@ def test_speed_counts_from_when_every_text_has_begun(module: object) -> None:
     assert decode.tokens_per_second([[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]) == pytest.approx(5 / 3)
     first, last = decode.milliseconds_in_quarters([*range(50), *range(50, 150, 2)])
     assert last == 2 * first == 2000
+
+
+def test_drift_counts_whichever_way_a_log_probability_went(
+    module: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantization: ModuleType = module("quantization")  # type: ignore[operator]
+    f32 = quantization.Row("f32", 8_000_000, 100.0, 2.0, np.array([-1.0, -2.0, -3.0, -4.0]))
+    q8_0 = quantization.Row("q8_0", 2_000_000, 150.0, 1.9, np.array([-1.5, -1.5, -3.0, -4.0]))
+    quantization.report([f32, q8_0])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("| f32 | 8.00 | 1.00 | 100 | 1.00 | 2.0000 | +0.0000 | 0.0000 | 0.000 |")
+    assert lines[-1].endswith("| q8_0 | 2.00 | 0.25 | 150 | 1.50 | 1.9000 | -0.1000 | 0.2500 | 0.500 |")
 
 
 def test_the_contributors_page_names_every_benchmark() -> None:
