@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
+from atlas.data.conversations import Conversations
+from atlas.errors import AtlasError
 from atlas.export.llama_cpp import UNDERFLOW, score_in_llama_cpp
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -52,11 +54,13 @@ def sample_of(
 ) -> Sample:
     """About `num_tokens` tokens of a prepared folder (its validation part, where it has one) or of plain text.
 
-    Raises `AtlasError` where there is none, or where it was prepared with another tokenizer.
+    Raises `AtlasError` where there is none, for conversations, and where it was prepared with another tokenizer.
     """
     resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
-    length = max(1, context - 1)
-    dataset = SequenceDataset(resolved.val or resolved.train, length, pad_last=True)
+    length, stream = max(1, context - 1), resolved.val or resolved.train
+    if isinstance(stream, Conversations):
+        raise AtlasError(f"--data {data}: holds conversations; give plain text or a prepared folder")
+    dataset = SequenceDataset(stream, length, pad_last=True)
     windows = []
     for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
         inputs, targets = dataset[number]
