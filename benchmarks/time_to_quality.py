@@ -37,6 +37,7 @@ from results import add_record_option, recorded
 
 LAYERS, WIDTH, CONTEXT, BATCH, UPDATES, RATE = 4, 128, 64, 12, 2000, 1e-3
 SAVE_EVERY = 250
+ATLAS_SAVES_EVERY = 50  # larger updates
 PART = 8
 """Atlas's short run has the n-th part of the peer's time."""
 
@@ -95,7 +96,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
     before = time.monotonic() - start
     options = {
         "checkpoint.output_dir": folder / "run",
-        "checkpoint.save_interval": SAVE_EVERY,
+        "checkpoint.save_interval": ATLAS_SAVES_EVERY,
         "checkpoint.keep_checkpoints": 1000,
         "training.eval_interval": 10**6,
         "training.max_steps": "null",
@@ -269,6 +270,8 @@ PROGRAMS = {"atlas": atlas, "nanogpt": nanogpt, "transformers": transformers}
 def main() -> None:
     arguments = parse()
     if arguments.child:
+        import torch._dynamo  # noqa: F401 - which the first step of any optimizer imports
+
         with tempfile.TemporaryDirectory(dir=arguments.text) as folder:
             curve = PROGRAMS[arguments.child](Path(folder), arguments)
         print("\n" + json.dumps(curve))

@@ -46,7 +46,7 @@ def test_the_demo_goes_the_whole_road_on_ones_own_text(
     folder = Path("demo-river")
     assert (folder / "checkpoints" / "atlas_step_4.pt").exists()
     reader = gguf.GGUFReader(folder / "atlas_demo.gguf")
-    assert reader.fields["general.architecture"].contents() == "gpt2"
+    assert reader.fields["general.architecture"].contents() == "qwen3"
 
     assert main(["pipeline", "--demo", "--data", "river.txt", *SMALLER]) == 0  # done already: not done again
     assert "the run is complete at step 4" in capfd.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
     from atlas.tokenizer import Tokenizer
 
-VOCABULARY = 2048
+VOCABULARY = 1024
 _SAMPLES, _SAMPLE_TOKENS = 3, 120
 
 
@@ -40,7 +40,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     for note in summary.notes:
         typer.echo(note, err=True)
 
-    _headline(3, "training the nano model on it")
+    _headline(3, "training the modern-nano model on it")
     from atlas.cli.train import train_to_the_end
 
     checkpoints = folder / "checkpoints"
@@ -48,7 +48,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
         "data": {"train_data": str(summary.dataset.folder)},
         "checkpoint": {"output_dir": str(checkpoints)},
     }
-    explicit = overlay(overlay(read_yaml(preset_path("nano")), paths), overrides)
+    explicit = overlay(overlay(read_yaml(preset_path("modern-nano")), paths), overrides)
     request = Request(explicit, resume=None if no_resume else "auto", no_resume=no_resume)
     train_to_the_end(start_run(choose_start(request)))
 

@@ -101,8 +101,8 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = Field(
         "adamw",
         description="adamw. adamw8bit: a quarter of its memory, by torchao. muon: Muon for the matrices of the blocks, "
-        "AdamW for the rest, less memory. adafactor: almost no memory. The same learning_rate and weight_decay hold "
-        "for all of them; fixed for a run.",
+        "AdamW for the rest, less memory; its rate is AdamW's for a model 768 wide, and much the same for others. "
+        "adafactor: almost no memory, AdamW's rate. Fixed for a run.",
     )
     learning_rate: Float = Field(3e-4, gt=0, description="Peak learning rate, reached after warm-up.")
     schedule: Literal["cosine", "linear", "wsd"] = Field(

@@ -14,6 +14,9 @@ from atlas.config import TrainingConfig
 from atlas.training.adamw8bit import build_adamw8bit, shapes_8bit
 
 _MUON_MOMENTUM = 0.95
+_WIDTH = 768
+"""At which Muon's rate is AdamW's; see `_muon_update`. The rate of the tables, which AdamW moves beside it, is as much
+larger as a model is narrower: a tied head adds up as many products as the model is wide."""
 _MUON_NUMBERS = 1 << 20
 """Of matrices that are made orthogonal at once: those of a small model cost more in calls than in arithmetic."""
 _ADAFACTOR_EPS = (1e-15, 1.0)
@@ -74,6 +77,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             for is_qkv in (True, False)
         ]
         self._parts = {p: _rows_of_parts(name, model) for name, p in inside}
+        self._rate_of_tables = _WIDTH / tables[0].shape[1] if tables else 1.0
         self._adamw = _adamw(
             [
                 {"params": tables, "weight_decay": config.weight_decay},
@@ -111,7 +115,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 for start in range(0, len(matrices), at_once):
                     some = matrices[start : start + at_once]
                     _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
-        self._adamw.param_groups = [group for group in self.param_groups if "is_qkv" not in group]
+        tables, vectors = (group for group in self.param_groups if "is_qkv" not in group)
+        self._adamw.param_groups = [tables | {"lr": tables["lr"] * self._rate_of_tables}, vectors]
         self._adamw.step()
 
 
@@ -128,15 +133,16 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
     """Move matrices of one shape, each with its gradient and momentum, along their orthogonalised mean gradients (with
     Nesterov's look ahead).
 
-    Multiplied by 0.2 √(larger side), the root mean square of the update is that of AdamW's usual one, so that the same
-    rate and decay hold (Liu et al. 2025, arXiv:2502.16982).
+    Whatever goes in, what comes out is to change by as much at any width: the update's largest singular value grows
+    with √(outputs / inputs) alone (Yang et al. 2023, arXiv:2310.17813). Where `_WIDTH` goes in, its root mean square is
+    0.2, that of AdamW's usual update, so that AdamW's rates hold there (Liu et al. 2025, arXiv:2502.16982).
     """
     for _, gradient, momentum in matrices:
         momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
     means = torch.stack([gradient.lerp(momentum, _MUON_MOMENTUM) for _, gradient, momentum in matrices])
     for (weight, _, _), update in zip(matrices, _orthogonalized(means), strict=True):
         weight.mul_(1 - rate * decay)
-        weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+        weight.add_(update, alpha=-rate * 0.2 * math.sqrt(_WIDTH * max(1, weight.shape[0] / weight.shape[1])))
 
 
 def _orthogonalized(matrices: Tensor) -> Tensor:
