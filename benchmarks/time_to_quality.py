@@ -99,6 +99,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
         "checkpoint.save_interval": ATLAS_SAVES_EVERY,
         "checkpoint.keep_checkpoints": 1000,
         "training.eval_interval": 10**6,
+        "training.eval_sequences": 16,  # only at the end, and judged anew afterwards
         "training.max_steps": "null",
         "training.max_hours": (arguments.seconds - before) / 3600,
         "seed": arguments.seed,
