@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
 import math
 import shutil
@@ -16,14 +18,16 @@ from hypothesis import strategies as st
 
 from atlas.cli import main
 from atlas.config.loader import resolve
+from atlas.data import ResolvedData, validation_sequences
 from atlas.data.conversations import ChatDataset, Conversations, messages_of, read_conversations
 from atlas.data.dataset import IGNORE_INDEX
+from atlas.data.mixture import MixtureDataset
 from atlas.errors import AtlasError
 from atlas.export.huggingface import export_hf
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
-from atlas.tokenizer.chat import Message, chat_template, encode_question
+from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_question
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from tests.conftest import corpus
@@ -83,8 +87,7 @@ def said_in(conversations: Conversations, tokenizer: Tokenizer) -> list[str]:
 def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     from transformers import AutoTokenizer
 
-    facts = {"data": {"chat_template": chat_template(bpe)}}
-    export_hf(sharp_model(bpe), bpe, tmp_path / "hf", facts=facts)
+    export_hf(sharp_model(bpe), bpe, tmp_path / "hf", chat_template=CHAT_TEMPLATE)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     # In a text, end of text is a token there and not here: it is left out of what both are given.
     talk = [Message(role, content.replace("<|endoftext|>", "it")) for role, content in TALK]
@@ -93,13 +96,13 @@ def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: Byte
     assert rendered.endswith("<|endoftext|>\n<|assistant|>\n")
     assert encode_question(talk[:-1], bpe) == theirs(rendered).input_ids
     whole = theirs.apply_chat_template(as_dicts, tokenize=True)["input_ids"]
-    read, _ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows([talk])), bpe, val_fraction=0)
+    read, *_ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows([talk])), bpe, val_fraction=0)
     assert [*read.tokens.tolist(), *bpe.encode("\n")] == whole
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_else(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     path = write_rows(tmp_path / "c.jsonl", [*as_rows([TALK]), {"prompt": "a", "response": "b"}])
-    read, val = read_conversations(path, bpe, val_fraction=0.5)
+    read, val, _ = read_conversations(path, bpe, val_fraction=0.5)
     assert val is None  # two are too few to hold one out
     assert said_in(read, bpe) == [f"{text}<|endoftext|>" for text in ("Blue.\n\nMostly.", "Yellow", "b")]
     assert read.answer_bytes == len("Blue.\n\nMostly.Yellowb")
@@ -124,7 +127,7 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(tmp_path: Path, bpe:
 )
 def test_a_row_that_is_no_conversation_is_named(row: dict, said: str) -> None:
     with pytest.raises(AtlasError, match=r"^c\.jsonl line 7") as refusal:
-        messages_of(row, "c.jsonl line 7")
+        messages_of(row, "c.jsonl line 7", print)
     assert said in str(refusal.value)
 
 
@@ -137,7 +140,48 @@ def test_a_row_without_an_answer_ends_the_command_with_one_line(
     assert f"{path} line 2: has no answer" in line
     assert not (tmp_path / "out").exists()
     assert main(["prepare", "--input", str(path), "--output", str(tmp_path / "p")]) == 2
-    assert main(["generate", "--chat", "--checkpoint", "nowhere.pt", "--prompt", "x"]) == 2
+    assert "is a conversation, which is not prepared" in capfd.readouterr().err
+    assert main(["plan", "--config", "nano", "--data", str(path)]) == 2
+    assert "holds conversations" in capfd.readouterr().err
+
+
+def test_packed_files_windows_line_ends_and_bytes_that_are_not_utf8(
+    tmp_path: Path, bpe: ByteLevelTokenizer
+) -> None:
+    path = tmp_path / "c.jsonl.gz"
+    lines = [b'{"prompt": "a", "response": "caf\xe9"}', b"", b'{"prompt": "a\\u0000", "response": "b"}']
+    path.write_bytes(gzip.compress(b"\r\n".join(lines)))
+    read, _, notes = read_conversations(path, bpe, val_fraction=0)
+    assert said_in(read, bpe) == ["caf\ufffd<|endoftext|>", "b<|endoftext|>"]
+    assert "1 bytes are not UTF-8" in notes[-1]
+
+
+def test_held_out_conversations_that_are_too_long_are_no_reason_to_refuse(
+    tmp_path: Path, bpe: ByteLevelTokenizer
+) -> None:
+    short, long = (
+        read_conversations(
+            write_rows(tmp_path / "c.jsonl", [{"prompt": prompt, "response": "b"}]), bpe, val_fraction=0
+        )[0]
+        for prompt in ("a", "a " * 200)
+    )
+    config = resolve({"model": {"max_seq_len": 32}})
+    data = ResolvedData((short,), (1.0,), (long,), bpe, "", [])
+    assert validation_sequences(data, config) is None
+    asked_for = dataclasses.replace(data, vals=(dataclasses.replace(long, name="other.jsonl"),))
+    with pytest.raises(AtlasError, match=r"other\.jsonl: no answer begins"):
+        validation_sequences(asked_for, config)
+
+
+def test_bits_per_byte_of_a_mixture_count_what_is_predicted(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+    rows = [{"prompt": "colour " * 20, "response": "blue"}]
+    chats = ChatDataset(
+        read_conversations(write_rows(tmp_path / "c.jsonl", rows), bpe, val_fraction=0)[0], 200
+    )
+    assert chats.num_targets == len(bpe.encode("blue")) + 1 < chats.num_tokens
+    assert chats.bytes_per_token == 4 / chats.num_targets
+    both = MixtureDataset([chats, chats], [1.0, 3.0])
+    assert both.bytes_per_token == pytest.approx(chats.bytes_per_token)
 
 
 # The windows
@@ -188,7 +232,7 @@ def test_every_answer_within_reach_is_a_target_once_beside_its_own_past(chats: C
 
 def test_a_packed_conversation_costs_what_it_costs_alone(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     talks = [TALK, TALK[1:3], [Message("user", "colour?"), Message("assistant", "green")]]
-    read, _ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows(talks)), bpe, val_fraction=0)
+    read, *_ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows(talks)), bpe, val_fraction=0)
     model = sharp_model(bpe, max_seq_len=400)
     [packed] = ChatDataset(read, 400, with_documents=True)
     expected = 0.0
@@ -248,12 +292,10 @@ def test_two_hundred_pairs_some_longer_than_the_context(tuned: Path) -> None:
     for name in ("whole", "lora"):
         contents = load_checkpoint(tuned / name / "atlas_best.pt")
         assert contents["config"]["data"]["document_mask"] is True
-        assert "<|user|>" not in contents["data"]["chat_template"]  # made of the role's name
-        assert "<|assistant|>" in contents["data"]["chat_template"]
+        assert contents["data"]["chat_form"] == "zephyr"
 
 
-def test_all_that_is_masked_is_a_finite_update(tmp_path: Path, tuned: Path) -> None:
-    """Rows of which no answer is within reach are left out; alone, they are refused."""
+def test_conversations_without_an_answer_within_reach_are_refused(tmp_path: Path, tuned: Path) -> None:
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "colour " * 200, "response": "blue"}])
     explicit = layer(tmp_path / "out", long, data__tokenizer=str(tuned / "bpe.json"))
     with pytest.raises(AtlasError, match="no answer begins within max_seq_len 16"):
@@ -399,7 +441,7 @@ def test_a_mixture_with_text_learns_both(tmp_path: Path, tuned: Path) -> None:
     trainer, result = run(explicit)
     assert result.outcome == "finished"
     assert trainer.train_data.num_tokens > 0
-    assert load_checkpoint(tmp_path / "out" / "atlas_best.pt")["data"]["chat_template"]
+    assert load_checkpoint(tmp_path / "out" / "atlas_best.pt")["data"]["chat_form"]
 
 
 def test_an_imported_models_own_template_is_kept_and_not_run(
@@ -407,8 +449,8 @@ def test_an_imported_models_own_template_is_kept_and_not_run(
 ) -> None:
     import gguf
 
-    facts = {"data": {"chat_template": "{{ messages[0].content }}!"}}
-    export_hf(sharp_model(bpe), bpe, tmp_path / "hf", facts=facts)
+    template = "{{ messages[0].content }}!"
+    export_hf(sharp_model(bpe), bpe, tmp_path / "hf", chat_template=template)
     assert main(["import", str(tmp_path / "hf"), "--output-dir", str(tmp_path / "in")]) == 0
     file = tmp_path / "m.gguf"
     command = [
@@ -422,7 +464,7 @@ def test_an_imported_models_own_template_is_kept_and_not_run(
     assert main(command) == 0
     field = gguf.GGUFReader(file).get_field("tokenizer.chat_template")
     assert field is not None
-    assert field.contents() == facts["data"]["chat_template"]
+    assert field.contents() == template
     assert main([*command, "--modelfile"]) == 2
     assert (
         main(["generate", "--chat", "--checkpoint", str(tmp_path / "in" / "atlas_best.pt"), "--prompt", "x"])

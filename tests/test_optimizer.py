@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._inductor.exc import CppCompileError
 
-from atlas.config import ModelConfig, TrainingConfig
+from atlas.config import LoraConfig, ModelConfig, TrainingConfig
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM, build_model
+from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import checkpoint_bytes
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.optimizer import build_optimizer
@@ -104,7 +104,8 @@ def test_muon_leaves_the_rest_to_adamw(tiny_config: ModelConfig) -> None:
     gradients = random_gradients(muon, 3)
     stepped(muon, TrainingConfig(optimizer="muon", learning_rate=RATE), gradients)
     stepped(adamw, TrainingConfig(optimizer="adamw", learning_rate=RATE), gradients)
-    stepped(fast, TrainingConfig(optimizer="adamw", learning_rate=RATE * WIDENING), gradients)
+    quick = {"learning_rate": RATE * WIDENING, "weight_decay": 0.1 / WIDENING}
+    stepped(fast, TrainingConfig(optimizer="adamw", **quick), gradients)
     for name, p in muon.named_parameters():
         assert torch.equal(p, adamw.get_parameter(name)) == (p.dim() < 2), name
         assert torch.equal(p, fast.get_parameter(name)) == (
@@ -134,6 +135,24 @@ def test_adafactor_is_the_one_of_transformers(model: AtlasLM) -> None:
         ours, moved = dict(model.named_parameters())[name], parameter - before[name]
         assert (ours - parameter).norm() < 5e-3 * moved.norm(), name
     assert not model.token_embedding.weight[model.config.vocabulary :].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rate_means_the_same_for_low_rank_updates(name: str, model: AtlasLM) -> None:
+    add_lora(model, LoraConfig(rank=2), seed=0)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    config = TrainingConfig(optimizer=name, learning_rate=RATE, weight_decay=0)
+    build = random_gradients(model, 1)
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            build[0][key] = torch.zeros_like(parameter)
+    stepped(model, config, build)
+    moved = {
+        key: float((p - before[key]).detach().square().mean().sqrt()) / RATE
+        for key, p in model.named_parameters()
+    }
+    assert all(0.1 < far < 1.1 for key, far in moved.items() if "lora_" in key)
+    assert not any(far for key, far in moved.items() if "lora_" not in key)
 
 
 @pytest.mark.parametrize("name", NAMES)

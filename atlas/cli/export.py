@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atlas.errors import AtlasError
-from atlas.tokenizer.chat import chat_template
 
 if TYPE_CHECKING:
     from atlas.export.gguf import ExportedFile
@@ -90,9 +89,9 @@ def export(
     from atlas.inference.load import NOT_NEEDED, model_of
     from atlas.training.checkpoint import find_checkpoint, load_checkpoint
 
-    if data and format is not Format.gguf:
+    if data is not None and format is not Format.gguf:
         raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")
-    if data and not verify:
+    if data is not None and not verify:
         raise AtlasError(
             "--data: judges the file in llama.cpp, and --no-verify leaves that out; drop one of them"
         )
@@ -117,8 +116,13 @@ def export(
             raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
         _export_hf(loaded, Path(output or "atlas_model"), kind.value, license)
         return
+    if modelfile and loaded.chat_template and not loaded.learnt_to_answer:
+        raise AtlasError(
+            "--modelfile: the model was imported with a chat template of its own, which Ollama wants in another "
+            "language; leave --modelfile out and write TEMPLATE yourself"
+        )
     kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
-    sample = _sample(loaded, data) if data else None
+    sample = _sample(loaded, data) if data is not None else None
     export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license, sample=sample)
     if modelfile:
         _write_modelfile(target, loaded)
@@ -128,22 +132,18 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|endoftext|>
 {{ end }}<|assistant|>
 \"\"\""""
-"""`chat_template` as Ollama writes it."""
+"""`CHAT_TEMPLATE` as Ollama writes it, but that it keeps blanks around what is said."""
 
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """For Ollama, which is told the form of a conversation, or to pass the prompt on as it is."""
-    context, template = loaded.config.model.max_seq_len, loaded.facts["data"].get("chat_template")
-    if template not in (None, chat_template(loaded.tokenizer)):
-        raise AtlasError(
-            "--modelfile: the model was imported with a chat template of its own, which Ollama wants in Go"
-        )
+    context = loaded.config.model.max_seq_len
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
     target.write_text(
         f"FROM ./{file.name}\n"
-        f"TEMPLATE {_OLLAMA_CHAT if template else '{{ .Prompt }}'}\n"
+        f"TEMPLATE {_OLLAMA_CHAT if loaded.learnt_to_answer else '{{ .Prompt }}'}\n"
         f"PARAMETER num_ctx {context}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
         encoding="utf-8",
@@ -177,6 +177,7 @@ def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType, license: str | 
         name=folder.name,
         facts=loaded.facts,
         license=license,
+        chat_template=loaded.chat_template,
     )
     _list_files(folder)
 
@@ -205,7 +206,7 @@ def export_and_prove(
         quantize=quantize,
         name=output.stem,
         license=license,
-        chat_template=loaded.facts["data"].get("chat_template"),
+        chat_template=loaded.chat_template,
     )
     _say(_table(written))
     if verify:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atlas.errors import AtlasError
-from atlas.tokenizer.chat import Message, chat_template
+from atlas.tokenizer.chat import Message
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
@@ -187,13 +187,12 @@ def _shown(prompt: Prompt) -> str:
 
 
 def _check_chat(loaded: LoadedModel) -> None:
-    template = loaded.facts["data"].get("chat_template")
-    if template is None:
+    if loaded.chat_template is None:
         raise AtlasError(
             f"--chat: {loaded.path} did not learn from conversations: leave --chat out, or fine-tune it with "
             "atlas train --init-from on JSONL rows with messages"
         )
-    if template != chat_template(loaded.tokenizer):
+    if not loaded.learnt_to_answer:
         raise AtlasError(
             f"--chat: {loaded.path} was imported with a chat template of its own, which Atlas does not run: write it "
             "out in --prompt, or export the model and chat in llama.cpp"

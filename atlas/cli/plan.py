@@ -110,9 +110,14 @@ def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream |
 
 def _open(data: Path) -> TokenStream:
     """What a prepared dataset trains on."""
+    from atlas.data.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
     from atlas.errors import AtlasError
 
+    if holds_conversations(data):
+        raise AtlasError(
+            f"--data {data}: holds conversations, which atlas plan does not read; leave --data out"
+        )
     if not is_prepared(data):
         raise AtlasError(
             f"--data {data}: is not a prepared dataset; make one with atlas prepare --input, and name its folder"

@@ -1,14 +1,13 @@
 """Conversations: JSONL rows of messages → sequences in which only the answers are predicted.
 
-A file of them is small beside a text to learn a language from, so that it is read whole and kept in memory, 5 bytes a
-token.
+A file of them is small beside a text to learn a language from, so that it is read whole and kept in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,16 @@ class Conversations:
             digest.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
         return digest.hexdigest()
 
+    def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
+        """(conversations,): how many tokens of each are answers that `max_seq_len` tokens before them reach."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        before = np.concatenate([[0], np.cumsum(self.is_answer)])
+        counts: NDArray[np.int64] = before[np.minimum(self.ends, starts + max_seq_len + 1)] - before[starts]
+        return counts
+
 
 def holds_conversations(path: str | Path) -> bool:
-    """Whether this is a JSONL file whose first row has messages, or a prompt."""
+    """Whether this is a JSONL file whose first row has messages, or a prompt, and no text."""
     if not Path(path).is_file() or format_of(Path(path).name) != "rows":
         return False
     _, first = next(_rows(path), ("", {}))
@@ -69,17 +75,26 @@ def holds_conversations(path: str | Path) -> bool:
 
 def read_conversations(
     path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
-) -> tuple[Conversations, Conversations | None]:
-    """Those of a JSONL file to train on, and those held out: by the hash of each, `val_fraction` of them.
+) -> tuple[Conversations, Conversations | None, list[str]]:
+    """Those of a JSONL file to train on, those held out (by the hash of each, `val_fraction` of them), and what was met
+    on the way, a line each.
 
     Raises `AtlasError` for a row that is not a conversation with an answer.
     """
     texts: list[list[Turn]] = []
     digests = []
     ids: list[list[NDArray[np.uint32]]] = []
+    undecodable = 0
+
+    def count(replaced: int) -> None:
+        nonlocal undecodable
+        undecodable += replaced
+
     with byte_progress(Path(path).stat().st_size, "reading conversations") as advance:
         rows = _rows(path, advance)
-        while some := [messages_of(row, place) for place, row in itertools.islice(rows, _ROWS_AT_ONCE)]:
+        while some := [
+            messages_of(row, place, count) for place, row in itertools.islice(rows, _ROWS_AT_ONCE)
+        ]:
             digests += [
                 hashlib.blake2b(repr(messages).encode(), digest_size=16).digest() for messages in some
             ]
@@ -99,7 +114,13 @@ def read_conversations(
         )
         for wanted in (False, True)
     ]
-    return parts_of[0], parts_of[1] if held_out.any() else None
+    notes = [
+        f"{path}: {len(texts) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out; the loss is "
+        "that of the answers"
+    ]
+    if undecodable:
+        notes.append(f"{path}: {undecodable:,} bytes are not UTF-8 and became U+FFFD")
+    return parts_of[0], parts_of[1] if held_out.any() else None, notes
 
 
 def _assembled(
@@ -126,11 +147,12 @@ def _assembled(
 
 
 def _rows(path: str | Path, advance: Any = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_rows(TextFile(str(path), "rows", Path(path).stat().st_size), advance)
+    return read_rows(TextFile(str(path), "rows", Path(path).stat().st_size), advance, like=_EXAMPLE)
 
 
-def messages_of(row: dict[str, Any], place: str) -> list[Message]:
-    """The conversation of a row, up to its last answer. Raises `AtlasError` that names `place`."""
+def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:
+    """The conversation of a row, up to its last answer; `on_undecodable` is told the bytes that were not UTF-8. Raises
+    `AtlasError` that names `place`."""
     if "messages" not in row:
         missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
         if missing:
@@ -147,7 +169,7 @@ def messages_of(row: dict[str, Any], place: str) -> list[Message]:
         messages.pop()
     if not messages:
         raise AtlasError(f"{place}: has no answer; a row is like {_EXAMPLE}")
-    return [Message(role, replace_undecodable(content, lambda _: None)) for role, content in messages]
+    return [Message(role, replace_undecodable(content, on_undecodable)) for role, content in messages]
 
 
 def _message(value: object, place: str) -> Message:
@@ -179,8 +201,9 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         starts = np.concatenate([[0], conversations.ends[:-1]])
         whole = conversations.ends - starts
         lengths = np.minimum(whole, max_seq_len + 1)
-        answers_before = np.concatenate([[0], np.cumsum(conversations.is_answer)])
-        has_answer = answers_before[starts + lengths] > answers_before[starts]
+        answers = conversations.answers_within(max_seq_len)
+        has_answer = answers > 0
+        self.num_targets = int(answers.sum())
         if not has_answer.any():
             raise AtlasError(
                 f"{conversations.name}: no answer begins within max_seq_len {max_seq_len} tokens of its conversation; "
@@ -201,7 +224,7 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the answers."""
+        """Of the answers, those that were cut off as well."""
         return self.stream.answer_bytes / int(self.stream.is_answer.sum())
 
     def __len__(self) -> int:

@@ -55,6 +55,11 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         return self.stream.num_tokens
 
     @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted, near enough: all but a window's last at most."""
+        return self.stream.num_tokens
+
+    @property
     def bytes_per_token(self) -> float:
         """Bytes of text in UTF-8 that a token stands for, on average."""
         return self.stream.num_bytes / self.stream.num_tokens

@@ -102,7 +102,7 @@ def _counter(counts: Counter[str], name: str) -> Any:
 
 def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
     on_undecodable = _counter(report.undecodable, file.name)
-    for place, row in read_rows(file, advance):
+    for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
         text = _row_text(row, place, text_field)
         if text is None:
             report.empty_rows[file.name] += 1
@@ -110,15 +110,15 @@ def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advanc
             yield from as_document([replace_undecodable(text, on_undecodable)])
 
 
-def read_rows(file: TextFile, advance: Advance) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file, each with what errors call its place."""
+def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file, each with what errors call its place; `like` is what they say a row should be."""
     with file.open(advance) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
             if len(line) > _LONGEST_ROW:
                 raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
             if line.strip():
-                yield place, _row(line, place)
+                yield place, _row(line, place, like)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -134,7 +134,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
     yield from itertools.chain([first] if first else [], rest)
 
 
-def _row(line: bytes, place: str) -> dict[str, Any]:
+def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
@@ -145,15 +145,13 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
         )
         raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
-        raise AtlasError(
-            f'{place}: is {json_name(row)}, not an object; every line must be like {{"text": …}}'
-        )
+        raise AtlasError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
     return row
 
 
 def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
     """None where the field is null."""
-    if text_field not in row and "messages" in row:
+    if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise AtlasError(
             f"{place}: is a conversation, which is not prepared: give the file itself to atlas train --train-data"
         )

@@ -36,8 +36,9 @@ class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all its text: each part counts by its tokens, not by its weight."""
-        return sum(part.bytes_per_token * part.num_tokens for part in self.parts) / self.num_tokens
+        """Of all that is predicted: each part counts by its targets, not by its weight."""
+        targets = sum(part.num_targets for part in self.parts)
+        return sum(part.bytes_per_token * part.num_targets for part in self.parts) / targets
 
 
 class MixtureOrder:

@@ -128,7 +128,7 @@ def _resolve_conversations(
     path: str | Path, val_data: str | Path | None, tokenizer: Tokenizer, val_fraction: float
 ) -> ResolvedData:
     held_out = val_fraction if val_data is None else 0.0
-    train, val = read_conversations(path, tokenizer, val_fraction=held_out)
+    train, val, notes = read_conversations(path, tokenizer, val_fraction=held_out)
     vals = val if val_data is None else _validation_stream(val_data, tokenizer)
     return ResolvedData(
         trains=(train,),
@@ -136,10 +136,7 @@ def _resolve_conversations(
         vals=(vals,) if vals else (),
         tokenizer=tokenizer,
         fingerprint=train.fingerprint,
-        notes=[
-            f"{path}: {len(train.ends):,} conversations to train on, {len(val.ends) if val else 0:,} held out; the "
-            "loss is that of the answers"
-        ],
+        notes=notes,
     )
 
 

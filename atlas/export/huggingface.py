@@ -41,13 +41,14 @@ def export_hf(
     name: str = "Atlas",
     facts: Mapping[str, Any] | None = None,
     license: str | None = None,
+    chat_template: str | None = None,
 ) -> Path:
     """Write `model` with `tokenizer` into `folder`, which appears whole or not at all; an earlier export there is
     replaced, anything else is not.
 
-    `facts` is what the checkpoint says of its training, for the model card, `license` an SPDX identifier. Raises
-    `AtlasError` for a tokenizer or a shape that has no place there, for weights that `dtype` cannot hold, and where the
-    folder cannot be written.
+    `facts` is what the checkpoint says of its training, for the model card, `license` an SPDX identifier,
+    `chat_template` the form of a conversation in Jinja. Raises `AtlasError` for a tokenizer or a shape that has no
+    place there, for weights that `dtype` cannot hold, and where the folder cannot be written.
     """
     try:
         from safetensors.torch import save_file
@@ -56,8 +57,7 @@ def export_hf(
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
-    eos_id, facts = tokenizer.eos_id, facts or {}
-    chat_template = facts.get("data", {}).get("chat_template")
+    eos_id = tokenizer.eos_id
     tensors = {
         name: tensor.to(_DTYPES[dtype])
         for name, tensor in state_out(model.state_dict(), model.config).items()
@@ -84,7 +84,8 @@ def export_hf(
             **({"chat_template": chat_template} if chat_template else {}),
         },
     }
-    card = _model_card(model, name, dtype, facts, license)
+    does = "answers" if chat_template else "continues text"
+    card = _model_card(model, name, dtype, facts or {}, license, does)
 
     def write(folder: Path) -> None:
         for file, content in configs.items():
@@ -96,7 +97,9 @@ def export_hf(
     return write_folder(folder, _FILES, write)
 
 
-def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None) -> str:
+def _model_card(
+    model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None, does: str
+) -> str:
     config = model.config
     rows = {
         "parameters": f"{model.num_parameters():,}",
@@ -106,7 +109,6 @@ def _model_card(model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any],
         "vocabulary": f"{config.vocabulary:,} tokens",
         "weights": dtype,
     }
-    does = "answers" if facts.get("data", {}).get("chat_template") else "continues text"
     training = facts.get("config", {}).get("training", {})
     sequences = facts.get("sequences_consumed")
     known = {

@@ -49,18 +49,23 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The form of a conversation in Jinja, which is not run here but kept for exports; None where there is none."""
-    if (folder / "chat_template.jinja").is_file():
-        return read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode(
-            "utf-8", "replace"
-        )
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
+    """The form of a conversation in Jinja, which is not run here but kept for exports; None where there is none. Of
+    several that have names, the one called default."""
     try:
-        template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+        if (folder / "chat_template.jinja").is_file():
+            template: Any = read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode()
+        elif (folder / "tokenizer_config.json").is_file():
+            template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+        else:
+            return None
+    except (OSError, ValueError) as error:
+        raise AtlasError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
     except AtlasError as error:
         raise AtlasError(f"{folder}: {error}") from None
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template.encode("utf-8", "replace").decode() if isinstance(template, str) else None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.planning import count_parameters
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat import CHAT_FORM, CHAT_TEMPLATE
 from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from atlas.training.runtime import choose_device, choose_weights_dtype
 
@@ -35,6 +36,20 @@ class LoadedModel:
     config: AtlasConfig
     path: Path
     facts: dict[str, Any]
+
+    @property
+    def learnt_to_answer(self) -> bool:
+        """Whether it was trained on conversations in Atlas's own form."""
+        return bool(self.facts["data"].get("chat_form") == CHAT_FORM)
+
+    @property
+    def chat_template(self) -> str | None:
+        """In Jinja, the form of the conversations that the model learnt from, here or where it was imported from; None
+        where it learnt from none."""
+        if self.learnt_to_answer:
+            return CHAT_TEMPLATE
+        imported = self.facts["data"].get("chat_template")
+        return imported if isinstance(imported, str) else None
 
 
 def load_model(

@@ -49,6 +49,11 @@ def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> 
             setattr(room, target, LoraLinear(getattr(room, target), config))
 
 
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is one of a low-rank update's two."""
+    return name.endswith((_A, _B))
+
+
 def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLinear) for module in model.modules())
 

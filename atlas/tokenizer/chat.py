@@ -1,4 +1,4 @@
-"""The form of a conversation, which is Zephyr's: it needs no token but the end of text, and llama.cpp knows it.
+"""The form of a conversation, which is Zephyr's: it needs no token but the end of text.
 
     <|user|>
     Who are you?<|endoftext|>
@@ -14,10 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from atlas.tokenizer.byte_level import ByteLevelTokenizer
-from atlas.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+from atlas.tokenizer.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+
+CHAT_FORM = "zephyr"
+"""What checkpoints call it."""
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|' + message['role'] + '|>\\n' + (message['content'] | trim) + eos_token + '\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
+)
+"""The same in Jinja, as GGUF files and Hugging Face's tokenizers hold it."""
 
 
 class Message(NamedTuple):
@@ -53,15 +63,3 @@ def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
     for given, said in turns_of(messages):
         ids += [*tokenizer.encode(given), *(tokenizer.encode(said) if said else []), tokenizer.eos_id]
     return ids + tokenizer.encode("\n<|assistant|>\n")
-
-
-def chat_template(tokenizer: Tokenizer) -> str:
-    """The same form in Jinja, as GGUF files and Hugging Face's tokenizers hold it."""
-    # The name that llama.cpp also knows the form by where it runs no Jinja.
-    end = f"'{END_OF_TEXT}'" if isinstance(tokenizer, ByteLevelTokenizer) else "eos_token"
-    return (
-        "{%- for message in messages -%}"
-        "{{ '<|' + message['role'] + '|>\\n' + (message['content'] | trim) + " + end + " + '\\n' }}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
-    )

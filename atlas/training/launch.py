@@ -29,7 +29,7 @@ from atlas.planning import (
     output_folder_bytes,
     snapshot_bytes,
 )
-from atlas.tokenizer.chat import chat_template
+from atlas.tokenizer.chat import CHAT_FORM
 from atlas.training.checkpoint import CheckpointManager, load_weights
 from atlas.training.compilation import choose_compile, compile_blocks
 from atlas.training.heat import open_sensor
@@ -93,7 +93,7 @@ def start_run(start: Start) -> Trainer:
         data_identity={
             "fingerprint": start.data.fingerprint,
             "train_data": start.data.name,
-            "chat_template": chat_template(start.data.tokenizer) if start.data.has_conversations else None,
+            "chat_form": CHAT_FORM if start.data.has_conversations else None,
         },
         runtime=runtime,
         state=state,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from atlas.config import TrainingConfig
+from atlas.model import is_lora
 from atlas.training.adamw8bit import build_adamw8bit, shapes_8bit
 
 _MUON_MOMENTUM = 0.95
 _WIDTH = 768
 """At which Muon's rate is AdamW's; see `_muon_update`. The rate of the tables, which AdamW moves beside it, is as much
-larger as a model is narrower: a tied head adds up as many products as the model is wide."""
+larger as a model is narrower, since the head adds up as many products as the model is wide; their decay is not."""
 _MUON_NUMBERS = 1 << 20
 """Of matrices that are made orthogonal at once: those of a small model cost more in calls than in arithmetic."""
 _ADAFACTOR_EPS = (1e-15, 1.0)
@@ -61,7 +62,8 @@ def _adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.op
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, AdamW
-    for embeddings, head, biases and norms, as there. Muon keeps one moment, 4 bytes, a parameter.
+    for embeddings, head, biases and norms, as there, and for low-rank updates. Muon keeps one moment, 4 bytes, a
+    parameter.
 
     The groups of AdamW are this optimizer's groups, and so is its state: one state dict, rates set in one place.
     """
@@ -69,6 +71,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inside = [(name, p) for name, p in named if name.startswith("blocks.") and p.dim() == 2]
+        inside = [(name, p) for name, p in inside if not is_lora(name)]
         tables = [p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2]
         common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         matrices = [
@@ -77,11 +80,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             for is_qkv in (True, False)
         ]
         self._parts = {p: _rows_of_parts(name, model) for name, p in inside}
-        self._rate_of_tables = _WIDTH / tables[0].shape[1] if tables else 1.0
+        self._tables_factor = _WIDTH / tables[0].shape[1] if tables else 1.0
         self._adamw = _adamw(
             [
                 {"params": tables, "weight_decay": config.weight_decay},
-                {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+                {"params": [p for name, p in named if p.dim() < 2 or is_lora(name)], "weight_decay": 0.0},
             ],
             config,
         )
@@ -116,7 +119,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     some = matrices[start : start + at_once]
                     _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
         tables, vectors = (group for group in self.param_groups if "is_qkv" not in group)
-        self._adamw.param_groups = [tables | {"lr": tables["lr"] * self._rate_of_tables}, vectors]
+        faster = {
+            "lr": tables["lr"] * self._tables_factor,
+            "weight_decay": tables["weight_decay"] / self._tables_factor,
+        }
+        self._adamw.param_groups = [tables | faster, vectors]
         self._adamw.step()
 
 
