@@ -404,7 +404,7 @@ def test_evaluate_counts_answers(tmp_path: Path, tuned: Path, capfd: pytest.Capt
     for row in pairs(6)[:3]:
         question = encode_question([Message("user", row["prompt"])], loaded.tokenizer)
         answer = [*loaded.tokenizer.encode(row["response"]), loaded.tokenizer.eos_id]
-        logprobs = loaded.model(torch.tensor([question + answer]))[0].log_softmax(-1)
+        logprobs = loaded.model(torch.tensor([question + answer]))[0].detach().log_softmax(-1)
         nats -= sum(float(logprobs[len(question) + i - 1, token]) for i, token in enumerate(answer))
         tokens, text = tokens + len(answer), text + row["response"]
     assert float(figures["bits per byte"]) == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4)

@@ -307,7 +307,7 @@ def test_the_largest_preset_that_fits() -> None:
 
     assert [largest(size) for size in (0.1, 1, 4, 6, 8, 12, 80)] == [
         None,
-        "modern-nano",
+        "nano",
         "small",
         "ultra",
         "xlarge",

@@ -326,7 +326,7 @@ def test_the_picture_shows_the_lengths(
         assert expected.sum() == len(lengths)  # none falls outside
         np.testing.assert_allclose(heights, expected / len(lengths))
         medians.append(np.median(lengths))
-    assert sorted(lines) == sorted([*medians, 256, 512, 1024])
+    assert sorted(lines) == sorted([*medians, 128, 256, 512, 1024])
 
     image = imread(tmp_path / "lengths.png")
     assert image.shape == (825, 1500, 4)

@@ -80,7 +80,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             for is_qkv in (True, False)
         ]
         self._parts = {p: _rows_of_parts(name, model) for name, p in inside}
-        self._tables_factor = _WIDTH / tables[0].shape[1] if tables else 1.0
+        self._tables = set(tables)
         self._adamw = _adamw(
             [
                 {"params": tables, "weight_decay": config.weight_decay},
@@ -118,13 +118,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 for start in range(0, len(matrices), at_once):
                     some = matrices[start : start + at_once]
                     _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
-        tables, vectors = (group for group in self.param_groups if "is_qkv" not in group)
-        faster = {
-            "lr": tables["lr"] * self._tables_factor,
-            "weight_decay": tables["weight_decay"] / self._tables_factor,
-        }
-        self._adamw.param_groups = [tables | faster, vectors]
+        self._adamw.param_groups = [
+            self._for_width(group) for group in self.param_groups if "is_qkv" not in group
+        ]
         self._adamw.step()
+
+    def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group of AdamW's with the rate that it is moved by: that of tables depends on their width."""
+        if not self._tables.issuperset(group["params"]) or not group["params"]:
+            return group
+        factor = _WIDTH / group["params"][0].shape[1]
+        return group | {"lr": group["lr"] * factor, "weight_decay": group["weight_decay"] / factor}
 
 
 def _rows_of_parts(name: str, model: nn.Module) -> list[int]:
