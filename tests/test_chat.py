@@ -27,7 +27,7 @@ from atlas.export.huggingface import export_hf
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
-from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_question
+from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_question, newest_that_fit
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from tests.conftest import corpus
@@ -182,6 +182,20 @@ def test_bits_per_byte_of_a_mixture_count_what_is_predicted(tmp_path: Path, bpe:
     assert chats.bytes_per_token == 4 / chats.num_targets
     both = MixtureDataset([chats, chats], [1.0, 3.0])
     assert both.bytes_per_token == pytest.approx(chats.bytes_per_token)
+
+
+def test_a_dialogue_keeps_its_newest_whole_messages(bpe: ByteLevelTokenizer) -> None:
+    talk = [Message("user", "colour of sky?"), Message("assistant", "blue")] * 3 + [
+        Message("user", "of snow?")
+    ]
+    for room in range(200):
+        kept = newest_that_fit(talk, bpe, room)
+        assert kept == talk[len(talk) - len(kept) :]
+        assert kept[0].role == "user"
+        assert len(kept) == 1 or len(encode_question(kept, bpe)) <= room
+        longer = talk[len(talk) - len(kept) - 2 :] if len(kept) < len(talk) else None
+        assert longer is None or len(encode_question(longer, bpe)) > room
+    assert newest_that_fit(talk, bpe, 1000) == talk
 
 
 # The windows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atlas.errors import AtlasError
-from atlas.tokenizer.chat import Message
+from atlas.tokenizer.chat import Message, newest_that_fit
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
@@ -95,12 +95,14 @@ def generate(
             typer.echo(f"seed {seed}", err=True)
     run = _Run(loaded, sampling, max_tokens, stop or [], seed)
     if interactive:
-        said: list[Message] = []
+        dialogue: list[Message] = []
         for number, line in enumerate(_ask_prompts()):
             run.seed = seed + number
-            said.append(Message("user", line))
-            texts = run.print([said if chat else line] * num_samples)
-            said.append(Message("assistant", texts[0]))
+            if not chat:
+                run.print([line] * num_samples)
+                continue
+            dialogue = run.remembered([*dialogue, Message("user", line)])
+            dialogue.append(Message("assistant", run.print([dialogue] * num_samples)[0]))
         return
     rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
     if output_file:
@@ -124,6 +126,19 @@ class _Run:
             seed,
         )
         self.tokens, self.seconds = 0, 0.0
+        self.forgets = False
+
+    def remembered(self, dialogue: list[Message]) -> list[Message]:
+        """The end of it that leaves room in the context for an answer."""
+        context = self.loaded.config.model.max_seq_len
+        room = context - min(self.max_tokens, context // 2)
+        kept = newest_that_fit(dialogue, self.loaded.tokenizer, room)
+        if len(kept) < len(dialogue) and not self.forgets:
+            self.forgets = True
+            typer.echo(
+                f"the context of {context:,} tokens is full: what was said first is forgotten", err=True
+            )
+        return kept
 
     def texts(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, str]]:
         """(prompt, continuation) of every row, many rows at a time."""

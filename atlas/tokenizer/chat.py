@@ -63,3 +63,13 @@ def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
     for given, said in turns_of(messages):
         ids += [*tokenizer.encode(given), *(tokenizer.encode(said) if said else []), tokenizer.eos_id]
     return ids + tokenizer.encode("\n<|assistant|>\n")
+
+
+def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
+    """The end of a conversation that takes at most `room` tokens as a question: whole messages, the last at least."""
+    kept = list(messages)
+    while len(kept) > 1 and len(encode_question(kept, tokenizer)) > room:
+        del kept[0]
+        while len(kept) > 1 and kept[0].role == "assistant":  # an answer without its question
+            del kept[0]
+    return kept
