@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: Byte
     whole = theirs.apply_chat_template(as_dicts, tokenize=True)["input_ids"]
     read, *_ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows([talk])), bpe, val_fraction=0)
     assert [*read.tokens.tolist(), *bpe.encode("\n")] == whole
+
+
+def test_the_model_card_shows_how_to_ask(
+    tmp_path: Path, bpe: ByteLevelTokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    card = export_hf(sharp_model(bpe), bpe, tmp_path / "hf", chat_template=CHAT_TEMPLATE) / "README.md"
+    [code] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    code = code.replace("path/to/this/folder", str(tmp_path / "hf")).replace("=100", "=3")
+    exec(compile(code, "card", "exec"), {})
+    asked = bpe.decode(encode_question([Message("user", "Which colour has the sky?")], bpe))
+    assert asked in capfd.readouterr().out
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_else(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
@@ -377,7 +389,7 @@ def test_a_dialogue_remembers_and_a_text_model_refuses(
     import io
 
     source = tuned / "whole" / "atlas_best.pt"
-    monkeypatch.setattr("sys.stdin", io.StringIO("colour of sky?\ncolour of coal?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("colour of sky?\n \n\ncolour of coal?\n"))
     greedy = ["--temperature", "0", "--max-tokens", "20"]
     assert main(["generate", "--chat", "--interactive", "--checkpoint", str(source), *greedy]) == 0
     first, second = capfd.readouterr().out[:-1].split("\n", 1)

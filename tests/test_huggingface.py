@@ -62,6 +62,7 @@ def test_transformers_reads_what_is_exported(tmp_path: Path, bpe: ByteLevelToken
     assert tokenizer.eos_token_id == bpe.eos_id
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == bpe.eos_id
     assert "# river" in (tmp_path / "out" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("name", SHAPES)

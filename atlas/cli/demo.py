@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +59,11 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     typer.echo(
         f"\nthe whole road took {time.perf_counter() - begun:.0f} s; everything is in {folder}/", err=True
     )
-    typer.echo(f'more: atlas generate --checkpoint {checkpoints / "atlas_best.pt"} --prompt "…"', err=True)
+    # The script that runs the demo leaves the command in an environment of its own.
+    command = "atlas" if shutil.which("atlas") else f"{os.path.relpath(sys.executable)} -m atlas"
+    typer.echo(
+        f'more: {command} generate --checkpoint {checkpoints / "atlas_best.pt"} --prompt "…"', err=True
+    )
 
 
 def _finish(checkpoint: Path, output: Path, held_out: TokenStream | None) -> None:

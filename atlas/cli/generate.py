@@ -101,6 +101,8 @@ def generate(
             if not chat:
                 run.print([line] * num_samples)
                 continue
+            if not line.strip():
+                continue
             dialogue = run.remembered([*dialogue, Message("user", line)])
             dialogue.append(Message("assistant", run.print([dialogue] * num_samples)[0]))
         return

@@ -153,12 +153,13 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
     """None where the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise AtlasError(
-            f"{place}: is a conversation, which is not prepared: give the file itself to atlas train --train-data"
+            f"{place}: is a conversation, which is not prepared: give a file of nothing but conversations to "
+            "atlas train --train-data"
         )
     if text_field not in row:
         raise AtlasError(
             f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
-            "atlas prepare --text-field"
+            "atlas prepare --text-field, or call those of a conversation prompt and response"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):

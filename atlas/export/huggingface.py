@@ -6,6 +6,7 @@ The formats: https://huggingface.co/docs/safetensors and https://huggingface.co/
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -84,8 +85,7 @@ def export_hf(
             **({"chat_template": chat_template} if chat_template else {}),
         },
     }
-    does = "answers" if chat_template else "continues text"
-    card = _model_card(model, name, dtype, facts or {}, license, does)
+    card = _model_card(model, name, dtype, facts or {}, license, answers=chat_template is not None)
 
     def write(folder: Path) -> None:
         for file, content in configs.items():
@@ -93,12 +93,15 @@ def export_hf(
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(
+            folder / "README.md", folder / "model.safetensors"
+        )  # which safetensors hides from others
 
     return write_folder(folder, _FILES, write)
 
 
 def _model_card(
-    model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None, does: str
+    model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None, *, answers: bool
 ) -> str:
     config = model.config
     rows = {
@@ -122,6 +125,14 @@ def _model_card(
         "started from": facts.get("initialized_from"),
     }
     rows |= {key: str(value) for key, value in known.items() if value is not None}
+    example = 'ids = tokenizer("The river", return_tensors="pt").input_ids'
+    does = "answers" if answers else "continues text"
+    if answers:
+        example = (
+            'talk = [{"role": "user", "content": "Which colour has the sky?"}]\n'
+            'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}\n'
+            "ids = tokenizer.apply_chat_template(talk, **options).input_ids"
+        )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
@@ -141,7 +152,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-ids = tokenizer("The river", return_tensors="pt").input_ids
+{example}
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
 ```
 """

@@ -6,6 +6,7 @@ The format: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def export_adapter(
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+        shutil.copymode(folder / _FILES[0], folder / _FILES[1])  # which safetensors hides from others
 
     return write_folder(Path(folder), _FILES, write)
 
