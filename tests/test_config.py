@@ -399,8 +399,8 @@ def test_schema_refuses_what_the_loader_refuses(text: str, tmp_path: Path) -> No
 
 
 PARAMETERS = {
-    "nano": None,
-    "modern-nano": None,
+    "nano": 1_088_256,
+    "modern-nano": 951_168,
     "tiny": 40_789_632,
     "modern": 123_552_768,
     "small": 124_439_808,
@@ -430,10 +430,7 @@ def test_presets_have_the_parameters_they_promise(name: str) -> None:
     with torch.device("meta"):
         counted = AtlasLM(model).num_parameters()
     assert counted == closed_formula(model)
-    if name.endswith("nano"):
-        assert 900_000 <= counted <= 2_000_000
-    else:
-        assert counted == PARAMETERS[name]
+    assert counted == PARAMETERS[name]
 
 
 def test_presets_are_the_files_that_the_documentation_names() -> None:

@@ -130,6 +130,7 @@ def _assembled(
     for chat, parts in zip(texts, ids, strict=True):
         length = 0
         for turn, given, said in zip(chat, parts[::2], parts[1::2], strict=True):
+            said = said if turn.said else said[:0]  # a custom tokenizer may have ids for nothing
             tokens += [given, said, np.array([eos_id], np.uint32)]
             is_answer += [np.zeros(len(given), np.bool_), np.full(len(said) + 1, bool(turn.said))]
             length += len(given) + len(said) + 1

@@ -163,8 +163,8 @@ class _Manner:
             is_sampled = bool(temperature)
         sampling = Sampling(
             temperature=float(1 if temperature is None else temperature) if is_sampled else 0.0,
-            top_k=int(options.pop("top_k", 0)),
-            top_p=float(options.pop("top_p", 1)),
+            top_k=int(options.pop("top_k", None) or 0),
+            top_p=float(options.pop("top_p", None) or 1),
         )
         unknown = [name for name, value in options.items() if (name, value) != ("num_beams", 1)]
         if unknown:

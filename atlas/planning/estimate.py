@@ -162,7 +162,7 @@ def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: s
     C, matrices = model.hidden_size, block_matrices(model).values()
     largest = max(max(_tables(model)) * C, *(matrix.size for matrix in matrices)) * _FP32
     # Of its largest matrix Muon makes the mean gradient, an orthogonalised one before and after an iteration, and
-    # products of the shorter side; of those that share a tensor one after the other.
+    # products of the shorter side. Large ones come one after the other; those that come together are small.
     part = max(*_muon_parts(model), key=lambda matrix: matrix.size)
     width, short = (_FP32 if device == "cpu" else 2), min(part)
     muon = part.size * (_FP32 + 2 * width) + 2 * short * short * width

@@ -19,7 +19,7 @@ _WIDTH = 768
 """At which Muon's rate is AdamW's; see `_muon_update`. The rate of the tables, which AdamW moves beside it, is as much
 larger as a model is narrower, since the head adds up as many products as the model is wide; their decay is not."""
 _MUON_NUMBERS = 1 << 20
-"""Of matrices that are made orthogonal at once: those of a small model cost more in calls than in arithmetic."""
+"""In the matrices made orthogonal together: 1.8 times as fast in a model 128 wide, no faster at 768."""
 _ADAFACTOR_EPS = (1e-15, 1.0)
 
 
