@@ -9,6 +9,10 @@ class AtlasError(Exception):
     """A mistake the user can mend. The message is one line: value, reason, remedy."""
 
 
+class EndedElsewhere(Exception):
+    """A run of several processes ends by what another of them has said."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the process to end.
 

@@ -80,6 +80,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
     from atlas.inference.load import load_model
     from atlas.training.checkpoint import CheckpointManager
     from atlas.training.evaluate import evaluate
+    from atlas.training.loss import SummedLoss
     from atlas.training.runtime import setup_runtime
 
     start = time.monotonic()
@@ -117,7 +118,9 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
         loaded = load_model(path)
         windows = SequenceDataset(val, loaded.config.model.max_seq_len, pad_last=True)
         runtime = setup_runtime(loaded.config)
-        result = evaluate(loaded.model, windows, range(len(windows)), batch_size=16, runtime=runtime)
+        result = evaluate(
+            SummedLoss(loaded.model), windows, range(len(windows)), batch_size=16, runtime=runtime
+        )
         assert result is not None
         curve.append((loaded.facts["seconds"], result.bits_per_byte))
     return [(spent - curve[-1][0] + seconds, bits) for seconds, bits in curve]

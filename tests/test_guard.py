@@ -42,7 +42,7 @@ def wrong_at(trainer: Trainer, steps: Callable[[int], bool], factor: float = mat
         is_second = len(calls) % per_update == (2 % per_update)
         return value * factor if steps(step) and is_second else value
 
-    trainer.updater.custom_loss = loss
+    trainer.updater.objective.custom_loss = loss
     return calls
 
 
@@ -170,7 +170,7 @@ def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
         bad = 8 * 4 <= trainer.state.sequences_consumed < 13 * 4
         return compute_lm_loss(logits, targets, mask) * (math.nan if bad else 1.0)
 
-    trainer.updater.custom_loss = poisoned
+    trainer.updater.objective.custom_loss = poisoned
     assert trainer.train().outcome == "finished"
     assert seen == [4 * update for update in (*range(13), *range(13, 27))]  # none is read twice
     assert trainer.state.step == 20
@@ -202,7 +202,7 @@ def test_a_gradient_gone_wrong_under_a_sound_loss_is_seen(tmp_path: Path, text_f
         infinite_slope = (logits * 0).abs().sqrt().sum()  # √x at 0
         return compute_lm_loss(logits, targets, mask) + infinite_slope
 
-    trainer.updater.custom_loss = steep
+    trainer.updater.objective.custom_loss = steep
     update = trainer.train_step(*next(trainer._batches()))
     assert math.isfinite(update.loss)
     assert "gradient norm" in update.fault.reason
@@ -216,13 +216,13 @@ def test_a_micro_batch_without_a_valid_token_gives_no_nan(tmp_path: Path, text_f
     def naive(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    trainer.updater.custom_loss = naive
+    trainer.updater.objective.custom_loss = naive
     inputs, targets = next(trainer._batches())
     targets[:2] = IGNORE_INDEX
     update = trainer.train_step(inputs, targets)
     assert update.fault is None
     alone = trainer_for(layer(tmp_path / "alone", text_file))
-    alone.updater.custom_loss = naive
+    alone.updater.objective.custom_loss = naive
     assert alone.train_step(inputs[2:], targets[2:]).loss == pytest.approx(update.loss, rel=1e-5)
     before = copy.deepcopy(trainer.model.state_dict())
     assert trainer.train_step(inputs, torch.full_like(targets, IGNORE_INDEX)).fault is None
@@ -289,7 +289,7 @@ def test_a_spike_is_left_out_or_led_back_from(tmp_path: Path, text_file: Path, m
             return value * 20
         return value
 
-    trainer.updater.custom_loss = loss
+    trainer.updater.objective.custom_loss = loss
     assert trainer.train().outcome == "finished"
     assert len(events(folder, "rollback")) == (mode == "rollback")
     skipped = events(folder, "skipped")

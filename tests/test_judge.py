@@ -16,6 +16,7 @@ from atlas.export.gguf import export_gguf
 from atlas.export.judge import Sample, llama_cpp_logprobs, pytorch_logprobs, sample_of
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.training.evaluate import evaluate
+from atlas.training.loss import SummedLoss
 from atlas.training.runtime import setup_runtime
 from tests.conftest import corpus
 from tests.test_export import needs_llama_cpp, save_checkpoint, sharp_model, with_swapped_norms
@@ -75,7 +76,7 @@ def test_a_sample_of_all_tokens_is_what_evaluation_counts(text: Path, bpe: ByteL
     stream = resolve_data(text, tokenizer=bpe, val_fraction=0.0).train
     dataset = SequenceDataset(stream, CONTEXT - 1, pad_last=True)
     runtime = setup_runtime(AtlasConfig(device="cpu"))
-    result = evaluate(model, dataset, range(len(dataset)), batch_size=4, runtime=runtime)
+    result = evaluate(SummedLoss(model), dataset, range(len(dataset)), batch_size=4, runtime=runtime)
     assert result is not None
     assert sample.num_tokens == result.tokens
     assert sample.bits_per_byte(pytorch_logprobs(model, sample)) == pytest.approx(result.bits_per_byte)

@@ -43,7 +43,7 @@ def short_of_memory(trainer: Trainer, fits: int, error: Callable[[], Exception])
             raise error()
         return compute_lm_loss(logits, targets, mask)
 
-    trainer.updater.custom_loss = loss
+    trainer.updater.objective.custom_loss = loss
     return tried
 
 

@@ -22,7 +22,7 @@ import typer
 
 from atlas import __version__
 from atlas.cli.terminal import printable
-from atlas.errors import AtlasError, Interrupted
+from atlas.errors import AtlasError, EndedElsewhere, Interrupted
 from atlas.process import set_up_process
 
 # In the order of the road.
@@ -130,6 +130,8 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except AtlasError as error:
             typer.echo(f"error: {printable(' '.join(str(error).splitlines()))}", err=True)
+            raise typer.Exit(USER_MISTAKE) from None
+        except EndedElsewhere:
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

@@ -88,6 +88,7 @@ def _on_text(
     from atlas.config.loader import nested, overlay, resolve
     from atlas.data import resolve_data, validation_windows
     from atlas.training.evaluate import evaluate as measure
+    from atlas.training.loss import SummedLoss
     from atlas.training.runtime import setup_runtime
 
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
@@ -100,7 +101,7 @@ def _on_text(
     dataset = validation_windows(stream, loaded.config)
     runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
     result = measure(
-        loaded.model,
+        SummedLoss(loaded.model),
         dataset,
         range(len(dataset)),
         batch_size=batch_size,

@@ -57,6 +57,14 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
     ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            help="Of several processes (torchrun): seconds that they wait for one another before the run ends.",
+            min=1,
+            metavar="SECONDS",
+        ),
+    ] = 600,
     overfit_batch: Annotated[
         bool,
         typer.Option(
@@ -103,11 +111,14 @@ def train(
         return _print_profile(explicit)
 
     from atlas.cli.terminal import ask_or_none
+    from atlas.training.distributed import join_world, together
     from atlas.training.launch import start_run
     from atlas.training.start import Request, choose_start
 
-    start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()))
-    train_to_the_end(start_run(start))
+    world = join_world(timeout)
+    with together(world):
+        start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()), world)
+        train_to_the_end(start_run(start, world))
 
 
 def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:
@@ -152,7 +163,7 @@ def train_to_the_end(trainer: Trainer) -> None:
         return
     result = trainer.train()
     names = ", ".join(path.name for path in result.saved)
-    if not result.saved:
+    if not result.saved and trainer.world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but its last checkpoint could not be saved (see above)"
         )
@@ -160,5 +171,6 @@ def train_to_the_end(trainer: Trainer) -> None:
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
     trainer.log.say(f"{result.outcome} at step {result.step}{loss}{validation}; saved {names} in {folder}")
     if result.outcome == "interrupted":
-        trainer.log.say(f"go on with: atlas train --resume {result.saved[0]}")
+        if trainer.world.is_first:
+            trainer.log.say(f"go on with: atlas train --resume {result.saved[0]}")
         raise typer.Exit(INTERRUPTED)

@@ -134,6 +134,17 @@ class TrainingConfig(Section):
         description="Compile each block with torch.compile: a minute at the start, faster updates after. auto: on CUDA "
         "where it works, never on a CPU, where it does not pay.",
     )
+    parallel: Literal["auto", "ddp", "fsdp", "none"] = Field(
+        "auto",
+        description="How the processes that torchrun starts share the work. ddp: each has the whole model. fsdp: each "
+        "has a part of it, of its gradients and of the optimizer's state. auto: ddp where a step fits one device.",
+    )
+    shard_size: Int | None = Field(
+        None,
+        ge=1,
+        description="With fsdp: so many processes, such as those of one machine, share a model, and the groups are "
+        "alike; left out, all share one.",
+    )
     loss: str | None = Field(
         None,
         description="Own loss as package.module:function(logits, targets, mask=None) → mean over the tokens given.",

@@ -78,6 +78,16 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
+def share_of_update(sequences_per_update: int, world_size: int) -> int:
+    """How many sequences of an update each process takes. Raises `AtlasError` if it cannot be shared out evenly."""
+    if sequences_per_update % world_size:
+        raise AtlasError(
+            f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
+            "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
+        )
+    return sequences_per_update // world_size
+
+
 def batches(
     dataset: Dataset[tuple[Tensor, ...]],
     order: Order,
@@ -101,11 +111,7 @@ def batches(
 
     Raises `AtlasError` if an update cannot be shared out evenly.
     """
-    if sequences_per_update % world_size:
-        raise AtlasError(
-            f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
-            "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
-        )
+    share_of_update(sequences_per_update, world_size)
     updates = _sequences_of_updates(start, sequences_per_update, num_updates, rank, world_size)
 
     def read(sequences: NDArray[np.int64]) -> tuple[Tensor, ...]:
@@ -117,7 +123,7 @@ def batches(
 def _sequences_of_updates(
     start: int, sequences_per_update: int, num_updates: int | None, rank: int, world_size: int
 ) -> Iterator[NDArray[np.int64]]:
-    share = sequences_per_update // world_size
+    share = share_of_update(sequences_per_update, world_size)
     for update in itertools.count() if num_updates is None else range(num_updates):
         first = start + update * sequences_per_update + rank * share
         yield np.arange(first, first + share)

@@ -189,9 +189,9 @@ class BackgroundSaver:
         except BaseException as error:  # a bug; it belongs to the training thread, which raises it
             self._error = error
 
-    def expected_seconds(self, contents: Mapping[str, Any]) -> float:
-        """How long a save takes: as long as the last one, or at the rate of a slow disk."""
-        return self.seconds or tensor_bytes(contents) / _SLOW_DISK
+    def expected_seconds(self, num_bytes: int) -> float:
+        """How long a save takes: as long as the last one, or for `num_bytes` at the rate of a slow disk."""
+        return self.seconds or num_bytes / _SLOW_DISK
 
     def join(self) -> None:
         """Wait for the save in flight, which makes haste from here on."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.data.sequences import Sequences
@@ -17,7 +17,6 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.training.compilation import refuse_failed_compilation
 from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.loss import linear_cross_entropy
 from atlas.training.memory import is_out_of_memory, release_memory
 from atlas.training.metrics import perplexity
 from atlas.training.runtime import Runtime
@@ -49,7 +48,7 @@ def fixed_subset(num_sequences: int, size: int) -> list[int]:
 
 @torch.no_grad()
 def evaluate(
-    model: AtlasLM,
+    objective: nn.Module,
     dataset: Sequences,
     windows: Sequence[int],
     *,
@@ -58,29 +57,34 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Evaluation | None:
-    """The loss on `windows` of `dataset`, dropout off; None if `should_stop` said so between batches.
+    """The loss by `objective`, a `SummedLoss`, on `windows` of `dataset`, dropout off; None if `should_stop` said so
+    between batches.
 
     Only sums are kept: the logits of a batch are gone before the next is read. `track` may draw a
-    progress bar around the batches.
+    progress bar around the batches. Several ranks take every so many windows each.
     """
-    was_training = model.training
-    model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    was_training = objective.training
+    objective.eval()
+    total, tokens, world = torch.zeros((), dtype=torch.float64), 0, runtime.world
+    mine, longest = windows[world.rank :: world.size], -(-len(windows) // world.size)
     try:
-        for start in track(range(0, len(windows), batch_size)):
+        for start in track(range(0, longest, batch_size)):
             if should_stop():
                 return None
-            rows = [dataset[window] for window in windows[start : start + batch_size]]
+            own = mine[start : start + batch_size]
+            # A rank without windows left runs along where the others need its part of the weights.
+            rows = [dataset[window] for window in own or windows[:1]]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-            tokens += int((columns[1] != IGNORE_INDEX).sum())
             inputs, targets, *documents = (column.to(runtime.device) for column in columns)
             with runtime.autocast():
-                hidden = model.hidden_states(inputs, documents=documents[0] if documents else None)
-                loss = linear_cross_entropy(hidden, model.head_weight, targets)
-            total += loss.cpu().double()
+                loss = objective(inputs, targets, *documents)
+            if own:
+                tokens += int((columns[1] != IGNORE_INDEX).sum())
+                total += loss.cpu().double()
     finally:
-        model.train(was_training)
-    return Evaluation(float(total) / max(1, tokens), tokens, tokens * dataset.bytes_per_token)
+        objective.train(was_training)
+    nats, of_all = world.sums(float(total), tokens)
+    return Evaluation(nats / max(1, of_all), int(of_all), of_all * dataset.bytes_per_token)
 
 
 @torch.no_grad()
@@ -94,7 +98,7 @@ def token_losses(model: AtlasLM, dataset: Sequences, window: int, *, runtime: Ru
 
 
 def evaluate_within_memory(
-    model: AtlasLM,
+    objective: nn.Module,
     dataset: Sequences,
     windows: Sequence[int],
     *,
@@ -109,7 +113,7 @@ def evaluate_within_memory(
         try:
             with stop.at_once(enabled=runtime.compiles):
                 evaluation = evaluate(
-                    model,
+                    objective,
                     dataset,
                     windows,
                     batch_size=state.eval_batch_size,
@@ -126,10 +130,10 @@ def evaluate_within_memory(
         # Here and not above: the exception holds on to the tensors of what failed.
         release_memory(runtime.device)
         running = min(state.eval_batch_size, len(windows))
-        if running == 1:
+        if running == 1 or runtime.parallel == "fsdp":
             raise AtlasError(
-                f"step {state.step}: out of memory while evaluating one sequence: a shorter model.max_seq_len or a "
-                "smaller model helps"
+                f"step {state.step}: out of memory while evaluating {running} sequences at once: a lower "
+                "training.eval_batch_size, a shorter model.max_seq_len or a smaller model helps"
             )
         state.eval_batch_size = running // 2
     if state.eval_batch_size < asked:

@@ -20,11 +20,14 @@ class StopRequest:
     """While entered, the first SIGINT, SIGTERM (or SIGBREAK) sets `requested` instead of ending the process.
 
     `say` tells the user. Handlers are put back on exit. Outside the main thread Python allows no handlers;
-    nothing is changed.
+    nothing is changed. Of several ranks (`is_alone` false) each only notes that it was `asked`; they stop when they
+    have told one another, at the same update.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None, *, is_alone: bool = True) -> None:
+        self.asked = False
         self.requested = False
+        self._is_alone = is_alone
         self._say = say
         self._raises = False
         self._previous: dict[int, Any] = {}
@@ -32,7 +35,7 @@ class StopRequest:
     @contextmanager
     def at_once(self, *, enabled: bool = True) -> Iterator[None]:
         """Within, a request raises `Stopped`, for work that does not come by to look at the flag (a compiler's)."""
-        self._raises = enabled
+        self._raises = enabled and self._is_alone
         try:
             yield
         finally:
@@ -46,13 +49,19 @@ class StopRequest:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.asked:
             self._restore()
             raise Interrupted
-        self.requested = True
-        self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
+        self.asked = True
+        if self._is_alone:
+            self.agree()
         if self._raises:
             raise Stopped
+
+    def agree(self) -> None:
+        """Some rank was asked, and all know."""
+        self.requested = True
+        self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

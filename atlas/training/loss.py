@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas.config.config import LOSS_CHUNK_TOKENS
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
+from atlas.model import AtlasLM
 from atlas.tokenizer.custom import import_object
 from atlas.tokenizer.tokenizer import DOTTED_NAME
 
@@ -129,6 +130,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = None
         by_table = None if table_grad is None else table_grad.mul_(grads[0])
         return hidden_grad.mul_(grads[0]), by_table, None, None, None, None
+
+
+class SummedLoss(nn.Module):
+    """From tokens to the loss summed over valid tokens: one door, which several ranks can be put behind.
+
+    A `custom_loss` counts in training only: evaluation is in nats.
+    """
+
+    def __init__(self, model: AtlasLM, custom_loss: LossFunction | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.custom_loss = custom_loss
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, *, num_valid: int = 0
+    ) -> Tensor:
+        """(B, T) ids, targets and documents → a scalar. A custom loss needs the number of valid targets."""
+        if self.custom_loss is None or not self.training:
+            hidden = self.model.hidden_states(inputs, documents=documents)
+            vocabulary = self.model.config.vocabulary
+            return linear_cross_entropy(hidden, self.model.head_table, targets, vocabulary=vocabulary)
+        logits = self.model(inputs, documents=documents)
+        if num_valid == 0:  # a mean over nothing may be anything
+            return logits.sum() * 0.0  # type: ignore[no-any-return]
+        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * num_valid
 
 
 def load_loss(dotted: str) -> LossFunction:

@@ -31,10 +31,12 @@ _WAIT_WORTH_SHOWING = 0.01
 class RunLog:
     """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder."""
 
-    def __init__(self, folder: Path, *, console: Console | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, console: Console | None = None, log_name: str = "training.log"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.log_path = folder / "training.log"
+        self.log_path = folder / log_name
         self.metrics_path = folder / "metrics.jsonl"
         self._files = {
             path: _AppendedFile(path, self._console_only) for path in (self.log_path, self.metrics_path)
@@ -144,6 +146,23 @@ class RunLog:
 
     def _append(self, path: Path, line: str) -> None:
         self._files[path].append(line)
+
+
+class RankLog(RunLog):
+    """Of a rank that is not the first: all that it would say goes to a log of its own, `training.rank-1.log`."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder, console=Console(quiet=True), log_name=f"training.rank-{rank}.log")
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def flush_to_disk(self) -> None:
+        pass
+
+    def _append(self, path: Path, line: str) -> None:
+        if path == self.log_path:
+            super()._append(path, line)
 
 
 class _AppendedFile:

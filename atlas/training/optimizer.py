@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atlas.config import TrainingConfig
 from atlas.model import is_lora
 from atlas.training.adamw8bit import build_adamw8bit, shapes_8bit
+from atlas.training.distributed import is_sharded, like, whole
 
 _MUON_MOMENTUM = 0.95
 _WIDTH = 768
@@ -110,6 +111,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
+                if is_sharded(weight):
+                    _sharded_muon_update(weight, state["momentum_buffer"], self._parts[weight], group)
+                    continue
                 tensors = (weight, weight.grad, state["momentum_buffer"])
                 for parts in zip(*(tensor.split(self._parts[weight]) for tensor in tensors), strict=True):
                     alike[parts[0].shape].append(parts)
@@ -153,7 +157,22 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
     means = torch.stack([gradient.lerp(momentum, _MUON_MOMENTUM) for _, gradient, momentum in matrices])
     for (weight, _, _), update in zip(matrices, _orthogonalized(means), strict=True):
         weight.mul_(1 - rate * decay)
-        weight.add_(update, alpha=-rate * 0.2 * math.sqrt(_WIDTH * max(1, weight.shape[0] / weight.shape[1])))
+        weight.add_(update, alpha=-rate * _muon_scale(weight))
+
+
+def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
+    """The same for one weight of which each rank holds some rows. To be made orthogonal a matrix must be whole: every
+    rank makes it so, and keeps its rows."""
+    assert weight.grad is not None
+    momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
+    mean = whole(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
+    updates = [_orthogonalized(part[None])[0] * _muon_scale(part) for part in mean.split(rows)]
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    weight.add_(like(torch.cat(updates).to(weight.dtype), weight), alpha=-group["lr"])
+
+
+def _muon_scale(matrix: Tensor) -> float:
+    return 0.2 * math.sqrt(_WIDTH * max(1, matrix.shape[0] / matrix.shape[1]))
 
 
 def _orthogonalized(matrices: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from atlas.errors import AtlasError
-from atlas.training.checkpoint import load_weights
+from atlas.training.checkpoint import load_checkpoint
+from atlas.training.distributed import load_whole_weights
 from atlas.training.guard import Fault, causes
 from atlas.training.retention import move_aside
 from atlas.training.state import MAX_ROLLBACKS
@@ -42,12 +44,12 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
         _give_up(
             trainer, fault, "there is no save to go back to" if good is None else "going back did not help"
         )
-    load_weights(trainer.model, good, None)
+    load_whole_weights(trainer.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
     trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
     since = state.went_back_to if state.rollbacks else good["step"]
     state.go_back_to(good)
-    trainer.saver.hold(trainer.contents())  # the last save is now one that did not help
+    trainer.hold()  # the last save is now one that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * trainer.config.training.sequences_per_update
     trainer.log.rewind(state.step)
@@ -56,7 +58,7 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
         for manifest, path in trainer.checkpoints.found()
         if manifest.step > state.step and manifest.kind != "best"
     ]
-    if abandoned:  # else --resume auto would take what did not help
+    if abandoned and trainer.world.is_first:  # else --resume auto would take what did not help
         target = move_aside(trainer.checkpoints.folder, abandoned)
         trainer.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
     trainer.log.event(
@@ -76,12 +78,27 @@ def _roll_back(trainer: Trainer, fault: Fault) -> None:
 def _target(trainer: Trainer) -> dict[str, Any] | None:
     """The last save; and if that did not help, the one before, since weights can be ruined and still finite; where
     there is none, the same once more, past more data and at a lower rate."""
+    rollbacks, there = trainer.state.rollbacks, trainer.state.went_back_to
+    if trainer.world.size > 1:
+        return _target_of_all(trainer, [None] if rollbacks == 0 else [there, there + 1])
     last = trainer.saver.last_good()
-    if trainer.state.rollbacks == 0:
+    if rollbacks == 0:
         return last
-    there, checkpoints = trainer.state.went_back_to, trainer.checkpoints
+    checkpoints = trainer.checkpoints
     older = checkpoints.load_latest(before=there) or checkpoints.load_latest(before=there + 1)
     return older[1] if older else last
+
+
+def _target_of_all(trainer: Trainer, befores: Sequence[int | None]) -> dict[str, Any] | None:
+    """Of several ranks only the first has a copy in memory: they go back to what is on the disk, of a step before the
+    first of `befores` for which there is one."""
+    world, found = trainer.world, None
+    if world.is_first:
+        trainer.saver.join()
+        for before in befores:
+            found = found or trainer.checkpoints.load_latest(before=before)
+    path = world.tell(str(found[0]) if found else None)
+    return found[1] if found else path and load_checkpoint(path)
 
 
 def _give_up(trainer: Trainer, fault: Fault, why: str) -> NoReturn:

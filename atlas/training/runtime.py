@@ -17,6 +17,7 @@ import torch
 from atlas import __version__
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
+from atlas.training.distributed import ALONE, World, choose_parallel
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -35,6 +36,9 @@ class Runtime:
     precision: str
     compiles: bool = False
     """Whether the model's blocks are compiled."""
+    world: World = ALONE
+    parallel: str = "none"
+    """How its processes share the model, see `choose_parallel`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,10 +60,19 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
-def setup_runtime(config: AtlasConfig) -> Runtime:
-    """The runtime that `device` and `training.precision` ask for; `AtlasError` where it cannot be had."""
+def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
+    """The runtime that `device`, `training.precision` and `training.parallel` ask for, on this rank's own GPU;
+    `AtlasError` where it cannot be had."""
     device = choose_device(config.device)
-    return Runtime(device, _choose_precision(config.training.precision, device))
+    if world.local_size > 1 and device.type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise AtlasError(
+                f"rank {world.rank}: {world.local_size} processes were started here for {torch.cuda.device_count()} "
+                "GPUs: lower torchrun's --nproc-per-node, or train on the CPU with --device cpu"
+            )
+        device = torch.device("cuda", world.local_rank)
+    precision = _choose_precision(config.training.precision, device)
+    return Runtime(device, precision, world=world, parallel=choose_parallel(config, world, device))
 
 
 def choose_device(name: str) -> torch.device:
@@ -147,12 +160,12 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in info or "amx_bf16" in info
 
 
-def seed_micro_step(seed: int, update: int, rank: int, position: int) -> None:
+def seed_micro_step(seed: int, update: int, position: int) -> None:
     """Make dropout a pure function of where it happens, so that a resumed run needs no generator state.
 
-    `position` is the index, within the update, of the micro-batch's first sequence.
+    `position` is the index, within the update of all ranks, of the micro-batch's first sequence.
     """
-    torch.manual_seed(_seed_of(seed, update, rank, position))
+    torch.manual_seed(_seed_of(seed, update, 0, position))  # the 0 keeps the bits of older runs
 
 
 def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:

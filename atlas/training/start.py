@@ -17,6 +17,7 @@ from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
+from atlas.training.distributed import ALONE, World
 from atlas.training.manifest import read_manifest
 
 # A model setting that may change between a checkpoint and the run that goes on from it.
@@ -50,8 +51,42 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
-def choose_start(request: Request) -> Start:
-    """Decide how the run begins. Reads the output folder and checkpoints, writes nothing."""
+def choose_start(request: Request, world: World = ALONE) -> Start:
+    """Decide how the run begins. Reads the output folder and checkpoints, writes nothing.
+
+    Of several ranks the first decides and the others follow: they read the same checkpoint and the same data.
+    """
+    start: Start | None = None
+    with world.in_step():
+        if world.is_first:
+            start = _decide(request)
+    decision = world.tell(start and _decision(start))
+    with world.in_step():
+        return start or _follow(decision, request, world)
+
+
+def _decision(start: Start) -> dict[str, Any]:
+    return {
+        "mode": start.mode,
+        "config": start.config.model_dump(mode="json"),
+        "folder": str(start.folder),
+        "source": start.source and str(start.source),
+        "fingerprint": start.data.fingerprint,
+    }
+
+
+def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
+    source = decision["source"] and Path(decision["source"])
+    contents = load_checkpoint(source) if source else {}
+    config, data = with_data(resolve(decision["config"]), request.explicit, contents or None)
+    if data.fingerprint != decision["fingerprint"]:
+        raise AtlasError(
+            f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
+        )
+    return Start(decision["mode"], config, data, Path(decision["folder"]), source, contents)
+
+
+def _decide(request: Request) -> Start:
     if request.init_from and request.resume:
         raise AtlasError("--init-from starts a new run and --resume goes on with one: give one of them")
     if request.no_resume and request.resume:
@@ -255,7 +290,9 @@ def refuse_links(folder: Path) -> None:
 
 
 def _is_own(name: str) -> bool:
-    return name in _OWN or name.startswith(("atlas_", "metrics.jsonl", "metrics.lost.jsonl"))
+    return name in _OWN or name.startswith(
+        ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
+    )
 
 
 def _run_files(folder: Path) -> list[Path]:

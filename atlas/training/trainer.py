@@ -24,6 +24,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.background import BackgroundSaver
 from atlas.training.checkpoint import CheckpointManager
 from atlas.training.clock import RunClock
+from atlas.training.distributed import whole
 from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
 from atlas.training.guard import count
 from atlas.training.heat import GpuSensor, cool_down
@@ -38,6 +39,7 @@ from atlas.training.schedule import learning_rate_at
 from atlas.training.state import TrainState
 from atlas.training.untrusted import check_optimizer_state
 from atlas.training.update import Update, Updater
+from atlas.training.writing import tensor_bytes
 
 
 @dataclass
@@ -85,7 +87,9 @@ class Trainer:
         self.runtime = runtime
         self.state = state
         self.checkpoints = checkpoints
+        self.world = runtime.world
         self.saver = BackgroundSaver(checkpoints, in_background=saves_in_background, before=log.flush_to_disk)
+        """Only the first rank's saves anything."""
         self.log = log
         self.sensor = sensor
         self.lock = lock
@@ -93,7 +97,7 @@ class Trainer:
         self.initialized_from = initialized_from
         self.updater = Updater(self.model, config, runtime, custom_loss, say=log.say)
         self.optimizer = self.updater.optimizer
-        self.stop = StopRequest(log.say)
+        self.stop = StopRequest(log.say, is_alone=self.world.size == 1)
         self._rate = 0.0
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         self._timer = Throughput()
@@ -119,7 +123,7 @@ class Trainer:
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         with self.stop, self.log.progress(done=state.step, total=self._total), self.saver:
-            self.saver.hold(self.contents())
+            self.hold()
             self._catch_up()
             stream = self._batches()
             while state.step < state.horizon and not self.stop.requested:
@@ -137,7 +141,7 @@ class Trainer:
                 if update.fault and recover(self, update.fault):
                     stream = self._batches()
                     continue
-                if self.clock.has_measured and not state.is_planned:
+                if not state.is_planned and self.world.tell(self.clock.has_measured):
                     self._plan_horizon()
                 last = state.step == state.horizon
                 if last or state.step % config.training.log_interval == 0:
@@ -174,9 +178,9 @@ class Trainer:
         self._rate = state.rate_scale * learning_rate_at(state.step, self.config.training, state.horizon)
         update = self.updater.apply(loss, state, rate=self._rate)
         state.step += 1
-        state.sequences_consumed += len(inputs)
+        state.sequences_consumed += self.config.training.sequences_per_update
         count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
-        self._timer.count(inputs.numel())
+        self._timer.count(inputs.numel() * self.world.size)
         self.log.advance(state.step)
         return update
 
@@ -191,6 +195,8 @@ class Trainer:
             sequences_per_update=per_update,
             num_workers=self.config.data.num_workers,
             pin_memory=self.runtime.device.type == "cuda",
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
 
     @property
@@ -225,7 +231,7 @@ class Trainer:
     def _is_out_of_time(self) -> bool:
         if self.clock.limit is None:
             return False
-        if not self.clock.is_over(at_the_end=self.saver.expected_seconds(self.contents())):
+        if not self.world.tell(self.clock.is_over(at_the_end=self.saver.expected_seconds(self._num_bytes))):
             return False
         planned = (
             f" of {self._total} planned: updates took longer than when they were measured"
@@ -246,9 +252,9 @@ class Trainer:
             self._loss_on(some)
             evaluation = (time.perf_counter() - start) * len(self.val_windows) / len(some)
         extra = evaluation / training.eval_interval + self.saver.stall / self.config.checkpoint.save_interval
-        at_the_end = evaluation + self.saver.expected_seconds(self.contents())
+        at_the_end = evaluation + self.saver.expected_seconds(self._num_bytes)
         left = clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
-        state.horizon = min(state.horizon, state.step + left)
+        state.horizon = self.world.tell(min(state.horizon, state.step + left))
         state.is_planned = True
         self.log.total(state.horizon)
         self.log.say(
@@ -287,7 +293,7 @@ class Trainer:
     def _loss_on(self, windows: list[int]) -> Evaluation | None:
         assert self.val_data is not None
         return evaluate_within_memory(
-            self.model,
+            self.updater.wrapped if self.runtime.parallel == "fsdp" else self.updater.objective,
             self.val_data,
             windows,
             state=self.state,
@@ -360,14 +366,29 @@ class Trainer:
             "initialized_from": self.initialized_from,
         }
         with self._timer.paused():
-            self.saver.save(self.contents(), kinds, facts, wait=wait)
+            contents = self.contents()
+            if self.world.is_first:
+                self.saver.save(contents, kinds, facts, wait=wait)
+
+    def hold(self) -> None:
+        """Keep the state as it is to go back to."""
+        contents = self.contents()
+        if self.world.is_first:
+            self.saver.hold(contents)
+
+    @property
+    def _num_bytes(self) -> int:
+        """Of a checkpoint's tensors."""
+        return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
 
     def contents(self) -> dict[str, Any]:
-        """Everything a checkpoint holds: plain values and tensors only."""
+        """Everything a checkpoint holds: plain values and tensors only. Every rank must call it; where the model is in
+        shards, only the first has them whole afterwards."""
+        first = self.world.is_first
         return {
             "format_version": FORMAT_VERSION,
-            "model_state_dict": dict(self.model.state_dict()),
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "model_state_dict": whole(dict(self.model.state_dict()), keep=first),
+            "optimizer_state_dict": whole(self.optimizer.state_dict(), keep=first),
             "scaler_state_dict": self.updater.scaler.state_dict(),
             **asdict(self.state),
             "epoch": self.epoch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import what_would_help
 from atlas.training.compilation import compile_blocks, refuse_failed_compilation
+from atlas.training.distributed import adding_up, sharded_state, whole, wrap
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.loss import LossFunction, linear_cross_entropy, load_loss
+from atlas.training.loss import LossFunction, SummedLoss, load_loss
 from atlas.training.memory import is_out_of_memory, release_memory, remember_micro_batch
 from atlas.training.optimizer import build_optimizer, step_rounding_weights
 from atlas.training.runtime import Runtime, rounding_generator, seed_micro_step
@@ -36,6 +37,10 @@ def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str],
         compile_blocks(model)
     custom_loss = load_loss(config.training.loss) if config.training.loss else None
     return Updater(model, config, runtime, custom_loss, say=say)
+
+
+class RanOutElsewhere(Exception):
+    """Another rank ran out of memory in this update."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class Updater:
         self.model = model
         self.config = config
         self.runtime = runtime
-        self.custom_loss = custom_loss
+        self.world = runtime.world
         self.say = say
+        self.objective = SummedLoss(model, custom_loss)
+        self.wrapped = wrap(self.objective, config, runtime)
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()
         self.rounds = runtime.weights_dtype != torch.float32
@@ -72,7 +79,7 @@ class Updater:
         """`saved` as the optimizer's state dict. PyTorch gives a state the dtype of its parameter; that of weights in
         bf16 is fp32 here, and so are they while it is loaded."""
         self.model.float()
-        self.optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
         self.model.to(self.runtime.weights_dtype)
 
     def gradient(
@@ -87,10 +94,12 @@ class Updater:
         """The gradient of (N, T) sequences, in the parameters; their loss, a scalar on the device. None, and no
         gradient, on a stop.
 
-        Where memory runs out, fewer sequences run at once from then on, and these are done again.
+        Where memory runs out, fewer sequences run at once from then on, and these are done again. Several ranks do so
+        together, unless one runs out while it adds up gradients (or weights, in shards) with the others.
         """
         asked = min(state.micro_batch_size, len(inputs))
         while True:
+            self._runs_with_others = self.runtime.parallel == "fsdp"
             try:
                 with stop.at_once(enabled=self.runtime.compiles):
                     loss = self._accumulate(inputs, targets, documents, state, stop)
@@ -98,10 +107,15 @@ class Updater:
             except Stopped:
                 loss = None
                 break
+            except RanOutElsewhere:
+                pass
             except (RuntimeError, MemoryError) as error:
                 refuse_failed_compilation(error)
                 if not is_out_of_memory(error):
                     raise
+                if self._runs_with_others:
+                    self._end_all(state, len(inputs))
+                self.world.any(True)
             # Here and not above: the exception holds on to the tensors of what failed.
             self._run_fewer_at_once(state, len(inputs))
         if loss is None:
@@ -114,6 +128,15 @@ class Updater:
             )
             remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
         return loss
+
+    def _end_all(self, state: TrainState, num_sequences: int) -> NoReturn:
+        running = min(state.micro_batch_size, num_sequences)
+        remember_micro_batch(self.config, self.runtime.device, max(1, running // 2))
+        raise AtlasError(
+            f"rank {self.world.rank}: step {state.step + 1}: out of memory with {running} sequences at once, in the "
+            f"midst of work with other ranks: --set training.micro_batch_size={max(1, running // 2)}, which a restart "
+            "by torchrun takes by itself; the checkpoints are good"
+        )
 
     def _run_fewer_at_once(self, state: TrainState, num_sequences: int) -> None:
         self.optimizer.zero_grad()
@@ -137,36 +160,39 @@ class Updater:
         split changes nothing. A micro-batch without a valid token adds nothing.
         """
         self.optimizer.zero_grad()
-        total_valid = max(1, int((targets != IGNORE_INDEX).sum()))
+        world, size = self.world, state.micro_batch_size
+        valid_here = int((targets != IGNORE_INDEX).sum())
+        valid, asked = world.sums(valid_here, stop.asked)
+        if asked and not stop.requested:
+            stop.agree()
+        total_valid = max(1, int(valid))
         total = torch.zeros((), device=self.runtime.device)
-        for start in range(0, len(inputs), state.micro_batch_size):
+        for start in range(0, len(inputs), size):
             if stop.requested:
                 return None
-            micro = slice(start, start + state.micro_batch_size)
+            micro = slice(start, start + size)
             num_valid = int((targets[micro] != IGNORE_INDEX).sum())
-            if num_valid == 0:
+            if num_valid == 0 and world.size == 1:
                 continue
-            seed_micro_step(self.config.seed, state.step, 0, start)
-            with self.runtime.autocast():
-                loss = self._loss(
-                    self._to_device(inputs[micro]),
-                    self._to_device(targets[micro]),
-                    None if documents is None else self._to_device(documents[micro]),
-                    num_valid,
-                )
-                loss = loss / total_valid
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            is_last = start + size >= len(inputs)
+            seed_micro_step(self.config.seed, state.step, world.rank * len(inputs) + start)
+            with adding_up(self.wrapped, is_last=is_last):
+                with self.runtime.autocast():
+                    columns = [
+                        inputs[micro],
+                        targets[micro],
+                        *([] if documents is None else [documents[micro]]),
+                    ]
+                    loss = self.wrapped(*map(self._to_device, columns), num_valid=num_valid)
+                    loss = loss / total_valid
+                if is_last and not self._runs_with_others:
+                    if world.any(False):
+                        raise RanOutElsewhere
+                    self._runs_with_others = world.size > 1
+                # PyTorch takes the mean over ranks, and this is a part of a sum.
+                self.scaler.scale(loss * world.size).backward()
             total += loss.detach()
-        return total
-
-    def _loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None, num_valid: int) -> Tensor:
-        """Summed over the `num_valid` valid tokens of a micro-batch."""
-        if self.custom_loss is None:
-            hidden = self.model.hidden_states(inputs, documents=documents)
-            vocabulary = self.config.model.vocabulary
-            return linear_cross_entropy(hidden, self.model.head_table, targets, vocabulary=vocabulary)
-        logits = self.model(inputs, documents=documents)
-        return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * num_valid
+        return world.add_up(total)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.runtime.device, non_blocking=True)
@@ -181,6 +207,7 @@ class Updater:
             return Update(0.0, 0.0, None)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
+        grad_norm = whole(grad_norm, to_cpu=False)
         figures = torch.stack([loss, grad_norm.to(loss)])
 
         # Of all optimizers and devices these have a kernel that reads `found_inf`.
@@ -188,6 +215,7 @@ class Updater:
             "cpu",
             "cuda",
         )
+        reads_flag = reads_flag and self.runtime.parallel != "fsdp"
         if reads_flag and not self.rounds and not self.scaler.is_enabled() and guard.spikes == "off":
             # The optimizer leaves everything as it is where `found_inf` is 1, so that the device need not wait
             # for the host to look at the numbers.

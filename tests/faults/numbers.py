@@ -130,7 +130,7 @@ def short_memory(folder: Path, *, rounds: int, seed: int) -> list[str]:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate it all")
             return compute_lm_loss(logits, targets, mask)
 
-        trainer.updater.custom_loss = allocate
+        trainer.updater.objective.custom_loss = allocate
         with contextlib.redirect_stderr(io.StringIO()):
             trainer.train()
         for one, other in zip(logged(place / "enough" / "run"), logged(place / "short" / "run"), strict=True):

@@ -1,0 +1,322 @@
+"""Several processes as one run: their places, what they tell one another, and what PyTorch wraps the model in.
+
+torchrun starts the processes and puts their places into their environment. All of them hold the same numbers in
+`TrainState` and take the same decisions, since what a decision rests on is summed, or told by the first, before. The
+model's files know nothing of this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError, EndedElsewhere
+from atlas.planning import measure_memory, memory_of_a_step
+
+if TYPE_CHECKING:
+    from atlas.training.runtime import Runtime
+
+DEFAULT_TIMEOUT = 600.0
+"""Seconds."""
+_ROOMY = 0.75
+"""A step whose estimate is below this part of a device's free memory needs no sharding."""
+_SHARDED = ("adamw", "muon")
+"""The optimizers that can keep a part of the state on each rank."""
+_GRACE = 30.0
+"""Seconds in which torchrun ends what is left of a run after one rank ended."""
+_LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "nccl")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them. In a run of one process every method is quick and
+    returns what it was given."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    timeout: float = DEFAULT_TIMEOUT
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sums(self, *numbers: float) -> tuple[float, ...]:
+        """Each number summed over the ranks, in fp64."""
+        if self.size == 1:
+            return numbers
+        together = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(together)
+        return tuple(together.tolist())
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank."""
+        return self.sums(flag)[0] > 0
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        smallest = torch.tensor(number)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def tell(self, value: Any = None) -> Any:
+        """The first rank's `value`, anything that JSON holds, on every rank."""
+        if self.size == 1:
+            return value
+        message = json.dumps(value).encode() if self.is_first else b""
+        length = torch.tensor(len(message))
+        dist.broadcast(length, src=0)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_first:
+            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        dist.broadcast(data, src=0)
+        return json.loads(data.numpy().tobytes())
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """`tensor`, on its device, summed over the ranks in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Within, every rank does the same without the others. What is refused on some is raised on the first of these;
+        the rest end without a word (`EndedElsewhere`)."""
+        error: AtlasError | None = None
+        try:
+            yield
+        except AtlasError as refused:
+            error = refused
+        speaker = self.least(self.rank if error else self.size)
+        if error and speaker == self.rank:
+            raise error
+        if speaker < self.size:
+            raise EndedElsewhere
+
+
+ALONE = World()
+"""A run of one process."""
+
+
+def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
+    """The world that torchrun (or Slurm, with the same names) put into the environment; else one process.
+
+    `timeout`, in seconds, is how long ranks wait for one another. Raises `AtlasError` where the others do not come.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(timeout=timeout)
+    has_gpus = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_gpus and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=timedelta(seconds=timeout)
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise AtlasError(
+            f"the other ranks could not be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"({reason:.200}): look at the address and the firewall; atlas doctor --distributed tries it"
+        ) from None
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Within, a rank that is lost ends this one: quietly where the other has told why, and with a line where it only
+    stopped answering."""
+    if not dist.is_initialized():
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if "timed out" in text or "timeout" in text:
+            raise AtlasError(
+                f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: it hangs, or is slower "
+                "than that; its own log says how far it came. --timeout gives it longer; atlas doctor --distributed "
+                "tries the connection"
+            ) from None
+        if not any(sign in text for sign in _LOST):
+            raise
+        _wait_for_the_end()
+        raise EndedElsewhere from None
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _wait_for_the_end() -> None:
+    """Leave it to torchrun to end this rank, so that its report names the one that failed first."""
+    if dist.is_torchelastic_launched():
+        time.sleep(_GRACE)
+
+
+# What the model is wrapped in
+
+
+def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
+    """What `training.parallel` comes to: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what cannot be had."""
+    asked = config.training.parallel
+    if not dist.is_initialized():
+        if asked in ("ddp", "fsdp"):
+            raise AtlasError(
+                f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "
+                "or leave it at auto"
+            )
+        return "none"
+    if asked == "none" and world.size > 1:
+        raise AtlasError(
+            f"training.parallel: none: {world.size} processes would each train a model of their own: take auto"
+        )
+    if asked == "auto":
+        asked = "none"
+        if world.size > 1:
+            asked = "ddp" if _fits_one_device(config, world, device) else "fsdp"
+    if asked == "ddp" and world.size == 1:
+        asked = "none"
+    _refuse_what_is_not_sharded(config, asked)
+    shard_size = config.training.shard_size
+    if shard_size is not None:
+        if asked != "fsdp":
+            raise AtlasError(
+                f"training.shard_size: {shard_size}: is for training.parallel fsdp, this is {asked}"
+            )
+        if world.size % shard_size:
+            raise AtlasError(
+                f"training.shard_size: {shard_size}: {world.size} processes are not a multiple of it"
+            )
+    return asked
+
+
+def _fits_one_device(config: AtlasConfig, world: World, device: torch.device) -> bool:
+    free = measure_memory(device.type)
+    if device.type == "cpu":
+        free //= world.local_size
+    training = config.training.model_copy(update={"micro_batch_size": 1})
+    one = config.model_copy(update={"training": training})
+    return memory_of_a_step(one, device=device.type) <= _ROOMY * free
+
+
+def _refuse_what_is_not_sharded(config: AtlasConfig, parallel: str) -> None:
+    training = config.training
+    if parallel != "fsdp":
+        return
+    if training.optimizer not in _SHARDED:
+        raise AtlasError(
+            f"training.optimizer: {training.optimizer}: its state cannot be kept in shards: take "
+            f"{' or '.join(_SHARDED)}, or training.parallel ddp"
+        )
+    if training.precision in ("fp16", "bf16-true"):
+        why = "an overflow would be seen by one rank alone"
+        if training.precision == "bf16-true":
+            why = "weights are rounded at random, whole"
+        raise AtlasError(
+            f"training.precision: {training.precision}: not with training.parallel fsdp ({why}): take bf16, or ddp"
+        )
+
+
+def wrap(objective: nn.Module, config: AtlasConfig, runtime: Runtime) -> nn.Module:
+    """`objective`, the module from tokens to loss, for several ranks; its `model` has a list of `blocks`.
+
+    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds all, gradients are averaged. `fsdp` (Zhao et al. 2023,
+    arXiv:2304.11277; `fully_shard`): each holds a part of weights, gradients and optimizer state, and has those of a
+    block whole only while it runs; of `training.shard_size` ranks a group holds all, and the groups are alike.
+    """
+    device = runtime.device
+    if runtime.parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(
+            objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    if runtime.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        size, shards = runtime.world.size, config.training.shard_size or runtime.world.size
+        shape, names = (
+            ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("copy", "shard"))
+        )
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        model: Any = objective.model
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def adding_up(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+    """Around a micro-batch: only the last of an update has its gradient summed over the ranks that hold the same."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
+        return wrapped.no_sync()
+    sharded: Any = wrapped
+    if hasattr(sharded, "set_requires_all_reduce"):  # FSDP's; the shards' own sums keep memory small
+        sharded.set_requires_all_reduce(is_last)
+    return nullcontext()
+
+
+# Whole tensors and their shards
+
+
+def is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
+    """Nested dicts and lists with every sharded tensor made whole; every rank must call it. With `keep` false the whole
+    tensors are dropped one by one: the rank is only there for the others' sake."""
+    if is_sharded(value):
+        full = value.full_tensor()
+        return (full.cpu() if to_cpu else full) if keep else None
+    if isinstance(value, Mapping):
+        return {key: whole(entry, keep=keep, to_cpu=to_cpu) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(entry, keep=keep, to_cpu=to_cpu) for entry in value)
+    return value
+
+
+def like(tensor: Tensor, other: Any) -> Tensor:
+    """The whole `tensor`, which every rank has, sharded as `other` is."""
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict of whole tensors, each sharded as its parameter is."""
+    parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            key: like(value, parameters[number])
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape and value.dim()
+            else value
+            for key, value in entry.items()
+        }
+        for number, entry in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights, which every rank has, into a model that may be sharded."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(like(weights[name].to(parameter.dtype), parameter))
