@@ -16,7 +16,8 @@ from atlas.config.loader import nested, overlay
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.launch import start_run
 from atlas.training.start import Request, choose_start
-from atlas.training.trainer import Result, Trainer
+from atlas.training.state import Result
+from atlas.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -60,6 +60,7 @@ SCRIPTS = {
 
 OTHER_TOOLS = re.compile(
     r"git (clone|commit|add|push|checkout|switch) |cd |python -m venv |source |pip install |pre-commit |nvidia-smi$"
+    r"|torchrun .*-m atlas doctor |sbatch |kubectl "
     r"|pytest |ruff |mypy|\./scripts/(run_pipeline|test)\.sh|llama-(completion|server|quantize) |ollama "
 )
 """Lines that the pages show and this test does not run."""
@@ -159,8 +160,9 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
 
 
 def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
-    """Run one documented line here, in this process; it must succeed and leave the file that it names."""
-    words = shlex.split(line, comments=True)
+    """Run one documented line here, in this process; it must succeed and leave the file that it names. What torchrun
+    starts runs as one process; tests/test_distributed.py starts several."""
+    words = shlex.split(re.sub(r"^torchrun .* -m (?=atlas )", "", line), comments=True)
     with pytest.MonkeyPatch.context() as patch:
         while "=" in words[0]:
             patch.setenv(*words.pop(0).split("=", 1))
@@ -211,7 +213,8 @@ def run_block(block: Block, namespace: dict[str, Any], capture: pytest.CaptureFi
     if block.language == "bash":
         for line in command_lines(block):
             if not OTHER_TOOLS.match(line):
-                assert re.match(r"([A-Z_]+=\S+ )*(atlas |python scripts/)", line), f"not known here: {line}"
+                known = r"([A-Z_]+=\S+ )*(torchrun .*-m atlas train |atlas |python scripts/)"
+                assert re.match(known, line), f"not known here: {line}"
                 run_command(line, capture)
     elif block.language == "python":
         if not write_named_file(block) and not is_not_run(block):

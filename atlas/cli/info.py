@@ -34,6 +34,14 @@ def info(
             "that were saved, and look for numbers that are not finite.",
         ),
     ] = False,
+    consolidate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make one file of a sharded checkpoint, for everything that takes a .pt.",
+            metavar="FILE.pt",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +57,14 @@ def info(
     from atlas.config.presets import preset_names
 
     file = Path(path)
-    if not file.exists() and file.suffix != ".pt" and path not in preset_names():
+    is_checkpoint = _is_checkpoint(file)
+    if consolidate:
+        if not is_checkpoint:
+            raise AtlasError(
+                f"--consolidate: makes one file of a sharded checkpoint; {path} is none: leave it out"
+            )
+        return _consolidate(file, consolidate)
+    if not file.exists() and not is_checkpoint and path not in preset_names():
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if (file / "dataset.json").exists():
         from atlas.cli.info_dataset import show_dataset
@@ -59,11 +74,10 @@ def info(
         raise AtlasError(
             f"--plot: draws the document lengths of a prepared dataset; {path} is none: leave it out"
         )
-    if file.is_dir():
-        return _output_folder(file, verify)
-    if file.suffix == ".pt" or (file.suffix == ".json" and file.with_suffix(".pt").exists()):
-        file = file.with_suffix(".pt")
+    if is_checkpoint:
         facts = _checkpoint(file, verify)
+    elif file.is_dir():
+        return _output_folder(file, verify)
     elif verify:
         raise AtlasError(f"--verify: reads checkpoints and datasets; {path} is neither: leave it out")
     elif file.suffix == ".gguf":
@@ -83,9 +97,8 @@ def info(
 def _checkpoint(path: Path, verify: bool) -> Facts:
     from atlas.config.loader import resolve
     from atlas.inference.load import NOT_NEEDED
-    from atlas.training.checkpoint import find_checkpoint, kind_of
-    from atlas.training.manifest import read_manifest, sidecar_of
-    from atlas.training.untrusted import read_plain
+    from atlas.training.checkpoint import find_checkpoint, kind_of, read_contents
+    from atlas.training.manifest import checkpoint_size, read_manifest, shards_of, sidecar_of
 
     path = find_checkpoint(path)
     if verify or (sidecar_of(path).exists() and not read_manifest(path, check_hash=False)):
@@ -94,12 +107,16 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         state = "size as saved; --verify compares every byte"
     else:
         state = f"no {sidecar_of(path).name} beside it; --verify reads the checksums inside the file"
-    contents = read_plain(path, remedy="atlas info --verify says which to take instead", without=NOT_NEEDED)
+    contents = read_contents(
+        path, remedy="atlas info --verify says which to take instead", without=NOT_NEEDED
+    )
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
         raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
-    yield "checkpoint", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"
+    shards = shards_of(path)
+    in_shards = f" in {len(list(shards.iterdir()))} files of {shards.name}" if shards else ""
+    yield "checkpoint", f"{path} ({checkpoint_size(path) / 1e6:,.1f} MB{in_shards})"
     yield "state", state
     yield "kind", kind_of(path) or "renamed"
     yield "step", f"{contents['step']:,} of {contents['horizon']:,}"
@@ -114,6 +131,25 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     yield "trained on", contents["data"].get("train_data")
     yield "started from", contents.get("initialized_from")
     yield "machine", ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """By its name, which need not be that of a file: `find_checkpoint` knows what is meant."""
+    from atlas.training.manifest import shards_of
+
+    if file.suffix == ".pt":
+        return True
+    if file.suffix == ".json":
+        return file.with_suffix(".pt").exists() or shards_of(file.with_suffix("")) is not None
+    return shards_of(file) is not None or (not file.exists() and file.with_suffix(".pt").is_file())
+
+
+def _consolidate(path: Path, target: Path) -> None:
+    from atlas.training.checkpoint import consolidate, find_checkpoint
+
+    source = find_checkpoint(path)
+    size = consolidate(source, target, say=lambda line: typer.echo(line, err=True))
+    typer.echo(f"{target}: {size / 1e6:,.1f} MB, all that {source} holds")
 
 
 def _model(config: Any) -> Facts:
@@ -135,9 +171,10 @@ def _rounded(loss: float | None) -> str | None:
 def _verified(path: Path) -> str:
     """`whole: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
     from atlas.data.progress import byte_progress
+    from atlas.training.manifest import checkpoint_size
     from atlas.training.verify import verify_checkpoint, whole_alternative
 
-    with byte_progress(path.stat().st_size, "reading") as advance:
+    with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
     if not verdict.problem:
         return str(verdict)
@@ -152,6 +189,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
     """A row for each checkpoint, the latest step first, and the one that --resume auto takes."""
     from atlas.data.progress import byte_progress
     from atlas.training.checkpoint import CheckpointManager
+    from atlas.training.manifest import checkpoint_size
     from atlas.training.verify import verify_checkpoint
 
     manifests = {path: manifest for manifest, path in CheckpointManager(folder).found()}
@@ -161,7 +199,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
             f"{folder}: is neither a prepared dataset nor a folder with checkpoints; "
             f"what is prepared: atlas prepare --list; if it holds text: atlas prepare --input {folder}"
         )
-    with byte_progress(sum(path.stat().st_size for path in files), "reading") as advance:
+    with byte_progress(sum(map(checkpoint_size, files)), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
     _print_checkpoints([(path, manifests.get(path), verdicts.get(path)) for path in files])
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
@@ -179,13 +217,14 @@ def _output_folder(folder: Path, verify: bool) -> None:
 
 def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
     from atlas.cli.terminal import print_table
+    from atlas.training.manifest import checkpoint_size
 
     rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
     for path, manifest, verdict in checkpoints:
         step, kind, loss, val_loss = "", "", None, None
         if manifest:
             step, kind, loss, val_loss = f"{manifest.step:,}", manifest.kind, manifest.loss, manifest.val_loss
-        size = f"{path.stat().st_size / 1e6:,.1f} MB"
+        size = f"{checkpoint_size(path) / 1e6:,.1f} MB"
         state = str(verdict) if verdict else _seen(path, manifest)
         rows.append((path.name, step, kind, _rounded(loss) or "", _rounded(val_loss) or "", size, state))
     print_table(rows, right={1, 3, 4, 5})

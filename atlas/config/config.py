@@ -206,6 +206,11 @@ class CheckpointConfig(Section):
         description="Remove the optimizer state (AdamW's is two thirds of the bytes) from step checkpoints beyond the "
         "newest two.",
     )
+    format: Literal["auto", "single", "sharded"] = Field(
+        "auto",
+        description="single: one .pt, made whole on the first process. sharded: a folder to which each process writes "
+        "its part. auto: sharded where parallel is fsdp and the first process has no memory for the whole.",
+    )
     background: bool = Field(
         True,
         description="Write checkpoints from a copy in main memory while training goes on; false: training waits "

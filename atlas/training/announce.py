@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,8 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
         )
+    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        say(f"torchrun started the run again ({restart} times so far): a process failed, see above")
     if start.mode == "resume":
         of_all = f" of {state.horizon}" if state.is_planned else ""
         say(f"resuming {start.source} at step {state.step}{of_all}")

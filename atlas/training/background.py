@@ -14,13 +14,18 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from atlas.training.checkpoint import CheckpointManager
+from atlas.training.distributed import World
+from atlas.training.metrics import RunLog
 from atlas.training.writing import Abandoned, tensor_bytes
+
+if TYPE_CHECKING:
+    from atlas.training.sharded import ShardSaver
 
 _SLOW_DISK = 100e6  # bytes a second
 _MUCH_TIME = 20.0  # seconds between saves
@@ -221,6 +226,17 @@ class BackgroundSaver:
             f"and this one falls due after {seconds:.1f} s. If that is usual, raise checkpoint.save_interval or set "
             "checkpoint.background=false. Said once"
         )
+
+
+def open_saver(
+    checkpoints: CheckpointManager, world: World, *, sharded: bool, in_background: bool, log: RunLog
+) -> BackgroundSaver | ShardSaver:
+    """What writes a run's checkpoints: every rank its shards, or the first rank all."""
+    if not sharded:
+        return BackgroundSaver(checkpoints, in_background=in_background, before=log.flush_to_disk)
+    from atlas.training.sharded import ShardSaver  # it takes PyTorch half a second
+
+    return ShardSaver(checkpoints, world, in_background=in_background, before=log.flush_to_disk)
 
 
 def _yield_the_cores() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +20,14 @@ from torch import nn
 
 from atlas.config import CheckpointConfig, LoraConfig
 from atlas.errors import AtlasError
+from atlas.files import flush_folder
 from atlas.model import has_lora, merged
-from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
-from atlas.training.retention import RESUMABLE, find_room, remove, slim, surplus
+from atlas.training.manifest import FileEntry, Manifest, read_manifest, shards_of, sidecar_of, write_manifest
+from atlas.training.retention import RESUMABLE, find_room, remove, remove_folder, slim, surplus
 from atlas.training.untrusted import check_zip, read_plain
 from atlas.training.writing import Abandoned, Pace, at_once, commit, copy_file, tensor_bytes, write_tensors
 
-_NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))\.pt")
+_NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))(?:\.pt)?")
 _SPARE_BYTES = 8 << 20
 
 
@@ -87,9 +89,11 @@ class CheckpointManager:
     def found(self) -> list[tuple[Manifest, Path]]:
         """The checkpoints whose sidecars fit by size, the latest step first; of one step, the fullest kind."""
         order = {"step": 0, "epoch": 1, "interrupt": 2, "best": 3}
+        sharded = (path.with_suffix("") for path in self.folder.glob("atlas_*.json"))
+        paths = [*self.folder.glob("atlas_*.pt"), *(path for path in sharded if shards_of(path))]
         pairs = [
             (manifest, path)
-            for path in self.folder.glob("atlas_*.pt")
+            for path in paths
             if kind_of(path) and (manifest := read_manifest(path, check_hash=False))
         ]
         return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
@@ -158,7 +162,7 @@ class CheckpointManager:
         temporary = self.folder / "atlas_writing.tmp"
         size, sha256 = write_tensors(temporary, contents, pace=pace)
         for kind in kinds:
-            path = self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
+            path = self._path(kind, manifest)
             staged = path.with_name(path.name + ".tmp")
             entry = FileEntry(name=path.name, size=size, sha256=sha256)
             try:
@@ -170,12 +174,58 @@ class CheckpointManager:
                 written.append(path)
             except OSError as error:  # the other names may fare better
                 self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
-        for kind in kinds:
-            for path in surplus(self.found(), kind, self.keep_checkpoints):
-                remove(path)
+        self._remove_surplus(kinds)
         if self.slim_old:
             for path in surplus(self.found(), "step", RESUMABLE):
                 slim(path)
+
+    def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
+        """Whether there is room for a sharded checkpoint of `needed` bytes, which the ranks may write to `staged`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clean()
+            if not self._make_room(needed + _SPARE_BYTES, step):
+                return False
+            staged.mkdir()
+        except OSError as error:
+            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            return False
+        return True
+
+    def commit_shards(
+        self,
+        staged: Path,
+        folder: Path,
+        kinds: list[str],
+        manifest: dict[str, Any],
+        files: tuple[FileEntry, ...],
+    ) -> list[Path]:
+        """Give the folder that the ranks wrote its name, and each kind a sidecar that names it; what they are called.
+
+        The bytes are there before a sidecar is, and a sidecar is replaced at once: a kill leaves the old or the new.
+        """
+        written: list[Path] = []
+        previous = {shards_of(self._path(kind, manifest).with_suffix("")) for kind in kinds}
+        remove_folder(folder)
+        os.replace(staged, folder)
+        flush_folder(self.folder)
+        for kind in kinds:
+            path = self._path(kind, manifest).with_suffix("")
+            write_manifest(path, Manifest(kind=kind, folder=folder.name, files=files, **manifest))
+            written.append(path)
+        named = {shards_of(path) for _, path in self.found()}
+        for old in previous - named - {None, folder}:
+            remove_folder(old)  # type: ignore[arg-type]
+        self._remove_surplus(kinds)
+        return written
+
+    def _path(self, kind: str, manifest: Mapping[str, Any]) -> Path:
+        return self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
+
+    def _remove_surplus(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            for path in surplus(self.found(), kind, self.keep_checkpoints):
+                remove(path)
 
     def _make_room(self, needed: int, step: int) -> bool:
         """Whether `needed` bytes are there now, older checkpoints having gone if that is what it took."""
@@ -200,16 +250,29 @@ class CheckpointManager:
     def clean(self) -> None:
         """Remove what a broken save left behind; only the run that owns the folder may call this."""
         for leftover in self.folder.glob("atlas_*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first."""
+    """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first. Or the name of
+    a sharded checkpoint, which is that of its sidecar. `.pt` may be left out, and `.json` stand in its place."""
     path = Path(path)
-    if path.is_file():
+    if path.suffix == ".json" and path.with_suffix(".pt").is_file():
+        path = path.with_suffix(".pt")
+    if path.is_file() and path.suffix != ".json":
         return path
-    if path.name == "best_model.pt" and (best := path.with_name("atlas_best.pt")).is_file():
-        return best
+    if path.name == "best_model.pt":
+        if path.with_name("atlas_best.pt").is_file():
+            return path.with_name("atlas_best.pt")
+        path = path.with_name("atlas_best.pt") if shards_of(path.with_name("atlas_best")) else path
+    name = path.with_suffix("") if path.suffix in (".pt", ".json") else path
+    if shards_of(name):
+        return name
+    if not path.suffix and path.with_suffix(".pt").is_file():
+        return path.with_suffix(".pt")
     if path.is_dir():
         raise AtlasError(f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}")
     others = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
@@ -235,16 +298,53 @@ def load_checkpoint(
     path = find_checkpoint(path)
     has_sidecar = sidecar_of(path).exists()
     remedy = remedy or f"take another checkpoint{_alternatives(path)}"
-    if not has_sidecar:
+    shards = shards_of(path)
+    if not has_sidecar and shards is None:
         check_zip(path, remedy=remedy)
-    elif read_manifest(path, check_hash=True) is None:
+    elif has_sidecar and read_manifest(path, check_hash=True) is None:
         raise AtlasError(
             f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
         )
-    contents = read_plain(path, remedy=remedy, without=without)
+    contents = read_contents(path, remedy=remedy, without=without)
     if not has_sidecar:
-        say(f"{path}: no sidecar beside it; checked by the checksums inside the file instead")
+        instead = (
+            "checked by the checksums inside the file instead"
+            if shards is None
+            else "its bytes are not checked"
+        )
+        say(f"{path}: no sidecar beside it; {instead}")
     return contents
+
+
+def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
+    """The contents of a checkpoint, a file or in shards; its sidecar is not looked at. Raises `AtlasError`."""
+    shards = shards_of(path)
+    if shards is None:
+        return read_plain(path, remedy=remedy, without=without)
+    from atlas.training.sharded import read_shards  # it takes PyTorch half a second
+
+    return read_shards(shards, remedy=remedy, without=without)
+
+
+def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:
+    """Write the contents of `source` to one file with a sidecar of its own; its bytes. Raises `AtlasError`."""
+    if target.suffix != ".pt":
+        raise AtlasError(f"{target}: name a file that ends with .pt")
+    if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):
+        raise AtlasError(f"{taken}: exists: name another file")
+    contents, manifest = load_checkpoint(source, say=say), read_manifest(source, check_hash=False)
+    staged = target.with_name(target.name + ".tmp")
+    try:
+        size, sha256 = write_tensors(staged, contents)
+        entry = FileEntry(name=target.name, size=size, sha256=sha256)
+        if manifest:
+            commit(staged, target, manifest.model_copy(update={"folder": None, "files": (entry,)}))
+        else:
+            os.replace(staged, target)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise AtlasError(f"{target}: cannot be written ({error.strerror}): name another place") from None
+    return size
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:

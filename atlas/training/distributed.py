@@ -119,14 +119,26 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(timeout=timeout)
+    if not dist.is_available():
+        raise AtlasError(
+            "several processes: this PyTorch was built without torch.distributed: install another build"
+        )
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
     has_gpus = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if has_gpus and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    patience = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=timedelta(seconds=timeout)
-        )
+        store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun may keep its store when it starts the ranks again, and in it the addresses of those that died.
+            # Of several machines each counts restarts of its own; there --rdzv-backend c10d makes a new store.
+            store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise AtlasError(
@@ -137,11 +149,15 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
 
 
+def has_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 @contextmanager
 def together(world: World) -> Iterator[None]:
     """Within, a rank that is lost ends this one: quietly where the other has told why, and with a line where it only
     stopped answering."""
-    if not dist.is_initialized():
+    if not has_joined():
         yield
         return
     try:
@@ -165,7 +181,8 @@ def together(world: World) -> Iterator[None]:
 def _wait_for_the_end() -> None:
     """Leave it to torchrun to end this rank, so that its report names the one that failed first."""
     if dist.is_torchelastic_launched():
-        time.sleep(_GRACE)
+        with suppress(KeyboardInterrupt):
+            time.sleep(_GRACE)
 
 
 # What the model is wrapped in
@@ -174,7 +191,7 @@ def _wait_for_the_end() -> None:
 def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
     """What `training.parallel` comes to: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what cannot be had."""
     asked = config.training.parallel
-    if not dist.is_initialized():
+    if not has_joined():
         if asked in ("ddp", "fsdp"):
             raise AtlasError(
                 f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "

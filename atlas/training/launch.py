@@ -45,6 +45,8 @@ from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
 from atlas.training.untrusted import check_optimizer_state
 
+_PART_FOR_WHOLE = 0.5
+"""Of the free memory, for a state made whole."""
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 
@@ -54,7 +56,7 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
     config, folder = start.config, start.folder
     with world.in_step():
         refuse_links(folder)
-        _refuse_small_total(config)
+        _refuse_retention(config)
         _refuse_too_large(config)
         share_of_update(config.training.sequences_per_update, world.size)
         runtime = setup_runtime(config, world)
@@ -66,18 +68,9 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
         _refuse_other_optimizer(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
         lock = _claim(folder) if world.is_first else None
-    with world.in_step():  # the others' logs go to the folder, which is there now
-        if world.is_first:
-            _set_aside(start)
-        log = _open_log(start, world)
-    config = config.model_copy(
-        update={"checkpoint": config.checkpoint.model_copy(update={"output_dir": str(folder)})}
-    )
-    checkpoints = CheckpointManager.of(config.checkpoint, folder, say=log.say)
-    if world.is_first:
-        checkpoints.clean()
-        _keep_config(folder, config)
-
+    if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
+        runtime = replace(runtime, parallel="fsdp")
+    config, log, checkpoints = _open_folder(start, world)
     resumes = start.mode == "resume"
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
     if resumes:
@@ -98,7 +91,8 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
         log=log,
         custom_loss=custom_loss,
         initialized_from=_origin(start),
-        saves_in_background=world.is_first and _saves_in_background(config, runtime, log),
+        saves_in_background=world.tell(world.is_first and _saves_in_background(config, runtime, log)),
+        sharded=world.tell(_saves_shards(config, runtime)),
         sensor=sensor,
         lock=lock,
     )
@@ -111,6 +105,21 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
         compile_blocks(trainer.model)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
+
+
+def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
+    """The config with the folder it runs in, the log there, and what is in charge of its checkpoints."""
+    with world.in_step():  # the others' logs go to the folder, which is there now
+        if world.is_first:
+            _set_aside(start)
+        log = _open_log(start, world)
+    section = start.config.checkpoint.model_copy(update={"output_dir": str(start.folder)})
+    config = start.config.model_copy(update={"checkpoint": section})
+    checkpoints = CheckpointManager.of(section, start.folder, say=log.say)
+    if world.is_first:
+        checkpoints.clean()
+        _keep_config(start.folder, config)
+    return config, log, checkpoints
 
 
 def _origin(start: Start) -> str | None:
@@ -210,6 +219,15 @@ def _length(training: TrainingConfig) -> tuple[object, ...]:
     return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
 
 
+def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
+    asked = config.checkpoint.format
+    if asked == "auto":
+        return runtime.parallel == "fsdp" and checkpoint_bytes(config) > _PART_FOR_WHOLE * measure_memory(
+            "cpu"
+        )
+    return asked == "sharded"
+
+
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
     """Whether the copy that is saved from fits into memory beside all that a step will take."""
     if not config.checkpoint.background:
@@ -278,8 +296,12 @@ def _refuse_too_large(config: AtlasConfig) -> None:
         )
 
 
-def _refuse_small_total(config: AtlasConfig) -> None:
-    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced."""
+def _refuse_retention(config: AtlasConfig) -> None:
+    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced; shards stay whole."""
+    if config.checkpoint.slim_old and config.checkpoint.format == "sharded":
+        raise AtlasError(
+            "checkpoint.slim_old: true: is for checkpoints of one file: leave it out, or set checkpoint.format=single"
+        )
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
     if most is not None and most < 4 * one:
         raise AtlasError(

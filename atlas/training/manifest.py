@@ -19,10 +19,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from atlas.files import flush_folder, flush_to_disk, read_limited, sha256_of
 
 FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+"""In a sharded checkpoint, what is not a tensor."""
 LARGEST_COUNT = 2**48
 """Of updates and sequences; a run of a million sequences a second gets there in nine years."""
 _CHUNK = 1 << 20
-_LARGEST_SIDECAR = 1 << 20
+_LARGEST_SIDECAR = 32 << 20  # of a checkpoint that thousands of ranks wrote
 
 _Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
@@ -30,7 +32,7 @@ _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinit
 
 
 class FileEntry(BaseModel):
-    """One file of a checkpoint, named relative to its folder."""
+    """One file of a checkpoint, by its name without a folder."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     name: str = Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
@@ -56,7 +58,9 @@ class Manifest(BaseModel):
     initialized_from: str | None = None
     slim: bool = False
     """Without optimizer state: it can be read, not gone on from."""
-    files: tuple[FileEntry] = Field(description="One so far: a checkpoint is one file.")
+    folder: str | None = Field(None, pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
+    """Of a sharded checkpoint, whose files are in it; several names may share one."""
+    files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)
     replaces: Manifest | None = None
 
     @model_validator(mode="after")
@@ -67,15 +71,44 @@ class Manifest(BaseModel):
         return self
 
     def matches(self, path: Path, *, check_hash: bool) -> bool:
-        """Whether `path` is the file this manifest describes. Its bytes decide, so that both may be renamed."""
-        (entry,) = self.files
-        if not path.is_file() or path.stat().st_size != entry.size:
+        """Whether `path` is what this manifest describes. Of a file its bytes decide, so that both may be renamed."""
+        places = [path] if self.folder is None else [path.parent / self.folder / e.name for e in self.files]
+        if len(places) != len(self.files):
             return False
-        return not check_hash or sha256_of(path) == entry.sha256
+        for place, entry in zip(places, self.files, strict=True):
+            if not place.is_file() or place.stat().st_size != entry.size:
+                return False
+        pairs = zip(places, self.files, strict=True)
+        return not check_hash or all(sha256_of(place) == entry.sha256 for place, entry in pairs)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(entry.size for entry in self.files)
 
 
 def sidecar_of(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".json")
+
+
+def shards_of(checkpoint: Path) -> Path | None:
+    """The folder of a sharded checkpoint, which is called by the name of its sidecar without `.json`; None for a
+    file."""
+    if checkpoint.suffix:
+        return None
+    try:
+        manifest = Manifest.model_validate_json(read_limited(sidecar_of(checkpoint), limit=_LARGEST_SIDECAR))
+    except (OSError, ValidationError):
+        return checkpoint if (checkpoint / STATE_FILE).is_file() else None
+    return checkpoint.parent / manifest.folder if manifest.folder else None
+
+
+def checkpoint_size(checkpoint: Path) -> int:
+    """Bytes on the disk, of a file or of all in a folder."""
+    shards = shards_of(checkpoint)
+    if shards is None:
+        return checkpoint.stat().st_size
+    return sum(path.stat().st_size for path in shards.iterdir()) if shards.is_dir() else 0
 
 
 def read_manifest(checkpoint: Path, *, check_hash: bool) -> Manifest | None:

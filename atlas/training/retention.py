@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atlas.training.manifest import FileEntry, Manifest, read_manifest, sidecar_of
+from atlas.training.manifest import FileEntry, Manifest, read_manifest, shards_of, sidecar_of
 from atlas.training.untrusted import read_plain
 from atlas.training.writing import commit, write_tensors
 
@@ -66,9 +67,29 @@ def surplus(found: Found, kind: str, keep: int) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """The file first: a sidecar without one is nothing, a file without a sidecar would be a riddle."""
-    path.unlink(missing_ok=True)
+    """The file first: a sidecar without one is nothing, a file without a sidecar would be a riddle. A folder that
+    another name shares stays."""
+    shards = shards_of(path)
+    if shards is None:
+        path.unlink(missing_ok=True)
+    elif not _is_shared(shards, path):
+        remove_folder(shards)
     sidecar_of(path).unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Under another name first, so that no kill leaves a part of a folder that looks whole."""
+    gone = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_shared(shards: Path, path: Path) -> bool:
+    """Whether a sidecar other than that of `path` names the folder."""
+    others = (other.with_suffix("") for other in shards.parent.glob("atlas_*.json"))
+    return any(other.name != path.name and shards_of(other) == shards for other in others)
 
 
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
@@ -79,7 +100,11 @@ def move_aside(folder: Path, files: Sequence[Path]) -> Path:
     target = folder / f"previous-{number}"
     target.mkdir()
     for path in files:
-        for part in {path, sidecar_of(path)} if path.suffix == ".pt" else {path}:
+        shards = shards_of(path)
+        parts = {path, sidecar_of(path)} if path.suffix == ".pt" else {path}
+        if shards is not None:
+            parts = {sidecar_of(path)} if _is_shared(shards, path) else {sidecar_of(path), shards}
+        for part in parts:
             if part.exists():
                 shutil.move(part, target / part.name)
     return target
@@ -99,4 +124,9 @@ def slim(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    """What is free once it is removed."""
+    shards = shards_of(path)
+    if shards is None:
+        return path.stat().st_size if path.exists() else 0
+    manifest = read_manifest(path, check_hash=False)
+    return 0 if manifest is None or _is_shared(shards, path) else manifest.size

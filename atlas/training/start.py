@@ -18,7 +18,7 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
 from atlas.training.distributed import ALONE, World
-from atlas.training.manifest import read_manifest
+from atlas.training.manifest import read_manifest, shards_of
 
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
@@ -275,8 +275,12 @@ def _explicit_folder(explicit: Layer) -> Path | None:
 
 
 def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Path]:
-    """Checkpoint files of a run in `folder`; with `own_names_only`, those that have a sidecar."""
-    files = sorted(folder.glob("atlas_*.pt")) if folder.is_dir() else []
+    """Checkpoints of a run in `folder`; with `own_names_only`, those that have a sidecar."""
+    if not folder.is_dir():
+        return []
+    files = sorted(folder.glob("atlas_*.pt"))
+    sharded = [path.with_suffix("") for path in sorted(folder.glob("atlas_*.json"))]
+    files += [path for path in sharded if shards_of(path)]
     return [path for path in files if path.with_suffix(".json").exists()] if own_names_only else files
 
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 MAX_ROLLBACKS = 3
 ROLLBACK_RATE = 0.5
 """The learning rate is multiplied by this at each rollback."""
+
+
+@dataclass
+class Result:
+    """What a call of `train` came to. `outcome` is `finished`, `stopped early`, `stopped in time` or `interrupted`."""
+
+    outcome: str
+    step: int
+    loss: float | None
+    val_loss: float | None
+    saved: list[Path]
 
 
 @dataclass

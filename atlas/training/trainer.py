@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.training.background import BackgroundSaver
+from atlas.training.background import open_saver
 from atlas.training.checkpoint import CheckpointManager
 from atlas.training.clock import RunClock
 from atlas.training.distributed import whole
@@ -36,21 +35,10 @@ from atlas.training.metrics import RunLog, Throughput, perplexity
 from atlas.training.recovery import recover
 from atlas.training.runtime import Runtime, describe_machine
 from atlas.training.schedule import learning_rate_at
-from atlas.training.state import TrainState
+from atlas.training.state import Result, TrainState
 from atlas.training.untrusted import check_optimizer_state
 from atlas.training.update import Update, Updater
 from atlas.training.writing import tensor_bytes
-
-
-@dataclass
-class Result:
-    """What a call of `train` came to. `outcome` is `finished`, `stopped early`, `stopped in time` or `interrupted`."""
-
-    outcome: str
-    step: int
-    loss: float | None
-    val_loss: float | None
-    saved: list[Path]
 
 
 class Trainer:
@@ -72,6 +60,7 @@ class Trainer:
         custom_loss: LossFunction | None = None,
         initialized_from: str | None = None,
         saves_in_background: bool = True,
+        sharded: bool = False,
         sensor: GpuSensor | None = None,
         lock: FolderLock | None = None,
     ) -> None:
@@ -88,8 +77,10 @@ class Trainer:
         self.state = state
         self.checkpoints = checkpoints
         self.world = runtime.world
-        self.saver = BackgroundSaver(checkpoints, in_background=saves_in_background, before=log.flush_to_disk)
-        """Only the first rank's saves anything."""
+        self.saver = open_saver(
+            checkpoints, self.world, sharded=sharded, in_background=saves_in_background, log=log
+        )
+        self._is_sharded = sharded
         self.log = log
         self.sensor = sensor
         self.lock = lock
@@ -366,12 +357,14 @@ class Trainer:
             "initialized_from": self.initialized_from,
         }
         with self._timer.paused():
-            contents = self.contents()
-            if self.world.is_first:
+            contents = self.contents(as_shards=self._is_sharded)
+            if self.world.is_first or self._is_sharded:
                 self.saver.save(contents, kinds, facts, wait=wait)
 
     def hold(self) -> None:
         """Keep the state as it is to go back to."""
+        if self._is_sharded:
+            return
         contents = self.contents()
         if self.world.is_first:
             self.saver.hold(contents)
@@ -381,14 +374,16 @@ class Trainer:
         """Of a checkpoint's tensors."""
         return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
 
-    def contents(self) -> dict[str, Any]:
+    def contents(self, *, as_shards: bool = False) -> dict[str, Any]:
         """Everything a checkpoint holds: plain values and tensors only. Every rank must call it; where the model is in
-        shards, only the first has them whole afterwards."""
-        first = self.world.is_first
+        shards, only the first has them whole afterwards, and none `as_shards`."""
+        tensors = {
+            "model_state_dict": dict(self.model.state_dict()),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+        }
         return {
             "format_version": FORMAT_VERSION,
-            "model_state_dict": whole(dict(self.model.state_dict()), keep=first),
-            "optimizer_state_dict": whole(self.optimizer.state_dict(), keep=first),
+            **(tensors if as_shards else whole(tensors, keep=self.world.is_first)),
             "scaler_state_dict": self.updater.scaler.state_dict(),
             **asdict(self.state),
             "epoch": self.epoch,

@@ -92,7 +92,7 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
     finally:
         archive.close()
         storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
-    return _check_contents(contents, path, remedy)
+    return check_contents(contents, path, remedy)
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
@@ -158,7 +158,8 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
     return buffer
 
 
-def _check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
+def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
+    """`contents`, if they are a checkpoint's. Raises `AtlasError`."""
     if not isinstance(contents, dict) or "format_version" not in contents:
         raise AtlasError(
             f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atlas.config import AtlasConfig
 from atlas.data.dataset import IGNORE_INDEX
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, EndedElsewhere
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import what_would_help
 from atlas.training.compilation import compile_blocks, refuse_failed_compilation
@@ -108,7 +108,8 @@ class Updater:
                 loss = None
                 break
             except RanOutElsewhere:
-                pass
+                if min(state.micro_batch_size, len(inputs)) == 1:
+                    raise EndedElsewhere from None
             except (RuntimeError, MemoryError) as error:
                 refuse_failed_compilation(error)
                 if not is_out_of_memory(error):

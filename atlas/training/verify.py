@@ -12,9 +12,9 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.files import sha256_of
 from atlas.model import AtlasLM
-from atlas.training.checkpoint import CheckpointManager, load_weights
-from atlas.training.manifest import Manifest, read_manifest, sidecar_of
-from atlas.training.untrusted import check_zip, read_plain
+from atlas.training.checkpoint import CheckpointManager, load_weights, read_contents
+from atlas.training.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
+from atlas.training.untrusted import check_zip
 from atlas.training.writing import named_tensors
 
 
@@ -44,10 +44,10 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
 
     Takes as much memory as resuming.
     """
-    size = path.stat().st_size
+    size = checkpoint_size(path)
     try:
         compared_by, manifest = _compare(path, advance)
-        contents = read_plain(path, remedy="")
+        contents = read_contents(path, remedy="")
         config = resolve(contents["config"]).model
         if config.vocab_size is None:
             raise AtlasError("its config has no model.vocab_size")
@@ -78,16 +78,22 @@ def whole_alternative(path: Path) -> Path | None:
 
 def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest | None]:
     """How the bytes were compared, and the sidecar that fits. Raises `AtlasError` if they differ."""
-    sidecar = sidecar_of(path)
+    sidecar, shards = sidecar_of(path), shards_of(path)
     if not sidecar.exists():
-        check_zip(path, remedy="")
-        advance(path.stat().st_size)
-        return f"checksums inside the file as saved (no {sidecar.name} beside it)", None
-    digest = sha256_of(path, advance)
+        if shards is None:
+            check_zip(path, remedy="")
+        advance(checkpoint_size(path))
+        how = "checksums inside the file as saved" if shards is None else "its bytes not compared"
+        return f"{how} (no {sidecar.name} beside it)", None
+    if shards is not None and read_manifest(path, check_hash=False) is None:
+        raise AtlasError(f"its files are not those that {sidecar.name} describes")
+    places = [path] if shards is None else sorted(shards.iterdir())
+    digests = {place.name: sha256_of(place, advance) for place in places}
     manifest = read_manifest(path, check_hash=False)
     if manifest is None:
-        raise AtlasError(f"is {path.stat().st_size:,} bytes, not the file that {sidecar.name} describes")
-    if manifest.files[0].sha256 != digest:
+        raise AtlasError(f"is {checkpoint_size(path):,} bytes, not the file that {sidecar.name} describes")
+    names = [path.name] if shards is None else [entry.name for entry in manifest.files]
+    if [digests[name] for name in names] != [entry.sha256 for entry in manifest.files]:
         raise AtlasError(
             f"damaged: its bytes are not those that were saved (sha256 differs from {sidecar.name})"
         )
