@@ -115,6 +115,24 @@ def test_drift_counts_whichever_way_a_log_probability_went(
     assert lines[-1].endswith("| q8_0 | 2.00 | 0.25 | 150 | 1.50 | 1.9000 | -0.1000 | 0.2500 | 0.500 |")
 
 
+def test_efficiency_is_the_part_of_as_many_times_one_process(
+    module: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling: ModuleType = module("scaling")  # type: ignore[operator]
+    task = scaling.Task("nano", batch_size=4, parallel="ddp", updates=10)  # 10,240 tokens a process and turn
+    seconds = {("Atlas", 1): 2.0, ("plain DDP", 1): 1.0, ("Atlas", 2): 4.0, ("plain DDP", 2): 2.5}
+    chosen = [scaling.trainee(name, "atlas", processes, task) for name, processes in seconds]
+    for one, median in zip(chosen, seconds.values(), strict=True):
+        one.seconds = [0.0, median, 100.0]
+    scaling.report(task, chosen)
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "| 1 | Atlas | 5,120 | 100.0% | 1.000 |",
+        "| 1 | plain DDP | 10,240 | 100.0% | 0.500 |",
+        "| 2 | Atlas | 5,120 | 50.0% | 1.000 |",
+        "| 2 | plain DDP | 8,192 | 40.0% | 0.625 |",
+    ]
+
+
 def test_the_contributors_page_names_every_benchmark() -> None:
     page = (FOLDER.parent / "docs/CONTRIBUTING.md").read_text(encoding="utf-8")
     scripts = [

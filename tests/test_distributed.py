@@ -235,6 +235,7 @@ def test_out_of_memory_before_the_ranks_meet_is_lived_with(tmp_path: Path, text_
     explicit = hard(tmp_path / "one", text_file, training__parallel="ddp")
     code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="memory@1:4"))
     assert code == 0, said
+    assert "step 5: out of memory with 3 sequences at once: 1 from now on. An update still takes 8" in said
     assert load_checkpoint(tmp_path / "one/atlas_step_6.pt")["micro_batch_size"] == 1
     run(elsewhere(explicit, tmp_path / "alone"))
     assert_close(tmp_path / "alone", tmp_path / "one")

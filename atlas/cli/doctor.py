@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from atlas.cli.terminal import printable
+from atlas.cli.terminal import print_table, printable
+from atlas.errors import AtlasError
 
 Rows = Iterable[tuple[str, Any]]
 
@@ -31,6 +34,22 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Try the connection between the processes that torchrun starts, and how fast it is, instead.",
+        ),
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="With --distributed: seconds that the processes wait for one another; 60 where it is left out.",
+            min=1,
+            metavar="SECONDS",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what this machine can do, what train will choose, and what to mend.
 
@@ -38,6 +57,11 @@ def doctor(
     last lines, each of which names a remedy.
     """
     import json
+
+    if distributed:
+        return _try_connection(as_json, device, output_dir, timeout)
+    if timeout is not None:
+        raise AtlasError(f"--timeout {timeout:g}: is for --distributed; leave it out")
 
     from atlas.cli import doctor_facts
 
@@ -50,6 +74,56 @@ def doctor(
         _print(facts)
     if facts["problems"]:
         raise typer.Exit(SOMETHING_TO_MEND)
+
+
+def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout: float | None) -> None:
+    import json
+
+    # PyTorch reads it once. Where an address is not reached, it prints pages, the last line of which is said below.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from atlas.training.connection import DEFAULT_TIMEOUT, try_connection
+
+    if output_dir is not None:
+        raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")
+    facts = try_connection(device, DEFAULT_TIMEOUT if timeout is None else timeout)
+    if facts and as_json:
+        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+    elif facts:
+        _print_connection(facts)
+
+
+def _print_connection(facts: dict[str, Any]) -> None:
+    """Who is there, and for each backend the time of the smallest sum and the bandwidth of the others."""
+    ranks = [("ranks", "host")]
+    for host, group in itertools.groupby(enumerate(facts["hosts"]), key=lambda place: place[1]):
+        numbers = [rank for rank, _ in group]
+        ranks.append((f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), host))
+    print_table(ranks)
+    typer.echo()
+    by_backend: dict[str, list[dict[str, Any]]] = {}
+    for entry in facts["all_reduce"]:
+        by_backend.setdefault(entry["backend"], []).append(entry)
+    (smallest, *larger), *_ = by_backend.values()
+    titles = [
+        "backend",
+        "device",
+        f"latency, {_bytes(smallest)}",
+        *(f"GB/s, {_bytes(entry)}" for entry in larger),
+    ]
+    rows = [
+        [backend, first["device"], f"{first['seconds'] * 1e3:.2f} ms"]
+        + [f"{entry['bus_bandwidth'] / 1e9:.2f}" for entry in rest]
+        for backend, (first, *rest) in by_backend.items()
+    ]
+    print_table([titles, *rows], right=range(2, len(titles)))
+    for backend, reason in facts["left_out"].items():
+        typer.echo(f"{backend} was not tried: {reason}")
+    typer.echo("\nEvery sum is right. GB/s: of an all-reduce over N ranks, bytes × 2 (N − 1) / N ÷ seconds")
+
+
+def _bytes(entry: dict[str, Any]) -> str:
+    size = entry["bytes"]
+    return f"{size // 10**6} MB" if size >= 10**6 else f"{size // 1000} kB"
 
 
 def _print(facts: dict[str, Any]) -> None:

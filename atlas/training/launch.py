@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from atlas.training.runtime import (
     setup_runtime,
 )
 from atlas.training.schedule import horizon_steps
-from atlas.training.start import Start, refuse_links
+from atlas.training.start import Start, is_a_restart, refuse_links
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
 from atlas.training.untrusted import check_optimizer_state
@@ -209,7 +208,7 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
 def _take_fewer_after_a_restart(state: TrainState, config: AtlasConfig, runtime: Runtime) -> None:
     """What a rank that ran out of memory found before torchrun started the run again."""
     fewer = state.micro_batch_size
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if is_a_restart():
         fewer = min(fewer, remembered_micro_batch(config, runtime.device) or fewer)
     state.micro_batch_size = runtime.world.least(fewer)
 

@@ -6,8 +6,9 @@ that a refusal leaves everything as it was. `launch.py` carries the decision out
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
 
 
 def _decide(request: Request) -> Start:
+    if is_a_restart():  # the folder was set aside when the run began; now it holds that run
+        request = replace(request, no_resume=False)
     if request.init_from and request.resume:
         raise AtlasError("--init-from starts a new run and --resume goes on with one: give one of them")
     if request.no_resume and request.resume:
@@ -124,6 +127,9 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
             raise AtlasError(
                 f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
             )
+        latest = CheckpointManager(folder).load_latest() if is_a_restart() else None
+        if latest and latest[1]["step"] > contents["step"]:
+            return _continue(request, folder, latest)
         newer = [
             path for manifest, path in CheckpointManager(folder).found() if manifest.step > contents["step"]
         ]
@@ -136,6 +142,11 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     if latest:
         return _continue(request, folder, latest)
     return Start("finetune", config, data, folder, source, contents, [], notes)
+
+
+def is_a_restart() -> bool:
+    """Whether torchrun has started the run again: what the command says of its beginning has been done."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _from_occupied_folder(request: Request, folder: Path) -> Start:

@@ -124,8 +124,8 @@ class Updater:
         elif state.micro_batch_size < asked:
             self.say(
                 f"step {state.step + 1}: out of memory with {asked} sequences at once: {state.micro_batch_size} from "
-                f"now on. An update still takes {len(inputs)}. This is remembered for this machine and model; "
-                "--set training.micro_batch_size=N sets it"
+                f"now on. An update still takes {len(inputs) * self.world.size}. This is remembered for this machine and "
+                "model; --set training.micro_batch_size=N sets it"
             )
             remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
         return loss
@@ -151,6 +151,10 @@ class Updater:
                 "the checkpoints are good"
             )
         state.micro_batch_size = running // 2
+        if self.runtime.parallel == "ddp":
+            # The wrapper waits for a backward pass that will not come. The old one takes its hooks along when it goes.
+            self.wrapped = self.objective
+            self.wrapped = wrap(self.objective, self.config, self.runtime)
 
     def _accumulate(
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None, state: TrainState, stop: StopRequest

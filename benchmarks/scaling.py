@@ -1,0 +1,258 @@
+"""Tokens a second of several processes that train one model, beside the same model in plain DistributedDataParallel.
+
+    python benchmarks/scaling.py                                nano, 1 and 2 processes
+    python benchmarks/scaling.py --preset tiny --updates 1
+    python benchmarks/scaling.py --processes 1 2 4 8
+    python benchmarks/scaling.py --parallel fsdp                in shards, beside plain `fully_shard`
+
+Atlas takes its updates as `atlas train` does under torchrun. The plain loop beside it is what one would write by hand:
+the same model and the same loss from random tokens, wrapped by PyTorch, a fused AdamW, clipping, and nothing of what a
+run needs besides (a sum over the whole batch's valid tokens, memory that runs short on one rank, numbers that are not
+finite). Every process has one thread and the same number of sequences, however many there are; one process is an
+ordinary run, without torchrun and wrapper. All in fp32 on the CPU, with what Atlas asks of the system's memory
+(atlas/process.py).
+
+All contenders are started once; then they take turns, some updates each, and the others wait without computing. Medians
+count. Efficiency is the speed over that of as many times one process. Processes that share a core, its caches or the
+memory's bandwidth cannot reach 100 %, whoever trains; the last column is what Atlas adds to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from contenders import Contender, take_turns
+from results import add_record_option, recorded
+
+if TYPE_CHECKING:
+    import torch
+
+    from atlas.config import AtlasConfig
+    from atlas.training.distributed import World
+
+VOCABULARY = 2048
+"""Of a preset that leaves it to the dataset."""
+WARM_UP = 3
+PATIENCE = 3600.0
+"""Seconds that the other ranks wait for the first, which waits for its turn."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender trains; the batch is a process's own."""
+
+    preset: str
+    batch_size: int
+    parallel: str
+    updates: int
+
+    def config(self, processes: int) -> AtlasConfig:
+        from atlas.config.loader import overlay, read_yaml, resolve
+        from atlas.config.presets import preset_path
+
+        preset = read_yaml(preset_path(self.preset))
+        training = {
+            "batch_size": self.batch_size * processes,
+            "optimizer": "adamw",
+            "precision": "fp32",
+            "parallel": self.parallel if processes > 1 else "auto",
+        }
+        given = {"model": {"vocab_size": VOCABULARY}} if "vocab_size" not in preset["model"] else {}
+        return resolve(overlay(preset, {**given, "training": training, "device": "cpu"}))
+
+    def batch(self, config: AtlasConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of one process."""
+        import torch
+
+        tokens = torch.randint(0, config.model.vocabulary, (self.batch_size, config.model.max_seq_len + 1))
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+Step = Callable[[], None]
+
+
+# The contenders, in their own processes
+
+
+def atlas(task: Task, world: World) -> Step:
+    from atlas.training.interrupt import StopRequest
+    from atlas.training.runtime import setup_runtime
+    from atlas.training.state import TrainState
+    from atlas.training.update import fresh_updater
+
+    config = task.config(world.size)
+    updater = fresh_updater(config, setup_runtime(config, world), say=print)
+    state = TrainState(horizon=10**9, micro_batch_size=task.batch_size, eval_batch_size=task.batch_size)
+    stop = StopRequest(print, is_alone=world.size == 1)
+
+    def step() -> None:
+        loss = updater.gradient(*task.batch(config), state, stop=stop)
+        assert loss is not None
+        updater.apply(loss, state, rate=3e-4)
+        state.step += 1
+
+    return step
+
+
+def plain(task: Task, world: World) -> Step:
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    from atlas.model import build_model
+    from atlas.training.loss import SummedLoss
+
+    config = task.config(world.size)
+    model = build_model(config.model, seed=0).train()
+    objective: Any = SummedLoss(model)
+    if world.size > 1 and task.parallel == "ddp":
+        objective = torch.nn.parallel.DistributedDataParallel(objective)
+    elif world.size > 1:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(objective)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def step() -> None:
+        inputs, targets = task.batch(config)
+        loss = objective(inputs, targets) / targets.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+KINDS = {"atlas": atlas, "plain": plain}
+
+
+def serve(kind: str, task: Task) -> None:
+    """One rank of a contender: the first answers with the seconds of a turn, the others go along."""
+    from atlas.process import set_up_process
+
+    set_up_process()
+    from atlas.training.distributed import join_world, together
+
+    world = join_world(PATIENCE)
+
+    def prepare() -> Callable[[Any], float]:
+        step = KINDS[kind](task, world)
+        for _ in range(WARM_UP):
+            step()
+
+        def turn(request: Any) -> float:
+            world.tell(True)
+            start = time.perf_counter()
+            for _ in range(task.updates):
+                step()
+            return time.perf_counter() - start
+
+        def follow(request: Any) -> float:
+            while world.tell():
+                for _ in range(task.updates):
+                    step()
+            return 0.0
+
+        return turn if world.is_first else follow
+
+    with together(world):
+        if world.is_first:
+            take_turns(prepare)
+            world.tell(False)
+        else:
+            os.dup2(2, 1)  # what a library prints is no answer
+            prepare()(None)
+
+
+# The parent
+
+
+@dataclass
+class Trainee:
+    """A contender and what it has shown."""
+
+    contender: Contender
+    processes: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.contender.name
+
+
+def trainee(name: str, kind: str, processes: int, task: Task) -> Trainee:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), __file__]
+    return Trainee(Contender(name, [*command, "--child", kind, json.dumps(asdict(task))]), processes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="nano")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1 is always among them")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--updates", type=int, default=20, help="of a contender's turn")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a process in an update")
+    parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
+    add_record_option(parser)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        kind, given = arguments.child
+        serve(kind, Task(**json.loads(given)))
+        return
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    task = Task(arguments.preset, arguments.batch_size, arguments.parallel, arguments.updates)
+    names = {"atlas": "Atlas", "plain": f"plain {task.parallel.upper()}"}
+    chosen = [
+        trainee(name, kind, processes, task)
+        for processes in sorted({1, *arguments.processes})
+        for kind, name in names.items()
+    ]
+    with recorded("Scaling", arguments):
+        for one in chosen:
+            one.contender.launch()
+            if not one.contender.is_ready():
+                raise SystemExit("nothing to compare")
+        for _ in range(arguments.rounds):
+            for one in chosen:
+                one.seconds.append(one.contender.ask())
+        for one in chosen:
+            one.contender.stop()
+        report(task, chosen)
+
+
+def report(task: Task, chosen: list[Trainee]) -> None:
+    """Each of `chosen` beside the first, Atlas, of as many processes, and beside itself in one process."""
+    context = task.config(1).model.max_seq_len
+    print(
+        f"{task.preset}: {task.batch_size} × {context} tokens a process, {task.parallel}, cpu, fp32, a thread each, "
+        f"medians of {len(chosen[0].seconds)} × {task.updates} updates\n"
+    )
+    tokens = task.updates * task.batch_size * context
+    speed = {
+        (one.name, one.processes): one.processes * tokens / statistics.median(one.seconds) for one in chosen
+    }
+    first = chosen[0].name
+    print("| processes | | tokens/s | efficiency | Atlas ÷ it |\n|---:|---|---:|---:|---:|")
+    for (name, processes), rate in speed.items():
+        print(
+            f"| {processes} | {name} | {rate:,.0f} | {rate / speed[name, 1] / processes:.1%} "
+            f"| {speed[first, processes] / rate:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
