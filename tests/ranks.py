@@ -3,8 +3,8 @@
     torchrun … tests/ranks.py FAULT@RANK:STEP train …
 
 FAULT: `none`; `kill` and `hang` by a signal, `memory` (PyTorch's out of memory, in the forward pass), `memory-late` (in
-a backward pass with the others), `bug`: all in the update after STEP; `save`: killed while a checkpoint of STEP or later
-is being written; `disk`: full when that of STEP is.
+a backward pass with the others), `bug`: all in the update after STEP; `save`: killed while a checkpoint of STEP or a
+later one is being written; `disk`: full when that of STEP is.
 """
 
 from __future__ import annotations

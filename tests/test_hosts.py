@@ -14,7 +14,8 @@ import pytest
 from tests.runs import REPOSITORY, logged, run, write_config
 from tests.test_distributed import assert_close, elsewhere, hard
 
-HOSTS = {"atlas-a": "10.77.0.1", "atlas-b": "10.77.0.2"}
+FIRST, SECOND = "10.77.0.1", "10.77.0.2"
+HOSTS = {"atlas-a": FIRST, "atlas-b": SECOND}
 
 
 def ip(*words: str) -> None:
@@ -65,7 +66,8 @@ def start(host: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [
         *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={HOSTS[host]}"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={HOSTS['atlas-a']}:29500", "--rdzv-id=test"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST}:29500", "--rdzv-id=test"),
+        f"--rdzv-conf=is_host={HOSTS[host] == FIRST}",  # a namespace has no name of its own
         *(str(REPOSITORY / "tests/ranks.py"), "none@0:0", "train", "--config", str(config), *arguments),
     ]
     environment = {

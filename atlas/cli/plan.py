@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from atlas.cli.plan_output import Report
     from atlas.config import AtlasConfig
     from atlas.data import TokenStream
-    from atlas.planning import Machine, Summary
+    from atlas.planning import Cluster, Machine, Summary
 
 
 def plan(
@@ -32,6 +32,24 @@ def plan(
         str | None,
         typer.Option(help="Plan for a GPU of this size instead of this machine.", metavar="8GB"),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Plan for one run on so many GPUs in each node, as torchrun's --nproc-per-node.", metavar="N"
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(help="With --gpus: the number of nodes (machines), 1 if left out.", metavar="M"),
+    ] = None,
+    interconnect: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gpus: the link inside a node and the one between nodes, by name (pcie4, nvlink4, "
+            "ethernet-10g, infiniband-400, …) or in GB/s in one direction for each GPU.",
+            metavar="NAME|GB/s[,…]",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
@@ -45,22 +63,46 @@ def plan(
     from atlas.config.loader import overlay, parse_overrides, read_yaml, resolve
     from atlas.config.presets import find_config
 
+    cluster = _cluster(gpus, nodes, interconnect, is_asked=bool(config or overrides))
     written = read_yaml(find_config(config)) if config else {}
     wanted = resolve(overlay(written, parse_overrides(overrides or [])))
     text = None if data is None else _open(data)
-    report = _report(wanted, text, gpu, memory, is_asked=bool(config or overrides))
+    report = _report(wanted, text, gpu, memory, cluster, is_asked=bool(config or overrides))
     if as_json:
         print_json(report)
     else:
         print_report(report)
 
 
+def _cluster(
+    gpus: int | None, nodes: int | None, interconnect: str | None, *, is_asked: bool
+) -> Cluster | None:
+    """None without `--gpus`."""
+    from atlas.errors import AtlasError
+    from atlas.planning import cluster_of
+
+    if gpus is None:
+        for flag, value in (("--nodes", nodes), ("--interconnect", interconnect)):
+            if value is not None:
+                raise AtlasError(f"{flag} {value}: is for several GPUs; say how many each node has, --gpus 8")
+        return None
+    if not is_asked:
+        raise AtlasError(f"--gpus {gpus}: is for one config; name it, --config small")
+    return cluster_of(gpus, 1 if nodes is None else nodes, interconnect)
+
+
 def _report(
-    wanted: AtlasConfig, text: TokenStream | None, gpu: str | None, memory: str | None, *, is_asked: bool
+    wanted: AtlasConfig,
+    text: TokenStream | None,
+    gpu: str | None,
+    memory: str | None,
+    cluster: Cluster | None,
+    *,
+    is_asked: bool,
 ) -> Report:
     """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
     from atlas.cli.plan_output import Report
-    from atlas.planning import assume_vocabulary, plan_presets
+    from atlas.planning import assume_vocabulary, plan_presets, scale
     from atlas.training.start import with_vocabulary
 
     if text is not None:
@@ -73,6 +115,7 @@ def _report(
         text=text,
         assumes_vocabulary=wanted.model.vocab_size is None,
         summary=_summarize(assume_vocabulary(wanted), machine, text) if is_asked else None,
+        scaling=scale(assume_vocabulary(wanted), machine, cluster) if cluster else None,
         presets=presets,
         preset_summaries=[_summarize_preset(preset.config, machine, text) for preset in presets],
     )
@@ -147,7 +190,9 @@ def _this_machine(wanted: AtlasConfig) -> Machine:
     from atlas.planning.probe import measure_matrix_products
     from atlas.training.runtime import setup_runtime
 
-    runtime = setup_runtime(wanted)
+    # How several processes share a model is planned, not set up.
+    alone = wanted.training.model_copy(update={"parallel": "auto"})
+    runtime = setup_runtime(wanted.model_copy(update={"training": alone}))
     device = runtime.device.type
     card = card_named(torch.cuda.get_device_name()) if device == "cuda" else None
     return Machine(

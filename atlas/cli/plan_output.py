@@ -13,8 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas.cli.terminal import figure, printable
-from atlas.planning import Machine, PresetPlan, Run, Summary, describe_duration, largest_that_fits
+from atlas.planning import (
+    Cluster,
+    Machine,
+    PresetPlan,
+    Run,
+    Scaling,
+    Summary,
+    describe_duration,
+    largest_that_fits,
+)
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
+from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP
+from atlas.planning.run import SPREAD
 
 if TYPE_CHECKING:
     from atlas.data import TokenStream
@@ -24,12 +35,14 @@ _NARROWEST = 100  # without a terminal: wide enough for every table
 
 @dataclass(frozen=True)
 class Report:
-    """`text` and `summary` are None where none was named; the presets' summaries stand in the order of the presets."""
+    """`text`, `summary` and `scaling` are None where none was named; the presets' summaries stand in the order of the
+    presets."""
 
     machine: Machine
     text: TokenStream | None
     assumes_vocabulary: bool
     summary: Summary | None
+    scaling: Scaling | None
     presets: list[PresetPlan]
     preset_summaries: list[Summary]
 
@@ -70,6 +83,7 @@ def print_json(report: Report) -> None:
             "vocab_size": text.vocab_size,
         },
         "config": report.summary and _as_json(report.summary),
+        "scaling": report.scaling and _scaling_as_json(report.scaling),
         "presets": {
             preset.name: _as_json(summary)
             for preset, summary in zip(report.presets, report.preset_summaries, strict=True)
@@ -101,6 +115,27 @@ def _as_json(summary: Summary) -> dict[str, Any]:
     }
 
 
+def _scaling_as_json(scaling: Scaling) -> dict[str, Any]:
+    sent = scaling.communication
+    return {
+        **asdict(scaling.cluster),
+        "ranks": scaling.cluster.ranks,
+        "parallel": scaling.parallel,
+        "shard_size": scaling.shard_size,
+        "sequences_of_a_rank": scaling.sequences,
+        "micro_batch_size": scaling.sequences_at_once,
+        "rank_memory_bytes": _with_total(scaling.memory),
+        "fits": scaling.fits,
+        "sent_bytes": {"weights": sent.weights, "gradients": sent.gradients, "total": sent.bytes},
+        "computing_seconds": scaling.computing,
+        "communication_seconds": sent.seconds,
+        "exposed_seconds": sent.exposed,
+        "update_seconds": scaling.seconds,
+        "efficiency": scaling.efficiency,
+        "tokens_per_second": scaling.tokens_per_second,
+    }
+
+
 def _with_total(parts: Any) -> dict[str, int]:
     return {**asdict(parts), "total": parts.total}
 
@@ -110,6 +145,8 @@ def print_report(report: Report) -> None:
     console = Console(width=None if sys.stdout.isatty() else _NARROWEST, highlight=False, markup=False)
     if report.summary:
         _print_summary(console, report, report.summary)
+        if report.scaling:
+            _print_scaling(console, report.scaling, report.summary)
     _print_presets(console, report)
     console.print(*_notes(report), sep="\n", soft_wrap=True)
 
@@ -130,7 +167,7 @@ def _print_summary(console: Console, report: Report, summary: Summary) -> None:
             "with checkpoint.background=false, training waits for the disk.\n",
             soft_wrap=True,
         )
-    if not summary.fits:
+    if not summary.fits and report.scaling is None:
         there = f"Does not fit: {machine.name} has {_gib(machine.memory)}. What would help:"
         console.print(there, *summary.remedies, "", sep="\n", soft_wrap=True)
     _print_rows(console, f"Memory of generating on {machine.device}", _parts(summary.generating, _gib))
@@ -166,6 +203,65 @@ def _time_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "energy of the card", f"{low} to {high} kWh"
 
 
+def _print_scaling(console: Console, scaling: Scaling, summary: Summary) -> None:
+    """On several GPUs; the sections before are of one."""
+    sent, cluster = scaling.communication, scaling.cluster
+    shards = {"ranks that share a model": f"{scaling.shard_size:,}"} if scaling.parallel == "fsdp" else {}
+    shared = {
+        "training.parallel": scaling.parallel,
+        **shards,
+        "sequences of an update, each": f"{scaling.sequences:,}",
+        "sequences at once": f"{scaling.sequences_at_once:,}",
+    }
+    _print_rows(console, f"On {_cluster(cluster)}", shared)
+    _print_rows(console, "Memory of each of them", _parts(scaling.memory, _gib))
+    if not scaling.fits:
+        console.print(
+            f"Does not fit: each has {_gib(scaling.available)}. What would help: {_remedy(scaling, summary)}.\n",
+            soft_wrap=True,
+        )
+    parts = {"weights": sent.weights, "gradients": sent.gradients, "total": sent.bytes}
+    moved = {name: _gb(size) for name, size in parts.items() if size or name == "total"}
+    _print_rows(console, "Sent in an update by each, and received", moved)
+    hidden = sent.seconds - sent.exposed
+    time = {
+        "computing": _time(scaling.computing),
+        "communication": _time(sent.seconds),
+        "of it hidden behind computing": _time(hidden),
+        "of it exposed": _time(sent.exposed),
+        "total": _time(scaling.seconds),
+        "efficiency": f"{scaling.efficiency:.1%}",
+        "tokens a second, of all": figure(scaling.tokens_per_second),
+    }
+    if summary.run.updates is not None:
+        seconds = scaling.seconds * summary.run.updates
+        time["time of the run"] = describe_duration((seconds / SPREAD, seconds * SPREAD))
+    _print_rows(console, "Time of an update", time)
+
+
+def _cluster(cluster: Cluster) -> str:
+    one = f"{cluster.gpus:,} {'GPUs' if cluster.gpus > 1 else 'GPU'}"
+    where = f"{one} in one node"
+    if cluster.nodes > 1:
+        where = f"{cluster.nodes:,} nodes of {one}"
+    links = [f"{cluster.inside.name} inside"] + (
+        [f"{cluster.between.name} between"] if cluster.between else []
+    )
+    return f"{where}, {', '.join(links)}"
+
+
+def _remedy(scaling: Scaling, summary: Summary) -> str:
+    training = summary.config.training
+    ways = ["--set training.micro_batch_size=1"] if scaling.sequences_at_once > 1 else []
+    if not training.gradient_checkpointing:
+        ways.append("--set training.gradient_checkpointing=true")
+    if scaling.parallel == "fsdp":
+        ways.append("more ranks to share a model")
+    elif scaling.parallel == "ddp":
+        ways.append("--set training.parallel=fsdp")
+    return ", ".join(ways)
+
+
 def _notes(report: Report) -> Iterator[str]:
     """How the figures came about, and what is not known."""
     machine, summary = report.machine, report.summary
@@ -182,6 +278,8 @@ def _notes(report: Report) -> Iterator[str]:
             f"{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}. "
             f"Evaluations and saves come on top{'' if machine.device == 'cpu' else waits}."
         )
+    if report.scaling:
+        yield from _notes_on_scaling(report.scaling)
     if summary and summary.advice:
         advice = summary.advice
         yield (
@@ -208,6 +306,20 @@ def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
         yield "Updates: neither training.max_steps nor --data says how many there will be."
     if training.epochs and not has_text and summary.run.updates is not None:
         yield "Updates: training.epochs may end the run sooner; --data says whether it does."
+
+
+def _notes_on_scaling(scaling: Scaling) -> Iterator[str]:
+    cluster = scaling.cluster
+    yield f"GPUs: the sections up to “The run” are of one, those after it of {cluster.ranks:,}."
+    if scaling.parallel != "none":
+        yield (
+            f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal speed, hidden behind {OVERLAP:.0%} "
+            "of the computing beside them (assumed, not measured); their latency is left out."
+        )
+    if cluster.is_assumed:
+        ports = ", one port for all GPUs of a node" if cluster.between and cluster.between.is_shared else ""
+        between = f", {cluster.between.name} between nodes{ports}" if cluster.between else ""
+        yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect names others."
 
 
 def _print_presets(console: Console, report: Report) -> None:
@@ -254,9 +366,13 @@ def _parts(estimate: Any, show: Any) -> dict[str, str]:
     return {**named, "total": show(estimate.total)}
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{figure(seconds * 1e3)} ms"
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _gb(size: int) -> str:
+def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"

@@ -2,6 +2,7 @@
 
 from atlas.planning.advice import Advice, advise, advise_on
 from atlas.planning.cards import CARDS, Card, card_named, find_card
+from atlas.planning.communication import ASSUMED_LINKS, LINKS, Cluster, Communication, Link, cluster_of
 from atlas.planning.estimate import (
     ASSUMED_VOCABULARY,
     InferenceMemory,
@@ -22,18 +23,26 @@ from atlas.planning.flops import training_flops_per_token
 from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 from atlas.planning.run import Machine, Run, describe_duration, machine_with, plan_run
+from atlas.planning.scaling import RankMemory, Scaling, scale
 from atlas.planning.summary import Summary, summarize
 
 __all__ = [
+    "ASSUMED_LINKS",
     "ASSUMED_VOCABULARY",
     "CARDS",
+    "LINKS",
     "Advice",
     "Card",
+    "Cluster",
+    "Communication",
     "InferenceMemory",
+    "Link",
     "Machine",
     "Parameters",
     "PresetPlan",
+    "RankMemory",
     "Run",
+    "Scaling",
     "Summary",
     "TrainingMemory",
     "advise",
@@ -41,6 +50,7 @@ __all__ = [
     "assume_vocabulary",
     "card_named",
     "checkpoint_bytes",
+    "cluster_of",
     "count_parameters",
     "describe_duration",
     "estimate_inference_memory",
@@ -55,6 +65,7 @@ __all__ = [
     "output_folder_bytes",
     "plan_presets",
     "plan_run",
+    "scale",
     "snapshot_bytes",
     "summarize",
     "training_flops_per_token",

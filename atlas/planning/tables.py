@@ -1,4 +1,5 @@
-"""The tables of docs/TRAINING.md and docs/FAQ.md that say what presets take: `python -m atlas.planning.tables`."""
+"""The tables of docs/TRAINING.md, docs/FAQ.md and docs/SCALING.md that say what presets take:
+`python -m atlas.planning.tables`."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from pathlib import Path
 
 from atlas.config.presets import preset_names
 from atlas.planning.cards import Card, find_card
+from atlas.planning.communication import cluster_of
 from atlas.planning.estimate import count_parameters, estimate_training_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 from atlas.planning.run import describe_duration, machine_with, plan_run
+from atlas.planning.scaling import scale
 from atlas.planning.summary import summarize
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,6 +29,12 @@ _BY_MEMORY = (
     "RTX 5090",
     "A100 80GB",
 )
+_SCALED = ("small", "default", "large")
+_SCALED_ON = "H100"
+_GPUS_OF_A_NODE = 8
+_NODES = (1, 8, 64)
+_AT_ONCE, _MICRO_BATCHES = 8, 4
+"""Sequences of a GPU: in a micro-batch, and how often in an update."""
 _SIMPLE_WIKIPEDIA = 31_000_000  # tokens of GPT-2's vocabulary
 
 
@@ -90,10 +99,53 @@ def cards_table() -> str:
     return _markdown(header, rows)
 
 
+def scaling_table() -> str:
+    """Presets on 8 GPUs and more; an update grows with their number."""
+    machine = machine_with(find_card(_SCALED_ON))
+    header = (
+        "preset",
+        "GPUs",
+        "sequences an update",
+        "parallel",
+        "memory of a GPU",
+        "computing",
+        "exposed",
+        "efficiency",
+        "tokens/s",
+    )
+    rows = []
+    for name in _SCALED:
+        config = _presets()[name].config
+        for nodes in _NODES:
+            link = "nvlink4" if nodes == 1 else "nvlink4,infiniband-400"
+            cluster = cluster_of(_GPUS_OF_A_NODE, nodes, link)
+            size = {
+                "batch_size": _AT_ONCE,
+                "gradient_accumulation_steps": _MICRO_BATCHES * cluster.ranks,
+            }
+            training = config.training.model_copy(update=size)
+            scaling = scale(config.model_copy(update={"training": training}), machine, cluster)
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"{cluster.ranks}",
+                    f"{training.sequences_per_update:,}",
+                    scaling.parallel,
+                    f"{scaling.memory.total / 2**30:.1f} GiB",
+                    f"{scaling.computing * 1e3:,.0f} ms",
+                    f"{scaling.communication.exposed * 1e3:,.1f} ms",
+                    f"{scaling.efficiency:.1%}",
+                    f"{scaling.tokens_per_second / 1e6:,.2f} M",
+                )
+            )
+    return _markdown(header, rows)
+
+
 TABLES = {
     "presets_table": ("TRAINING.md", presets_table),
     "pass_table": ("FAQ.md", pass_table),
     "cards_table": ("FAQ.md", cards_table),
+    "scaling_table": ("SCALING.md", scaling_table),
 }
 
 

@@ -22,17 +22,13 @@ from torch import Tensor, nn
 
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError, EndedElsewhere
-from atlas.planning import measure_memory, memory_of_a_step
+from atlas.planning import measure_memory, scaling
 
 if TYPE_CHECKING:
     from atlas.training.runtime import Runtime
 
 DEFAULT_TIMEOUT = 600.0
 """Seconds."""
-_ROOMY = 0.75
-"""A step whose estimate is below this part of a device's free memory needs no sharding."""
-_SHARDED = ("adamw", "muon")
-"""The optimizers that can keep a part of the state on each rank."""
 _GRACE = 30.0
 """Seconds in which torchrun ends what is left of a run after one rank ended."""
 _LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "nccl")
@@ -198,55 +194,10 @@ def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> 
                 "or leave it at auto"
             )
         return "none"
-    if asked == "none" and world.size > 1:
-        raise AtlasError(
-            f"training.parallel: none: {world.size} processes would each train a model of their own: take auto"
-        )
-    if asked == "auto":
-        asked = "none"
-        if world.size > 1:
-            asked = "ddp" if _fits_one_device(config, world, device) else "fsdp"
-    if asked == "ddp" and world.size == 1:
-        asked = "none"
-    _refuse_what_is_not_sharded(config, asked)
-    shard_size = config.training.shard_size
-    if shard_size is not None:
-        if asked != "fsdp":
-            raise AtlasError(
-                f"training.shard_size: {shard_size}: is for training.parallel fsdp, this is {asked}"
-            )
-        if world.size % shard_size:
-            raise AtlasError(
-                f"training.shard_size: {shard_size}: {world.size} processes are not a multiple of it"
-            )
-    return asked
-
-
-def _fits_one_device(config: AtlasConfig, world: World, device: torch.device) -> bool:
     free = measure_memory(device.type)
     if device.type == "cpu":
         free //= world.local_size
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    one = config.model_copy(update={"training": training})
-    return memory_of_a_step(one, device=device.type) <= _ROOMY * free
-
-
-def _refuse_what_is_not_sharded(config: AtlasConfig, parallel: str) -> None:
-    training = config.training
-    if parallel != "fsdp":
-        return
-    if training.optimizer not in _SHARDED:
-        raise AtlasError(
-            f"training.optimizer: {training.optimizer}: its state cannot be kept in shards: take "
-            f"{' or '.join(_SHARDED)}, or training.parallel ddp"
-        )
-    if training.precision in ("fp16", "bf16-true"):
-        why = "an overflow would be seen by one rank alone"
-        if training.precision == "bf16-true":
-            why = "weights are rounded at random, whole"
-        raise AtlasError(
-            f"training.precision: {training.precision}: not with training.parallel fsdp ({why}): take bf16, or ddp"
-        )
+    return scaling.choose_parallel(config, world.size, device=device.type, memory=free)[0]
 
 
 def wrap(objective: nn.Module, config: AtlasConfig, runtime: Runtime) -> nn.Module:

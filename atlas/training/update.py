@@ -68,12 +68,18 @@ class Updater:
         self.config = config
         self.runtime = runtime
         self.world = runtime.world
+        self._num_valid = 0
+        """Targets in the update of all ranks."""
         self.say = say
         self.objective = SummedLoss(model, custom_loss)
         self.wrapped = wrap(self.objective, config, runtime)
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()
         self.rounds = runtime.weights_dtype != torch.float32
+
+    def _clear_gradient(self) -> None:
+        """DDP keeps the memory of gradients, and what it has no memory for yet would be made beside it."""
+        self.optimizer.zero_grad(set_to_none=self.runtime.parallel != "ddp")
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
         """`saved` as the optimizer's state dict. PyTorch gives a state the dtype of its parameter; that of weights in
@@ -120,12 +126,13 @@ class Updater:
             # Here and not above: the exception holds on to the tensors of what failed.
             self._run_fewer_at_once(state, len(inputs))
         if loss is None:
-            self.optimizer.zero_grad()
+            self._clear_gradient()
         elif state.micro_batch_size < asked:
+            total = len(inputs) * self.world.size
             self.say(
                 f"step {state.step + 1}: out of memory with {asked} sequences at once: {state.micro_batch_size} from "
-                f"now on. An update still takes {len(inputs) * self.world.size}. This is remembered for this machine and "
-                "model; --set training.micro_batch_size=N sets it"
+                f"now on. An update still takes {total}. This is remembered for this machine and model; "
+                "--set training.micro_batch_size=N sets it"
             )
             remember_micro_batch(self.config, self.runtime.device, state.micro_batch_size)
         return loss
@@ -164,13 +171,14 @@ class Updater:
         The loss is summed over valid tokens and divided by their number in the whole update, so that the
         split changes nothing. A micro-batch without a valid token adds nothing.
         """
-        self.optimizer.zero_grad()
+        self._clear_gradient()
         world, size = self.world, state.micro_batch_size
         valid_here = int((targets != IGNORE_INDEX).sum())
         valid, asked = world.sums(valid_here, stop.asked)
         if asked and not stop.requested:
             stop.agree()
-        total_valid = max(1, int(valid))
+        self._num_valid = int(valid)
+        total_valid = max(1, self._num_valid)
         total = torch.zeros((), device=self.runtime.device)
         for start in range(0, len(inputs), size):
             if stop.requested:
@@ -208,7 +216,7 @@ class Updater:
         guard, parameters = self.config.guard, list(self.model.parameters())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if all(parameter.grad is None for parameter in parameters):  # not one valid token
+        if self._num_valid == 0:
             return Update(0.0, 0.0, None)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
@@ -235,7 +243,7 @@ class Updater:
             if fault is None:
                 self._step(state.step)
             self.scaler.update()
-        self.optimizer.zero_grad()
+        self._clear_gradient()
         return Update(loss_value, norm_value, fault)
 
     def _step(self, step: int) -> None:

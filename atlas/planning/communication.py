@@ -1,0 +1,248 @@
+"""What the ranks of a run send one another in an update, and how much of that computing does not hide.
+
+A model, not a measurement. `ddp` sums the gradients of all ranks once, while the last micro-batch's backward pass runs.
+`fsdp` gathers the weights of each block before its forward pass and again before its backward pass, those of the root
+(embeddings, final norm, head) once, and sums the gradients' shards, all in each micro-batch; where several groups of
+`shard_size` ranks hold a model, their shards' gradients are summed over the groups in the last one. Everything is in
+the weights' precision, and goes around in rings (Patarasuk & Yuan 2009): of S ranks each sends (S-1)/S of the bytes to
+gather or to reduce and scatter them, and twice that to do both, which is an all-reduce.
+
+What the root sends hides behind nothing: its weights are needed first, and its gradients are there last. So it is with
+Muon, which wants each matrix whole when all is computed. Time is bytes by speed; the wait for the first byte, some
+microseconds for each step of a ring, is left out, though hundreds of ranks make it milliseconds.
+
+Symbols: S ranks that share a model, R groups of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from atlas.errors import AtlasError
+
+LINK_EFFICIENCY = 0.8
+"""The part of a link's nominal speed that a ring reaches. Assumed, not measured."""
+OVERLAP = 0.8
+"""The part of the computing beside it that communication can hide behind. Assumed, not measured."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects GPUs, or nodes."""
+
+    name: str
+    gigabytes: float
+    """10⁹ bytes a second in one direction."""
+    is_shared: bool = False
+    """One port for all GPUs of a node; otherwise each has its own."""
+
+
+LINKS = (
+    # Nominal, from common knowledge as atlas/planning/cards.py; nothing here was measured.
+    Link("pcie3", 12.0),
+    Link("pcie4", 24.0),
+    Link("pcie5", 48.0),
+    Link("nvlink3", 300.0),
+    Link("nvlink4", 450.0),
+    Link("ethernet-1g", 0.12, is_shared=True),
+    Link("ethernet-10g", 1.2, is_shared=True),
+    Link("ethernet-25g", 3.0, is_shared=True),
+    Link("ethernet-100g", 12.0, is_shared=True),
+    Link("infiniband-200", 25.0),
+    Link("infiniband-400", 50.0),
+)
+ASSUMED_LINKS = ("pcie4", "ethernet-10g")
+"""Inside a node, and between nodes."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` of `gpus` each. Rank r is GPU r mod `gpus` of node r div `gpus`, as torchrun counts."""
+
+    gpus: int
+    nodes: int
+    inside: Link
+    between: Link | None
+    """None where there is one node."""
+    is_assumed: bool = False
+    """Nobody named the links."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+    def rate_of_neighbours(self, size: int) -> float:
+        """Bytes/s of each of the rings that `size` ranks in a row make."""
+        if self.gpus % size == 0:
+            return self._rate(0)
+        return self._rate(1 if size % self.gpus == 0 else 2)
+
+    def rate_across(self, size: int) -> float:
+        """Bytes/s of each of the `size` rings that every `size`-th rank makes."""
+        return self._rate(min(size, self.gpus))
+
+    def _rate(self, leaving: int) -> float:
+        """Of each ring, where so many leave a node, 0 where they stay inside. NCCL cuts a ring that leaves into one for
+        each port of the node, and rings share the ports."""
+        slowest = self.inside.gigabytes
+        if leaving and self.between is not None:
+            ports = 1 if self.between.is_shared else self.gpus
+            slowest = min(slowest, self.between.gigabytes * ports / leaving)
+        return LINK_EFFICIENCY * slowest * 1e9
+
+
+def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
+    """From what the command line says; `interconnect` left out: `ASSUMED_LINKS`. Raises `AtlasError`."""
+    for flag, count, what in (("--gpus", gpus, "GPUs in each node"), ("--nodes", nodes, "nodes")):
+        if count < 1:
+            raise AtlasError(f"{flag} {count}: is the number of {what}; write 1 or more")
+    if interconnect is None:
+        inside, between = map(_link, ASSUMED_LINKS)
+        return Cluster(gpus, nodes, inside, between if nodes > 1 else None, is_assumed=True)
+    names = interconnect.split(",")
+    if len(names) > 2 or (len(names) == 2 and nodes == 1):
+        raise AtlasError(
+            f"--interconnect {interconnect}: names {len(names)} links; give the one inside a node, and with --nodes "
+            "the one between them: nvlink4,infiniband-400"
+        )
+    if len(names) == 1 and nodes > 1:
+        raise AtlasError(
+            f"--interconnect {interconnect}: is the link inside a node; with --nodes {nodes} give the one between them "
+            f"as well: {interconnect},infiniband-400"
+        )
+    links = [_link(name) for name in names]
+    return Cluster(gpus, nodes, links[0], links[1] if nodes > 1 else None)
+
+
+def _link(text: str) -> Link:
+    name = text.strip().lower()
+    found = {link.name: link for link in LINKS}
+    if name in found:
+        return found[name]
+    try:
+        speed = float(name)
+    except ValueError:
+        close = difflib.get_close_matches(name, found, n=1, cutoff=0.6)
+        hint = (
+            f"did you mean {close[0]}? Of another" if close else f"take one of {', '.join(found)}; of another"
+        )
+        raise AtlasError(
+            f"--interconnect {text}: is not a link that is known here; {hint} give GB/s, as 25"
+        ) from None
+    if not 0 < speed < math.inf:
+        raise AtlasError(f"--interconnect {text}: is not a speed; write GB/s, above 0, as 25")
+    return Link(f"{speed:g} GB/s", speed)
+
+
+# What is sent
+
+
+def gather(size: float, ranks: int) -> float:
+    """Bytes that each of `ranks` sends so that all have the whole `size`, or each its part of the sum."""
+    return size * (ranks - 1) / ranks
+
+
+def all_reduce(size: float, ranks: int) -> float:
+    """Bytes that each of `ranks` sends so that all have the sum of `size` bytes."""
+    return 2 * gather(size, ranks)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts: weights, and the gradients of those that learn."""
+
+    blocks: int
+    root: int
+    """All outside the blocks."""
+    block_gradients: int
+    root_gradients: int
+    embedding_gradients: int
+    """Of the root's, those of what comes before the blocks."""
+    made_whole: int
+    """Of the matrices that the optimizer wants whole."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Micro-batches of one size: how many, and the seconds of computing in each."""
+
+    times: int
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Of one rank in one update."""
+
+    weights: float
+    """Bytes sent, and as many received."""
+    gradients: float
+    """Likewise."""
+    seconds: float
+    exposed: float
+    """Seconds of these in which nothing is computed."""
+
+    @property
+    def bytes(self) -> float:
+        return self.weights + self.gradients
+
+
+def communicate(
+    sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], *, parallel: str, shards: int
+) -> Communication:
+    """Of an update of `passes`, the last of which is its last micro-batch, with `parallel` `none`, `ddp` or `fsdp`; of
+    `shards` ranks that share a model."""
+    stages: list[_Stage] = []
+    if parallel == "ddp":
+        stages = list(_of_ddp(sizes, cluster, passes[-1]))
+    if parallel == "fsdp":
+        stages = list(_of_fsdp(sizes, cluster, passes, shards))
+    return Communication(
+        weights=sum(stage.times * stage.weights for stage in stages),
+        gradients=sum(stage.times * stage.gradients for stage in stages),
+        seconds=sum(stage.times * stage.seconds for stage in stages),
+        exposed=sum(stage.times * max(0.0, stage.seconds - OVERLAP * stage.beside) for stage in stages),
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What comes so many times in an update: bytes that a rank sends, the seconds that takes, and the seconds of
+    computing beside it."""
+
+    times: int
+    weights: float
+    gradients: float
+    seconds: float
+    beside: float = 0.0
+
+
+def _of_ddp(sizes: Sizes, cluster: Cluster, last: Pass) -> Iterator[_Stage]:
+    rate = cluster.rate_of_neighbours(cluster.ranks)
+    late = all_reduce(sizes.embedding_gradients, cluster.ranks)
+    early = all_reduce(sizes.block_gradients + sizes.root_gradients, cluster.ranks) - late
+    yield _Stage(1, 0.0, early, early / rate, last.backward)
+    yield _Stage(1, 0.0, late, late / rate)
+
+
+def _of_fsdp(sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], shards: int) -> Iterator[_Stage]:
+    rate, groups = cluster.rate_of_neighbours(shards), cluster.ranks // shards
+    root, blocks = gather(sizes.root, shards), gather(sizes.blocks, shards)
+    root_sum, blocks_sum = gather(sizes.root_gradients, shards), gather(sizes.block_gradients, shards)
+    for number, micro in enumerate(passes, start=1):
+        root_copies = blocks_copies = 0.0
+        if number == len(passes):
+            root_copies = all_reduce(sizes.root_gradients / shards, groups)
+            blocks_copies = all_reduce(sizes.block_gradients / shards, groups)
+        across, times = cluster.rate_across(shards), micro.times
+        yield _Stage(times, root, 0.0, root / rate)
+        yield _Stage(times, blocks, 0.0, blocks / rate, micro.forward)
+        seconds = (blocks + blocks_sum) / rate + blocks_copies / across
+        yield _Stage(times, blocks, blocks_sum + blocks_copies, seconds, micro.backward)
+        yield _Stage(times, 0.0, root_sum + root_copies, root_sum / rate + root_copies / across)
+    whole = gather(sizes.made_whole, shards)
+    yield _Stage(1, 0.0, whole, whole / rate)
