@@ -4,7 +4,8 @@
 
 FAULT: `none`; `kill` and `hang` by a signal, `memory` (PyTorch's out of memory, in the forward pass), `memory-late` (in
 a backward pass with the others), `bug`: all in the update after STEP; `save`: killed while a checkpoint of STEP or a
-later one is being written; `disk`: full when that of STEP is.
+later one is being written; `disk`: full when that of STEP is; `nan`: two updates from STEP on have no finite
+loss.
 """
 
 from __future__ import annotations
@@ -36,11 +37,24 @@ def before_update(step: int, fault: str) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fault == "bug":
                 raise ValueError("a bug")
+            if fault == "nan":
+                _poison(self)
             if fault.startswith("memory"):
                 _run_out(self, in_backward=fault == "memory-late")
         return whole(self, inputs, *rest)
 
     update.Updater._accumulate = accumulate  # type: ignore[method-assign]
+
+
+def _poison(updater: update.Updater) -> None:
+    whole, begun = updater.objective.forward, []
+
+    def forward(*arguments: Any, **named: Any) -> torch.Tensor:
+        begun.append(True)
+        loss = whole(*arguments, **named)
+        return loss * float("nan") if len(begun) <= 4 else loss  # each update has two micro-batches
+
+    updater.objective.forward = forward  # type: ignore[method-assign]
 
 
 def _run_out(updater: update.Updater, *, in_backward: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from atlas.cli import main
-from atlas.config.loader import overlay, resolve
+from atlas.config.loader import nested, overlay, resolve
 from atlas.data.loader import share_of_update
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training import distributed
@@ -199,6 +200,64 @@ def test_another_mode_goes_on_with_the_same_run(tmp_path: Path, text_file: Path)
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "feature", ["data.document_mask=true", "training.compile=on", "training.gradient_checkpointing=true"]
+)
+def test_what_works_on_one_works_on_two(tmp_path: Path, text_file: Path, parallel: str, feature: str) -> None:
+    if "compile" in feature and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    explicit = hard(tmp_path / "one", text_file, training__micro_batch_size=2)
+    if "compile" not in feature:
+        key, _, value = feature.partition("=")
+        explicit = overlay(explicit, nested(key, value == "true"))
+    run(explicit)
+    flags = (
+        "--set",
+        feature,
+        "--set",
+        f"training.parallel={parallel}",
+        "--output-dir",
+        str(tmp_path / "two"),
+    )
+    trained(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_low_rank_updates_learn_on_two(tmp_path: Path, text_file: Path, parallel: str) -> None:
+    run(hard(tmp_path / "base", text_file))
+    base = str(tmp_path / "base/atlas_step_6.pt")
+    explicit = hard(tmp_path / "one", text_file, lora__rank=4)
+    run(explicit, init_from=base)
+    flags = (
+        "--set",
+        f"training.parallel={parallel}",
+        "--output-dir",
+        str(tmp_path / "two"),
+        "--init-from",
+        base,
+    )
+    trained(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_hours_are_planned_by_the_first_and_kept_by_all(tmp_path: Path, text_file: Path) -> None:
+    explicit = hard(tmp_path / "one", text_file, training__max_steps=10**6, checkpoint__save_interval=10**6)
+    explicit["training"] |= {"eval_interval": 10**6, "log_interval": 50}
+    process = launch(write_config(tmp_path / "run.yaml", explicit), 2, "--max-hours", "0.002")
+    code, said = finish(process)
+    assert code == 0, said
+    assert "the run is planned to end at step" in said
+    (last,) = (tmp_path / "one").glob("atlas_step_*.pt")
+    contents = load_checkpoint(last)
+    assert contents["step"] > 20
+    assert contents["seconds"] < 8
+
+
 # Failures
 
 
@@ -262,6 +321,25 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path, text_file: Path, format:
         tmp_path / "alone", tmp_path / "one", "atlas_step_6" if format == "sharded" else "atlas_step_6.pt"
     )
     assert not list((tmp_path / "one").glob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_numbers_that_go_wrong_on_one_rank_send_all_back(
+    tmp_path: Path, text_file: Path, parallel: str
+) -> None:
+    explicit = hard(tmp_path / "one", text_file, training__parallel=parallel, checkpoint__save_interval=2)
+    explicit["guard"] = {"max_bad_steps": 2}
+    code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="nan@1:4"))
+    assert code == 0, said
+    back = "step 6: back to step 4 (rollback 1 of 3): sequences 32 to 47 are skipped"
+    assert said.count(back) == 1
+    assert back in (tmp_path / "one/training.rank-1.log").read_text()
+    events = [line["event"] for line in logged(tmp_path / "one", "event")]
+    assert events == ["skipped", "skipped", "rollback"]
+    contents = load_checkpoint(tmp_path / "one/atlas_step_6.pt")
+    assert (contents["rate_scale"], contents["sequences_consumed"]) == (0.5, 8 * 8)
+    assert all(weight.isfinite().all() for weight in contents["model_state_dict"].values())
 
 
 @pytest.mark.slow
