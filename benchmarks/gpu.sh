@@ -9,7 +9,8 @@
 # ended in $OUT/summary.txt. A step that fails or takes too long does not keep the others from running; the exit status
 # is that of the worst.
 #
-# The tests are first, since figures of what is wrong say nothing; then training's speed and memory, then decoding.
+# The tests are first, since figures of what is wrong say nothing; then training's speed and memory, what it costs to be
+# in one shard under torchrun, then decoding.
 
 set -uo pipefail
 
@@ -109,7 +110,9 @@ fi
 step train_throughput 210 "$python" benchmarks/train_throughput.py --device cuda --preset small \
     --batch-size "$batch_size" --rounds 20 ${peers[@]+"${peers[@]}"}
 step memory 140 "$python" benchmarks/memory.py --device cuda --no-peers
-step decode 120 "$python" benchmarks/decode.py --device cuda --preset small --rounds 3
+step one_shard 60 "$python" benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp \
+    --batch-size "$batch_size" --rounds 10 --updates 10
+step decode 100 "$python" benchmarks/decode.py --device cuda --preset small --rounds 3
 
 say "all in $SECONDS s; what each printed is in $(basename "$out")/"
 exit "$worst"

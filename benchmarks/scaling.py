@@ -4,13 +4,14 @@
     python benchmarks/scaling.py --preset tiny --updates 1
     python benchmarks/scaling.py --processes 1 2 4 8
     python benchmarks/scaling.py --parallel fsdp                in shards, beside plain `fully_shard`
+    python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     what one shard costs
 
 Atlas takes its updates as `atlas train` does under torchrun. The plain loop beside it is what one would write by hand:
 the same model and the same loss from random tokens, wrapped by PyTorch, a fused AdamW, clipping, and nothing of what a
 run needs besides (a sum over the whole batch's valid tokens, memory that runs short on one rank, numbers that are not
 finite). Every process has one thread and the same number of sequences, however many there are; one process is an
-ordinary run, without torchrun and wrapper. All in fp32 on the CPU, with what Atlas asks of the system's memory
-(atlas/process.py).
+ordinary run, without torchrun and wrapper, and with `--parallel fsdp` also one under torchrun, whose only shard is the
+whole. All in fp32 on the CPU, with what Atlas asks of the system's memory (atlas/process.py), or in bf16 on a GPU each.
 
 All contenders are started once; then they take turns, some updates each, and the others wait without computing. Medians
 count. Efficiency is the speed over that of as many times one process. Processes that share a core, its caches or the
@@ -53,6 +54,7 @@ class Task:
     batch_size: int
     parallel: str
     updates: int
+    device: str = "cpu"
 
     def config(self, processes: int) -> AtlasConfig:
         from atlas.config.loader import overlay, read_yaml, resolve
@@ -62,11 +64,11 @@ class Task:
         training = {
             "batch_size": self.batch_size * processes,
             "optimizer": "adamw",
-            "precision": "fp32",
-            "parallel": self.parallel if processes > 1 else "auto",
+            "precision": "fp32" if self.device == "cpu" else "auto",
+            "parallel": self.parallel if "RANK" in os.environ else "auto",
         }
         given = {"model": {"vocab_size": VOCABULARY}} if "vocab_size" not in preset["model"] else {}
-        return resolve(overlay(preset, {**given, "training": training, "device": "cpu"}))
+        return resolve(overlay(preset, {**given, "training": training, "device": self.device}))
 
     def batch(self, config: AtlasConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of one process."""
@@ -108,9 +110,11 @@ def plain(task: Task, world: World) -> Step:
 
     from atlas.model import build_model
     from atlas.training.loss import SummedLoss
+    from atlas.training.runtime import setup_runtime
 
     config = task.config(world.size)
-    model = build_model(config.model, seed=0).train()
+    runtime = setup_runtime(config, world)
+    model = build_model(config.model, seed=0).train().to(runtime.device)
     objective: Any = SummedLoss(model)
     if world.size > 1 and task.parallel == "ddp":
         objective = torch.nn.parallel.DistributedDataParallel(objective)
@@ -121,8 +125,9 @@ def plain(task: Task, world: World) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def step() -> None:
-        inputs, targets = task.batch(config)
-        loss = objective(inputs, targets) / targets.numel()
+        inputs, targets = (tensor.to(runtime.device) for tensor in task.batch(config))
+        with runtime.autocast():
+            loss = objective(inputs, targets) / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.grad_clip)
         optimizer.step()
@@ -189,9 +194,9 @@ class Trainee:
         return self.contender.name
 
 
-def trainee(name: str, kind: str, processes: int, task: Task) -> Trainee:
+def trainee(name: str, kind: str, processes: int, task: Task, *, wrapped: bool = False) -> Trainee:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), __file__]
+    command = [sys.executable, *(torchrun if processes > 1 or wrapped else []), __file__]
     return Trainee(Contender(name, [*command, "--child", kind, json.dumps(asdict(task))]), processes)
 
 
@@ -205,6 +210,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=20, help="of a contender's turn")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a process in an update")
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     add_record_option(parser)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -214,13 +220,17 @@ def main() -> None:
         return
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    task = Task(arguments.preset, arguments.batch_size, arguments.parallel, arguments.updates)
+    task = Task(
+        arguments.preset, arguments.batch_size, arguments.parallel, arguments.updates, arguments.device
+    )
     names = {"atlas": "Atlas", "plain": f"plain {task.parallel.upper()}"}
     chosen = [
         trainee(name, kind, processes, task)
         for processes in sorted({1, *arguments.processes})
         for kind, name in names.items()
     ]
+    if task.parallel == "fsdp":
+        chosen.insert(2, trainee("Atlas, one shard", "atlas", 1, task, wrapped=True))
     with recorded("Scaling", arguments):
         for one in chosen:
             one.contender.launch()
@@ -238,7 +248,8 @@ def report(task: Task, chosen: list[Trainee]) -> None:
     """Each of `chosen` beside the first, Atlas, of as many processes, and beside itself in one process."""
     context = task.config(1).model.max_seq_len
     print(
-        f"{task.preset}: {task.batch_size} × {context} tokens a process, {task.parallel}, cpu, fp32, a thread each, "
+        f"{task.preset}: {task.batch_size} × {context} tokens a process, {task.parallel}, {task.device}, "
+        f"{'fp32, a thread each' if task.device == 'cpu' else 'bf16'}, "
         f"medians of {len(chosen[0].seconds)} × {task.updates} updates\n"
     )
     tokens = task.updates * task.batch_size * context
