@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,11 +51,18 @@ class World:
 
     def sums(self, *numbers: float) -> tuple[float, ...]:
         """Each number summed over the ranks, in fp64."""
-        if self.size == 1:
-            return numbers
+        return self.sums_soon(*numbers)()
+
+    def sums_soon(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
+        """The same, to be asked for later: the ranks need not wait for one another here."""
         together = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(together)
-        return tuple(together.tolist())
+        wait = self.add_up_soon(together)
+
+        def sums() -> tuple[float, ...]:
+            wait()
+            return tuple(together.tolist())
+
+        return sums if self.size > 1 else lambda: numbers
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on some rank."""
@@ -82,11 +89,10 @@ class World:
         dist.broadcast(data, src=0)
         return json.loads(data.numpy().tobytes())
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """`tensor`, on its device, summed over the ranks in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def add_up_soon(self, tensor: Tensor) -> Callable[[], Any]:
+        """Sum `tensor`, on its device, over the ranks in place; what is returned waits until it is done."""
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        return work.wait if work else lambda: None
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str],
     return Updater(model, config, runtime, custom_loss, say=say)
 
 
+_PROVEN = 3
+
+
 class RanOutElsewhere(Exception):
     """Another rank ran out of memory in this update."""
 
@@ -68,6 +72,8 @@ class Updater:
         self.config = config
         self.runtime = runtime
         self.world = runtime.world
+        self._done = (0, 0)
+        """Of how many sequences at once, and of those how many updates, up to `_PROVEN`."""
         self._num_valid = 0
         """Targets in the update of all ranks."""
         self.say = say
@@ -101,11 +107,14 @@ class Updater:
         gradient, on a stop.
 
         Where memory runs out, fewer sequences run at once from then on, and these are done again. Several ranks do so
-        together, unless one runs out while it adds up gradients (or weights, in shards) with the others.
+        together in the first updates of so many at once, unless one runs out while it adds up gradients (or weights, in
+        shards) with the others. Later they do not ask one another any more, since all would wait for the slowest before
+        each backward pass.
         """
         asked = min(state.micro_batch_size, len(inputs))
         while True:
-            self._runs_with_others = self.runtime.parallel == "fsdp"
+            proven = self._done == (state.micro_batch_size, _PROVEN)
+            self._runs_with_others = self.world.size > 1 and (proven or self.runtime.parallel == "fsdp")
             try:
                 with stop.at_once(enabled=self.runtime.compiles):
                     loss = self._accumulate(inputs, targets, documents, state, stop)
@@ -125,6 +134,8 @@ class Updater:
                 self.world.any(True)
             # Here and not above: the exception holds on to the tensors of what failed.
             self._run_fewer_at_once(state, len(inputs))
+        size, times = self._done
+        self._done = state.micro_batch_size, min(_PROVEN, times + 1) if size == state.micro_batch_size else 1
         if loss is None:
             self._clear_gradient()
         elif state.micro_batch_size < asked:
@@ -173,13 +184,19 @@ class Updater:
         """
         self._clear_gradient()
         world, size = self.world, state.micro_batch_size
-        valid_here = int((targets != IGNORE_INDEX).sum())
-        valid, asked = world.sums(valid_here, stop.asked)
-        if asked and not stop.requested:
-            stop.agree()
-        self._num_valid = int(valid)
-        total_valid = max(1, self._num_valid)
+        counts = world.sums_soon(int((targets != IGNORE_INDEX).sum()), stop.asked)
+
+        @functools.cache
+        def total_valid() -> int:
+            """At least 1; 0 where a rank was asked to stop."""
+            valid, asked = counts()
+            self._num_valid = int(valid)
+            if asked:
+                stop.agree()
+            return 0 if asked else max(1, self._num_valid)
+
         total = torch.zeros((), device=self.runtime.device)
+        wait: Callable[[], Any] = total_valid
         for start in range(0, len(inputs), size):
             if stop.requested:
                 return None
@@ -197,15 +214,19 @@ class Updater:
                         *([] if documents is None else [documents[micro]]),
                     ]
                     loss = self.wrapped(*map(self._to_device, columns), num_valid=num_valid)
-                    loss = loss / total_valid
+                    if total_valid() == 0:
+                        return None
+                    loss = loss / total_valid()
+                total += loss.detach()
                 if is_last and not self._runs_with_others:
                     if world.any(False):
                         raise RanOutElsewhere
                     self._runs_with_others = world.size > 1
+                wait = world.add_up_soon(total) if is_last else total_valid
                 # PyTorch takes the mean over ranks, and this is a part of a sum.
                 self.scaler.scale(loss * world.size).backward()
-            total += loss.detach()
-        return world.add_up(total)
+        wait()
+        return total
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.runtime.device, non_blocking=True)
