@@ -21,7 +21,7 @@ from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training import distributed
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.distributed import World, choose_parallel
-from tests.runs import REPOSITORY, layer, logged, run, write_config
+from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's gloo and these signals are not Windows'")
 
@@ -122,6 +122,14 @@ def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: s
     assert (tmp_path / "two/training.rank-1.log").exists()
     lines = (tmp_path / "two/training.log").read_text().splitlines()
     assert sum("step 6/6" in line for line in lines) == 1, "one rank speaks"
+    assert any(
+        line.endswith(f"2 processes, {parallel}: each takes 4 sequences of an update") for line in lines
+    )
+
+    alone = overlay(explicit, {"checkpoint": {"output_dir": str(tmp_path / "two")}})
+    assert trainer_for(alone, resume=str(tmp_path / "two/atlas_step_3.pt")).config.training.parallel == "auto"
+    said = (tmp_path / "two/training.log").read_text()
+    assert f"training.parallel: {parallel}: is for several processes, and this is one" in said
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
 def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
     """Run one documented line here, in this process; it must succeed and leave the file that it names. What torchrun
     starts runs as one process; tests/test_distributed.py starts several."""
-    words = shlex.split(re.sub(r"^torchrun .* -m (?=atlas )", "", line), comments=True)
+    words = shlex.split(re.sub(r"torchrun .* -m (?=atlas )", "", line), comments=True)
     with pytest.MonkeyPatch.context() as patch:
         while "=" in words[0]:
             patch.setenv(*words.pop(0).split("=", 1))

@@ -146,7 +146,7 @@ def print_report(report: Report) -> None:
     if report.summary:
         _print_summary(console, report, report.summary)
         if report.scaling:
-            _print_scaling(console, report.scaling, report.summary)
+            _print_scaling(console, report.scaling, report.summary, report.machine.device)
     _print_presets(console, report)
     console.print(*_notes(report), sep="\n", soft_wrap=True)
 
@@ -203,8 +203,8 @@ def _time_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "energy of the card", f"{low} to {high} kWh"
 
 
-def _print_scaling(console: Console, scaling: Scaling, summary: Summary) -> None:
-    """On several GPUs; the sections before are of one."""
+def _print_scaling(console: Console, scaling: Scaling, summary: Summary, device: str) -> None:
+    """On several GPUs, or as several processes on a CPU; the sections before are of one."""
     sent, cluster = scaling.communication, scaling.cluster
     shards = {"ranks that share a model": f"{scaling.shard_size:,}"} if scaling.parallel == "fsdp" else {}
     shared = {
@@ -213,7 +213,7 @@ def _print_scaling(console: Console, scaling: Scaling, summary: Summary) -> None
         "sequences of an update, each": f"{scaling.sequences:,}",
         "sequences at once": f"{scaling.sequences_at_once:,}",
     }
-    _print_rows(console, f"On {_cluster(cluster)}", shared)
+    _print_rows(console, f"On {_cluster(cluster, device)}", shared)
     _print_rows(console, "Memory of each of them", _parts(scaling.memory, _gib))
     if not scaling.fits:
         console.print(
@@ -239,8 +239,9 @@ def _print_scaling(console: Console, scaling: Scaling, summary: Summary) -> None
     _print_rows(console, "Time of an update", time)
 
 
-def _cluster(cluster: Cluster) -> str:
-    one = f"{cluster.gpus:,} {'GPUs' if cluster.gpus > 1 else 'GPU'}"
+def _cluster(cluster: Cluster, device: str) -> str:
+    name = ("process", "processes") if device == "cpu" else ("GPU", "GPUs")
+    one = f"{cluster.gpus:,} {name[cluster.gpus > 1]}"
     where = f"{one} in one node"
     if cluster.nodes > 1:
         where = f"{cluster.nodes:,} nodes of {one}"
@@ -279,7 +280,7 @@ def _notes(report: Report) -> Iterator[str]:
             f"Evaluations and saves come on top{'' if machine.device == 'cpu' else waits}."
         )
     if report.scaling:
-        yield from _notes_on_scaling(report.scaling)
+        yield from _notes_on_scaling(report.scaling, machine.device)
     if summary and summary.advice:
         advice = summary.advice
         yield (
@@ -308,9 +309,11 @@ def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
         yield "Updates: training.epochs may end the run sooner; --data says whether it does."
 
 
-def _notes_on_scaling(scaling: Scaling) -> Iterator[str]:
+def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
     cluster = scaling.cluster
-    yield f"GPUs: the sections up to “The run” are of one, those after it of {cluster.ranks:,}."
+    yield f"Ranks: the sections up to “The run” are of one, those after it of {cluster.ranks:,}."
+    if device == "cpu" and cluster.ranks > 1:
+        yield "On a CPU they share its cores: more of them compute no faster. --gpu plans for cards."
     if scaling.parallel != "none":
         yield (
             f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal speed, hidden behind {OVERLAP:.0%} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,14 +102,19 @@ def train(
         "device": device,
         "seed": seed,
     }
-    explicit = _explicit_layer(config, overrides or [], flags)
+
+    def written() -> Layer:
+        return _explicit_layer(config, overrides or [], flags)
+
     if overfit_batch:
         from atlas.training.overfit import overfit_one_batch
 
-        overfit_one_batch(explicit, say=lambda line: typer.echo(line, err=True))
+        overfit_one_batch(written(), say=lambda line: typer.echo(line, err=True))
         return
     if profile:
-        return _print_profile(explicit)
+        return _print_profile(written())
+    # A mistake is told before PyTorch is loaded, which takes seconds; of several processes by the first alone.
+    explicit = None if "RANK" in os.environ else written()
 
     from atlas.cli.terminal import ask_or_none
     from atlas.training.distributed import join_world, together
@@ -117,6 +123,8 @@ def train(
 
     world = join_world(timeout)
     with together(world):
+        with world.in_step():
+            explicit = explicit or written()
         start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()), world)
         train_to_the_end(start_run(start, world))
 
@@ -169,8 +177,11 @@ def train_to_the_end(trainer: Trainer) -> None:
         )
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
-    trainer.log.say(f"{result.outcome} at step {result.step}{loss}{validation}; saved {names} in {folder}")
+    saved = f"; saved {names} in {folder}" if names else ""
+    trainer.log.say(f"{result.outcome} at step {result.step}{loss}{validation}{saved}")
     if result.outcome == "interrupted":
         if trainer.world.is_first:
-            trainer.log.say(f"go on with: atlas train --resume {result.saved[0]}")
+            several = trainer.world.local_size
+            launcher = f"torchrun --nproc-per-node={several} -m " if trainer.world.size > 1 else ""
+            trainer.log.say(f"go on with: {launcher}atlas train --resume {result.saved[0]}")
         raise typer.Exit(INTERRUPTED)

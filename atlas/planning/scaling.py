@@ -16,14 +16,13 @@ from atlas.planning.estimate import (
     count_parameters,
     estimate_training_memory,
     lora_parameters,
-    memory_of_a_step,
 )
 from atlas.planning.flops import training_flops_per_token
 from atlas.planning.run import Machine, utilisation
 from atlas.planning.shapes import block_matrices
 
 _ROOMY = 0.75
-"""A step whose estimate is below this part of a device's memory needs no sharding."""
+"""A run whose estimate, with one sequence at once, is below this part of a device's memory needs no sharding."""
 _SHARDED = ("adamw", "muon")
 """The optimizers that can keep a part of the state on each rank."""
 _UNSHARDED = {"fp16": "an overflow would be seen by one rank alone", "bf16-true": "weights are rounded whole"}
@@ -171,7 +170,7 @@ def choose_parallel(config: AtlasConfig, ranks: int, *, device: str, memory: int
 def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
     training = config.training.model_copy(update={"micro_batch_size": 1})
     one = config.model_copy(update={"training": training})
-    return memory_of_a_step(one, device=device) <= _ROOMY * memory
+    return estimate_training_memory(one, device=device).total <= _ROOMY * memory
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, at_once: int) -> list[Pass]:

@@ -13,6 +13,7 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.data import SequenceDataset
 from atlas.data.conversations import ChatDataset
+from atlas.data.loader import share_of_update
 from atlas.data.mixture import MixtureDataset
 from atlas.data.packing import PackedDataset
 from atlas.model.documents import has_flex_attention
@@ -53,6 +54,9 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
         f"{', compiled' if trainer.runtime.compiles else ''}"
     )
+    if (world := trainer.world).size > 1:
+        share = share_of_update(config.training.sequences_per_update, world.size)
+        say(f"{world.size} processes, {trainer.runtime.parallel}: each takes {share} sequences of an update")
     for part in data.parts if isinstance(data, MixtureDataset) else [data]:
         _announce_packing(part, say)
     if isinstance(data, MixtureDataset):

@@ -164,20 +164,33 @@ def together(world: World) -> Iterator[None]:
         return
     try:
         yield
+    except AtlasError as error:
+        _record(error)
+        raise
     except RuntimeError as error:
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
-            raise AtlasError(
+            silence = AtlasError(
                 f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: it hangs, or is slower "
                 "than that; its own log says how far it came. --timeout gives it longer; atlas doctor --distributed "
                 "tries the connection"
-            ) from None
+            )
+            _record(silence)
+            raise silence from None
         if not any(sign in text for sign in _LOST):
             raise
         _wait_for_the_end()
         raise EndedElsewhere from None
     with suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def _record(error: AtlasError) -> None:
+    """For torchrun's report, which names the rank that failed first and what it says."""
+    if dist.is_torchelastic_launched():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _wait_for_the_end() -> None:

@@ -18,7 +18,7 @@ from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
-from atlas.training.distributed import ALONE, World
+from atlas.training.distributed import ALONE, World, has_joined
 from atlas.training.manifest import read_manifest, shards_of
 
 # A model setting that may change between a checkpoint and the run that goes on from it.
@@ -61,9 +61,22 @@ def choose_start(request: Request, world: World = ALONE) -> Start:
     with world.in_step():
         if world.is_first:
             start = _decide(request)
+            if not has_joined() and "parallel" not in request.explicit.get("training", {}):
+                _go_on_alone(start)
     decision = world.tell(start and _decision(start))
     with world.in_step():
         return start or _follow(decision, request, world)
+
+
+def _go_on_alone(start: Start) -> None:
+    """One process goes on with what several began."""
+    training = start.config.training
+    if start.source and training.parallel in ("ddp", "fsdp"):
+        alone = training.model_copy(update={"parallel": "auto", "shard_size": None})
+        start.config = start.config.model_copy(update={"training": alone})
+        start.notes.append(
+            f"training.parallel: {training.parallel}: is for several processes, and this is one"
+        )
 
 
 def _decision(start: Start) -> dict[str, Any]:
