@@ -325,7 +325,8 @@ def test_a_share_of_memory_falls_with_the_ranks_that_share_but_never_below_activ
         assert each.total > each.activations + each.loss + each.process
         assert each.activations == found[0].activations
     whole = scaled(config_of(training=parallel("ddp", batch_size=64, micro_batch_size=2)), gpus=64).memory
-    assert (whole.gathered, whole.gradients) == (0, whole.weights)
+    assert whole.gathered == 0
+    assert whole.weights <= whole.gradients <= 2 * whole.weights
 
 
 def test_what_is_gathered_is_the_root_and_two_blocks_with_their_gradients() -> None:
@@ -377,7 +378,7 @@ for step in range(3):
             (wrapped(tokens, tokens, num_valid=tokens.numel()) / tokens.numel()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=config.training.parallel != "ddp")  # as Updater does
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
 print(int(status["VmHWM"].split()[0]) * 1024)
 """

@@ -215,7 +215,11 @@ def memory_of_a_rank(
         training = training.model_copy(update=alone)
     whole = estimate_training_memory(config.model_copy(update={"training": training}), device=device)
     if parallel != "fsdp":
-        return RankMemory(**asdict(whole), gathered=0)
+        # In the second update DDP makes its buckets anew, in the order in which gradients came, beside the old ones;
+        # nothing else of an update is there then.
+        beside = whole.half_precision_weights + whole.activations + whole.loss
+        anew = max(0, whole.gradients - beside) if parallel == "ddp" else 0
+        return RankMemory(**asdict(replace(whole, gradients=whole.gradients + anew)), gathered=0)
     sizes, layers = sizes_of(config, device=device), config.model.num_layers
     two = min(2, layers) / layers
     # The head's gradient is in `loss`.
