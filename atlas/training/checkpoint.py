@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from atlas.config import CheckpointConfig, LoraConfig
@@ -98,8 +99,11 @@ class CheckpointManager:
         ]
         return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
 
-    def load_latest(self, *, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """The latest checkpoint that can be gone on from, and its contents; of a step before `before`, if given.
+    def load_latest(
+        self, *, before: int | None = None, to_resume: bool = False
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The latest checkpoint that can be gone on from, and its contents; of a step before `before`, if given. To
+        resume from shards, without what each rank will read for itself (`left_in_shards`).
 
         Those that are broken are named and passed over: by their bytes, by their contents, or because they hold no
         optimizer state any more.
@@ -115,7 +119,8 @@ class CheckpointManager:
                 self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): passed over")
                 continue
             try:
-                contents = load_checkpoint(path, remedy="passed over")
+                without = left_in_shards(path) if to_resume else ()
+                contents = load_checkpoint(path, remedy="passed over", without=without)
                 if contents["step"] == manifest.step:
                     return path, contents
                 self.say(f"{path}: holds step {contents['step']}, not {manifest.step}: passed over")
@@ -314,6 +319,24 @@ def load_checkpoint(
         )
         say(f"{path}: no sidecar beside it; {instead}")
     return contents
+
+
+def left_in_shards(path: Path) -> tuple[str, ...]:
+    """What a run that goes on from `path` does not read at first: of a sharded checkpoint the optimizer's state, of
+    which each rank takes its own part when it has an optimizer."""
+    return ("optimizer_state_dict",) if shards_of(path) else ()
+
+
+def saved_optimizer(
+    contents: Mapping[str, Any], source: Path | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The optimizer's state: from `contents`, or where it was left in the shards of `source`, each rank's own part."""
+    shards = shards_of(source) if source else None
+    if "optimizer_state_dict" in contents or shards is None:
+        return dict(contents.get("optimizer_state_dict") or {})
+    from atlas.training.sharded import read_optimizer  # it takes PyTorch half a second
+
+    return read_optimizer(shards, optimizer)
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
     state = {
         number: {
             key: like(value, parameters[number])
-            if isinstance(value, Tensor) and value.shape == parameters[number].shape and value.dim()
+            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameters[number].shape
             else value
             for key, value in entry.items()
         }

@@ -22,7 +22,7 @@ from atlas.planning import (
 )
 from atlas.tokenizer.chat import CHAT_FORM
 from atlas.training.announce import announce, as_yaml
-from atlas.training.checkpoint import CheckpointManager, load_weights
+from atlas.training.checkpoint import CheckpointManager, left_in_shards, load_weights
 from atlas.training.compilation import choose_compile, compile_blocks
 from atlas.training.distributed import ALONE, World
 from atlas.training.heat import open_sensor
@@ -96,7 +96,7 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
         lock=lock,
     )
     if resumes:
-        trainer.restore(start.contents)
+        trainer.restore(start.contents, start.source)
     log.rewind(state.step if resumes else -1)  # a run that was killed before its first save left lines, too
     if not trainer.is_complete:
         announce(start, trainer, differences)
@@ -264,8 +264,8 @@ def _refuse_other_optimizer(start: Start, model: AtlasLM) -> None:
             f"leave the setting as it was, or start a new run from its weights with --init-from {start.source}"
         )
     optimizer = build_optimizer(model, start.config.training)  # or it is refused, if it cannot be had here
-    if start.mode != "resume":
-        return
+    if start.mode != "resume" or left_in_shards(start.source or Path()):
+        return  # shards are looked at when they are read
     try:
         saved = start.contents.get("optimizer_state_dict")
         if not saved:

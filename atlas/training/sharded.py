@@ -115,6 +115,27 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
     return check_contents(contents, folder, remedy)
 
 
+def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's part of a sharded checkpoint, each tensor sharded as its parameter is; every rank must call it.
+    Raises `ValueError` for a state that is not there, or another optimizer's."""
+    key = "optimizer_state_dict"
+    plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))["dict"].get(key, {"dict": {}})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {}
+    for name, entry in metadata.items():
+        if not name.startswith(f"{key}/state/"):
+            continue
+        number = int(name.split("/")[2])
+        dtype = entry.properties.dtype
+        if number < len(parameters) and parameters[number].shape == entry.size:
+            tensors[name] = torch.zeros_like(parameters[number], dtype=dtype)
+        else:
+            tensors[name] = torch.empty(entry.size, dtype=dtype)
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not has_joined())
+    return join(plain, tensors)  # type: ignore[no-any-return]
+
+
 class ShardSaver:
     """Saves sharded checkpoints, one at a time; every rank must call each method. As `BackgroundSaver` otherwise.
 

@@ -17,7 +17,7 @@ from atlas.config.loader import Layer, overlay, resolve
 from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
+from atlas.training.checkpoint import CheckpointManager, find_checkpoint, left_in_shards, load_checkpoint
 from atlas.training.distributed import ALONE, World, has_joined
 from atlas.training.manifest import read_manifest, shards_of
 
@@ -91,7 +91,7 @@ def _decision(start: Start) -> dict[str, Any]:
 
 def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
     source = decision["source"] and Path(decision["source"])
-    contents = load_checkpoint(source) if source else {}
+    contents = load_checkpoint(source, without=left_in_shards(source)) if source else {}
     config, data = with_data(resolve(decision["config"]), request.explicit, contents or None)
     if data.fingerprint != decision["fingerprint"]:
         raise AtlasError(
@@ -125,7 +125,7 @@ def _decide(request: Request) -> Start:
 
 def _from_named_checkpoint(request: Request, source: Path) -> Start:
     notes: list[str] = []
-    contents = load_checkpoint(source, say=notes.append)
+    contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
     inherited = dict(contents["config"])
     _refuse_unasked_code(inherited, request.explicit)
     config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
@@ -140,7 +140,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
             raise AtlasError(
                 f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
             )
-        latest = CheckpointManager(folder).load_latest() if is_a_restart() else None
+        latest = CheckpointManager(folder).load_latest(to_resume=True) if is_a_restart() else None
         if latest and latest[1]["step"] > contents["step"]:
             return _continue(request, folder, latest)
         newer = [
@@ -164,7 +164,7 @@ def is_a_restart() -> bool:
 
 def _from_occupied_folder(request: Request, folder: Path) -> Start:
     notes: list[str] = []
-    latest = CheckpointManager(folder, say=notes.append).load_latest()
+    latest = CheckpointManager(folder, say=notes.append).load_latest(to_resume=True)
     if latest is None:
         raise AtlasError(
             f"{folder}: holds checkpoints, none of them whole ({'; '.join(notes) or 'no sidecar fits'}): name one with "
@@ -209,7 +209,7 @@ def _finetune_folder(
         folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
         if not _checkpoint_files(folder):
             return folder, None
-    latest = CheckpointManager(folder).load_latest()
+    latest = CheckpointManager(folder).load_latest(to_resume=True)
     if (
         latest
         and latest[1]["data"].get("fingerprint") == data.fingerprint

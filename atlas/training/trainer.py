@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.background import open_saver
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint import CheckpointManager, saved_optimizer
 from atlas.training.clock import RunClock
 from atlas.training.distributed import whole
 from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
@@ -93,11 +94,13 @@ class Trainer:
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         self._timer = Throughput()
 
-    def restore(self, contents: dict[str, Any]) -> None:
-        """Take optimizer and scaler state from a checkpoint; the weights were there before."""
+    def restore(self, contents: dict[str, Any], source: Path | None = None) -> None:
+        """Take optimizer and scaler state from a checkpoint; the weights were there before. Of the shards of `source`
+        each rank reads its own part."""
         try:
-            check_optimizer_state(self.optimizer, contents["optimizer_state_dict"])
-            self.updater.load_optimizer_state(contents["optimizer_state_dict"])
+            saved = saved_optimizer(contents, source, self.optimizer)
+            check_optimizer_state(self.optimizer, saved)
+            self.updater.load_optimizer_state(saved)
         except (KeyError, ValueError) as error:
             raise AtlasError(
                 f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
