@@ -118,3 +118,33 @@ def test_two_hosts_train_as_one_and_a_pulled_cable_is_waited_for(
             process.kill()
     run(elsewhere(explicit, tmp_path / "one"))
     assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hosts")
+def test_a_cable_that_is_away_for_longer_than_the_timeout_costs_the_updates_since_the_last_save(
+    tmp_path: Path, text_file: Path
+) -> None:
+    explicit = hard(tmp_path / "two", text_file, training__parallel="ddp", training__max_steps=300)
+    explicit["training"] |= {"eval_interval": 100, "learning_rate": 1e-3}
+    explicit["checkpoint"]["save_interval"] = 20
+    config = write_config(tmp_path / "run.yaml", explicit)
+    processes = both(config, "--timeout", "8")
+    try:
+        metrics = tmp_path / "two/metrics.jsonl"
+        while not metrics.exists() or len(logged(tmp_path / "two")) < 30:
+            assert all(process.poll() is None for process in processes), said_on_both(config)
+            time.sleep(0.05)
+        cable("down")
+        time.sleep(20)
+        cable("up")
+        assert [process.wait(180) for process in processes] == [0, 0], said_on_both(config)
+    finally:
+        for process in processes:
+            process.kill()
+    said = said_on_both(config)
+    assert "no answer from another rank within 8 s" in said
+    assert "torchrun started the run again" in said
+    assert "resuming" in said
+    run(elsewhere(explicit, tmp_path / "one"))
+    assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.training import checkpoint as checkpoints
-from atlas.training.checkpoint import CheckpointManager, consolidate, find_checkpoint, load_checkpoint
+from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
 from atlas.training.manifest import read_manifest
-from atlas.training.sharded import join, split
-from tests.runs import STATE, layer, logged, run, same_bits
+from atlas.training.sharded import consolidate, join, split
+from tests.runs import STATE, layer, logged, run, same_bits, trainer_for
 
 leaves = (
     st.none()
@@ -211,17 +211,13 @@ def test_old_folders_go_and_the_best_stays(tmp_path: Path, text_file: Path) -> N
     assert folders == {"atlas_step_12", "atlas_step_9", str(best.folder)}
 
 
-@pytest.mark.parametrize("point", range(12))
-def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(
-    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, point: int
-) -> None:
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    pass
 
-    folder, done = tmp_path / "run", []
-    explicit = sharded(folder, text_file, training__max_steps=3)
-    run(explicit)
-    old = load_checkpoint(folder / "atlas_best")
+
+def die_at(point: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the operation of that number on files, from here on."""
+    done = []
 
     def dying(function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -235,6 +231,38 @@ def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(
     monkeypatch.setattr(os, "replace", dying(os.replace))
     monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
     monkeypatch.setattr(checkpoints, "write_manifest", dying(checkpoints.write_manifest))
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_a_kill_while_a_step_is_saved_again_loses_neither_it_nor_the_best(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    folder = tmp_path / "run"
+    explicit = sharded(folder, text_file, training__max_steps=3)
+    run(explicit)
+    trainer = trainer_for(explicit, resume="auto")
+    die_at(point, monkeypatch)
+    with suppress(Killed):
+        trainer.save(["interrupt"], wait=True)
+    monkeypatch.undo()
+    for name in ("atlas_step_3", "atlas_best"):
+        assert load_checkpoint(folder / name)["step"] == 3
+    trainer.save(["interrupt"], wait=True)
+    found = {path.name for _, path in CheckpointManager(folder).found()}
+    assert found == {"atlas_step_3", "atlas_best", "atlas_interrupt_step_3"}
+    named = {manifest.folder for manifest, _ in CheckpointManager(folder).found()}
+    assert named == {path.name for path in folder.iterdir() if path.is_dir()}, "no folder is left over"
+
+
+@pytest.mark.parametrize("point", range(12))
+def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    folder = tmp_path / "run"
+    explicit = sharded(folder, text_file, training__max_steps=3)
+    run(explicit)
+    old = load_checkpoint(folder / "atlas_best")
+    die_at(point, monkeypatch)
     with suppress(Killed):
         run(sharded(folder, text_file), resume="auto")
     monkeypatch.undo()

@@ -105,6 +105,8 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         state = _verified(path)
     elif sidecar_of(path).exists():
         state = "size as saved; --verify compares every byte"
+    elif shards_of(path):
+        state = f"no {sidecar_of(path).name} beside it, so that its bytes cannot be compared"
     else:
         state = f"no {sidecar_of(path).name} beside it; --verify reads the checksums inside the file"
     contents = read_contents(
@@ -145,7 +147,8 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def _consolidate(path: Path, target: Path) -> None:
-    from atlas.training.checkpoint import consolidate, find_checkpoint
+    from atlas.training.checkpoint import find_checkpoint
+    from atlas.training.sharded import consolidate
 
     source = find_checkpoint(path)
     size = consolidate(source, target, say=lambda line: typer.echo(line, err=True))

@@ -200,18 +200,17 @@ class CheckpointManager:
     def commit_shards(
         self,
         staged: Path,
-        folder: Path,
         kinds: list[str],
         manifest: dict[str, Any],
         files: tuple[FileEntry, ...],
     ) -> list[Path]:
-        """Give the folder that the ranks wrote its name, and each kind a sidecar that names it; what they are called.
+        """Give the folder that the ranks wrote a name, and each kind a sidecar that names it; what they are called.
 
         The bytes are there before a sidecar is, and a sidecar is replaced at once: a kill leaves the old or the new.
         """
         written: list[Path] = []
         previous = {shards_of(self._path(kind, manifest).with_suffix("")) for kind in kinds}
-        remove_folder(folder)
+        folder = self._free_folder(manifest["step"])
         os.replace(staged, folder)
         flush_folder(self.folder)
         for kind in kinds:
@@ -223,6 +222,16 @@ class CheckpointManager:
             remove_folder(old)  # type: ignore[arg-type]
         self._remove_surplus(kinds)
         return written
+
+    def _free_folder(self, step: int) -> Path:
+        """`atlas_step_100`; where a sidecar names that, since a step is saved again, `atlas_step_100-2`, and so on."""
+        named, number = {shards_of(path) for _, path in self.found()}, 1
+        folder = self.folder / f"atlas_step_{step}"
+        while folder in named:
+            number += 1
+            folder = self.folder / f"atlas_step_{step}-{number}"
+        remove_folder(folder)  # what a kill left before its sidecar
+        return folder
 
     def _path(self, kind: str, manifest: Mapping[str, Any]) -> Path:
         return self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
@@ -347,27 +356,6 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
     from atlas.training.sharded import read_shards  # it takes PyTorch half a second
 
     return read_shards(shards, remedy=remedy, without=without)
-
-
-def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:
-    """Write the contents of `source` to one file with a sidecar of its own; its bytes. Raises `AtlasError`."""
-    if target.suffix != ".pt":
-        raise AtlasError(f"{target}: name a file that ends with .pt")
-    if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):
-        raise AtlasError(f"{taken}: exists: name another file")
-    contents, manifest = load_checkpoint(source, say=say), read_manifest(source, check_hash=False)
-    staged = target.with_name(target.name + ".tmp")
-    try:
-        size, sha256 = write_tensors(staged, contents)
-        entry = FileEntry(name=target.name, size=size, sha256=sha256)
-        if manifest:
-            commit(staged, target, manifest.model_copy(update={"folder": None, "files": (entry,)}))
-        else:
-            os.replace(staged, target)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise AtlasError(f"{target}: cannot be written ({error.strerror}): name another place") from None
-    return size
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:

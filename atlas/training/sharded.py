@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,13 +29,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from atlas.errors import AtlasError
 from atlas.files import flush_folder, read_limited, sha256_of
+from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.distributed import World, has_joined, whole
-from atlas.training.manifest import STATE_FILE, FileEntry
+from atlas.training.manifest import STATE_FILE, FileEntry, read_manifest, sidecar_of
 from atlas.training.untrusted import check_contents
-from atlas.training.writing import tensor_bytes
-
-if TYPE_CHECKING:
-    from atlas.training.checkpoint import CheckpointManager
+from atlas.training.writing import commit, tensor_bytes, write_tensors
 
 # One process may save and read shards, too, and PyTorch need not say each time that there are no others.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -136,6 +134,27 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
     return join(plain, tensors)  # type: ignore[no-any-return]
 
 
+def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:
+    """Write the contents of `source` to one file with a sidecar of its own; its bytes. Raises `AtlasError`."""
+    if target.suffix != ".pt":
+        raise AtlasError(f"{target}: name a file that ends with .pt")
+    if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):
+        raise AtlasError(f"{taken}: exists: name another file")
+    contents, manifest = load_checkpoint(source, say=say), read_manifest(source, check_hash=False)
+    staged = target.with_name(target.name + ".tmp")
+    try:
+        size, sha256 = write_tensors(staged, contents)
+        entry = FileEntry(name=target.name, size=size, sha256=sha256)
+        if manifest:
+            commit(staged, target, manifest.model_copy(update={"folder": None, "files": (entry,)}))
+        else:
+            os.replace(staged, target)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise AtlasError(f"{target}: cannot be written ({error.strerror}): name another place") from None
+    return size
+
+
 class ShardSaver:
     """Saves sharded checkpoints, one at a time; every rank must call each method. As `BackgroundSaver` otherwise.
 
@@ -197,8 +216,7 @@ class ShardSaver:
             return
         self.join()
         plain, tensors = split(contents)
-        folder = self.checkpoints.folder / f"atlas_step_{manifest['step']}"
-        staged = folder.with_name(folder.name + ".tmp")
+        staged = self.checkpoints.folder / f"atlas_step_{manifest['step']}.tmp"
         room = self.world.tell(
             self.checkpoints.begin_shards(staged, tensor_bytes(tensors), manifest["step"])
             if self.world.is_first
@@ -209,7 +227,7 @@ class ShardSaver:
         writer = HuggingFaceStorageWriter(str(staged), save_distributed=True)
         alone = self._group is None
 
-        def commit(wait_for: Callable[[], Any]) -> None:
+        def finish(wait_for: Callable[[], Any]) -> None:
             try:
                 wait_for()
                 if self.world.is_first:
@@ -217,7 +235,7 @@ class ShardSaver:
                     (staged / STATE_FILE).write_text(json.dumps(plain), encoding="utf-8")
                     files = tuple(_entry(path) for path in sorted(staged.iterdir()))
                     flush_folder(staged)
-                    self.written = self.checkpoints.commit_shards(staged, folder, kinds, manifest, files)
+                    self.written = self.checkpoints.commit_shards(staged, kinds, manifest, files)
                 self.seconds = time.perf_counter() - begin
             except (OSError, CheckpointException) as error:
                 reason = str(error).strip().splitlines()[-1]
@@ -229,13 +247,13 @@ class ShardSaver:
         if self.in_background:
             future: Any = async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
             self._thread = threading.Thread(
-                target=commit, args=(future.result,), name="atlas-save", daemon=True
+                target=finish, args=(future.result,), name="atlas-save", daemon=True
             )
             self._thread.start()
-            if wait:
-                self.join()
         else:
-            commit(lambda: save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone))
+            finish(lambda: save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone))
+        if wait or not self.in_background:
+            self.join()
         self.stall = time.perf_counter() - begin
 
     def join(self) -> None:

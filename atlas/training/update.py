@@ -41,6 +41,7 @@ def fresh_updater(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str],
 
 
 _PROVEN = 3
+"""Updates of so many sequences at once after which several ranks take it that memory suffices."""
 
 
 class RanOutElsewhere(Exception):
