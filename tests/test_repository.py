@@ -30,9 +30,11 @@ MAY_IMPORT = {
     "training": "errors files process config tokenizer data model planning",
     "inference": "errors config tokenizer data model planning training",
     "export": "errors files config tokenizer data model planning training inference",
-    "cli": "errors process config tokenizer data model planning training inference export",
+    "reporting": "errors files config",
+    "serving": "errors files config tokenizer model training inference export reporting",
+    "cli": "errors process config tokenizer data model planning training inference export reporting serving",
     "__main__": "cli",
-    "__init__": "",
+    "__init__": "inference",
 }
 
 
