@@ -30,6 +30,7 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "train": "Train a model, or go on with one.",
     "generate": "Write text with a trained model.",
+    "serve": "OpenAI's API over a trained model.",
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
     "import": "Make a checkpoint of a public model in Hugging Face's format.",
@@ -39,7 +40,7 @@ COMMANDS = {
     "pipeline": "The whole road in one command, with questions or without.",
 }
 
-_COMPUTE = {"train", "generate", "evaluate", "export", "import", "doctor", "pipeline"}
+_COMPUTE = {"train", "generate", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
 """Of commands whose name Python keeps for itself."""
 

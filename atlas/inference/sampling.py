@@ -120,5 +120,9 @@ def draw(chances: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 def row_generators(seed: int, rows: int, *, first_row: int = 0) -> list[torch.Generator]:
     """Generators for `rows` texts; the numbers of row r depend on (seed, r) alone."""
-    seeds = ((seed + 0x9E3779B97F4A7C15 * (first_row + row)) % 2**63 for row in range(rows))
-    return [torch.Generator().manual_seed(number) for number in seeds]
+    return [torch.Generator().manual_seed(row_seed(seed, first_row + row)) for row in range(rows)]
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Of the generator of one of several texts; that of the first is `seed` itself."""
+    return (seed + 0x9E3779B97F4A7C15 * row) % 2**63

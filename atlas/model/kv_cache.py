@@ -4,6 +4,9 @@ The cache is a value that the caller owns and hands to `AtlasLM.forward`; the mo
 `s` of a row holds the token at position `s`, so "a query sees the slots up to its own position" is the
 whole mask: what lies beyond a row's length is never seen and is overwritten in time. That makes
 ragged batches simple: pad on the right, run, then `truncate` to the true lengths.
+
+Texts may join and leave while others are written: the rows in use are always the first ones, so that a pass computes
+those alone.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from atlas.config import ModelConfig
 class KVCache:
     """Preallocated keys and values, with a length per row.
 
-    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,).
+    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,), and B those of
+    the `batch_size` rows that are in use: all, until `truncate`, `append` or `remove` changes it.
     """
 
     def __init__(
@@ -34,12 +38,10 @@ class KVCache:
         self.max_len = max_len or config.max_seq_len
         shape = (config.num_layers, batch_size, config.kv_heads, self.max_len, config.head_size)
         # Zeros, not empty: a masked slot still enters the softmax's product with weight 0, and 0 × NaN is NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        # On the host, so that slicing needs no device sync.
-        self._longest = 0
-        self._even = True  # all rows are equally long
+        self._all_keys = torch.zeros(shape, device=device, dtype=dtype)
+        self._all_values = torch.zeros(shape, device=device, dtype=dtype)
+        self._lengths: list[int] = []
+        self.truncate([0] * batch_size)
 
     def positions(self, num_new: int) -> Tensor:
         """(B, num_new): the positions that the next `num_new` tokens of each row take."""
@@ -74,10 +76,41 @@ class KVCache:
     def advance(self, num_new: int) -> None:
         """Count `num_new` tokens in every row; called once a forward pass, after the last layer."""
         self.lengths += num_new
-        self._longest += num_new
+        self._lengths = [length + num_new for length in self._lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what lies beyond `lengths`, one per row: the padding of a ragged prefill, or everything."""
-        self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        self._longest = max(lengths)
-        self._even = min(lengths) == self._longest
+        """Forget what lies beyond `lengths`, one per row: the padding of a ragged prefill, or everything. From now on
+        so many rows are in use."""
+        num_rows = len(lengths)
+        self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
+        self.lengths = torch.tensor(lengths, device=self.keys.device, dtype=torch.long)
+        # On the host, so that slicing needs no device sync.
+        self._lengths = list(lengths)
+
+    def append(self, other: KVCache) -> None:
+        """Put the rows of another cache behind those in use."""
+        first, length = len(self._lengths), other._longest
+        rows = slice(first, first + len(other._lengths))
+        self._all_keys[:, rows, :, :length] = other.keys[..., :length, :]
+        self._all_values[:, rows, :, :length] = other.values[..., :length, :]
+        self.truncate([*self._lengths, *other._lengths])
+
+    def remove(self, row: int) -> None:
+        """Free a row; the last one takes its place."""
+        last = len(self._lengths) - 1
+        if row != last:
+            length = self._lengths[last]
+            self.keys[:, row, :, :length] = self.keys[:, last, :, :length]
+            self.values[:, row, :, :length] = self.values[:, last, :, :length]
+        lengths = list(self._lengths)
+        lengths[row] = lengths[last]
+        self.truncate(lengths[:last])
+
+    @property
+    def _longest(self) -> int:
+        return max(self._lengths, default=0)
+
+    @property
+    def _even(self) -> bool:
+        """Whether all rows are equally long."""
+        return len(set(self._lengths)) <= 1

@@ -66,6 +66,9 @@ class ByteLevelTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join([self._bytes[id] for id in ids]).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that decides the ids: tokens, merges, end of text."""

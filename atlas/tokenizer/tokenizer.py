@@ -44,6 +44,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and `eos_id` becomes `<|endoftext|>`."""
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for: it may be a part of a character, which `decode` of it alone cannot show. A tokenizer
+        that knows only text gives that of `decode`."""
+        return self.decode([token]).encode("utf-8")
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each; in parallel where the implementation can."""
         return [self.encode(text) for text in texts]

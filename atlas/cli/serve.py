@@ -1,0 +1,147 @@
+"""`atlas serve`: OpenAI's API over checkpoints of one's own."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from atlas.inference.load import LoadedModel
+    from atlas.serving.server import Server
+    from atlas.serving.text import Backend
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PART_FOR_CACHE = 0.25
+"""Of the free memory, for what the texts in the batch remember."""
+_MOST_PARALLEL = 64
+
+
+def serve(
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="A checkpoint to serve; may be repeated. Left out: checkpoints/atlas_best.pt."),
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(help="Serve this exported file through llama.cpp, also beside checkpoints.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach needs --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="ATLAS_API_KEY", help="Clients must send this key.", show_envvar=True),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Texts written at once by each model; left out: 64, or what a quarter of the free memory holds.",
+            min=1,
+            max=1024,
+        ),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(help="Texts that may wait for a place; more are refused with 429.", min=0)
+    ] = 256,
+    max_tokens: Annotated[int, typer.Option(help="The most new tokens a text may have.", min=1)] = 4096,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds a request may take; at the end, also for texts to finish.", min=1)
+    ] = 300.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
+            metavar="DTYPE",
+        ),
+    ] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
+    ] = None,
+) -> None:
+    """Serve OpenAI's API, until Ctrl-C or SIGTERM, which let texts finish."""
+    if host not in _LOOPBACK and not api_key:
+        raise AtlasError(
+            f"--host {host}: others can reach this address: set --api-key (or ATLAS_API_KEY), or listen on 127.0.0.1"
+        )
+    if api_key is not None and not api_key.strip():
+        raise AtlasError("--api-key: is empty: give a secret of some length, or leave it out")
+    try:
+        from atlas.serving.app import Rules, build_app
+        from atlas.serving.server import Server, listen
+    except ImportError as error:
+        raise AtlasError(f'atlas serve needs {error.name}: pip install -e ".[serve]"') from None
+    from atlas.inference.load import load_model
+
+    listener = listen(host, port)
+    paths = list(checkpoint or ([] if gguf else ["checkpoints/atlas_best.pt"]))
+    models = [load_model(path, device=device, tokenizer=tokenizer, dtype=dtype) for path in paths]
+    openers = [
+        _opener(model, name, parallel=parallel, queue=queue)
+        for model, name in zip(models, _names([model.path for model in models]), strict=True)
+    ]
+    rules = Rules(max_tokens, timeout, api_key)
+    app = build_app(lambda send: [opener(send) for opener in openers], rules)
+    server = Server(app, listener, seconds_to_drain=timeout)
+    where = listener.getsockname()
+    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    _run(server, f"http://{shown}:{where[1]}")
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """What clients call the models: the file's name; with its folder's where that alone is not enough."""
+    stems = [path.stem for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
+        for path, stem in zip(paths, stems, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise AtlasError(f"--checkpoint: two are named {name}: copy one to a folder of another name")
+    return names
+
+
+def _opener(model: LoadedModel, name: str, *, parallel: int | None, queue: int) -> Callable[[Any], Backend]:
+    from atlas.inference.layout import lay_out_for_decoding
+    from atlas.planning import estimate_inference_memory, measure_memory
+    from atlas.serving.engine import Engine
+
+    weights = next(model.model.parameters())
+    device = weights.device.type
+    fp32 = estimate_inference_memory(model.config.model, device=device).cache
+    one, free = fp32 * weights.element_size() // 4, measure_memory(device)
+    if (parallel or 1) * one > free:
+        raise AtlasError(
+            f"--parallel {parallel or 1}: the cache of a text takes {one / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB of "
+            "memory are free: ask for fewer, or serve a smaller model"
+        )
+    at_once = parallel or max(1, min(_MOST_PARALLEL, int(_PART_FOR_CACHE * free) // one))
+    if device == "cpu":
+        lay_out_for_decoding(model.model)
+    step = model.facts.get("step")
+    typer.echo(f"{name}: {model.path}, step {step}: {at_once} texts at once on {device}", err=True)
+    return lambda send: Engine(model, name, parallel=at_once, queue=queue, send=send)
+
+
+def _run(server: Server, address: str) -> None:
+    """Until a signal; the second does not wait for the texts."""
+
+    def end(number: int, frame: object) -> None:
+        typer.echo("ending: texts that are being written finish; again: at once", err=True)
+        server.drain()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
+    server.start()
+    told = False
+    while not server.wait(0.1):
+        if server.is_ready and not told:
+            told = True
+            typer.echo(f"{address}/v1 is OpenAI's API", err=True)

@@ -1,0 +1,256 @@
+"""Many texts written at once by one model: they join and leave the batch between two tokens.
+
+Continuous batching (Yu et al. 2022, "Orca", OSDI): each step writes one token of every text in the batch, whose keys
+and values lie in the first rows of one static cache. A text that ends, or whose client has gone, frees its row before
+the next step, and one that waits takes it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from atlas.errors import AtlasError
+from atlas.inference.load import LoadedModel
+from atlas.inference.sampling import Sampling, sample
+from atlas.inference.text import TextStream
+from atlas.model import KVCache
+from atlas.serving.text import Busy, Candidate, Piece, Text
+from atlas.tokenizer.chat import Message, encode_question
+
+Send = Callable[[list[tuple[Text, Piece]]], None]
+"""Takes the pieces of a step, in the engine's thread, to whoever waits for them."""
+
+PREFILL_TOKENS = 1024
+"""Padded positions of prompts that are read between two steps: who is being written waits for them."""
+
+
+class Engine:
+    """A model and the thread that writes with it."""
+
+    def __init__(self, loaded: LoadedModel, id: str, *, parallel: int, queue: int, send: Send) -> None:
+        """`parallel` texts are written at once, and at most `queue` wait."""
+        self.loaded = loaded
+        self.id = id
+        self.created = int(time.time())
+        self.context = loaded.config.model.max_seq_len
+        self.vocab_size = loaded.tokenizer.vocab_size
+        self.parallel = parallel
+        self._limit = queue
+        self._send = send
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        """Of the texts that are being written, in the order of the cache's rows."""
+        self._returning: list[_Row] = []
+        """Whose window is full: they are read again from its newest half, as `generate` does."""
+        self._outbox: list[tuple[Text, Piece]] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        weights = next(loaded.model.parameters())
+        self._device, self._dtype = weights.device, weights.dtype
+        self._cache = self._empty_cache(parallel)
+        self._cache.truncate([])
+        self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
+        self._thread.start()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; an empty one begins a document."""
+        return self.loaded.tokenizer.encode(text) or [self.loaded.tokenizer.eos_id]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the answer begins. Raises `AtlasError`."""
+        if not self.loaded.learnt_to_answer:
+            raise AtlasError(
+                f"{self.id} did not learn from conversations in Atlas's form: ask /v1/completions, fine-tune it on "
+                "JSONL rows with messages (atlas train --init-from), or serve its GGUF file with --gguf"
+            )
+        return encode_question(messages, self.loaded.tokenizer)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.loaded.tokenizer.token_bytes(token)
+
+    def submit(self, texts: Sequence[Text]) -> None:
+        """Take all of them or, as `Busy`, none."""
+        with self._wake:
+            room = self._limit + max(0, self.parallel - len(self._rows))
+            if len(self._waiting) + len(texts) > room:
+                raise Busy
+            self._waiting.extend(_Row(text, self.loaded) for text in texts)
+            self._wake.notify()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """End the thread; what is unfinished stays so."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._rows or self._waiting or self._closed):
+                    self._wake.wait()
+                if self._closed:
+                    return
+            try:
+                with torch.inference_mode():
+                    self._step()
+            except Exception:  # a bug, or no memory: these texts are lost, and the server goes on
+                traceback.print_exc(file=sys.stderr)
+                lost = [*self._rows, *self._returning]
+                self._outbox += [(row.text, Piece(None, "", finish="error")) for row in lost]
+                self._rows, self._returning = [], []
+                self._cache.truncate([])
+            if self._outbox:
+                self._send(self._outbox)
+                self._outbox = []
+
+    def _step(self) -> None:
+        """One token more of every text, and the first of those that joined."""
+        for row in [row for row in self._rows if row.text.cancelled]:
+            self._leave(row)
+        self._returning = [row for row in self._rows if row.length == self._cache.max_len]
+        for row in self._returning:
+            self._leave(row)
+            row.start = len(row.tokens) - max(1, self._cache.max_len // 2)
+        if self._rows:
+            newest = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)
+            logits = self.loaded.model(newest, self._cache)[:, -1]
+            for row in self._write(list(self._rows), logits):
+                self._leave(row)
+        joining = self._returning + self._admitted(self.parallel - len(self._rows) - len(self._returning))
+        self._returning = []
+        self._join(joining)
+
+    def _admitted(self, free: int) -> list[_Row]:
+        """Those that waited longest and find room."""
+        rows: list[_Row] = []
+        with self._wake:
+            while self._waiting and len(rows) < free:
+                longest = max([row.length + 1 for row in [*rows, self._waiting[0]]])
+                if rows and longest * (len(rows) + 1) > PREFILL_TOKENS:
+                    break
+                row = self._waiting.popleft()
+                if not row.text.cancelled:
+                    rows.append(row)
+        return rows
+
+    def _join(self, rows: list[_Row]) -> None:
+        """Read the rows' windows, padded on the right, write a token of each, and put them into the batch."""
+        if not rows:
+            return
+        self._rows += rows  # from here on, what goes wrong is theirs, too
+        windows = [row.tokens[row.start :] for row in rows]
+        lengths = [len(window) for window in windows]
+        padded = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+        for number, window in enumerate(windows):
+            padded[number, : len(window)] = torch.tensor(window)
+        model, cache = self.loaded.model, self._empty_cache(len(rows), max_len=max(lengths))
+        hidden = model.hidden_states(padded.to(self._device), cache)
+        cache.truncate(lengths)
+        last = torch.tensor(lengths, device=self._device) - 1
+        logits = model.head(hidden[torch.arange(len(rows), device=self._device), last])
+        self._cache.append(cache)
+        for row in self._write(rows, logits):
+            self._leave(row)
+
+    def _write(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
+        """The next token of each row by its logits (B, V); those that it ends."""
+        alike: dict[Sampling, list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            alike[row.text.sampling].append(number)
+        chosen = [0] * len(rows)
+        for sampling, numbers in alike.items():
+            some = [rows[number] for number in numbers]
+            seen = [row.tokens for row in some] if sampling.repetition_penalty != 1 else []
+            tokens = sample(
+                logits[numbers] if len(alike) > 1 else logits, sampling, seen, [row.generator for row in some]
+            )
+            for number, token in zip(numbers, tokens.tolist(), strict=True):
+                chosen[number] = token
+        told = [number for number, row in enumerate(rows) if row.text.num_candidates is not None]
+        candidates = dict(zip(told, _told(logits, told, rows, chosen), strict=True)) if told else {}
+        ended = []
+        for number, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            piece = row.add(token, candidates.get(number, []))
+            self._outbox.append((row.text, piece))
+            if piece.finish:
+                ended.append(row)
+        return ended
+
+    def _leave(self, row: _Row) -> None:
+        """As in the cache: the last row takes its place."""
+        number = self._rows.index(row)
+        self._cache.remove(number)
+        self._rows[number] = self._rows[-1]
+        del self._rows[-1]
+
+    def _empty_cache(self, rows: int, *, max_len: int | None = None) -> KVCache:
+        config = self.loaded.config.model
+        return KVCache(config, rows, max_len=max_len, device=self._device, dtype=self._dtype)
+
+
+class _Row:
+    """A text in the making."""
+
+    def __init__(self, text: Text, loaded: LoadedModel) -> None:
+        self.text = text
+        self.tokens = list(text.prompt)
+        self.start = max(0, len(self.tokens) - loaded.config.model.max_seq_len)
+        """Of the model's window on the tokens."""
+        self.generator = torch.Generator().manual_seed(text.seed)
+        self._stream = TextStream(loaded.tokenizer, text.stop)
+        self._eos_id = loaded.tokenizer.eos_id
+
+    @property
+    def length(self) -> int:
+        """Of what the cache holds: all of the window but the newest token."""
+        return len(self.tokens) - self.start - 1
+
+    def add(self, token: int, candidates: list[Candidate]) -> Piece:
+        """`candidates` begins with the token's own, where any are asked for."""
+        if token == self._eos_id:
+            return Piece(None, self._stream.finish(), finish="stop")
+        self.tokens.append(token)
+        shown, finish = self._stream.add(token), None
+        if self._stream.stopped:
+            finish = "stop"
+        elif len(self.tokens) - len(self.text.prompt) == self.text.max_tokens:
+            shown, finish = shown + self._stream.finish(), "length"
+        logprob = candidates[0].logprob if candidates else None
+        return Piece(token, shown, logprob, candidates[1:], finish)
+
+
+def _told(
+    logits: Tensor, told: Sequence[int], rows: Sequence[_Row], chosen: Sequence[int]
+) -> list[list[Candidate]]:
+    """Of each row of `told`: the chosen token and its log-probability, then as many of the likeliest as it asks for."""
+    logprobs = logits[list(told)].float().log_softmax(dim=-1)
+    tokens = torch.tensor([chosen[number] for number in told], device=logits.device)
+    of_chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+    most = max(rows[number].text.num_candidates or 0 for number in told)
+    values, indices = (part.tolist() for part in logprobs.topk(min(most, logprobs.shape[-1]), dim=-1))
+    return [
+        [
+            Candidate(chosen[number], of_chosen[place]),
+            *map(Candidate, indices[place][: rows[number].text.num_candidates], values[place]),
+        ]
+        for place, number in enumerate(told)
+    ]

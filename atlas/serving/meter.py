@@ -1,0 +1,57 @@
+"""What Prometheus is told at /metrics (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from atlas.serving.text import Backend, Order
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Meter:
+    """Counts of one server."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "atlas_requests", "Requests answered.", ["route", "status"], registry=self._registry
+        )
+        self._prompt_tokens = Counter(
+            "atlas_prompt_tokens", "Tokens of prompts.", ["model"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "atlas_completion_tokens", "Tokens written.", ["model"], registry=self._registry
+        )
+        self._first = Histogram(
+            "atlas_time_to_first_token_seconds",
+            "From a request's acceptance to its first token.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        running = Gauge("atlas_running", "Texts being written.", ["model"], registry=self._registry)
+        waiting = Gauge("atlas_waiting", "Texts that wait for a place.", ["model"], registry=self._registry)
+        for backend in backends:
+            running.labels(backend.id).set_function(functools.partial(getattr, backend, "num_running"))
+            waiting.labels(backend.id).set_function(functools.partial(getattr, backend, "num_waiting"))
+
+    def count_request(self, route: str, status: int) -> None:
+        self._requests.labels(route, status).inc()
+
+    def counter(self, backend: Backend) -> Callable[[], object]:
+        """To be called at every token of the model."""
+        return self._tokens.labels(backend.id).inc
+
+    def count_order(self, order: Order) -> None:
+        """When it ends, however it does."""
+        model = order.backend.id
+        self._prompt_tokens.labels(model).inc(order.num_prompt_tokens)
+        if order.seconds_to_first is not None:
+            self._first.labels(model).observe(order.seconds_to_first)
+
+    def told(self) -> bytes:
+        return generate_latest(self._registry)

@@ -1,0 +1,131 @@
+"""What clients send, in OpenAI's words (https://platform.openai.com/docs/api-reference).
+
+Types are strict and unknown fields are refused, so that nothing a client asks for is passed over in silence. `top_k`,
+`min_p` and `repetition_penalty` are not OpenAI's; its Python client sends them as `extra_body`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
+
+TokenId = Annotated[int, Field(ge=0)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Body):
+    include_usage: bool = Field(False, description="A last chunk says how many tokens there were.")
+
+
+class Wishes(_Body):
+    """What both kinds of request may say."""
+
+    model: str | None = Field(None, description="As /v1/models names it; left out, the first there.")
+    temperature: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="0: always the likeliest token; left out: 1."
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Choose among the likeliest tokens that reach this mass."
+    )
+    top_k: int | None = Field(None, ge=0, description="Choose among the k likeliest tokens; 0: all.")
+    min_p: float | None = Field(
+        None, ge=0, lt=1, description="Drop tokens less than this part as likely as the likeliest."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Above 1: less of what was there before."
+    )
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Texts for each prompt.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
+    stop: Stop | list[Stop] | None = Field(
+        None, description=f"End before one of these, at most {MOST_STOPS}."
+    )
+    stream: bool | None = Field(None, description="Send the text as it is written.")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Nothing is done with it.")
+    # Known to OpenAI's clients, which may send them at the value that changes nothing.
+    frequency_penalty: Literal[0] | None = Field(None, description="0; use repetition_penalty.")
+    presence_penalty: Literal[0] | None = Field(None, description="0; use repetition_penalty.")
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Empty.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Wishes):
+    """A text to continue."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
+        ]
+    ) = Field("", description="A text, several, or token ids; an empty one begins a document.")
+    max_tokens: int | None = Field(None, ge=1, description="New tokens; left out: 16.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_CANDIDATES,
+        description="Tell each token's log-probability, and so many alternatives.",
+    )
+    echo: Literal[False] | None = Field(None, description="False.")
+    suffix: None = Field(None, description="Nothing.")
+    best_of: int | None = Field(None, ge=1, le=1, description="1.")
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = Field(None, description="Nothing is done with it.")
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatRequest(Wishes):
+    """A conversation to answer."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, description="As max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="New tokens; left out: what the context has room for."
+    )
+    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_CANDIDATES, description="With logprobs: so many alternatives."
+    )
+    response_format: ResponseFormat | None = None
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorFacts
