@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PART_FOR_CACHE = 0.25
 """Of the free memory, for what the texts in the batch remember."""
-_MOST_PARALLEL = 64
+_MOST_PARALLEL, _LLAMA_PARALLEL = 64, 4
 
 
 def serve(
@@ -41,7 +40,8 @@ def serve(
     parallel: Annotated[
         int | None,
         typer.Option(
-            help="Texts written at once by each model; left out: 64, or what a quarter of the free memory holds.",
+            help="Texts written at once by each model; left out: 64, or what a quarter of the free memory holds; "
+            "4 in llama.cpp.",
             min=1,
             max=1024,
         ),
@@ -82,12 +82,14 @@ def serve(
     listener = listen(host, port)
     paths = list(checkpoint or ([] if gguf else ["checkpoints/atlas_best.pt"]))
     models = [load_model(path, device=device, tokenizer=tokenizer, dtype=dtype) for path in paths]
-    openers = [
-        _opener(model, name, parallel=parallel, queue=queue)
+    backends: list[Backend] = [
+        _engine(model, name, parallel=parallel, queue=queue)
         for model, name in zip(models, _names([model.path for model in models]), strict=True)
     ]
+    if gguf:
+        backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
     rules = Rules(max_tokens, timeout, api_key)
-    app = build_app(lambda send: [opener(send) for opener in openers], rules)
+    app = build_app(backends, rules)
     server = Server(app, listener, seconds_to_drain=timeout)
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
@@ -107,7 +109,7 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _opener(model: LoadedModel, name: str, *, parallel: int | None, queue: int) -> Callable[[Any], Backend]:
+def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) -> Backend:
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.planning import estimate_inference_memory, measure_memory
     from atlas.serving.engine import Engine
@@ -126,7 +128,17 @@ def _opener(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
         lay_out_for_decoding(model.model)
     step = model.facts.get("step")
     typer.echo(f"{name}: {model.path}, step {step}: {at_once} texts at once on {device}", err=True)
-    return lambda send: Engine(model, name, parallel=at_once, queue=queue, send=send)
+    return Engine(model, name, parallel=at_once, queue=queue)
+
+
+def _llama(path: str, *, parallel: int, queue: int) -> Backend:
+    import torch
+
+    from atlas.serving.llama import Llama
+
+    llama = Llama(path, parallel=parallel, queue=queue, threads=torch.get_num_threads())
+    typer.echo(f"{llama.id}: {path}: {parallel} texts at once in llama.cpp", err=True)
+    return llama
 
 
 def _run(server: Server, address: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,9 +200,7 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     Everything comes from the file: shape, norm epsilon, and the weights as their type has rounded them.
     Raises `AtlasError` for a file that is not whole or of another architecture.
     """
-    try:
-        check_header(Path(path))
-        reader = gguf.GGUFReader(path)
+    with _whole_file(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if metadata["general.architecture"] not in TENSOR_NAMES:
             known, found = ", ".join(TENSOR_NAMES), metadata["general.architecture"]
@@ -210,6 +210,19 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
             for tensor in reader.tensors
         }
         return _read_model(metadata, tensors).eval(), metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What any GGUF file says of itself, its tensors left alone. Raises `AtlasError`."""
+    with _whole_file(path) as reader:
+        return {name: field.contents() for name, field in reader.fields.items()}
+
+
+@contextmanager
+def _whole_file(path: str | Path) -> Iterator[gguf.GGUFReader]:
+    try:
+        check_header(Path(path))
+        yield gguf.GGUFReader(path)
     except FileNotFoundError:
         raise AtlasError(f"{path}: no such file") from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:

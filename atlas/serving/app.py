@@ -13,7 +13,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
+from starlette.types import Send as ASGISend
 
 from atlas import __version__
 from atlas.errors import AtlasError
@@ -23,7 +24,7 @@ from atlas.serving.errors import Refusal, of_validation, response
 from atlas.serving.limits import Door, Limits
 from atlas.serving.meter import Meter
 from atlas.serving.schema import MOST_STOPS, ChatRequest, CompletionRequest, ErrorBody, Wishes
-from atlas.serving.text import Backend, Busy, Order, Text, hand_out
+from atlas.serving.text import Backend, Busy, Order, Piece, Text, hand_out
 from atlas.tokenizer.chat import Message
 
 BODY_SECONDS = 10.0
@@ -31,8 +32,6 @@ BODY_SECONDS = 10.0
 _USUAL_TOKENS = 16
 """OpenAI's number of new tokens where a completion names none."""
 
-Deliver = Callable[[list[tuple[Text, Any]]], None]
-OpenBackends = Callable[[Deliver], list[Backend]]
 T = TypeVar("T")
 
 
@@ -166,31 +165,31 @@ class EventStream(Response):
         self._events = events
         self._ended = ended
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         try:
             await unless_gone(receive, self._write(send))
         finally:
             self._ended()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: ASGISend) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def build_app(open_backends: OpenBackends, rules: Rules) -> FastAPI:
-    """The application. The models begin when it does, in its event loop, and end with it."""
+def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
+    """The application. The models begin when it does, and end with it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
-        def deliver(pieces: list[tuple[Text, Any]]) -> None:
+        def deliver(pieces: list[tuple[Text, Piece]]) -> None:
             loop.call_soon_threadsafe(hand_out, pieces)
 
-        backends = open_backends(deliver)
-        app.state.desk = Desk(backends, rules)
+        for backend in backends:
+            backend.begin(deliver)
         yield
         for backend in backends:
             backend.close()
@@ -205,9 +204,11 @@ def build_app(open_backends: OpenBackends, rules: Rules) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     _add_errors(app)
-    _add_routes(app)
+    desk = Desk(backends, rules)
+    _add_routes(app, desk)
     app.add_middleware(Limits, seconds=BODY_SECONDS)
     app.add_middleware(Door, api_key=rules.api_key, is_page=lambda path: False)
+    app.add_middleware(desk.meter.counting)
     return app
 
 
@@ -234,11 +235,7 @@ def _add_errors(app: FastAPI) -> None:
         return response(Refusal(500, "a bug of the server's: its log says more"))
 
 
-def _add_routes(app: FastAPI) -> None:
-    def desk() -> Desk:
-        found: Desk = app.state.desk
-        return found
-
+def _add_routes(app: FastAPI, desk: Desk) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """200 while the server takes requests."""
@@ -247,21 +244,21 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(desk().meter.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(desk.meter.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_facts(backend) for backend in desk().backends.values()]}
+        return {"object": "list", "data": [_facts(backend) for backend in desk.backends.values()]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        return _facts(desk().model(model))
+        return _facts(desk.model(model))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        backend = desk().model(body.model)
-        order = desk().order(
+        backend = desk.model(body.model)
+        order = desk.order(
             backend,
             _prompts(body, backend),
             body,
@@ -269,17 +266,17 @@ def _add_routes(app: FastAPI) -> None:
             candidates=body.logprobs,
         )
         answer = Answer(order, is_chat=False, logprobs=body.logprobs is not None)
-        return await desk().answer(answer, body, request)
+        return await desk.answer(answer, body, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        backend = desk().model(body.model)
+        backend = desk.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Refusal(400, "top_logprobs: only with logprobs", param="top_logprobs")
         prompt = backend.encode_chat([_message(message) for message in body.messages])
-        room = max(1, min(backend.context - len(prompt), desk().rules.max_tokens))
-        order = desk().order(
+        room = max(1, min(backend.context - len(prompt), desk.rules.max_tokens))
+        order = desk.order(
             backend,
             [prompt],
             body,
@@ -287,7 +284,7 @@ def _add_routes(app: FastAPI) -> None:
             candidates=(body.top_logprobs or 0) if body.logprobs else None,
         )
         answer = Answer(order, is_chat=True, logprobs=bool(body.logprobs))
-        return await desk().answer(answer, body, request)
+        return await desk.answer(answer, body, request)
 
 
 def _prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,8 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream
 from atlas.model import KVCache
-from atlas.serving.text import Busy, Candidate, Piece, Text
+from atlas.serving.text import Busy, Candidate, Piece, Send, Text
 from atlas.tokenizer.chat import Message, encode_question
-
-Send = Callable[[list[tuple[Text, Piece]]], None]
-"""Takes the pieces of a step, in the engine's thread, to whoever waits for them."""
 
 PREFILL_TOKENS = 1024
 """Padded positions of prompts that are read between two steps: who is being written waits for them."""
@@ -35,7 +32,7 @@ PREFILL_TOKENS = 1024
 class Engine:
     """A model and the thread that writes with it."""
 
-    def __init__(self, loaded: LoadedModel, id: str, *, parallel: int, queue: int, send: Send) -> None:
+    def __init__(self, loaded: LoadedModel, id: str, *, parallel: int, queue: int) -> None:
         """`parallel` texts are written at once, and at most `queue` wait."""
         self.loaded = loaded
         self.id = id
@@ -44,7 +41,6 @@ class Engine:
         self.vocab_size = loaded.tokenizer.vocab_size
         self.parallel = parallel
         self._limit = queue
-        self._send = send
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         """Of the texts that are being written, in the order of the cache's rows."""
@@ -58,6 +54,9 @@ class Engine:
         self._cache = self._empty_cache(parallel)
         self._cache.truncate([])
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
+
+    def begin(self, send: Send) -> None:
+        self._send = send
         self._thread.start()
 
     def encode(self, text: str) -> list[int]:

@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atlas.serving.text import Backend, Order
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+_ROUTES = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"})
 
 
 class Meter:
@@ -39,9 +42,6 @@ class Meter:
             running.labels(backend.id).set_function(functools.partial(getattr, backend, "num_running"))
             waiting.labels(backend.id).set_function(functools.partial(getattr, backend, "num_waiting"))
 
-    def count_request(self, route: str, status: int) -> None:
-        self._requests.labels(route, status).inc()
-
     def counter(self, backend: Backend) -> Callable[[], object]:
         """To be called at every token of the model."""
         return self._tokens.labels(backend.id).inc
@@ -52,6 +52,21 @@ class Meter:
         self._prompt_tokens.labels(model).inc(order.num_prompt_tokens)
         if order.seconds_to_first is not None:
             self._first.labels(model).observe(order.seconds_to_first)
+
+    def counting(self, app: ASGIApp) -> ASGIApp:
+        """ASGI middleware: a request by its route and status. What is no route is one of `other`: anybody can ask for
+        any number of them."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            async def watched(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    path = scope["path"] if scope["path"] in _ROUTES else "other"
+                    self._requests.labels(path, message["status"]).inc()
+                await send(message)
+
+            await app(scope, receive, watched)
+
+        return counted
 
     def told(self) -> bytes:
         return generate_latest(self._registry)

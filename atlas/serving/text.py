@@ -56,6 +56,10 @@ def hand_out(pieces: Iterable[tuple[Text, Piece]]) -> None:
             text.arrivals.put_nowait((text.index, piece))
 
 
+Send = Callable[[list[tuple[Text, Piece]]], None]
+"""Takes the pieces of a step, from any thread, to whoever waits for them."""
+
+
 class Busy(Exception):
     """As many texts wait as may wait."""
 
@@ -68,6 +72,10 @@ class Backend(Protocol):
     """Seconds since 1970."""
     context: int
     vocab_size: int
+
+    def begin(self, send: Send) -> None:
+        """Be ready for texts."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids, at least one."""
@@ -89,7 +97,9 @@ class Backend(Protocol):
     @property
     def num_waiting(self) -> int: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End; what is unfinished stays so."""
+        ...
 
 
 class Order:

@@ -1,0 +1,67 @@
+"""A model behind a real socket, in this process, for tests that talk to it as clients do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from atlas.config import AtlasConfig, ModelConfig
+from atlas.inference.load import LoadedModel
+from atlas.model import build_model
+from atlas.serving.app import Rules, build_app
+from atlas.serving.engine import Engine
+from atlas.serving.server import Server, listen
+from atlas.serving.text import Backend
+from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat import CHAT_FORM
+from tests.conftest import corpus
+
+
+def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) -> LoadedModel:
+    """Sharp random weights, so that what is likeliest is no near-tie, and a small vocabulary of its own."""
+    tokenizer = Tokenizer.train([corpus(), "größer — 漢字 🙂"], 400)
+    shape = ModelConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len
+    )
+    model = build_model(shape, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    facts = {"step": 7, "data": {"chat_form": CHAT_FORM if chat else None}}
+    return LoadedModel(model.eval(), tokenizer, AtlasConfig(model=shape), Path("random.pt"), facts)
+
+
+@contextmanager
+def served(backends: Sequence[Backend], rules: Rules | None = None) -> Iterator[str]:
+    """The server's address."""
+    listener = listen("127.0.0.1", 0)
+    server = Server(build_app(backends, rules or Rules()), listener, seconds_to_drain=5)
+    server.start()
+    while not server.is_ready:
+        assert not server.wait(0.02)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.drain()
+        assert server.wait(20)
+
+
+@contextmanager
+def served_model(
+    loaded: LoadedModel, *, parallel: int = 8, queue: int = 64, rules: Rules | None = None
+) -> Iterator[tuple[str, Engine]]:
+    engine = Engine(loaded, "random", parallel=parallel, queue=queue)
+    with served([engine], rules) as address:
+        yield address, engine
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    """Wait for a callable to be true."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.005)
