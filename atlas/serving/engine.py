@@ -114,7 +114,7 @@ class Engine:
             except Exception:  # a bug, or no memory: these texts are lost, and the server goes on
                 traceback.print_exc(file=sys.stderr)
                 lost = [*self._rows, *self._returning]
-                self._outbox += [(row.text, Piece(None, "", finish="error")) for row in lost]
+                self._outbox += [(row.text, Piece(None, "", finish="error", num_tokens=0)) for row in lost]
                 self._rows, self._returning = [], []
                 self._cache.truncate([])
             if self._outbox:
@@ -226,7 +226,7 @@ class _Row:
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
         """`candidates` begins with the token's own, where any are asked for."""
         if token == self._eos_id:
-            return Piece(None, self._stream.finish(), finish="stop")
+            return Piece(None, self._stream.finish(), finish="stop", num_tokens=0)
         self.tokens.append(token)
         shown, finish = self._stream.add(token), None
         if self._stream.stopped:

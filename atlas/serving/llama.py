@@ -8,8 +8,10 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,8 +122,9 @@ class Llama:
         try:
             for piece in self._pieces(text):
                 self._send([(text, piece)])
-        except (OSError, ValueError, http.client.HTTPException):
-            self._send([(text, Piece(None, "", finish="error"))])
+        except Exception:  # this text is lost, and the server goes on
+            traceback.print_exc(file=sys.stderr)
+            self._send([(text, Piece(None, "", finish="error", num_tokens=0))])
         finally:
             with self._lock:
                 self._running -= 1
@@ -139,7 +142,7 @@ class Llama:
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": self.context + 1,
             "seed": text.seed % 2**32,
             "stop": text.stop,
             # At least one, or it does not tell of the token that it took.
@@ -151,11 +154,14 @@ class Llama:
             response = connection.getresponse()
             if response.status != 200:
                 raise ValueError(response.read())
+            told = 0
             for line in response:
                 if text.cancelled or self._closed:
                     return  # closing the connection ends it there, too
                 if line.startswith(b"data: "):
-                    yield from _pieces_of(json.loads(line[6:]), text.num_candidates)
+                    event = json.loads(line[6:])
+                    yield _piece_of(event, text.num_candidates, told=told)
+                    told = event["tokens_predicted"]
         finally:
             connection.close()
 
@@ -175,21 +181,19 @@ class Llama:
         return answer
 
 
-def _pieces_of(event: dict[str, Any], num_candidates: int | None) -> Iterator[Piece]:
-    """Of one event: a token each; the text is with the last, since llama.cpp holds back what is not yet certain."""
-    told = event.get("completion_probabilities", [])
-    for place, token in enumerate(event["tokens"]):
-        text = event["content"] if place == len(event["tokens"]) - 1 else ""
-        logprob: float | None = None
-        candidates: tuple[Candidate, ...] = ()
-        if place < len(told):
-            logprob = told[place]["logprob"]
-            likeliest = told[place]["top_logprobs"][:num_candidates]
-            candidates = tuple(Candidate(each["id"], each["logprob"]) for each in likeliest)
-        yield Piece(token, text, logprob, candidates)
-    if event["stop"]:
-        rest = "" if event["tokens"] else event["content"]
-        yield Piece(None, rest, finish=_FINISH[event["stop_type"]])
+def _piece_of(event: dict[str, Any], num_candidates: int | None, *, told: int) -> Piece:
+    """Of one event. llama.cpp tells nothing of a token that ends inside a character; `told` tokens were before it."""
+    finish = _FINISH[event["stop_type"]] if event["stop"] else None
+    written = event["tokens_predicted"] - told - (finish is not None and event["stop_type"] == "eos")
+    if not event["tokens"]:
+        return Piece(None, event["content"], finish=finish, num_tokens=written)
+    logprob: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    for said in event.get("completion_probabilities", []):
+        logprob = said["logprob"]
+        likeliest = said["top_logprobs"][:num_candidates]
+        candidates = tuple(Candidate(each["id"], each["logprob"]) for each in likeliest)
+    return Piece(event["tokens"][-1], event["content"], logprob, candidates, finish, written)
 
 
 def _load(path: str, *, context: int, parallel: int, threads: int, key: str) -> Any:

@@ -42,8 +42,8 @@ class Meter:
             running.labels(backend.id).set_function(functools.partial(getattr, backend, "num_running"))
             waiting.labels(backend.id).set_function(functools.partial(getattr, backend, "num_waiting"))
 
-    def counter(self, backend: Backend) -> Callable[[], object]:
-        """To be called at every token of the model."""
+    def counter(self, backend: Backend) -> Callable[[int], object]:
+        """To be told of the model's tokens as they come."""
         return self._tokens.labels(backend.id).inc
 
     def count_order(self, order: Order) -> None:

@@ -28,6 +28,8 @@ class Piece(NamedTuple):
     logprob: float | None = None
     candidates: Sequence[Candidate] = ()
     finish: str | None = None
+    num_tokens: int = 1
+    """More than one where those before it were told by nobody."""
 
 
 @dataclass(eq=False)
@@ -105,8 +107,8 @@ class Backend(Protocol):
 class Order:
     """The texts of one request, in the making."""
 
-    def __init__(self, backend: Backend, texts: Sequence[Text], count: Callable[[], object]) -> None:
-        """`count` is called at every token. Raises `Busy`."""
+    def __init__(self, backend: Backend, texts: Sequence[Text], count: Callable[[int], object]) -> None:
+        """`count` is told of tokens as they come. Raises `Busy`."""
         self._count = count
         self.texts = texts
         self.backend = backend
@@ -128,7 +130,7 @@ class Order:
         """(index of the text, what it gets) up to the end of all; when `seconds` are over, a last one says `timeout`.
         Who stops listening frees the places."""
         late = asyncio.get_running_loop().call_later(
-            seconds, self._arrivals.put_nowait, (0, Piece(None, "", finish="timeout"))
+            seconds, self._arrivals.put_nowait, (0, Piece(None, "", finish="timeout", num_tokens=0))
         )
         unfinished = len(self.texts)
         try:
@@ -136,9 +138,8 @@ class Order:
                 index, piece = await self._arrivals.get()
                 if self.seconds_to_first is None:
                     self.seconds_to_first = time.perf_counter() - self._asked_at
-                if piece.token is not None:
-                    self.num_written += 1
-                    self._count()
+                self.num_written += piece.num_tokens
+                self._count(piece.num_tokens)
                 yield index, piece
                 if piece.finish in ("error", "timeout"):
                     return

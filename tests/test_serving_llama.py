@@ -1,0 +1,107 @@
+"""An exported file behind the same API: llama.cpp's words are those of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from atlas.errors import AtlasError
+from atlas.export.gguf import export_gguf
+from atlas.inference.load import LoadedModel
+from atlas.serving.engine import Engine
+from atlas.serving.llama import Llama
+from tests.served import random_model, served, until
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return random_model(chat=True)
+
+
+@pytest.fixture(scope="module")
+def file(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "exported.gguf"
+    export_gguf(loaded.model, loaded.tokenizer, path, quantize="f32", chat_template=loaded.chat_template)
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(loaded: LoadedModel, file: Path) -> Iterator[openai.OpenAI]:
+    """`exported` is the file, `random` the checkpoint that it came from."""
+    backends = [
+        Llama(str(file), parallel=2, queue=8, threads=1),
+        Engine(loaded, "random", parallel=2, queue=8),
+    ]
+    with (
+        served(backends) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_file_and_checkpoint_say_the_same(client: openai.OpenAI) -> None:
+    for prompt in ("The river", "größer", "", ["A small boat", "In winter"]):
+        wishes: dict = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 2}
+        theirs, ours = (client.completions.create(model=name, **wishes) for name in ("exported", "random"))
+        assert [choice.text for choice in theirs.choices] == [choice.text for choice in ours.choices]
+        assert theirs.usage == ours.usage
+        for one, other in zip(theirs.choices, ours.choices, strict=True):
+            assert one.logprobs is not None
+            assert other.logprobs is not None
+            # llama.cpp tells nothing of tokens that end inside a character.
+            told = list(zip(one.logprobs.tokens or [], one.logprobs.token_logprobs or [], strict=True))
+            whole = list(zip(other.logprobs.tokens or [], other.logprobs.token_logprobs or [], strict=True))
+            told, whole = (
+                [entry for entry in each if not entry[0].startswith("bytes:")] for each in (told, whole)
+            )
+            assert [token for token, _ in told] == [token for token, _ in whole]
+            assert [logprob for _, logprob in told] == pytest.approx(
+                [logprob for _, logprob in whole], abs=2e-2
+            )
+
+
+def test_conversation_is_in_the_files_own_template(client: openai.OpenAI) -> None:
+    wishes: dict = {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    theirs, ours = (client.chat.completions.create(model=name, **wishes) for name in ("exported", "random"))
+    assert theirs.choices[0].message == ours.choices[0].message
+    assert theirs.usage == ours.usage
+
+
+def test_stream_stop_and_seed(client: openai.OpenAI) -> None:
+    wishes: dict = {"model": "exported", "prompt": "The", "max_tokens": 30}
+    text = client.completions.create(**wishes, temperature=0).choices[0].text
+    chunks = list(client.completions.create(**wishes, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    assert len(chunks) > 10
+    stopped = client.completions.create(**wishes, temperature=0, stop=text[8:11]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(text[8:11])], "stop")
+    one, same, other = (client.completions.create(**wishes, seed=seed).choices[0].text for seed in (3, 3, 4))
+    assert one == same != other
+
+
+def test_whoever_goes_away_frees_llama_cpp(file: Path) -> None:
+    backend = Llama(str(file), parallel=1, queue=1, threads=1)
+    with served([backend]) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        for _ in range(3):
+            stream = client.completions.create(model="exported", prompt="The", max_tokens=60, stream=True)
+            next(iter(stream))
+            stream.close()
+        until(lambda: backend.num_running == backend.num_waiting == 0)
+
+
+def test_broken_file_is_a_users_mistake(file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(AtlasError, match="is not a whole GGUF file"):
+        Llama(str(cut), parallel=1, queue=1, threads=1)
+    with pytest.raises(AtlasError, match="no such file"):
+        Llama(str(tmp_path / "none.gguf"), parallel=1, queue=1, threads=1)
