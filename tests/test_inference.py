@@ -19,6 +19,7 @@ from atlas.inference.sampling import (
     keep_top_k,
     keep_top_p,
     penalize_repetition,
+    probabilities,
     row_generators,
 )
 from atlas.inference.text import TextStream
@@ -87,6 +88,27 @@ def test_top_p_after_top_k_equals_transformers() -> None:
     logits = torch.randn(4, 50) * 3
     expected = processors.TopPLogitsWarper(0.8)(None, processors.TopKLogitsWarper(12)(None, logits))
     assert torch.equal(keep_top_p(keep_top_k(logits, 12), 0.8), expected)
+
+
+@settings(deadline=None)
+@given(
+    logit_rows,
+    st.builds(
+        Sampling,
+        temperature=st.floats(5e-324, 1e308),
+        top_k=st.integers(0, 50),
+        top_p=st.floats(0, 1, exclude_min=True),
+        min_p=st.floats(0, 1, exclude_max=True),
+        repetition_penalty=st.floats(0.01, 100),
+    ),
+)
+def test_whatever_the_settings_a_token_can_be_drawn(logits: torch.Tensor, sampling: Sampling) -> None:
+    """The smallest float is a temperature, too."""
+    seen = [list(range(0, logits.shape[-1], 2))]
+    chances = probabilities(penalize_repetition(logits, seen, sampling.repetition_penalty), sampling)
+    assert chances.isfinite().all()
+    assert chances.min() >= 0
+    assert float(chances.sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -20,7 +20,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.inference.text import stream_text
 from atlas.serving import server as server_module
-from atlas.serving.app import Rules
+from atlas.serving.desk import Rules
 from atlas.serving.engine import Engine
 from atlas.tokenizer.chat import Message, encode_question
 from tests.served import random_model, served, served_model, until
@@ -374,7 +374,7 @@ def test_queue_has_an_end(loaded: LoadedModel) -> None:
 
 def test_requests_have_a_time_limit(loaded: LoadedModel) -> None:
     with served_model(loaded, rules=Rules(max_tokens=10**6, seconds=0.3)) as (address, engine):
-        status, answer = post(address, {"prompt": "The", "max_tokens": 10**6})
+        status, answer = post(address, {"prompt": "The", "max_tokens": 10**6, "temperature": 0})
         assert status == 504
         assert "--timeout" in answer["error"]["message"]
         until(lambda: engine.num_running == 0)
@@ -384,7 +384,7 @@ def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.Mon
     """Half of eight streams break off: no more than one step is done for them after the server knows."""
     with served_model(random_model(), rules=Rules(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
-        body = json.dumps({"prompt": "The", "max_tokens": 10**6, "stream": True}).encode()
+        body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         clients = [socket.create_connection((host, int(port))) for _ in range(8)]
@@ -415,7 +415,7 @@ def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.Mon
 def test_disconnect_ends_a_text_that_is_not_streamed() -> None:
     with served_model(random_model(), rules=Rules(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
-        body = json.dumps({"prompt": "The", "max_tokens": 10**6}).encode()
+        body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         with socket.create_connection((host, int(port))) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)

@@ -73,7 +73,8 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise AtlasError("--api-key: is empty: give a secret of some length, or leave it out")
     try:
-        from atlas.serving.app import Rules, build_app
+        from atlas.serving.app import build_app
+        from atlas.serving.desk import Rules
         from atlas.serving.server import Server, listen
     except ImportError as error:
         raise AtlasError(f'atlas serve needs {error.name}: pip install -e ".[serve]"') from None

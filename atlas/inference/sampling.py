@@ -14,6 +14,8 @@ from atlas.errors import AtlasError
 
 _FEW = 1024
 """So many of the likeliest tokens nearly always hold top-p's mass; to sort a whole vocabulary takes milliseconds."""
+_COLDEST = 1e-6
+"""A temperature below which nothing but the likeliest is drawn, and fp32 cannot divide."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Sampling:
             ("top-k", self.top_k >= 0, "0 (all) or more"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", 0 <= self.min_p < 1, "from 0 to below 1"),
-            ("repetition-penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition-penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not valid:
                 raise AtlasError(f"--{name} {getattr(self, name.replace('-', '_'))}: must be {rule}")
@@ -54,7 +56,9 @@ def sample(
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution (B, V) that is drawn from; temperature must be above 0."""
-    logits = keep_top_k(logits / sampling.temperature, sampling.top_k)
+    # The largest first becomes 0: divided by a small temperature, it would not be a number.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, _COLDEST)
+    logits = keep_top_k(logits, sampling.top_k)
     logits = keep_top_p(logits, sampling.top_p)
     logits = keep_min_p(logits, sampling.min_p)
     return logits.softmax(dim=-1)

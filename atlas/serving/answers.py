@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import uuid
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from atlas.serving.errors import Refusal
+from atlas.serving.stream import event
 from atlas.serving.text import Backend, Candidate, Order, Piece
 
 _LEAST = -9999.0
@@ -72,10 +72,10 @@ class Answer:
         if self.is_chat:
             for index in range(len(self._choices)):
                 delta = {"role": "assistant", "content": ""}
-                yield _event({**head, "choices": [_choice(index, delta=delta)]})
+                yield event({**head, "choices": [_choice(index, delta=delta)]})
         async for index, piece in self.order.pieces(seconds):
             if piece.finish in ("error", "timeout"):
-                yield _event(_refusal(piece, seconds).body)
+                yield event(_refusal(piece, seconds).body)
                 return
             if not (piece.text or piece.finish or self.logprobs):
                 continue
@@ -85,9 +85,9 @@ class Answer:
             else:
                 content = {"text": piece.text}
             chunk = _choice(index, **content, logprobs=said, finish_reason=piece.finish)
-            yield _event({**head, "choices": [chunk]})
+            yield event({**head, "choices": [chunk]})
         if include_usage:
-            yield _event({**head, "choices": [], "usage": self.usage})
+            yield event({**head, "choices": [], "usage": self.usage})
         yield "data: [DONE]\n\n"
 
     @property
@@ -148,10 +148,6 @@ def _choice(
 
 def _finite(logprob: float | None) -> float:
     return _LEAST if logprob is None or not math.isfinite(logprob) else logprob
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def _refusal(piece: Piece, seconds: float) -> Refusal:

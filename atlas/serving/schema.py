@@ -6,25 +6,46 @@ Types are strict and unknown fields are refused, so that nothing a client asks f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
 
-TokenId = Annotated[int, Field(ge=0)]
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_bool(value: Any) -> Any:
+    """To Python `false` is 0; to JSON it is not."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _only_bool(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Zero = Annotated[Literal[0], BeforeValidator(_no_bool)]
+TokenId = Annotated[Int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = Field(False, description="A last chunk says how many tokens there were.")
 
 
-class Wishes(_Body):
+class Wishes(Body):
     """What both kinds of request may say."""
 
     model: str | None = Field(None, description="As /v1/models names it; left out, the first there.")
@@ -34,15 +55,15 @@ class Wishes(_Body):
     top_p: float | None = Field(
         None, gt=0, le=1, description="Choose among the likeliest tokens that reach this mass."
     )
-    top_k: int | None = Field(None, ge=0, description="Choose among the k likeliest tokens; 0: all.")
+    top_k: Int | None = Field(None, ge=0, description="Choose among the k likeliest tokens; 0: all.")
     min_p: float | None = Field(
         None, ge=0, lt=1, description="Drop tokens less than this part as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Above 1: less of what was there before."
+        None, ge=0.01, le=100, description="Above 1: less of what was there before."
     )
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Texts for each prompt.")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
+    n: Int | None = Field(None, ge=1, le=MOST_CHOICES, description="Texts for each prompt.")
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
     stop: Stop | list[Stop] | None = Field(
         None, description=f"End before one of these, at most {MOST_STOPS}."
     )
@@ -50,8 +71,8 @@ class Wishes(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Nothing is done with it.")
     # Known to OpenAI's clients, which may send them at the value that changes nothing.
-    frequency_penalty: Literal[0] | None = Field(None, description="0; use repetition_penalty.")
-    presence_penalty: Literal[0] | None = Field(None, description="0; use repetition_penalty.")
+    frequency_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
+    presence_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Empty.")
 
     @property
@@ -70,24 +91,24 @@ class CompletionRequest(Wishes):
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
         ]
     ) = Field("", description="A text, several, or token ids; an empty one begins a document.")
-    max_tokens: int | None = Field(None, ge=1, description="New tokens; left out: 16.")
-    logprobs: int | None = Field(
+    max_tokens: Int | None = Field(None, ge=1, description="New tokens; left out: 16.")
+    logprobs: Int | None = Field(
         None,
         ge=0,
         le=MOST_CANDIDATES,
         description="Tell each token's log-probability, and so many alternatives.",
     )
-    echo: Literal[False] | None = Field(None, description="False.")
+    echo: Annotated[Literal[False], BeforeValidator(_only_bool)] | None = Field(None, description="False.")
     suffix: None = Field(None, description="Nothing.")
-    best_of: int | None = Field(None, ge=1, le=1, description="1.")
+    best_of: Int | None = Field(None, ge=1, le=1, description="1.")
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, description="Nothing is done with it.")
@@ -99,7 +120,7 @@ class ChatMessage(_Body):
         return "".join(part.text for part in self.content)
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text"]
 
 
@@ -107,15 +128,100 @@ class ChatRequest(Wishes):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, description="As max_completion_tokens.")
-    max_completion_tokens: int | None = Field(
+    max_tokens: Int | None = Field(None, ge=1, description="As max_completion_tokens.")
+    max_completion_tokens: Int | None = Field(
         None, ge=1, description="New tokens; left out: what the context has room for."
     )
     logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
-    top_logprobs: int | None = Field(
+    top_logprobs: Int | None = Field(
         None, ge=0, le=MOST_CANDIDATES, description="With logprobs: so many alternatives."
     )
     response_format: ResponseFormat | None = None
+
+
+# What they get
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    """Whole; in a stream each chunk has its shape, and `finish_reason` null up to the last."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TokenFacts(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ToldToken(TokenFacts):
+    top_logprobs: list[TokenFacts]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ToldToken]
+    refusal: None
+
+
+class Said(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: Said
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """Whole; in a stream chunks have a `delta` in place of the message."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelFacts(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[ModelFacts]
 
 
 class ErrorFacts(BaseModel):

@@ -1,0 +1,60 @@
+// What both pages need: to ask the server, and to put text into the document as text.
+
+const KEY = "atlas-api-key";
+
+/** An element with these properties and children; a string is text, never markup. */
+export function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
+export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
+
+/** A token's text so that it can be seen: a line's end has a sign, and nothing at all is a word. */
+export const visible = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵\n"));
+
+async function request(route, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const options = body ? { method: "POST", body: JSON.stringify(body), headers, signal } : { headers, signal };
+  const answer = await fetch(route, options);
+  if (answer.ok) return answer;
+  const said = await answer.json().catch(() => null);
+  throw Object.assign(new Error(said?.error?.message ?? `${route}: ${answer.status}`), { status: answer.status });
+}
+
+export async function ask(route, body, signal) {
+  return (await request(route, body, signal)).json();
+}
+
+/** The server-sent events of an answer, as they come. */
+export async function* stream(route, body, signal) {
+  const reader = (await request(route, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = JSON.parse(event.slice("data: ".length));
+      if (data.error) throw new Error(data.error.message);
+      yield data;
+    }
+  }
+}
+
+/** Ask for the key, keep it until the tab is closed, and go on. */
+export function showKey(then) {
+  const label = document.getElementById("key");
+  const field = document.getElementById("api-key");
+  label.hidden = false;
+  field.onchange = () => {
+    sessionStorage.setItem(KEY, field.value);
+    then();
+  };
+  field.focus();
+}

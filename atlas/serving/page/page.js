@@ -1,0 +1,282 @@
+// The page at /: write with a model, and look at each token. No framework, no build step, nothing from elsewhere.
+import { ask, element, number, percent, showKey, stream, visible } from "./common.js";
+import { drawAttention, drawLayers, drawSampling } from "./views.js";
+
+const $ = (id) => document.getElementById(id);
+const ALTERNATIVES = 10;
+
+let models = [];
+let columns = []; // one for each model that writes
+let chosen = null; // {column, index}: the token that the views are about
+let view = "alternatives";
+let writing = null; // an AbortController while texts are written
+
+// ---- Columns: a model and the tokens that it was given or wrote
+
+function makeColumns() {
+  const names = [$("model").value, $("beside").value].filter(Boolean);
+  chosen = null;
+  columns = names.map((model) => {
+    const text = element("div", { className: "text", role: "group" });
+    text.setAttribute("aria-label", `What ${model} writes`);
+    const root = element("div", {}, names.length > 1 ? element("h2", { textContent: model }) : "", text);
+    const column = { model, root, text, tokens: [] };
+    text.addEventListener("click", (event) => {
+      const span = event.target.closest(".token");
+      if (span) choose(column, Number(span.dataset.index));
+    });
+    text.addEventListener("keydown", (event) => moveInText(event, column));
+    return column;
+  });
+  $("columns").replaceChildren(...columns.map((column) => column.root));
+  showView();
+}
+
+function addToken(column, token) {
+  const index = column.tokens.length;
+  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: visible(token.text) });
+  span.setAttribute("role", "button");
+  span.setAttribute("aria-pressed", "false");
+  span.tabIndex = index === 0 ? 0 : -1;
+  span.dataset.index = index;
+  if (token.p !== null) {
+    span.style.setProperty("--surprise", token.given ? 0 : 1 - token.p);
+    span.title = percent(token.p);
+  }
+  token.span = span;
+  column.tokens.push(token);
+  column.text.append(span);
+}
+
+function moveInText(event, column) {
+  const at = Number(document.activeElement?.dataset.index ?? 0);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: column.tokens.length - 1 }[event.key];
+  if (event.key === "Enter" || event.key === " ") choose(column, at);
+  else if (to === undefined || !column.tokens[to]) return;
+  else {
+    column.tokens[at].span.tabIndex = -1;
+    column.tokens[to].span.tabIndex = 0;
+    column.tokens[to].span.focus();
+    choose(column, to);
+  }
+  event.preventDefault();
+}
+
+function choose(column, index) {
+  for (const each of columns) for (const token of each.tokens) token.span.setAttribute("aria-pressed", "false");
+  chosen = { column, index };
+  column.tokens[index].span.setAttribute("aria-pressed", "true");
+  showView();
+}
+
+const idsBefore = ({ column, index }) => column.tokens.slice(0, index).map((token) => token.id);
+
+// ---- Writing
+
+function settings() {
+  const form = new FormData($("settings"));
+  const wishes = {};
+  for (const name of ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]) wishes[name] = Number(form.get(name));
+  return wishes;
+}
+
+function wishesToWrite() {
+  const form = new FormData($("settings"));
+  const wishes = { ...settings(), max_tokens: Number(form.get("max_tokens")), alternatives: ALTERNATIVES };
+  if (form.get("seed") !== "") wishes.seed = Number(form.get("seed"));
+  if (form.get("stop") !== "") wishes.stop = form.get("stop");
+  return wishes;
+}
+
+async function write(prompts) {
+  writing?.abort();
+  const mine = (writing = new AbortController());
+  $("stop").disabled = false;
+  say("");
+  const start = performance.now();
+  let written = 0;
+  const count = () => {
+    written += 1;
+    say(`${written} tokens, ${number(written / ((performance.now() - start) / 1000))} tokens/s`);
+  };
+  try {
+    await Promise.all(prompts.map(([column, prompt]) => writeIn(column, prompt, mine.signal, count)));
+  } catch (error) {
+    if (error.name !== "AbortError") say(error.message, true);
+  }
+  if (writing === mine) {
+    writing = null;
+    $("stop").disabled = true;
+    showView();
+  }
+}
+
+async function writeIn(column, prompt, signal, count) {
+  column.tokens = [];
+  column.text.replaceChildren();
+  if (chosen?.column === column) chosen = null;
+  for await (const event of stream("api/write", { model: column.model, prompt, ...wishesToWrite() }, signal)) {
+    if (event.kind === "prompt") for (const token of event.tokens) addToken(column, { ...token, given: true });
+    if (event.kind === "token") {
+      addToken(column, event);
+      count();
+    }
+  }
+}
+
+function writeAll() {
+  if (!$("settings").reportValidity()) return;
+  makeColumns();
+  write(columns.map((column) => [column, $("prompt").value]));
+}
+
+/** Continue with another token in the place of the chosen one. */
+function branch(id) {
+  write([[chosen.column, [...idsBefore(chosen), id]]]);
+}
+
+function say(text, isBad = false) {
+  $("status").textContent = text;
+  $("status").className = isBad ? "bad" : "";
+}
+
+// ---- Views of the chosen token
+
+function showView() {
+  for (const column of columns) for (const token of column.tokens) token.span.classList.remove("attended");
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const isSelected = tab.id === `tab-${view}`;
+    tab.setAttribute("aria-selected", isSelected);
+    tab.tabIndex = isSelected ? 0 : -1;
+  }
+  $("view").setAttribute("aria-labelledby", `tab-${view}`);
+  const place = chosen ?? lastPlace();
+  if (!place) {
+    $("view").replaceChildren(element("p", { className: "quiet", textContent: "Nothing is written yet." }));
+    return;
+  }
+  const show = { alternatives: showAlternatives, sampling: showSampling, attention: showAttention, layers: showLayers };
+  Promise.resolve(show[view](place)).catch((error) => {
+    if (error.name === "AbortError") return;
+    $("view").replaceChildren(element("p", { className: "bad", textContent: error.message }));
+  });
+}
+
+/** Behind the last token, where the next one would stand. */
+function lastPlace() {
+  const column = columns.find((each) => each.tokens.length);
+  return column ? { column, index: column.tokens.length } : null;
+}
+
+function facts(place, ...more) {
+  const token = place.column.tokens[place.index];
+  const what = token ? ["Token ", element("b", { textContent: visible(token.text) }), ` (${token.id})`] : ["The next token"];
+  return element("p", { className: "facts" }, ...what, ...more);
+}
+
+function showAlternatives(place) {
+  const token = place.column.tokens[place.index];
+  if (!token) {
+    view = "sampling";
+    return showView();
+  }
+  if (token.p === null) {
+    $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
+    return;
+  }
+  const rows = token.alternatives.map((each) => {
+    const button = element("button", { className: "piece", textContent: visible(each.text) });
+    button.addEventListener("click", () => branch(each.id));
+    button.title = "continue from here with this one";
+    const row = element("tr", { className: each.id === token.id ? "chosen" : "" });
+    const bar = element("i");
+    bar.style.width = percent(each.p);
+    row.append(element("td", {}, button), element("td", { textContent: percent(each.p) }), element("td", { className: "bar" }, bar));
+    return row;
+  });
+  $("view").replaceChildren(
+    facts(place, `: ${percent(token.p)} by the model, before any setting.`),
+    element("table", { className: "bars", id: "alternatives" }, element("tbody", {}, ...rows)),
+    element("p", { className: "quiet", textContent: "Choose one to continue the text from here with it." }),
+  );
+}
+
+let asking = null; // the last request of a view; one that comes back late is not shown
+
+async function about(place, route, body) {
+  asking?.abort();
+  asking = new AbortController();
+  return ask(route, { model: place.column.model, ...body }, asking.signal);
+}
+
+async function showSampling(place) {
+  const answer = await about(place, "api/sampling", { prompt: idsBefore(place), ...settings() });
+  drawSampling($("view"), facts(place), answer, place.column.tokens[place.index]?.id);
+}
+
+async function showAttention(place) {
+  const ids = place.column.tokens.slice(0, place.index + 1).map((token) => token.id);
+  const layer = Number($("layer")?.value ?? 0);
+  const answer = await about(place, "api/attention", { prompt: ids, layer });
+  drawAttention($("view"), facts(place), answer, place.column.tokens, showView);
+}
+
+async function showLayers(place) {
+  const ids = idsBefore(place);
+  if (!ids.length) {
+    $("view").replaceChildren(facts(place, ": nothing stands before it, so that no layer predicts it."));
+    return;
+  }
+  const answer = await about(place, "api/layers", { prompt: ids });
+  drawLayers($("view"), facts(place), answer, place.column.tokens[place.index]?.id);
+}
+
+// ---- Wiring
+
+$("write").addEventListener("click", writeAll);
+$("stop").addEventListener("click", () => writing?.abort());
+for (const id of ["model", "beside"]) $(id).addEventListener("change", makeColumns);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") writing?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) writeAll();
+});
+$("settings").addEventListener("submit", (event) => event.preventDefault());
+let pause = 0;
+$("settings").addEventListener("input", (event) => {
+  const shown = event.target.parentElement.querySelector("output");
+  if (shown) shown.value = event.target.value;
+  clearTimeout(pause);
+  if (view === "sampling") pause = setTimeout(showView, 60);
+});
+for (const range of document.querySelectorAll("#settings input[type=range]")) {
+  range.parentElement.querySelector("output").value = range.value;
+}
+for (const tab of document.querySelectorAll("[role=tab]")) {
+  tab.addEventListener("click", () => {
+    view = tab.id.replace("tab-", "");
+    showView();
+  });
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const tabs = [...document.querySelectorAll("[role=tab]")];
+    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
+    next.focus();
+    next.click();
+  });
+}
+
+async function begin() {
+  try {
+    models = (await ask("v1/models")).data.map((model) => model.id);
+  } catch (error) {
+    if (error.status === 401) return showKey(begin);
+    return say(error.message, true);
+  }
+  const option = (name) => element("option", { value: name, textContent: name });
+  $("model").replaceChildren(...models.map(option));
+  $("beside").append(...models.map(option));
+  makeColumns();
+}
+
+begin();

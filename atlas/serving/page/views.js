@@ -1,0 +1,138 @@
+// Pictures of one place in a text: what sampling does to the distribution, attention by head, and the logit lens.
+import { element, percent, visible } from "./common.js";
+
+/** The distribution before and after the settings, a row for each of the likeliest tokens. */
+export function drawSampling(view, facts, answer, chosenId) {
+  const most = Math.max(...answer.tokens.map((token) => Math.max(token.p, token.final)));
+  const rows = answer.tokens.map((token) => {
+    const before = element("i", { className: "before" });
+    const after = element("i");
+    before.style.width = `${(100 * token.p) / most}%`;
+    after.style.width = `${(100 * token.final) / most}%`;
+    const classes = [token.removed_by ? "removed" : "", token.id === chosenId ? "chosen" : ""];
+    return element(
+      "tr",
+      { className: classes.join(" ").trim() },
+      element("td", { className: "piece", textContent: visible(token.text) }),
+      element("td", { textContent: percent(token.p) }),
+      element("td", { textContent: token.removed_by ?? percent(token.final) }),
+      element("td", { className: "bar" }, before, ...(token.removed_by ? [] : [after])),
+    );
+  });
+  const head = ["token", "model", "with settings", ""].map((name) => element("th", { textContent: name }));
+  view.replaceChildren(
+    facts,
+    element(
+      "table",
+      { className: "bars", id: "sampling" },
+      element("thead", {}, element("tr", {}, ...head)),
+      element("tbody", {}, ...rows),
+    ),
+    element("p", {
+      className: "quiet",
+      textContent:
+        `Grey: what the model says. Colour: what is drawn from, after the settings, which keep ${answer.kept} of ` +
+        `${answer.vocabulary.toLocaleString("en")} tokens; a token that is left out has the name of the setting. ` +
+        `Entropy ${answer.entropy_before.toFixed(2)} bits before, ${answer.entropy_after.toFixed(2)} after.`,
+    }),
+  );
+}
+
+let head = 0;
+
+/** The heads of a layer as small pictures, one of them large; rows look at columns. */
+export function drawAttention(view, facts, answer, tokens, again) {
+  const layers = Array.from({ length: answer.num_layers }, (_, layer) =>
+    element("option", { value: layer, textContent: `layer ${layer + 1}`, selected: layer === answer.layer }),
+  );
+  const layer = element("select", { id: "layer" }, ...layers);
+  layer.addEventListener("change", again);
+  head = Math.min(head, answer.weights.length - 1);
+  const buttons = answer.weights.map((weights, index) => {
+    const button = element("button", { title: `head ${index + 1}` }, picture(weights), `head ${index + 1}`);
+    button.setAttribute("aria-pressed", index === head);
+    button.addEventListener("click", () => {
+      head = index;
+      drawAttention(view, facts, answer, tokens, again);
+      view.querySelectorAll(".heads button")[index].focus();
+    });
+    return button;
+  });
+  const weights = answer.weights[head];
+  const last = weights[weights.length - 1];
+  last.forEach((weight, place) => {
+    const span = tokens[answer.first + place]?.span;
+    span?.classList.add("attended");
+    span?.style.setProperty("--weight", weight);
+  });
+  const order = last.map((weight, place) => [weight, place]).sort((one, other) => other[0] - one[0]).slice(0, 8);
+  const rows = order.map(([weight, place]) => {
+    const bar = element("i");
+    bar.style.width = percent(weight);
+    return element(
+      "tr",
+      {},
+      element("td", { className: "piece", textContent: visible(tokens[answer.first + place].text) }),
+      element("td", { textContent: percent(weight) }),
+      element("td", { className: "bar" }, bar),
+    );
+  });
+  const large = picture(weights);
+  large.id = "head";
+  view.replaceChildren(
+    facts,
+    element("label", {}, "Attention of ", layer),
+    element("div", { className: "heads" }, ...buttons),
+    element("h2", { textContent: `What it looks at in head ${head + 1}` }),
+    element("table", { className: "bars", id: "attended" }, element("tbody", {}, ...rows)),
+    large,
+    element("p", {
+      className: "quiet",
+      textContent:
+        "Each row is a token and looks at those before it, from left to right; the last row is the chosen token, and " +
+        "the text is underlined by it." +
+        (answer.first ? ` Only the last ${weights.length} tokens are drawn.` : ""),
+    }),
+  );
+}
+
+function picture(weights) {
+  const size = weights.length;
+  const canvas = element("canvas", { width: size, height: size });
+  const ink = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
+  const context = canvas.getContext("2d");
+  context.fillStyle = ink;
+  for (let row = 0; row < size; row++) {
+    for (let column = 0; column <= row; column++) {
+      // The square root: most weights are small, and would all look like none.
+      context.globalAlpha = Math.sqrt(weights[row][column]);
+      context.fillRect(column, row, 1, 1);
+    }
+  }
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `attention of ${size} tokens`);
+  return canvas;
+}
+
+/** What the model would say after each layer. */
+export function drawLayers(view, facts, answer, chosenId) {
+  const rows = answer.layers.map((layer) => {
+    const cells = layer.likeliest.map((token) => {
+      const cell = element("td", { className: "piece", textContent: visible(token.text), title: percent(token.p) });
+      cell.style.setProperty("--p", token.p);
+      if (token.id === chosenId) cell.classList.add("actual");
+      return cell;
+    });
+    return element("tr", {}, element("th", { textContent: layer.name }), ...cells);
+  });
+  view.replaceChildren(
+    facts,
+    element("table", { className: "lens", id: "lens" }, element("tbody", {}, ...rows)),
+    element("p", {
+      className: "quiet",
+      textContent:
+        "The likeliest tokens if the text so far were read out after each layer (the logit lens): the stronger the " +
+        "colour, the likelier. The token that stands there is framed.",
+    }),
+  );
+}

@@ -1,0 +1,24 @@
+"""The OpenAPI document against the server: schemathesis makes up requests, and looks at what comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from atlas.serving.desk import Rules
+from tests.served import random_model, served_model
+
+
+def test_every_request_gets_an_answer_that_the_document_names(tmp_path: Path) -> None:
+    """No status that it does not name, no body of another shape, no 5xx, nothing invalid accepted. (What the document
+    allows may be refused: it cannot say that two fields go together, nor how long the context is.)"""
+    with served_model(random_model(chat=True), rules=Rules(max_tokens=32)) as (address, engine):
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
+        options = ["--phases=examples,coverage,fuzzing", "--max-examples=25", "--seed=1", "--no-color"]
+        options.append("--exclude-checks=positive_data_acceptance")
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert engine.num_running == engine.num_waiting == 0
