@@ -56,12 +56,15 @@ def sample(
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution (B, V) that is drawn from; temperature must be above 0."""
-    # The largest first becomes 0: divided by a small temperature, it would not be a number.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, _COLDEST)
-    logits = keep_top_k(logits, sampling.top_k)
+    logits = keep_top_k(divide_by_temperature(logits, sampling.temperature), sampling.top_k)
     logits = keep_top_p(logits, sampling.top_p)
     logits = keep_min_p(logits, sampling.min_p)
     return logits.softmax(dim=-1)
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """The largest becomes 0 first: divided by a small temperature, it would not be a number."""
+    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, _COLDEST)
 
 
 def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:

@@ -5,6 +5,9 @@ Shapes: B batch, T new tokens, S tokens seen, H heads, K heads of keys and value
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -49,14 +52,7 @@ class CausalSelfAttention(nn.Module):
         queries and keys. Where K < H, each head of keys and values serves H / K of queries (Ainslie et al. 2023,
         arXiv:2305.13245)."""
         B, T, _ = x.shape
-        qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
-        q_BTHD, k_BTKD, v_BTKD = (
-            part.view(B, T, -1, self.head_size)
-            for part in qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
-        )
-        q_BHTD = _placed(q_BTHD, self.q_norm, rotation).transpose(1, 2)
-        k_BKTD = _placed(k_BTKD, self.k_norm, rotation).transpose(1, 2)
-        v_BKTD = v_BTKD.transpose(1, 2)
+        q_BHTD, k_BKTD, v_BKTD = self._project(x, norm, rotation)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             assert positions is not None
@@ -79,6 +75,30 @@ class CausalSelfAttention(nn.Module):
                 enable_gqa=self.shares_keys,
             )
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+    def _project(
+        self, x: Tensor, norm: nn.Module, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D)."""
+        B, T, _ = x.shape
+        qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
+        q_BTHD, k_BTKD, v_BTKD = (
+            part.view(B, T, -1, self.head_size)
+            for part in qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
+        )
+        q_BHTD = _placed(q_BTHD, self.q_norm, rotation).transpose(1, 2)
+        k_BKTD = _placed(k_BTKD, self.k_norm, rotation).transpose(1, 2)
+        return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)
+
+    def weights(self, x: Tensor, norm: nn.Module, rotation: Rotation | None = None) -> Tensor:
+        """(B, T, C) → (B, H, T, T) in fp32: how much each query takes of each value, which the kernels that `forward`
+        calls never write down. Rows sum to 1, and nothing after a token counts."""
+        q_BHTD, k_BKTD, _ = self._project(x, norm, rotation)
+        T, groups = x.shape[1], q_BHTD.shape[1] // k_BKTD.shape[1]
+        k_BHTD = k_BKTD.repeat_interleave(groups, dim=1)
+        scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
 def _placed(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:

@@ -121,12 +121,7 @@ class AtlasLM(nn.Module):
         else:
             positions = cache.positions(T)
             mask = cache.visible(positions)
-        x, rotation = self._embed(tokens), None
-        if self.config.position == "rope":
-            rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
-        else:
-            x = x + self.position_embedding(positions)
-        x = self.dropout(x)
+        x, rotation = self.embed(tokens, positions)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cache, positions, mask, rotation, use_reentrant=False)
@@ -136,7 +131,16 @@ class AtlasLM(nn.Module):
             cache.advance(T)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
+        """(B, T) ids at `positions` (T,) or (B, T) → what the first block gets: (B, T, C), and how it turns."""
+        x, rotation = self._look_up(tokens), None
+        if self.config.position == "rope":
+            rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
+        else:
+            x = x + self.position_embedding(positions)
+        return self.dropout(x), rotation
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, C)."""
         # A tied table has the head's gradient already when that of these rows comes. A sparse one is added to it row by
         # row; a dense one is first made, which on a CPU took 4 % of an update of `tiny`, and the table's memory.

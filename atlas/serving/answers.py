@@ -48,7 +48,7 @@ class Answer:
         """The answer when all texts are written. Raises `Refusal`."""
         async for index, piece in self.order.pieces(seconds):
             if piece.finish in ("error", "timeout"):
-                raise _refusal(piece, seconds)
+                raise refusal(piece, seconds)
             choice = self._choices[index]
             choice.text += piece.text
             choice.pieces.append(piece)
@@ -75,7 +75,7 @@ class Answer:
                 yield event({**head, "choices": [_choice(index, delta=delta)]})
         async for index, piece in self.order.pieces(seconds):
             if piece.finish in ("error", "timeout"):
-                yield event(_refusal(piece, seconds).body)
+                yield event(refusal(piece, seconds).body)
                 return
             if not (piece.text or piece.finish or self.logprobs):
                 continue
@@ -150,7 +150,7 @@ def _finite(logprob: float | None) -> float:
     return _LEAST if logprob is None or not math.isfinite(logprob) else logprob
 
 
-def _refusal(piece: Piece, seconds: float) -> Refusal:
+def refusal(piece: Piece, seconds: float) -> Refusal:
     if piece.finish == "timeout":
         return Refusal(504, f"not written within {seconds:g} s: ask for fewer tokens, or raise --timeout")
     return Refusal(500, "the model failed at this text: the server's log says how")

@@ -17,10 +17,10 @@ from atlas.serving.desk import Desk, Rules
 from atlas.serving.errors import Refusal, of_validation, response
 from atlas.serving.limits import Door, Limits
 from atlas.serving.openai import openai_routes
+from atlas.serving.pages import FILES, page_routes
 from atlas.serving.schema import ErrorBody
 from atlas.serving.text import Backend, Piece, Text, hand_out
 
-FILES: dict[str, str] = {}
 BODY_SECONDS = 10.0
 """For a body to arrive."""
 
@@ -54,6 +54,7 @@ def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
     desk = Desk(backends, rules)
     _add_supervision(app, desk)
     app.include_router(openai_routes(desk))
+    app.include_router(page_routes(desk))
     app.add_middleware(Limits, seconds=BODY_SECONDS)
     app.add_middleware(Door, api_key=rules.api_key, is_page=FILES.__contains__)
     app.add_middleware(desk.meter.counting)

@@ -3,8 +3,8 @@ import { element, percent, visible } from "./common.js";
 
 /** The distribution before and after the settings, a row for each of the likeliest tokens. */
 export function drawSampling(view, facts, answer, chosenId) {
-  const most = Math.max(...answer.tokens.map((token) => Math.max(token.p, token.final)));
-  const rows = answer.tokens.map((token) => {
+  const most = Math.max(...answer.candidates.map((token) => Math.max(token.p, token.final)));
+  const rows = answer.candidates.map((token) => {
     const before = element("i", { className: "before" });
     const after = element("i");
     before.style.width = `${(100 * token.p) / most}%`;
@@ -19,13 +19,13 @@ export function drawSampling(view, facts, answer, chosenId) {
       element("td", { className: "bar" }, before, ...(token.removed_by ? [] : [after])),
     );
   });
-  const head = ["token", "model", "with settings", ""].map((name) => element("th", { textContent: name }));
+  const names = ["token", "model", "with settings", ""].map((name) => element("th", { textContent: name }));
   view.replaceChildren(
     facts,
     element(
       "table",
       { className: "bars", id: "sampling" },
-      element("thead", {}, element("tr", {}, ...head)),
+      element("thead", {}, element("tr", {}, ...names)),
       element("tbody", {}, ...rows),
     ),
     element("p", {
@@ -123,7 +123,7 @@ export function drawLayers(view, facts, answer, chosenId) {
       if (token.id === chosenId) cell.classList.add("actual");
       return cell;
     });
-    return element("tr", {}, element("th", { textContent: layer.name }), ...cells);
+    return element("tr", {}, element("th", { textContent: layer.layer ? `layer ${layer.layer}` : "embedding" }), ...cells);
   });
   view.replaceChildren(
     facts,

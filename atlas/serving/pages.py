@@ -1,0 +1,192 @@
+"""The page at /, the runs at /runs, and what they ask this server: the model's thoughts at each token."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field
+
+from atlas.inference import look
+from atlas.inference.load import LoadedModel
+from atlas.inference.sampling import Sampling
+from atlas.serving.answers import refusal
+from atlas.serving.desk import Desk
+from atlas.serving.engine import Engine
+from atlas.serving.errors import Refusal
+from atlas.serving.schema import MOST_CANDIDATES, Body, TokenId, Wishes
+from atlas.serving.stream import EventStream, event
+from atlas.serving.text import Backend, Order
+
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/common.js": ("common.js", "text/javascript"),
+    "/views.js": ("views.js", "text/javascript"),
+}
+_HEADERS = {
+    # Nothing from anywhere else, whatever a model writes.
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+_LIKELIEST = 24
+"""Tokens of a distribution that are drawn."""
+_LENS = 6
+"""Tokens after each layer."""
+_DRAWN = 256
+"""Tokens of a text whose attention is drawn: a picture of more shows nothing, and takes megabytes."""
+
+Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
+
+
+class WriteRequest(Wishes):
+    """A text to continue, and what else each token might have been."""
+
+    prompt: Prompt = ""
+    max_tokens: int = Field(100, ge=1)
+    alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
+
+
+class LookRequest(Body):
+    """A text, of which something is asked."""
+
+    model: str | None = None
+    prompt: Prompt = ""
+
+
+class SamplingRequest(LookRequest):
+    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
+    top_k: int = Field(50, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class AttentionRequest(LookRequest):
+    layer: int = Field(0, ge=0)
+
+
+def page_routes(desk: Desk) -> APIRouter:
+    """Files under `/`, questions under `/api/`."""
+    router = APIRouter(include_in_schema=False)
+    for path, (name, kind) in FILES.items():
+        router.add_api_route(path, _file(name, kind), methods=["GET"])
+
+    @router.post("/api/write")
+    async def write(body: WriteRequest, request: Request) -> Response:
+        """Server-sent events: the prompt's tokens, each new one with its probability, and how it ended."""
+        backend = desk.model(body.model)
+        ids = backend.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+        order = desk.order(backend, [ids], body, max_tokens=body.max_tokens, candidates=body.alternatives)
+        prompt = await asyncio.to_thread(_read, backend, ids, body.alternatives)
+        events = _written(order, desk, prompt, body.alternatives)
+        return EventStream(events, lambda: desk.meter.count_order(order))
+
+    @router.post("/api/sampling")
+    async def sampling(body: SamplingRequest) -> dict[str, Any]:
+        loaded, ids = _asked(desk, body)
+        settings = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
+        return await asyncio.to_thread(_sampling, loaded, ids, settings)
+
+    @router.post("/api/attention")
+    async def attention(body: AttentionRequest) -> dict[str, Any]:
+        loaded, ids = _asked(desk, body)
+        layers = loaded.config.model.num_layers
+        if body.layer >= layers:
+            raise Refusal(400, f"layer: {body.layer}: the model has {layers}, from 0", param="layer")
+        return await asyncio.to_thread(_attention, loaded, ids, body.layer)
+
+    @router.post("/api/layers")
+    async def layers(body: LookRequest) -> dict[str, Any]:
+        loaded, ids = _asked(desk, body)
+        return await asyncio.to_thread(_layers, loaded, ids)
+
+    return router
+
+
+def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int]]:
+    """The model and the text that a question is about. Raises `Refusal` of a model that shows nothing."""
+    backend = desk.model(body.model)
+    if not isinstance(backend, Engine):
+        raise Refusal(
+            400, f"{backend.id}: llama.cpp does not show how it comes to a token: serve the checkpoint"
+        )
+    ids = backend.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+    if max(ids) >= backend.vocab_size:
+        raise Refusal(
+            400, f"prompt: token {max(ids)}: the vocabulary has {backend.vocab_size}", param="prompt"
+        )
+    return backend.loaded, ids[-backend.context :]
+
+
+def _read(backend: Backend, ids: list[int], alternatives: int) -> list[dict[str, Any]]:
+    """The tokens of a prompt, with what the model thinks of each where it can be asked."""
+    if isinstance(backend, Engine):
+        loaded = backend.loaded
+        return [
+            asdict(each)
+            for each in look.places(loaded.model, loaded.tokenizer, ids, alternatives=alternatives)
+        ]
+    return [{**_option(backend.token_bytes, token, 0.0), "p": None, "alternatives": []} for token in ids]
+
+
+async def _written(
+    order: Order, desk: Desk, prompt: list[dict[str, Any]], alternatives: int
+) -> AsyncIterator[str]:
+    yield event({"kind": "prompt", "tokens": prompt})
+    token_bytes = order.backend.token_bytes
+    async for _, piece in order.pieces(desk.rules.seconds):
+        if piece.finish in ("error", "timeout"):
+            yield event(refusal(piece, desk.rules.seconds).body)
+            return
+        if piece.token is not None:
+            options = [
+                _option(token_bytes, each.token, each.logprob) for each in piece.candidates[:alternatives]
+            ]
+            own = _option(token_bytes, piece.token, piece.logprob or 0.0)
+            yield event({"kind": "token", **own, "alternatives": options})
+    yield event({"kind": "end", "tokens": order.num_written})
+
+
+def _option(token_bytes: Callable[[int], bytes], token: int, logprob: float) -> dict[str, Any]:
+    text = token_bytes(token).decode("utf-8", errors="backslashreplace")
+    return {"id": token, "text": text, "p": math.exp(logprob)}
+
+
+def _sampling(loaded: LoadedModel, ids: list[int], settings: Sampling) -> dict[str, Any]:
+    found = look.distribution(loaded.model, loaded.tokenizer, ids, settings, likeliest=_LIKELIEST)
+    return {**asdict(found), "vocabulary": loaded.tokenizer.vocab_size}
+
+
+def _attention(loaded: LoadedModel, ids: list[int], layer: int) -> dict[str, Any]:
+    weights = look.attention(loaded.model, ids, layer)
+    drawn = weights[:, -_DRAWN:, -_DRAWN:]
+    return {
+        "layer": layer,
+        "num_layers": loaded.config.model.num_layers,
+        "first": len(ids) - drawn.shape[-1],
+        "weights": [[[round(weight, 4) for weight in row] for row in head] for head in drawn.tolist()],
+    }
+
+
+def _layers(loaded: LoadedModel, ids: list[int]) -> dict[str, Any]:
+    return {
+        "layers": [asdict(each) for each in look.layers(loaded.model, loaded.tokenizer, ids, likeliest=_LENS)]
+    }
+
+
+def _file(name: str, kind: str) -> Callable[[], Any]:
+    content = (resources.files("atlas.serving") / "page" / name).read_bytes()
+
+    async def file() -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    return file
