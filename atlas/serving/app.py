@@ -18,7 +18,7 @@ from atlas.serving.errors import Refusal, of_validation, response
 from atlas.serving.limits import Door, Limits
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import FILES, page_routes
-from atlas.serving.schema import ErrorBody
+from atlas.serving.schema import ErrorBody, Health
 from atlas.serving.text import Backend, Piece, Text, hand_out
 
 BODY_SECONDS = 10.0
@@ -86,9 +86,9 @@ def _add_errors(app: FastAPI) -> None:
 
 def _add_supervision(app: FastAPI, desk: Desk) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def health() -> Health:
         """200 while the server takes requests."""
-        return {"status": "ok"}
+        return Health(needs_key=desk.rules.api_key is not None)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -224,6 +224,11 @@ class Models(BaseModel):
     data: list[ModelFacts]
 
 
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    needs_key: bool
+
+
 class ErrorFacts(BaseModel):
     message: str
     type: str

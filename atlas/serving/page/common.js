@@ -10,6 +10,8 @@ export function element(name, properties = {}, ...children) {
 }
 
 export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
+/** For a style: no blank, and no rounding. */
+export const width = (part) => `${100 * part}%`;
 export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
 /** A token's text so that it can be seen: a line's end has a sign, and nothing at all is a word. */
@@ -47,14 +49,17 @@ export async function* stream(route, body, signal) {
   }
 }
 
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+
 /** Ask for the key, keep it until the tab is closed, and go on. */
 export function showKey(then) {
-  const label = document.getElementById("key");
-  const field = document.getElementById("api-key");
-  label.hidden = false;
-  field.onchange = () => {
-    sessionStorage.setItem(KEY, field.value);
+  const form = document.getElementById("key");
+  form.hidden = false;
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(KEY, form.elements.key.value);
+    form.hidden = true;
     then();
   };
-  field.focus();
+  form.elements.key.focus();
 }

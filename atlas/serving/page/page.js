@@ -1,9 +1,10 @@
 // The page at /: write with a model, and look at each token. No framework, no build step, nothing from elsewhere.
-import { ask, element, number, percent, showKey, stream, visible } from "./common.js";
+import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 10;
+const MOST_BITS = 16; // of surprise, from which on the colour is full
 
 let models = [];
 let columns = []; // one for each model that writes
@@ -40,8 +41,9 @@ function addToken(column, token) {
   span.tabIndex = index === 0 ? 0 : -1;
   span.dataset.index = index;
   if (token.p !== null) {
-    span.style.setProperty("--surprise", token.given ? 0 : 1 - token.p);
-    span.title = percent(token.p);
+    const bits = -Math.log2(Math.max(token.p, 1e-6));
+    if (!token.given) span.style.setProperty("--surprise", Math.min(1, bits / MOST_BITS));
+    span.title = `${percent(token.p)}, a surprise of ${bits.toFixed(1)} bits`;
   }
   token.span = span;
   column.tokens.push(token);
@@ -91,7 +93,7 @@ function wishesToWrite() {
 async function write(prompts) {
   writing?.abort();
   const mine = (writing = new AbortController());
-  $("stop").disabled = false;
+  busy(true);
   say("");
   const start = performance.now();
   let written = 0;
@@ -106,7 +108,7 @@ async function write(prompts) {
   }
   if (writing === mine) {
     writing = null;
-    $("stop").disabled = true;
+    busy(false);
     showView();
   }
 }
@@ -130,9 +132,14 @@ function writeAll() {
   write(columns.map((column) => [column, $("prompt").value]));
 }
 
-/** Continue with another token in the place of the chosen one. */
-function branch(id) {
-  write([[chosen.column, [...idsBefore(chosen), id]]]);
+/** Continue with another token in a place. */
+function branch(place, id) {
+  write([[place.column, [...idsBefore(place), id]]]);
+}
+
+function busy(isBusy) {
+  $("stop").disabled = !isBusy;
+  $("columns").setAttribute("aria-busy", isBusy);
 }
 
 function say(text, isBad = false) {
@@ -174,28 +181,27 @@ function facts(place, ...more) {
   return element("p", { className: "facts" }, ...what, ...more);
 }
 
-function showAlternatives(place) {
+async function showAlternatives(place) {
   const token = place.column.tokens[place.index];
-  if (!token) {
-    view = "sampling";
-    return showView();
-  }
-  if (token.p === null) {
+  if (token?.p === null) {
     $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
     return;
   }
-  const rows = token.alternatives.map((each) => {
+  const alternatives = token
+    ? token.alternatives
+    : (await about(place, "api/sampling", { prompt: idsBefore(place) })).candidates.slice(0, ALTERNATIVES);
+  const rows = alternatives.map((each) => {
     const button = element("button", { className: "piece", textContent: visible(each.text) });
-    button.addEventListener("click", () => branch(each.id));
+    button.addEventListener("click", () => branch(place, each.id));
     button.title = "continue from here with this one";
-    const row = element("tr", { className: each.id === token.id ? "chosen" : "" });
+    const row = element("tr", { className: each.id === token?.id ? "chosen" : "" });
     const bar = element("i");
-    bar.style.width = percent(each.p);
+    bar.style.width = width(each.p);
     row.append(element("td", {}, button), element("td", { textContent: percent(each.p) }), element("td", { className: "bar" }, bar));
     return row;
   });
   $("view").replaceChildren(
-    facts(place, `: ${percent(token.p)} by the model, before any setting.`),
+    facts(place, token ? `: ${percent(token.p)} by the model, before any setting.` : ": what could follow."),
     element("table", { className: "bars", id: "alternatives" }, element("tbody", {}, ...rows)),
     element("p", { className: "quiet", textContent: "Choose one to continue the text from here with it." }),
   );
@@ -268,6 +274,7 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
 
 async function begin() {
   try {
+    if ((await ask("health")).needs_key && !hasKey()) return showKey(begin);
     models = (await ask("v1/models")).data.map((model) => model.id);
   } catch (error) {
     if (error.status === 401) return showKey(begin);

@@ -1,5 +1,5 @@
 // Pictures of one place in a text: what sampling does to the distribution, attention by head, and the logit lens.
-import { element, percent, visible } from "./common.js";
+import { element, percent, visible, width } from "./common.js";
 
 /** The distribution before and after the settings, a row for each of the likeliest tokens. */
 export function drawSampling(view, facts, answer, chosenId) {
@@ -7,8 +7,8 @@ export function drawSampling(view, facts, answer, chosenId) {
   const rows = answer.candidates.map((token) => {
     const before = element("i", { className: "before" });
     const after = element("i");
-    before.style.width = `${(100 * token.p) / most}%`;
-    after.style.width = `${(100 * token.final) / most}%`;
+    before.style.width = width(token.p / most);
+    after.style.width = width(token.final / most);
     const classes = [token.removed_by ? "removed" : "", token.id === chosenId ? "chosen" : ""];
     return element(
       "tr",
@@ -68,7 +68,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
   const order = last.map((weight, place) => [weight, place]).sort((one, other) => other[0] - one[0]).slice(0, 8);
   const rows = order.map(([weight, place]) => {
     const bar = element("i");
-    bar.style.width = percent(weight);
+    bar.style.width = width(weight);
     return element(
       "tr",
       {},

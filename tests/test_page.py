@@ -1,0 +1,216 @@
+"""The served page in a real browser: every step a person takes, and what the server has to say to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from atlas.inference.load import LoadedModel
+from atlas.serving.desk import Rules
+from atlas.serving.engine import Engine
+from tests.browser import browser_page
+from tests.served import random_model, served
+from tests.test_serving import post
+
+IMAGES = Path(__file__).parents[1] / "docs/images"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def address(loaded: LoadedModel) -> Iterator[str]:
+    engines = [Engine(loaded, "first", parallel=4, queue=8)]
+    engines.append(Engine(random_model(seed=1), "second", parallel=4, queue=8))
+    with served(engines) as address:
+        yield address
+
+
+PIXELS = """canvas => {
+    const size = canvas.width, data = canvas.getContext("2d").getImageData(0, 0, size, size).data;
+    const rows = Array.from({ length: size }, (_, row) => row);
+    return rows.map((row) => rows.map((column) => data[4 * (row * size + column) + 3] > 0));
+}"""
+"""Which of a square canvas's pixels are drawn."""
+
+
+def texts(page, selector: str) -> list[str]:
+    return page.locator(selector).all_text_contents()
+
+
+def write(page, prompt: str, **settings: object) -> None:
+    page.fill("#prompt", prompt)
+    for name, value in settings.items():
+        page.fill(f"#settings [name={name}]", str(value))
+    page.click("#write")
+    page.locator("#columns[aria-busy=false]").wait_for()
+
+
+def test_person_writes_looks_and_branches(address: str, loaded: LoadedModel) -> None:
+    with browser_page() as page:
+        page.goto(address)
+        page.locator("#model option").nth(1).wait_for(state="attached")
+        write(page, "The river", seed=3, max_tokens=30)
+        expected = post(
+            address,
+            {
+                "model": "first",
+                "prompt": "The river",
+                "max_tokens": 30,
+                "seed": 3,
+                "temperature": 0.8,
+                "top_p": 0.95,
+                "top_k": 50,
+            },
+        )[1]["choices"][0]["text"]
+        written = "".join(texts(page, ".token")).replace("↵", "")
+        assert written == "The river" + expected or "\\x" in written
+        given = page.locator(".token.prompt").count()
+        assert given == len(loaded.tokenizer.encode("The river"))
+
+        # Alternatives: as the model says it, and one click continues from another one.
+        place = page.locator(".token").nth(given + 4)
+        place.click()
+        buttons = page.locator("#alternatives button")
+        assert buttons.count() == 10
+        other = next(
+            number for number in range(10) if buttons.nth(number).text_content() != place.text_content()
+        )
+        said, before = buttons.nth(other).text_content(), texts(page, ".token")[: given + 4]
+        buttons.nth(other).click()
+        page.locator("#columns[aria-busy=false]").wait_for()
+        page.locator(".token").nth(given + 6).wait_for()
+        assert texts(page, ".token")[: given + 5] == [*before, said]
+        assert page.locator(".token.prompt").count() == given + 5
+
+
+def test_distribution_follows_the_temperature(address: str) -> None:
+    with browser_page() as page:
+        page.goto(address)
+        page.locator("#model option").nth(1).wait_for(state="attached")
+        write(page, "The river", seed=3, max_tokens=12, top_k=5)
+        page.locator(".token").nth(8).click()
+        page.click("#tab-sampling")
+        page.locator("#sampling").wait_for()
+        cells = page.locator("#sampling td:nth-child(3)")
+        warm = cells.all_text_contents()
+        assert warm[5:].count("top-k") == len(warm) - 5
+        widths = page.locator("#sampling td i:not(.before)")
+        first = widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width")
+        page.fill("#settings [name=temperature]", "0")
+        page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="temperature").wait_for()
+        assert cells.all_text_contents() == ["100 %"] + ["temperature"] * (len(warm) - 1)
+        page.fill("#settings [name=temperature]", "2")
+        page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="%").wait_for()
+        assert cells.all_text_contents() != warm
+        assert widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width") != first
+
+
+def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: LoadedModel) -> None:
+    with browser_page(scheme="dark") as page:
+        page.goto(address)
+        page.locator("#model option").nth(1).wait_for(state="attached")
+        write(page, "The river runs", seed=3, max_tokens=10)
+        page.locator(".token").nth(9).focus()
+        page.keyboard.press("Enter")  # no mouse
+        page.locator("#tab-alternatives").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.locator(".heads button").nth(3).wait_for()
+        assert page.locator(".heads button").count() == loaded.config.model.num_heads
+        drawn = page.locator("#head").evaluate(PIXELS)
+        assert [any(row) for row in drawn] == [True] * 10
+        assert not any(any(row[number + 1 :]) for number, row in enumerate(drawn))  # nothing that comes later
+        page.select_option("#layer", "1")
+        page.locator(".heads button").nth(2).click()
+        page.locator("h2", has_text="head 3").wait_for()
+        assert page.locator(".token.attended").count() == 10
+        page.locator("#tab-attention").focus()
+        page.keyboard.press("ArrowRight")
+        page.locator("#lens").wait_for()
+        assert texts(page, "#lens th") == ["embedding", "layer 1", "layer 2"]
+
+
+def test_two_models_write_side_by_side(address: str) -> None:
+    with browser_page() as page:
+        page.goto(address)
+        page.locator("#model option").nth(1).wait_for(state="attached")
+        page.select_option("#beside", "second")
+        write(page, "The", seed=1, max_tokens=15)
+        assert texts(page, "#columns h2") == ["first", "second"]
+        one, other = ("".join(texts(page, f"#columns > :nth-child({n}) .token")) for n in (1, 2))
+        assert one.startswith("The")
+        assert other.startswith("The")
+        assert one != other
+
+
+def test_stopping_frees_the_place(address: str) -> None:
+    with browser_page() as page:
+        page.goto(address)
+        page.locator("#model option").nth(1).wait_for(state="attached")
+        page.fill("#settings [name=max_tokens]", "4000")
+        page.fill("#settings [name=temperature]", "0")
+        page.click("#write")
+        page.locator(".token").nth(20).wait_for()
+        page.keyboard.press("Escape")
+        page.locator("#columns[aria-busy=false]").wait_for()
+        count = page.locator(".token").count()
+        page.wait_for_timeout(300)
+        assert page.locator(".token").count() == count
+
+
+def test_key_is_asked_for_and_kept(loaded: LoadedModel) -> None:
+    with served([Engine(loaded, "first", parallel=2, queue=2)], Rules(api_key="secret")) as address:
+        with browser_page() as page:
+            page.goto(address)
+            page.fill("#key input", "secret")
+            page.keyboard.press("Enter")
+            page.locator("#model option").nth(0).wait_for(state="attached")
+            write(page, "The", max_tokens=5)
+            assert page.locator(".token").count() > 1
+            page.reload()
+            page.locator("#model option").nth(0).wait_for(state="attached")
+
+
+# What the page asks, without a browser
+
+
+def test_what_is_told_of_a_text_is_the_models(address: str, loaded: LoadedModel) -> None:
+    ids = loaded.tokenizer.encode("The river runs past")
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([ids]))[0, -1]
+    answer = post(address, {"prompt": ids, "temperature": 0.5, "top_k": 7, "top_p": 1}, "/api/sampling")[1]
+    chances = logits.softmax(-1)
+    top = (logits / 0.5).topk(7)
+    expected = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
+    assert answer["kept"] == 7
+    for candidate in answer["candidates"]:
+        assert candidate["p"] == pytest.approx(float(chances[candidate["id"]]), abs=1e-6)
+        assert candidate["final"] == pytest.approx(expected.get(candidate["id"], 0.0), abs=1e-6)
+        assert candidate["removed_by"] == (None if candidate["id"] in expected else "top-k")
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "says"),
+    [
+        ("attention", {"prompt": "The", "layer": 2}, "layer: 2"),
+        ("attention", {"prompt": "The", "layer": -1}, "layer"),
+        ("layers", {"prompt": [10**6]}, "vocabulary"),
+        ("layers", {"prompt": []}, "prompt"),
+        ("sampling", {"prompt": "The", "temperature": "hot"}, "temperature"),
+        ("write", {"prompt": "The", "alternatives": 1000}, "alternatives"),
+        ("write", {"prompt": "The " * 500}, "context"),
+        ("layers", {"model": "none"}, "none"),
+    ],
+)
+def test_bad_questions_get_their_4xx(address: str, route: str, body: dict, says: str) -> None:
+    status, answer = post(address, body, f"/api/{route}")
+    assert 400 <= status < 500
+    assert says in answer["error"]["message"]
+    assert json.dumps(answer)
