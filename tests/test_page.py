@@ -189,17 +189,18 @@ def test_what_is_told_of_a_text_is_the_models(address: str, loaded: LoadedModel)
     chances = logits.softmax(-1)
     top = (logits / 0.5).topk(7)
     expected = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
-    assert answer["kept"] == 7
+    assert answer["remaining"]["min_p"] == 7
     for candidate in answer["candidates"]:
-        assert candidate["p"] == pytest.approx(float(chances[candidate["id"]]), abs=1e-6)
-        assert candidate["final"] == pytest.approx(expected.get(candidate["id"], 0.0), abs=1e-6)
-        assert candidate["removed_by"] == (None if candidate["id"] in expected else "top-k")
+        id, told = candidate["id"], candidate["probabilities"]
+        assert told["model"] == pytest.approx(float(chances[id]), abs=1e-6)
+        assert told["min_p"] == pytest.approx(expected.get(id, 0.0), abs=1e-6)
+        assert candidate["removed_by"] == (None if id in expected else "top_k")
 
 
 @pytest.mark.parametrize(
     ("route", "body", "says"),
     [
-        ("attention", {"prompt": "The", "layer": 2}, "layer: 2"),
+        ("attention", {"prompt": "The", "layer": 2}, "layer 2"),
         ("attention", {"prompt": "The", "layer": -1}, "layer"),
         ("layers", {"prompt": [10**6]}, "vocabulary"),
         ("layers", {"prompt": []}, "prompt"),

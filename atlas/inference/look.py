@@ -1,213 +1,239 @@
-"""What a model thinks at each token: what else it expected, where it looks, what each layer would have said.
+"""How a model thinks: what it expects at each place of a text, how the next token is chosen, where attention looks, and
+how a prediction grows from layer to layer.
 
-Plain numbers, which the served page draws, `atlas look` prints and a notebook holds. All of it is computed from the
-model's own parts; nothing is hooked in. Shapes: T tokens, V vocabulary, H heads, C hidden_size.
+Plain functions of a loaded model and token ids, for pages, terminals and notebooks alike; numbers are computed in fp32,
+whatever the weights are in. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atlas.errors import AtlasError
-from atlas.inference.sampling import (
-    Sampling,
-    divide_by_temperature,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize_repetition,
-    probabilities,
-)
-from atlas.model import AtlasLM
-from atlas.model.transformer import Block
+from atlas.inference.load import LoadedModel
+from atlas.inference.sampling import Sampling, filters, penalize_repetition
+from atlas.model.rope import Rotation
 from atlas.tokenizer import Tokenizer
+
+_ROWS_AT_ONCE = 128
+"""Of logits, which take 4 bytes for every token of the vocabulary."""
 
 
 @dataclass(frozen=True)
-class Option:
-    """A token that could stand at a place, and its probability there."""
+class Choice:
+    """A token that may come, and how likely the model takes it to be."""
 
     id: int
     text: str
-    p: float
+    probability: float
 
 
 @dataclass(frozen=True)
 class Place:
-    """A token of a text, as the tokens before it predict it; None where nothing stands before it."""
+    """A token of a text, and what the model expected in its place.
+
+    `log_probability` is in nats, as the loss, which is its mean with the other sign; `rank` is 1 for the likeliest;
+    `entropy` is in bits: as unsure as between 2^entropy tokens that are equally likely. `alternatives` are the
+    likeliest tokens of the place. The first token, with nothing before it, is not expected: None, and no alternatives.
+    """
 
     id: int
     text: str
-    p: float | None
-    rank: int | None
-    """1: the likeliest."""
-    entropy: float | None
-    """Bits, of the distribution over all tokens: how open the place was."""
-    alternatives: tuple[Option, ...]
-    """The likeliest tokens there, whether or not it is one of them."""
+    probability: float | None = None
+    log_probability: float | None = None
+    rank: int | None = None
+    entropy: float | None = None
+    alternatives: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token of a distribution, before and after the settings of sampling."""
+    """A token that may come next, its probability after each step, and the step that struck it out, if one did."""
 
     id: int
     text: str
-    p: float
-    """As the model says it."""
-    final: float
-    """As it is drawn."""
+    probabilities: dict[str, float]
     removed_by: str | None
-    """The setting that leaves it out, if one does."""
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """What is drawn from behind a text. Entropies are in bits."""
+class NextToken:
+    """The distribution that the next token is drawn from, as it is made.
 
+    For each step, `model` and then the settings in the order in which they are taken: how many tokens remain, and the
+    entropy in bits. `candidates` are those that the model itself takes to be likeliest, the likeliest first.
+    """
+
+    remaining: dict[str, int]
+    entropy: dict[str, float]
     candidates: tuple[Candidate, ...]
-    """The likeliest by the model, the likeliest first."""
-    kept: int
-    """So many tokens of the whole vocabulary can be drawn."""
-    entropy_before: float
-    entropy_after: float
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What the model would say if it ended here. `layer` 0 is the embedding."""
+class Depth:
+    """What a model would predict if it ended after so many layers; 0: with nothing but the embedding.
 
-    layer: int
-    likeliest: tuple[Option, ...]
+    `probability` and `rank` are those of the token that really follows, None where the text ends; entropy in bits.
+    """
+
+    layers: int
+    likeliest: tuple[Choice, ...]
     entropy: float
+    probability: float | None
+    rank: int | None
 
 
-def shown(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token; bytes that are only a part of a character as `\\xe2\\x82`."""
-    return tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")
+def encode(loaded: LoadedModel, text: str) -> list[int]:
+    """The ids that the model is given for a text; an empty one begins a document."""
+    return loaded.tokenizer.encode(text) or [loaded.tokenizer.eos_id]
 
 
-@torch.inference_mode()
-def places(model: AtlasLM, tokenizer: Tokenizer, ids: Sequence[int], *, alternatives: int = 5) -> list[Place]:
-    """Each token of a text. Raises `AtlasError` for one that is longer than the context."""
-    logprobs = model(_row(model, ids))[0].float().log_softmax(dim=-1)
-    found = [Place(ids[0], shown(tokenizer, ids[0]), None, None, None, ())]
-    for place, token in enumerate(ids[1:]):
-        row = logprobs[place]
-        found.append(
-            Place(
-                token,
-                shown(tokenizer, token),
-                float(row[token].exp()),
-                int((row > row[token]).sum()) + 1,
-                _entropy(row.exp()),
-                _likeliest(tokenizer, row.exp(), alternatives),
+def token_text(tokenizer: Tokenizer, id: int) -> str:
+    r"""What a token stands for; bytes that are no whole character are written out, as in \xe2\x82."""
+    return tokenizer.token_bytes(id).decode("utf-8", errors="backslashreplace")
+
+
+@torch.no_grad()
+def logits(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
+    """(T, V): row t predicts token t + 1."""
+    whole: Tensor = loaded.model(_tensor(loaded, ids))
+    return whole[0].float()
+
+
+@torch.no_grad()
+def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[Place]:
+    """A `Place` for each token, with so many of the likeliest tokens of each."""
+    tokens = _tensor(loaded, ids)
+    hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
+    places = [Place(ids[0], token_text(loaded.tokenizer, ids[0]))]
+    for start in range(0, len(following), _ROWS_AT_ONCE):
+        states, targets = (part[start : start + _ROWS_AT_ONCE] for part in (hidden, following))
+        log_chances = loaded.model.head(states).float().log_softmax(dim=-1)
+        own = log_chances.gather(-1, targets[:, None])
+        ranks, entropies = (log_chances > own).sum(dim=-1) + 1, _entropy(log_chances.exp())
+        likeliest = _likeliest(loaded, log_chances, alternatives)
+        for row, id in enumerate(targets.tolist()):
+            place = Place(
+                id,
+                token_text(loaded.tokenizer, id),
+                probability=float(own[row].exp()),
+                log_probability=float(own[row]),
+                rank=int(ranks[row]),
+                entropy=float(entropies[row]),
+                alternatives=likeliest[row],
             )
+            places.append(place)
+    return places
+
+
+@torch.no_grad()
+def next_token(
+    loaded: LoadedModel, ids: Sequence[int], sampling: Sampling, *, candidates: int = 10
+) -> NextToken:
+    """How the token after `ids` is chosen, shown at the tokens that the model itself takes to be likeliest."""
+    hidden = loaded.model.hidden_states(_tensor(loaded, ids))[:, -1]
+    raw = loaded.model.head(hidden).float()
+    penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
+    steps = {"model": raw, "repetition_penalty": penalized, **dict(filters(penalized, sampling))}
+    left = {name: (scores[0] > -torch.inf).cpu() for name, scores in steps.items()}
+    chances = {name: scores[0].softmax(dim=-1).cpu() for name, scores in steps.items()}
+    shown = [
+        Candidate(
+            id,
+            token_text(loaded.tokenizer, id),
+            {name: float(row[id]) for name, row in chances.items()},
+            next((name for name, kept in left.items() if not kept[id]), None),
         )
-    return found
-
-
-@torch.inference_mode()
-def distribution(
-    model: AtlasLM, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling, *, likeliest: int = 20
-) -> Distribution:
-    """Of the token after a text, before and after `sampling`."""
-    logits = model(_row(model, ids))[:, -1].float()
-    before = logits.softmax(dim=-1)
-    penalized = penalize_repetition(logits, [list(ids)], sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        after = torch.zeros_like(before)
-        after[0, penalized.argmax()] = 1
-    else:
-        after = probabilities(penalized, sampling)
-    reasons = _reasons(penalized, sampling)
-    top = before[0].topk(min(likeliest, before.shape[-1])).indices.tolist()
-    return Distribution(
-        tuple(
-            Candidate(
-                token,
-                shown(tokenizer, token),
-                float(before[0, token]),
-                float(after[0, token]),
-                reasons[token] if after[0, token] == 0 else None,
-            )
-            for token in top
-        ),
-        int((after > 0).sum()),
-        _entropy(before[0]),
-        _entropy(after[0]),
+        for id in raw[0].topk(min(candidates, raw.shape[-1])).indices.tolist()
+    ]
+    return NextToken(
+        {name: int(kept.sum()) for name, kept in left.items()},
+        {name: float(_entropy(row)) for name, row in chances.items()},
+        tuple(shown),
     )
 
 
-def _reasons(logits: Tensor, sampling: Sampling) -> list[str]:
-    """Of each token the first filter, in the sampler's order, that leaves it out. What passes all and still has no
-    probability has too little for fp32: that is the temperature's doing."""
-    reasons = ["temperature"] * logits.shape[-1]
-    if sampling.temperature == 0:
-        return reasons
-    scaled = divide_by_temperature(logits, sampling.temperature)
-    after_top_k = keep_top_k(scaled, sampling.top_k)
-    after_top_p = keep_top_p(after_top_k, sampling.top_p)
-    after_min_p = keep_min_p(after_top_p, sampling.min_p)
-    for name, before, after in (
-        ("top-k", scaled, after_top_k),
-        ("top-p", after_top_k, after_top_p),
-        ("min-p", after_top_p, after_min_p),
-    ):
-        removed = (after == -torch.inf) & (before != -torch.inf)
-        for token in removed[0].nonzero()[:, 0].tolist():
-            reasons[token] = name
-    return reasons
+@torch.no_grad()
+def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] | None = None) -> Tensor:
+    """(L, H, T, T) on the CPU: the part that the token of each row takes of the token of each column, of itself and
+    earlier ones. Of `layers`, counted from 0, or of all, which is much for a long text."""
+    num_layers = loaded.model.config.num_layers
+    wanted = range(num_layers) if layers is None else layers
+    if wrong := [layer for layer in wanted if not 0 <= layer < num_layers]:
+        raise AtlasError(f"layer {wrong[0]}: the model has layers 0 to {num_layers - 1}")
+    blocks: Any = loaded.model.blocks
+    streams, rotation = _streams(loaded, ids)
+    patterns = {
+        layer: block.attention.weights(x, block.attention_norm, rotation)[0].cpu()
+        for layer, (block, x) in enumerate(zip(blocks, streams, strict=False))
+        if layer in wanted
+    }
+    return torch.stack([patterns[layer] for layer in wanted])
 
 
-@torch.inference_mode()
-def attention(model: AtlasLM, ids: Sequence[int], layer: int) -> Tensor:
-    """(H, T, T): in layer `layer`, from 0, how much each token (row) takes of each token up to itself."""
-    tokens = _row(model, ids)
-    x, rotation = model.embed(tokens, torch.arange(len(ids), device=tokens.device))
-    for block in model.blocks[:layer]:
-        x = block(x, rotation=rotation)
-    block = model.blocks[layer]
-    assert isinstance(block, Block)
-    return block.attention.weights(x, block.attention_norm, rotation)[0]
+@torch.no_grad()
+def lens(
+    loaded: LoadedModel, ids: Sequence[int], *, position: int = -1, alternatives: int = 5
+) -> list[Depth]:
+    """What follows the token at `position` (negative: counted from the end), after the embedding and after each layer:
+    the final norm and the head, applied to the residual stream there. This is the logit lens (nostalgebraist 2020,
+    https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru)."""
+    if not -len(ids) <= position < len(ids):
+        raise AtlasError(f"position {position}: the text has tokens 0 to {len(ids) - 1}")
+    position %= len(ids)
+    streams, _ = _streams(loaded, ids)
+    hidden = loaded.model.final_norm(torch.stack([x[0, position] for x in streams]))
+    log_chances = loaded.model.head(hidden).float().log_softmax(dim=-1)
+    chances: list[float | None] = [None] * len(streams)
+    ranks: list[int | None] = [None] * len(streams)
+    if position + 1 < len(ids):
+        own = log_chances[:, ids[position + 1], None]
+        chances, ranks = own[:, 0].exp().tolist(), ((log_chances > own).sum(dim=-1) + 1).tolist()
+    entropies = _entropy(log_chances.exp()).tolist()
+    columns = (_likeliest(loaded, log_chances, alternatives), entropies, chances, ranks)
+    return [Depth(layers, *row) for layers, row in enumerate(zip(*columns, strict=True))]
 
 
-@torch.inference_mode()
-def layers(model: AtlasLM, tokenizer: Tokenizer, ids: Sequence[int], *, likeliest: int = 5) -> list[Layer]:
-    """The token after a text, as it would be read out of the residual stream after the embedding and after each block:
-    the logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens")."""
-    tokens = _row(model, ids)
-    x, rotation = model.embed(tokens, torch.arange(len(ids), device=tokens.device))
-    read = [x[:, -1]]
-    for block in model.blocks:
-        x = block(x, rotation=rotation)
-        read.append(x[:, -1])
-    chances = model.head(model.final_norm(torch.stack(read))).float().softmax(dim=-1)[:, 0]
+def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Rotation | None]:
+    """The residual stream, (1, T, C), before the first block and after each; and how queries and keys are turned."""
+    tokens = _tensor(loaded, ids)
+    x, rotation = loaded.model.embed(tokens, torch.arange(len(ids), device=tokens.device))
+    streams = [x]
+    for block in loaded.model.blocks:
+        streams.append(block(streams[-1], rotation=rotation))
+    return streams, rotation
+
+
+def _tensor(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
+    """(1, T), where the model is. Ids may come from anybody."""
+    config = loaded.model.config
+    if not 1 <= len(ids) <= config.max_seq_len:
+        raise AtlasError(
+            f"a text of {len(ids):,} tokens: the model takes 1 to {config.max_seq_len:,} at once, its context; "
+            "look at a part of it"
+        )
+    if not 0 <= min(ids) <= max(ids) < config.vocabulary:
+        wrong = next(id for id in ids if not 0 <= id < config.vocabulary)
+        raise AtlasError(f"token id {wrong}: the model's vocabulary has 0 to {config.vocabulary - 1:,}")
+    return torch.tensor([list(ids)], device=next(loaded.model.parameters()).device)
+
+
+def _likeliest(loaded: LoadedModel, log_chances: Tensor, count: int) -> list[tuple[Choice, ...]]:
+    """Of each row of (N, V), the likeliest first."""
+    best = log_chances.topk(min(count, log_chances.shape[-1]), dim=-1)
     return [
-        Layer(number, _likeliest(tokenizer, row, likeliest), _entropy(row))
-        for number, row in enumerate(chances)
+        tuple(Choice(id, token_text(loaded.tokenizer, id), chance) for id, chance in zip(*row, strict=True))
+        for row in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
     ]
 
 
-def _row(model: AtlasLM, ids: Sequence[int]) -> Tensor:
-    if not ids:
-        raise ValueError("a text has at least one token")
-    if len(ids) > model.config.max_seq_len:
-        raise AtlasError(
-            f"the text has {len(ids):,} tokens, the model's context {model.config.max_seq_len:,}: look at a part of it"
-        )
-    return torch.tensor([list(ids)], device=next(model.parameters()).device)
-
-
-def _likeliest(tokenizer: Tokenizer, chances: Tensor, count: int) -> tuple[Option, ...]:
-    values, tokens = (part.tolist() for part in chances.topk(min(count, len(chances))))
-    return tuple(Option(token, shown(tokenizer, token), p) for token, p in zip(tokens, values, strict=True))
-
-
-def _entropy(chances: Tensor) -> float:
-    """Bits (Shannon 1948)."""
-    return float(torch.special.entr(chances).sum() / torch.log(torch.tensor(2.0)))
+def _entropy(chances: Tensor) -> Tensor:
+    """(…, V) → (…) in bits (Shannon 1948)."""
+    nats: Tensor = torch.special.entr(chances).sum(dim=-1)
+    return nats / math.log(2)

@@ -5,6 +5,7 @@ Order, as in `transformers`: repetition penalty, temperature, top-k, top-p, min-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +56,21 @@ def sample(
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution (B, V) that is drawn from; temperature must be above 0."""
-    logits = keep_top_k(divide_by_temperature(logits, sampling.temperature), sampling.top_k)
-    logits = keep_top_p(logits, sampling.top_p)
-    logits = keep_min_p(logits, sampling.min_p)
+    """The distribution (B, V) that is drawn from."""
+    for _, logits in filters(logits, sampling):  # noqa: B007, B020
+        pass
     return logits.softmax(dim=-1)
 
 
-def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """The largest becomes 0 first: divided by a small temperature, it would not be a number."""
-    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, _COLDEST)
+def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
+    """The logits (B, V) after each step, with the name of its setting, in the order in which they are taken."""
+    logits = divide_by_temperature(logits, sampling.temperature)
+    yield "temperature", logits
+    logits = keep_top_k(logits, sampling.top_k)
+    yield "top_k", logits
+    logits = keep_top_p(logits, sampling.top_p)
+    yield "top_p", logits
+    yield "min_p", keep_min_p(logits, sampling.min_p)
 
 
 def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
@@ -77,6 +83,15 @@ def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -
         scores = logits[row, index]
         logits[row, index] = torch.where(scores > 0, scores / penalty, scores * penalty)
     return logits
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """At temperature 0, what the quotient tends to: -inf everywhere but at the likeliest token of each row."""
+    if temperature > 0:
+        # The largest becomes 0 first: divided by a small temperature, it would not be a number.
+        return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, _COLDEST)
+    likeliest = logits.argmax(dim=-1, keepdim=True)
+    return torch.full_like(logits, -torch.inf).scatter(-1, likeliest, 0.0)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

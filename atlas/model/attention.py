@@ -76,10 +76,19 @@ class CausalSelfAttention(nn.Module):
             )
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
+    def weights(self, x: Tensor, norm: nn.Module, rotation: Rotation | None = None) -> Tensor:
+        """(B, T, C) → (B, H, T, T) in fp32: the part that each token, a row, takes of each up to itself. For those who
+        look: `forward` never makes these numbers, whose memory grows with T²."""
+        q_BHTD, k_BKTD, _ = self._project(x, norm, rotation)
+        k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
+        scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+
     def _project(
         self, x: Tensor, norm: nn.Module, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D)."""
+        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D) of norm(x), where they meet."""
         B, T, _ = x.shape
         qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
         q_BTHD, k_BTKD, v_BTKD = (
@@ -89,16 +98,6 @@ class CausalSelfAttention(nn.Module):
         q_BHTD = _placed(q_BTHD, self.q_norm, rotation).transpose(1, 2)
         k_BKTD = _placed(k_BTKD, self.k_norm, rotation).transpose(1, 2)
         return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)
-
-    def weights(self, x: Tensor, norm: nn.Module, rotation: Rotation | None = None) -> Tensor:
-        """(B, T, C) → (B, H, T, T) in fp32: how much each query takes of each value, which the kernels that `forward`
-        calls never write down. Rows sum to 1, and nothing after a token counts."""
-        q_BHTD, k_BKTD, _ = self._project(x, norm, rotation)
-        T, groups = x.shape[1], q_BHTD.shape[1] // k_BKTD.shape[1]
-        k_BHTD = k_BKTD.repeat_interleave(groups, dim=1)
-        scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
 def _placed(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:

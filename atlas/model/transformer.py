@@ -132,7 +132,8 @@ class AtlasLM(nn.Module):
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
-        """(B, T) ids at `positions` (T,) or (B, T) → what the first block gets: (B, T, C), and how it turns."""
+        """What blocks take, of tokens (B, T) at `positions`, (T,) or (B, T): the first one the residual stream
+        (B, T, C), and all the angles by which they turn queries and keys."""
         x, rotation = self._look_up(tokens), None
         if self.config.position == "rope":
             rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)

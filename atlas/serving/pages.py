@@ -99,9 +99,6 @@ def page_routes(desk: Desk) -> APIRouter:
     @router.post("/api/attention")
     async def attention(body: AttentionRequest) -> dict[str, Any]:
         loaded, ids = _asked(desk, body)
-        layers = loaded.config.model.num_layers
-        if body.layer >= layers:
-            raise Refusal(400, f"layer: {body.layer}: the model has {layers}, from 0", param="layer")
         return await asyncio.to_thread(_attention, loaded, ids, body.layer)
 
     @router.post("/api/layers")
@@ -131,11 +128,10 @@ def _read(backend: Backend, ids: list[int], alternatives: int) -> list[dict[str,
     """The tokens of a prompt, with what the model thinks of each where it can be asked."""
     if isinstance(backend, Engine):
         loaded = backend.loaded
-        return [
-            asdict(each)
-            for each in look.places(loaded.model, loaded.tokenizer, ids, alternatives=alternatives)
-        ]
-    return [{**_option(backend.token_bytes, token, 0.0), "p": None, "alternatives": []} for token in ids]
+        return [asdict(each) for each in look.expectations(loaded, ids, alternatives=alternatives)]
+    return [
+        {**_option(backend.token_bytes, token, 0.0), "probability": None, "alternatives": []} for token in ids
+    ]
 
 
 async def _written(
@@ -158,16 +154,15 @@ async def _written(
 
 def _option(token_bytes: Callable[[int], bytes], token: int, logprob: float) -> dict[str, Any]:
     text = token_bytes(token).decode("utf-8", errors="backslashreplace")
-    return {"id": token, "text": text, "p": math.exp(logprob)}
+    return {"id": token, "text": text, "probability": math.exp(logprob)}
 
 
 def _sampling(loaded: LoadedModel, ids: list[int], settings: Sampling) -> dict[str, Any]:
-    found = look.distribution(loaded.model, loaded.tokenizer, ids, settings, likeliest=_LIKELIEST)
-    return {**asdict(found), "vocabulary": loaded.tokenizer.vocab_size}
+    return asdict(look.next_token(loaded, ids, settings, candidates=_LIKELIEST))
 
 
 def _attention(loaded: LoadedModel, ids: list[int], layer: int) -> dict[str, Any]:
-    weights = look.attention(loaded.model, ids, layer)
+    weights = look.attention(loaded, ids, layers=[layer])[0]
     drawn = weights[:, -_DRAWN:, -_DRAWN:]
     return {
         "layer": layer,
@@ -178,9 +173,7 @@ def _attention(loaded: LoadedModel, ids: list[int], layer: int) -> dict[str, Any
 
 
 def _layers(loaded: LoadedModel, ids: list[int]) -> dict[str, Any]:
-    return {
-        "layers": [asdict(each) for each in look.layers(loaded.model, loaded.tokenizer, ids, likeliest=_LENS)]
-    }
+    return {"layers": [asdict(each) for each in look.lens(loaded, ids, alternatives=_LENS)]}
 
 
 def _file(name: str, kind: str) -> Callable[[], Any]:

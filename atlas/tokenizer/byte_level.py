@@ -66,8 +66,8 @@ class ByteLevelTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join([self._bytes[id] for id in ids]).decode("utf-8", errors="replace")
 
-    def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token]
+    def token_bytes(self, id: int) -> bytes:
+        return self._bytes[id]
 
     @cached_property
     def fingerprint(self) -> str:

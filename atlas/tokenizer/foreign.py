@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from atlas.errors import AtlasError
 from atlas.files import read_limited
-from atlas.tokenizer.byte_level import well_formed
+from atlas.tokenizer.byte_level import BYTE_OF_CHAR, token_bytes, well_formed
 from atlas.tokenizer.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 
@@ -75,6 +76,21 @@ class ForeignTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._hf.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self._hf.id_to_token(id) or ""
+        if "ByteLevel" in self._decoder and BYTE_OF_CHAR.keys() >= set(token):
+            return token_bytes(token)
+        if "ByteFallback" in self._decoder and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
+            return bytes.fromhex(byte[1])
+        # In the middle of a text: at its beginning some decoders take a token's blank away.
+        return self.decode([id, id]).removeprefix(self.decode([id])).encode("utf-8")
+
+    @cached_property
+    def _decoder(self) -> frozenset[str]:
+        """The types of its decoder's parts."""
+        decoder = json.loads(self._text).get("decoder") or {}
+        return frozenset(part.get("type") for part in (decoder, *decoder.get("decoders", ())))
 
     @cached_property
     def fingerprint(self) -> str:

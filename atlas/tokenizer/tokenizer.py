@@ -44,10 +44,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and `eos_id` becomes `<|endoftext|>`."""
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for: it may be a part of a character, which `decode` of it alone cannot show. A tokenizer
-        that knows only text gives that of `decode`."""
-        return self.decode([token]).encode("utf-8")
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for. A character may be spread over several tokens: then a part of its bytes, or those
+        of U+FFFD where the implementation tells no more."""
+        return self.decode([id]).encode("utf-8")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each; in parallel where the implementation can."""

@@ -40,10 +40,10 @@ function addToken(column, token) {
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
   span.dataset.index = index;
-  if (token.p !== null) {
-    const bits = -Math.log2(Math.max(token.p, 1e-6));
+  if (token.probability !== null) {
+    const bits = -Math.log2(Math.max(token.probability, 1e-6));
     if (!token.given) span.style.setProperty("--surprise", Math.min(1, bits / MOST_BITS));
-    span.title = `${percent(token.p)}, a surprise of ${bits.toFixed(1)} bits`;
+    span.title = `${percent(token.probability)}, a surprise of ${bits.toFixed(1)} bits`;
   }
   token.span = span;
   column.tokens.push(token);
@@ -183,7 +183,7 @@ function facts(place, ...more) {
 
 async function showAlternatives(place) {
   const token = place.column.tokens[place.index];
-  if (token?.p === null) {
+  if (token?.probability === null) {
     $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
     return;
   }
@@ -196,12 +196,12 @@ async function showAlternatives(place) {
     button.title = "continue from here with this one";
     const row = element("tr", { className: each.id === token?.id ? "chosen" : "" });
     const bar = element("i");
-    bar.style.width = width(each.p);
-    row.append(element("td", {}, button), element("td", { textContent: percent(each.p) }), element("td", { className: "bar" }, bar));
+    bar.style.width = width(each.probability);
+    row.append(element("td", {}, button), element("td", { textContent: percent(each.probability) }), element("td", { className: "bar" }, bar));
     return row;
   });
   $("view").replaceChildren(
-    facts(place, token ? `: ${percent(token.p)} by the model, before any setting.` : ": what could follow."),
+    facts(place, token ? `: ${percent(token.probability)} by the model, before any setting.` : ": what could follow."),
     element("table", { className: "bars", id: "alternatives" }, element("tbody", {}, ...rows)),
     element("p", { className: "quiet", textContent: "Choose one to continue the text from here with it." }),
   );

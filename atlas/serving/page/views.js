@@ -1,21 +1,24 @@
 // Pictures of one place in a text: what sampling does to the distribution, attention by head, and the logit lens.
 import { element, percent, visible, width } from "./common.js";
 
+/** By the names that the server has for them. The last step, min-p, gives what is drawn from. */
+const SETTINGS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
+
 /** The distribution before and after the settings, a row for each of the likeliest tokens. */
 export function drawSampling(view, facts, answer, chosenId) {
-  const most = Math.max(...answer.candidates.map((token) => Math.max(token.p, token.final)));
+  const most = Math.max(...answer.candidates.map((token) => Math.max(token.probabilities.model, token.probabilities.min_p)));
   const rows = answer.candidates.map((token) => {
     const before = element("i", { className: "before" });
     const after = element("i");
-    before.style.width = width(token.p / most);
-    after.style.width = width(token.final / most);
+    before.style.width = width(token.probabilities.model / most);
+    after.style.width = width(token.probabilities.min_p / most);
     const classes = [token.removed_by ? "removed" : "", token.id === chosenId ? "chosen" : ""];
     return element(
       "tr",
       { className: classes.join(" ").trim() },
       element("td", { className: "piece", textContent: visible(token.text) }),
-      element("td", { textContent: percent(token.p) }),
-      element("td", { textContent: token.removed_by ?? percent(token.final) }),
+      element("td", { textContent: percent(token.probabilities.model) }),
+      element("td", { textContent: SETTINGS[token.removed_by] ?? percent(token.probabilities.min_p) }),
       element("td", { className: "bar" }, before, ...(token.removed_by ? [] : [after])),
     );
   });
@@ -31,9 +34,9 @@ export function drawSampling(view, facts, answer, chosenId) {
     element("p", {
       className: "quiet",
       textContent:
-        `Grey: what the model says. Colour: what is drawn from, after the settings, which keep ${answer.kept} of ` +
-        `${answer.vocabulary.toLocaleString("en")} tokens; a token that is left out has the name of the setting. ` +
-        `Entropy ${answer.entropy_before.toFixed(2)} bits before, ${answer.entropy_after.toFixed(2)} after.`,
+        `Grey: what the model says. Colour: what is drawn from, after the settings, which keep ${answer.remaining.min_p} ` +
+        `of ${answer.remaining.model.toLocaleString("en")} tokens; a token that is left out has the name of the setting. ` +
+        `Entropy ${answer.entropy.model.toFixed(2)} bits before, ${answer.entropy.min_p.toFixed(2)} after.`,
     }),
   );
 }
@@ -118,12 +121,12 @@ function picture(weights) {
 export function drawLayers(view, facts, answer, chosenId) {
   const rows = answer.layers.map((layer) => {
     const cells = layer.likeliest.map((token) => {
-      const cell = element("td", { className: "piece", textContent: visible(token.text), title: percent(token.p) });
-      cell.style.setProperty("--p", token.p);
+      const cell = element("td", { className: "piece", textContent: visible(token.text), title: percent(token.probability) });
+      cell.style.setProperty("--p", token.probability);
       if (token.id === chosenId) cell.classList.add("actual");
       return cell;
     });
-    return element("tr", {}, element("th", { textContent: layer.layer ? `layer ${layer.layer}` : "embedding" }), ...cells);
+    return element("tr", {}, element("th", { textContent: layer.layers ? `layer ${layer.layers}` : "embedding" }), ...cells);
   });
   view.replaceChildren(
     facts,
