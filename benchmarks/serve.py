@@ -158,7 +158,7 @@ def served(checkpoint: str | Path, arguments: argparse.Namespace) -> Iterator[Se
                 break
         else:
             raise SystemExit("the server did not start")
-        yield Served(process, int(line.split("/")[2].rpartition(":")[2]))
+        yield Served(process, int(line.split()[0].rpartition(":")[2]))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

@@ -215,3 +215,30 @@ def test_bad_questions_get_their_4xx(address: str, route: str, body: dict, says:
     assert 400 <= status < 500
     assert says in answer["error"]["message"]
     assert json.dumps(answer)
+
+
+# Runs
+
+
+def line(step: int, loss: float) -> str:
+    record = {"kind": "train", "step": step, "loss": loss, "tokens": step * 100, "seconds": step / 2}
+    return json.dumps({**record, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 200.0}) + "\n"
+
+
+def test_curves_of_runs_grow_while_they_are_looked_at(loaded: LoadedModel, tmp_path: Path) -> None:
+    """A run that is written to, and one that is done, in a folder of the folder."""
+    growing, done = tmp_path / "metrics.jsonl", tmp_path / "older/metrics.jsonl"
+    done.parent.mkdir()
+    done.write_text("".join(line(step, 5.0) for step in range(1, 9)))
+    growing.write_text("".join(line(step, 4 - step / 20) for step in range(1, 11)))
+    engine = Engine(loaded, "first", parallel=2, queue=2)
+    with served([engine], Rules(runs=tmp_path)) as address, browser_page() as page:
+        page.goto(f"{address}/runs")
+        page.locator("#charts canvas").nth(0).wait_for()
+        legend = page.locator("#charts")
+        legend.get_by_text("older", exact=True).first.wait_for()
+        page.locator("#charts", has_text="3.5000").wait_for()
+        with growing.open("a") as file:
+            file.writelines(line(step, 4 - step / 20) for step in range(11, 31))
+        page.locator("#charts", has_text="2.5000").wait_for()
+        assert page.locator("#charts canvas").count() >= 4

@@ -49,6 +49,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(help="Texts that may wait for a place; more are refused with 429.", min=0)
     ] = 256,
+    runs: Annotated[
+        str, typer.Option(help="Folder whose runs, also those of folders in it, are drawn at /runs.")
+    ] = "checkpoints",
     max_tokens: Annotated[int, typer.Option(help="The most new tokens a text may have.", min=1)] = 4096,
     timeout: Annotated[
         float, typer.Option(help="Seconds a request may take; at the end, also for texts to finish.", min=1)
@@ -89,12 +92,12 @@ def serve(
     ]
     if gguf:
         backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
-    rules = Rules(max_tokens, timeout, api_key)
+    rules = Rules(max_tokens, timeout, api_key, Path(runs))
     app = build_app(backends, rules)
     server = Server(app, listener, seconds_to_drain=timeout)
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-    _run(server, f"http://{shown}:{where[1]}")
+    _run(server, f"http://{shown}:{where[1]}", runs)
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -142,7 +145,7 @@ def _llama(path: str, *, parallel: int, queue: int) -> Backend:
     return llama
 
 
-def _run(server: Server, address: str) -> None:
+def _run(server: Server, address: str, runs: str) -> None:
     """Until a signal; the second does not wait for the texts."""
 
     def end(number: int, frame: object) -> None:
@@ -157,4 +160,7 @@ def _run(server: Server, address: str) -> None:
     while not server.wait(0.1):
         if server.is_ready and not told:
             told = True
-            typer.echo(f"{address}/v1 is OpenAI's API", err=True)
+            typer.echo(
+                f"{address} to write and look, {address}/runs for curves, {address}/v1 for OpenAI's clients",
+                err=True,
+            )

@@ -62,9 +62,7 @@ class Run:
 
     def _forget(self) -> None:
         self._offset = 0
-        self._columns = {
-            kind: {name: list[float]() for name in names} for kind, names in _COLUMNS.items()
-        }
+        self._columns = {kind: {name: list[float]() for name in names} for kind, names in _COLUMNS.items()}
         self.events: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.unreadable = 0
@@ -178,7 +176,9 @@ class Run:
         elif isinstance(length, int) and _all_known(train["sequences_consumed"]):
             axes["tokens"] = train["sequences_consumed"] * length
         else:
-            missing["tokens"] = "not all of its records hold tokens, or sequences beside a max_seq_len in config.yaml"
+            missing["tokens"] = (
+                "not all of its records hold tokens, or sequences beside a max_seq_len in config.yaml"
+            )
         if _all_known(train["seconds"]):
             axes["time"] = train["seconds"]
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from atlas.inference.sampling import Sampling, row_seed
 from atlas.serving.errors import Refusal
@@ -22,6 +23,8 @@ class Rules:
     seconds: float = 300.0
     """For a request, from its acceptance to its end."""
     api_key: str | None = None
+    runs: Path = Path("checkpoints")
+    """The folder whose runs are drawn at /runs."""
 
 
 class Desk:

@@ -1,4 +1,4 @@
-"""The page at /, the runs at /runs, and what they ask this server: the model's thoughts at each token."""
+"""The page at /, and what it asks this server: the model's thoughts at each token."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from atlas.serving.answers import refusal
 from atlas.serving.desk import Desk
 from atlas.serving.engine import Engine
 from atlas.serving.errors import Refusal
+from atlas.serving.files import page_file
 from atlas.serving.schema import MOST_CANDIDATES, Body, TokenId, Wishes
 from atlas.serving.stream import EventStream, event
 from atlas.serving.text import Backend, Order
@@ -30,12 +31,6 @@ FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/common.js": ("common.js", "text/javascript"),
     "/views.js": ("views.js", "text/javascript"),
-}
-_HEADERS = {
-    # Nothing from anywhere else, whatever a model writes.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
 }
 _LIKELIEST = 24
 """Tokens of a distribution that are drawn."""
@@ -78,7 +73,8 @@ def page_routes(desk: Desk) -> APIRouter:
     """Files under `/`, questions under `/api/`."""
     router = APIRouter(include_in_schema=False)
     for path, (name, kind) in FILES.items():
-        router.add_api_route(path, _file(name, kind), methods=["GET"])
+        content = (resources.files("atlas.serving") / "page" / name).read_bytes()
+        router.add_api_route(path, page_file(content, kind), methods=["GET"], response_class=Response)
 
     @router.post("/api/write")
     async def write(body: WriteRequest, request: Request) -> Response:
@@ -117,10 +113,6 @@ def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int]]:
             400, f"{backend.id}: llama.cpp does not show how it comes to a token: serve the checkpoint"
         )
     ids = backend.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-    if max(ids) >= backend.vocab_size:
-        raise Refusal(
-            400, f"prompt: token {max(ids)}: the vocabulary has {backend.vocab_size}", param="prompt"
-        )
     return backend.loaded, ids[-backend.context :]
 
 
@@ -174,12 +166,3 @@ def _attention(loaded: LoadedModel, ids: list[int], layer: int) -> dict[str, Any
 
 def _layers(loaded: LoadedModel, ids: list[int]) -> dict[str, Any]:
     return {"layers": [asdict(each) for each in look.lens(loaded, ids, alternatives=_LENS)]}
-
-
-def _file(name: str, kind: str) -> Callable[[], Any]:
-    content = (resources.files("atlas.serving") / "page" / name).read_bytes()
-
-    async def file() -> Response:
-        return Response(content, media_type=kind, headers=_HEADERS)
-
-    return file

@@ -1,0 +1,30 @@
+// The page at /runs: the curves of the runs in a folder, asked for again and again while they grow.
+/* global AtlasCharts */
+import { ask, hasKey, showKey } from "./common.js";
+
+const EVERY = 2000; // milliseconds
+const status = document.getElementById("status");
+let charts = null;
+
+async function look() {
+  try {
+    if ((await ask("health")).needs_key && !hasKey()) return showKey(look);
+    const { folder, more, runs } = await ask("api/runs");
+    status.className = "";
+    status.textContent = runs.length
+      ? `${folder}, updated ${new Date().toLocaleTimeString()}` + (more ? `; ${more} older runs are not drawn` : "")
+      : `no run writes to ${folder} yet: atlas train makes one`;
+    if (charts) charts.update({ runs });
+    else if (runs.length) {
+      const options = { axis: location.hash.slice(1), onAxis: (axis) => (location.hash = axis) };
+      charts = AtlasCharts.create(document.getElementById("charts"), { runs }, options);
+    }
+  } catch (error) {
+    if (error.status === 401) return showKey(look);
+    status.className = "bad";
+    status.textContent = `${error.message}: trying again`;
+  }
+  setTimeout(look, EVERY);
+}
+
+look();
