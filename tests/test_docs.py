@@ -10,10 +10,12 @@ import functools
 import importlib
 import io
 import itertools
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,7 +63,7 @@ SCRIPTS = {
 OTHER_TOOLS = re.compile(
     r"git (clone|commit|add|push|checkout|switch) |cd |python -m venv |source |pip install |pre-commit |nvidia-smi$"
     r"|torchrun .*-m atlas doctor |sbatch |kubectl "
-    r"|pytest |ruff |mypy|\./scripts/(run_pipeline|test)\.sh|llama-(completion|server|quantize) |ollama "
+    r"|pytest |ruff |curl |mypy|\./scripts/(run_pipeline|test)\.sh|llama-(completion|server|quantize) |ollama "
 )
 """Lines that the pages show and this test does not run."""
 
@@ -173,6 +175,9 @@ def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
         arguments = shrink(command, words[: words.index(">")] if target else words)
         patch.setattr(sys, "stdin", io.StringIO("The river\n"))
         capture.readouterr()
+        if command == "serve":
+            SERVERS.append(start_server(arguments))
+            return
         code = run_script(ROOT / script, arguments, patch) if script else main([command, *arguments])
     said = capture.readouterr()
     assert code == 0, f"exit code {code}\n{said.err}"
@@ -190,6 +195,33 @@ def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
         )
         assert (Path(folder) / "atlas_best.pt").exists()
         assert re.search(r"finished at step|nothing to do: the run is complete", said.err)
+
+
+SERVERS: list[tuple[subprocess.Popen[str], str]] = []
+"""Those that a page has started, and their addresses: they serve until the pages have been run."""
+
+
+def start_server(arguments: list[str]) -> tuple[subprocess.Popen[str], str]:
+    """Ready, at a port that is free."""
+    command = [sys.executable, "-m", "atlas", "serve", *arguments, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert server.stderr is not None
+    said = []
+    for line in server.stderr:
+        said.append(line)
+        if found := re.match(r"http://\S+", line):
+            return server, found[0]
+    raise AssertionError("".join(said))
+
+
+def stop_servers() -> None:
+    while SERVERS:
+        server, _ = SERVERS.pop()
+        server.terminate()
+        assert server.wait(30) == 0
+        assert server.stderr is not None
+        server.stderr.close()
 
 
 def run_script(path: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> int:
@@ -220,7 +252,8 @@ def run_block(block: Block, namespace: dict[str, Any], capture: pytest.CaptureFi
         if not write_named_file(block) and not is_not_run(block):
             with pytest.MonkeyPatch.context() as patch:
                 patch.syspath_prepend(Path.cwd())  # as Python does for the folder of a script
-                exec(compile(block.text, block.place, "exec"), namespace)
+                text = block.text.replace("http://127.0.0.1:8000", SERVERS[-1][1] if SERVERS else "")
+                exec(compile(text, block.place, "exec"), namespace)
     elif block.language == "yaml":
         write_named_file(block)
 
@@ -254,13 +287,16 @@ def test_what_the_pages_show_runs(
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for page in PAGES:
-        namespace: dict[str, Any] = {"__name__": page.stem}
-        for block in blocks_of(page):
-            try:
-                run_block(block, namespace, capsys)
-            except BaseException as error:
-                raise AssertionError(f"{block.place}: {error}") from error
+    try:
+        for page in PAGES:
+            namespace: dict[str, Any] = {"__name__": page.stem}
+            for block in blocks_of(page):
+                try:
+                    run_block(block, namespace, capsys)
+                except BaseException as error:
+                    raise AssertionError(f"{block.place}: {error}") from error
+    finally:
+        stop_servers()
 
 
 def test_few_python_blocks_are_not_run() -> None:
