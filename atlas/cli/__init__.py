@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "Write text with a trained model.",
     "serve": "OpenAI's API over a trained model.",
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
+    "report": "One page of the curves and results of runs, which opens without network.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
     "import": "Make a checkpoint of a public model in Hugging Face's format.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",

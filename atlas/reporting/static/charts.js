@@ -52,7 +52,7 @@ const AtlasCharts = (() => {
   const onAxis = { step: grouped, tokens: (value) => `${short(value)} tokens`, time: duration };
   const tickOf = { step: (value) => (value % 1 ? "" : short(value)), tokens: short, time: duration };
   const TIME_STEPS = [0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200,
-    86400, 172800, 432800, 864000];
+    86400, 172800, 432000, 864000];
   const shownAt = (axis, value) => (axis === "step" ? `step ${grouped(value)}` : onAxis[axis](value));
 
   const MAIN = {

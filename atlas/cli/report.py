@@ -1,0 +1,74 @@
+"""`atlas report`: what runs wrote down, as one page to keep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from atlas.reporting.runs import Run
+
+_SECONDS = 5
+"""Between two writings of a live report."""
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Output folders of runs, or their metrics.jsonl.", metavar="RUN...")
+    ],
+    output: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
+    png: Annotated[
+        str | None,
+        typer.Option(help="Write the losses as a picture for a paper, too.", metavar="FILE"),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help=f"Write it anew every {_SECONDS} seconds until the runs end.")
+    ] = False,
+) -> None:
+    """One HTML file with the curves, configs, samples and results of one or more runs, which opens without network.
+
+    Several runs are laid over each other, by step, tokens or time.
+    """
+    from atlas.reporting.figure import check_figure, draw_losses, shared_axis
+    from atlas.reporting.report import write_report
+    from atlas.reporting.runs import read_runs
+
+    page = Path(output)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise AtlasError(f"--output {output}: writes a page: name a file that ends in .html")
+    if not page.absolute().parent.is_dir():
+        raise AtlasError(f"--output {output}: there is no folder {page.parent}: make it first")
+    if png:
+        check_figure(Path(png))
+    found = read_runs(runs)
+    if live:
+        _follow(page, found)
+    write_report(page, found)
+    typer.echo(f"report: {page}")
+    if png:
+        axis = shared_axis(found)
+        draw_losses(Path(png), found, axis=axis)
+        typer.echo(f"figure: {png}, by {axis}")
+
+
+def _follow(page: Path, runs: Sequence[Run]) -> None:
+    """Write the page again and again while a run goes on or may, and until Ctrl-C."""
+    from atlas.reporting.report import write_report
+
+    typer.echo(
+        f"{page} is written every {_SECONDS} seconds until the run ends; Ctrl-C ends it before", err=True
+    )
+    try:
+        while any(run.state in ("running", "unknown") for run in runs):
+            write_report(page, runs, refresh=_SECONDS)
+            time.sleep(_SECONDS)
+            for run in runs:
+                run.refresh()
+    except KeyboardInterrupt:
+        typer.echo("no longer followed", err=True)
