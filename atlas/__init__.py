@@ -1,3 +1,27 @@
 """Atlas: from raw text to a GPT that llama.cpp runs, every step in the open."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atlas.inference import LoadedModel
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(
+    checkpoint: str = "checkpoints/atlas_best.pt",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+) -> LoadedModel:
+    """A trained model, to write with (`generate`) and to look into (`logits`).
+
+    The defaults and the meaning of each are those of `atlas generate`. Raises `AtlasError` where it says so.
+    """
+    from atlas.inference import load_model  # PyTorch comes with it, and takes a second
+
+    return load_model(checkpoint, device=device, dtype=dtype, tokenizer=tokenizer)

@@ -86,7 +86,7 @@ def generate(
         )
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
     if chat:
-        _check_chat(loaded)
+        loaded.check_chat()
     if loaded.model.head_weight.device.type == "cpu":
         lay_out_for_decoding(loaded.model)
     if seed is None:
@@ -201,19 +201,6 @@ class _Run:
 def _shown(prompt: Prompt) -> str:
     """Of a text its beginning; what was said in a conversation is known."""
     return prompt if isinstance(prompt, str) else ""
-
-
-def _check_chat(loaded: LoadedModel) -> None:
-    if loaded.chat_template is None:
-        raise AtlasError(
-            f"--chat: {loaded.path} did not learn from conversations: leave --chat out, or fine-tune it with "
-            "atlas train --init-from on JSONL rows with messages"
-        )
-    if not loaded.learnt_to_answer:
-        raise AtlasError(
-            f"--chat: {loaded.path} was imported with a chat template of its own, which Atlas does not run: write it "
-            "out in --prompt, or export the model and chat in llama.cpp"
-        )
 
 
 def _write(text: str) -> None:
