@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeAlias
 
 import numpy as np
@@ -37,12 +38,12 @@ def smooth(values: Floats) -> Floats:
 
 
 def thin(values: Floats, most: int = MOST_POINTS) -> Places:
-    """The places of at most `most` values, in order: all, or the smallest and largest of each stretch, and both ends."""
+    """The places, in order, of at most `most` values: the smallest and largest of each stretch, and both ends."""
     if values.size <= most:
         return np.arange(values.size)
     kept = {0, values.size - 1}
     edges = np.linspace(0, values.size, (most - 2) // 2 + 1).astype(int)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         stretch = values[start:end]
         kept |= {int(start + stretch.argmin()), int(start + stretch.argmax())}
     return np.array(sorted(kept), dtype=np.intp)

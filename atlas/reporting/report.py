@@ -193,7 +193,8 @@ def _samples(run: Run) -> str:
     parts = [f"<h3>{escape(run.name)}</h3>"] if run.samples else []
     for number, (prompt, texts) in enumerate(samples_by_prompt(run).items()):
         rows = "".join(
-            f'<dt>step {step:,}</dt><dd><span class="prompt">{escape(prompt)}</span>{escape(_continuation(prompt, text))}</dd>'
+            f'<dt>step {step:,}</dt><dd><span class="prompt">{escape(prompt)}</span>'
+            f"{escape(_continuation(prompt, text))}</dd>"
             for step, text in texts
         )
         is_open = "" if number else " open"
@@ -236,7 +237,7 @@ def _machine(runs: Sequence[Run]) -> str:
         for key in keys
     ]
     silent = "".join(
-        f'<p class="aside">{escape(run.name)} was trained by a version of Atlas that did not write down its machine.</p>'
+        f'<p class="aside">{escape(run.name)} did not write down its machine: it is of an older Atlas.</p>'
         for run, start in zip(runs, starts, strict=True)
         if not start
     )
