@@ -50,5 +50,8 @@ def page() -> Iterator[Page]:
 
 def _elsewhere(url: str) -> list[str]:
     parts = urlsplit(url)
-    is_here = parts.scheme in ("file", "data", "blob", "about") or parts.hostname in ("127.0.0.1", "localhost")
+    is_here = parts.scheme in ("file", "data", "blob", "about") or parts.hostname in (
+        "127.0.0.1",
+        "localhost",
+    )
     return [] if is_here else [f"request: {url}"]

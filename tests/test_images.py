@@ -11,6 +11,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,9 @@ from tests.browser import browser_page
 from tests.project import ROOT
 from tests.runs import start_process
 from tests.test_serve_command import serving
+
+if TYPE_CHECKING:
+    pass
 
 IMAGES = ROOT / "docs/images"
 PROMPT = "Return the name of the file"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from tests.browser import browser_page
 from tests.served import random_model, served
 from tests.test_serving import post
 
-IMAGES = Path(__file__).parents[1] / "docs/images"
+if TYPE_CHECKING:
+    pass
 
 
 @pytest.fixture(scope="module")
