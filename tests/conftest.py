@@ -10,6 +10,7 @@ import torch
 
 from atlas.config import ModelConfig
 from atlas.model import AtlasLM, build_model
+from tests.browser import browser, page  # noqa: F401
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

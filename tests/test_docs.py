@@ -385,7 +385,7 @@ def test_flags_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_exist(page: Path) -> None:
     named = {match[1] for span in code_spans(page) if (match := re.match(r"atlas ([a-z]\w*)", span))}
-    planned = {"import", "report", "serve", "look", "bench"}
+    planned = {"import", "serve", "look", "bench"}
     assert named - COMMANDS.keys() <= (planned if page.stem in ("ARCHITECTURE", "CHANGELOG") else set())
 
 

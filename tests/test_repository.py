@@ -192,6 +192,8 @@ def test_wheel_works_outside_the_tree(tmp_path: Path) -> None:
         archive.extractall(site)
         names = archive.namelist()
     assert "atlas/py.typed" in names
+    static = ("charts.js", "report.css", "report.html", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
+    assert {f"atlas/reporting/static/{name}" for name in static} <= set(names)
     assert sum(name.endswith(("/LICENSE", "/NOTICE")) for name in names) == 2
     assert not [name for name in names if name.startswith(("tests/", "configs/", "docs/"))]
 

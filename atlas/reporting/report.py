@@ -25,7 +25,7 @@ STATES = {
     "finished": "finished",
     "running": "running",
     "interrupted": "interrupted",
-    "stopped": "ended before its last step",
+    "stopped": "ended early",
     "unknown": "written on another machine",
 }
 
@@ -103,8 +103,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int | N
         "<tr>" + "".join(cell("td" if place else "th", place, c) for place, c in enumerate(row)) + "</tr>"
         for row in rows
     )
-    facts = "" if right is not None else " facts"
-    return f'<div class="scroll{facts}"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "facts" if right is None else "figures"
+    return f'<div class="scroll {kind}"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # The sections
@@ -220,9 +220,10 @@ def _events(run: Run, *, is_alone: bool) -> str:
     ]
     left_out = len(run.events) - len(rows)
     note = f'<p class="aside">{left_out:,} more are left out.</p>' if left_out > 0 else ""
+    plural = "" if len(run.events) == 1 else "s"
     summary = "" if is_alone else f"{escape(run.name)}: "
     return (
-        f"<details{' open' if len(rows) <= 12 else ''}><summary>{summary}{len(run.events):,} events</summary>"
+        f"<details{' open' if len(rows) <= 12 else ''}><summary>{summary}{len(run.events):,} event{plural}</summary>"
         + _table(("Step", "Time", "What happened"), rows)
         + note
         + "</details>"
@@ -273,7 +274,7 @@ def _figure(value: float, form: str) -> str:
 
 
 def _large(value: float) -> str:
-    for size, unit in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:,.0f}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from atlas.config.loader import read_yaml
 from atlas.errors import AtlasError
 from atlas.files import check_regular, read_limited
-from atlas.reporting.curves import Floats, last_of_each_step, smooth, thin
+from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smooth, thin
 
 METRICS = (
     "loss",
@@ -33,6 +33,8 @@ METRICS = (
     "gpu_temperature",
 )
 """Of train records, those that are drawn."""
+_NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait")
+"""Drawn small, smoothed over the raw."""
 VALIDATION = ("val_loss", "val_perplexity", "bits_per_byte")
 _COLUMNS = {
     "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
@@ -40,6 +42,8 @@ _COLUMNS = {
 }
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
+_MOST_SMALL_POINTS = 800
+"""Of what is drawn small."""
 _MOST_EVENTS = 400
 _LONGEST_TEXT = 4000
 """Of a sample or an event, in characters."""
@@ -228,8 +232,13 @@ def chart_data(run: Run) -> dict[str, Any]:
     """
     train, validation = run.records("train"), run.records("validation")
     axes, missing = run.axes()
-    series = {name: _series(axes, train[name]) for name in METRICS}
+    series = {
+        name: _series(axes, train[name], most=MOST_POINTS if name == "loss" else _MOST_SMALL_POINTS)
+        for name in METRICS
+    }
     series["smoothed_loss"] = _series(axes, smooth(train["loss"]))
+    for name in _NOISY:
+        series[f"smoothed_{name}"] = _series(axes, smooth(train[name]), most=_MOST_SMALL_POINTS)
     of_validation = {axis: _placed(axes, axis, validation, validation["step"]) for axis in axes}
     series["val_loss"] = _series(of_validation, validation["val_loss"])
     return {
@@ -243,9 +252,9 @@ def chart_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _series(axes: dict[str, Floats], values: Floats) -> dict[str, list[float]]:
+def _series(axes: dict[str, Floats], values: Floats, *, most: int = MOST_POINTS) -> dict[str, list[float]]:
     known = np.flatnonzero(np.isfinite(values))
-    kept = known[thin(values[known])]
+    kept = known[thin(values[known], most)]
     return {axis: _rounded(places[kept]) for axis, places in axes.items()} | {"value": _rounded(values[kept])}
 
 

@@ -64,13 +64,17 @@ const AtlasCharts = (() => {
     ],
   };
   const small = (key, title, unit, format) => ({ id: key, title, unit, format, layers: [{ key, width: 1.5, alpha: 1 }] });
+  const noisy = (key, title, unit, format) => ({
+    id: key, title, unit, format,
+    layers: [{ key, width: 1, alpha: 0.22 }, { key: `smoothed_${key}`, width: 1.5, alpha: 1 }],
+  });
   const SMALL = [
     small("learning_rate", "Learning rate", "", (value) => plain(value, 3)),
-    small("grad_norm", "Gradient norm", "before clipping", (value) => plain(value, 3)),
-    small("tokens_per_second", "Speed", "tokens per second", short),
-    small("utilisation", "Utilisation", "of the peak", percent),
+    noisy("grad_norm", "Gradient norm", "before clipping", (value) => plain(value, 3)),
+    noisy("tokens_per_second", "Speed", "tokens per second", short),
+    noisy("utilisation", "Utilisation", "of the peak", percent),
     small("memory", "Memory", "", bytes),
-    small("data_wait", "Waiting for data", "of the time", percent),
+    noisy("data_wait", "Waiting for data", "of the time", percent),
     small("gpu_temperature", "GPU temperature", "", degrees),
   ];
 
@@ -293,7 +297,7 @@ const AtlasCharts = (() => {
         series: [{}, ...series],
         scales: {
           x: { time: false, range: () => this.zoom || this.range },
-          y: { distr: isLog ? 3 : 1, range: isLog ? undefined : (_, low, high) => this.padded(low, high) },
+          y: { distr: isLog ? 3 : 1, range: (_, low, high) => this.padded(low, high, isLog) },
         },
         axes: [
           { ...axis, size: 34, space: 90, values: (_, ticks) => ticks.map((tick) => tickOf[this.axis](tick)),
@@ -317,8 +321,9 @@ const AtlasCharts = (() => {
       return spec === MAIN || spec.id === "learning_rate" || spec.id === "grad_norm" ? plain(value, 3) : spec.format(value);
     }
 
-    padded(low, high) {
-      if (low == null) return [0, 1];
+    padded(low, high, isLog) {
+      if (low == null) return isLog ? [1, 10] : [0, 1];
+      if (isLog) return [low / 1.05, high * 1.05];
       const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
       return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
     }
@@ -465,6 +470,7 @@ const AtlasCharts = (() => {
         ctx.strokeStyle = ctx.fillStyle = this.colour(place);
         for (const event of run.events) {
           const x = plot.valToPos(event[this.axis], "x", true), isSave = event.event === "save";
+          if (isSave && !isMain) continue;
           ctx.globalAlpha = isSave ? 0.5 : 0.8;
           ctx.lineWidth = ratio;
           ctx.setLineDash(isSave ? [] : [2 * ratio, 3 * ratio]);
