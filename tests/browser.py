@@ -1,57 +1,53 @@
-"""A headless Chromium, for tests of what people look at. Skipped where there is none."""
+"""A page in the system's Chromium that tells what went wrong in it; for tests of what people look at.
+
+tests/conftest.py makes the fixture known to all modules.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_ARGUMENTS = ["--no-sandbox", "--disable-background-networking"]
+_HERE = {"", "127.0.0.1", "localhost"}
 
 
-@contextmanager
-def browser_page(*, scheme: str = "light", width: int = 1280, height: int = 860) -> Iterator[Page]:
-    """A Playwright page. At the end: nothing was said on its console, and no other host was asked for anything."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    chromium = next(filter(None, map(shutil.which, NAMES)), None)
-    if chromium is None:
-        pytest.skip("needs Chromium, such as Debian's package chromium")
-    problems: list[str] = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
-        )
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("console", lambda message: problems.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on("request", lambda request: problems.extend(_elsewhere(request.url)))
-        try:
-            yield page
-        finally:
-            browser.close()
-    assert problems == []
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Started once a module: that takes a second."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    if program is None:
+        pytest.skip(f"none of {', '.join(_NAMES)} is on PATH")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=program, args=_ARGUMENTS)
+        yield started
+        started.close()
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    """The same as a fixture, which a test module takes by importing its name."""
-    with browser_page(height=900) as opened:
-        yield opened
+def page(browser: Browser) -> Iterator[Page]:
+    """A blank page of 1280 × 900. When the test ends, nothing may have been logged, thrown, or asked of
+    another host."""
+    troubles: list[str] = []
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.on("console", lambda said: troubles.append(said.text))
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.on("request", lambda request: troubles.extend(_elsewhere(request.url)))
+    yield opened
+    opened.close()
+    assert troubles == []
 
 
 def _elsewhere(url: str) -> list[str]:
     parts = urlsplit(url)
-    is_here = parts.scheme in ("file", "data", "blob", "about") or parts.hostname in (
-        "127.0.0.1",
-        "localhost",
-    )
-    return [] if is_here else [f"request: {url}"]
+    is_here = parts.scheme in ("file", "data", "blob", "about") or parts.hostname in _HERE
+    return [] if is_here else [f"asked of another host: {url}"]

@@ -17,13 +17,15 @@ import pytest
 
 from atlas.data import prepare
 from atlas.data.demo import write_demo_corpus
-from tests.browser import browser_page
 from tests.project import ROOT
 from tests.runs import start_process
 from tests.test_serve_command import serving
 
 if TYPE_CHECKING:
     pass
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 IMAGES = ROOT / "docs/images"
 PROMPT = "Return the name of the file"
@@ -37,7 +39,8 @@ def size_of(png: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_pictures_of_the_page_are_made_anew(tmp_path: Path) -> None:
+def test_pictures_of_the_page_are_made_anew(tmp_path: Path, page: Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 760})
     target = IMAGES if os.environ.get("ATLAS_REMAKE_IMAGES") else tmp_path / "images"
     target.mkdir(exist_ok=True)
     write_demo_corpus(tmp_path / "demo.jsonl")
@@ -53,7 +56,7 @@ def test_pictures_of_the_page_are_made_anew(tmp_path: Path) -> None:
         while training.poll() is None and not (first.with_suffix(".json").exists() and best.exists()):
             pass
         models = ["--checkpoint", str(first), "--checkpoint", str(best)]
-        with serving(*models, "--runs", str(runs)) as (_, address), browser_page(height=760) as page:
+        with serving(*models, "--runs", str(runs)) as (_, address):
             page.goto(f"{address}/runs")
             page.locator("#charts canvas").nth(0).wait_for()
             step = page.locator("#charts").get_by_text(re.compile(r"^step [\d,]+$")).first
@@ -63,7 +66,7 @@ def test_pictures_of_the_page_are_made_anew(tmp_path: Path) -> None:
             page.wait_for_timeout(3000)
             assert step.text_content() != before  # it grew
             page.screenshot(path=target / "page_runs.png")
-        with serving(*models) as (_, address), browser_page(height=760) as page:
+        with serving(*models) as (_, address):
             _walk(page, address, target)
     finally:
         training.kill()

@@ -13,7 +13,6 @@ import torch
 from atlas.inference.load import LoadedModel
 from atlas.serving.desk import Rules
 from atlas.serving.engine import Engine
-from tests.browser import browser_page
 from tests.served import random_model, served
 from tests.test_serving import post
 
@@ -33,6 +32,9 @@ def address(loaded: LoadedModel) -> Iterator[str]:
     with served(engines) as address:
         yield address
 
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 PIXELS = """canvas => {
     const size = canvas.width, data = canvas.getContext("2d").getImageData(0, 0, size, size).data;
@@ -54,130 +56,123 @@ def write(page, prompt: str, **settings: object) -> None:
     page.locator("#columns[aria-busy=false]").wait_for()
 
 
-def test_person_writes_looks_and_branches(address: str, loaded: LoadedModel) -> None:
-    with browser_page() as page:
-        page.goto(address)
-        page.locator("#model option").nth(1).wait_for(state="attached")
-        write(page, "The river", seed=3, max_tokens=30)
-        expected = post(
-            address,
-            {
-                "model": "first",
-                "prompt": "The river",
-                "max_tokens": 30,
-                "seed": 3,
-                "temperature": 0.8,
-                "top_p": 0.95,
-                "top_k": 50,
-            },
-        )[1]["choices"][0]["text"]
-        written = "".join(texts(page, ".token")).replace("↵", "")
-        assert written == "The river" + expected or "\\x" in written
-        given = page.locator(".token.prompt").count()
-        assert given == len(loaded.tokenizer.encode("The river"))
+def test_person_writes_looks_and_branches(address: str, loaded: LoadedModel, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river", seed=3, max_tokens=30)
+    expected = post(
+        address,
+        {
+            "model": "first",
+            "prompt": "The river",
+            "max_tokens": 30,
+            "seed": 3,
+            "temperature": 0.8,
+            "top_p": 0.95,
+            "top_k": 50,
+        },
+    )[1]["choices"][0]["text"]
+    written = "".join(texts(page, ".token")).replace("↵", "")
+    assert written == "The river" + expected or "\\x" in written
+    given = page.locator(".token.prompt").count()
+    assert given == len(loaded.tokenizer.encode("The river"))
 
-        # Alternatives: as the model says it, and one click continues from another one.
-        place = page.locator(".token").nth(given + 4)
-        place.click()
-        buttons = page.locator("#alternatives button")
-        assert buttons.count() == 10
-        other = next(
-            number for number in range(10) if buttons.nth(number).text_content() != place.text_content()
-        )
-        said, before = buttons.nth(other).text_content(), texts(page, ".token")[: given + 4]
-        buttons.nth(other).click()
-        page.locator("#columns[aria-busy=false]").wait_for()
-        page.locator(".token").nth(given + 6).wait_for()
-        assert texts(page, ".token")[: given + 5] == [*before, said]
-        assert page.locator(".token.prompt").count() == given + 5
+    # Alternatives: as the model says it, and one click continues from another one.
+    place = page.locator(".token").nth(given + 4)
+    place.click()
+    buttons = page.locator("#alternatives button")
+    assert buttons.count() == 10
+    other = next(number for number in range(10) if buttons.nth(number).text_content() != place.text_content())
+    said, before = buttons.nth(other).text_content(), texts(page, ".token")[: given + 4]
+    buttons.nth(other).click()
+    page.locator("#columns[aria-busy=false]").wait_for()
+    page.locator(".token").nth(given + 6).wait_for()
+    assert texts(page, ".token")[: given + 5] == [*before, said]
+    assert page.locator(".token.prompt").count() == given + 5
 
 
-def test_distribution_follows_the_temperature(address: str) -> None:
-    with browser_page() as page:
-        page.goto(address)
-        page.locator("#model option").nth(1).wait_for(state="attached")
-        write(page, "The river", seed=3, max_tokens=12, top_k=5)
-        page.locator(".token").nth(8).click()
-        page.click("#tab-sampling")
-        page.locator("#sampling").wait_for()
-        cells = page.locator("#sampling td:nth-child(3)")
-        warm = cells.all_text_contents()
-        assert warm[5:].count("top-k") == len(warm) - 5
-        widths = page.locator("#sampling td i:not(.before)")
-        first = widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width")
-        page.fill("#settings [name=temperature]", "0")
-        page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="temperature").wait_for()
-        assert cells.all_text_contents() == ["100 %"] + ["temperature"] * (len(warm) - 1)
-        page.fill("#settings [name=temperature]", "2")
-        page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="%").wait_for()
-        assert cells.all_text_contents() != warm
-        assert widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width") != first
+def test_distribution_follows_the_temperature(address: str, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river", seed=3, max_tokens=12, top_k=5)
+    page.locator(".token").nth(8).click()
+    page.click("#tab-sampling")
+    page.locator("#sampling").wait_for()
+    cells = page.locator("#sampling td:nth-child(3)")
+    warm = cells.all_text_contents()
+    assert warm[5:].count("top-k") == len(warm) - 5
+    widths = page.locator("#sampling td i:not(.before)")
+    first = widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width")
+    page.fill("#settings [name=temperature]", "0")
+    page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="temperature").wait_for()
+    assert cells.all_text_contents() == ["100 %"] + ["temperature"] * (len(warm) - 1)
+    page.fill("#settings [name=temperature]", "2")
+    page.locator("#sampling tr:nth-child(2) td:nth-child(3)", has_text="%").wait_for()
+    assert cells.all_text_contents() != warm
+    assert widths.nth(1).evaluate("bar => bar.getBoundingClientRect().width") != first
 
 
-def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: LoadedModel) -> None:
-    with browser_page(scheme="dark") as page:
-        page.goto(address)
-        page.locator("#model option").nth(1).wait_for(state="attached")
-        write(page, "The river runs", seed=3, max_tokens=10)
-        page.locator(".token").nth(9).focus()
-        page.keyboard.press("Enter")  # no mouse
-        page.locator("#tab-alternatives").focus()
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowRight")
-        page.locator(".heads button").nth(3).wait_for()
-        assert page.locator(".heads button").count() == loaded.config.model.num_heads
-        drawn = page.locator("#head").evaluate(PIXELS)
-        assert [any(row) for row in drawn] == [True] * 10
-        assert not any(any(row[number + 1 :]) for number, row in enumerate(drawn))  # nothing that comes later
-        page.select_option("#layer", "1")
-        page.locator(".heads button").nth(2).click()
-        page.locator("h2", has_text="head 3").wait_for()
-        assert page.locator(".token.attended").count() == 10
-        page.locator("#tab-attention").focus()
-        page.keyboard.press("ArrowRight")
-        page.locator("#lens").wait_for()
-        assert texts(page, "#lens th") == ["embedding", "layer 1", "layer 2"]
+def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: LoadedModel, page: Page) -> None:
+    page.emulate_media(color_scheme="dark")
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river runs", seed=3, max_tokens=10)
+    page.locator(".token").nth(9).focus()
+    page.keyboard.press("Enter")  # no mouse
+    page.locator("#tab-alternatives").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.locator(".heads button").nth(3).wait_for()
+    assert page.locator(".heads button").count() == loaded.config.model.num_heads
+    drawn = page.locator("#head").evaluate(PIXELS)
+    assert [any(row) for row in drawn] == [True] * 10
+    assert not any(any(row[number + 1 :]) for number, row in enumerate(drawn))  # nothing that comes later
+    page.select_option("#layer", "1")
+    page.locator(".heads button").nth(2).click()
+    page.locator("h2", has_text="head 3").wait_for()
+    assert page.locator(".token.attended").count() == 10
+    page.locator("#tab-attention").focus()
+    page.keyboard.press("ArrowRight")
+    page.locator("#lens").wait_for()
+    assert texts(page, "#lens th") == ["embedding", "layer 1", "layer 2"]
 
 
-def test_two_models_write_side_by_side(address: str) -> None:
-    with browser_page() as page:
-        page.goto(address)
-        page.locator("#model option").nth(1).wait_for(state="attached")
-        page.select_option("#beside", "second")
-        write(page, "The", seed=1, max_tokens=15)
-        assert texts(page, "#columns h2") == ["first", "second"]
-        one, other = ("".join(texts(page, f"#columns > :nth-child({n}) .token")) for n in (1, 2))
-        assert one.startswith("The")
-        assert other.startswith("The")
-        assert one != other
+def test_two_models_write_side_by_side(address: str, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    page.select_option("#beside", "second")
+    write(page, "The", seed=1, max_tokens=15)
+    assert texts(page, "#columns h2") == ["first", "second"]
+    one, other = ("".join(texts(page, f"#columns > :nth-child({n}) .token")) for n in (1, 2))
+    assert one.startswith("The")
+    assert other.startswith("The")
+    assert one != other
 
 
-def test_stopping_frees_the_place(address: str) -> None:
-    with browser_page() as page:
-        page.goto(address)
-        page.locator("#model option").nth(1).wait_for(state="attached")
-        page.fill("#settings [name=max_tokens]", "4000")
-        page.fill("#settings [name=temperature]", "0")
-        page.click("#write")
-        page.locator(".token").nth(20).wait_for()
-        page.keyboard.press("Escape")
-        page.locator("#columns[aria-busy=false]").wait_for()
-        count = page.locator(".token").count()
-        page.wait_for_timeout(300)
-        assert page.locator(".token").count() == count
+def test_stopping_frees_the_place(address: str, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    page.fill("#settings [name=max_tokens]", "4000")
+    page.fill("#settings [name=temperature]", "0")
+    page.click("#write")
+    page.locator(".token").nth(20).wait_for()
+    page.keyboard.press("Escape")
+    page.locator("#columns[aria-busy=false]").wait_for()
+    count = page.locator(".token").count()
+    page.wait_for_timeout(300)
+    assert page.locator(".token").count() == count
 
 
-def test_key_is_asked_for_and_kept(loaded: LoadedModel) -> None:
+def test_key_is_asked_for_and_kept(loaded: LoadedModel, page: Page) -> None:
     with served([Engine(loaded, "first", parallel=2, queue=2)], Rules(api_key="secret")) as address:
-        with browser_page() as page:
-            page.goto(address)
-            page.fill("#key input", "secret")
-            page.keyboard.press("Enter")
-            page.locator("#model option").nth(0).wait_for(state="attached")
-            write(page, "The", max_tokens=5)
-            assert page.locator(".token").count() > 1
-            page.reload()
-            page.locator("#model option").nth(0).wait_for(state="attached")
+        page.goto(address)
+        page.fill("#key input", "secret")
+        page.keyboard.press("Enter")
+        page.locator("#model option").nth(0).wait_for(state="attached")
+        write(page, "The", max_tokens=5)
+        assert page.locator(".token").count() > 1
+        page.reload()
+        page.locator("#model option").nth(0).wait_for(state="attached")
 
 
 # What the page asks, without a browser
@@ -227,14 +222,16 @@ def line(step: int, loss: float) -> str:
     return json.dumps({**record, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 200.0}) + "\n"
 
 
-def test_curves_of_runs_grow_while_they_are_looked_at(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_curves_of_runs_grow_while_they_are_looked_at(
+    loaded: LoadedModel, tmp_path: Path, page: Page
+) -> None:
     """A run that is written to, and one that is done, in a folder of the folder."""
     growing, done = tmp_path / "metrics.jsonl", tmp_path / "older/metrics.jsonl"
     done.parent.mkdir()
     done.write_text("".join(line(step, 5.0) for step in range(1, 9)))
     growing.write_text("".join(line(step, 4 - step / 20) for step in range(1, 11)))
     engine = Engine(loaded, "first", parallel=2, queue=2)
-    with served([engine], Rules(runs=tmp_path)) as address, browser_page() as page:
+    with served([engine], Rules(runs=tmp_path)) as address:
         page.goto(f"{address}/runs")
         page.locator("#charts canvas").nth(0).wait_for()
         legend = page.locator("#charts")
