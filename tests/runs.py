@@ -144,8 +144,11 @@ def _last_checkpoint(folder: Path, steps: int) -> Path:
     return last if last.exists() else folder / "atlas_best.pt"
 
 
+TIMINGS = ("data_wait", "utilisation", "memory")
+
+
 def lines_without_timings(folder: Path, kind: str) -> list[dict]:
     return [
-        {key: value for key, value in line.items() if "second" not in key and key != "data_wait"}
+        {key: value for key, value in line.items() if "second" not in key and key not in TIMINGS}
         for line in logged(folder, kind)
     ]

@@ -45,6 +45,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
 
     _headline(3, "training the modern-nano model on it")
     from atlas.cli.train import train_to_the_end
+    from atlas.inference.samples import sample_texts
 
     checkpoints = folder / "checkpoints"
     paths = {
@@ -53,7 +54,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     }
     explicit = overlay(overlay(read_yaml(preset_path("modern-nano")), paths), overrides)
     request = Request(explicit, resume=None if no_resume else "auto", no_resume=no_resume)
-    train_to_the_end(start_run(choose_start(request)))
+    train_to_the_end(start_run(choose_start(request), sampler=sample_texts))
 
     _finish(checkpoints / "atlas_best.pt", folder / "atlas_demo.gguf", summary.dataset.split("val"))
     typer.echo(

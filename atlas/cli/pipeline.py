@@ -64,6 +64,7 @@ def pipeline(
     from atlas.cli.train import train_to_the_end
     from atlas.config.loader import nested, overlay, read_yaml
     from atlas.config.presets import find_config
+    from atlas.inference.samples import sample_texts
     from atlas.training.launch import start_run
     from atlas.training.start import Request, choose_start
 
@@ -76,7 +77,7 @@ def pipeline(
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
     request = Request(overlay(explicit, layer), no_resume=no_resume, ask=ask)
-    trainer = start_run(choose_start(request))
+    trainer = start_run(choose_start(request), sampler=sample_texts)
     train_to_the_end(trainer)
     best = trainer.checkpoints.folder / "atlas_best.pt"
     typer.echo(f'write with it: atlas generate --checkpoint {best} --prompt "…"', err=True)

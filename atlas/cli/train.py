@@ -117,6 +117,7 @@ def train(
     explicit = None if "RANK" in os.environ else written()
 
     from atlas.cli.terminal import ask_or_none
+    from atlas.inference.samples import sample_texts
     from atlas.training.distributed import join_world, together
     from atlas.training.launch import start_run
     from atlas.training.start import Request, choose_start
@@ -126,7 +127,7 @@ def train(
         with world.in_step():
             explicit = explicit or written()
         start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()), world)
-        train_to_the_end(start_run(start, world))
+        train_to_the_end(start_run(start, world, sampler=sample_texts))
 
 
 def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:

@@ -6,6 +6,7 @@ from atlas.config.config import (
     DataConfig,
     GuardConfig,
     LoraConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from atlas.config.model import ModelConfig
@@ -17,5 +18,6 @@ __all__ = [
     "GuardConfig",
     "LoraConfig",
     "ModelConfig",
+    "TrackingConfig",
     "TrainingConfig",
 ]

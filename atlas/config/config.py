@@ -244,6 +244,24 @@ class GuardConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """Who is told of a run besides training.log and metrics.jsonl, and what the model writes on the way."""
+
+    tensorboard: bool = Field(
+        False, description="Write TensorBoard's event files to tensorboard/ in the output folder as well."
+    )
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(off_on)] = Field(
+        "off",
+        description="Weights & Biases. offline: a run in wandb/ in the output folder, which `wandb sync` can send "
+        "later. online: sent while it trains.",
+    )
+    samples: Int = Field(
+        2, ge=0, le=16, description="Texts that the model writes after each evaluation; 0: none."
+    )
+    sample_prompt: str = Field("", description="How these begin; empty: as a document begins.")
+    sample_tokens: Int = Field(64, ge=1, description="Tokens of each.")
+
+
 class AtlasConfig(Section):
     """Everything a run is made of."""
 
@@ -258,4 +276,7 @@ class AtlasConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="The output folder.")
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="What is watched, and what happens then."
+    )
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="Who is told, and what the model writes on the way."
     )

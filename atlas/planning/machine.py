@@ -49,3 +49,14 @@ def _left_in_container(cgroup: Path) -> int:
         return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or "max": no limit
         return psutil.virtual_memory().total
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held so far. Linux counts from the start of the program, Windows
+    too; where the system does not say, what it holds now."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))

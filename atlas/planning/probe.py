@@ -24,9 +24,11 @@ def measure_matrix_products(
     size: int | None = None,
     seconds: float = _SECONDS,
 ) -> float:
-    """FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ for each, the best of many."""
+    """FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ for each, the best of many. Of the
+    global random numbers, which may be a run's, it takes none."""
     size = size or _SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return 2 * size**3 / best_time(lambda: torch.mm(left, right, out=out), device, seconds=seconds)
 

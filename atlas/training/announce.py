@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from atlas.data.mixture import MixtureDataset
 from atlas.data.packing import PackedDataset
 from atlas.model.documents import has_flex_attention
 from atlas.planning import checkpoint_bytes, lora_parameters, output_folder_bytes
-from atlas.training.runtime import cpu_only_build_with_nvidia_driver
+from atlas.training.runtime import cpu_only_build_with_nvidia_driver, describe_machine
 from atlas.training.start import Start
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
@@ -84,6 +85,24 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
+
+
+def record_beginning(start: Start, trainer: Trainer) -> None:
+    """For `metrics.jsonl`: that the run begins, or goes on, and what it runs on."""
+    facts = {"source": str(start.source)} if start.source else {}
+    trainer.log.event(
+        "resumed" if start.mode == "resume" else "start",
+        trainer.state.step,
+        **facts,
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
+        parameters=trainer.model.num_parameters(),
+        data=trainer.data_identity["train_data"],
+        data_tokens=trainer.train_data.num_tokens,
+        horizon=trainer.total,
+        processes=trainer.world.size,
+        parallel=trainer.runtime.parallel,
+        machine=describe_machine(trainer.runtime),
+    )
 
 
 def _announce_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]) -> None:

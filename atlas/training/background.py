@@ -97,7 +97,7 @@ class BackgroundSaver:
     """Saves checkpoints from a snapshot, one at a time.
 
     With `in_background` false every save is written before `save` returns, straight from the state. `before` is
-    called before each is written.
+    called before each is written, `after` when it is, with the paths, the step and the seconds that it took.
     """
 
     def __init__(
@@ -106,9 +106,11 @@ class BackgroundSaver:
         *,
         in_background: bool,
         before: Callable[[], None] = lambda: None,
+        after: Callable[[list[Path], int, float], None] = lambda written, step, seconds: None,
     ) -> None:
         self.checkpoints = checkpoints
         self.before = before
+        self.after = after
         self.in_background = in_background
         self.snapshot = Snapshot()
         self.written: list[Path] = []
@@ -182,6 +184,7 @@ class BackgroundSaver:
             self.before()
             self.written = self.checkpoints.save(contents, kinds, manifest)
             self.seconds = time.perf_counter() - begin
+            self.after(self.written, manifest["step"], self.seconds)
         self.stall = time.perf_counter() - begin
 
     def _write(self, contents: dict[str, Any], kinds: list[str], manifest: dict[str, Any]) -> None:
@@ -191,6 +194,7 @@ class BackgroundSaver:
             self.before()
             self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pacer)
             self.seconds = time.perf_counter() - self._began
+            self.after(self.written, manifest["step"], self.seconds)
         except BaseException as error:  # a bug; it belongs to the training thread, which raises it
             self._error = error
 
@@ -232,11 +236,17 @@ def open_saver(
     checkpoints: CheckpointManager, world: World, *, sharded: bool, in_background: bool, log: RunLog
 ) -> BackgroundSaver | ShardSaver:
     """What writes a run's checkpoints: every rank its shards, or the first rank all."""
+
+    def after(written: list[Path], step: int, seconds: float) -> None:
+        if written:
+            log.event("save", step, names=[path.name for path in written], save_seconds=seconds)
+
+    before = log.flush_to_disk
     if not sharded:
-        return BackgroundSaver(checkpoints, in_background=in_background, before=log.flush_to_disk)
+        return BackgroundSaver(checkpoints, in_background=in_background, before=before, after=after)
     from atlas.training.sharded import ShardSaver  # it takes PyTorch half a second
 
-    return ShardSaver(checkpoints, world, in_background=in_background, before=log.flush_to_disk)
+    return ShardSaver(checkpoints, world, in_background=in_background, before=before, after=after)
 
 
 def _yield_the_cores() -> None:

@@ -21,7 +21,7 @@ from atlas.planning import (
     snapshot_bytes,
 )
 from atlas.tokenizer.chat import CHAT_FORM
-from atlas.training.announce import announce, as_yaml
+from atlas.training.announce import announce, as_yaml, record_beginning
 from atlas.training.checkpoint import CheckpointManager, left_in_shards, load_weights
 from atlas.training.compilation import choose_compile, compile_blocks
 from atlas.training.distributed import ALONE, World
@@ -38,9 +38,11 @@ from atlas.training.runtime import (
     restore_machine,
     setup_runtime,
 )
+from atlas.training.samples import Sampler
 from atlas.training.schedule import horizon_steps
 from atlas.training.start import Start, is_a_restart, refuse_links
 from atlas.training.state import TrainState
+from atlas.training.tracking import open_trackers, refuse_missing_trackers
 from atlas.training.trainer import Trainer
 from atlas.training.untrusted import check_optimizer_state
 
@@ -49,12 +51,13 @@ _PART_FOR_WHOLE = 0.5
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 
-def start_run(start: Start, world: World = ALONE) -> Trainer:
+def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = None) -> Trainer:
     """Build the trainer. What can be refused is refused first; files are written from `_claim` on, by the first rank
-    alone."""
+    alone. `sampler` writes the texts that `tracking.samples` asks for; without one there are none."""
     config, folder = start.config, start.folder
     with world.in_step():
         refuse_links(folder)
+        refuse_missing_trackers(config.tracking)
         _refuse_retention(config)
         _refuse_too_large(config)
         share_of_update(config.training.sequences_per_update, world.size)
@@ -94,12 +97,14 @@ def start_run(start: Start, world: World = ALONE) -> Trainer:
         sharded=world.tell(_saves_shards(config, runtime)),
         sensor=sensor,
         lock=lock,
+        sampler=sampler,
     )
     if resumes:
         trainer.restore(start.contents, start.source)
     log.rewind(state.step if resumes else -1)  # a run that was killed before its first save left lines, too
     if not trainer.is_complete:
         announce(start, trainer, differences)
+        record_beginning(start, trainer)
     if runtime.compiles:
         compile_blocks(trainer.model)
     start.contents.clear()  # the loaded copy is not needed beside the model
@@ -116,6 +121,7 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
     config = start.config.model_copy(update={"checkpoint": section})
     checkpoints = CheckpointManager.of(section, start.folder, say=log.say)
     if world.is_first:
+        log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()
         _keep_config(start.folder, config)
     return config, log, checkpoints

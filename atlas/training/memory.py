@@ -1,17 +1,20 @@
-"""Out of memory: recognised, answered with fewer sequences at once, and remembered for this machine."""
+"""Out of memory: recognised, answered with fewer sequences at once, and remembered for this machine; so is speed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from atlas.config import AtlasConfig
 from atlas.data.folder import cache_folder
+from atlas.training.runtime import Runtime, describe_machine
 
 _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
 
@@ -31,23 +34,47 @@ def release_memory(device: torch.device) -> None:
 
 def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
     """How many sequences fit at once on this machine, as was found for this config; None if nobody tried."""
+    value = _read(_note(config, device), "micro_batch_size")
+    return value if isinstance(value, int) and value >= 1 else None
+
+
+def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
+    _keep(_note(config, device), "micro_batch_size", size)
+
+
+def recall_peak_rate(runtime: Runtime) -> float | None:
+    """FLOP/s that matrix products reach on this machine in the run's precision; None if nobody measured it."""
+    value = _read(_speed_note(runtime), "flops_per_second")
+    return value if isinstance(value, float) and 0 < value < math.inf else None
+
+
+def remember_peak_rate(runtime: Runtime, rate: float) -> None:
+    _keep(_speed_note(runtime), "flops_per_second", rate)
+
+
+def _read(note: Path, key: str) -> Any:
     try:
-        value = json.loads(_note(config, device).read_text(encoding="utf-8"))["micro_batch_size"]
-        return value if isinstance(value, int) and value >= 1 else None
+        return json.loads(note.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
-    """Keep it in Atlas's cache folder. A cache that cannot be written costs the next run one more try."""
-    note = _note(config, device)
+def _keep(note: Path, key: str, value: float) -> None:
+    """In Atlas's cache folder. A cache that cannot be written costs the next run one more try."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"micro_batch_size": size}), encoding="utf-8")
+        temporary = note.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({key: value}), encoding="utf-8")
         os.replace(temporary, note)
     except OSError:
         pass
+
+
+def _speed_note(runtime: Runtime) -> Path:
+    """Named by all that decides how fast products are."""
+    machine = describe_machine(runtime)
+    facts = [machine[key] for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")]
+    return cache_folder() / "speed" / f"{_key(facts)}.json"
 
 
 def _note(config: AtlasConfig, device: torch.device) -> Path:
@@ -69,5 +96,8 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
         config.lora.model_dump(mode="json"),
         machine,
     ]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "micro_batch" / f"{key}.json"
+    return cache_folder() / "micro_batch" / f"{_key(facts)}.json"
+
+
+def _key(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from atlas.errors import AtlasError
+from atlas.training.tracking import Tracker
 
 
 def perplexity(loss: float) -> float:
@@ -29,11 +30,13 @@ _WAIT_WORTH_SHOWING = 0.01
 
 
 class RunLog:
-    """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder."""
+    """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder; and `trackers`,
+    which are given the very records of `metrics.jsonl`."""
 
     def __init__(
         self, folder: Path, *, console: Console | None = None, log_name: str = "training.log"
     ) -> None:
+        self.trackers: list[Tracker] = []
         folder.mkdir(parents=True, exist_ok=True)
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.log_path = folder / log_name
@@ -57,6 +60,8 @@ class RunLog:
 
         A killed run has logged steps that no checkpoint holds; they will be trained, and logged, again.
         """
+        for tracker in self.trackers:
+            tracker.rewind(step)
         self._files[self.metrics_path].write_waiting()
         if not self.metrics_path.exists():
             return
@@ -85,6 +90,22 @@ class RunLog:
         self._files[self.metrics_path].write_waiting()
         with suppress(OSError), open(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Around a run: at its end the trackers are given a moment to finish, unless it ends at once."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self._close_trackers()
+            raise
+        self._close_trackers()
+
+    def _close_trackers(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
 
     @contextmanager
     def progress(self, *, done: int, total: int | None) -> Iterator[None]:
@@ -116,7 +137,7 @@ class RunLog:
     def train(self, metrics: dict[str, Any], *, total: int | None) -> None:
         """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`. `total` is the number
         of updates of the whole run, if it is known."""
-        self._append(self.metrics_path, _as_json("train", metrics))
+        self._record("train", metrics)
         status = (
             f"loss {metrics['loss']:.4f}  ppl {_large(metrics['perplexity'])}  {metrics['steps_per_second']:.2f} it/s  "
             f"{metrics['tokens_per_second']:,.0f} tok/s  lr {metrics['learning_rate']:.2e}"
@@ -134,7 +155,7 @@ class RunLog:
 
     def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
         """One evaluation record."""
-        self._append(self.metrics_path, _as_json("validation", metrics))
+        self._record("validation", metrics)
         self.say(
             f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
             f"{_large(metrics['val_perplexity'])}, {metrics['bits_per_byte']:.3f} bits per byte{note}"
@@ -142,7 +163,18 @@ class RunLog:
 
     def event(self, event: str, step: int, **facts: Any) -> None:
         """Something that is not an update or an evaluation, for `metrics.jsonl`."""
-        self._append(self.metrics_path, _as_json("event", {"event": event, "step": step, **facts}))
+        self._record("event", {"event": event, "step": step, **facts})
+
+    def samples(self, step: int, prompt: str, texts: Sequence[str]) -> None:
+        """What the model wrote after `prompt`, a record a text."""
+        for number, text in enumerate(texts):
+            self._record("sample", {"step": step, "number": number, "prompt": prompt, "text": text})
+
+    def _record(self, kind: str, facts: dict[str, Any]) -> None:
+        record = finite(facts)
+        self._append(self.metrics_path, json.dumps({"kind": kind, **record}, ensure_ascii=False))
+        for tracker in self.trackers:
+            tracker.record(kind, record)
 
     def _append(self, path: Path, line: str) -> None:
         self._files[path].append(line)
@@ -201,13 +233,12 @@ class _AppendedFile:
                 self._waiting.clear()
 
 
-def _as_json(kind: str, facts: dict[str, Any]) -> str:
-    """A line of `metrics.jsonl`. JSON has no word for a number that is not finite: null."""
-    finite = {
+def finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for a number that is not finite: null."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in facts.items()
     }
-    return json.dumps({"kind": kind, **finite}, ensure_ascii=False)
 
 
 def _step_of(line: str) -> float:
@@ -227,36 +258,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class Throughput:
-    """Steps and tokens per second since the last reading, time in evaluation and saving left out; and the share of
-    that time in which training waited for its data."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps, self._tokens, self._waited, self._start = 0, 0, 0.0, time.perf_counter()
-
-    def count(self, tokens: int) -> None:
-        self._steps += 1
-        self._tokens += tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
-    def rates(self) -> tuple[float, float, float]:
-        seconds = max(1e-9, time.perf_counter() - self._start)
-        rates = self._steps / seconds, self._tokens / seconds, min(1.0, self._waited / seconds)
-        self._reset()
-        return rates

@@ -168,11 +168,13 @@ class ShardSaver:
         *,
         in_background: bool,
         before: Callable[[], None],
+        after: Callable[[list[Path], int, float], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.world = world
         self.in_background = in_background
         self.before = before
+        self.after = after
         self.written: list[Path] = []
         self.seconds = self.stall = 0.0
         # What the saving threads tell one another must not come between what the training threads do.
@@ -237,6 +239,8 @@ class ShardSaver:
                     flush_folder(staged)
                     self.written = self.checkpoints.commit_shards(staged, kinds, manifest, files)
                 self.seconds = time.perf_counter() - begin
+                if self.world.is_first:
+                    self.after(self.written, manifest["step"], self.seconds)
             except (OSError, CheckpointException) as error:
                 reason = str(error).strip().splitlines()[-1]
                 self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the ones that are there stay")

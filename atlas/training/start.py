@@ -24,7 +24,7 @@ from atlas.training.manifest import read_manifest, shards_of
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
 
-_OWN = {"training.log", "config.yaml", "atlas.lock"}
+_OWN = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
 
 
 @dataclass

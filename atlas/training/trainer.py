@@ -6,7 +6,6 @@ State that decides what comes next is in `TrainState` and in every checkpoint; e
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -28,15 +27,18 @@ from atlas.training.distributed import whole
 from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
 from atlas.training.guard import count
 from atlas.training.heat import GpuSensor, cool_down
+from atlas.training.horizon import is_out_of_time, plan_horizon
 from atlas.training.interrupt import StopRequest
 from atlas.training.lock import FolderLock
 from atlas.training.loss import LossFunction
 from atlas.training.manifest import FORMAT_VERSION
-from atlas.training.metrics import RunLog, Throughput, perplexity
+from atlas.training.metrics import RunLog, perplexity
 from atlas.training.recovery import recover
 from atlas.training.runtime import Runtime, describe_machine
+from atlas.training.samples import Sampler, write_samples
 from atlas.training.schedule import learning_rate_at
 from atlas.training.state import Result, TrainState
+from atlas.training.throughput import Throughput
 from atlas.training.untrusted import check_optimizer_state
 from atlas.training.update import Update, Updater
 from atlas.training.writing import tensor_bytes
@@ -64,6 +66,7 @@ class Trainer:
         sharded: bool = False,
         sensor: GpuSensor | None = None,
         lock: FolderLock | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.config = config
         self.model = model.to(runtime.device, runtime.weights_dtype)
@@ -87,12 +90,13 @@ class Trainer:
         self.lock = lock
         """Held as long as the trainer lives."""
         self.initialized_from = initialized_from
+        self.sampler = sampler
         self.updater = Updater(self.model, config, runtime, custom_loss, say=log.say)
         self.optimizer = self.updater.optimizer
         self.stop = StopRequest(log.say, is_alone=self.world.size == 1)
         self._rate = 0.0
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        self._timer = Throughput()
+        self._timer = Throughput(config, runtime)
 
     def restore(self, contents: dict[str, Any], source: Path | None = None) -> None:
         """Take optimizer and scaler state from a checkpoint; the weights were there before. Of the shards of `source`
@@ -116,12 +120,12 @@ class Trainer:
         outcome = "finished"
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        with self.stop, self.log.progress(done=state.step, total=self._total), self.saver:
+        with self.stop, self.log.tracked(), self.log.progress(done=state.step, total=self.total), self.saver:
             self.hold()
             self._catch_up()
             stream = self._batches()
             while state.step < state.horizon and not self.stop.requested:
-                if self._is_out_of_time():
+                if is_out_of_time(self):
                     outcome = "stopped in time"
                     break
                 epoch_before = self.epoch
@@ -139,7 +143,7 @@ class Trainer:
                     self._plan_horizon()
                 last = state.step == state.horizon
                 if last or state.step % config.training.log_interval == 0:
-                    self.log.train(self._metrics(update), total=self._total)
+                    self.log.train(self._metrics(update), total=self.total)
 
                 kinds = ["epoch"] if self.epoch > epoch_before and not state.bad_in_a_row else []
                 if self.val_data and (last or state.step % config.training.eval_interval == 0):
@@ -160,12 +164,13 @@ class Trainer:
                 outcome = "interrupted"
             if outcome in ("interrupted", "stopped in time"):
                 self.save(["interrupt" if outcome == "interrupted" else "step"], wait=True)
+            self.log.event(outcome, state.step)
         self.log.flush_to_disk()
         return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
 
     def train_step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Update | None:
         """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
-        state = self.state
+        state, at_once = self.state, self.state.micro_batch_size
         loss = self.updater.gradient(inputs, targets, state, stop=self.stop, documents=documents)
         if loss is None:
             return None
@@ -174,6 +179,7 @@ class Trainer:
         state.step += 1
         state.sequences_consumed += self.config.training.sequences_per_update
         count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
+        self._note_memory("training", at_once, state.micro_batch_size)
         self._timer.count(inputs.numel() * self.world.size)
         self.log.advance(state.step)
         return update
@@ -194,7 +200,7 @@ class Trainer:
         )
 
     @property
-    def _total(self) -> int | None:
+    def total(self) -> int | None:
         """The updates of the whole run, once they are known."""
         return self.state.horizon if self.state.is_planned else None
 
@@ -205,7 +211,6 @@ class Trainer:
 
     def _metrics(self, update: Update) -> dict[str, Any]:
         state = self.state
-        steps_per_second, tokens_per_second, data_wait = self._timer.rates()
         metrics = {
             "step": state.step,
             "epoch": self.epoch,
@@ -213,48 +218,22 @@ class Trainer:
             "perplexity": perplexity(update.loss),
             "learning_rate": self._rate,
             "grad_norm": update.grad_norm,
-            "steps_per_second": steps_per_second,
-            "tokens_per_second": tokens_per_second,
-            "data_wait": data_wait,
             "sequences_consumed": state.sequences_consumed,
+            "tokens": state.sequences_consumed * self.config.model.max_seq_len,
+            "seconds": self.clock.elapsed,
+            **self._timer.metrics(),
         }
         return metrics | (self.sensor.read().metrics() if self.sensor else {})
 
     # Between updates
 
-    def _is_out_of_time(self) -> bool:
-        if self.clock.limit is None:
-            return False
-        if not self.world.tell(self.clock.is_over(at_the_end=self.saver.expected_seconds(self._num_bytes))):
-            return False
-        planned = (
-            f" of {self._total} planned: updates took longer than when they were measured"
-            if self._total
-            else ""
-        )
-        hours = f"{self.config.training.max_hours:g} h"
-        self.log.say(f"the {hours} are over at step {self.state.step}{planned}; a larger --max-hours goes on")
-        return True
-
     def _plan_horizon(self) -> None:
-        """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""
-        training, state, clock = self.config.training, self.state, self.clock
-        evaluation = 0.0
-        if self.val_data:
-            start = time.perf_counter()
-            some = self.val_windows[: state.eval_batch_size]
-            self._loss_on(some)
-            evaluation = (time.perf_counter() - start) * len(self.val_windows) / len(some)
-        extra = evaluation / training.eval_interval + self.saver.stall / self.config.checkpoint.save_interval
-        at_the_end = evaluation + self.saver.expected_seconds(self._num_bytes)
-        left = clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
-        state.horizon = self.world.tell(min(state.horizon, state.step + left))
-        state.is_planned = True
-        self.log.total(state.horizon)
-        self.log.say(
-            f"an update takes {clock.seconds_per_update:.3g} s: the run is planned to end at step {state.horizon:,}, "
-            f"within {training.max_hours:g} h"
-        )
+        plan_horizon(self)
+
+    def _note_memory(self, work: str, before: int, sequences_at_once: int) -> None:
+        """Log that memory ran out, if fewer sequences run at once than before."""
+        if sequences_at_once < before:
+            self.log.event("out of memory", self.state.step, work=work, sequences_at_once=sequences_at_once)
 
     def _cool_down(self) -> None:
         if self.sensor:
@@ -284,7 +263,7 @@ class Trainer:
     def is_complete(self) -> bool:
         return self.state.step >= self.state.horizon and not self.owes_evaluation
 
-    def _loss_on(self, windows: list[int]) -> Evaluation | None:
+    def loss_on(self, windows: list[int]) -> Evaluation | None:
         assert self.val_data is not None
         return evaluate_within_memory(
             self.updater.wrapped if self.runtime.parallel == "fsdp" else self.updater.objective,
@@ -298,14 +277,17 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation | None:
         """Validation loss on the fixed subset, logged; None if a stop was requested meanwhile."""
-        state = self.state
+        state, at_once = self.state, self.state.eval_batch_size
         with self._timer.paused():
-            evaluation = self._loss_on(self.val_windows)
+            evaluation = self.loss_on(self.val_windows)
+        self._note_memory("evaluation", at_once, state.eval_batch_size)
         if evaluation is None:
             return None
         self.log.validation(
             {
                 "step": state.step,
+                "tokens": state.sequences_consumed * self.config.model.max_seq_len,
+                "seconds": self.clock.elapsed,
                 "val_loss": evaluation.loss,
                 "val_perplexity": evaluation.perplexity,
                 "bits_per_byte": evaluation.bits_per_byte,
@@ -313,6 +295,8 @@ class Trainer:
             note=" (best)" if evaluation.loss < state.best_loss else "",
         )
         state.note_evaluation(evaluation.loss)
+        with self._timer.paused():
+            write_samples(self)
         if state.val_rises == 2:
             self.log.say(
                 "warning: validation loss rises while training loss falls: the model is learning its text by heart; "
@@ -373,7 +357,7 @@ class Trainer:
             self.saver.hold(contents)
 
     @property
-    def _num_bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Of a checkpoint's tensors."""
         return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
 
