@@ -33,7 +33,7 @@ METRICS = (
     "gpu_temperature",
 )
 """Of train records, those that are drawn."""
-_NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait")
+_NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
 """Drawn small, smoothed over the raw."""
 VALIDATION = ("val_loss", "val_perplexity", "bits_per_byte")
 _COLUMNS = {

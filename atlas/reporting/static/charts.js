@@ -75,7 +75,7 @@ const AtlasCharts = (() => {
     noisy("utilisation", "Utilisation", "of the peak", percent),
     small("memory", "Memory", "", bytes),
     noisy("data_wait", "Waiting for data", "of the time", percent),
-    small("gpu_temperature", "GPU temperature", "", degrees),
+    noisy("gpu_temperature", "GPU temperature", "", degrees),
   ];
 
   // The page's elements
@@ -410,7 +410,7 @@ const AtlasCharts = (() => {
       });
       const table = element("table", {}, [element("thead", {}, [element("tr", {}, head)]), element("tbody", {}, rows)]);
       const keys = [["line-raw", "each update"], ["line-smooth", "smoothed"], ["line-dash", "validation"]];
-      this.legend.replaceChildren(table, element("p", { class: "line-keys" }, keys.map(([name, text]) => element(
+      this.legend.replaceChildren(element("div", { class: "scroll" }, [table]), element("p", { class: "line-keys" }, keys.map(([name, text]) => element(
         "span", {}, [element("i", { class: name }), element("span", { text })],
       ))));
     }
