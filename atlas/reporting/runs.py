@@ -61,6 +61,7 @@ class Run:
         self.folder = self.metrics_path.parent
         self.name = self.folder.resolve().name or str(self.folder)
         self._file: tuple[int, int] = (0, 0)
+        self._drawn: tuple[Any, dict[str, Any]] = (None, {})
         self._forget()
         self.refresh()
 
@@ -201,6 +202,13 @@ class Run:
         )
         return last, lowest
 
+    def chart_data(self) -> dict[str, Any]:
+        """See `chart_data`; made anew only when something has changed."""
+        seen = (self._file, self._offset, self.state, self.name, self.config.get("model.max_seq_len"))
+        if self._drawn[0] != seen:
+            self._drawn = (seen, _chart_data(self))
+        return self._drawn[1]
+
     def start(self) -> dict[str, Any]:
         """Versions, machine, precision and what else the latest start told; empty for an old run."""
         starts = [event for event in self.events if event.get("event") == "start"]
@@ -230,6 +238,10 @@ def chart_data(run: Run) -> dict[str, Any]:
     A series holds `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as these are known;
     at most some thousand points, among them the smallest and the largest of every stretch.
     """
+    return run.chart_data()
+
+
+def _chart_data(run: Run) -> dict[str, Any]:
     train, validation = run.records("train"), run.records("validation")
     axes, missing = run.axes()
     series = {
