@@ -142,6 +142,9 @@ def test_a_speed_measured_on_a_busy_machine_is_measured_again(
 def test_running_out_of_memory_is_an_event(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(
+        "ATLAS_CACHE_DIR", str(tmp_path / "cache")
+    )  # what fitted is remembered, for this test alone
     trainer = trainer_for(layer(tmp_path / "run", text_file))
     accumulate = type(trainer.updater)._accumulate
 

@@ -40,6 +40,14 @@ _COLUMNS = {
     "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
     "validation": ("step", "tokens", "seconds", *VALIDATION),
 }
+_ENDS = {
+    "finished": "finished",
+    "stopped early": "finished",
+    "stopped in time": "finished",
+    "interrupted": "interrupted",
+    "interrupt": "interrupted",
+}
+"""How a run says that it ends, and what that makes it."""
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
 _MOST_SMALL_POINTS = 800
@@ -152,13 +160,14 @@ class Run:
         alive = _writer_lives(self.folder / "atlas.lock")
         if alive:
             return "running"
-        told = [event.get("event") for event in self.events]
-        ended_so = told[-1:] == ["interrupt"] or (told[-2:-1] == ["interrupt"] and told[-1] == "save")
+        told = [event.get("event") for event in self.events if event.get("event") != "save"]
+        if told and told[-1] in _ENDS:
+            return _ENDS[told[-1]]
         saved_so = any(
             sidecar.get("kind") == "interrupt" and _number(sidecar.get("step")) >= last
             for sidecar in self.checkpoints
         )
-        if ended_so or saved_so:
+        if saved_so:  # as an older run had it
             return "interrupted"
         return "unknown" if alive is None else "stopped"
 
