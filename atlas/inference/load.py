@@ -121,8 +121,8 @@ class LoadedModel:
         return self.model(torch.tensor([ids], device=device))[0].float().cpu()  # type: ignore[no-any-return]
 
     def _for_writing(self) -> LoadedModel:
-        """On a CPU with the weights laid out as `atlas generate` has them: it is faster, and rounds in the same way.
-        Made anew each time, since `model` is the caller's to change; that takes as long as a few tokens."""
+        """On a CPU with the weights laid out as `atlas generate` has them, so that it rounds in the same way. Made anew
+        each time, since `model` is the caller's to change; that copies the weights once."""
         if self.model.head_weight.device.type != "cpu":
             return self
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
