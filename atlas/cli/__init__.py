@@ -30,6 +30,7 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "train": "Train a model, or go on with one.",
     "generate": "Write text with a trained model.",
+    "look": "Show how a model reads a text, and how it chooses the next token.",
     "serve": "OpenAI's API over a trained model.",
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
     "report": "One page of the curves and results of runs, which opens without network.",
@@ -41,7 +42,7 @@ COMMANDS = {
     "pipeline": "The whole road in one command, with questions or without.",
 }
 
-_COMPUTE = {"train", "generate", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
+_COMPUTE = {"train", "generate", "look", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
 """Of commands whose name Python keeps for itself."""
 
