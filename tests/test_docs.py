@@ -154,7 +154,7 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
         return arguments + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     if command == "generate":
         return [*arguments, "--max-tokens", "4", "--device", "cpu"]
-    if command == "evaluate":
+    if command in ("evaluate", "look"):
         return [*arguments, "--device", "cpu"]
     if command == "export":
         return [*arguments, "--no-verify"]  # the proof has tests of its own
