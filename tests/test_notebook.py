@@ -121,7 +121,7 @@ def test_a_chat_answer_is_that_of_the_command(
 
 
 def test_without_a_seed_texts_differ(model: LoadedModel) -> None:
-    assert len({model.generate("The river", temperature=2, top_k=0, top_p=1) for _ in range(3)}) == 4
+    assert len({model.generate("The river", temperature=2, top_k=0, top_p=1) for _ in range(3)}) == 3
 
 
 def test_one_stop_string_may_stand_by_itself(model: LoadedModel) -> None:
