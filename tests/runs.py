@@ -35,6 +35,7 @@ def layer(folder: Path, text: Path, **settings_: object) -> dict:
             "log_interval": 1,
             "learning_rate": 1e-2,
         },
+        "tracking": {"samples": 0},  # texts take longer here than the updates
         # A save in the background may be dropped where updates take milliseconds; these tests count checkpoints.
         "checkpoint": {"output_dir": str(folder), "save_interval": 100, "background": False},
     }

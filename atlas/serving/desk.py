@@ -80,6 +80,11 @@ class Desk:
                 429, "too many texts wait: try again in a moment, or ask for fewer", code="queue_full"
             ) from None
 
+    def close(self, order: Order) -> None:
+        """When its client has the answer, or has gone."""
+        order.cancel()
+        self.meter.count_order(order)
+
     def _check(self, backend: Backend, prompts: Sequence[list[int]], wishes: Wishes, max_tokens: int) -> None:
         if len(wishes.stops) > MOST_STOPS:
             raise Refusal(400, f"stop: at most {MOST_STOPS} strings, not {len(wishes.stops)}", param="stop")

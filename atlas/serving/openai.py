@@ -85,11 +85,11 @@ async def _answered(desk: Desk, answer: Answer, wishes: Wishes, request: Request
     if wishes.stream:
         include_usage = bool(wishes.stream_options and wishes.stream_options.include_usage)
         events = answer.stream(desk.rules.seconds, include_usage=include_usage)
-        return EventStream(events, lambda: desk.meter.count_order(answer.order))
+        return EventStream(events, lambda: desk.close(answer.order))
     try:
         whole = await unless_gone(request.receive, answer.whole(desk.rules.seconds))
     finally:
-        desk.meter.count_order(answer.order)
+        desk.close(answer.order)
     return JSONResponse(whole or {})  # nobody reads the empty one
 
 

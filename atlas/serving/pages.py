@@ -84,7 +84,7 @@ def page_routes(desk: Desk) -> APIRouter:
         order = desk.order(backend, [ids], body, max_tokens=body.max_tokens, candidates=body.alternatives)
         prompt = await asyncio.to_thread(_read, backend, ids, body.alternatives)
         events = _written(order, desk, prompt, body.alternatives)
-        return EventStream(events, lambda: desk.meter.count_order(order))
+        return EventStream(events, lambda: desk.close(order))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest) -> dict[str, Any]:

@@ -146,5 +146,9 @@ class Order:
                 unfinished -= piece.finish is not None
         finally:
             late.cancel()
-            for text in self.texts:
-                text.cancelled = True
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Free the places of what is unfinished."""
+        for text in self.texts:
+            text.cancelled = True
