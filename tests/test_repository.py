@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,45 @@ def test_imports_point_one_way() -> None:
         if package != package_of(path) and package not in MAY_IMPORT[package_of(path)].split()
     ]
     assert found == []
+
+
+def declared_distributions() -> set[str]:
+    """In normal form: what pyproject.toml asks for, the extras included."""
+    lines = metadata.requires("atlas-llm") or []
+    return {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}  # type: ignore[index]
+
+
+def normal(distribution: str) -> str:
+    """https://packaging.python.org/en/latest/specifications/name-normalization/"""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_each_package_that_is_imported_is_one_we_ask_for() -> None:
+    """What only some other package happens to bring is gone one day."""
+    owners = metadata.packages_distributions()
+    # Parts of what these give to their users.
+    brought = {"starlette": "fastapi", "fsspec": "torch", "datasets": "lm-eval"}
+    asked = declared_distributions()
+    for path in SOURCES:
+        for line, name in third_party(parsed(path)):
+            names = {normal(owner) for owner in owners.get(name, [])} | {brought.get(name, name)}
+            assert names & asked, f"{name_of(path)}:{line} imports {name}"
+
+
+def third_party(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    ours = {
+        "atlas",
+        "compression",
+        *sys.stdlib_module_names,
+    }  # compression is the library's from Python 3.14 on
+    for node in ast.walk(tree):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [str(node.module)]
+        for name in {module.split(".")[0] for module in modules} - ours:
+            yield node.lineno, name
 
 
 def test_source_files_have_at_most_400_lines() -> None:
