@@ -35,20 +35,7 @@ from pathlib import Path
 import psutil
 from results import add_record_option, recorded
 
-WORDS = (
-    "the",
-    "river",
-    "old",
-    "mill",
-    "stone",
-    "bridge",
-    "water",
-    "winter",
-    "boat",
-    "reeds",
-    "town",
-    "harbour",
-)
+WORDS = ["river", "old", "mill", "stone", "bridge", "water", "winter", "boat", "reeds", "town", "harbour"]
 VOCABULARY = 2048
 
 

@@ -107,13 +107,13 @@ def third_party(tree: ast.AST) -> Iterator[tuple[int, str]]:
         *sys.stdlib_module_names,
     }  # compression is the library's from Python 3.14 on
     for node in ast.walk(tree):
-        modules: list[str] = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             modules = [str(node.module)]
-        for name in {module.split(".")[0] for module in modules} - ours:
-            yield node.lineno, name
+        else:
+            continue
+        yield from ((node.lineno, name) for name in {module.split(".")[0] for module in modules} - ours)
 
 
 def test_source_files_have_at_most_400_lines() -> None:
