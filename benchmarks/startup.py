@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from results import add_record_option, recorded, version
 
@@ -65,7 +66,7 @@ def first_step(data: Path, output: Path, sequences: int) -> tuple[float, float]:
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
         try:
-            while not (line := _first_line(output / "metrics.jsonl")):
+            while (line := _first_step(output / "metrics.jsonl")) is None:
                 if process.poll() is not None or time.perf_counter() - start > PATIENCE:
                     said.seek(0)
                     raise SystemExit(said.read().decode("utf-8", "replace") + "atlas train made no step")
@@ -74,15 +75,16 @@ def first_step(data: Path, output: Path, sequences: int) -> tuple[float, float]:
         finally:
             process.kill()
             process.wait()
-    return seconds, 1 / json.loads(line)["steps_per_second"]
+    return seconds, 1 / line["steps_per_second"]
 
 
-def _first_line(path: Path) -> str:
+def _first_step(path: Path) -> dict[str, Any] | None:
     try:
-        line, newline, _ = path.read_text(encoding="utf-8").partition("\n")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
-        return ""
-    return line if newline else ""
+        return None
+    records = (json.loads(line) for line in lines if line.endswith("\n"))
+    return next((record for record in records if record["kind"] == "train"), None)
 
 
 def main() -> None:
