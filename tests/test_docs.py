@@ -137,6 +137,7 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
         "training.warmup_steps": 1,
         "training.eval_interval": 2,
         "training.eval_sequences": 4,
+        "tracking.sample_tokens": 4,
         "training.precision": "auto",
         "checkpoint.save_interval": 2,
         "checkpoint.background": False,  # updates take milliseconds, and none may be dropped
