@@ -22,9 +22,6 @@ from tests.runs import start_process
 from tests.test_serve_command import serving
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 IMAGES = ROOT / "docs/images"
@@ -39,13 +36,16 @@ def size_of(png: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_pictures_of_the_page_are_made_anew(tmp_path: Path, page: Page) -> None:
+def test_pictures_of_the_page_are_made_anew(
+    tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the pictures name no folder of a machine
     page.set_viewport_size({"width": 1280, "height": 760})
     target = IMAGES if os.environ.get("ATLAS_REMAKE_IMAGES") else tmp_path / "images"
     target.mkdir(exist_ok=True)
     write_demo_corpus(tmp_path / "demo.jsonl")
     data = prepare([tmp_path / "demo.jsonl"], tmp_path / "data", train_tokenizer=2048)
-    runs = tmp_path / "checkpoints"
+    runs = Path("checkpoints")
     settings = ["training.max_steps=400", "training.eval_interval=100", "training.log_interval=10"]
     settings += ["checkpoint.save_interval=100", "checkpoint.keep_checkpoints=20"]
     options = [word for setting in settings for word in ("--set", setting)]
@@ -66,6 +66,7 @@ def test_pictures_of_the_page_are_made_anew(tmp_path: Path, page: Page) -> None:
             page.wait_for_timeout(3000)
             assert step.text_content() != before  # it grew
             page.screenshot(path=target / "page_runs.png")
+            page.goto("about:blank")  # it would go on to ask a server that has gone
         with serving(*models) as (_, address):
             _walk(page, address, target)
     finally:
@@ -77,7 +78,7 @@ def test_pictures_of_the_page_are_made_anew(tmp_path: Path, page: Page) -> None:
         assert made.stat().st_size > 20_000  # an empty page is smaller
 
 
-def _walk(page, address: str, target: Path) -> None:
+def _walk(page: Page, address: str, target: Path) -> None:
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")
     page.select_option("#model", "atlas_best")

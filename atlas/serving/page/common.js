@@ -14,8 +14,14 @@ export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 
 export const width = (part) => `${100 * part}%`;
 export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
-/** A token's text so that it can be seen: a line's end has a sign, and nothing at all is a word. */
-export const visible = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵\n"));
+/** A token's text on one line so that it can be seen, where it is nothing but blanks, too. */
+export function visible(text) {
+  if (text === "") return "∅";
+  return (text.trim() ? text : text.replaceAll(" ", "␣").replaceAll("\t", "⇥")).replaceAll("\n", "↵");
+}
+
+/** The same within the text, where lines end. */
+export const inText = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵\n"));
 
 async function request(route, body, signal) {
   const headers = { "Content-Type": "application/json" };

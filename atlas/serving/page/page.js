@@ -1,5 +1,5 @@
 // The page at /: write with a model, and look at each token. No framework, no build step, nothing from elsewhere.
-import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
+import { ask, element, hasKey, inText, number, percent, showKey, stream, visible, width } from "./common.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
@@ -35,7 +35,7 @@ function makeColumns() {
 
 function addToken(column, token) {
   const index = column.tokens.length;
-  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: visible(token.text) });
+  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: inText(token.text) });
   span.setAttribute("role", "button");
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
