@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import socket
 import subprocess
 import sys
 import threading
@@ -102,6 +103,22 @@ def test_text_is_that_of_generate_and_sigterm_lets_it_finish(checkpoint: Path) -
         assert prompt + answer["choices"][0]["text"] + "\n" == generated.stdout
 
 
+def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
+    with serving("--checkpoint", str(checkpoint), "--max-tokens", "1000000") as (process, address):
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0, "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith("ending: ")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        assert process.stderr.read().splitlines() == ["ending: texts that are being written finish; again: at once"]
+
+
 def test_two_checkpoints_of_one_name_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
     other = random_model(seed=1)
     second = save_imported(other.model, other.tokenizer, tmp_path / "later", source="random")
@@ -120,6 +137,7 @@ MISTAKES = {
     "no such file": (["--gguf", "none.gguf"], "none.gguf: no such file"),
     "no such address": (["--host", "203.0.113.77", "--api-key", "x"], "--host 203.0.113.77"),
     "not a number": (["--parallel", "many"], "--parallel many"),
+    "no end": (["--timeout", "inf"], "--timeout inf"),
     "nobody at once": (["--parallel", "0"], "--parallel 0"),
 }
 

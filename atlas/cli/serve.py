@@ -54,7 +54,10 @@ def serve(
     ] = "checkpoints",
     max_tokens: Annotated[int, typer.Option(help="The most new tokens a text may have.", min=1)] = 4096,
     timeout: Annotated[
-        float, typer.Option(help="Seconds a request may take; at the end, also for texts to finish.", min=1)
+        float,
+        typer.Option(
+            help="Seconds a request may take; at the end, also for texts to finish.", min=1, max=86_400
+        ),
     ] = 300.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[
@@ -97,7 +100,11 @@ def serve(
     server = Server(app, listener, seconds_to_drain=timeout)
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-    _run(server, f"http://{shown}:{where[1]}", runs)
+    try:
+        _run(server, f"http://{shown}:{where[1]}", runs)
+    finally:
+        for backend in backends:
+            backend.close()
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -108,7 +108,12 @@ def _decode_yaml(text: str, origin: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Layer:
-    """The keys that a config file writes. Raises `AtlasError` if it is missing or malformed."""
+    """The keys that a config file writes. Raises `AtlasError` if it is missing or malformed, or names no setting."""
+    return check_keys(read_sections(path), str(path))
+
+
+def read_sections(path: str | Path) -> dict[Any, Any]:
+    """The same of any Atlas, with the keys as they are written. Raises `AtlasError` if it is missing or malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
@@ -129,7 +134,7 @@ def read_yaml(path: str | Path) -> Layer:
         raise AtlasError(
             f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}"
         )
-    return check_keys(values, str(path))
+    return values
 
 
 def parse_overrides(assignments: Iterable[str]) -> Layer:

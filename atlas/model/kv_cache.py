@@ -106,6 +106,12 @@ class KVCache:
         lengths[row] = lengths[last]
         self.truncate(lengths[:last])
 
+    def clear(self, row: int | None = None) -> None:
+        """Zeros in the slots of a row, or of all: what is not finite in them would spoil whoever comes after."""
+        rows = slice(None) if row is None else row
+        self._all_keys[:, rows] = 0
+        self._all_values[:, rows] = 0
+
     @property
     def _longest(self) -> int:
         return max(self._lengths, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data
@@ -35,17 +36,24 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    if not any("loss" in chart_data(run)["series"] for run in runs):
+        raise AtlasError(
+            f"--png {path}: no run holds a loss yet, so that nothing could be drawn: wait for its records"
+        )
     figure = Figure(figsize=(7, 4.2), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
         series, colour = chart_data(run)["series"], _COLOURS[number % len(_COLOURS)]
         for key, style in (
             ("loss", {"alpha": 0.25, "linewidth": 0.6}),
-            ("smoothed_loss", {"linewidth": 1.5, "label": run.name}),
+            ("smoothed_loss", {"linewidth": 1.5, "label": _label(run.name)}),
             ("val_loss", {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 2.5}),
         ):
             if key in series:
-                axes.plot(series[key][axis], series[key]["value"], color=colour, **style)
+                alone: dict[str, Any] = (
+                    {"marker": "o", "markersize": 3} if len(series[key]["value"]) == 1 else {}
+                )
+                axes.plot(series[key][axis], series[key]["value"], color=colour, **style | alone)
     if any("val_loss" in chart_data(run)["series"] for run in runs):
         axes.plot([], [], color="0.4", linestyle="--", marker="o", markersize=2.5, label="validation")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -53,8 +61,14 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # a name with two $ is no formula
     try:
         figure.savefig(path, format="png")
     except OSError as error:
         raise AtlasError(f"--png {path}: cannot be written: {error.strerror}; name another file") from None
+
+
+def _label(name: str) -> str:
+    """matplotlib leaves labels out that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name

@@ -13,6 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from atlas import __version__
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
@@ -40,7 +42,7 @@ def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None)
     seconds. Raises `AtlasError` where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(render(runs, refresh=refresh), encoding="utf-8")
+        temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     except OSError as error:
         raise AtlasError(
@@ -160,6 +162,12 @@ def _notes(runs: Sequence[Run]) -> str:
         if run.evaluations() is None:
             notes.append(
                 f"{run.name} was not evaluated: it has no validation data, or has not come that far."
+            )
+        loss = run.records("train")["loss"]
+        if num_bad := int((~np.isfinite(loss)).sum()):
+            notes.append(
+                f"{run.name}: the loss of {num_bad:,} of {loss.size:,} records is not a finite number; the curves and "
+                "figures leave it out."
             )
         if run.unreadable:
             notes.append(f"{run.unreadable:,} lines of {run.metrics_path} are no records and are left out.")

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from atlas.config.loader import read_yaml
+from atlas.config.loader import read_sections
 from atlas.errors import AtlasError
 from atlas.files import check_regular, read_limited
 from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smooth, thin
@@ -67,7 +67,7 @@ class Run:
         path = Path(path)
         self.metrics_path = path if path.is_file() else path / "metrics.jsonl"
         self.folder = self.metrics_path.parent
-        self.name = self.folder.resolve().name or str(self.folder)
+        self.name = _encodable(self.folder.resolve().name or str(self.folder))
         self._file: tuple[int, int] = (0, 0)
         self._drawn: tuple[Any, dict[str, Any]] = (None, {})
         self._forget()
@@ -139,7 +139,7 @@ class Run:
             self.config_problem = "there is no config.yaml beside its metrics.jsonl"
             return {}
         try:
-            return dict(_flat(read_yaml(path)))
+            return dict(_flat(read_sections(path)))
         except AtlasError as error:
             self.config_problem = str(error)
             return {}
@@ -234,7 +234,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         depth = next(
             (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), 1
         )
-        run.name = "/".join(parts[-depth:])
+        run.name = _encodable("/".join(parts[-depth:]))
     for place, run in enumerate(runs):
         if any(run.folder.resolve() == other.folder.resolve() for other in runs[:place]):
             raise AtlasError(f"{run.folder}: is named twice: name each run once")
@@ -319,7 +319,7 @@ def event_text(event: dict[str, Any]) -> str:
         said.append(", ".join(map(str, names)))
     if event.get("reason"):
         said.append(str(event["reason"]))
-    return (said[0] + (": " + "; ".join(said[1:]) if said[1:] else ""))[:_LONGEST_TEXT]
+    return _encodable((said[0] + (": " + "; ".join(said[1:]) if said[1:] else ""))[:_LONGEST_TEXT])
 
 
 def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, str]]]:
@@ -327,7 +327,7 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
     found: dict[str, dict[int, str]] = {}
     for sample in run.samples:
         step = int(_number(sample["step"]))
-        prompt, text = (str(sample.get(key) or "")[:_LONGEST_TEXT] for key in ("prompt", "text"))
+        prompt, text = (_encodable(str(sample.get(key) or "")[:_LONGEST_TEXT]) for key in ("prompt", "text"))
         found.setdefault(prompt, {})[step] = text
     spread = {}
     for prompt, texts in found.items():
@@ -377,6 +377,11 @@ def _number(value: Any) -> float:
         return float(value) if math.isfinite(value) else math.nan
     except OverflowError:
         return math.nan
+
+
+def _encodable(text: str) -> str:
+    """With ? for half a surrogate pair, which JSON and names of files may hold and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _all_known(values: Floats) -> bool:

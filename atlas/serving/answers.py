@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 import uuid
@@ -25,6 +26,10 @@ class Choice:
     pieces: list[Piece] = field(default_factory=list)
     offset: int = 0
     """Characters of the tokens so far."""
+    reader: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+    """Of their bytes."""
     finish: str | None = None
 
 
@@ -111,11 +116,11 @@ class Answer:
             text = self._shown(piece.token)
             told["tokens"].append(text)
             told["token_logprobs"].append(_finite(piece.logprob))
-            told["top_logprobs"].append(
-                {self._shown(each.token): _finite(each.logprob) for each in piece.candidates}
-            )
+            # The token itself is among them, as OpenAI has it, so that there may be one more than were asked for.
+            likeliest = {self._shown(each.token): _finite(each.logprob) for each in piece.candidates}
+            told["top_logprobs"].append({**likeliest, text: _finite(piece.logprob)} if likeliest else {})
             told["text_offset"].append(choice.offset)
-            choice.offset += len(text)
+            choice.offset += len(choice.reader.decode(self.backend.token_bytes(piece.token)))
         return told
 
     def _chat_token(self, piece: Piece) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class Desk:
             raise Refusal(400, f"stop: at most {MOST_STOPS} strings, not {len(wishes.stops)}", param="stop")
         if wishes.stream_options and not wishes.stream:
             raise Refusal(400, "stream_options: only with stream", param="stream_options")
+        num_texts = len(prompts) * (wishes.n or 1)
+        if num_texts > backend.capacity:
+            raise Refusal(400, f"n: {num_texts} texts at once: at most {backend.capacity}", param="n")
         if max_tokens > self.rules.max_tokens:
             raise Refusal(
                 400,

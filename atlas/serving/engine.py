@@ -40,7 +40,7 @@ class Engine:
         self.context = loaded.config.model.max_seq_len
         self.vocab_size = loaded.tokenizer.vocab_size
         self.parallel = parallel
-        self._limit = queue
+        self.capacity = parallel + queue
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         """Of the texts that are being written, in the order of the cache's rows."""
@@ -78,8 +78,8 @@ class Engine:
     def submit(self, texts: Sequence[Text]) -> None:
         """Take all of them or, as `Busy`, none."""
         with self._wake:
-            room = self._limit + max(0, self.parallel - len(self._rows))
-            if len(self._waiting) + len(texts) > room:
+            self._waiting = deque(row for row in self._waiting if not row.text.cancelled)
+            if len(self._waiting) + len(texts) > self.capacity - min(self.parallel, len(self._rows)):
                 raise Busy
             self._waiting.extend(_Row(text, self.loaded) for text in texts)
             self._wake.notify()
@@ -116,6 +116,7 @@ class Engine:
                 lost = [*self._rows, *self._returning]
                 self._outbox += [(row.text, Piece(None, "", finish="error", num_tokens=0)) for row in lost]
                 self._rows, self._returning = [], []
+                self._cache.clear()
                 self._cache.truncate([])
             if self._outbox:
                 self._send(self._outbox)
@@ -172,6 +173,12 @@ class Engine:
 
     def _write(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
         """The next token of each row by its logits (B, V); those that it ends."""
+        is_sound = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()
+        if not all(is_sound):
+            return self._fail(rows, is_sound) + self._write(
+                [row for row, sound in zip(rows, is_sound, strict=True) if sound],
+                logits[torch.tensor(is_sound, device=logits.device)],
+            )
         alike: dict[Sampling, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             alike[row.text.sampling].append(number)
@@ -193,6 +200,16 @@ class Engine:
             if piece.finish:
                 ended.append(row)
         return ended
+
+    def _fail(self, rows: list[_Row], is_sound: list[bool]) -> list[_Row]:
+        """End the texts whose logits are not finite, as in half precision those of a bad model may be, before they
+        spoil others: a place that is masked enters attention with weight 0, and 0 × NaN is NaN."""
+        failed = [row for row, sound in zip(rows, is_sound, strict=True) if not sound]
+        for row in failed:
+            self._cache.clear(self._rows.index(row))
+            self._outbox.append((row.text, Piece(None, "", finish="error", num_tokens=0)))
+        print(f"{self.id}: {len(failed)} texts ended, their logits were not finite", file=sys.stderr)
+        return failed
 
     def _leave(self, row: _Row) -> None:
         """As in the cache: the last row takes its place."""

@@ -29,7 +29,9 @@ def error_body(
 
 
 def response(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(refusal.body, refusal.status, headers)
+    # OpenAI's clients would ask once more of what took too long, and wait as long again.
+    once = {"x-should-retry": "false"} if refusal.status == 504 else {}
+    return JSONResponse(refusal.body, refusal.status, {**once, **(headers or {})})
 
 
 def of_validation(problems: Sequence[Mapping[str, Any]]) -> Refusal:
@@ -37,7 +39,12 @@ def of_validation(problems: Sequence[Mapping[str, Any]]) -> Refusal:
     problem = problems[0]
     if problem["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-    names = [part for part in problem["loc"][1:] if not isinstance(part, str) or part.isidentifier()]
+    # Among the names are those of a union's types: str, list[str], ….
+    names = [
+        part
+        for part in problem["loc"][1:]
+        if isinstance(part, int) or (part.isidentifier() and part != "str")
+    ]
     param = ".".join(map(str, names)) or None
     if problem["type"] == "extra_forbidden":
         return Refusal(400, f"Unrecognized request argument supplied: {param}", param=param)

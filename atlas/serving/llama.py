@@ -38,7 +38,7 @@ class Llama:
         self.id = Path(path).stem
         self.created = int(time.time())
         self.parallel = parallel
-        self._limit = parallel + queue
+        self.capacity = parallel + queue
         try:
             trained = int(facts[f"{facts['general.architecture']}.context_length"])
             self._tokens: list[str] = facts["tokenizer.ggml.tokens"]
@@ -58,7 +58,8 @@ class Llama:
         self._address = urlsplit(self._server.listening_address).netloc
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llama")
         self._lock = threading.Lock()
-        self._running = self._waiting = 0
+        self._running = 0
+        self._waiting: list[Text] = []
         self._closed = False
 
     def begin(self, send: Send) -> None:
@@ -93,9 +94,10 @@ class Llama:
     def submit(self, texts: Sequence[Text]) -> None:
         """Take all of them or, as `Busy`, none."""
         with self._lock:
-            if self._running + self._waiting + len(texts) > self._limit:
+            self._waiting = [text for text in self._waiting if not text.cancelled]
+            if self._running + len(self._waiting) + len(texts) > self.capacity:
                 raise Busy
-            self._waiting += len(texts)
+            self._waiting += texts
         for text in texts:
             self._pool.submit(self._write, text)
 
@@ -105,19 +107,22 @@ class Llama:
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting
+        return len(self._waiting)
 
     def close(self) -> None:
         """What is unfinished stays so."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
-        del self._server
+        self._server = None
 
     # In the threads of the pool
 
     def _write(self, text: Text) -> None:
         with self._lock:
-            self._waiting -= 1
+            if text.cancelled:  # it does not wait any more, and may have been taken off
+                self._waiting = [each for each in self._waiting if each is not text]
+                return
+            self._waiting.remove(text)
             self._running += 1
         try:
             for piece in self._pieces(text):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import functools
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -22,7 +25,7 @@ from atlas.serving.engine import Engine
 from atlas.serving.errors import Refusal
 from atlas.serving.files import page_file
 from atlas.serving.schema import MOST_CANDIDATES, Body, TokenId, Wishes
-from atlas.serving.stream import EventStream, event
+from atlas.serving.stream import EventStream, event, unless_gone
 from atlas.serving.text import Backend, Order
 
 FILES = {
@@ -39,6 +42,7 @@ _LENS = 6
 _DRAWN = 256
 """Tokens of a text whose attention is drawn: a picture of more shows nothing, and takes megabytes."""
 
+T = TypeVar("T")
 Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -47,6 +51,7 @@ class WriteRequest(Wishes):
 
     prompt: Prompt = ""
     max_tokens: int = Field(100, ge=1)
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
 
 
@@ -72,47 +77,57 @@ class AttentionRequest(LookRequest):
 def page_routes(desk: Desk) -> APIRouter:
     """Files under `/`, questions under `/api/`."""
     router = APIRouter(include_in_schema=False)
+    # Looks inside take a thread of their own, one after the other: texts are written meanwhile, and other prompts read.
+    looking = ThreadPoolExecutor(1, thread_name_prefix="look")
+
+    async def in_turn(work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(looking, work, *arguments)
+
     for path, (name, kind) in FILES.items():
         content = (resources.files("atlas.serving") / "page" / name).read_bytes()
         router.add_api_route(path, page_file(content, kind), methods=["GET"], response_class=Response)
 
     @router.post("/api/write")
-    async def write(body: WriteRequest, request: Request) -> Response:
+    async def write(body: WriteRequest) -> Response:
         """Server-sent events: the prompt's tokens, each new one with its probability, and how it ended."""
         backend = desk.model(body.model)
-        ids = backend.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+        ids = await _ids(backend, body.prompt)
         order = desk.order(backend, [ids], body, max_tokens=body.max_tokens, candidates=body.alternatives)
-        prompt = await asyncio.to_thread(_read, backend, ids, body.alternatives)
-        events = _written(order, desk, prompt, body.alternatives)
+        reading = functools.partial(in_turn, _read, backend, ids, body.alternatives)
+        events = _written(order, desk, reading, body.alternatives)
         return EventStream(events, lambda: desk.close(order))
 
     @router.post("/api/sampling")
-    async def sampling(body: SamplingRequest) -> dict[str, Any]:
-        loaded, ids = _asked(desk, body)
+    async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
+        loaded, ids = await _asked(desk, body)
         settings = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
-        return await asyncio.to_thread(_sampling, loaded, ids, settings)
+        return await unless_gone(request.receive, in_turn(_sampling, loaded, ids, settings))
 
     @router.post("/api/attention")
-    async def attention(body: AttentionRequest) -> dict[str, Any]:
-        loaded, ids = _asked(desk, body)
-        return await asyncio.to_thread(_attention, loaded, ids, body.layer)
+    async def attention(body: AttentionRequest, request: Request) -> dict[str, Any] | None:
+        loaded, ids = await _asked(desk, body)
+        return await unless_gone(request.receive, in_turn(_attention, loaded, ids, body.layer))
 
     @router.post("/api/layers")
-    async def layers(body: LookRequest) -> dict[str, Any]:
-        loaded, ids = _asked(desk, body)
-        return await asyncio.to_thread(_layers, loaded, ids)
+    async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
+        loaded, ids = await _asked(desk, body)
+        return await unless_gone(request.receive, in_turn(_layers, loaded, ids))
 
     return router
 
 
-def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int]]:
+async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
+    return await asyncio.to_thread(backend.encode, prompt) if isinstance(prompt, str) else prompt
+
+
+async def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int]]:
     """The model and the text that a question is about. Raises `Refusal` of a model that shows nothing."""
     backend = desk.model(body.model)
     if not isinstance(backend, Engine):
         raise Refusal(
             400, f"{backend.id}: llama.cpp does not show how it comes to a token: serve the checkpoint"
         )
-    ids = backend.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+    ids = await _ids(backend, body.prompt)
     return backend.loaded, ids[-backend.context :]
 
 
@@ -127,10 +142,16 @@ def _read(backend: Backend, ids: list[int], alternatives: int) -> list[dict[str,
 
 
 async def _written(
-    order: Order, desk: Desk, prompt: list[dict[str, Any]], alternatives: int
+    order: Order, desk: Desk, reading: Callable[[], Awaitable[list[dict[str, Any]]]], alternatives: int
 ) -> AsyncIterator[str]:
-    yield event({"kind": "prompt", "tokens": prompt})
     token_bytes = order.backend.token_bytes
+    reader = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def read(token: dict[str, Any]) -> dict[str, Any]:
+        """With what is read once it stands there: a character of several tokens with the last of them."""
+        return {**token, "shown": reader.decode(token_bytes(token["id"]))}
+
+    yield event({"kind": "prompt", "tokens": [read(token) for token in await reading()]})
     async for _, piece in order.pieces(desk.rules.seconds):
         if piece.finish in ("error", "timeout"):
             yield event(refusal(piece, desk.rules.seconds).body)
@@ -140,7 +161,7 @@ async def _written(
                 _option(token_bytes, each.token, each.logprob) for each in piece.candidates[:alternatives]
             ]
             own = _option(token_bytes, piece.token, piece.logprob or 0.0)
-            yield event({"kind": "token", **own, "alternatives": options})
+            yield event({"kind": "token", **read(own), "alternatives": options})
     yield event({"kind": "end", "tokens": order.num_written})
 
 

@@ -112,6 +112,12 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, description="Nothing is done with it.")
+    # What an answer may hold that is sent back as part of the conversation.
+    refusal: None = Field(None, description="Nothing.")
+    tool_calls: None = Field(None, description="Nothing.")
+    function_call: None = Field(None, description="Nothing.")
+    audio: None = Field(None, description="Nothing.")
+    annotations: list[Any] | None = Field(None, max_length=0, description="Empty.")
 
     @property
     def text(self) -> str:

@@ -9,12 +9,16 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from atlas.errors import AtlasError
 
 HEAD_SECONDS = 10.0
-"""For the head of a connection's first request to arrive."""
+"""For a request's head to arrive; the first of a connection counts from its begin."""
+LARGEST_HEAD = 64 << 10
+"""Bytes, about: the parser itself would take any number."""
+READ_SECONDS = 30.0
+"""For a client to read on when the buffers on its way are full."""
 _BACKLOG = 2048
 
 
@@ -78,21 +82,60 @@ class Server:
         return not self._thread.is_alive()
 
 
-class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Whoever connects and says nothing, or half a head, is not waited for; uvicorn itself waits for ever."""
+class _Protocol(HttpToolsProtocol):
+    """With an end to what uvicorn itself would bear for ever: a head that does not come, or never ends, and a client
+    that does not read."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self._too_late = loop.call_later(HEAD_SECONDS, self._give_up)
+        self._stalled: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._await_head()
 
-    def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def _await_head(self) -> None:
+        if self._late is None:
+            self._head_size = 0
+            self._late = self.loop.call_later(HEAD_SECONDS, self._refuse, b"408 Request Timeout")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        _cancel(self._late)
+        self._late = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._late is not None:
+            self._head_size += len(data)
+            if self._head_size > LARGEST_HEAD:
+                self._refuse(b"431 Request Header Fields Too Large")
+
+    def _refuse(self, status: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+                b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
             )
-            self.transport.close()
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        _cancel(self._stalled)
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._too_late.cancel()
+        _cancel(self._late)
+        _cancel(self._stalled)
         super().connection_lost(exc)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

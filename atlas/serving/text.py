@@ -74,6 +74,8 @@ class Backend(Protocol):
     """Seconds since 1970."""
     context: int
     vocab_size: int
+    capacity: int
+    """Texts that it takes at once: to write, or to wait."""
 
     def begin(self, send: Send) -> None:
         """Be ready for texts."""
@@ -136,7 +138,7 @@ class Order:
         try:
             while unfinished:
                 index, piece = await self._arrivals.get()
-                if self.seconds_to_first is None:
+                if self.seconds_to_first is None and piece.num_tokens:
                     self.seconds_to_first = time.perf_counter() - self._asked_at
                 self.num_written += piece.num_tokens
                 self._count(piece.num_tokens)

@@ -288,9 +288,9 @@ const AtlasCharts = (() => {
       const { spec, box, height } = place, { columns, data } = this.tables(spec), isLog = this.isLog && spec === MAIN;
       const text = this.style("--muted"), lines = this.style("--grid"), font = `12px ${this.style("--font")}`;
       const axis = { stroke: text, font, grid: { stroke: lines, width: 1 }, ticks: { show: false } };
-      const series = columns.map(({ layer, place: number }) => ({
+      const series = columns.map(({ layer, place: number, curve }) => ({
         stroke: withAlpha(this.colour(number), layer.alpha), width: layer.width, dash: layer.dash,
-        points: { show: Boolean(layer.points), size: 6, fill: this.colour(number), stroke: this.colour(number) },
+        points: { show: Boolean(layer.points) || curve.xs.length === 1, size: 6, fill: this.colour(number), stroke: this.colour(number) },
       }));
       place.plot = new uPlot({
         width: Math.max(200, box.clientWidth), height, padding: [10, 14, 0, 0], legend: { show: false },

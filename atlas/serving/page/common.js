@@ -20,9 +20,6 @@ export function visible(text) {
   return (text.trim() ? text : text.replaceAll(" ", "␣").replaceAll("\t", "⇥")).replaceAll("\n", "↵");
 }
 
-/** The same within the text, where lines end. */
-export const inText = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵\n"));
-
 async function request(route, body, signal) {
   const headers = { "Content-Type": "application/json" };
   const key = sessionStorage.getItem(KEY);
@@ -59,12 +56,15 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 /** Ask for the key, keep it until the tab is closed, and go on. */
 export function showKey(then) {
-  const form = document.getElementById("key");
+  const form = document.getElementById("key"), status = document.getElementById("status");
+  status.className = hasKey() ? "bad" : "";
+  status.textContent = hasKey() ? "that is not this server's key" : "this server asks for its key, in the line above";
   form.hidden = false;
   form.onsubmit = (event) => {
     event.preventDefault();
     sessionStorage.setItem(KEY, form.elements.key.value);
     form.hidden = true;
+    status.textContent = "";
     then();
   };
   form.elements.key.focus();

@@ -1,5 +1,5 @@
 // The page at /: write with a model, and look at each token. No framework, no build step, nothing from elsewhere.
-import { ask, element, hasKey, inText, number, percent, showKey, stream, visible, width } from "./common.js";
+import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
@@ -33,9 +33,15 @@ function makeColumns() {
   showView();
 }
 
+/** A line's end has a sign; a dot is part of a character that the next token goes on with. */
+function inText(token) {
+  if (token.text === "") return "∅";
+  return token.shown === "" ? "·" : token.shown.replaceAll("\n", "↵\n");
+}
+
 function addToken(column, token) {
   const index = column.tokens.length;
-  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: inText(token.text) });
+  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: inText(token) });
   span.setAttribute("role", "button");
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
@@ -51,24 +57,27 @@ function addToken(column, token) {
 }
 
 function moveInText(event, column) {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
   const at = Number(document.activeElement?.dataset.index ?? 0);
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: column.tokens.length - 1 }[event.key];
   if (event.key === "Enter" || event.key === " ") choose(column, at);
   else if (to === undefined || !column.tokens[to]) return;
   else {
-    column.tokens[at].span.tabIndex = -1;
-    column.tokens[to].span.tabIndex = 0;
-    column.tokens[to].span.focus();
     choose(column, to);
+    column.tokens[to].span.focus();
   }
   event.preventDefault();
 }
 
 function choose(column, index) {
   for (const each of columns) for (const token of each.tokens) token.span.setAttribute("aria-pressed", "false");
+  for (const token of column.tokens) token.span.tabIndex = -1;
   chosen = { column, index };
-  column.tokens[index].span.setAttribute("aria-pressed", "true");
-  showView();
+  const { span } = column.tokens[index];
+  span.setAttribute("aria-pressed", "true");
+  span.tabIndex = 0;
+  if (view === "alternatives") showView(); // which asks nothing of the server
+  else soon(showView);
 }
 
 const idsBefore = ({ column, index }) => column.tokens.slice(0, index).map((token) => token.id);
@@ -97,20 +106,19 @@ async function write(prompts) {
   say("");
   const start = performance.now();
   let written = 0;
+  const rate = () => `${written} tokens, ${number(written / ((performance.now() - start) / 1000))} tokens/s`;
   const count = () => {
     written += 1;
-    say(`${written} tokens, ${number(written / ((performance.now() - start) / 1000))} tokens/s`);
+    say(rate(), { aloud: false });
   };
-  try {
-    await Promise.all(prompts.map(([column, prompt]) => writeIn(column, prompt, mine.signal, count)));
-  } catch (error) {
-    if (error.name !== "AbortError") say(error.message, true);
-  }
-  if (writing === mine) {
-    writing = null;
-    busy(false);
-    showView();
-  }
+  const all = prompts.map(([column, prompt]) => writeIn(column, prompt, mine.signal, count));
+  const failed = (await Promise.allSettled(all)).map((one) => one.reason).find((error) => error && error.name !== "AbortError");
+  if (writing !== mine) return;
+  writing = null;
+  busy(false);
+  if (failed) say(failed.message, { isBad: true });
+  else if (written) say(rate());
+  showView();
 }
 
 async function writeIn(column, prompt, signal, count) {
@@ -118,7 +126,10 @@ async function writeIn(column, prompt, signal, count) {
   column.text.replaceChildren();
   if (chosen?.column === column) chosen = null;
   for await (const event of stream("api/write", { model: column.model, prompt, ...wishesToWrite() }, signal)) {
-    if (event.kind === "prompt") for (const token of event.tokens) addToken(column, { ...token, given: true });
+    if (event.kind === "prompt") {
+      for (const token of event.tokens) addToken(column, { ...token, given: true });
+      if (Array.isArray(prompt)) chooseLast(column);
+    }
     if (event.kind === "token") {
       addToken(column, event);
       count();
@@ -127,9 +138,16 @@ async function writeIn(column, prompt, signal, count) {
 }
 
 function writeAll() {
+  if (!models.length) return begin();
   if (!$("settings").reportValidity()) return;
   makeColumns();
   write(columns.map((column) => [column, $("prompt").value]));
+}
+
+/** After a branch its token is the chosen one, so that the next alternative is a click or a key away. */
+function chooseLast(column) {
+  choose(column, column.tokens.length - 1);
+  chosen.column.tokens[chosen.index].span.focus({ preventScroll: true });
 }
 
 /** Continue with another token in a place. */
@@ -142,14 +160,24 @@ function busy(isBusy) {
   $("columns").setAttribute("aria-busy", isBusy);
 }
 
-function say(text, isBad = false) {
+function say(text, { isBad = false, aloud = true } = {}) {
+  $("status").ariaLive = aloud ? "polite" : "off"; // who hears the page is told how it ended, not each token
   $("status").textContent = text;
   $("status").className = isBad ? "bad" : "";
 }
 
 // ---- Views of the chosen token
 
+let pause = 0;
+
+/** After a moment without another call: whoever holds an arrow key or a slider asks once. */
+function soon(act) {
+  clearTimeout(pause);
+  pause = setTimeout(act, 60);
+}
+
 function showView() {
+  clearTimeout(pause);
   for (const column of columns) for (const token of column.tokens) token.span.classList.remove("attended");
   for (const tab of document.querySelectorAll("[role=tab]")) {
     const isSelected = tab.id === `tab-${view}`;
@@ -163,10 +191,13 @@ function showView() {
     return;
   }
   const show = { alternatives: showAlternatives, sampling: showSampling, attention: showAttention, layers: showLayers };
-  Promise.resolve(show[view](place)).catch((error) => {
-    if (error.name === "AbortError") return;
-    $("view").replaceChildren(element("p", { className: "bad", textContent: error.message }));
-  });
+  const focused = document.activeElement?.id;
+  show[view](place)
+    .then(() => focused && document.activeElement === document.body && $(focused)?.focus())
+    .catch((error) => {
+      if (error.name === "AbortError") return;
+      $("view").replaceChildren(element("p", { className: "bad", textContent: error.message }));
+    });
 }
 
 /** Behind the last token, where the next one would stand. */
@@ -241,18 +272,15 @@ async function showLayers(place) {
 
 $("write").addEventListener("click", writeAll);
 $("stop").addEventListener("click", () => writing?.abort());
-for (const id of ["model", "beside"]) $(id).addEventListener("change", makeColumns);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") writing?.abort();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) writeAll();
 });
 $("settings").addEventListener("submit", (event) => event.preventDefault());
-let pause = 0;
 $("settings").addEventListener("input", (event) => {
   const shown = event.target.parentElement.querySelector("output");
   if (shown) shown.value = event.target.value;
-  clearTimeout(pause);
-  if (view === "sampling") pause = setTimeout(showView, 60);
+  if (view === "sampling") soon(showView);
 });
 for (const range of document.querySelectorAll("#settings input[type=range]")) {
   range.parentElement.querySelector("output").value = range.value;
@@ -278,7 +306,7 @@ async function begin() {
     models = (await ask("v1/models")).data.map((model) => model.id);
   } catch (error) {
     if (error.status === 401) return showKey(begin);
-    return say(error.message, true);
+    return say(error.message, { isBad: true });
   }
   const option = (name) => element("option", { value: name, textContent: name });
   $("model").replaceChildren(...models.map(option));

@@ -11,6 +11,7 @@ async function look() {
     if ((await ask("health")).needs_key && !hasKey()) return showKey(look);
     const { folder, more, runs } = await ask("api/runs");
     status.className = "";
+    status.ariaLive = "off"; // a time every two seconds is not for the ear
     status.textContent = runs.length
       ? `${folder}, updated ${new Date().toLocaleTimeString()}` + (more ? `; ${more} older runs are not drawn` : "")
       : `no run writes to ${folder} yet: atlas train makes one`;
@@ -22,6 +23,7 @@ async function look() {
   } catch (error) {
     if (error.status === 401) return showKey(look);
     status.className = "bad";
+    status.ariaLive = "polite";
     status.textContent = `${error.message}: trying again`;
   }
   setTimeout(look, EVERY);

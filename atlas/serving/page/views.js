@@ -66,7 +66,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
   last.forEach((weight, place) => {
     const span = tokens[answer.first + place]?.span;
     span?.classList.add("attended");
-    span?.style.setProperty("--weight", weight);
+    span?.style.setProperty("--weight", Math.sqrt(weight)); // as in the picture
   });
   const order = last.map((weight, place) => [weight, place]).sort((one, other) => other[0] - one[0]).slice(0, 8);
   const rows = order.map(([weight, place]) => {
@@ -76,6 +76,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
       "tr",
       {},
       element("td", { className: "piece", textContent: visible(tokens[answer.first + place].text) }),
+      element("td", { className: "quiet", textContent: back(last.length - 1 - place) }),
       element("td", { textContent: percent(weight) }),
       element("td", { className: "bar" }, bar),
     );
@@ -98,6 +99,8 @@ export function drawAttention(view, facts, answer, tokens, again) {
     }),
   );
 }
+
+const back = (count) => (count ? `${count} back` : "itself");
 
 function picture(weights) {
   const size = weights.length;
