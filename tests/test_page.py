@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,6 @@ from atlas.serving.desk import Rules
 from atlas.serving.engine import Engine
 from tests.served import random_model, served
 from tests.test_serving import post
-
-if TYPE_CHECKING:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def texts(page, selector: str) -> list[str]:
 
 
 def one_sign_for_no_character(text: str) -> str:
-    return re.sub(r"(\\x[0-9a-f]{2}|\ufffd)+", "\ufffd", text)
+    return re.sub(r"(\\x[0-9a-f]{2}|[\x00-\x08\x0b-\x1f\x7f\ufffd])+", "\ufffd", text)
 
 
 def write(page, prompt: str, **settings: object) -> None:
@@ -98,7 +96,9 @@ def test_person_writes_looks_and_branches(address: str, loaded: LoadedModel, pag
     page.locator("#columns[aria-busy=false]").wait_for()
     page.locator(".token").nth(given + 6).wait_for()
     assert texts(page, ".token")[: given + 5] == [*before, said]
-    assert page.locator(".token.prompt").count() == given + 5
+    assert page.locator(".token.prompt").count() == given
+    assert page.locator(".token[aria-pressed=true]").get_attribute("data-index") == str(given + 4)
+    assert page.evaluate("document.activeElement.dataset.index") == str(given + 4)
 
 
 def test_distribution_follows_the_temperature(address: str, page: Page) -> None:
@@ -145,6 +145,68 @@ def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: Loa
     page.keyboard.press("ArrowRight")
     page.locator("#lens").wait_for()
     assert texts(page, "#lens th") == ["embedding", "layer 1", "layer 2"]
+
+
+def test_what_could_follow_is_what_the_model_says(address: str, loaded: LoadedModel, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river", seed=3, max_tokens=5)
+    page.locator("#alternatives").wait_for()
+    shown = texts(page, "#alternatives td:nth-child(2)")
+    ids = loaded.tokenizer.encode("The river")
+    _, answer = post(
+        address,
+        {
+            "prompt": ids,
+            "max_tokens": 6,
+            "seed": 3,
+            "logprobs": 10,
+            "temperature": 0.8,
+            "top_k": 50,
+            "top_p": 0.95,
+        },
+    )
+    likeliest = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][5].values(), reverse=True)[:10]
+    assert [float(text.removesuffix(" %").removeprefix("< ")) for text in shown] == pytest.approx(
+        [100 * math.exp(logprob) for logprob in likeliest], abs=0.5
+    )
+
+
+def test_text_longer_than_the_context_is_looked_into_where_the_model_was(address: str, page: Page) -> None:
+    """The window slides; each view is of the window that the token was written from."""
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river", seed=3, max_tokens=110)
+    place = page.locator(".token").nth(105)
+    place.click()
+    said = texts(page, "#alternatives tr:first-child td:nth-child(2)")
+    page.click("#tab-sampling")
+    page.locator("#sampling").wait_for()
+    assert texts(page, "#sampling tbody tr:first-child td:nth-child(2)") == said
+    page.click("#tab-attention")
+    page.locator("#head").wait_for()
+    attended = page.locator(".token.attended").evaluate_all(
+        "spans => spans.map(span => Number(span.dataset.index))"
+    )
+    assert attended == list(range(66, 106))  # it slid at 65 tokens to 33, and at 98 to 66
+    # And goes on from there, although nothing can be asked about all of it at once.
+    page.click("#tab-alternatives")
+    before = texts(page, ".token")[:105]
+    page.locator("#alternatives button").nth(2).click()
+    page.locator(".token").nth(150).wait_for(state="attached")
+    assert texts(page, ".token")[:105] == before
+
+
+def test_what_is_refused_leaves_the_text(address: str, page: Page) -> None:
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    write(page, "The river", seed=3, max_tokens=10)
+    before = texts(page, ".token")
+    page.evaluate("() => { window.fetch = () => Promise.reject(new TypeError('the network')) }")
+    page.click("#write")
+    page.locator("#status.bad").wait_for()
+    assert "atlas serve" in page.inner_text("#status")
+    assert texts(page, ".token") == before
 
 
 def test_two_models_write_side_by_side(address: str, page: Page) -> None:

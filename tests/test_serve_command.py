@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import socket
 import subprocess
 import sys
 import threading
@@ -116,7 +115,9 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
             assert process.stderr.readline().startswith("ending: ")
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
-        assert process.stderr.read().splitlines() == ["ending: texts that are being written finish; again: at once"]
+        assert process.stderr.read().splitlines() == [
+            "ending: texts that are being written finish; again: at once"
+        ]
 
 
 def test_two_checkpoints_of_one_name_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_two_checkpoints_of_one_name_are_told_apart(checkpoint: Path, tmp_path: 
 
 MISTAKES = {
     "an address for all": (["--host", "0.0.0.0"], "set --api-key"),
-    "an empty key": (["--api-key", " "], "--api-key: is empty"),
+    "an empty key": (["--api-key", " "], "--api-key: must be"),
     "no such checkpoint": (["--checkpoint", "none.pt"], "none.pt"),
     "no such file": (["--gguf", "none.gguf"], "none.gguf: no such file"),
     "no such address": (["--host", "203.0.113.77", "--api-key", "x"], "--host 203.0.113.77"),

@@ -365,6 +365,10 @@ def test_pages_from_elsewhere_cannot_ask_a_loopback_server(address: str) -> None
     """DNS rebinding: the browser sends the name that the page came from."""
     assert post(address, {"prompt": "x"}, Host="evil.example")[0] == 403
     assert post(address, {"prompt": "x"}, Host="127.0.0.1.evil.example:80")[0] == 403
+    # And where it came from.
+    assert post(address, {"prompt": "x"}, Origin="https://evil.example")[0] == 403
+    assert post(address, {"prompt": "x"}, Origin="null")[0] == 403
+    assert post(address, {"prompt": "x", "max_tokens": 1}, Origin=address)[0] == 200
     # What a form can send without asking first is not JSON by its header.
     status, _ = post(address, {"prompt": "x", "max_tokens": 1}, Content_Type="text/plain")
     assert status == 400

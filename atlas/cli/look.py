@@ -86,6 +86,7 @@ def look(
     }
     if lens:
         place = len(ids) - 1 if position is None else position
+        place += len(ids) if -len(ids) <= place < 0 else 0
         facts["lens"] = {"position": place, "depths": inside.lens(loaded, ids, position=place)}
     if head is not None:
         heads = loaded.model.config.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,8 +77,12 @@ def serve(
         raise AtlasError(
             f"--host {host}: others can reach this address: set --api-key (or ATLAS_API_KEY), or listen on 127.0.0.1"
         )
-    if api_key is not None and not api_key.strip():
-        raise AtlasError("--api-key: is empty: give a secret of some length, or leave it out")
+    if api_key is not None:
+        api_key = api_key.strip()
+        if not re.fullmatch("[!-~]+", api_key):  # what every client can put into a header
+            raise AtlasError(
+                "--api-key: must be letters, digits and signs of ASCII without blanks; or leave it out"
+            )
     try:
         from atlas.serving.app import build_app
         from atlas.serving.desk import Rules
@@ -95,6 +100,11 @@ def serve(
     ]
     if gguf:
         backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
+    names = [backend.id for backend in backends]
+    if len(set(names)) < len(names):
+        raise AtlasError(
+            f"--gguf {gguf}: a checkpoint is called {names[-1]} as well: rename one of the files"
+        )
     rules = Rules(max_tokens, timeout, api_key, Path(runs))
     app = build_app(backends, rules)
     server = Server(app, listener, seconds_to_drain=timeout)

@@ -50,6 +50,15 @@ def generate(
             return
 
 
+def window_start(num_given: int, num_tokens: int, context: int) -> int:
+    """Where the window begins that the token after `num_tokens` is predicted from, in a text of which the model was
+    given the first `num_given` and wrote the others."""
+    start = max(0, num_given - context)
+    while num_tokens - start > context:
+        start += context + 1 - max(1, context // 2)
+    return start
+
+
 class _Context:
     """What the model sees of each row, and the cache that remembers it."""
 

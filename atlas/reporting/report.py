@@ -45,6 +45,7 @@ def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None)
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise AtlasError(
             f"--output {path}: cannot be written ({error.strerror or error}): name another file"
         ) from None
@@ -130,6 +131,7 @@ def _evaluation(runs: Sequence[Run]) -> str:
 def _evaluation_row(run: Run) -> list[str]:
     state = run.state
     axes, _ = run.axes()
+    loss = run.records("train")["loss"]
     series = chart_data(run)["series"]
     smoothed = series.get("smoothed_loss", {"value": []})["value"]
     tokens, seconds = (float(axes[axis][-1]) if axis in axes else None for axis in ("tokens", "time"))
@@ -139,7 +141,11 @@ def _evaluation_row(run: Run) -> list[str]:
         f"{run.last_step:,}",
         _UNTOLD if tokens is None else _large(tokens),
         _UNTOLD if seconds is None else duration(seconds),
-        f"{smoothed[-1]:.4f}" if smoothed else _UNTOLD,
+        f"{smoothed[-1]:.4f}"
+        if smoothed and np.isfinite(loss[-1])
+        else "not finite"
+        if loss.size
+        else _UNTOLD,
     ]
     evaluations = run.evaluations()
     if evaluations is None:

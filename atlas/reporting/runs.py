@@ -67,7 +67,7 @@ class Run:
         path = Path(path)
         self.metrics_path = path if path.is_file() else path / "metrics.jsonl"
         self.folder = self.metrics_path.parent
-        self.name = _encodable(self.folder.resolve().name or str(self.folder))
+        self.name = encodable(self.folder.resolve().name or str(self.folder))
         self._file: tuple[int, int] = (0, 0)
         self._drawn: tuple[Any, dict[str, Any]] = (None, {})
         self._forget()
@@ -234,7 +234,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         depth = next(
             (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), 1
         )
-        run.name = _encodable("/".join(parts[-depth:]))
+        run.name = encodable("/".join(parts[-depth:]))
     for place, run in enumerate(runs):
         if any(run.folder.resolve() == other.folder.resolve() for other in runs[:place]):
             raise AtlasError(f"{run.folder}: is named twice: name each run once")
@@ -319,7 +319,7 @@ def event_text(event: dict[str, Any]) -> str:
         said.append(", ".join(map(str, names)))
     if event.get("reason"):
         said.append(str(event["reason"]))
-    return _encodable((said[0] + (": " + "; ".join(said[1:]) if said[1:] else ""))[:_LONGEST_TEXT])
+    return encodable((said[0] + (": " + "; ".join(said[1:]) if said[1:] else ""))[:_LONGEST_TEXT])
 
 
 def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, str]]]:
@@ -327,7 +327,7 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
     found: dict[str, dict[int, str]] = {}
     for sample in run.samples:
         step = int(_number(sample["step"]))
-        prompt, text = (_encodable(str(sample.get(key) or "")[:_LONGEST_TEXT]) for key in ("prompt", "text"))
+        prompt, text = (encodable(str(sample.get(key) or "")[:_LONGEST_TEXT]) for key in ("prompt", "text"))
         found.setdefault(prompt, {})[step] = text
     spread = {}
     for prompt, texts in found.items():
@@ -355,7 +355,10 @@ def _writer_lives(lock: Path) -> bool | None:
         owner = json.loads(read_limited(lock, limit=1000))
         if owner["host"] != platform.node():
             return None
-        began = psutil.Process(int(owner["process"])).create_time()
+        process = psutil.Process(int(owner["process"]))
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, and not waited for
+            return False
+        began = process.create_time()
         return began <= lock.stat().st_mtime + 1  # a later one has only got its number
     except (OSError, ValueError, KeyError, TypeError, OverflowError, psutil.Error):
         return False
@@ -379,7 +382,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """With ? for half a surrogate pair, which JSON and names of files may hold and UTF-8 may not."""
     return text.encode("utf-8", "replace").decode()
 

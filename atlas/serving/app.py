@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,7 +33,8 @@ def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
         loop = asyncio.get_running_loop()
 
         def deliver(pieces: list[tuple[Text, Piece]]) -> None:
-            loop.call_soon_threadsafe(hand_out, pieces)
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                loop.call_soon_threadsafe(hand_out, pieces)
 
         for backend in backends:
             backend.begin(deliver)

@@ -57,9 +57,18 @@ class Desk:
         *,
         max_tokens: int,
         candidates: int | None,
+        is_window: bool = False,
     ) -> Order:
-        """Raises `Refusal`."""
+        """`is_window`: of a prompt that is longer than the context its end counts. Raises `Refusal`."""
         self._check(backend, prompts, wishes, max_tokens)
+        longest = max(map(len, prompts))
+        if longest > backend.context and not is_window:
+            raise Refusal(
+                400,
+                f"This model's maximum context length is {backend.context} tokens, the prompt has {longest}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         sampling = Sampling(
             temperature=1.0 if wishes.temperature is None else wishes.temperature,
             top_k=wishes.top_k or 0,
@@ -98,14 +107,6 @@ class Desk:
                 400,
                 f"max_tokens: at most {self.rules.max_tokens}, not {max_tokens} (--max-tokens of the server)",
                 param="max_tokens",
-            )
-        longest = max(map(len, prompts))
-        if longest > backend.context:
-            raise Refusal(
-                400,
-                f"This model's maximum context length is {backend.context} tokens, the prompt has {longest}",
-                param="prompt",
-                code="context_length_exceeded",
             )
         largest = max(map(max, prompts))
         if largest >= backend.vocab_size:

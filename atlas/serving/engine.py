@@ -44,8 +44,6 @@ class Engine:
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         """Of the texts that are being written, in the order of the cache's rows."""
-        self._returning: list[_Row] = []
-        """Whose window is full: they are read again from its newest half, as `generate` does."""
         self._outbox: list[tuple[Text, Piece]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -113,9 +111,10 @@ class Engine:
                     self._step()
             except Exception:  # a bug, or no memory: these texts are lost, and the server goes on
                 traceback.print_exc(file=sys.stderr)
-                lost = [*self._rows, *self._returning]
-                self._outbox += [(row.text, Piece(None, "", finish="error", num_tokens=0)) for row in lost]
-                self._rows, self._returning = [], []
+                self._outbox += [
+                    (row.text, Piece(None, "", finish="error", num_tokens=0)) for row in self._rows
+                ]
+                self._rows = []
                 self._cache.clear()
                 self._cache.truncate([])
             if self._outbox:
@@ -126,18 +125,18 @@ class Engine:
         """One token more of every text, and the first of those that joined."""
         for row in [row for row in self._rows if row.text.cancelled]:
             self._leave(row)
-        self._returning = [row for row in self._rows if row.length == self._cache.max_len]
-        for row in self._returning:
+        for row in [row for row in self._rows if row.length == self._cache.max_len]:
+            # Its window is full: it is read again from its newest half, as `generate` does, before all who wait.
             self._leave(row)
             row.start = len(row.tokens) - max(1, self._cache.max_len // 2)
+            with self._wake:
+                self._waiting.appendleft(row)
         if self._rows:
             newest = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)
             logits = self.loaded.model(newest, self._cache)[:, -1]
             for row in self._write(list(self._rows), logits):
                 self._leave(row)
-        joining = self._returning + self._admitted(self.parallel - len(self._rows) - len(self._returning))
-        self._returning = []
-        self._join(joining)
+        self._join(self._admitted(self.parallel - len(self._rows)))
 
     def _admitted(self, free: int) -> list[_Row]:
         """Those that waited longest and find room."""

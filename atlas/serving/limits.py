@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -87,6 +88,9 @@ class Door:
         if self.api_key is None:
             if _host(headers.get("host", "")) not in _LOOPBACK:
                 return Refusal(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != headers["host"]:
+                return Refusal(403, f"this server answers its own pages, not those of {origin[:100]}")
             return None
         if path in OPEN or self.is_page(path):
             return None

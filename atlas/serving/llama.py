@@ -148,7 +148,7 @@ class Llama:
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": self.context + 1,
-            "seed": text.seed % 2**32,
+            "seed": text.seed % (2**32 - 1),  # the last one is llama.cpp's word for any
             "stop": text.stop,
             # At least one, or it does not tell of the token that it took.
             "n_probs": 0 if text.num_candidates is None else max(1, text.num_candidates),
@@ -159,14 +159,18 @@ class Llama:
             response = connection.getresponse()
             if response.status != 200:
                 raise ValueError(response.read())
-            told = 0
+            told, has_ended = 0, False
             for line in response:
                 if text.cancelled or self._closed:
                     return  # closing the connection ends it there, too
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
-                    yield _piece_of(event, text.num_candidates, told=told)
-                    told = event["tokens_predicted"]
+                    # It is counted, too, and after half a character told before the last event.
+                    has_ended = has_ended or event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
+                    event["tokens"] = [token for token in event["tokens"] if token != self._eos_id]
+                    total = event["tokens_predicted"] - has_ended
+                    yield _piece_of(event, text.num_candidates, num_tokens=total - told)
+                    told = total
         finally:
             connection.close()
 
@@ -186,19 +190,18 @@ class Llama:
         return answer
 
 
-def _piece_of(event: dict[str, Any], num_candidates: int | None, *, told: int) -> Piece:
-    """Of one event. llama.cpp tells nothing of a token that ends inside a character; `told` tokens were before it."""
+def _piece_of(event: dict[str, Any], num_candidates: int | None, *, num_tokens: int) -> Piece:
+    """Of one event. llama.cpp tells nothing of a token that ends inside a character, but counts it."""
     finish = _FINISH[event["stop_type"]] if event["stop"] else None
-    written = event["tokens_predicted"] - told - (finish is not None and event["stop_type"] == "eos")
     if not event["tokens"]:
-        return Piece(None, event["content"], finish=finish, num_tokens=written)
+        return Piece(None, event["content"], finish=finish, num_tokens=num_tokens)
     logprob: float | None = None
     candidates: tuple[Candidate, ...] = ()
     for said in event.get("completion_probabilities", []):
         logprob = said["logprob"]
         likeliest = said["top_logprobs"][:num_candidates]
         candidates = tuple(Candidate(each["id"], each["logprob"]) for each in likeliest)
-    return Piece(event["tokens"][-1], event["content"], logprob, candidates, finish, written)
+    return Piece(event["tokens"][-1], event["content"], logprob, candidates, finish, num_tokens)
 
 
 def _load(path: str, *, context: int, parallel: int, threads: int, key: str) -> Any:

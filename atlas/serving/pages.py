@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import functools
 import math
+import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from atlas.inference import look
+from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.serving.answers import refusal
@@ -60,6 +62,8 @@ class LookRequest(Body):
 
     model: str | None = None
     prompt: Prompt = ""
+    given: int | None = Field(None, ge=1)
+    """Tokens of the prompt that were there when the model began to write; left out: all."""
 
 
 class SamplingRequest(LookRequest):
@@ -89,28 +93,37 @@ def page_routes(desk: Desk) -> APIRouter:
 
     @router.post("/api/write")
     async def write(body: WriteRequest) -> Response:
-        """Server-sent events: the prompt's tokens, each new one with its probability, and how it ended."""
+        """Server-sent events: the prompt's tokens, each new one with its probability, and how it ended. Of a prompt
+        in ids, a text that goes on from one of its places, nothing is told: who sends it has been told."""
         backend = desk.model(body.model)
         ids = await _ids(backend, body.prompt)
-        order = desk.order(backend, [ids], body, max_tokens=body.max_tokens, candidates=body.alternatives)
-        reading = functools.partial(in_turn, _read, backend, ids, body.alternatives)
+        goes_on = not isinstance(body.prompt, str)
+        order = desk.order(
+            backend,
+            [ids],
+            body,
+            max_tokens=body.max_tokens,
+            candidates=body.alternatives,
+            is_window=goes_on and isinstance(backend, Engine),
+        )
+        reading = functools.partial(in_turn, _read, backend, ids, 0 if goes_on else body.alternatives)
         events = _written(order, desk, reading, body.alternatives)
         return EventStream(events, lambda: desk.close(order))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids = await _asked(desk, body)
+        loaded, ids, _ = await _asked(desk, body)
         settings = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
         return await unless_gone(request.receive, in_turn(_sampling, loaded, ids, settings))
 
     @router.post("/api/attention")
     async def attention(body: AttentionRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids = await _asked(desk, body)
-        return await unless_gone(request.receive, in_turn(_attention, loaded, ids, body.layer))
+        loaded, ids, start = await _asked(desk, body)
+        return await unless_gone(request.receive, in_turn(_attention, loaded, ids, start, body.layer))
 
     @router.post("/api/layers")
     async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids = await _asked(desk, body)
+        loaded, ids, _ = await _asked(desk, body)
         return await unless_gone(request.receive, in_turn(_layers, loaded, ids))
 
     return router
@@ -120,20 +133,22 @@ async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
     return await asyncio.to_thread(backend.encode, prompt) if isinstance(prompt, str) else prompt
 
 
-async def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int]]:
-    """The model and the text that a question is about. Raises `Refusal` of a model that shows nothing."""
+async def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int], int]:
+    """The model, its window on the text that a question is about, and where in the text that begins. Raises `Refusal`
+    of a model that shows nothing."""
     backend = desk.model(body.model)
     if not isinstance(backend, Engine):
         raise Refusal(
             400, f"{backend.id}: llama.cpp does not show how it comes to a token: serve the checkpoint"
         )
     ids = await _ids(backend, body.prompt)
-    return backend.loaded, ids[-backend.context :]
+    start = window_start(body.given or len(ids), len(ids), backend.context)
+    return backend.loaded, ids[start:], start
 
 
 def _read(backend: Backend, ids: list[int], alternatives: int) -> list[dict[str, Any]]:
-    """The tokens of a prompt, with what the model thinks of each where it can be asked."""
-    if isinstance(backend, Engine):
+    """The tokens of a prompt, with what the model thinks of each where it can and is to be asked."""
+    if isinstance(backend, Engine) and alternatives:
         loaded = backend.loaded
         return [asdict(each) for each in look.expectations(loaded, ids, alternatives=alternatives)]
     return [
@@ -149,11 +164,15 @@ async def _written(
 
     def read(token: dict[str, Any]) -> dict[str, Any]:
         """With what is read once it stands there: a character of several tokens with the last of them."""
-        return {**token, "shown": reader.decode(token_bytes(token["id"]))}
+        return {**token, "shown": _visible(reader.decode(token_bytes(token["id"])))}
 
-    yield event({"kind": "prompt", "tokens": [read(token) for token in await reading()]})
+    looks_inside = isinstance(order.backend, Engine)
+    tokens = [read(token) for token in await reading()]
+    yield event({"kind": "prompt", "tokens": tokens, "looks_inside": looks_inside})
+    finish = None
     async for _, piece in order.pieces(desk.rules.seconds):
-        if piece.finish in ("error", "timeout"):
+        finish = piece.finish
+        if finish in ("error", "timeout"):
             yield event(refusal(piece, desk.rules.seconds).body)
             return
         if piece.token is not None:
@@ -162,25 +181,36 @@ async def _written(
             ]
             own = _option(token_bytes, piece.token, piece.logprob or 0.0)
             yield event({"kind": "token", **read(own), "alternatives": options})
-    yield event({"kind": "end", "tokens": order.num_written})
+    yield event({"kind": "end", "tokens": order.num_written, "finish": finish})
 
 
 def _option(token_bytes: Callable[[int], bytes], token: int, logprob: float) -> dict[str, Any]:
-    text = token_bytes(token).decode("utf-8", errors="backslashreplace")
-    return {"id": token, "text": text, "probability": math.exp(logprob)}
+    return {
+        "id": token,
+        "text": _visible(token_bytes(token).decode("utf-8", errors="backslashreplace")),
+        "probability": math.exp(logprob),
+    }
+
+
+def _visible(text: str) -> str:
+    """Signs that show nothing, or turn the text around, by their numbers; not the blanks."""
+    return "".join(
+        each if each in "\n\t\r" or unicodedata.category(each) not in ("Cc", "Cf") else ascii(each)[1:-1]
+        for each in text
+    )
 
 
 def _sampling(loaded: LoadedModel, ids: list[int], settings: Sampling) -> dict[str, Any]:
     return asdict(look.next_token(loaded, ids, settings, candidates=_LIKELIEST))
 
 
-def _attention(loaded: LoadedModel, ids: list[int], layer: int) -> dict[str, Any]:
+def _attention(loaded: LoadedModel, ids: list[int], start: int, layer: int) -> dict[str, Any]:
     weights = look.attention(loaded, ids, layers=[layer])[0]
     drawn = weights[:, -_DRAWN:, -_DRAWN:]
     return {
         "layer": layer,
         "num_layers": loaded.config.model.num_layers,
-        "first": len(ids) - drawn.shape[-1],
+        "first": start + len(ids) - drawn.shape[-1],
         "weights": [[[round(weight, 4) for weight in row] for row in head] for head in drawn.tolist()],
     }
 

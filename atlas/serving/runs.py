@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from atlas.errors import AtlasError
-from atlas.reporting.runs import Run, chart_data
+from atlas.reporting.runs import Run, chart_data, encodable
 from atlas.serving.files import page_file
 
 MOST_RUNS = 8
@@ -39,16 +41,30 @@ class Shelf:
         self._lock = threading.Lock()  # several pages may look at once
 
     def curves(self) -> dict[str, Any]:
-        """What `AtlasCharts` draws, the run that was written to last first; and how many more there are."""
+        """What `AtlasCharts` draws, of the runs that were written to last, by name; and how many more there are."""
         with self._lock:
-            found = sorted(self._found(), key=lambda path: -path.stat().st_mtime_ns)
+            found = [path for _, path in sorted(self._found(), reverse=True)]
+            self._runs = {path: run for path, run in self._runs.items() if path in found[:MOST_RUNS]}
             runs = [run for path in found[:MOST_RUNS] if (run := self._read(path))]
-            drawn = [{**chart_data(run), "name": self._name(run)} for run in runs]
-            return {"folder": str(self.folder), "more": max(0, len(found) - MOST_RUNS), "runs": drawn}
+            names = self._names(runs)
+            # By name and not by age: two that write at once would change places at each look, and their colours.
+            drawn = [
+                {**chart_data(run), "name": name}
+                for name, run in sorted(zip(names, runs, strict=True), key=lambda one: one[0])
+            ]
+            return {
+                "folder": encodable(str(self.folder)),
+                "more": max(0, len(found) - MOST_RUNS),
+                "runs": drawn,
+            }
 
-    def _found(self) -> list[Path]:
-        patterns = ["/".join(["*"] * depth + ["metrics.jsonl"]) for depth in range(_DEPTH + 1)]
-        return [path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()]
+    def _found(self) -> Iterator[tuple[int, Path]]:
+        """When it was written to, and the path."""
+        for depth in range(_DEPTH + 1):
+            for path in self.folder.glob("*/" * depth + "metrics.jsonl"):
+                with suppress(OSError):  # it has gone meanwhile
+                    if path.is_file():
+                        yield path.stat().st_mtime_ns, path
 
     def _read(self, path: Path) -> Run | None:
         try:
@@ -61,9 +77,13 @@ class Shelf:
             return None
         return self._runs[path]
 
-    def _name(self, run: Run) -> str:
-        name = run.folder.relative_to(self.folder).as_posix()
-        return run.name if name == "." else name
+    def _names(self, runs: Sequence[Run]) -> list[str]:
+        """By their place in the folder; a run that is the folder itself is called as it is."""
+        inside = [encodable(run.folder.relative_to(self.folder).as_posix()) for run in runs]
+        return [
+            name if name != "." else run.name if run.name not in inside else f"{run.name}/"
+            for name, run in zip(inside, runs, strict=True)
+        ]
 
 
 def run_routes(folder: Path) -> APIRouter:

@@ -42,7 +42,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(False, description="A last chunk says how many tokens there were.")
+    include_usage: bool | None = Field(None, description="A last chunk says how many tokens there were.")
 
 
 class Wishes(Body):

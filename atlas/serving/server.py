@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 from typing import Any
@@ -72,6 +73,9 @@ class Server:
         """Take no more requests, and end when those that are there have their answers; at once, if called again."""
         if self._server.should_exit:
             self._server.force_exit = True
+            logging.getLogger("uvicorn.error").setLevel(
+                logging.CRITICAL
+            )  # of each task that it cuts off, a traceback
         self._server.should_exit = True
 
     def wait(self, seconds: float | None = None) -> bool:

@@ -57,4 +57,4 @@ class EventStream(Response):
 
 def event(data: dict[str, Any]) -> str:
     """A server-sent event that carries JSON."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients take U+2028 for the end of a line

@@ -25,7 +25,9 @@ async function request(route, body, signal) {
   const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   const options = body ? { method: "POST", body: JSON.stringify(body), headers, signal } : { headers, signal };
-  const answer = await fetch(route, options);
+  const answer = await fetch(route, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server does not answer: start atlas serve again");
+  });
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => null);
   throw Object.assign(new Error(said?.error?.message ?? `${route}: ${answer.status}`), { status: answer.status });

@@ -4,6 +4,7 @@ import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 10;
+const ENDS = { stop: "it ended", length: "as many as were asked for" };
 const MOST_BITS = 16; // of surprise, from which on the colour is full
 
 let models = [];
@@ -16,6 +17,7 @@ let writing = null; // an AbortController while texts are written
 
 function makeColumns() {
   const names = [$("model").value, $("beside").value].filter(Boolean);
+  if (columns.map(({ model }) => model).join() === names.join()) return; // what stands there stays until there is more
   chosen = null;
   columns = names.map((model) => {
     const text = element("div", { className: "text", role: "group" });
@@ -33,15 +35,17 @@ function makeColumns() {
   showView();
 }
 
-/** A line's end has a sign; a dot is part of a character that the next token goes on with. */
-function inText(token) {
-  if (token.text === "") return "∅";
-  return token.shown === "" ? "·" : token.shown.replaceAll("\n", "↵\n");
+/** Of lines that end, and of a token that is nothing or a part of a character that the next one goes on with. */
+function signOf({ text, shown }) {
+  if (text === "") return "∅";
+  return shown === "" ? "·" : "↵".repeat(shown.split("\n").length - 1);
 }
 
 function addToken(column, token) {
   const index = column.tokens.length;
-  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: inText(token) });
+  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: token.shown });
+  const sign = signOf(token);
+  if (sign) span.dataset.sign = sign; // drawn, and not copied
   span.setAttribute("role", "button");
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
@@ -111,29 +115,36 @@ async function write(prompts) {
     written += 1;
     say(rate(), { aloud: false });
   };
-  const all = prompts.map(([column, prompt]) => writeIn(column, prompt, mine.signal, count));
-  const failed = (await Promise.allSettled(all)).map((one) => one.reason).find((error) => error && error.name !== "AbortError");
+  const all = prompts.map((one) => writeIn(...one, mine.signal, count));
+  const ends = await Promise.allSettled(all);
   if (writing !== mine) return;
   writing = null;
   busy(false);
+  const failed = ends.map((end) => end.reason).find((error) => error && error.name !== "AbortError");
   if (failed) say(failed.message, { isBad: true });
-  else if (written) say(rate());
-  showView();
+  else if (written) say(`${rate()}; ${ends.map((end) => ENDS[end.value] ?? "stopped").join(" and ")}`);
+  if (!chosen) showView();
 }
 
-async function writeIn(column, prompt, signal, count) {
-  column.tokens = [];
-  column.text.replaceChildren();
-  if (chosen?.column === column) chosen = null;
+/** `kept`: of a text that goes on from one of its places, what is known of its tokens. Only an answer takes the place
+ * of what stands there. */
+async function writeIn(column, prompt, kept, signal, count) {
   for await (const event of stream("api/write", { model: column.model, prompt, ...wishesToWrite() }, signal)) {
     if (event.kind === "prompt") {
-      for (const token of event.tokens) addToken(column, { ...token, given: true });
-      if (Array.isArray(prompt)) chooseLast(column);
+      column.tokens = [];
+      column.text.replaceChildren();
+      column.looksInside = event.looks_inside;
+      column.given = event.tokens.length;
+      event.tokens.forEach((token, index) => addToken(column, { given: !kept, ...token, ...kept?.[index] }));
+      if (kept) chooseLast(column);
+      else if (chosen?.column === column) chosen = null;
+      if (!chosen) showView();
     }
     if (event.kind === "token") {
       addToken(column, event);
       count();
     }
+    if (event.kind === "end") return event.finish;
   }
 }
 
@@ -141,7 +152,7 @@ function writeAll() {
   if (!models.length) return begin();
   if (!$("settings").reportValidity()) return;
   makeColumns();
-  write(columns.map((column) => [column, $("prompt").value]));
+  write(columns.map((column) => [column, $("prompt").value, null]));
 }
 
 /** After a branch its token is the chosen one, so that the next alternative is a click or a key away. */
@@ -151,11 +162,13 @@ function chooseLast(column) {
 }
 
 /** Continue with another token in a place. */
-function branch(place, id) {
-  write([[place.column, [...idsBefore(place), id]]]);
+function branch(place, token, alternatives) {
+  const kept = [...place.column.tokens.slice(0, place.index), { ...token, alternatives }];
+  write([[place.column, kept.map(({ id }) => id), kept]]);
 }
 
 function busy(isBusy) {
+  if (!isBusy && document.activeElement === $("stop")) $("write").focus();
   $("stop").disabled = !isBusy;
   $("columns").setAttribute("aria-busy", isBusy);
 }
@@ -190,6 +203,14 @@ function showView() {
     $("view").replaceChildren(element("p", { className: "quiet", textContent: "Nothing is written yet." }));
     return;
   }
+  if (place.index === 0 && view !== "attention") {
+    $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
+    return;
+  }
+  if (!place.column.looksInside && (view !== "alternatives" || place.index === place.column.tokens.length)) {
+    $("view").replaceChildren(facts(place, ": llama.cpp does not show how it comes to a token. Serve the checkpoint to see it."));
+    return;
+  }
   const show = { alternatives: showAlternatives, sampling: showSampling, attention: showAttention, layers: showLayers };
   const focused = document.activeElement?.id;
   show[view](place)
@@ -209,21 +230,24 @@ function lastPlace() {
 function facts(place, ...more) {
   const token = place.column.tokens[place.index];
   const what = token ? ["Token ", element("b", { textContent: visible(token.text) }), ` (${token.id})`] : ["The next token"];
-  return element("p", { className: "facts" }, ...what, ...more);
+  const whose = columns.length > 1 ? [`${place.column.model}: `] : [];
+  return element("p", { className: "facts" }, ...whose, ...what, ...more);
 }
 
 async function showAlternatives(place) {
   const token = place.column.tokens[place.index];
   if (token?.probability === null) {
-    $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
+    $("view").replaceChildren(facts(place, ": what the model thought of it is not known."));
     return;
   }
   const alternatives = token
     ? token.alternatives
-    : (await about(place, "api/sampling", { prompt: idsBefore(place) })).candidates.slice(0, ALTERNATIVES);
+    : (await about(place, "api/sampling", { prompt: idsBefore(place) })).candidates
+        .slice(0, ALTERNATIVES)
+        .map(({ id, text, probabilities }) => ({ id, text, probability: probabilities.model }));
   const rows = alternatives.map((each) => {
     const button = element("button", { className: "piece", textContent: visible(each.text) });
-    button.addEventListener("click", () => branch(place, each.id));
+    button.addEventListener("click", () => branch(place, each, alternatives));
     button.title = "continue from here with this one";
     const row = element("tr", { className: each.id === token?.id ? "chosen" : "" });
     const bar = element("i");
@@ -243,7 +267,7 @@ let asking = null; // the last request of a view; one that comes back late is no
 async function about(place, route, body) {
   asking?.abort();
   asking = new AbortController();
-  return ask(route, { model: place.column.model, ...body }, asking.signal);
+  return ask(route, { model: place.column.model, given: Math.min(place.column.given, body.prompt.length), ...body }, asking.signal);
 }
 
 async function showSampling(place) {
@@ -259,12 +283,7 @@ async function showAttention(place) {
 }
 
 async function showLayers(place) {
-  const ids = idsBefore(place);
-  if (!ids.length) {
-    $("view").replaceChildren(facts(place, ": nothing stands before it, so that no layer predicts it."));
-    return;
-  }
-  const answer = await about(place, "api/layers", { prompt: ids });
+  const answer = await about(place, "api/layers", { prompt: idsBefore(place) });
   drawLayers($("view"), facts(place), answer, place.column.tokens[place.index]?.id);
 }
 

@@ -7,6 +7,7 @@ const status = document.getElementById("status");
 let charts = null;
 
 async function look() {
+  if (document.hidden) return setTimeout(look, EVERY);
   try {
     if ((await ask("health")).needs_key && !hasKey()) return showKey(look);
     const { folder, more, runs } = await ask("api/runs");
