@@ -138,8 +138,11 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.Capt
         (["--prompt", "x", "--position", "0"], "--position 0: is the token of --lens; give both"),
         (["--prompt", "xx", "--lens", "--position", "2"], "position 2: the text has tokens 0 to 1"),
         (["--prompt", "x", "--attention", "one"], "--attention one: must be a layer's and a head's number"),
-        (["--prompt", "x", "--attention", "2.0"], "layer 2: the model has layers 0 to 1"),
-        (["--prompt", "x", "--attention", "0.2"], "--attention 0.2: a layer has heads 0 to 1"),
+        (["--prompt", "x", "--attention", "2.0"], "--attention 2.0: the model has layers 0 to 1"),
+        (
+            ["--prompt", "x", "--attention", "0.2"],
+            "--attention 0.2: the model has layers 0 to 1, each with heads 0 to 1",
+        ),
         (["--prompt", "x", "--top-p", "2"], "--top-p 2.0: must be above 0"),
         ([], "missing option '--prompt'"),
     ],

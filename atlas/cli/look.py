@@ -42,7 +42,10 @@ def look(
         bool, typer.Option("--lens", help="Show what would be predicted after each layer (logit lens).")
     ] = False,
     position: Annotated[
-        int | None, typer.Option(help="Of --lens: the token to look at; left out: the last.")
+        int | None,
+        typer.Option(
+            help="Of --lens: the token to look at, from 0, or from the end as -1; left out: the last."
+        ),
     ] = None,
     attention: Annotated[
         str | None,
@@ -51,7 +54,10 @@ def look(
             metavar="LAYER.HEAD",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="As of atlas generate, whose defaults these are.")] = 0.8,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0: always the likeliest; higher: more random. The defaults are atlas generate's."),
+    ] = 0.8,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest tokens that reach this mass; 1: all.")
@@ -86,13 +92,17 @@ def look(
     }
     if lens:
         place = len(ids) - 1 if position is None else position
-        place += len(ids) if -len(ids) <= place < 0 else 0
+        if not -len(ids) <= place < len(ids):
+            raise AtlasError(f"--position {place}: the text has tokens 0 to {len(ids) - 1}")
+        place %= len(ids)
         facts["lens"] = {"position": place, "depths": inside.lens(loaded, ids, position=place)}
     if head is not None:
         heads = loaded.model.config.num_heads
-        layer, number = int(head[1]), int(head[2])
-        if number >= heads:
-            raise AtlasError(f"--attention {attention}: a layer has heads 0 to {heads - 1}")
+        layer, number, layers = int(head[1]), int(head[2]), loaded.model.config.num_layers
+        if number >= heads or layer >= layers:
+            raise AtlasError(
+                f"--attention {attention}: the model has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}"
+            )
         weights = inside.attention(loaded, ids, layers=[layer])[0, number]
         facts["attention"] = {"layer": layer, "head": number, "weights": weights}
     if as_json:

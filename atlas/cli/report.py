@@ -25,10 +25,11 @@ def report(
     output: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
     png: Annotated[
         str | None,
-        typer.Option(help="Write the losses as a picture for a paper, too.", metavar="FILE"),
+        typer.Option(help="Write the losses as a PNG for a paper, too; needs matplotlib.", metavar="FILE"),
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help=f"Write it anew every {_SECONDS} seconds until the runs end.")
+        bool,
+        typer.Option("--live", help=f"Write it anew every {_SECONDS} seconds until the runs end or Ctrl-C."),
     ] = False,
 ) -> None:
     """One HTML file with the curves, configs, samples and results of one or more runs, which opens without network.

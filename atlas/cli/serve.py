@@ -25,10 +25,13 @@ _MOST_PARALLEL, _LLAMA_PARALLEL = 64, 4
 def serve(
     checkpoint: Annotated[
         list[str] | None,
-        typer.Option(help="A checkpoint to serve; may be repeated. Left out: checkpoints/atlas_best.pt."),
+        typer.Option(
+            help="A checkpoint to serve; may be repeated. Left out, without --gguf: checkpoints/atlas_best.pt."
+        ),
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(help="Serve this exported file through llama.cpp, also beside checkpoints.")
+        str | None,
+        typer.Option(help="An exported file to serve through llama.cpp, alone or beside checkpoints."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; one that others reach needs --api-key.")
@@ -56,9 +59,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="The most new tokens a text may have.", min=1)] = 4096,
     timeout: Annotated[
         float,
-        typer.Option(
-            help="Seconds a request may take; at the end, also for texts to finish.", min=1, max=86_400
-        ),
+        typer.Option(help="Seconds a request may take, and the server itself to end.", min=1, max=86_400),
     ] = 300.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[
@@ -88,7 +89,7 @@ def serve(
         from atlas.serving.desk import Rules
         from atlas.serving.server import Server, listen
     except ImportError as error:
-        raise AtlasError(f'atlas serve needs {error.name}: pip install -e ".[serve]"') from None
+        raise AtlasError(f'atlas serve needs {error.name}: pip install "atlas-llm[serve]"') from None
     from atlas.inference.load import load_model
 
     listener = listen(host, port)
@@ -109,7 +110,9 @@ def serve(
     app = build_app(backends, rules)
     server = Server(app, listener, seconds_to_drain=timeout)
     where = listener.getsockname()
-    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+        where[0], f"[{where[0]}]" if ":" in where[0] else where[0]
+    )
     try:
         _run(server, f"http://{shown}:{where[1]}", runs)
     finally:
@@ -126,7 +129,9 @@ def _names(paths: list[Path]) -> list[str]:
     ]
     for name in names:
         if names.count(name) > 1:
-            raise AtlasError(f"--checkpoint: two are named {name}: copy one to a folder of another name")
+            raise AtlasError(
+                f"--checkpoint: two are called {name}: name each once, or copy one to another folder"
+            )
     return names
 
 

@@ -224,8 +224,12 @@ def _whole_file(path: str | Path) -> Iterator[gguf.GGUFReader]:
         check_header(Path(path))
         yield gguf.GGUFReader(path)
     except FileNotFoundError:
-        raise AtlasError(f"{path}: no such file") from None
+        raise AtlasError(f"{path}: no such file: atlas export makes one") from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        if Path(path).suffix == ".pt":
+            raise AtlasError(
+                f"{path}: is a checkpoint and no GGUF file: atlas export makes one of it"
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise AtlasError(f"{path}: is not a whole GGUF file: {reason:.200}; export it again") from None
 

@@ -89,6 +89,8 @@ class LoadedModel:
         from atlas.inference.text import stream_text  # which is about loaded models
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if not isinstance(prompt, str):
+            raise AtlasError(f"prompt: must be one text, not {type(prompt).__name__}: call it once for each")
         if chat:
             self.check_chat()
         pieces = stream_text(

@@ -39,6 +39,8 @@ def of_validation(problems: Sequence[Mapping[str, Any]]) -> Refusal:
     problem = problems[0]
     if problem["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+    if isinstance(problem.get("input"), bytes):
+        return Refusal(400, "the body is not said to be JSON: send the header Content-Type: application/json")
     # Among the names are those of a union's types: str, list[str], ….
     names = [
         part

@@ -166,7 +166,9 @@ class Llama:
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
                     # It is counted, too, and after half a character told before the last event.
-                    has_ended = has_ended or event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
+                    has_ended = (
+                        has_ended or event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
+                    )
                     event["tokens"] = [token for token in event["tokens"] if token != self._eos_id]
                     total = event["tokens_predicted"] - has_ended
                     yield _piece_of(event, text.num_candidates, num_tokens=total - told)
@@ -208,7 +210,7 @@ def _load(path: str, *, context: int, parallel: int, threads: int, key: str) -> 
     try:
         import xllamacpp
     except ImportError:
-        raise AtlasError('--gguf: llama.cpp is not installed: pip install -e ".[llama]"') from None
+        raise AtlasError('--gguf: llama.cpp is not installed: pip install "atlas-llm[llama]"') from None
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = context

@@ -31,6 +31,10 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
+    except socket.gaierror as error:
+        raise AtlasError(
+            f"--host {host}: is not known here ({error.strerror}): name an address of this machine"
+        ) from None
     except (OSError, OverflowError) as error:
         raise AtlasError(
             f"--host {host} --port {port}: cannot be listened on ({getattr(error, 'strerror', None) or error}): choose "

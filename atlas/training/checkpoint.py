@@ -289,8 +289,11 @@ def find_checkpoint(path: str | Path) -> Path:
         return path.with_suffix(".pt")
     if path.is_dir():
         raise AtlasError(f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}")
-    others = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-    hint = f"there are {', '.join(others[:5])}" if others else "train a model first (atlas train)"
+    beside = sorted(p.name for p in path.parent.glob("*.pt"))
+    below = sorted(map(str, path.parent.glob("*/atlas_best.pt")))
+    hint = "train a model first (atlas train)"
+    if beside or below:
+        hint = f"there are {', '.join(beside[:5])}" if beside else f"there is {' and '.join(below[:3])}"
     raise AtlasError(f"{path}: no such checkpoint; {hint}")
 
 

@@ -117,7 +117,8 @@ def refuse_missing_trackers(config: TrackingConfig) -> None:
         if is_wanted and importlib.util.find_spec(name) is None:
             off = "false" if name == "tensorboard" else "off"
             raise AtlasError(
-                f'tracking.{name}: {asked}: needs the package {name}: pip install -e ".[{extra}]", or set it to {off}'
+                f"tracking.{name}: {asked}: needs the package {name}: "
+                f'pip install "atlas-llm[{extra}]", or set it to {off}'
             )
 
 

@@ -117,6 +117,10 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
         if len(set(archive.namelist())) < len(archive.namelist()):
             raise zipfile.BadZipFile("it has two records of the same name")
     except _BROKEN as error:
+        if path.suffix == ".gguf":
+            raise AtlasError(
+                f"{path}: is a GGUF file and no checkpoint: atlas serve --gguf takes it"
+            ) from None
         raise AtlasError(
             f"{path}: is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
         ) from None
