@@ -139,12 +139,12 @@ def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: Loa
     assert not any(any(row[number + 1 :]) for number, row in enumerate(drawn))  # nothing that comes later
     page.select_option("#layer", "1")
     page.locator(".heads button").nth(2).click()
-    page.locator("h2", has_text="head 3").wait_for()
+    page.locator("h2", has_text="head 2").wait_for()
     assert page.locator(".token.attended").count() == 10
     page.locator("#tab-attention").focus()
     page.keyboard.press("ArrowRight")
     page.locator("#lens").wait_for()
-    assert texts(page, "#lens th") == ["embedding", "layer 1", "layer 2"]
+    assert texts(page, "#lens th") == ["embedding", "layer 0", "layer 1"]
 
 
 def test_what_could_follow_is_what_the_model_says(address: str, loaded: LoadedModel, page: Page) -> None:

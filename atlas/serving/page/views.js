@@ -46,13 +46,13 @@ let head = 0;
 /** The heads of a layer as small pictures, one of them large; rows look at columns. */
 export function drawAttention(view, facts, answer, tokens, again) {
   const layers = Array.from({ length: answer.num_layers }, (_, layer) =>
-    element("option", { value: layer, textContent: `layer ${layer + 1}`, selected: layer === answer.layer }),
+    element("option", { value: layer, textContent: `layer ${layer}`, selected: layer === answer.layer }),
   );
   const layer = element("select", { id: "layer" }, ...layers);
   layer.addEventListener("change", again);
   head = Math.min(head, answer.weights.length - 1);
   const buttons = answer.weights.map((weights, index) => {
-    const button = element("button", { title: `head ${index + 1}` }, picture(weights), `head ${index + 1}`);
+    const button = element("button", { title: `head ${index}` }, picture(weights), `head ${index}`);
     button.setAttribute("aria-pressed", index === head);
     button.addEventListener("click", () => {
       head = index;
@@ -87,7 +87,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
     facts,
     element("label", {}, "Attention of ", layer),
     element("div", { className: "heads" }, ...buttons),
-    element("h2", { textContent: `What it looks at in head ${head + 1}` }),
+    element("h2", { textContent: `What it looks at in head ${head}` }),
     element("table", { className: "bars", id: "attended" }, element("tbody", {}, ...rows)),
     large,
     element("p", {
@@ -129,7 +129,7 @@ export function drawLayers(view, facts, answer, chosenId) {
       if (token.id === chosenId) cell.classList.add("actual");
       return cell;
     });
-    return element("tr", {}, element("th", { textContent: layer.layers ? `layer ${layer.layers}` : "embedding" }), ...cells);
+    return element("tr", {}, element("th", { textContent: layer.layers ? `layer ${layer.layers - 1}` : "embedding" }), ...cells);
   });
   view.replaceChildren(
     facts,
