@@ -13,11 +13,13 @@ from starlette.exceptions import HTTPException
 
 from atlas import __version__
 from atlas.errors import AtlasError
-from atlas.serving import pages, runs
 from atlas.serving.desk import Desk, Rules
 from atlas.serving.errors import Refusal, of_validation, response
+from atlas.serving.files import FILES, file_routes
 from atlas.serving.limits import Door, Limits
 from atlas.serving.openai import openai_routes
+from atlas.serving.pages import page_routes
+from atlas.serving.runs import run_routes
 from atlas.serving.schema import ErrorBody, Health
 from atlas.serving.text import Backend, Piece, Text, hand_out
 
@@ -55,12 +57,11 @@ def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
     desk = Desk(backends, rules)
     _add_supervision(app, desk)
     app.include_router(openai_routes(desk))
-    app.include_router(pages.page_routes(desk))
-    app.include_router(runs.run_routes(rules.runs))
+    app.include_router(file_routes())
+    app.include_router(page_routes(desk))
+    app.include_router(run_routes(rules.runs))
     app.add_middleware(Limits, seconds=BODY_SECONDS)
-    app.add_middleware(
-        Door, api_key=rules.api_key, is_page=lambda path: path in pages.FILES or path in runs.FILES
-    )
+    app.add_middleware(Door, api_key=rules.api_key, is_open=lambda path: path in FILES or path == "/health")
     app.add_middleware(desk.meter.counting)
     return app
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable, Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,8 +15,6 @@ LARGEST_BODY = 1 << 20
 """Bytes: more text than any context holds."""
 _READ_AND_DROPPED = 64 << 20
 """Of a larger body, so that its sender gets to the answer instead of a broken connection."""
-OPEN = ("/health",)
-"""Paths that need no key: what a supervisor asks."""
 
 
 class Limits:
@@ -66,15 +63,16 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 class Door:
-    """ASGI middleware: the key, where there is one; without one only a browser's own pages of this machine.
+    """ASGI middleware: the key, where there is one, of all paths but `is_open`; without one only this machine's own
+    names and pages.
 
     A page from elsewhere can make a browser ask a loopback address, under a name of its own; that name is in `Host`.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, is_page: Callable[[str], bool]) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, is_open: Callable[[str], bool]) -> None:
         self.app = app
         self.api_key = api_key
-        self.is_page = is_page
+        self.is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -89,10 +87,10 @@ class Door:
             if _host(headers.get("host", "")) not in _LOOPBACK:
                 return Refusal(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != headers["host"]:
+            if origin is not None and origin.partition("://")[2] != headers["host"]:
                 return Refusal(403, f"this server answers its own pages, not those of {origin[:100]}")
             return None
-        if path in OPEN or self.is_page(path):
+        if self.is_open(path):
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # In constant time, so that the time tells nothing of how much of a guess was right.

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib import resources
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -25,18 +24,10 @@ from atlas.serving.answers import refusal
 from atlas.serving.desk import Desk
 from atlas.serving.engine import Engine
 from atlas.serving.errors import Refusal
-from atlas.serving.files import page_file
 from atlas.serving.schema import MOST_CANDIDATES, Body, TokenId, Wishes
 from atlas.serving.stream import EventStream, event, unless_gone
 from atlas.serving.text import Backend, Order
 
-FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/common.js": ("common.js", "text/javascript"),
-    "/views.js": ("views.js", "text/javascript"),
-}
 _LIKELIEST = 24
 """Tokens of a distribution that are drawn."""
 _LENS = 6
@@ -79,17 +70,13 @@ class AttentionRequest(LookRequest):
 
 
 def page_routes(desk: Desk) -> APIRouter:
-    """Files under `/`, questions under `/api/`."""
+    """What the page at `/` asks, under `/api/`."""
     router = APIRouter(include_in_schema=False)
     # Looks inside take a thread of their own, one after the other: texts are written meanwhile, and other prompts read.
     looking = ThreadPoolExecutor(1, thread_name_prefix="look")
 
     async def in_turn(work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(looking, work, *arguments)
-
-    for path, (name, kind) in FILES.items():
-        content = (resources.files("atlas.serving") / "page" / name).read_bytes()
-        router.add_api_route(path, page_file(content, kind), methods=["GET"], response_class=Response)
 
     @router.post("/api/write")
     async def write(body: WriteRequest) -> Response:

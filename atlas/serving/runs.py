@@ -6,30 +6,18 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
 
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, encodable
-from atlas.serving.files import page_file
 
 MOST_RUNS = 8
 """Those that were written to last are drawn: more curves cannot be told apart."""
 _DEPTH = 3
 """Folders below the one that is looked through."""
-FILES = {
-    "/runs": ("runs.html", "text/html"),
-    "/runs.js": ("runs.js", "text/javascript"),
-    "/charts.js": ("charts.js", "text/javascript"),
-    "/report.css": ("report.css", "text/css"),
-    "/uplot/uPlot.iife.min.js": ("uplot/uPlot.iife.min.js", "text/javascript"),
-    "/uplot/uPlot.min.css": ("uplot/uPlot.min.css", "text/css"),
-}
-_OWN = ("runs.html", "runs.js")
 
 
 class Shelf:
@@ -89,11 +77,6 @@ class Shelf:
 def run_routes(folder: Path) -> APIRouter:
     """The page, its files, and the curves."""
     router, shelf = APIRouter(include_in_schema=False), Shelf(folder)
-    for path, (name, kind) in FILES.items():
-        package = "atlas.serving" if name in _OWN else "atlas.reporting"
-        inside = "page" if name in _OWN else "static"
-        content = (resources.files(package) / inside / name).read_bytes()
-        router.add_api_route(path, page_file(content, kind), methods=["GET"], response_class=Response)
 
     @router.get("/api/runs")
     async def runs() -> dict[str, Any]:
