@@ -66,7 +66,7 @@ class Engine:
         if not self.loaded.learnt_to_answer:
             raise AtlasError(
                 f"{self.id} did not learn from conversations in Atlas's form: ask /v1/completions, fine-tune it on "
-                "JSONL rows with messages (atlas train --init-from), or serve its GGUF file with --gguf"
+                "JSONL rows with messages (atlas train --init-from); an imported chat model answers from --gguf"
             )
         return encode_question(messages, self.loaded.tokenizer)
 
@@ -95,7 +95,8 @@ class Engine:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     # In the engine's thread
 
