@@ -440,7 +440,7 @@ const AtlasCharts = (() => {
           const at = this.at(run, spec.id);
           if (at == null) return [];
           const made = element("span", { text: spec.format(this.curve(run, spec.id).ys[at]) });
-          made.style.color = this.colour(place);
+          made.style.color = `color-mix(in srgb, ${this.colour(place)} 70%, var(--ink))`;
           return [made];
         }));
       }
