@@ -344,7 +344,8 @@ def test_numbers_that_go_wrong_on_one_rank_send_all_back(
     assert said.count(back) == 1
     assert back in (tmp_path / "one/training.rank-1.log").read_text()
     events = [line["event"] for line in logged(tmp_path / "one", "event")]
-    assert events == ["rollback"], "what was cut back is in metrics.lost.jsonl"
+    told = [event for event in events if event not in ("start", "save", "finished")]
+    assert told == ["rollback"], "what was cut back is in metrics.lost.jsonl"
     contents = load_checkpoint(tmp_path / "one/atlas_step_6.pt")
     assert (contents["rate_scale"], contents["sequences_consumed"]) == (0.5, 8 * 8)
     assert all(weight.isfinite().all() for weight in contents["model_state_dict"].values())

@@ -234,7 +234,9 @@ def test_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     assert "atlas/py.typed" in names
     static = ("charts.js", "report.css", "report.html", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
     assert {f"atlas/reporting/static/{name}" for name in static} <= set(names)
-    assert sum(name.endswith(("/LICENSE", "/NOTICE")) for name in names) == 2
+    pages = ("index.html", "runs.html", "page.css", "page.js", "common.js", "views.js", "runs.js")
+    assert {f"atlas/serving/page/{name}" for name in pages} <= set(names)
+    assert sum(name.endswith(("/LICENSE", "/NOTICE")) for name in names) == 3  # uPlot's among them
     assert not [name for name in names if name.startswith(("tests/", "configs/", "docs/"))]
 
     outside = tmp_path / "outside"
