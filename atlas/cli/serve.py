@@ -101,11 +101,8 @@ def serve(
     ]
     if gguf:
         backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
-    names = [backend.id for backend in backends]
-    if len(set(names)) < len(names):
-        raise AtlasError(
-            f"--gguf {gguf}: a checkpoint is called {names[-1]} as well: rename one of the files"
-        )
+        if backends[-1].id in [backend.id for backend in backends[:-1]]:
+            raise AtlasError(f"--gguf {gguf}: a checkpoint has this name as well: rename one of the files")
     rules = Rules(max_tokens, timeout, api_key, Path(runs))
     app = build_app(backends, rules)
     server = Server(app, listener, seconds_to_drain=timeout)

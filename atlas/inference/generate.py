@@ -66,18 +66,19 @@ class _Context:
         self.model = model
         self.rows = rows
         self.limit = model.config.max_seq_len
-        self.starts = [max(0, len(row) - self.limit) for row in rows]
+        self.num_given = [len(row) for row in rows]
+        self.starts = [window_start(given, given, self.limit) for given in self.num_given]
         self.use_cache = use_cache
         self.cache: KVCache | None = None
 
     def next_logits(self, device: torch.device) -> Tensor:
         """(B, V): the logits of each row's next token."""
-        slid = False
-        for row, tokens in enumerate(self.rows):
-            if len(tokens) - self.starts[row] > self.limit:
-                self.starts[row] = len(tokens) - max(1, self.limit // 2)
-                slid = True
-        if self.cache is not None and not slid:
+        before = self.starts
+        self.starts = [
+            window_start(given, len(tokens), self.limit)
+            for given, tokens in zip(self.num_given, self.rows, strict=True)
+        ]
+        if self.cache is not None and self.starts == before:
             newest = torch.tensor([[tokens[-1]] for tokens in self.rows], device=device)
             return self.model(newest, self.cache)[:, -1]  # type: ignore[no-any-return]
         return self._prefill(device)

@@ -57,12 +57,12 @@ class Desk:
         *,
         max_tokens: int,
         candidates: int | None,
-        is_window: bool = False,
+        may_exceed: bool = False,
     ) -> Order:
-        """`is_window`: of a prompt that is longer than the context its end counts. Raises `Refusal`."""
+        """`may_exceed`: of a prompt longer than the context its end is read. Raises `Refusal`."""
         self._check(backend, prompts, wishes, max_tokens)
         longest = max(map(len, prompts))
-        if longest > backend.context and not is_window:
+        if longest > backend.context and not may_exceed:
             raise Refusal(
                 400,
                 f"This model's maximum context length is {backend.context} tokens, the prompt has {longest}",

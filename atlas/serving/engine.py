@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atlas.errors import AtlasError
+from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream
@@ -129,7 +130,7 @@ class Engine:
         for row in [row for row in self._rows if row.length == self._cache.max_len]:
             # Its window is full: it is read again from its newest half, as `generate` does, before all who wait.
             self._leave(row)
-            row.start = len(row.tokens) - max(1, self._cache.max_len // 2)
+            row.start = window_start(len(row.text.prompt), len(row.tokens), self.context)
             with self._wake:
                 self._waiting.appendleft(row)
         if self._rows:
@@ -229,7 +230,7 @@ class _Row:
     def __init__(self, text: Text, loaded: LoadedModel) -> None:
         self.text = text
         self.tokens = list(text.prompt)
-        self.start = max(0, len(self.tokens) - loaded.config.model.max_seq_len)
+        self.start = window_start(len(self.tokens), len(self.tokens), loaded.config.model.max_seq_len)
         """Of the model's window on the tokens."""
         self.generator = torch.Generator().manual_seed(text.seed)
         self._stream = TextStream(loaded.tokenizer, text.stop)

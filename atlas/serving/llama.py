@@ -119,10 +119,9 @@ class Llama:
 
     def _write(self, text: Text) -> None:
         with self._lock:
-            if text.cancelled:  # it does not wait any more, and may have been taken off
-                self._waiting = [each for each in self._waiting if each is not text]
+            self._waiting = [each for each in self._waiting if each is not text]
+            if text.cancelled:
                 return
-            self._waiting.remove(text)
             self._running += 1
         try:
             for piece in self._pieces(text):

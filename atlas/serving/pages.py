@@ -91,9 +91,9 @@ def page_routes(desk: Desk) -> APIRouter:
             body,
             max_tokens=body.max_tokens,
             candidates=body.alternatives,
-            is_window=goes_on and isinstance(backend, Engine),
+            may_exceed=goes_on and isinstance(backend, Engine),
         )
-        reading = functools.partial(in_turn, _read, backend, ids, 0 if goes_on else body.alternatives)
+        reading = functools.partial(in_turn, _read, backend, ids, None if goes_on else body.alternatives)
         events = _written(order, desk, reading, body.alternatives)
         return EventStream(events, lambda: desk.close(order))
 
@@ -133,9 +133,9 @@ async def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int],
     return backend.loaded, ids[start:], start
 
 
-def _read(backend: Backend, ids: list[int], alternatives: int) -> list[dict[str, Any]]:
+def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[dict[str, Any]]:
     """The tokens of a prompt, with what the model thinks of each where it can and is to be asked."""
-    if isinstance(backend, Engine) and alternatives:
+    if isinstance(backend, Engine) and alternatives is not None:
         loaded = backend.loaded
         return [asdict(each) for each in look.expectations(loaded, ids, alternatives=alternatives)]
     return [

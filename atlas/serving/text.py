@@ -130,7 +130,7 @@ class Order:
 
     async def pieces(self, seconds: float) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the text, what it gets) up to the end of all; when `seconds` are over, a last one says `timeout`.
-        Who stops listening frees the places."""
+        What is unfinished then goes on until `cancel`."""
         late = asyncio.get_running_loop().call_later(
             seconds, self._arrivals.put_nowait, (0, Piece(None, "", finish="timeout", num_tokens=0))
         )
@@ -148,7 +148,6 @@ class Order:
                 unfinished -= piece.finish is not None
         finally:
             late.cancel()
-            self.cancel()
 
     def cancel(self) -> None:
         """Free the places of what is unfinished."""

@@ -81,7 +81,7 @@ function choose(column, index) {
   span.setAttribute("aria-pressed", "true");
   span.tabIndex = 0;
   if (view === "alternatives") showView(); // which asks nothing of the server
-  else soon(showView);
+  else showSoon();
 }
 
 const idsBefore = ({ column, index }) => column.tokens.slice(0, index).map((token) => token.id);
@@ -184,9 +184,9 @@ function say(text, { isBad = false, aloud = true } = {}) {
 let pause = 0;
 
 /** After a moment without another call: whoever holds an arrow key or a slider asks once. */
-function soon(act) {
+function showSoon() {
   clearTimeout(pause);
-  pause = setTimeout(act, 60);
+  pause = setTimeout(showView, 60);
 }
 
 function showView() {
@@ -299,7 +299,7 @@ $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("settings").addEventListener("input", (event) => {
   const shown = event.target.parentElement.querySelector("output");
   if (shown) shown.value = event.target.value;
-  if (view === "sampling") soon(showView);
+  if (view === "sampling") showSoon();
 });
 for (const range of document.querySelectorAll("#settings input[type=range]")) {
   range.parentElement.querySelector("output").value = range.value;
