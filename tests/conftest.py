@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +17,47 @@ from atlas.model import AtlasLM, build_model
 from tests.browser import browser, page  # noqa: F401
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest runs without xdist, too
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Long tests measure memory and kill by the clock: one after the other. Others: one process a core."""
     return 0 if "slow" in config.option.markexpr.replace("not slow", "") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A test file that cannot be imported without an extra says which extra."""
+    report: Any = yield
+    if report.failed and (remedy := _missing_extra(str(report.longrepr))):
+        report.longrepr = f"{collector.nodeid}: {remedy}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """So does a test that imports it while it runs."""
+    report: Any = yield
+    if report.failed and call.excinfo and call.excinfo.errisinstance(ImportError):
+        if remedy := _missing_extra(str(call.excinfo.value)):
+            report.longrepr = f"{item.nodeid}: {remedy}"
+    return report
+
+
+def _missing_extra(error: str) -> str | None:
+    """The command that installs the package whose import failed; None if no extra brings it."""
+    missing = re.search(r"(?:No module named|import of) '?(\w+)", error)
+    if not missing:
+        return None
+    extras = set()
+    for requirement in importlib.metadata.requires("atlas-llm") or []:
+        name, extra = re.match(r"[\w.-]+", requirement), re.search(r"""extra == ["'](\w+)""", requirement)
+        if name and extra and name[0].replace("-", "_").lower() == missing[1]:
+            extras.add(extra[1])
+    if not extras:
+        return None
+    smallest = min(extras, key=lambda extra: (extra == "dev", extra))
+    return (
+        f'needs the package {missing[1]}: pip install -e ".[{smallest}]"; all tests: pip install -e ".[dev]"'
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.inference.layout import lay_out_for_decoding
@@ -66,6 +65,8 @@ def sharp_model(config: ModelConfig, seed: int = 0) -> AtlasLM:
 
 
 def transformers_twin(model: AtlasLM) -> GPT2LMHeadModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     """transformers' GPT-2 with the same weights."""
     config = model.config
     twin = GPT2LMHeadModel(

@@ -222,6 +222,50 @@ def test_test_script_says_what_it_needs_where_no_python_is_new_enough(tmp_path: 
     assert not (tmp_path / ".venv").exists()
 
 
+WITHOUT = """
+import sys, pytest
+sys.modules[sys.argv[1]] = None
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def run_pytest(*arguments: str, without: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own, as where the package `without` is not installed."""
+    command = [sys.executable, "-c", WITHOUT, without, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_one_test_runs_by_its_name_after_the_faqs_installation() -> None:
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for package in ("pytest", "pytest-xdist", "hypothesis"):
+        assert re.search(rf"^{package}>=", requirements, re.M)
+    names = re.findall(r"`pytest (tests/\S+::\S+) -v`", (ROOT / "docs/FAQ.md").read_text(encoding="utf-8"))
+    assert names
+    done = run_pytest(*names, "-v", "-p", "no:xdist", without="transformers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_a_test_that_needs_an_extra_says_which() -> None:
+    done = run_pytest("tests/test_huggingface.py", "-q", without="transformers")  # imported by the file
+    assert done.returncode != 0
+    assert 'needs the package transformers: pip install -e ".[hf]"' in done.stdout
+    done = run_pytest("tests/test_model.py", "-q", "-k", "gpt2 or transformers", without="transformers")
+    assert done.returncode != 0
+    assert 'needs the package transformers: pip install -e ".[hf]"' in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git")
+def test_a_clone_has_the_folders_that_the_faq_puts_data_in() -> None:
+    for name in ("data/raw", "data/processed"):
+        tracked = subprocess.run(
+            ["git", "ls-files", name], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.split()
+        assert tracked == [f"{name}/README"]
+        ignored = ["git", "check-ignore", "-q", f"{name}/archive.zip"]
+        assert subprocess.run(ignored, cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]

@@ -159,10 +159,10 @@ class BackgroundSaver:
     ) -> None:
         """Save `contents` under the names of `kinds`.
 
-        If the save before is still being written, this one waits for it where it cannot be made up for (`wait`,
-        and a new best); else it is dropped, and that is said once.
+        If the previous save is still being written, this one waits for it, unless it is only a regular step save:
+        that one is skipped, and a note says so once. A new best or the end of an epoch would not come again.
         """
-        if self.is_writing and not (wait or "best" in kinds):
+        if self.is_writing and kinds == ["step"] and not wait:
             self._say_dropped(contents, manifest["step"])
             return
         begin = time.perf_counter()

@@ -207,11 +207,11 @@ class ShardSaver:
     def save(
         self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], *, wait: bool
     ) -> None:
-        """Save `contents`, its tensors in shards, under the names of `kinds`. One that falls due while the one before
-        is still being written is left out, unless it must be (`wait`, and a new best)."""
+        """Save `contents`, its tensors in shards, under the names of `kinds`. A regular step save is skipped if the
+        previous save is still being written, unless `wait` is set; every other kind waits for it."""
         begin = time.perf_counter()
         is_writing = self._thread is not None and self._thread.is_alive()
-        if self.world.any(is_writing) and not (wait or "best" in kinds):
+        if self.world.any(is_writing) and kinds == ["step"] and not wait:
             self.checkpoints.say(
                 f"step {manifest['step']}: no checkpoint saved: the one before is still being written"
             )
