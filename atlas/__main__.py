@@ -1,8 +1,37 @@
-"""`python -m atlas`, which is also what torchrun starts."""
+"""`python -m atlas`, which torchrun starts, and the start of every script in `scripts/`."""
 
 import sys
+from pathlib import Path
 
-from atlas.cli import main
+_NEEDED = {"gguf", "loky", "numpy", "platformdirs", "psutil", "pydantic", "rich", "tiktoken", "tokenizers"}
+_NEEDED |= {"torch", "typer", "yaml"}
+
+
+def run(*words: str) -> int:
+    """Run `atlas` with `words` and the arguments of this process, and return its exit code."""
+    try:
+        from atlas.cli import main
+
+        return main([*words, *sys.argv[1:]])
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        print(f"error: {_what_to_do(error.name)}", file=sys.stderr)
+        return 2
+
+
+def _what_to_do(package: str) -> str:
+    environment = next((name for name in (".venv", "venv") if Path(name, "pyvenv.cfg").exists()), None)
+    activate = (
+        f"{environment}\\Scripts\\activate"
+        if sys.platform == "win32"
+        else f"source {environment}/bin/activate"
+    )
+    remedy = (
+        f"activate the environment first: {activate}" if environment else "pip install -r requirements.txt"
+    )
+    return f"this Python ({sys.executable}) has no {package}, which Atlas needs: {remedy}"
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

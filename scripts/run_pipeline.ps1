@@ -1,16 +1,22 @@
-# The whole road from text to a GGUF file; the twin of run_pipeline.sh, with the same flags:
+# From text to a model that writes and a GGUF file; the twin of run_pipeline.sh, with the same flags:
 #   ./scripts/run_pipeline.ps1 --demo
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 . (Join-Path $PSScriptRoot 'venv.ps1')
 
 $root = Split-Path -Parent $PSScriptRoot
+# Before minutes of installing: is there a text?
+$words = @($args)
+$chosen = & (Find-Python) (Join-Path $root 'atlas/cli/choose_text.py') './scripts/run_pipeline.ps1' @words
+if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }
+if ($chosen) { $words += $chosen }
+
 Push-Location $root
 try {
-    $python = Join-Path $root (Initialize-Venv -Extra llama)
+    $python = Initialize-Venv -Extras 'llama,serve' -UseActive
 }
 finally {
     Pop-Location # paths that are given are the caller's
 }
-& $python -m atlas pipeline @args
+& $python -m atlas pipeline @words
 exit $LASTEXITCODE

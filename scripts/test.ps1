@@ -6,7 +6,7 @@ $ErrorActionPreference = 'Stop'
 
 Push-Location (Join-Path $PSScriptRoot '..')
 try {
-    $python = Initialize-Venv -Extra dev
+    $python = Initialize-Venv -Extras dev
     $watch = [Diagnostics.Stopwatch]::StartNew()
     Invoke-Checked $python -m ruff check .
     Invoke-Checked $python -m ruff format --check .

@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1-}" = -- ] && shift
 [ $# -gt 0 ] || set -- -n auto
 
-. scripts/venv.sh dev
+. scripts/venv.sh
+prepare_venv dev
 
 SECONDS=0
 trap 'echo "scripts/test.sh: $SECONDS s after installation, exit $?" >&2' EXIT

@@ -1,4 +1,4 @@
-# Dot-sourced from the repository root; the twin of venv.sh.
+# Dot-sourced; the twin of venv.sh.
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 
@@ -19,21 +19,47 @@ function Invoke-Checked {
     if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }
 }
 
-function Initialize-Venv {
-    # Leaves Atlas installed with one extra in .venv and returns the path of its Python.
-    param([Parameter(Mandatory)][string]$Extra)
+function Get-EnvironmentPython {
+    # The Python of an environment's folder, if it is new enough and can install packages; else nothing.
+    param([Parameter(Mandatory)][string]$Folder)
 
-    $python = if ($env:OS -eq 'Windows_NT') { '.venv\Scripts\python.exe' } else { '.venv/bin/python' }
-    if (-not (Test-Path $python)) {
-        Invoke-Checked (Find-Python) -m venv .venv
+    foreach ($name in @('Scripts/python.exe', 'python.exe', 'bin/python')) {
+        $candidate = Join-Path $Folder $name
+        if (-not (Test-Path $candidate)) { continue }
+        & $candidate -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' | Out-Null
+        if ($LASTEXITCODE -eq 0) { return $candidate }
     }
-    $stamp = ".venv/installed-$Extra.txt"
+}
+
+function Get-ActiveEnvironment {
+    # The folder of the active environment, or nothing. Conda's base is everybody's, and is left alone.
+    if ($env:VIRTUAL_ENV) { return $env:VIRTUAL_ENV }
+    if ($env:CONDA_PREFIX -and $env:CONDA_DEFAULT_ENV -and $env:CONDA_DEFAULT_ENV -ne 'base') { return $env:CONDA_PREFIX }
+}
+
+function Initialize-Venv {
+    # Leaves Atlas installed with these extras in .venv, or in the active environment if that is wanted, and returns the
+    # path of its Python.
+    param([Parameter(Mandatory)][string]$Extras, [switch]$UseActive)
+
+    $environment = Join-Path (Get-Location) '.venv'
+    $active = if ($UseActive) { Get-ActiveEnvironment }
+    if ($active -and (Get-EnvironmentPython $active)) {
+        $environment = $active
+        [Console]::Error.WriteLine("using the active environment $environment")
+    }
+    $python = Get-EnvironmentPython $environment
+    if (-not $python) {
+        Invoke-Checked (Find-Python) -m venv .venv
+        $python = Get-EnvironmentPython $environment
+    }
+    $stamp = Join-Path $environment "atlas-installed-$Extras.txt"
     $wanted = (Get-Content -Raw -Encoding utf8 pyproject.toml) + (Get-Content -Raw -Encoding utf8 requirements.txt)
     if (-not (Test-Path $stamp) -or (Get-Content -Raw -Encoding utf8 $stamp) -ne $wanted) {
-        [Console]::Error.WriteLine('installing Atlas and what it needs into .venv (PyTorch is large: this takes minutes)')
+        [Console]::Error.WriteLine("installing Atlas and what it needs into $environment (PyTorch is large: this takes minutes)")
         # First the pin: it decides which PyTorch everything else is resolved against.
         Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
-        Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -e ".[$Extra]"
+        Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -e ".[$Extras]"
         Set-Content -NoNewline -Encoding utf8 -Path $stamp -Value $wanted
     }
     return $python

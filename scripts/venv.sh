@@ -1,5 +1,6 @@
-# Sourced from the repository root: `. scripts/venv.sh EXTRA` leaves Atlas installed with that extra in .venv,
-# and the environment's Python in $venv_python. Quick when nothing has changed since the last time.
+# Sourced. `prepare_venv EXTRAS`, called in the repository's root, leaves Atlas installed with these extras in .venv, and
+# the path of the environment's Python in $venv_python. With `prepare_venv EXTRAS active` an environment that is already
+# active is used instead. Quick when nothing has changed since the last time.
 
 find_python() {
   local candidate
@@ -13,29 +14,51 @@ find_python() {
   return 1
 }
 
-venv_has_python() {
-  venv_python=.venv/bin/python
-  [ -d .venv/Scripts ] && venv_python=.venv/Scripts/python.exe # Git Bash on Windows
-  "$venv_python" -c 'import pip' >/dev/null 2>&1
+# Prints the Python of an environment's folder, if it is new enough and can install packages.
+python_of() {
+  local candidate
+  for candidate in "$1/bin/python" "$1/Scripts/python.exe" "$1/python.exe"; do
+    if "$candidate" -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# Prints the folder of the active environment. Conda's base is everybody's, and is left alone.
+active_environment() {
+  if [ -n "${VIRTUAL_ENV-}" ]; then
+    echo "$VIRTUAL_ENV"
+  elif [ -n "${CONDA_PREFIX-}" ] && [ "${CONDA_DEFAULT_ENV-base}" != base ]; then
+    echo "$CONDA_PREFIX"
+  fi
 }
 
 prepare_venv() {
-  local extra=$1 stamp=.venv/installed-$1.txt
-  if ! venv_has_python; then
+  local extras=$1 environment="$PWD/.venv" active=""
+  [ "${2-}" = active ] && active=$(active_environment)
+  if [ -n "$active" ] && python_of "$active" >/dev/null; then
+    environment=$active
+    echo "using the active environment $environment" >&2
+  elif [ -n "$active" ]; then
+    echo "the active environment $active has no pip, or a Python older than 3.10: using .venv instead" >&2
+  fi
+  if ! venv_python=$(python_of "$environment"); then
     local python
     python=$(find_python)
     echo "making .venv with $("$python" --version)" >&2
     "$python" -m venv .venv
-    venv_has_python || { echo "error: .venv has no working Python and pip: remove it and try again" >&2; return 1; }
+    venv_python=$(python_of "$environment") ||
+      { echo "error: .venv has no working Python and pip: remove it and try again" >&2; return 1; }
   fi
+  local stamp="$environment/atlas-installed-$extras.txt"
   if ! cat pyproject.toml requirements.txt | cmp -s - "$stamp"; then
-    echo "installing Atlas and what it needs into .venv (PyTorch is large: this takes minutes)" >&2
+    echo "installing Atlas and what it needs into $environment (PyTorch is large: this takes minutes)" >&2
     rm -f "$stamp"
     # First the pin: it decides which PyTorch everything else is resolved against.
     "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
-    "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$extra]"
+    "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$extras]"
     cat pyproject.toml requirements.txt >"$stamp"
   fi
 }
-
-prepare_venv "$1"

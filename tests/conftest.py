@@ -36,9 +36,9 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """So does a test that imports it while it runs."""
     report: Any = yield
-    if report.failed and call.excinfo and call.excinfo.errisinstance(ImportError):
-        if remedy := _missing_extra(str(call.excinfo.value)):
-            report.longrepr = f"{item.nodeid}: {remedy}"
+    error = call.excinfo.value if call.excinfo else None
+    if report.failed and isinstance(error, ImportError) and (remedy := _missing_extra(str(error))):
+        report.longrepr = f"{item.nodeid}: {remedy}"
     return report
 
 

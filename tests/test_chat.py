@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,48 @@ def test_the_model_card_shows_how_to_ask(
     exec(compile(code, "card", "exec"), {})
     asked = bpe.decode(encode_question([Message("user", "Which colour has the sky?")], bpe))
     assert asked in capfd.readouterr().out
+
+
+def test_the_command_of_the_readme_teaches_fifty_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On top of the demo's model, trained for a short while, and the checkpoint that the README names."""
+    monkeypatch.chdir(tmp_path)
+    Path("river.txt").write_text(corpus(), encoding="utf-8")
+    assert main(["prepare", "--input", "river.txt", "--train-tokenizer", "400", "--output", "data"]) == 0
+    shorter = [
+        "--max-steps",
+        "40",
+        "--device",
+        "cpu",
+        "--set",
+        "model.hidden_size=64",
+        "--set",
+        "tracking.samples=0",
+    ]
+    assert main(["train", "--config", "modern-nano", "--train-data", "data", *shorter]) == 0
+    colours = list(COLOURS.values())
+    answers = {
+        f"What is in box {n}?": f"A {colours[n % 5]} {word}." for n, word in enumerate(corpus().split()[:50])
+    }
+    write_rows(Path("chats.jsonl"), [{"prompt": q, "response": a} for q, a in answers.items()])
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    [train] = re.findall(r"^atlas (train --init-from .*)$", page, re.M)
+    [ask] = re.findall(r"^atlas (generate --chat .*)$", page, re.M)
+    assert main(shlex.split(train)) == 0
+    assert "50 conversations to train on, 0 held out" in capfd.readouterr().err
+    words = shlex.split(ask)
+    place = words.index("--prompt")
+    Path("questions.txt").write_text("\n".join(answers), encoding="utf-8")
+    words[place : place + 2] = ["--prompts-file", "questions.txt", "--output-file", "answers.jsonl"]
+    assert main(words) == 0
+    said = [json.loads(line) for line in Path("answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = sum(row["text"].strip() == answers[row["prompt"]] for row in said)
+    assert len(said) == 50
+    assert right > 25
+    # The best checkpoint is no worse than the last one.
+    steps = {path.stem: load_checkpoint(path)["step"] for path in Path("checkpoints/chat").glob("atlas_*.pt")}
+    assert steps["atlas_best"] == max(steps.values())
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_else(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:

@@ -202,7 +202,7 @@ def test_overrides_speak_yaml_and_the_last_of_one_key_wins() -> None:
         ("training: {max_steps: 1e400}", "training.max_steps: '1e400': must be a whole number"),
         ("model: {dropout: 1}", "model.dropout: 1: must be less than 1"),
         ("model: {num_layers: 1e9}", "model.num_layers: 1000000000: must be less than or equal to 10000"),
-        ("device: gpu", "device: 'gpu': must be 'auto', 'cpu', 'cuda' or 'mps'"),
+        ("device: gpu", "device: 'gpu': must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         (
             "model: {hidden_size: 770, num_heads: 12}",
             "model: hidden_size 770 is not divisible by num_heads 12: use hidden_size 768 or 780",

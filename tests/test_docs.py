@@ -276,10 +276,19 @@ def furnish(folder: Path) -> None:
     (folder / "prompts.txt").write_text("The river\n\nA small boat\n", encoding="utf-8")
     page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
     rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)
+    rows.append('{"prompt": "The river?", "response": "Past."}\n')  # which fits the context of 32 tokens
     (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
     question = '{"question": "The river runs past the old", "answers": ["mill", "moon"], "right": 0}\n'
     (folder / "rivers.jsonl").write_text(question * 3, encoding="utf-8")
     shutil.copytree(ROOT / "configs", folder / "configs")
+
+
+def set_aside_first_run() -> None:
+    """The first model that the README trains makes room in `checkpoints/` for the larger ones of the other pages."""
+    aside = Path("checkpoints").rename("checkpoints_of_the_readme")
+    Path("checkpoints").mkdir()
+    for folder in [path for path in aside.iterdir() if path.is_dir()]:
+        folder.rename(Path("checkpoints", folder.name))
 
 
 def test_what_the_pages_show_runs(
@@ -290,6 +299,8 @@ def test_what_the_pages_show_runs(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     try:
         for page in PAGES:
+            if page.stem == "FAQ":
+                set_aside_first_run()
             namespace: dict[str, Any] = {"__name__": page.stem}
             for block in blocks_of(page):
                 try:

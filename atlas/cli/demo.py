@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from atlas.cli.choose_preset import ON_A_CPU, VOCABULARY, print_next_commands
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
     from atlas.tokenizer import Tokenizer
 
-VOCABULARY = 1024
 _SAMPLES, _SAMPLE_TOKENS = 3, 120
 
 
@@ -43,7 +40,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     for note in summary.notes:
         typer.echo(note, err=True)
 
-    _headline(3, "training the modern-nano model on it")
+    _headline(3, f"training the {ON_A_CPU} model on it")
     from atlas.cli.train import train_to_the_end
     from atlas.inference.samples import sample_texts
 
@@ -52,7 +49,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
         "data": {"train_data": str(summary.dataset.folder)},
         "checkpoint": {"output_dir": str(checkpoints)},
     }
-    explicit = overlay(overlay(read_yaml(preset_path("modern-nano")), paths), overrides)
+    explicit = overlay(overlay(read_yaml(preset_path(ON_A_CPU)), paths), overrides)
     request = Request(explicit, resume=None if no_resume else "auto", no_resume=no_resume)
     train_to_the_end(start_run(choose_start(request), sampler=sample_texts))
 
@@ -60,11 +57,7 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     typer.echo(
         f"\nthe whole road took {time.perf_counter() - begun:.0f} s; everything is in {folder}/", err=True
     )
-    # The script that runs the demo leaves the command in an environment of its own.
-    command = "atlas" if shutil.which("atlas") else f"{os.path.relpath(sys.executable)} -m atlas"
-    typer.echo(
-        f'more: {command} generate --checkpoint {checkpoints / "atlas_best.pt"} --prompt "…"', err=True
-    )
+    print_next_commands(checkpoints / "atlas_best.pt")
 
 
 def _finish(checkpoint: Path, output: Path, held_out: TokenStream | None) -> None:

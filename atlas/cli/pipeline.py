@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atlas.errors import AtlasError
 
-ARCHIVE = Path("data", "raw", "archive.zip")
+if TYPE_CHECKING:
+    from atlas.config.loader import Layer
+    from atlas.data.shards import PreparedDataset
 
 
 def pipeline(
@@ -23,7 +25,8 @@ def pipeline(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text file or folder. Left out: data/raw/archive.zip; with --demo, Python's own documentation.",
+            help="Text file, folder or archive. Left out: data/raw/archive.zip, or it is asked for; with --demo, "
+            "Python's own documentation.",
             metavar="PATH",
         ),
     ] = None,
@@ -47,89 +50,84 @@ def pipeline(
 ) -> None:
     """The whole road: text → tokens → model → text → GGUF.
 
-    Without --demo: prepares the archive, shows the presets and which ones fit this machine, asks which one to train
-    and whether to resume, and trains. Without a terminal, or with --yes, nothing is asked.
+    Without --demo: takes your text, shows the presets with what each needs on this machine, asks which one to train,
+    prepares the text for it and trains. Without a terminal, or with --yes, nothing is asked.
     """
+    from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
-    from atlas.config.loader import parse_overrides
+    from atlas.config.loader import nested, overlay, parse_overrides
 
     layer = parse_overrides(overrides or [])
+    confirm = None if yes else ask_or_none()
+    ask = ask_person if confirm else None
+    if not demo or data:
+        try:
+            text, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
+        except NoTextError as error:
+            raise AtlasError(str(error)) from None
+        demo, data = demo or chose_demo, text
     if demo:
         from atlas.cli.demo import demo_road
 
         folder = output_dir or Path("demo" if data is None else f"demo-{Path(data).stem}")
         demo_road(data, folder, layer, no_resume=no_resume)
         return
+    assert data is not None
+    explicit = _plan(data, config, ask)
+    if output_dir:
+        explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
+    _train(explicit, layer, no_resume=no_resume, confirm=confirm)
 
-    from atlas.cli.train import train_to_the_end
+
+def _plan(data: str, config: str | None, ask: Callable[[str], str] | None) -> Layer:
+    """The config of the run, with its text prepared for the vocabulary that the preset wants."""
+    from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.config.loader import nested, overlay, read_yaml
     from atlas.config.presets import find_config
+    from atlas.data.shards import is_prepared, open_dataset
+
+    prepared = open_dataset(data) if is_prepared(data) else None
+    vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
+    preset = config or choose_preset(ask, vocab_size=vocab_size)
+    written = read_yaml(find_config(preset))
+    stated = written.get("model", {}).get("vocab_size")
+    if prepared is None:
+        prepared = _prepare(data, train_tokenizer=None if stated else VOCABULARY)
+    elif config is None and stated not in (None, vocab_size):
+        written = overlay(written, nested("model.vocab_size", vocab_size))
+    return overlay(written, nested("data.train_data", str(prepared.folder)))
+
+
+def _prepare(text: str, *, train_tokenizer: int | None) -> PreparedDataset:
+    """The dataset of a text, prepared unless it was before. One with a vocabulary of its own gets a folder of its own,
+    so that it does not replace the one in GPT-2's."""
+    from atlas.data import prepare
+    from atlas.data.prepare import default_output
+    from atlas.data.sources import Sources
+
+    folder = None
+    if train_tokenizer:
+        folder = default_output(Sources([text]))
+        folder = folder.with_name(f"{folder.name}-vocab{train_tokenizer}")
+    typer.echo(f"preparing {text}", err=True)
+    summary = prepare([text], folder, train_tokenizer=train_tokenizer)
+    for note in summary.notes:
+        typer.echo(note, err=True)
+    return summary.dataset
+
+
+def _train(
+    explicit: Layer, overrides: Layer, *, no_resume: bool, confirm: Callable[[str], bool] | None
+) -> None:
+    """Train to the end, and name the commands that come next."""
+    from atlas.cli.choose_preset import print_next_commands
+    from atlas.cli.train import train_to_the_end
+    from atlas.config.loader import overlay
     from atlas.inference.samples import sample_texts
     from atlas.training.launch import start_run
     from atlas.training.start import Request, choose_start
 
-    ask = None if yes else ask_or_none()
-    written = read_yaml(find_config(config)) if config else None
-    dataset = _prepare(data)
-    if written is None:
-        written = read_yaml(find_config(_choose_preset(ask)))
-    explicit = overlay(written, nested("data.train_data", str(dataset)))
-    if output_dir:
-        explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
-    request = Request(overlay(explicit, layer), no_resume=no_resume, ask=ask)
+    request = Request(overlay(explicit, overrides), no_resume=no_resume, ask=confirm)
     trainer = start_run(choose_start(request), sampler=sample_texts)
     train_to_the_end(trainer)
-    best = trainer.checkpoints.folder / "atlas_best.pt"
-    typer.echo(f'write with it: atlas generate --checkpoint {best} --prompt "…"', err=True)
-    typer.echo(f"take it to llama.cpp: atlas export --checkpoint {best} --output atlas_model.gguf", err=True)
-
-
-def _prepare(data: str | None) -> Path:
-    """The prepared folder of the text, made if need be."""
-    from atlas.cli.prepare import ARCHIVE as ORIGIN
-    from atlas.data import prepare
-    from atlas.data.shards import is_prepared
-
-    if data is None and not ARCHIVE.exists():
-        raise AtlasError(
-            f"{ARCHIVE}: is not there; download it from {ORIGIN} and put it there, or give your own text with "
-            "--data PATH, or see the whole road first with --demo"
-        )
-    source = Path(data) if data else ARCHIVE
-    if is_prepared(source):
-        return source
-    typer.echo(f"preparing {source}", err=True)
-    summary = prepare([source])
-    for note in summary.notes:
-        typer.echo(note, err=True)
-    return summary.dataset.folder
-
-
-def _choose_preset(ask: Callable[[str], bool] | None) -> str:
-    """Show the presets and what they take here; the one that is asked for, or the default."""
-    from atlas.config.presets import preset_names
-    from atlas.planning import largest_that_fits, measure_memory, plan_presets
-    from atlas.training.runtime import choose_device
-
-    device = choose_device("auto").type
-    available = measure_memory(device)
-    plans = plan_presets(available, device=device)
-    typer.echo(f"\nthis machine: {device}, {available / 1e9:.1f} GB of memory free\n", err=True)
-    typer.echo(f"{'preset':<9}{'parameters':>12}{'context':>9}{'memory':>10}", err=True)
-    for plan in plans:
-        fits = "" if plan.fits else "  does not fit"
-        typer.echo(
-            f"{plan.name:<9}{plan.parameters:>12,}{plan.config.model.max_seq_len:>9}{plan.memory / 1e9:>7.1f} GB{fits}",
-            err=True,
-        )
-    largest = largest_that_fits(plans)
-    if largest is None:
-        raise AtlasError(
-            f"{available / 1e9:.1f} GB of memory: too little for any preset; close other programs"
-        )
-    # A CPU has the memory for large models but not the speed: beyond tiny they take weeks.
-    default = largest.name if device == "cuda" else min("tiny", largest.name, key=preset_names().index)
-    if ask is None:
-        typer.echo(f"training {default}; another one with --config", err=True)
-        return default
-    return str(typer.prompt("\nWhich one to train", default=default, err=True))
+    print_next_commands(trainer.checkpoints.folder / "atlas_best.pt")

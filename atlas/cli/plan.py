@@ -177,13 +177,13 @@ def _choose_machine(wanted: AtlasConfig, gpu: str | None, memory: str | None) ->
     if gpu is not None:
         return machine_with(find_card(gpu), precision=wanted.training.precision, memory=size)
     if size is not None:
-        device = "cuda" if wanted.device == "auto" else wanted.device
+        device = "cuda" if wanted.device == "auto" else wanted.device.partition(":")[0]
         return Machine(f"{memory} ({device})", device, size)
-    return _this_machine(wanted)
+    return this_machine(wanted)
 
 
-def _this_machine(wanted: AtlasConfig) -> Machine:
-    """With its speed, measured in about a second."""
+def this_machine(wanted: AtlasConfig) -> Machine:
+    """This machine as a config would use it, its speed measured in about a second."""
     import torch
 
     from atlas.planning import Machine, card_named, measure_memory

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.choose_text import ORIGIN
 from atlas.config.loader import describe
 
 if TYPE_CHECKING:
     from atlas.data.listing import Listed
     from atlas.data.prepare import Summary
     from atlas.data.shards import Manifest
-
-ARCHIVE = "https://www.kaggle.com/datasets/ffatty/plaintext-wikipedia-simpleenglish"
 
 
 def prepare(
@@ -115,7 +114,7 @@ def prepare(
 
     if not inputs:
         raise AtlasError(
-            f"--input: is missing; give text, for example data/raw/archive.zip from {ARCHIVE}, "
+            f"--input: is missing; give text, for example data/raw/archive.zip from {ORIGIN}, "
             "or --list to see what is there"
         )
     summary = make_dataset(
@@ -172,7 +171,7 @@ def _print_list(root: Path) -> None:
     listed = list_data(root)
     if not listed:
         typer.echo(
-            f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ARCHIVE}"
+            f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ORIGIN}"
         )
     width = max((len(str(entry.path)) for entry in listed), default=0)
     for entry in listed:

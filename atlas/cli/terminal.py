@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from unicodedata import category
 
@@ -19,6 +22,17 @@ def ask_or_none() -> Callable[[str], bool] | None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()) or os.environ.get("CI"):
         return None
     return lambda question: typer.confirm(question, default=True, err=True)
+
+
+def own_command() -> str:
+    """How this shell calls the `atlas` of this environment: by its name if it is on PATH, else through its Python."""
+    on_path = shutil.which("atlas")
+    if on_path and os.path.samefile(os.path.dirname(on_path), os.path.dirname(sys.executable)):
+        return "atlas"
+    python = sys.executable
+    with suppress(ValueError):  # Windows: another drive
+        python = min(python, os.path.relpath(python), key=len)
+    return f"{shlex.quote(python) if os.name != 'nt' else python} -m atlas"
 
 
 def printable(text: str) -> str:

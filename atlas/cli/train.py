@@ -52,7 +52,7 @@ def train(
     batch_size: Annotated[str | None, _option("--batch-size", "training.batch_size")] = None,
     save_interval: Annotated[str | None, _option("--save-interval", "checkpoint.save_interval")] = None,
     eval_interval: Annotated[str | None, _option("--eval-interval", "training.eval_interval")] = None,
-    device: Annotated[str | None, _option("--device", "device", "auto|cpu|cuda|mps")] = None,
+    device: Annotated[str | None, _option("--device", "device", "auto|cpu|cuda|cuda:N|mps")] = None,
     seed: Annotated[str | None, _option("--seed", "seed")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -162,6 +162,7 @@ def _print_profile(explicit: Layer) -> None:
 
 def train_to_the_end(trainer: Trainer) -> None:
     """Train, and say how it ended; exit with 130 if it was interrupted."""
+    from atlas.cli.terminal import own_command
     from atlas.errors import AtlasError
 
     state, folder = trainer.state, trainer.checkpoints.folder
@@ -183,6 +184,8 @@ def train_to_the_end(trainer: Trainer) -> None:
     if result.outcome == "interrupted":
         if trainer.world.is_first:
             several = trainer.world.local_size
-            launcher = f"torchrun --nproc-per-node={several} -m " if trainer.world.size > 1 else ""
-            trainer.log.say(f"go on with: {launcher}atlas train --resume {result.saved[0]}")
+            launcher = (
+                f"torchrun --nproc-per-node={several} -m atlas" if trainer.world.size > 1 else own_command()
+            )
+            trainer.log.say(f"resume with: {launcher} train --resume {result.saved[0]}")
         raise typer.Exit(INTERRUPTED)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveInt, model_validator
 
-from atlas.config.fields import Float, Int, Section, count_or_auto, off_on, size
+from atlas.config.fields import DEVICE, Float, Int, Section, count_or_auto, device_name, off_on, size
 from atlas.config.model import ModelConfig as ModelConfig
 
 LOSS_CHUNK_TOKENS = 256
@@ -266,8 +266,10 @@ class AtlasConfig(Section):
     """Everything a run is made of."""
 
     seed: Int = Field(1337, ge=0, lt=2**63, description="Decides initial weights, order of data and dropout.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="auto: cuda, else mps, else cpu."
+    device: Annotated[str, AfterValidator(device_name)] = Field(
+        "auto",
+        description="auto, cpu, cuda, cuda:N (GPU number N, from 0) or mps. auto: cuda, else mps, else cpu.",
+        json_schema_extra={"pattern": f"^({DEVICE})$"},
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="The network.")
     data: DataConfig = Field(default_factory=DataConfig, description="The data.")

@@ -55,6 +55,13 @@ def size(value: Any) -> Any:
     return value
 
 
+def device_name(value: str) -> str:
+    if not re.fullmatch(DEVICE, value):
+        raise ValueError("must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    return value
+
+
+DEVICE = r"auto|cpu|cuda|cuda:\d{1,3}|mps"
 Int = Annotated[int, BeforeValidator(whole_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 

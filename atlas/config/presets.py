@@ -19,7 +19,8 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> Path:
-    """The config file of a preset. Raises `AtlasError` if there is none of that name."""
+    """The config file of a preset, its name in any case. Raises `AtlasError` if there is none of that name."""
+    name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
         close = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(_NAMES)}"

@@ -23,7 +23,6 @@ from atlas.data.duplicates import as_digests, fractions
 from atlas.data.formats import json_name, read_rows
 from atlas.data.packing import best_fit_decreasing
 from atlas.data.progress import byte_progress
-from atlas.data.split import FEWEST_DOCUMENTS
 from atlas.data.text import replace_undecodable
 from atlas.data.textfiles import TextFile, format_of
 from atlas.errors import AtlasError
@@ -35,6 +34,9 @@ _EXAMPLE = (
     '"content": …}]}'
 )
 _ROWS_AT_ONCE = 1024
+FEWEST_HELD_OUT = 20
+"""Conversations held out for validation, at least: the loss on two or three of them selects the best checkpoint by
+chance, and each is missing from training."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def read_conversations(
             ids += [[next(parts) for _ in range(2 * len(chat))] for chat in turns]
             texts += turns
     held_out = fractions(as_digests(b"".join(digests)))[:, 0] < val_fraction
-    if len(texts) < FEWEST_DOCUMENTS or not 0 < held_out.sum() < len(texts):
+    if not FEWEST_HELD_OUT <= held_out.sum() < len(texts):
         held_out[:] = False
     parts_of = [
         _assembled(
@@ -114,9 +116,10 @@ def read_conversations(
         )
         for wanted in (False, True)
     ]
+    none = f" (fewer than {FEWEST_HELD_OUT} would say nothing)" if val_fraction and not held_out.any() else ""
     notes = [
-        f"{path}: {len(texts) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out; the loss is "
-        "that of the answers"
+        f"{path}: {len(texts) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
+        "loss is that of the answers"
     ]
     if undecodable:
         notes.append(f"{path}: {undecodable:,} bytes are not UTF-8 and became U+FFFD")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from atlas.config import AtlasConfig
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
-from atlas.planning.estimate import assume_vocabulary, count_parameters, estimate_training_memory
+from atlas.planning.estimate import ASSUMED_VOCABULARY, count_parameters, estimate_training_memory
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,20 @@ class PresetPlan:
     fits: bool
 
 
-def plan_presets(available: int, *, device: str, vocab_size: int | None = None) -> list[PresetPlan]:
-    """Every preset, smallest first, against `available` bytes on `device` (`cpu`, `cuda` or `mps`); with a dataset's
-    `vocab_size` in place of its own."""
+def plan_presets(
+    available: int, *, device: str, vocab_size: int | None = None, open_vocab_size: int = ASSUMED_VOCABULARY
+) -> list[PresetPlan]:
+    """Plan every preset, smallest first, for `available` bytes on `device` (`cpu`, `cuda` or `mps`).
+
+    `vocab_size` replaces the vocabulary of every preset, as a dataset's does; `open_vocab_size` is for the presets that
+    leave theirs open.
+    """
     plans = []
     for name in preset_names():
         config = resolve(read_yaml(preset_path(name)))
-        if vocab_size is not None:
-            model = config.model.model_copy(update={"vocab_size": vocab_size})
-            config = config.model_copy(update={"model": model})
-        config = assume_vocabulary(config)
+        wanted = vocab_size or config.model.vocab_size or open_vocab_size
+        model = config.model.model_copy(update={"vocab_size": wanted})
+        config = config.model_copy(update={"model": model})
         memory = estimate_training_memory(config, device=device).total
         plans.append(
             PresetPlan(name, config, count_parameters(config.model).total, memory, memory <= available)

@@ -24,6 +24,9 @@ from atlas.training.start import Start
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
 
+_ENOUGH_CHAT_UPDATES = 100
+"""Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, and not in 30 or 60 (docs/TRAINING.md)."""
+
 
 def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     config, state, say = trainer.config, trainer.state, trainer.log.say
@@ -40,11 +43,7 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
             say(line)
     elif start.mode == "finetune":
         say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
-    if config.training.warmup_steps >= state.horizon:
-        say(
-            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
-            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
-        )
+    _warn_of_short_run(start, config, state, say)
     say(as_yaml(config).rstrip())
     data, model = trainer.train_data, trainer.model
     if config.lora.rank:
@@ -84,6 +83,21 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
     if free < total:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
+        )
+
+
+def _warn_of_short_run(
+    start: Start, config: AtlasConfig, state: TrainState, say: Callable[[str], None]
+) -> None:
+    if config.training.warmup_steps >= state.horizon:
+        say(
+            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
+            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
+        )
+    if start.data.has_conversations and state.horizon < _ENOUGH_CHAT_UPDATES:
+        say(
+            f"warning: {state.horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
+            "give more --epochs or a smaller --batch-size"
         )
 
 

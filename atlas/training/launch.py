@@ -67,7 +67,7 @@ def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = N
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)
         model = _build(start, config)
-        _refuse_other_optimizer(start, model)
+        _refuse_other_optimizer_state(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
         lock = _claim(folder) if world.is_first else None
     if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
@@ -261,14 +261,7 @@ def _set_aside(start: Start) -> None:
         start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
 
 
-def _refuse_other_optimizer(start: Start, model: AtlasLM) -> None:
-    wanted = start.config.training.optimizer
-    saved_by = resolve(start.contents["config"]).training.optimizer if start.mode == "resume" else wanted
-    if saved_by != wanted:
-        raise AtlasError(
-            f"{start.source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
-            f"leave the setting as it was, or start a new run from its weights with --init-from {start.source}"
-        )
+def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
     optimizer = build_optimizer(model, start.config.training)  # or it is refused, if it cannot be had here
     if start.mode != "resume" or left_in_shards(start.source or Path()):
         return  # shards are looked at when they are read

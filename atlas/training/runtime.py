@@ -65,6 +65,11 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
     `AtlasError` where it cannot be had."""
     device = choose_device(config.device)
     if world.local_size > 1 and device.type == "cuda":
+        if ":" in config.device:
+            raise AtlasError(
+                f"device: {config.device}: names one GPU for {world.local_size} processes, and each takes its own: "
+                "use --device cuda"
+            )
         if world.local_rank >= torch.cuda.device_count():
             raise AtlasError(
                 f"rank {world.rank}: {world.local_size} processes were started here for {torch.cuda.device_count()} "
@@ -76,17 +81,25 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: cuda, else mps, else cpu. A device that is asked for and missing is refused."""
+    """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
+    PyTorch's current GPU. Raises `AtlasError` for a device that is not there."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda" and not has_cuda:
-        raise AtlasError(f"device: cuda: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
-    if name == "mps" and not has_mps:
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and not has_cuda:
+        raise AtlasError(f"device: {name}: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
+    if kind == "mps" and not has_mps:
         raise AtlasError("device: mps: this PyTorch sees no Apple GPU; use --device cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, mps")
-    return torch.device(name)
+    if not number:
+        return torch.device(kind)
+    if int(number) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise AtlasError(f"device: {name}: is not there; this machine has {there}")
+    torch.cuda.set_device(int(number))  # memory and names are asked of the current GPU
+    return torch.device(kind, int(number))
 
 
 def cpu_only_build_with_nvidia_driver() -> bool:

@@ -24,6 +24,15 @@ from atlas.training.manifest import read_manifest, shards_of
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
 
+CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
+"""Peak learning rate for fine-tuning on conversations at this hidden_size; wider models get proportionally less."""
+CHAT_WARMUP_STEPS = 10
+
+
+class OtherRunError(AtlasError):
+    """The output folder holds a run of another model or other data."""
+
+
 _OWN = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
 
 
@@ -132,6 +141,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     _refuse_other_shape(config, contents, source)
     same_data = data.fingerprint == contents["data"].get("fingerprint")
     if same_data and not request.init_from:
+        _refuse_other_optimizer(config, contents, source)
         wished = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
         # A file without a sidecar came from elsewhere: it does not say where this run writes.
@@ -154,7 +164,18 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     folder, latest = _finetune_folder(request, config, data)
     if latest:
         return _continue(request, folder, latest)
-    return Start("finetune", config, data, folder, source, contents, [], notes)
+    config = _with_written_length(config, request.explicit)
+    return Start("finetune", config, data, folder, source, contents, [], [*notes, *data.notes])
+
+
+def _with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
+    """A new run is as long as the user wrote; what the checkpoint's run was limited by does not count then."""
+    lengths = {"max_steps", "epochs", "max_hours"}
+    written = lengths & explicit.get("training", {}).keys()
+    if not written:
+        return config
+    training = config.training.model_copy(update=dict.fromkeys(lengths - written))
+    return config.model_copy(update={"training": training})
 
 
 def is_a_restart() -> bool:
@@ -170,12 +191,25 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
             f"{folder}: holds checkpoints, none of them whole ({'; '.join(notes) or 'no sidecar fits'}): name one with "
             "--resume, or set them aside with --no-resume"
         )
-    start = _continue(request, folder, latest, notes)
-    question = f"{folder} holds a run at step {start.contents['step']}. Resume it?"
-    if request.resume is None and request.ask is not None and not request.ask(question):
-        fresh = resolve(request.explicit)
-        return Start("fresh", *with_data(fresh, request.explicit, None), folder, set_aside=_run_files(folder))
+    ask = request.ask if request.resume is None else None
+    try:
+        start = _continue(request, folder, latest, notes)
+    except OtherRunError as error:
+        if ask is None:
+            raise
+        fresh = _start_over(request, folder)  # or that cannot be either, and there is nothing to ask
+        if ask(f"{error.args[0]}\nStart a new run? The old one moves to {folder / 'previous-N'}."):
+            return fresh
+        raise
+    if ask and not ask(f"{folder} holds a run at step {start.contents['step']}. Resume it?"):
+        return _start_over(request, folder)
     return start
+
+
+def _start_over(request: Request, folder: Path) -> Start:
+    """A new run in `folder`; what lies there is set aside."""
+    config, data = with_data(resolve(request.explicit), request.explicit, None)
+    return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
 
 def _continue(
@@ -189,11 +223,12 @@ def _continue(
     try:
         config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
         _refuse_other_shape(config, contents, source)
+        _refuse_other_optimizer(config, contents, source)
     except AtlasError as error:
-        raise AtlasError(f"{error} (to go on with the run in {folder}; for a new one, {remedy})") from None
+        raise OtherRunError(f"{error} (to resume the run in {folder}; for a new one, {remedy})") from None
     if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
-        raise AtlasError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
+        raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
     return Start("resume", config, data, folder, source, contents, [], notes or [])
 
 
@@ -249,15 +284,25 @@ def with_data(
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
     if data.has_conversations and not (contents and data.fingerprint == contents["data"].get("fingerprint")):
-        config = _conversations_apart(config, explicit)
+        config = _for_conversations(config, explicit, is_finetuning=contents is not None)
     return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
 
 
-def _conversations_apart(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """In use a conversation stands alone, so that it does in training, unless the user wrote otherwise."""
-    if "document_mask" in explicit.get("data", {}):
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"document_mask": True})})
+def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
+    """The config with what conversations need, except where the user wrote a setting: attention stays inside a
+    conversation, as in use, and fine-tuning gets a rate and a warm-up that a few dozen of them are learnt with
+    (docs/TRAINING.md#conversations), not those of the long run that made the checkpoint."""
+    settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
+    if is_finetuning:
+        settings["training"] = {
+            "learning_rate": CHAT_RATE * min(1.0, CHAT_RATE_WIDTH / config.model.hidden_size),
+            "warmup_steps": min(config.training.warmup_steps, CHAT_WARMUP_STEPS),
+        }
+    for section, values in settings.items():
+        unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
+        changed = getattr(config, section).model_copy(update=unwritten)
+        config = config.model_copy(update={section: changed})
+    return config
 
 
 def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
@@ -281,6 +326,16 @@ def _refuse_other_shape(config: AtlasConfig, contents: Mapping[str, Any], source
     if changed:
         raise AtlasError(
             f"{source}: is another model's checkpoint (model: {', '.join(changed)}): leave these settings as they were"
+        )
+
+
+def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
+    """A run that resumes takes the optimizer's state from the checkpoint."""
+    saved_by, wanted = resolve(contents["config"]).training.optimizer, config.training.optimizer
+    if saved_by != wanted:
+        raise AtlasError(
+            f"{source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
+            f"leave the setting as it was, or start a new run from its weights with --init-from {source}"
         )
 
 
