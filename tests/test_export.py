@@ -582,8 +582,8 @@ def checkpoint(tmp_path: Path, bpe: ByteLevelTokenizer) -> Path:
     return save_checkpoint(tmp_path / "checkpoints", bpe)
 
 
-def save_checkpoint(folder: Path, tokenizer: Tokenizer) -> Path:
-    model = sharp_model(tokenizer)
+def save_checkpoint(folder: Path, tokenizer: Tokenizer, **shape: object) -> Path:
+    model = sharp_model(tokenizer, **shape)
     contents = {
         "format_version": 1,
         "model_state_dict": model.state_dict(),

@@ -126,6 +126,53 @@ def test_llama_cpp_says_what_the_model_says(
     assert proof.holds, str(proof)
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("hidden_size", [40, 72, 80, 100])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        pytest.param(each, marks=[] if each in ("q8_0", "q4_0", "q4_k_m") else pytest.mark.slow)
+        for each in QUANTIZATIONS
+    ],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"max_seq_len": 128}, id="gpt2"),
+        pytest.param(MODERN["qwen3-gqa"] | {"head_dim": 32}, id="qwen3", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_that_32_does_not_divide_are_proved_in_llama_cpp(
+    tmp_path: Path, bpe: ByteLevelTokenizer, shape: dict[str, object], quantize: str, hidden_size: int
+) -> None:
+    """Some matrices are quantized and others f16: each type has its own rounding, which the proof must follow."""
+    model = sharp_model(bpe, **(shape | {"hidden_size": hidden_size, "num_layers": 1}))
+    export_gguf(model, bpe, tmp_path / "m.gguf", quantize=quantize)  # type: ignore[arg-type]
+    for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+        block_length, _ = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        assert tensor.shape[0] % block_length == 0
+        if quantize.startswith("q") and len(tensor.shape) == 2 and tensor.name != "position_embd.weight":
+            assert (tensor.tensor_type == TensorType.F16) == (tensor.shape[0] % 32 != 0), tensor.name
+    proof = verify_gguf(tmp_path / "m.gguf", model, bpe, quantize=quantize, max_tokens=30)  # type: ignore[arg-type]
+    assert proof.holds, str(proof)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("quantize", ["q8_0", "q4_0", "q4_k_m"])
+def test_the_command_exports_any_width_and_says_which_matrices_are_f16(
+    tmp_path: Path, bpe: ByteLevelTokenizer, quantize: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", bpe, hidden_size=40)
+    command = ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "m.gguf")]
+    assert main([*command, "--quantize", quantize]) == 0
+    said = capsys.readouterr().err
+    # Of two layers the matrices of attention and the first of the MLP have rows of 40, the last of the MLP of 160.
+    assert f"note: 7 matrices are f16, not {quantize}: their rows do not divide into blocks of 32" in said
+    assert "proved: llama.cpp says what the model says" in said
+    assert main([*command, "--quantize", "f16"]) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
 def test_k_quants_without_ggml_are_refused(
     tmp_path: Path,
     bpe: ByteLevelTokenizer,

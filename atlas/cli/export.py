@@ -209,6 +209,11 @@ def export_and_prove(
         chat_template=loaded.chat_template,
     )
     _say(_table(written))
+    if in_f16 := sum(type == "f16" for type in written.tensor_types.values()) * quantize.startswith("q"):
+        _say(
+            f"note: {in_f16} matrices are f16, not {quantize}: their rows do not divide into blocks of 32; "
+            "to quantize them, train with a hidden_size that 32 divides"
+        )
     if verify:
         _prove(loaded, output, quantize, texts, sample)
     else:

@@ -157,9 +157,11 @@ def verify_gguf(
     told = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
-    factor = _ROUNDING_FACTOR_OF_F16 if quantize == "f16" else _ROUNDING_FACTOR
+    has_blocks = not {TensorType.F32, TensorType.F16, TensorType.BF16}.issuperset(types.values())
+    has_f16_only = not has_blocks and TensorType.F16 in types.values()
+    factor = _ROUNDING_FACTOR_OF_F16 if has_f16_only else _ROUNDING_FACTOR
     moved = factor * np.nan_to_num(roundings, nan=np.inf).max(initial=0)
-    largest = LARGEST_BOUND if quantize in ("f32", "f16", "bf16") else LARGEST_QUANTIZED_BOUND
+    largest = LARGEST_QUANTIZED_BOUND if has_blocks else LARGEST_BOUND
     bound = float(np.clip(moved, SMALLEST_BOUND, largest))
     return Proof(
         num_tensors=len(expected),
@@ -263,12 +265,13 @@ def _as_f16(x: Tensor) -> Tensor:
 
 
 def _as_multiplied(x: Tensor, quantize: str) -> Tensor:
-    """What llama.cpp makes of numbers before it multiplies them with weights of that type: with quantized ones, 8 bits
-    each and a scale for every 32, or for every 256 with K-quants."""
-    if quantize == "f16":
-        return _as_f16(x)
+    """Return `x` rounded as llama.cpp rounds what it multiplies with weights of that type: for quantized weights to
+    8 bits with a scale for every 32 numbers, or for every 256 with K-quants. Where `x` does not consist of full blocks
+    of 32, `quantize.tensor_type` keeps the weights in f16."""
     if quantize == "bf16":
         return x.bfloat16().float()
+    if quantize == "f16" or x.shape[-1] % 32:
+        return _as_f16(x)
     is_long = "_k" in quantize and x.shape[-1] % 256 == 0
     blocks = x.reshape(*x.shape[:-1], -1, 256 if is_long else 32)
     scales = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
