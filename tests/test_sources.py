@@ -231,6 +231,56 @@ def test_long_articles_are_handed_on_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     assert max(len(piece.text) for piece in pieces) <= 50
 
 
+UNTITLED = {
+    "one line": "A river ran past the mill.",
+    "sentences": "It rained.\n\nThe mill stood still.\n\n\nNobody came!\n\nWhy?",
+    "blank lines": "\n\n\n\nIt rained.\n\n\nThe mill stood still.\n\n\n",
+    "long lines": f"{'word ' * 60}\n\n\n{'word ' * 60}",
+    "headings only": "\n\n".join(["It rained.", "History"] * 4),
+    "windows": "It rained.\r\n\r\n\r\nIt stopped.\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ["wiki_00", "AllCombined.txt", "1of2/wiki_07"])
+@pytest.mark.parametrize("content", UNTITLED.values(), ids=UNTITLED)
+def test_a_file_of_the_archive_without_a_title_is_plain_text(name: str, content: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", {name: content})
+    write_folder(tmp_path / "plain", {"a.txt": content})
+    assert documents_of(folder) == documents_of(tmp_path / "plain") == [content]
+    assert documents_of(write_zip(tmp_path / "in.zip", {name: content})) == [content]
+    sources, report = Sources([folder]), SourceReport()
+    list(sources.documents(report))
+    [note] = sources.notes(report)
+    assert note.startswith("1 files are named like those of the Kaggle archive, but hold no title")
+
+
+def test_untitled_parts_are_documents_of_their_own(tmp_path: Path) -> None:
+    parts = {"wiki_00": "It rained.", "wiki_01": "The mill stood still.", "wiki_02": "", "wiki_10": "Why?"}
+    folder, report = write_folder(tmp_path / "in", parts), SourceReport()
+    assert whole(Sources([folder]).documents(report)) == ["It rained.", "The mill stood still.", "Why?"]
+    assert report.articles is None
+    assert SourceReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+@pytest.mark.parametrize("name", ["wiki_00", "AllCombined.txt"])
+@pytest.mark.parametrize("content", ["", "\n", " \n\t\n\n\n \r\n"])
+def test_an_empty_file_of_the_archive_holds_no_document(name: str, content: str, tmp_path: Path) -> None:
+    assert documents_of(write_folder(tmp_path / "in", {name: content})) == []
+    beside = write_folder(tmp_path / "in", {name: content, "notes.md": "Notes."})
+    assert documents_of(beside) == ["Notes."]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Title", "History", "It rained.", "Why?", "Parts:", "x" * 300, "", " "]), max_size=30
+    )
+)
+@settings(deadline=None)
+def test_any_text_is_split_without_losing_a_word(lines: list[str]) -> None:
+    found = whole(split_articles(["\n".join(lines)], ArticleReport()))
+    assert " ".join(found).split() == " ".join(lines).split()
+
+
 # Other sources
 
 

@@ -104,15 +104,28 @@ class _Rule:
                 yield gap
 
 
-def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
-    """The articles of a text, each without the empty lines around it; `report` is filled on the way."""
-    chunks = iter(chunks)
+def has_titles(chunks: Iterable[str]) -> bool:
+    """Return whether the beginning of a text has a title, without which it has no articles to tell apart."""
+    sample = "".join(_take_sample(iter(chunks))).lstrip("\r\n")
+    rule, _ = _choose_rule(sample)
+    return not rule.by_title or bool(_titles(sample, list(rule.gaps(sample, at_beginning=True))))
+
+
+def _take_sample(chunks: Iterator[str]) -> list[str]:
+    """Return the first chunks, to decide from; `chunks` then yields the ones after them."""
     sample, size = [], 0
     for chunk in chunks:
         sample.append(chunk)
         size += len(chunk)
         if size >= _SAMPLE_CHARS:
             break
+    return sample
+
+
+def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
+    """The articles of a text, each without the empty lines around it; `report` is filled on the way."""
+    chunks = iter(chunks)
+    sample = _take_sample(chunks)
     rule, report.doubt = _choose_rule("".join(sample).lstrip("\r\n"))
     report.rule = rule.name
     is_open, rest, judged = (
@@ -191,11 +204,18 @@ def _doubt_about_runs(lines: list[str]) -> str | None:
     return "; ".join(doubts) or None
 
 
+def _titles(sample: str, gaps: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The matches that hold a title: the first line, if it is one, and the line after each of `gaps`."""
+    first = _SHORT_LINE.match(sample)
+    return ([first] if first and _is_title(first[1]) else []) + gaps
+
+
 def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
     """What many of the titles that `rule` finds have in common with lists, headings and sentences."""
     gaps = list(rule.gaps(sample, at_beginning=True))
-    first = _SHORT_LINE.match(sample)
-    found = ([first] if first and _is_title(first[1]) else []) + gaps
+    found = _titles(sample, gaps)
+    if not found:
+        return
     in_all = f"of {len(found):,} titles in the beginning"
     followed = sum(_is_followed_by_short_line(sample, title.end(1)) for title in found)
     if followed > _DOUBTFUL_SHARE * len(found):

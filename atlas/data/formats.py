@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from atlas.data.archives import MAX_RATIO, RATIO_FREE_BYTES
-from atlas.data.articles import ArticleReport, split_articles
+from atlas.data.articles import ArticleReport, has_titles, split_articles
 from atlas.data.text import Piece, as_document, read_text, replace_undecodable, utf16_of
 from atlas.data.textfiles import Advance, TextFile, bomb, open_root
 from atlas.errors import AtlasError
@@ -33,11 +34,14 @@ class SourceReport:
     empty_rows: Counter[str] = field(default_factory=Counter)
     """Parquet rows without a text, by file."""
     articles: ArticleReport | None = None
+    untitled: int = 0
+    """Files that are named like those of the Kaggle archive, but hold no title."""
 
     def merge(self, other: SourceReport) -> None:
         """Add what was met behind this."""
         self.undecodable.update(other.undecodable)
         self.empty_rows.update(other.empty_rows)
+        self.untitled += other.untitled
         if self.articles is None:
             self.articles = other.articles
         elif other.articles:
@@ -45,7 +49,8 @@ class SourceReport:
 
     def to_json(self) -> dict[str, Any]:
         articles = vars(self.articles) if self.articles else None
-        return {"undecodable": self.undecodable, "empty_rows": self.empty_rows, "articles": articles}
+        counts = {"undecodable": self.undecodable, "empty_rows": self.empty_rows, "untitled": self.untitled}
+        return counts | {"articles": articles}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> SourceReport:
@@ -54,6 +59,7 @@ class SourceReport:
             Counter(content["undecodable"]),
             Counter(content["empty_rows"]),
             ArticleReport(**articles) if articles else None,
+            content.get("untitled", 0),  # an interrupted preparation may be of an older version
         )
 
 
@@ -75,22 +81,36 @@ class Group:
         """The documents, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
         first = self.files[0]
         if first.is_part or first.is_combined:
-            articles = ArticleReport()
-            yield from split_articles(self._texts(report, advance), articles)
-            report.merge(SourceReport(articles=articles))
+            yield from self._articles(report, advance)
         elif first.format == "rows":
             yield from _rows(first, self.text_field, report, advance)
         elif first.format == "parquet":
             yield from _parquet(first, self.text_field, report, advance)
         else:
-            yield from as_document(self._texts(report, advance))
+            yield from as_document(_text(first, report, advance))
 
-    def _texts(self, report: SourceReport, advance: Advance) -> Iterator[str]:
+    def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+        """The articles of all files as one text or, where no title is found, each file as a document."""
+        texts = functools.partial(_text, report=report, advance=advance)
+        if has_titles(
+            itertools.chain.from_iterable(_text(file, SourceReport(), _ignore) for file in self.files)
+        ):
+            articles = ArticleReport()
+            yield from split_articles(itertools.chain.from_iterable(map(texts, self.files)), articles)
+            report.merge(SourceReport(articles=articles))
+            return
+        report.untitled += len(self.files)
         for file in self.files:
-            with file.open(advance) as stream:
-                yield from read_text(
-                    stream, file.name, on_undecodable=_counter(report.undecodable, file.name)
-                )
+            yield from as_document(texts(file))
+
+
+def _ignore(_: int) -> None:
+    """Where nobody waits for progress."""
+
+
+def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[str]:
+    with file.open(advance) as stream:
+        yield from read_text(stream, file.name, on_undecodable=_counter(report.undecodable, file.name))
 
 
 def _counter(counts: Counter[str], name: str) -> Any:

@@ -178,6 +178,11 @@ class Sources:
             notes.append(f"{name}: {count:,} bytes are not UTF-8 and were replaced by U+FFFD")
         for name, count in report.empty_rows.items():
             notes.append(f"{name}: {count:,} rows have no text")
+        if report.untitled:
+            notes.append(
+                f"{report.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is "
+                "read as plain text"
+            )
         if report.articles:
             notes.append(f"{report.articles.articles:,} articles, told apart by {report.articles.rule}")
             notes += [f"boundary: {boundary}" for boundary in report.articles.boundaries]
