@@ -22,6 +22,7 @@ from pyarrow import parquet
 from atlas.data import formats, hashes
 from atlas.data.articles import ArticleReport
 from atlas.data.hashes import hashes_of
+from atlas.data.resolve import resolve_data
 from atlas.data.sources import SourceReport, Sources
 from atlas.errors import AtlasError
 from atlas.files import sha256_of
@@ -68,6 +69,79 @@ def test_text_and_rows_may_be_compressed(ending: str, tmp_path: Path) -> None:
     if ending:
         (tmp_path / f"c{ending}").write_bytes(pack(b"bare"))
         assert documents_of(tmp_path / f"c{ending}") == ["bare"]
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("inner", [".pdf", ".csv", ".docx", ".html", ".en", ".1", ".PNG"])
+def test_the_ending_inside_the_compression_decides(inner: str, ending: str, tmp_path: Path) -> None:
+    """As it decides without compression: passed over in a folder or an archive, refused where it is named."""
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    unread = tmp_path / f"b{inner}{ending}"
+    unread.write_bytes(PACKED[ending](b"%PDF\0" if inner == ".pdf" else b"not to be read as text"))
+    sources = Sources([tmp_path])
+    assert whole(sources.documents()) == ["text"]
+    assert sources.ignored == [unread.name]
+    assert sources.notes(SourceReport()) == [f"1 files of other kinds are ignored ({unread.name} …)"]
+    with pytest.raises(AtlasError, match=f"{inner.lower()}{ending} ending: Atlas reads a .txt"):
+        Sources([unread])
+    archive = write_zip(tmp_path / "c.zip", {"a.txt": "text", unread.name: unread.read_bytes()})
+    assert documents_of(archive) == ["text"]
+    assert Sources([archive]).ignored == [f"{archive}/{unread.name}"]
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_json_of_an_object_a_line_is_rows(ending: str, tmp_path: Path) -> None:
+    """C4's form: `c4-train.00000-of-01024.json.gz`."""
+    rows = [
+        {"text": text, "timestamp": "2020-01-01T00:00:00Z", "url": "http://example.org"} for text in TEXTS
+    ]
+    content = PACKED[ending](("\n" + "".join(json.dumps(row) + "\n" for row in rows)).encode())
+    name = f"c4-train.00000-of-00002.json{ending}"
+    (tmp_path / name).write_bytes(content)
+    assert read_to_the_end(Sources([tmp_path / name])) == TEXTS
+    assert Sources([tmp_path / name]).stem == "c4-train.00000-of-00002"
+    assert read_to_the_end(Sources([tmp_path])) == TEXTS
+    url = f"file://{tmp_path.as_posix()}"
+    for source in (url, f"{url}/{name}", f"{url}/*.json*"):
+        assert read_to_the_end(Sources([source])) == TEXTS
+    assert documents_of(write_zip(tmp_path / "c4.zip", {name: content})) == TEXTS
+    assert documents_of(write_tar(tmp_path / "c4.tar", {name: content})) == TEXTS
+
+
+NO_ROWS = {
+    "array": '[{"text": "a"}, {"text": "b"}]',
+    "array over lines": '[\n{"text": "a"},\n{"text": "b"}\n]',
+    "indented": json.dumps({"hidden_size": 64, "vocab_size": 256}, indent=2),
+    "words": "not JSON at all",
+    "numbers": "1\n2\n",
+    "nothing": "",
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("content", NO_ROWS.values(), ids=NO_ROWS)
+def test_other_json_is_no_text(content: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.json{ending}"
+    path.write_bytes(PACKED[ending](content.encode()))
+    with pytest.raises(AtlasError, match="does not begin with a JSON object in a line of its own: write one"):
+        Sources([path])
+    with pytest.raises(AtlasError, match="JSON object in a line of its own"):
+        resolve_data(path)
+    (tmp_path / "b.txt").write_text("text", encoding="utf-8")
+    url = f"file://{tmp_path.as_posix()}"
+    for source, ignored in ((str(tmp_path), path.name), (url, path.as_uri())):
+        sources = Sources([source])
+        assert whole(sources.documents()) == ["text"]
+        assert sources.ignored == [ignored]
+
+
+def test_a_single_json_object_is_a_row_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "one"}', encoding="utf-8")
+    (tmp_path / "b.txt").write_text("text", encoding="utf-8")
+    assert documents_of(tmp_path / "a.json") == ["one"]
+    assert documents_of(tmp_path) == ["text"]
+    assert Sources([tmp_path]).ignored == ["a.json"]
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -68,6 +69,12 @@ def make_encrypted_zip(path: Path) -> None:
 BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.txt": (lambda p: None, "no such file or folder"),
     "notes.docx": (lambda p: p.touch(), ".docx ending: Atlas reads a .txt"),
+    "scan.pdf.gz": (lambda p: p.write_bytes(gzip.compress(b"%PDF")), ".pdf.gz ending: Atlas reads a .txt"),
+    "table.csv.gz": (
+        lambda p: p.write_bytes(gzip.compress(b"id,text")),
+        ".csv.gz ending: Atlas reads a .txt",
+    ),
+    "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "write one object a line"),
     "noending": (lambda p: p.touch(), "no ending: Atlas reads a .txt"),
     "text.zip": (lambda p: p.write_text("no zip"), "is not a zip archive"),
     "broken.zip": (make_broken_zip, "the archive is damaged"),

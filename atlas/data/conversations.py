@@ -20,11 +20,11 @@ from torch.utils.data import Dataset
 
 from atlas.data.dataset import IGNORE_INDEX
 from atlas.data.duplicates import as_digests, fractions
-from atlas.data.formats import json_name, read_rows
+from atlas.data.formats import holds_rows, json_name, read_rows
 from atlas.data.packing import best_fit_decreasing
 from atlas.data.progress import byte_progress
 from atlas.data.text import replace_undecodable
-from atlas.data.textfiles import TextFile, format_of
+from atlas.data.textfiles import TextFile, format_of, is_json
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import ROLES, Message, Turn, turns_of
@@ -68,8 +68,10 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path) -> bool:
-    """Whether this is a JSONL file whose first row has messages, or a prompt, and no text."""
+    """Whether this is a file of JSON rows whose first row has messages, or a prompt, and no text."""
     if not Path(path).is_file() or format_of(Path(path).name) != "rows":
+        return False
+    if is_json(Path(path).name) and not holds_rows(_file(path), at_least=1):
         return False
     _, first = next(_rows(path), ("", {}))
     return "text" not in first and ("messages" in first or "prompt" in first)
@@ -151,7 +153,11 @@ def _assembled(
 
 
 def _rows(path: str | Path, advance: Any = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_rows(TextFile(str(path), "rows", Path(path).stat().st_size), advance, like=_EXAMPLE)
+    return read_rows(_file(path), advance, like=_EXAMPLE)
+
+
+def _file(path: str | Path) -> TextFile:
+    return TextFile(str(path), "rows", Path(path).stat().st_size)
 
 
 def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -139,6 +140,26 @@ def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[
                 raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
             if line.strip():
                 yield place, _row(line, place, like)
+
+
+def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
+    """Return whether the first `at_least` lines of `file` that are not blank are JSON objects."""
+    found = 0
+    with file.open() as stream:
+        for line in filter(bytes.strip, _lines(stream)):
+            if not _is_object(line):
+                return False
+            found += 1
+            if found == at_least:
+                return True
+    return False
+
+
+def _is_object(line: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        text = line.decode("utf-8", errors="surrogateescape")
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    return False
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

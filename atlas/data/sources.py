@@ -12,12 +12,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from atlas.data.archives import is_in_own_order, members_of
-from atlas.data.formats import Group, SourceReport
+from atlas.data.formats import Group, SourceReport, holds_rows
 from atlas.data.hashes import hashes_of
 from atlas.data.stdin import STANDARD_INPUT
 from atlas.data.text import Piece
@@ -26,9 +27,11 @@ from atlas.data.textfiles import (
     ENDINGS,
     Advance,
     TextFile,
+    ending_of,
     filesystem_of,
     format_of,
     is_archive,
+    is_json,
     is_url,
     looks_like_rows,
     printable,
@@ -40,7 +43,8 @@ __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
-    "a .txt, .md, .jsonl, .parquet, .zip or .tar file (text also as .gz or .zst), a folder of them, or a URL"
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object a line (text and JSON also as .gz or "
+    ".zst), a folder of them, or a URL"
 )
 
 
@@ -240,11 +244,18 @@ class Sources:
         if is_archive(path.name):
             self._roots[resolved] = name
             yield from self._members(path)
-        elif kind:
+        elif kind and _has_format(
+            file := TextFile(str(path), kind, path.stat().st_size, trusted=self._trust), named=named
+        ):
             self._roots[resolved] = name
-            yield TextFile(str(path), kind, path.stat().st_size, trusted=self._trust)
+            yield file
+        elif kind and named:
+            raise AtlasError(
+                f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
+                "jq -c '.[]' does with an array"
+            )
         elif named:
-            raise AtlasError(f"{path}: {path.suffix or 'no'} ending: Atlas reads {_KINDS}")
+            raise AtlasError(f"{path}: {ending_of(path.name) or 'no'} ending: Atlas reads {_KINDS}")
         else:
             self.ignored.append(printable(name))
 
@@ -258,20 +269,22 @@ class Sources:
             inner, kind = PurePosixPath(member.name), format_of(member.name)
             if _is_hidden(inner) or "__MACOSX" in inner.parts:
                 continue
-            if member.is_file and kind and kind != "parquet":
-                yield TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
+            file = TextFile(str(path), kind or "text", member.size, member=member.name, trusted=self._trust)
+            if member.is_file and kind and kind != "parquet" and _has_format(file):
+                yield file
             else:
                 self.ignored.append(printable(f"{path}/{member.name}"))
 
     def _remote(self, url: str) -> Iterator[TextFile]:
         filesystem, path = filesystem_of(url)
         try:
+            in_folder = False
             if _PATTERN.search(path):
                 found = filesystem.glob(path, detail=True)
             elif filesystem.isfile(path):  # to look for files in one, HTTP would read it as a page of links
                 found = {path: filesystem.info(path)}
             else:
-                found = filesystem.find(path, detail=True)
+                in_folder, found = True, filesystem.find(path, detail=True)
         except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
             raise AtlasError(
                 f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
@@ -283,11 +296,13 @@ class Sources:
             if is_archive(name):
                 raise AtlasError(f"{url}: an archive is read on the disk only; download {name}")
             full, kind = filesystem.unstrip_protocol(name), format_of(name)
-            if kind is None:
+            file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
+            # Files that a pattern names are not looked into: each look would download the beginning of one.
+            if kind is None or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
                 self._roots[full] = full
-                yield TextFile(full, kind, int(files[name].get("size") or 0), trusted=self._trust)
+                yield file
 
     def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
         combined = [file for file in files if file.is_combined]
@@ -300,9 +315,20 @@ class Sources:
         return kept
 
 
+def _has_format(file: TextFile, *, named: bool = False) -> bool:
+    """Return whether `file` holds what its name says. A single JSON object is a row in a file that the user named; in
+    one that was found in a folder it may also be the settings of some program."""
+    return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
+
+
 def is_text_or_archive(path: Path) -> bool:
-    """Whether a file has a name that Atlas reads."""
-    return bool(path.suffix) and (is_archive(path.name) or format_of(path.name) is not None)
+    """Whether a file has a name that Atlas reads and, of a `.json` file, whether it holds rows."""
+    kind = format_of(path.name)
+    if not path.suffix or kind is None:
+        return bool(path.suffix) and is_archive(path.name)
+    with suppress(AtlasError):  # reading the file reports what is wrong with it
+        return _has_format(TextFile(str(path), kind, path.stat().st_size))
+    return True
 
 
 def _url_key(url: str) -> str:

@@ -32,7 +32,13 @@ COMBINED = "AllCombined.txt"
 Advance = Callable[[int], None]
 Format = Literal["text", "rows", "parquet"]
 
-FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "rows", ".parquet": "parquet"}
+FORMATS: dict[str, Format] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "rows",
+    ".json": "rows",
+    ".parquet": "parquet",
+}
 COMPRESSED = (".gz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
 ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz")
@@ -50,16 +56,32 @@ def is_url(path: str | Path) -> bool:
 
 
 def format_of(name: str) -> Format | None:
-    """What a file of that name holds; None for what Atlas does not read."""
-    path = PurePosixPath(name.lower())
-    if path.suffix in COMPRESSED:
-        path = path.with_suffix("")
-        if path.suffix not in FORMATS:
-            return "text"
-        return FORMATS[path.suffix] if path.suffix != ".parquet" else None
-    if not path.suffix and _PART.fullmatch(path.name):
+    """Return what a file of that name holds, None for what Atlas does not read. A `.json` file may hold something
+    else: see `is_json`."""
+    *compressed, inner = _split_compression(name)
+    path = PurePosixPath(inner)
+    if not path.suffix and (compressed or _PART.fullmatch(path.name)):
         return "text"
-    return FORMATS.get(path.suffix)
+    format = FORMATS.get(path.suffix)
+    return None if compressed and format == "parquet" else format
+
+
+def ending_of(name: str) -> str:
+    """Return a name's ending with that of its compression, such as `.pdf.gz`; an empty string where it has none."""
+    *compressed, inner = _split_compression(name)
+    return PurePosixPath(inner).suffix + "".join(compressed)
+
+
+def is_json(name: str) -> bool:
+    """Return whether a name ends with `.json`, compressed or not: only a look inside shows whether it holds rows."""
+    return _split_compression(name)[-1].endswith(".json")
+
+
+def _split_compression(name: str) -> list[str]:
+    """`A.PDF.gz` → [`.gz`, `a.pdf`], `a.pdf` → [`a.pdf`]."""
+    name = name.lower()
+    suffix = PurePosixPath(name).suffix
+    return [suffix, name.removesuffix(suffix)] if suffix in COMPRESSED else [name]
 
 
 def is_archive(name: str) -> bool:
