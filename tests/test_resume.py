@@ -12,12 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import yaml
 
+import atlas
+from atlas.cli import main
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
+from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.retention import slim
 from atlas.training.start import Request, choose_start
@@ -270,6 +274,83 @@ def test_init_from_starts_a_new_run_from_the_weights(done: tuple[dict, Path], tm
     best = load_checkpoint(folder / "atlas_best.pt")
     assert same_bits(trainer.model.state_dict(), best["model_state_dict"])
     assert trainer.contents()["initialized_from"] == str(folder / "atlas_best.pt")
+
+
+SHAPES = {
+    "learned": {},
+    "rope": {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
+}
+
+
+@pytest.fixture(params=SHAPES)
+def pretrained(request: pytest.FixtureRequest, tmp_path: Path, text_file: Path) -> tuple[dict, str]:
+    """A finished run with a context of 16: its settings but those of the model, and its kind of positions."""
+    tokenizer = tmp_path / "bpe.json"
+    Tokenizer.train([corpus()], 300).save(tokenizer)  # type: ignore[union-attr]
+    explicit = layer(tmp_path / "run", text_file, data__tokenizer=str(tokenizer))
+    run(overlay(explicit, {"model": SHAPES[request.param]}))
+    return explicit, request.param
+
+
+def with_context(explicit: dict, folder: Path, max_seq_len: int) -> dict:
+    """The user's own words for a new run: no setting of the model but its context."""
+    explicit = {**explicit, "model": {"max_seq_len": max_seq_len}}
+    return overlay(explicit, {"checkpoint": {"output_dir": str(folder)}, "training": {"max_steps": 3}})
+
+
+@pytest.mark.parametrize("max_seq_len", [8, 15, 24])
+def test_a_new_run_from_weights_may_have_another_context(
+    pretrained: tuple[dict, str], tmp_path: Path, max_seq_len: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explicit, position = pretrained
+    source, tuned = tmp_path / "run" / "atlas_step_6.pt", tmp_path / "tuned"
+    request = with_context(explicit, tuned, max_seq_len)
+    if position == "learned" and max_seq_len > 16:
+        with pytest.raises(
+            AtlasError, match=r"learned 16 positions and no others: set model\.max_seq_len to at most 16"
+        ):
+            choose_start(Request(request, init_from=str(source)))
+        return
+    trainer = trainer_for(request, init_from=str(source))
+    tokens = torch.randint(300, (2, min(16, max_seq_len)))
+    with torch.no_grad():
+        before = atlas.load(str(source)).model(tokens)
+        torch.testing.assert_close(trainer.model.eval()(tokens), before)
+    trainer.model.train()
+    assert trainer.train().step == 3
+    [line] = [line for line in log_of(tuned).splitlines() if "max_seq_len 16" in line]
+    assert f"max_seq_len 16 → {max_seq_len}: the new run has another context" in line
+    assert ("has not been trained on distances beyond 16" in line) == (max_seq_len > 16)
+    with pytest.raises(AtlasError, match=f"max_seq_len {max_seq_len} → 4"):  # of the new run it must stay
+        choose_start(Request(with_context(request, tuned, 4), init_from=str(source)))
+    assert choose_start(Request(longer(request), init_from=str(source))).mode == "resume"
+
+    best = str(tuned / "atlas_step_3.pt")
+    assert len(atlas.load(best).generate("a", max_tokens=max_seq_len + 9, seed=1)) > 0
+    assert (
+        main(["export", "--checkpoint", best, "--output", str(tmp_path / "m.gguf"), "--quantize", "f32"]) == 0
+    )
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    [context] = [field.contents() for name, field in fields.items() if name.endswith(".context_length")]
+    assert context == max_seq_len
+
+
+@pytest.mark.parametrize("max_seq_len", [8, 24])
+def test_a_resumed_run_keeps_its_context(
+    pretrained: tuple[dict, str], tmp_path: Path, max_seq_len: int
+) -> None:
+    """On the same data; on other data `--resume` is fine-tuning, with a context of its own."""
+    explicit, position = pretrained
+    source = str(tmp_path / "run" / "atlas_step_6.pt")
+    for wish in ({}, {"resume": "auto"}, {"resume": source}):
+        with pytest.raises(AtlasError, match=f"max_seq_len 16 → {max_seq_len}") as error:
+            choose_start(Request(with_context(explicit, tmp_path / "run", max_seq_len), **wish))
+        assert ("--init-from" in str(error.value)) == (position == "rope" or max_seq_len < 16)
+    other = tmp_path / "other.txt"
+    other.write_text(corpus().upper(), encoding="utf-8")
+    request = overlay(with_context(explicit, tmp_path / "tuned", 8), nested("data.train_data", str(other)))
+    start = choose_start(Request(request, resume=source))
+    assert (start.mode, start.config.model.max_seq_len) == ("finetune", 8)
 
 
 def test_a_changed_batch_size_goes_on_from_the_sequences_consumed(done: tuple[dict, Path]) -> None:

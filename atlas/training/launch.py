@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import ResolvedData, training_sequences, validation_sequences
@@ -157,6 +159,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
         load_weights(model, start.contents, start.source)
         return model
     if start.contents:
+        _shorten_positions(start.contents["model_state_dict"], config.model.max_seq_len)
         load_weights(model, start.contents, start.source)
     elif config.lora.rank:
         raise AtlasError(
@@ -166,6 +169,12 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
     if config.lora.rank:
         add_lora(model, config.lora, seed=config.seed)
     return model
+
+
+def _shorten_positions(weights: dict[str, Tensor], max_seq_len: int) -> None:
+    """Keep the first `max_seq_len` learned positions, which is all that a new run with a shorter context uses."""
+    if (positions := weights.get("position_embedding.weight")) is not None:
+        weights["position_embedding.weight"] = positions[:max_seq_len]
 
 
 def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:

@@ -138,9 +138,10 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     inherited = dict(contents["config"])
     _refuse_unasked_code(inherited, request.explicit)
     config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
-    _refuse_other_shape(config, contents, source)
     same_data = data.fingerprint == contents["data"].get("fingerprint")
-    if same_data and not request.init_from:
+    resumes = same_data and not request.init_from
+    notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
+    if resumes:
         _refuse_other_optimizer(config, contents, source)
         wished = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
@@ -316,17 +317,42 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
     return config.model_copy(update={"model": model})
 
 
-def _refuse_other_shape(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
+def _refuse_other_shape(
+    config: AtlasConfig, contents: Mapping[str, Any], source: Path, *, is_new_run: bool = False
+) -> list[str]:
+    """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`; return what the user should know.
+
+    A new run may have a context of another length: no weight depends on it with `position: rope`, and of learned
+    positions a shorter context takes the first. A resumed run may not, since it counts what it has read in sequences
+    of that length.
+    """
     # Resolved: an older checkpoint does not know of every setting.
     saved = resolve({"model": contents["config"].get("model", {})})
     old, new = (one.model.model_dump(mode="json") for one in (saved, config))
-    changed = [
-        f"{key} {old[key]} → {new[key]}" for key in new if old[key] != new[key] and key not in _MAY_CHANGE
-    ]
+    changed = {
+        key: f"{key} {old[key]} → {new[key]}"
+        for key in new
+        if old[key] != new[key] and key not in _MAY_CHANGE
+    }
+    other_context = changed.pop("max_seq_len", None) if is_new_run else None
+    length, is_longer = old["max_seq_len"], new["max_seq_len"] > old["max_seq_len"]
+    fits = new["position"] == "rope" or not is_longer
     if changed:
+        remedy = "leave these settings as they were"
+        if fits and list(changed) == ["max_seq_len"]:
+            remedy = f"leave it as it was, or start a new run with another context: --init-from {source}"
         raise AtlasError(
-            f"{source}: is another model's checkpoint (model: {', '.join(changed)}): leave these settings as they were"
+            f"{source}: is another model's checkpoint (model: {', '.join(changed.values())}): {remedy}"
         )
+    if other_context is None:
+        return []
+    if not fits:
+        raise AtlasError(
+            f"{source}: model: {other_context}: the model has learned {length} positions and no others: set "
+            f"model.max_seq_len to at most {length}, or train a model with position rope"
+        )
+    untrained = f"; it has not been trained on distances beyond {length}" if is_longer else ""
+    return [f"model: {other_context}: the new run has another context than {source}{untrained}"]
 
 
 def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
