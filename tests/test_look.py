@@ -119,7 +119,7 @@ def check_lens(loaded: LoadedModel, position: int, expected: Tensor) -> None:
     """`expected` (layers + 1, V) are the logits after the embedding and each layer."""
     chances = expected.double().softmax(-1)
     depths = lens(loaded, IDS, position=position, alternatives=4)
-    assert [depth.layers for depth in depths] == list(range(len(expected)))
+    assert [depth.layer for depth in depths] == [None, *range(len(expected) - 1)]
     for depth, row in zip(depths, chances, strict=True):
         best = row.topk(4)
         assert [choice.id for choice in depth.likeliest] == best.indices.tolist()
@@ -142,6 +142,20 @@ def test_the_lens_ends_where_the_model_does() -> None:
     assert [c.id for c in last.likeliest] == [c.id for c in place.alternatives]
     assert (last.rank, last.probability) == (place.rank, pytest.approx(place.probability))
     assert lens(loaded, IDS, position=-3) == lens(loaded, IDS, position=len(IDS) - 3)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_has_the_same_number_in_the_lens_and_in_attention(layer: int) -> None:
+    """Block number `layer` is changed: its attention is another, and the lens from its row on."""
+    model = sharp_model(MIXED["qwen3-gqa"])
+    loaded = loaded_with(model)
+    patterns, depths = attention(loaded, IDS), lens(loaded, IDS)
+    with torch.no_grad():
+        model.blocks[layer].attention.qkv.weight.mul_(-2)
+    changed = [not torch.equal(*pair) for pair in zip(patterns, attention(loaded, IDS), strict=True)]
+    assert changed.index(True) == layer
+    pairs = zip(depths, lens(loaded, IDS), strict=True)
+    assert [before.layer for before, after in pairs if before != after] == list(range(layer, 3))
 
 
 def test_a_model_with_low_rank_updates_looks_as_the_merged_one() -> None:

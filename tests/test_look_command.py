@@ -109,13 +109,33 @@ def test_the_lens_and_a_head_are_told(checkpoint: Path, capsys: pytest.CaptureFi
         capsys, checkpoint, "--prompt", "The river runs", "--lens", "--attention", "0.1"
     ).splitlines()
     start = lines.index("after each layer, what follows place 2, ·runs")
-    assert [line.split()[0] for line in lines[start + 2 : start + 5]] == ["0", "1", "2"]
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[start + 2 : start + 5]] == [
+        "embedding",
+        "layer 0",
+        "layer 1",
+    ]
     assert "really" not in lines[start + 1]
     start = lines.index("layer 0, head 1: where each token looks")
     assert lines[start + 2].split() == ["0", "The", "█", "0", "The:100.0%"]
     assert len(lines) == start + 5
     lines = said(capsys, checkpoint, "--prompt", "The river runs", "--lens", "--position", "0").splitlines()
     assert any(line.endswith("really: ·river  rank") for line in lines)
+
+
+def test_layers_have_the_same_numbers_in_every_part(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each layer that the lens names can be given to --attention, by that number, and no other can."""
+    options = ["--prompt", "The river runs", "--lens"]
+    named = re.findall(r"^layer (\d+) ", said(capsys, checkpoint, *options), re.M)
+    depths = json.loads(said(capsys, checkpoint, *options, "--json"))["lens"]["depths"]
+    assert [depth["layer"] for depth in depths] == [None, *map(int, named)] == [None, 0, 1]
+    for number in named:
+        assert f"\nlayer {number}, head 0: " in said(
+            capsys, checkpoint, *options, "--attention", f"{number}.0"
+        )
+    assert main(["look", "--checkpoint", str(checkpoint), *options, "--attention", f"{len(named)}.0"]) == 2
+    assert f"has layers {named[0]} to {named[-1]}" in capsys.readouterr().err
 
 
 def test_of_a_long_text_attention_is_told_but_not_drawn(

@@ -183,12 +183,13 @@ def _print_next_token(console: Console, next_token: NextToken, sampling: Samplin
 def _print_lens(console: Console, places: Sequence[Place], *, position: int, depths: Sequence[Depth]) -> None:
     follows = places[position + 1].text if position + 1 < len(places) else None
     console.print(f"\nafter each layer, what follows place {position}, {_token(places[position].text)}")
-    table = _table("layers", ">", "entropy", ">", "likeliest", "<")
+    table = _table("after", "<", "entropy", ">", "likeliest", "<")
     if follows is not None:
         table.add_column(f"really: {_token(follows)}", justify="right")
         table.add_column("rank", justify="right")
     for depth in depths:
-        cells = [str(depth.layers), f"{depth.entropy:.1f}", _choices(depth.likeliest)]
+        after = "embedding" if depth.layer is None else f"layer {depth.layer}"
+        cells = [after, f"{depth.entropy:.1f}", _choices(depth.likeliest)]
         if depth.probability is not None:
             cells += [_percent(depth.probability), f"{depth.rank:,}"]
         table.add_row(*cells)

@@ -77,12 +77,12 @@ class NextToken:
 
 @dataclass(frozen=True)
 class Depth:
-    """What a model would predict if it ended after so many layers; 0: with nothing but the embedding.
+    """What a model would predict if it ended after `layer`, counted from 0; None: with nothing but the embedding.
 
     `probability` and `rank` are those of the token that really follows, None where the text ends; entropy in bits.
     """
 
-    layers: int
+    layer: int | None
     likeliest: tuple[Choice, ...]
     entropy: float
     probability: float | None
@@ -197,7 +197,8 @@ def lens(
         chances, ranks = own[:, 0].exp().tolist(), ((log_chances > own).sum(dim=-1) + 1).tolist()
     entropies = _entropy(log_chances.exp()).tolist()
     columns = (_likeliest(loaded, log_chances, alternatives), entropies, chances, ranks)
-    return [Depth(layers, *row) for layers, row in enumerate(zip(*columns, strict=True))]
+    layers = [None, *range(len(streams) - 1)]
+    return [Depth(layer, *row) for layer, row in zip(layers, zip(*columns, strict=True), strict=True)]
 
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Rotation | None]:

@@ -129,7 +129,7 @@ export function drawLayers(view, facts, answer, chosenId) {
       if (token.id === chosenId) cell.classList.add("actual");
       return cell;
     });
-    return element("tr", {}, element("th", { textContent: layer.layers ? `layer ${layer.layers - 1}` : "embedding" }), ...cells);
+    return element("tr", {}, element("th", { textContent: layer.layer === null ? "embedding" : `layer ${layer.layer}` }), ...cells);
   });
   view.replaceChildren(
     facts,
