@@ -29,7 +29,7 @@ from atlas.cli import main
 from atlas.config.loader import read_yaml, resolve
 from atlas.data import open_dataset
 from atlas.errors import AtlasError
-from atlas.inference import LoadedModel
+from atlas.inference import LoadedModel, look
 from tests.conftest import corpus
 from tests.runs import layer, run
 from tests.test_docs import flags_of
@@ -328,6 +328,12 @@ def test_the_tour_leads_from_text_to_a_model_that_learnt_it(
     after = len(model.tokenizer.encode(f"\n{beginning}"))
     chance = math.exp(sum(float(logprobs[t - 1, ids[t]]) for t in range(after, len(ids))))
     assert chance == pytest.approx(text.count("stands in the reeds") / text.count("stands in the"), abs=0.15)
+
+    # The heads look back at the verb, more than at its subject.
+    ids = model.tokenizer.encode(beginning)
+    heron, stands = (ids.index(model.tokenizer.encode(word)[0]) for word in (" heron", " stands"))
+    last = look.attention(model, ids)[:, :, -1]
+    assert (last[..., stands] > last[..., heron]).float().mean() > 0.5
 
     reader = gguf.GGUFReader(folder / "river.gguf")
     table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
