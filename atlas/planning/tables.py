@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from atlas.config.presets import preset_names
+from atlas.config.loader import read_yaml, resolve
+from atlas.config.presets import preset_names, preset_path
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
-from atlas.planning.estimate import count_parameters, estimate_training_memory
+from atlas.planning.estimate import ASSUMED_VOCABULARY, count_parameters, estimate_training_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 from atlas.planning.run import describe_duration, machine_with, plan_run
 from atlas.planning.scaling import scale
@@ -50,7 +51,7 @@ def presets_table() -> str:
         rows.append(
             (
                 f"`{name}`",
-                f"{count_parameters(preset.config.model).total / 1e6:.1f} M",
+                _parameters(name, preset),
                 f"{memory / 2**30:.2f} GiB",
                 f"{(whole.tokens or 0) / 1e6:,.1f} M",
                 f"{whole.flops or 0:.1e}",
@@ -163,6 +164,13 @@ def with_tables(name: str, page: str) -> str:
 def _presets() -> dict[str, PresetPlan]:
     plans = plan_presets(0, device="cuda")
     return dict(zip(preset_names(), plans, strict=True))
+
+
+def _parameters(name: str, preset: PresetPlan) -> str:
+    """The size, and with what vocabulary where the preset leaves it to the data."""
+    size = f"{count_parameters(preset.config.model).total / 1e6:.1f} M"
+    stated = resolve(read_yaml(preset_path(name))).model.vocab_size
+    return size if stated else f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}"
 
 
 def _title(card: Card) -> str:
