@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,58 @@ def test_the_screen_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert errors == ""
     for word in (torch.__version__, "Precision", "TFLOP/s", "attention", "compile", "MB/s", "--device cpu"):
         assert word in output
-    assert output.endswith("Nothing to mend\n")
+    assert output.endswith("Nothing to fix\n")
     assert len(output.splitlines()) < 40
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_COMPILED", "import sys; sys.exit('no compiler found')")
+    effort = replace(LITTLE, compile_seconds=60)
+    monkeypatch.setattr(doctor_facts, "examine", functools.partial(doctor_facts.examine, effort=effort))
+
+
+def without_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU training does not take fp16 in any case."""
+
+    def step(device: torch.device, dtype: torch.dtype, *others: Any, **options: Any) -> probes.StepCheck:
+        if dtype == torch.float16:
+            raise RuntimeError('"addmm" not implemented for Half')
+        return check_step(device, dtype, *others, **options)
+
+    check_step = probes.check_step
+    monkeypatch.setattr(doctor_facts, "check_step", step)
+
+
+def with_wrong_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_mlp(monkeypatch, torch.float16, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("absent", "row"),
+    [
+        (lambda _: None, "attention         flash, math; not available: efficient, cudnn"),
+        (without_compiler, "compile           not available: no compiler found; training runs without it"),
+        (
+            without_fp16,
+            'fp16              not available: "addmm" not implemented for Half, and training does not use',
+        ),
+        (with_wrong_fp16, "fp16              wrong, and training does not use it (is for GPUs): loss off by"),
+    ],
+)
+def test_the_verdict_agrees_with_the_rows(
+    absent: Callable[[pytest.MonkeyPatch], None],
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is optional and absent is not available, for a reason; nothing that "does not work" is left unfixed."""
+    absent(monkeypatch)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert f"\n  {row}" in output
+    assert output.endswith("\nNothing to fix\n")
+    for contradiction in ("does not work", "does not compute", "WRONG", "cannot be written"):
+        assert contradiction not in output
 
 
 def test_nothing_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +307,7 @@ def test_attention_kernels_of_a_cpu() -> None:
 
 def test_a_compiler_that_takes_too_long_is_stopped() -> None:
     check = try_compile(CPU, seconds=0.01)
-    assert check.reason == "was not done after 0.01 seconds"
+    assert check.reason == "did not finish in 0.01 seconds"
 
 
 @pytest.mark.parametrize(

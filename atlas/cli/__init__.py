@@ -38,7 +38,7 @@ COMMANDS = {
     "import": "Make a checkpoint of a public model in Hugging Face's format.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
     "plan": "Memory, disk, tokens and time of a config, before any work.",
-    "doctor": "What this machine can do, and what to mend.",
+    "doctor": "What this machine can do, and what to fix.",
     "pipeline": "The whole road in one command, with questions or without.",
 }
 

@@ -1,4 +1,4 @@
-"""`atlas doctor`: what this machine can do, what training will choose on it, and what to mend."""
+"""`atlas doctor`: what this machine can do, what training will choose on it, and what to fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atlas.errors import AtlasError
 
 Rows = Iterable[tuple[str, Any]]
 
-SOMETHING_TO_MEND = 1
+SOMETHING_TO_FIX = 1
 _SLOW = 3
 
 
@@ -51,7 +51,7 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Say what this machine can do, what train will choose, and what to mend.
+    """Say what this machine can do, what train will choose, and what to fix.
 
     Takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see the
     last lines, each of which names a remedy.
@@ -73,7 +73,7 @@ def doctor(
     else:
         _print(facts)
     if facts["problems"]:
-        raise typer.Exit(SOMETHING_TO_MEND)
+        raise typer.Exit(SOMETHING_TO_FIX)
 
 
 def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout: float | None) -> None:
@@ -139,7 +139,7 @@ def _print(facts: dict[str, Any]) -> None:
         typer.echo(title)
         _print_rows(rows)
     problems = facts["problems"]
-    typer.echo(f"To mend: {len(problems)}" if problems else "Nothing to mend")
+    typer.echo(f"To fix: {len(problems)}" if problems else "Nothing to fix")
     for problem in problems:
         typer.echo(printable(f"  {problem['value']}: {problem['reason']}; {problem['remedy']}"))
 
@@ -183,12 +183,14 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
 
 
 def _precision(precision: dict[str, Any]) -> Rows:
+    """A row for each precision. One that training refuses is nothing to fix: its row says why training refuses it."""
     for name, step in precision.items():
+        unused = "" if step["refusal"] is None else f", and training does not use it ({step['refusal']})"
         if "error" in step:
-            verdict = f"does not compute ({step['error']})"
+            verdict = f"{'not available' if unused else 'does not compute'}: {step['error']}{unused}"
         else:
             off = ", ".join(f"{part} off by {_off(step[f'{part}_error'])}" for part in ("loss", "gradient"))
-            verdict = "right" if step["right"] else "WRONG"
+            verdict = "right" if step["right"] else f"wrong{unused}" if unused else "WRONG"
             verdict += f": {off} (bound {step['bound']:.0e})"
             if (times := step["product_times_fp32"]) and times >= _SLOW:
                 verdict += f"; but a matrix product takes {times:.0f} times as long as in fp32"
@@ -210,10 +212,11 @@ def _speed(facts: dict[str, Any]) -> Rows:
     if attention := facts.get("attention"):
         works = [name for name, runs in attention.items() if runs]
         fails = [name for name, runs in attention.items() if not runs]
-        yield "attention", ", ".join(works) + (f"; not {', '.join(fails)}" if fails else "")
+        yield "attention", ", ".join(works) + (f"; not available: {', '.join(fails)}" if fails else "")
     compiled, disk = facts["compile"], facts["disk"]
     took = f"works; {compiled['seconds']:.0f} s for a first function"
-    yield "compile", f"does not work: {compiled['reason']}" if compiled["reason"] else took
+    without = f"not available: {compiled['reason']}; training runs without it"
+    yield "compile", without if compiled["reason"] else took
     if "error" in disk:
         yield "disk", f"{disk['folder']}: {disk['error']}"
     else:

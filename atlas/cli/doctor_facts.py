@@ -1,4 +1,4 @@
-"""The facts of `atlas doctor`, as one object that JSON can hold, and what of them somebody should mend.
+"""The facts of `atlas doctor`, as one object that JSON can hold, and which of them the user should fix.
 
 What training would choose is asked of the functions that training itself calls.
 """
@@ -53,7 +53,7 @@ _SMALL_PRODUCT = 256  # large enough to show what is imitated, small enough to w
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that the user should mend, said as every mistake is."""
+    """Something that the user should fix: value, reason, remedy."""
 
     value: str
     reason: str

@@ -239,7 +239,7 @@ def try_compile(device: torch.device, *, seconds: float) -> CompileCheck:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return CompileCheck(time.perf_counter() - start, f"was not done after {seconds:g} seconds")
+            return CompileCheck(time.perf_counter() - start, f"did not finish in {seconds:g} seconds")
     lines = done.stderr.strip().splitlines()
     reason = None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
     return CompileCheck(time.perf_counter() - start, reason)
