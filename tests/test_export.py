@@ -342,6 +342,7 @@ def proof_of(
         ("f16", {"max_seq_len": 128}),
         ("f32", {"max_seq_len": 32, "bias": False, "tie_embeddings": False}),
         ("f16", {"max_seq_len": 64, "bias": False, "num_heads": 1}),
+        ("f16", {"max_seq_len": 64, "mlp": "gelu_exact"}),
         *(("f32", shape) for shape in MODERN.values()),
         ("f16", MODERN["qwen3-gqa"]),
         *(pytest.param("f16", shape, marks=pytest.mark.slow) for shape in MODERN.values()),

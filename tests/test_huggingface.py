@@ -35,7 +35,12 @@ from tests.conftest import corpus
 from tests.test_export import MODERN, save_checkpoint, sharp_model
 
 TEXTS = ["The river runs.\n\tVerse 7", "naïve 漢字 🙂  two  blanks ", "don't x'sX 12345", ""]
-SHAPES = {"gpt2": {"max_seq_len": 128}, "gpt2-plain": {"bias": False, "tie_embeddings": False}, **MODERN}
+SHAPES = {
+    "gpt2": {"max_seq_len": 128},
+    "gpt2-plain": {"bias": False, "tie_embeddings": False},
+    "gpt2-exact": {"mlp": "gelu_exact"},
+    **MODERN,
+}
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def config_of(**sections: dict) -> AtlasConfig:
         {
             "position": st.sampled_from(["learned", "rope"]),
             "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-            "mlp": st.sampled_from(["gelu", "swiglu"]),
+            "mlp": st.sampled_from(["gelu", "gelu_exact", "swiglu"]),
             "qk_norm": st.booleans(),
             "num_kv_heads": st.sampled_from([None, 1]),
             "head_dim": st.sampled_from([None, 6]),

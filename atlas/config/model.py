@@ -59,7 +59,11 @@ class ModelConfig(Section):
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Norm before attention and MLP.")
     norm_eps: Float = Field(1e-5, gt=0, lt=1, description="Added to what a norm divides by.")
-    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="What the MLP does between its matrices.")
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = Field(
+        "gelu",
+        description="The activation of the MLP. gelu: GELU's tanh form, as in GPT-2. gelu_exact: GELU itself, as in "
+        "Atlas 1.x; llama.cpp computes the tanh form of it. swiglu: a gate beside the values, as in Llama.",
+    )
     qk_norm: bool = Field(False, description="RMS norms of queries and keys, per head.")
     dropout: Float = Field(
         0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
@@ -124,7 +128,7 @@ class ModelConfig(Section):
     def mlp_width(self) -> int:
         if self.mlp_size is not None:
             return self.mlp_size
-        return 4 * self.hidden_size if self.mlp == "gelu" else -(-8 * self.hidden_size // 3 // 64) * 64
+        return -(-8 * self.hidden_size // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.hidden_size
 
     @property
     def vocabulary(self) -> int:
@@ -157,7 +161,10 @@ class ModelConfig(Section):
     def _changes_for(self, architecture: str) -> dict[str, Any]:
         """The settings that stand between this model and a llama.cpp architecture, with the values it wants."""
         wanted = _ARCHITECTURES[architecture]
-        changes = {name: value for name, value in wanted.items() if getattr(self, name) != value}
+        own = self.model_dump(include=set(wanted))
+        if own["mlp"] == "gelu_exact":  # other programs compute it, or its tanh form, under the same architecture
+            own["mlp"] = "gelu"
+        changes = {name: value for name, value in wanted.items() if own[name] != value}
         if architecture == "gpt2":  # its heads are as wide together as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads

@@ -143,7 +143,7 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
             "n_head": config.num_heads,
             "n_positions": config.max_seq_len,
             "n_inner": config.mlp_width,
-            "activation_function": "gelu_new",
+            "activation_function": "gelu" if config.mlp == "gelu_exact" else "gelu_new",
             "layer_norm_epsilon": config.norm_eps,
             **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         }
@@ -171,7 +171,7 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
     wanted: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,)}
     if family == "gpt2":
         wanted |= {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
@@ -197,6 +197,7 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
             vocab_size=stated.get("vocab_size", 50257),
             max_seq_len=stated.get("n_positions", 1024),
             norm_eps=stated.get("layer_norm_epsilon", 1e-5),
+            mlp="gelu_exact" if stated.get("activation_function") == "gelu" else "gelu",
             tie_embeddings=stated.get("tie_word_embeddings", True),
         )
     return ModelConfig(

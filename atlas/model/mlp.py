@@ -13,12 +13,14 @@ class MLP(nn.Module):
     """C → M → C, with GELU between (Hendrycks & Gimpel 2016, arXiv:1606.08415), or SwiGLU (Shazeer 2020,
     arXiv:2002.05202), where `up` makes both the values and the gates that they are multiplied by.
 
-    GPT-2 was trained with the tanh form of GELU and llama.cpp computes it, so no other is offered.
+    GPT-2 was trained with the tanh form of GELU and llama.cpp computes it, so it is the default. The exact form
+    differs from it by at most 5e-4; models of Atlas 1.x were trained with that one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.is_gated = config.mlp == "swiglu"
+        self.gelu_form = "none" if config.mlp == "gelu_exact" else "tanh"
         inside = 2 * config.mlp_width if self.is_gated else config.mlp_width
         self.up = nn.Linear(config.hidden_size, inside, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.hidden_size, bias=config.bias)
@@ -30,6 +32,6 @@ class MLP(nn.Module):
 
     def _activate(self, inside: Tensor) -> Tensor:
         if not self.is_gated:
-            return F.gelu(inside, approximate="tanh")
+            return F.gelu(inside, approximate=self.gelu_form)
         gates, values = inside.chunk(2, dim=-1)
         return F.silu(gates) * values
