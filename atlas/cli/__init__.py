@@ -35,7 +35,7 @@ COMMANDS = {
     "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
     "report": "One page of the curves and results of runs, which opens without network.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
-    "import": "Make a checkpoint of a public model in Hugging Face's format.",
+    "import": "Make a checkpoint of a public model in Hugging Face's format, or of one of Atlas 1.x.",
     "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
     "plan": "Memory, disk, tokens and time of a config, before any work.",
     "doctor": "What this machine can do, and what to fix.",

@@ -1,4 +1,4 @@
-"""`atlas import`: a public model in Hugging Face's format as a checkpoint."""
+"""`atlas import`: make a checkpoint from a model in Hugging Face's format or a checkpoint of Atlas 1.x."""
 
 from __future__ import annotations
 
@@ -11,35 +11,86 @@ from atlas.errors import AtlasError
 
 
 def import_model(
-    folder: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
-            help="A folder with config.json, *.safetensors and tokenizer.json.", show_default=False
+            help="A folder with config.json, *.safetensors and tokenizer.json, or a checkpoint of Atlas 1.x (.pt).",
+            show_default=False,
         ),
     ],
     output_dir: Annotated[
         str | None,
-        typer.Option(help="Where the checkpoint goes.", show_default="checkpoints/<name of the folder>"),
+        typer.Option(
+            help="Where the checkpoint goes.",
+            show_default="checkpoints/<name of the folder>, or checkpoints/imported-<name of the .pt>",
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its tokenizer, where the folder has none: gpt2, or a tokenizer.json.")
+        str | None,
+        typer.Option(help="The model's tokenizer, if its folder has none: gpt2, or a tokenizer.json."),
+    ] = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="For a checkpoint of Atlas 1.x: the number of attention heads, which the file does not record.",
+            min=1,
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a checkpoint of Atlas 1.x: the YAML file that it was trained with.", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
-    """Make a checkpoint of a model in Hugging Face's format (GPT-2, Llama, Qwen3), to write with or to fine-tune."""
+    """Make a checkpoint of a model in Hugging Face's format (GPT-2, Llama, Qwen3), or of one of Atlas 1.x, to generate
+    with or to fine-tune."""
+    from atlas.export.import_first_version import import_first_version
     from atlas.export.import_hf import import_hf, read_chat_template
     from atlas.training.imported import save_imported
 
-    output = Path(output_dir) if output_dir else Path("checkpoints") / Path(folder).resolve().name
-    if output.exists() and any(output.iterdir()):
-        raise AtlasError(f"{output}: is not empty; choose another --output-dir")
-    model, own = import_hf(folder, tokenizer=tokenizer)
-    path = save_imported(
-        model, own, output, source=str(folder), chat_template=read_chat_template(Path(folder))
-    )
-    config = model.config
+    path, chat_template, notes = Path(source), None, list[str]()
+    is_file = path.is_file()
+    # The prefix keeps the folder apart from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
+    name = f"imported-{path.stem}" if is_file else path.resolve().name
+    output = Path(output_dir) if output_dir else Path("checkpoints") / name
+    _check_output(output)
+    if is_file:
+        model, own, notes = import_first_version(
+            path, num_heads=num_heads, config=config, tokenizer=tokenizer
+        )
+    else:
+        _check_folder(path, takes_shape=num_heads is not None or config is not None)
+        model, own = import_hf(path, tokenizer=tokenizer)
+        chat_template = read_chat_template(path)
+    written = save_imported(model, own, output, source=source, chat_template=chat_template)
+    shape = model.config
+    for note in notes:
+        typer.echo(note, err=True)
     typer.echo(
-        f"{config.gguf_architecture}: {model.num_parameters():,} parameters, context {config.max_seq_len:,}, "
+        f"{shape.gguf_architecture}: {model.num_parameters():,} parameters, context {shape.max_seq_len:,}, "
         f"tokenizer {own.name} of {own.vocab_size:,} tokens",
         err=True,
     )
-    typer.echo(path)
+    typer.echo(written)
+
+
+def _check_output(output: Path) -> None:
+    """Raises `AtlasError` where something would be overwritten."""
+    if output.exists() and not output.is_dir():
+        raise AtlasError(f"{output}: is a file; choose another --output-dir")
+    if output.exists() and any(output.iterdir()):
+        raise AtlasError(f"{output}: is not empty; choose another --output-dir")
+
+
+def _check_folder(folder: Path, *, takes_shape: bool) -> None:
+    if folder.is_dir() and not (folder / "config.json").exists() and (files := sorted(folder.glob("*.pt"))):
+        best = folder / "atlas_best.pt"
+        example = best if best in files else files[-1]
+        raise AtlasError(
+            f"{folder}: has no config.json; to convert a checkpoint of Atlas 1.x in it, name it, such as {example}"
+        )
+    if takes_shape:
+        raise AtlasError(
+            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt), and {folder} is none: leave them out"
+        )

@@ -99,8 +99,11 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     from atlas.inference.load import NOT_NEEDED
     from atlas.training.checkpoint import find_checkpoint, kind_of, read_contents
     from atlas.training.manifest import checkpoint_size, read_manifest, shards_of, sidecar_of
+    from atlas.training.untrusted import refuse_first_version
 
     path = find_checkpoint(path)
+    if not read_manifest(path, check_hash=False):
+        refuse_first_version(path)
     if verify or (sidecar_of(path).exists() and not read_manifest(path, check_hash=False)):
         state = _verified(path)
     elif sidecar_of(path).exists():
@@ -236,8 +239,11 @@ def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | 
 def _seen(path: Path, manifest: Manifest | None) -> str:
     """What can be said of a checkpoint without reading it."""
     from atlas.training.manifest import sidecar_of
+    from atlas.training.untrusted import holds_first_version
 
     if manifest is None:
+        if holds_first_version(path):
+            return "of the first Atlas (1.x): atlas import"
         has_sidecar = sidecar_of(path).exists()
         return f"not the file that {sidecar_of(path).name} describes" if has_sidecar else "no sidecar"
     return "size as saved" + (", no optimizer state" if manifest.slim else "")

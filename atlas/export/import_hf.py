@@ -31,7 +31,10 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise AtlasError(f"{folder}: no such folder; give one with config.json and *.safetensors in it")
+        raise AtlasError(
+            f"{folder}: no such file or folder; give a folder with config.json and *.safetensors in it, "
+            "or a checkpoint of Atlas 1.x (.pt)"
+        )
     try:
         config = config_in(_read_json(folder / "config.json"))
         with torch.device("meta"):

@@ -25,7 +25,7 @@ from atlas.files import flush_folder
 from atlas.model import has_lora, merged
 from atlas.training.manifest import FileEntry, Manifest, read_manifest, shards_of, sidecar_of, write_manifest
 from atlas.training.retention import RESUMABLE, find_room, remove, remove_folder, slim, surplus
-from atlas.training.untrusted import check_zip, read_plain
+from atlas.training.untrusted import check_zip, holds_first_version, read_plain, refuse_first_version
 from atlas.training.writing import Abandoned, Pace, at_once, commit, copy_file, tensor_bytes, write_tensors
 
 _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))(?:\.pt)?")
@@ -111,7 +111,10 @@ class CheckpointManager:
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
             if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
-                self.say(f"{path}: is not the file that its sidecar describes: passed over")
+                reason = "is not the file that its sidecar describes"
+                if holds_first_version(path):
+                    reason = "is of the first Atlas (1.x), which atlas import converts"
+                self.say(f"{path}: {reason}: passed over")
         for manifest, path in found:
             if before is not None and manifest.step >= before:
                 continue
@@ -319,6 +322,7 @@ def load_checkpoint(
     if not has_sidecar and shards is None:
         check_zip(path, remedy=remedy)
     elif has_sidecar and read_manifest(path, check_hash=True) is None:
+        refuse_first_version(path)
         raise AtlasError(
             f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
         )

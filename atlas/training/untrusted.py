@@ -22,6 +22,7 @@ from atlas.config import ModelConfig
 from atlas.errors import AtlasError
 from atlas.files import open_zip
 from atlas.planning.estimate import count_parameters
+from atlas.training.first_version import is_first_version, refusal
 from atlas.training.manifest import FORMAT_VERSION, LARGEST_COUNT
 from atlas.training.optimizer import state_shapes
 from atlas.training.pickled import NotPlainError, Storage, TensorClaim, read_pickle
@@ -67,10 +68,32 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
     `remedy` ends the message: which file to take instead. What the keys `without` name is left out, and
     no memory is taken for it.
     """
+    return check_contents(read_values(path, remedy=remedy, without=without), path, remedy)
+
+
+def holds_first_version(path: Path) -> bool:
+    """Whether the file is a checkpoint of Atlas 1.x. No tensor is read."""
+    try:
+        return is_first_version(read_values(path, remedy="", names_only=True))
+    except AtlasError:
+        return False
+
+
+def refuse_first_version(path: Path) -> None:
+    """Raise `AtlasError` for a checkpoint of Atlas 1.x, with the command that converts it."""
+    if holds_first_version(path):
+        raise AtlasError(refusal(path))
+
+
+def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
+    """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not; with
+    `names_only` the tensors are empty. Raises `AtlasError`."""
     archive = _open(path, remedy)
     storages: dict[Storage, Tensor] = {}
 
     def build(claim: TensorClaim) -> Tensor:
+        if names_only:
+            return torch.empty(0)
         if not claim.is_inside:
             raise NotPlainError(f"a tensor of shape {claim.size} does not fit its storage")
         if claim.storage not in storages:
@@ -81,7 +104,7 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
     try:
         folder = _folder_of(archive)
         program = _read_record(archive, f"{folder}/data.pkl", limit=_LARGEST_PICKLE)
-        contents = read_pickle(program, build, without=without)
+        return read_pickle(program, build, without=without)
     except NotPlainError as error:
         raise AtlasError(
             f"{path}: is not a checkpoint of plain tensors, refused without running it ({error!s:.200}): "
@@ -92,7 +115,6 @@ def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dic
     finally:
         archive.close()
         storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
-    return check_contents(contents, path, remedy)
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
@@ -164,6 +186,8 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
 
 def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
     """`contents`, if they are a checkpoint's. Raises `AtlasError`."""
+    if is_first_version(contents) and "format_version" not in contents:
+        raise AtlasError(refusal(path))
     if not isinstance(contents, dict) or "format_version" not in contents:
         raise AtlasError(
             f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"

@@ -14,7 +14,7 @@ from atlas.files import sha256_of
 from atlas.model import AtlasLM
 from atlas.training.checkpoint import CheckpointManager, load_weights, read_contents
 from atlas.training.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
-from atlas.training.untrusted import check_zip
+from atlas.training.untrusted import check_zip, refuse_first_version
 from atlas.training.writing import named_tensors
 
 
@@ -91,6 +91,7 @@ def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest 
     digests = {place.name: sha256_of(place, advance) for place in places}
     manifest = read_manifest(path, check_hash=False)
     if manifest is None:
+        refuse_first_version(path)
         raise AtlasError(f"is {checkpoint_size(path):,} bytes, not the file that {sidecar.name} describes")
     names = [path.name] if shards is None else [entry.name for entry in manifest.files]
     if [digests[name] for name in names] != [entry.sha256 for entry in manifest.files]:

@@ -15,10 +15,11 @@ import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from atlas.config.loader import read_yaml, resolve
 from atlas.data import open_dataset, prepare
 from atlas.data.sources import Sources
 from atlas.export.gguf import export_gguf, read_gguf
+from atlas.export.import_first_version import TENSOR_NAMES, import_first_version
 from atlas.files import sha256_of
 from atlas.inference import load_model
 from atlas.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer": lambda path: Tokenizer.load(path),
     "config": lambda path: resolve(read_yaml(path)),
     "gguf": lambda path: read_gguf(path),
+    "first version": lambda path: import_first_version(path, num_heads=2, tokenizer=str(sound_dataset())),
 }
 
 
@@ -104,6 +107,28 @@ def sound_dataset() -> Path:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     prepare([folder / "rows.jsonl"], folder / "data", tokenizer, shard_tokens=700)
     return folder / "data"
+
+
+@cache
+def sound_old_weights() -> dict[str, torch.Tensor]:
+    """Those of the sound checkpoint, by the names of Atlas 1.x."""
+    weights = dict(sound_contents()["model_state_dict"])
+    weights["token_embedding.weight"] = weights["token_embedding.weight"][:300].clone()
+    weights["lm_head.weight"] = weights["token_embedding.weight"]
+    names = {a.format(block): b.format(block) for a, b in TENSOR_NAMES.items() for block in range(2)}
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def old_checkpoint(folder: Path, weights: Mapping[Any, Any] = MappingProxyType({}), **entries: Any) -> Path:
+    """A checkpoint of Atlas 1.x, with some of its weights or entries replaced."""
+    contents = {"model_state_dict": sound_old_weights() | weights, "metadata": {"step": 40}}
+    torch.save(contents | entries, folder / "old.pt")
+    return folder / "old.pt"
+
+
+@cache
+def sound_old_checkpoint() -> Path:
+    return old_checkpoint(_scratch())
 
 
 @cache
@@ -455,6 +480,32 @@ if hasattr(os, "mkfifo"):
     def _(folder: Path) -> Path:
         os.mkfifo(folder / "pipe.pt")
         return folder / "pipe.pt"
+
+
+# Checkpoints of Atlas 1.x
+
+BIAS = "blocks.0.mlp.fc1.bias"
+OLD_WEIGHTS: dict[str, tuple[dict[Any, Any], str]] = {
+    "a block of a large number": (
+        {"blocks.1000000000.ln1.weight": torch.ones(16)},
+        "lacks … is the file complete?",
+    ),
+    "a name that is a number": ({7: torch.ones(16)}, "7 is not a matrix or vector"),
+    "weights that are text": ({BIAS: "x"}, f"{BIAS} is not a matrix or vector"),
+    "a weight without dimensions": ({BIAS: torch.tensor(1.0)}, f"{BIAS} is not a matrix or vector"),
+    "a weight of another size": ({BIAS: torch.ones(3)}, "its tensors do not fit together: size mismatch"),
+    "a weight that is not there": ({BIAS: torch.ones(64)[::2]}, f"{BIAS} is not a matrix or vector"),
+    "weights that share their numbers": (
+        {BIAS: sound_old_weights()["blocks.1.mlp.fc1.bias"]},
+        "several of its tensors share their numbers",
+    ),
+    "a head of no numbers": ({"lm_head.weight": torch.ones(0, 16)}, "its tensors do not fit together"),
+}
+for label, (weights, answer) in OLD_WEIGHTS.items():
+    attack("first version", label, answer)(partial(old_checkpoint, weights=weights))
+attack("first version", "code in its metadata", "refused without running it … getcwd")(
+    partial(old_checkpoint, metadata={"step": os.getcwd})
+)
 
 
 # Sidecars

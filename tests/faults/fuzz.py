@@ -159,11 +159,18 @@ def _archive(choices: Choices, folder: Path) -> Path:
 
 
 def _checkpoint(choices: Choices, folder: Path) -> Path:
+    return _changed_checkpoint(choices, FIXTURE, folder / "c.pt")
+
+
+def _old_checkpoint(choices: Choices, folder: Path) -> Path:
+    return _changed_checkpoint(choices, attacks.sound_old_checkpoint(), folder / "c.pt")
+
+
+def _changed_checkpoint(choices: Choices, original: Path, path: Path) -> Path:
     """The program is changed and the zip made anew, so that no checksum stands before the machine."""
-    path = folder / "c.pt"
     if choices.below(4) == 3:
-        return _written(path, _changed_bytes(choices, FIXTURE.read_bytes()))
-    with zipfile.ZipFile(FIXTURE) as sound, zipfile.ZipFile(path, "w") as archive:
+        return _written(path, _changed_bytes(choices, original.read_bytes()))
+    with zipfile.ZipFile(original) as sound, zipfile.ZipFile(path, "w") as archive:
         for member in sound.infolist():
             content = sound.read(member)
             if member.filename.endswith("data.pkl"):
@@ -221,6 +228,7 @@ _MAKERS: dict[str, Callable[[Choices, Path], Path]] = {
     "tokenizer": _tokenizer,
     "config": _config,
     "gguf": _gguf,
+    "first version": _old_checkpoint,
 }
 
 

@@ -1,0 +1,223 @@
+"""A checkpoint of Atlas 1.x as an `AtlasLM` and its tokenizer.
+
+Nothing in the file is run: see `atlas/training/pickled.py`. Its shape follows from its tensors. The number of heads,
+the activation and the epsilon of the norms are not in it; they come from flags, from the config that it was trained
+with, or are that version's defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from atlas.config import ModelConfig
+from atlas.config.loader import read_sections
+from atlas.errors import AtlasError
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+from atlas.training.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
+from atlas.training.untrusted import read_values
+
+TENSOR_NAMES = {
+    "token_embedding.weight": TOKEN_EMBEDDING,
+    "position_embedding.weight": POSITION_EMBEDDING,
+    "blocks.{}.attention_norm.weight": "blocks.{}.ln1.weight",
+    "blocks.{}.attention_norm.bias": "blocks.{}.ln1.bias",
+    "blocks.{}.attention.qkv.weight": "blocks.{}.attn.qkv_proj.weight",
+    "blocks.{}.attention.qkv.bias": "blocks.{}.attn.qkv_proj.bias",
+    "blocks.{}.attention.output.weight": "blocks.{}.attn.out_proj.weight",
+    "blocks.{}.attention.output.bias": "blocks.{}.attn.out_proj.bias",
+    "blocks.{}.mlp_norm.weight": "blocks.{}.ln2.weight",
+    "blocks.{}.mlp_norm.bias": "blocks.{}.ln2.bias",
+    "blocks.{}.mlp.up.weight": "blocks.{}.mlp.fc1.weight",
+    "blocks.{}.mlp.up.bias": "blocks.{}.mlp.fc1.bias",
+    "blocks.{}.mlp.down.weight": "blocks.{}.mlp.fc2.weight",
+    "blocks.{}.mlp.down.bias": "blocks.{}.mlp.fc2.bias",
+    "final_norm.weight": "ln_f.weight",
+    "final_norm.bias": "ln_f.bias",
+    "lm_head.weight": "lm_head.weight",
+}
+"""Atlas's name of a tensor → that of Atlas 1.x, `{}` being the block."""
+
+_LINEAR_BIASES = re.compile(r"blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])\.bias")
+_NOT_NEEDED = ("optimizer_state_dict", "scheduler_state_dict")
+_NARROWEST_HEAD = 8
+_PRESETS = {512: 8, 768: 12, 1024: 16, 1280: 20}
+"""hidden_size → num_heads in the configs of Atlas 1.x."""
+_REMEDY = "give a checkpoint of Atlas 1.x, or a folder in Hugging Face's format"
+
+Layer = Mapping[Any, Any]
+
+
+def import_first_version(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+) -> tuple[AtlasLM, Tokenizer, list[str]]:
+    """The model of `path`, in fp32 on the CPU, its tokenizer, and notes on what was assumed and left out.
+
+    `num_heads` wins over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `AtlasError` for a file that
+    is no checkpoint of Atlas 1.x, or is not complete, and where the number of heads is not known.
+    """
+    path = Path(path)
+    contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
+    if not is_first_version(contents):
+        is_ours = isinstance(contents, dict) and "format_version" in contents
+        reason = (
+            "needs no import: this Atlas wrote it" if is_ours else f"is no checkpoint of Atlas 1.x: {_REMEDY}"
+        )
+        raise AtlasError(f"{path}: {reason}")
+    stated = _model_section(read_sections(config)) if config else _model_section(contents.get("config"))
+    notes = [_what_is_left_out(contents)]
+    if not stated:
+        notes.append(
+            "the file does not record the activation and norm_eps: taken as gelu and 1e-5, the defaults of Atlas 1.x; "
+            "if your config says otherwise, name it with --config"
+        )
+    try:
+        weights = _checked(contents["model_state_dict"])
+        own, note = _choose_tokenizer(tokenizer, len(weights[TOKEN_EMBEDDING]))
+        notes += note
+        shape = _shape_of(weights, own.vocab_size, stated, num_heads)
+        with torch.device("meta"):
+            model = AtlasLM(shape)
+        model.load_state_dict(_converted(weights, shape), assign=True)
+    except ValidationError as error:
+        raise AtlasError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except RuntimeError as error:  # PyTorch's, of tensors of other shapes
+        raise AtlasError(
+            f"{path}: its tensors do not fit together: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    except AtlasError as error:
+        raise AtlasError(f"{path}: {error}") from None
+    return model.eval(), own, notes
+
+
+def _model_section(config: Any) -> Layer:
+    """The numbers and words in the `model` section of a config, or in a config that is this section itself."""
+    section = config.get("model", config) if isinstance(config, Mapping) else {}
+    entries = section.items() if isinstance(section, Mapping) else ()
+    return {key: value for key, value in entries if isinstance(value, (int, float, str))}
+
+
+def _what_is_left_out(contents: Layer) -> str:
+    metadata = contents.get("metadata")
+    step = metadata.get("step") if isinstance(metadata, Mapping) else None
+    trained = f" after {step:,} steps" if type(step) is int else ""
+    return f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
+
+
+def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, if they are exactly those of the table for some number of blocks, each with its own numbers."""
+    for name, tensor in weights.items():
+        is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
+        if not is_plain or not tensor.is_floating_point() or not tensor.is_contiguous():
+            raise AtlasError(f"{name!s:.80} is not a matrix or vector of floating-point numbers")
+    blocks = [name for name in weights if re.fullmatch(r"blocks\.\d+\.ln1\.weight", name)]
+    expected = {theirs.format(block) for block in range(len(blocks)) for theirs in TENSOR_NAMES.values()}
+    if not any(_LINEAR_BIASES.fullmatch(name) for name in weights):  # model.use_bias: false
+        expected = {name for name in expected if not _LINEAR_BIASES.fullmatch(name)}
+    if missing := sorted(expected - weights.keys()) or (["blocks.0.ln1.weight"] if not blocks else []):
+        raise AtlasError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the file complete?")
+    if unknown := sorted(weights.keys() - expected):
+        raise AtlasError(
+            f"holds {len(unknown)} tensors that Atlas 1.x did not have, such as {unknown[0]:.80}"
+        )
+    storages = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    if len(storages) < len(weights) - _is_tied(weights):
+        raise AtlasError("several of its tensors share their numbers")
+    return dict(weights)
+
+
+def _is_tied(weights: Mapping[str, Tensor]) -> bool:
+    table, head = weights[TOKEN_EMBEDDING], weights["lm_head.weight"]
+    return table.data_ptr() == head.data_ptr() or torch.equal(table, head)
+
+
+def _choose_tokenizer(named: str | None, rows: int) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, whose vocabulary must be the model's. Atlas 1.x trained with GPT-2's, and gave the model rows for
+    4 more tokens, which it never put into a text."""
+    own = Tokenizer.resolve(named or "gpt2")
+    if own.name == "gpt2" and rows > own.vocab_size:
+        return own, [
+            f"of {rows:,} tokens the last {rows - own.vocab_size} are left out: GPT-2's tokenizer has "
+            f"{own.vocab_size:,}, and Atlas 1.x trained on no others"
+        ]
+    if own.vocab_size != rows:
+        remedy = "name the right one with --tokenizer"
+        raise AtlasError(f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: {remedy}")
+    return own, []
+
+
+def _shape_of(
+    weights: Mapping[str, Tensor], vocab_size: int, stated: Layer, num_heads: int | None
+) -> ModelConfig:
+    tables = weights[TOKEN_EMBEDDING], weights[POSITION_EMBEDDING], weights["blocks.0.mlp.fc1.weight"]
+    if any(table.dim() != 2 for table in tables):
+        raise AtlasError("the embeddings and fc1 are not matrices")
+    (rows, hidden_size), (max_seq_len, _), (mlp_size, _) = (table.shape for table in tables)
+    num_layers = sum(name.endswith(".ln1.weight") for name in weights)
+    found = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "vocab_size": rows,
+        "max_seq_len": max_seq_len,
+    }
+    for key, value in found.items():
+        if stated.get(key, value) != value:
+            raise AtlasError(
+                f"has {key} {value}, and the config {stated[key]!s:.40}: give the config that it was trained with"
+            )
+    if (activation := stated.get("activation", "gelu")) != "gelu":
+        raise AtlasError(
+            f"has the activation {activation!s:.40}, which Atlas does not compute: train a new model"
+        )
+    return ModelConfig(
+        **found | {"vocab_size": vocab_size},
+        num_heads=num_heads or stated.get("num_heads") or _ask_for_heads(hidden_size),
+        mlp_size=mlp_size,
+        norm_eps=stated.get("norm_eps", 1e-5),
+        mlp="gelu_exact",
+        tie_embeddings=_is_tied(weights),
+    )
+
+
+def _ask_for_heads(hidden_size: int) -> int:
+    """Raises `AtlasError` with the numbers that are possible."""
+    most = max(1, hidden_size // _NARROWEST_HEAD)
+    possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
+    preset = _PRESETS.get(hidden_size)
+    usual = f"; the presets of Atlas 1.x of this width have {preset}" if preset else ""
+    raise AtlasError(
+        "does not record its number of attention heads: name the config that it was trained with (--config FILE), or "
+        f"give --num-heads, one of {possible} for its hidden_size {hidden_size:,}{usual}"
+    )
+
+
+def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The state dict by our names, in fp32; linear layers without biases get zeros."""
+    state = {}
+    for ours, theirs in TENSOR_NAMES.items():
+        if ours == "lm_head.weight" and config.tie_embeddings:
+            continue
+        for block in range(config.num_layers if "{}" in ours else 1):
+            name = theirs.format(block)
+            if name in weights:
+                state[ours.format(block)] = weights[name].float()
+            else:
+                outputs = len(weights[name.removesuffix("bias") + "weight"])
+                state[ours.format(block)] = torch.zeros(outputs)
+    padding = config.padded_vocab_size - config.vocabulary
+    for name in ("token_embedding.weight", "lm_head.weight"):
+        if name in state:
+            rows = state[name][: config.vocabulary]
+            state[name] = torch.nn.functional.pad(rows, (0, 0, 0, padding))
+    return state
