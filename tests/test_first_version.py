@@ -14,10 +14,102 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.cli import main
+from atlas.config.loader import fields, parse_overrides, read_yaml
+from atlas.config.renamed import REMOVED, RENAMED
+from atlas.errors import AtlasError
 from atlas.inference.load import load_model
 from atlas.tokenizer import Tokenizer
 from tests.conftest import corpus
 from tests.test_bad_input import Bomb
+from tests.test_docs import flags_of
+
+# Config keys
+
+OLD_KEYS = {
+    "model": "num_layers hidden_size num_heads mlp_ratio vocab_size max_seq_len dropout attention_dropout use_bias "
+    "norm_eps tie_weights activation gradient_checkpointing",
+    "training": "learning_rate weight_decay beta1 beta2 grad_clip max_grad_norm optimizer_type momentum warmup_steps "
+    "max_steps lr_schedule scheduler_type min_lr_ratio batch_size gradient_accumulation_steps gradient_checkpointing "
+    "use_amp eval_interval eval_steps keep_checkpoints",
+    "data": "train_data_path val_data_path tokenizer_path num_workers prefetch_factor pin_memory max_seq_len "
+    "sequence_length",
+    "logging": "checkpoint_dir log_dir log_interval checkpoint_interval keep_last_n_checkpoints save_optimizer_state "
+    "log_gradients log_model_structure",
+    "inference": "max_new_tokens temperature top_k top_p do_sample eos_token_id pad_token_id",
+    "tokenizer": "name encoding",
+}
+"""Every key of the configs of Atlas 1.2.4, in its files and its classes."""
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["seed", "device", *(f"{section}.{key}" for section in OLD_KEYS for key in OLD_KEYS[section].split())],
+)
+def test_each_old_key_is_a_setting_or_gets_a_true_hint(key: str) -> None:
+    try:
+        parse_overrides([f"{key}=1"])
+    except AtlasError as error:
+        message = str(error)
+        named = re.findall(r"(?:it is|write it as) ([\w.]+)", message)
+        assert named or re.search(r"remove it: \w.{10}", message), message
+        assert set(named) <= fields().keys(), message
+    else:
+        assert key in fields() or key == "training.keep_checkpoints"
+
+
+def test_every_renamed_key_names_a_setting() -> None:
+    assert set(RENAMED.values()) <= fields().keys()
+    assert not RENAMED.keys() & {key.rsplit(".", 1)[-1] for key in fields()}
+    for reason in REMOVED.values():
+        for flag in re.findall(r"--[a-z-]+", reason):
+            assert flag in flags_of("generate")
+        for setting in re.findall(r"[a-z]+\.\w+", reason):
+            assert setting in fields() or setting in ("training.log", "metrics.jsonl")
+
+
+def test_all_unknown_keys_of_a_file_are_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "old.yaml"
+    config.write_text(
+        "model: {activation: gelu, mlp_ratio: 4.0}\ntraining: {max_grad_norm: 1.0, use_amp: true}\n"
+        "data: {pin_memory: true}\nlogging: {log_interval: 5}\ninference: {top_k: 5}\nzebra: 1\nmodel2:\n",
+        encoding="utf-8",
+    )
+    assert main(["plan", "--config", str(config)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.removeprefix(f"error: {config}: ").rstrip().split("; ") == [
+        "unknown setting model.activation: it is model.mlp here (gelu_exact computes what gelu did there)",
+        "unknown setting model.mlp_ratio: it is model.mlp_size here (hidden_size × mlp_ratio, by default "
+        "4 × hidden_size)",
+        "unknown setting training.max_grad_norm: it is training.grad_clip here",
+        "unknown setting training.use_amp: it is training.precision here (auto, fp32, bf16, bf16-true or fp16)",
+        "unknown setting data.pin_memory: remove it: Atlas does so by itself on a GPU",
+        "logging.log_interval is not a setting here",
+        "write it as training.log_interval",
+        "unknown setting inference: remove it: these are options of atlas generate, such as --max-tokens and "
+        "--temperature",
+        "unknown setting zebra: docs/CONFIG.md lists every setting",
+        "unknown setting model2: did you mean model?",
+    ]
+
+
+def test_a_file_of_thousands_of_unknown_keys_is_still_a_short_line(tmp_path: Path) -> None:
+    (tmp_path / "many.yaml").write_text("".join(f"key{n}: {n}\n" for n in range(9000)), encoding="utf-8")
+    with pytest.raises(AtlasError, match=r"key39: .*; and 8,960 more unknown settings$") as caught:
+        read_yaml(tmp_path / "many.yaml")
+    assert len(str(caught.value)) < 4000
+
+
+def test_a_wrong_section_and_an_unknown_key_are_told_together() -> None:
+    with pytest.raises(AtlasError) as caught:
+        parse_overrides(["model=12", "training.lr=1"])
+    assert str(caught.value) == (
+        "--set: model: is a section with keys of its own, not 12; "
+        "unknown setting training.lr: it is training.learning_rate here"
+    )
+
 
 # Checkpoints
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from atlas.config.config import AtlasConfig
 from atlas.config.fields import Section
+from atlas.config.renamed import OLD_SECTIONS, hint
 from atlas.errors import AtlasError
 from atlas.files import read_limited
 
@@ -29,6 +30,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 LARGEST_FILE = 1 << 18
 _MOST_ALIASES = 64
 _DEEPEST = 20
+_MOST_SHOWN = 40
 
 # PyYAML lets these escape from impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -208,52 +210,51 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Refuse what no code would read, and say what was probably meant."""
+    """Return the layer that `values` write. Raises `AtlasError` if some keys are no settings: one message names them
+    all, with what was probably meant."""
     layer: Layer = {}
+    unknown: list[str] = []
+    wrong: list[str] = []
     for name, value in values.items():
         if name in _SECTIONS:
-            if value is None:
-                continue  # a section with every line commented out
-            if not isinstance(value, Mapping):
-                raise AtlasError(
-                    f"{origin}: {name}: is a section with keys of its own, not {_BRIEF.repr(value)}"
-                )
-            for key, entry in value.items():
-                dotted = ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
-                if dotted not in _FIELDS:
-                    raise AtlasError(f"{origin}: {_unknown(f'{name}.{key}')}")
-                addition = nested(dotted, entry)
-                section, leaf = dotted.split(".")
-                if leaf in layer.get(section, {}) and layer[section][leaf] != entry:
-                    both = f"{_BRIEF.repr(layer[section][leaf])} and {_BRIEF.repr(entry)}"
-                    raise AtlasError(f"{origin}: {leaf} is given twice, as {both}")
-                layer = overlay(layer, addition)
+            if isinstance(value, Mapping):
+                for key, entry in value.items():
+                    _add_entry(layer, f"{name}.{key}", entry, unknown, wrong)
+            elif value is not None:  # None: a section with every line commented out
+                wrong.append(f"{name}: is a section with keys of its own, not {_BRIEF.repr(value)}")
         elif name in _FIELDS and "." not in name:
             layer[name] = value
+        elif name in OLD_SECTIONS and isinstance(value, Mapping) and value:
+            unknown += [f"{name}.{key}" for key in value]
         else:
-            raise AtlasError(f"{origin}: {_unknown(str(name))}")
+            unknown.append(str(name))
+    if unknown or wrong:
+        problems = [*wrong, *map(_unknown, unknown[:_MOST_SHOWN])]
+        if len(unknown) > _MOST_SHOWN:
+            problems.append(f"and {len(unknown) - _MOST_SHOWN:,} more unknown settings")
+        raise AtlasError(f"{origin}: {'; '.join(problems)}")
     return layer
 
 
-_ELSEWHERE = {
-    "block_size": "model.max_seq_len",
-    "n_embd": "model.hidden_size",
-    "n_head": "model.num_heads",
-    "n_layer": "model.num_layers",
-    "dtype": "training.precision",
-    "lr": "training.learning_rate",
-    "max_iters": "training.max_steps",
-    "min_lr": "training.min_learning_rate_ratio",
-    "warmup_iters": "training.warmup_steps",
-}
-"""What settings are called in nanoGPT and elsewhere, where no likeness would lead from one name to the other."""
+def _add_entry(layer: Layer, dotted: str, entry: Any, unknown: list[str], wrong: list[str]) -> None:
+    """Add one key of a section to `layer`, or to `unknown`; a second, different value is added to `wrong` as well."""
+    key = ALSO_ACCEPTED.get(dotted, dotted)
+    if key not in _FIELDS:
+        unknown.append(dotted)
+        return
+    section, leaf = key.split(".")
+    known = layer.setdefault(section, {})
+    if leaf in known and known[leaf] != entry:
+        wrong.append(f"{leaf} is given twice, as {_BRIEF.repr(known[leaf])} and {_BRIEF.repr(entry)}")
+    known[leaf] = entry
 
 
 def _unknown(dotted: str) -> str:
+    """`unknown setting training.lr: it is training.learning_rate here`."""
     dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
-    if leaf in _ELSEWHERE:
-        return f"unknown setting {dotted}: it is {_ELSEWHERE[leaf]} here"
+    if moved := hint(dotted):
+        return f"unknown setting {dotted}: {moved}"
     homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
     if dotted in homes:
         return f"{dotted}: write it as {leaf} in the section {dotted.split('.')[0]}"
@@ -266,5 +267,5 @@ def _unknown(dotted: str) -> str:
     if not close:
         by_leaf = {key.rsplit(".", 1)[-1]: key for key in _FIELDS}
         close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    hint = f"did you mean {close[0]}?" if close else "docs/CONFIG.md lists every setting"
-    return f"unknown setting {dotted}: {hint}"
+    meant = f"did you mean {close[0]}?" if close else "docs/CONFIG.md lists every setting"
+    return f"unknown setting {dotted}: {meant}"
