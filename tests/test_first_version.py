@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.cli import main
+from atlas.cli.old_flags import OLD_FLAGS
 from atlas.config.loader import fields, parse_overrides, read_yaml
 from atlas.config.renamed import REMOVED, RENAMED
 from atlas.errors import AtlasError
@@ -109,6 +111,64 @@ def test_a_wrong_section_and_an_unknown_key_are_told_together() -> None:
         "--set: model: is a section with keys of its own, not 12; "
         "unknown setting training.lr: it is training.learning_rate here"
     )
+
+
+# Options
+
+OLD_OPTIONS = {
+    "train": "--config --train-data --val-data --output-dir --max-steps --eval-interval --save-interval "
+    "--log-interval --resume --no-resume --device --learning-rate --batch-size --override",
+    "generate": "--checkpoint --prompt --prompts-file --interactive --max-new-tokens --temperature --top-k --top-p "
+    "--do-sample --device --tokenizer --output-file --show-prompt --separator",
+    "prepare": "--input --output --list",
+    "export": "--checkpoint --output --quantization --tokenizer",
+    "plan": "--config --train-data --val-data --num-epochs --benchmark-steps --warmup-steps --save-interval "
+    "--eval-interval --device --output",
+}
+"""Every option of the scripts of Atlas 1.2.4, by the command that does their work now."""
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command in OLD_OPTIONS for option in OLD_OPTIONS[command].split()],
+)
+def test_each_old_option_exists_or_gets_a_true_hint(
+    capsys: pytest.CaptureFixture[str], command: str, option: str
+) -> None:
+    if option in flags_of(command):
+        assert option not in OLD_FLAGS.get(command, {})
+        return
+    for written in (option, f"{option}=5"):
+        assert main([command, written]) == 2
+        message = capsys.readouterr().err
+        assert (
+            message
+            == f"error: no such option: {option}; {OLD_FLAGS[command][option]}; see atlas {command} --help\n"
+        )
+
+
+@pytest.mark.parametrize("command", OLD_FLAGS)
+def test_hints_of_options_name_what_exists(command: str) -> None:
+    for hint in OLD_FLAGS[command].values():
+        assert hint.startswith(("write --", "leave it out: "))
+        assert set(re.findall(r"--[a-z-]+", hint)) <= flags_of(command)
+        assert set(re.findall(r"--set ([a-z_.]+)=", hint)) <= fields().keys()
+
+
+def test_a_list_with_commas_is_answered_with_what_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a.txt", "my b.txt")):
+        Path(name).write_text(corpus()[number:], encoding="utf-8")
+    assert main(["train", "--config", "nano", "--train-data", "a.txt,my b.txt"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: a.txt,my b.txt: is a list, and one path is expected; name a folder")
+    remedy = re.search(r"atlas (prepare .*)$", message.strip())
+    assert remedy
+    assert main(shlex.split(remedy[1].replace("FOLDER", "joined"))) == 0
+    assert main(["train", "--train-data", "a.txt,missing.txt"]) == 2
+    assert "a.txt,missing.txt: no such file or folder" in capsys.readouterr().err
 
 
 # Checkpoints

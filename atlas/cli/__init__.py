@@ -21,6 +21,7 @@ from typing import Any
 import typer
 
 from atlas import __version__
+from atlas.cli.old_flags import hint
 from atlas.cli.terminal import printable
 from atlas.errors import AtlasError, EndedElsewhere, Interrupted
 from atlas.process import set_up_process
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_as_by_ctrl_c():
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
     except _UsageError as error:
-        typer.echo(f"error: {_usage_problem(error, argv)}; see {_help_for(invoked)}", err=True)
+        typer.echo(f"error: {_usage_problem(error, argv, invoked)}; see {_help_for(invoked)}", err=True)
         return USER_MISTAKE
     except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end); before the command ran
         typer.echo("interrupted", err=True)
@@ -143,8 +144,11 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _usage_problem(error: Exception, argv: Sequence[str]) -> str:
+def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:
     """`--max-tokens abc: must be a valid integer`: what the parser says in several lines and without the value."""
+    unknown = getattr(error, "option_name", None)
+    if unknown and (instead := hint(invoked, unknown)):
+        return f"no such option: {unknown}; {instead}"
     flags = getattr(getattr(error, "param", None), "opts", [])
     message = str(getattr(error, "message", "")).removeprefix("Value error, ")
     for word, following in itertools.pairwise([*argv, ""]):

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -224,7 +225,7 @@ class Sources:
                 if Path(match).is_file():
                     yield from self._file(Path(match), match, named=False)
         else:
-            raise AtlasError(f"{given}: no such file or folder; give {_KINDS}")
+            raise AtlasError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
         found = [
@@ -319,6 +320,18 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
     """Return whether `file` holds what its name says. A single JSON object is a row in a file that the user named; in
     one that was found in a folder it may also be the settings of some program."""
     return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
+
+
+def _why_missing(given: str) -> str:
+    """The reason and the remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
+    parts = [part.strip() for part in given.split(",")]
+    if len(parts) > 1 and all(part and Path(part).exists() for part in parts):
+        inputs = " ".join(f"--input {shlex.quote(part)}" for part in parts)
+        return (
+            "is a list, and one path is expected; name a folder that holds them, a pattern in quotes such as "
+            f'"texts/*.txt", or the dataset that they become: atlas prepare {inputs} --output FOLDER'
+        )
+    return f"no such file or folder; give {_KINDS}"
 
 
 def is_text_or_archive(path: Path) -> bool:

@@ -1,0 +1,44 @@
+"""The options of Atlas 1.x's scripts that Atlas does not have, and what to write instead.
+
+`docs/MIGRATING.md` has the same table for readers.
+"""
+
+from __future__ import annotations
+
+_OVERRIDE = "write --set KEY=VALUE"
+
+OLD_FLAGS = {
+    "train": {
+        "--log-interval": "write --set training.log_interval=N",
+        "--override": _OVERRIDE,
+    },
+    "generate": {
+        "--max-new-tokens": "write --max-tokens N",
+        "--do-sample": "leave it out: Atlas samples by default, and --temperature 0 always takes the likeliest token",
+        "--show-prompt": "leave it out: Atlas always prints the prompt before its completion",
+        "--separator": "leave it out: an empty line separates completions, and --output-file writes JSON lines",
+    },
+    "export": {
+        "--quantization": "write --quantize",
+        "--tokenizer": "leave it out: the checkpoint holds its tokenizer",
+    },
+    "pipeline": {"--override": _OVERRIDE},
+    "plan": {
+        "--override": _OVERRIDE,
+        "--train-data": "write --data FOLDER, a prepared dataset",
+        "--val-data": "leave it out: evaluation is part of the estimate",
+        "--num-epochs": "write --set training.epochs=N",
+        "--benchmark-steps": "leave it out: the estimate needs no training steps",
+        "--warmup-steps": "leave it out: the estimate needs no training steps",
+        "--save-interval": "write --set checkpoint.save_interval=N",
+        "--eval-interval": "write --set training.eval_interval=N",
+        "--device": "write --set device=cpu, or --gpu NAME for another machine's card",
+        "--output": "write --json > FILE",
+    },
+}
+"""Command → option → what to do instead."""
+
+
+def hint(command: str | None, flag: str) -> str | None:
+    """What to write instead of an option of Atlas 1.x; None for any other."""
+    return OLD_FLAGS.get(command or "", {}).get(flag)
