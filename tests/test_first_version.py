@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from atlas.cli import main
 from atlas.cli.old_flags import OLD_FLAGS
 from atlas.config.loader import fields, parse_overrides, read_yaml
-from atlas.config.renamed import REMOVED, RENAMED
+from atlas.config.renamed import FIRST_ATLAS, REMOVED, RENAMED
 from atlas.errors import AtlasError
 from atlas.inference.load import load_model
 from atlas.tokenizer import Tokenizer
 from tests.conftest import corpus
 from tests.test_bad_input import Bomb
-from tests.test_docs import flags_of
+from tests.test_docs import flags_of, tables_of
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/MIGRATING.md"
 
 # Config keys
 
@@ -169,6 +172,21 @@ def test_a_list_with_commas_is_answered_with_what_works(
     assert main(shlex.split(remedy[1].replace("FOLDER", "joined"))) == 0
     assert main(["train", "--train-data", "a.txt,missing.txt"]) == 2
     assert "a.txt,missing.txt: no such file or folder" in capsys.readouterr().err
+
+
+# The page
+
+
+def test_the_page_has_a_row_for_each_old_key_and_option() -> None:
+    rows = [" | ".join(row) for table in tables_of(PAGE) for row in table]
+    for old, new in FIRST_ATLAS.items():
+        assert any(f"`{old}`" in row and f"`{new}" in row for row in rows), old
+    for key in REMOVED:
+        assert any(f"`{key.rsplit('.', 1)[-1]}`" in row or key in row.split(" | ")[0] for row in rows), key
+    scripts = {"generate": "infer.py", "export": "export_gguf.py", "plan": "estimate_training_time.py"}
+    for command in OLD_FLAGS.keys() - {"pipeline"}:
+        for flag in OLD_FLAGS[command].keys() - ({"--override"} if command == "plan" else set()):
+            assert any(f"`{scripts.get(command, 'train.py')} {flag}" in row for row in rows), flag
 
 
 # Checkpoints
