@@ -13,8 +13,8 @@ from atlas.data import training_sequences
 from atlas.data.loader import batches
 from atlas.data.mixture import order_of
 from atlas.training.interrupt import StopRequest
+from atlas.training.run_config import with_data
 from atlas.training.runtime import setup_runtime
-from atlas.training.start import with_data
 from atlas.training.state import TrainState
 from atlas.training.update import fresh_updater
 

@@ -18,8 +18,8 @@ from atlas.data.mixture import order_of
 from atlas.errors import AtlasError
 from atlas.training.compilation import choose_compile
 from atlas.training.interrupt import StopRequest
+from atlas.training.run_config import with_data
 from atlas.training.runtime import Runtime, setup_runtime
-from atlas.training.start import with_data
 from atlas.training.state import TrainState
 from atlas.training.update import fresh_updater
 
