@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlas.cli import main
 from atlas.config import GuardConfig
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
@@ -25,7 +26,7 @@ from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
 from atlas.training.trainer import Trainer
 from atlas.training.update import Updater
-from tests.runs import layer, logged, run, same_bits, trainer_for
+from tests.runs import layer, logged, run, same_bits, trainer_for, write_config
 
 Loss = Callable[..., torch.Tensor]
 
@@ -310,3 +311,63 @@ def test_without_the_setting_a_spike_is_applied() -> None:
 def test_spikes_off_in_yaml_is_a_word() -> None:
     """YAML 1.1 reads `off` as false."""
     assert GuardConfig(spikes=False).spikes == "off"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_rate_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(
+    steps: int, tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also in a run too short for the limit of updates that are not applied."""
+    explicit = layer(tmp_path / "run", text_file, training__max_steps=steps, training__warmup_steps=0)
+    config = write_config(tmp_path / "c.yaml", explicit)
+    assert main(["train", "--config", str(config), "--learning-rate", "1e300"]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"error: step {steps}: weights that are not finite")
+    assert list((tmp_path / "run").glob("atlas_*.pt")) == []
+    assert main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    assert "no checkpoint to go on from; a new run starts" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_goes_back(
+    tmp_path: Path, text_file: Path, with_validation: bool
+) -> None:
+    fraction = {} if with_validation else {"data__val_fraction": 0}
+    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=4, **fraction))
+    whole_step, ruined = trainer.train_step, []
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        if trainer.state.step == 6 and not ruined:
+            ruined.append(6)
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(math.inf)
+        return update
+
+    trainer.train_step = step
+    result = trainer.train()
+    assert (result.outcome, result.step, ruined) == ("finished", 6, [6])
+    [back] = events(tmp_path / "run", "rollback")
+    assert (back["from_step"], back["step"]) == (6, 4)
+    for path in (tmp_path / "run").glob("atlas_*.pt"):
+        weights = load_checkpoint(path)["model_state_dict"]
+        assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_file: Path) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
+    whole_step = trainer.train_step
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        if trainer.state.step == 3:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(math.nan)
+            trainer.stop.requested = True
+        return update
+
+    trainer.train_step = step
+    assert trainer.train().outcome == "interrupted"
+    assert {path.name for path in (tmp_path / "run").glob("atlas_*.pt")} >= {"atlas_step_2.pt"}
+    assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
+    assert "step 3: not saved: weights that are not finite" in (tmp_path / "run/training.log").read_text()

@@ -369,3 +369,40 @@ def test_a_save_rests_only_as_long_as_it_is_done_before_half_of_the_time() -> No
     pacer.hurry.set()
     pacer(0.1)
     assert time.perf_counter() - begin < 0.1
+
+
+# An exception that nobody expected.
+
+
+@pytest.mark.parametrize(("raised_in", "is_saved"), [("loss", True), ("optimizer", False)])
+def test_an_unexpected_exception_leaves_a_checkpoint_of_the_last_complete_update(
+    tmp_path: Path, text_file: Path, raised_in: str, is_saved: bool
+) -> None:
+    """Not so in the optimizer's step, where the weights are between two updates."""
+    explicit = layer(tmp_path / "run", text_file)
+    trainer = trainer_for(explicit)
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    whole_step = trainer.train_step
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        if trainer.state.step == 3:
+            part = trainer.updater.objective if raised_in == "loss" else trainer.optimizer
+            setattr(part, "forward" if raised_in == "loss" else "step", broken)
+        return whole_step(inputs, targets)
+
+    trainer.train_step = step
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        trainer.train()
+    saved = tmp_path / "run" / "atlas_interrupt_step_3.pt"
+    assert saved.exists() == is_saved
+    if is_saved:
+        trainer.lock.release()
+        run(explicit, resume="auto")
+        never_stopped, _ = run(layer(tmp_path / "other", text_file))
+        ends = [load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("run", "other")]
+        for key in ("model_state_dict", "optimizer_state_dict", "loss"):
+            assert same_bits(ends[0][key], ends[1][key])
+        assert never_stopped.state.step == 6

@@ -60,3 +60,9 @@ def _slow_disk(seconds: float) -> None:
 
 if "ATLAS_TEST_SLOW_DISK" in os.environ:
     _slow_disk(float(os.environ["ATLAS_TEST_SLOW_DISK"]))
+
+
+def slow_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The usual loss, and time for a test to do something meanwhile."""
+    time.sleep(0.02)
+    return compute_lm_loss(logits, targets, mask)

@@ -78,14 +78,14 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, and SIGBREAK on Windows, raises what Ctrl-C raises, so that what is half done is cleaned up.
+    """SIGTERM, SIGHUP and, on Windows, SIGBREAK raise what Ctrl-C raises, so that what is half done is cleaned up.
 
     Training puts handlers of its own in place of these, and these back. Outside the main thread Python
     allows no handlers; nothing is changed.
     """
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 previous[number] = signal.signal(number, _raise_interrupted)

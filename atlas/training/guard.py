@@ -7,7 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from atlas.config import GuardConfig, TrainingConfig
+from atlas.training.distributed import World
 from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
 
@@ -47,6 +51,14 @@ def find_fault(
             if (score := z_score(value, recent)) > guard.spike_z_score:
                 return Fault(f"{name} {value:.4g} is {score:.1f} standard deviations high", is_spike=True)
     return None
+
+
+def weights_fault(model: nn.Module, world: World) -> Fault | None:
+    """A fault if a weight of any rank is not finite. Every rank must call it. The update that ruined them was applied:
+    its loss and gradient were those of the weights before."""
+    own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
+    is_finite = torch.stack([part.isfinite().all() for part in own]).all()
+    return Fault("weights that are not finite") if world.any(not is_finite) else None
 
 
 def z_score(value: float, recent: Sequence[float]) -> float:

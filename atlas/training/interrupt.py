@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads between micro-steps; a second one ends at once."""
+"""Ctrl-C, SIGTERM and SIGHUP as a flag that the loop reads between micro-steps; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM (or SIGBREAK) sets `requested` instead of ending the process.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP (SIGBREAK on Windows) sets `requested` instead of ending the
+    process. Under `nohup` SIGHUP stays ignored.
 
     `say` tells the user. Handlers are put back on exit. Outside the main thread Python allows no handlers;
     nothing is changed. Of several ranks (`is_alone` false) each only notes that it was `asked`; they stop when they
@@ -43,8 +44,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-                if number := getattr(signal, name, None):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+                number = getattr(signal, name, None)
+                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

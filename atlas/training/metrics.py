@@ -29,6 +29,12 @@ _WAIT_WORTH_SHOWING = 0.01
 """Of the time of a step."""
 
 
+class _RunConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class RunLog:
     """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder; and `trackers`,
     which are given the very records of `metrics.jsonl`."""
@@ -38,7 +44,7 @@ class RunLog:
     ) -> None:
         self.trackers: list[Tracker] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or _RunConsole(stderr=True, highlight=False, soft_wrap=True)
         self.log_path = folder / log_name
         self.metrics_path = folder / "metrics.jsonl"
         self._files = {
@@ -53,7 +59,28 @@ class RunLog:
         self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def _console_only(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        with self._outliving_the_console():
+            self.console.print(line, markup=False)
+
+    @contextmanager
+    def _outliving_the_console(self) -> Iterator[None]:
+        """Around what is written to the console. When its terminal is closed, or `head` has read enough, the run
+        continues without it, and `training.log` says so."""
+        try:
+            yield
+        except OSError as error:
+            with suppress(
+                OSError, ValueError
+            ):  # what else writes there, such as the progress bar, writes to nowhere
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.console.file.fileno())
+                os.close(nowhere)
+            self.console = Console(quiet=True)
+            reason = error.strerror or type(error).__name__
+            line = (
+                f"the console cannot be written to any more ({reason}): the run continues, and is logged here"
+            )
+            self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def rewind(self, step: int) -> None:
         """Cut `metrics.jsonl` back to `step`; what is cut is appended to `metrics.lost.jsonl`.
@@ -121,10 +148,16 @@ class RunLog:
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
         # expand: the bar takes what the figures leave, whatever the terminal's width
-        with Progress(*columns, console=self.console, expand=True) as self._progress:
-            self._task = self._progress.add_task("training", total=total, completed=done, status="")
+        progress = self._progress = Progress(*columns, console=self.console, expand=True)
+        self._task = progress.add_task("training", total=total, completed=done, status="")
+        with self._outliving_the_console():
+            progress.start()
+        try:
             yield
-        self._progress = None
+        finally:
+            with self._outliving_the_console():
+                progress.stop()
+            self._progress = None
 
     def total(self, total: int) -> None:
         if self._progress:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.distributed import load_whole_weights
-from atlas.training.guard import Fault, causes
+from atlas.training.evaluate import Evaluation
+from atlas.training.guard import Fault, causes, weights_fault
 from atlas.training.retention import move_aside
 from atlas.training.state import MAX_ROLLBACKS
 
@@ -31,11 +34,58 @@ def recover(trainer: Trainer, fault: Fault) -> bool:
         guard.spikes == "rollback" if fault.is_spike else state.bad_in_a_row >= guard.max_bad_steps
     ) and not fault.is_benign
     if goes_back:
-        _roll_back(trainer, fault)
+        roll_back(trainer, fault)
     return goes_back
 
 
-def _roll_back(trainer: Trainer, fault: Fault) -> None:
+def save_or_go_back(trainer: Trainer, kinds: list[str], evaluation: Evaluation | None, *, wait: bool) -> bool:
+    """Save, and return True; or, if the weights are ruined, go back to the last save and return False. With `wait` this
+    is the last save of the run: no later update would show the damage. Raises `AtlasError` as `roll_back` does."""
+    fault = weights_fault(trainer.model, trainer.world)
+    if evaluation and not math.isfinite(evaluation.loss):
+        fault = fault or Fault(f"validation loss {evaluation.loss}")
+    if wait and trainer.state.bad_in_a_row and not evaluation:
+        fault = fault or Fault("the last update was not applied, and there is no validation loss to judge by")
+    if fault:
+        roll_back(trainer, fault)
+        return False
+    trainer.save(kinds, wait=wait)
+    return True
+
+
+def save_if_finite(trainer: Trainer, kind: str) -> None:
+    """Save where a run was stopped, unless the weights are ruined: `--resume auto` would take them."""
+    if fault := weights_fault(trainer.model, trainer.world):
+        step, folder = trainer.state.step, trainer.checkpoints.folder
+        trainer.log.say(f"step {step}: not saved: {fault.reason}; the earlier checkpoints in {folder} stay")
+        return
+    trainer.save([kind], wait=True)
+
+
+@contextmanager
+def emergency_save(trainer: Trainer) -> Iterator[None]:
+    """Around the loop: an exception that nobody expected leaves a checkpoint of the last complete update, and is raised
+    again. Only in a run of one process: of several, the others would wait for ever for this one's part of the save."""
+    begun_at = trainer.state.step
+    try:
+        yield
+    except (AtlasError, EndedElsewhere):
+        raise
+    except Exception as error:
+        state, log = trainer.state, trainer.log
+        is_sound = not trainer.is_amid_update and not state.bad_in_a_row
+        if trainer.world.size == 1 and is_sound and state.step > begun_at:
+            log.say(
+                f"an unexpected error after step {state.step} ({type(error).__name__}): saving before the run ends"
+            )
+            try:
+                save_if_finite(trainer, "interrupt")
+            except Exception as another:
+                log.say(f"step {state.step}: not saved ({another}); the earlier checkpoints stay")
+        raise
+
+
+def roll_back(trainer: Trainer, fault: Fault) -> None:
     """Go back to the last save, without the data since then and at a lower rate. Raises `AtlasError` if that did
     not help before, or if there is no save."""
     state, came_to = trainer.state, trainer.state.step

@@ -33,7 +33,7 @@ from atlas.training.lock import FolderLock
 from atlas.training.loss import LossFunction
 from atlas.training.manifest import FORMAT_VERSION
 from atlas.training.metrics import RunLog, perplexity
-from atlas.training.recovery import recover
+from atlas.training.recovery import emergency_save, recover, save_if_finite, save_or_go_back
 from atlas.training.runtime import Runtime, describe_machine
 from atlas.training.samples import Sampler, write_samples
 from atlas.training.schedule import learning_rate_at
@@ -95,6 +95,8 @@ class Trainer:
         self.optimizer = self.updater.optimizer
         self.stop = StopRequest(log.say, is_alone=self.world.size == 1)
         self._rate = 0.0
+        self.is_amid_update = False
+        """Whether the weights may have moved without the state that counts it."""
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         self._timer = Throughput(config, runtime)
 
@@ -120,7 +122,8 @@ class Trainer:
         outcome = "finished"
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        with self.stop, self.log.tracked(), self.log.progress(done=state.step, total=self.total), self.saver:
+        progress = self.log.progress(done=state.step, total=self.total)
+        with self.stop, self.log.tracked(), progress, self.saver, emergency_save(self):
             self.hold()
             self._catch_up()
             stream = self._batches()
@@ -146,6 +149,7 @@ class Trainer:
                     self.log.train(self._metrics(update), total=self.total)
 
                 kinds = ["epoch"] if self.epoch > epoch_before and not state.bad_in_a_row else []
+                evaluation = None
                 if self.val_data and (last or state.step % config.training.eval_interval == 0):
                     evaluation = self._evaluate()
                     if evaluation is None:
@@ -154,8 +158,9 @@ class Trainer:
                 stops_early = self._out_of_patience() and not last
                 if last or stops_early or state.step % config.checkpoint.save_interval == 0:
                     kinds += self._due_kinds(must=last or stops_early)
-                if kinds:
-                    self.save(kinds, wait=last or stops_early)
+                if kinds and not save_or_go_back(self, kinds, evaluation, wait=last or stops_early):
+                    stream = self._batches()
+                    continue
                 if stops_early:
                     outcome = "stopped early"
                     break
@@ -163,7 +168,7 @@ class Trainer:
             if self.stop.requested and not self.is_complete:
                 outcome = "interrupted"
             if outcome in ("interrupted", "stopped in time"):
-                self.save(["interrupt" if outcome == "interrupted" else "step"], wait=True)
+                save_if_finite(self, "interrupt" if outcome == "interrupted" else "step")
             self.log.event(outcome, state.step)
         self.log.flush_to_disk()
         return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
@@ -175,10 +180,12 @@ class Trainer:
         if loss is None:
             return None
         self._rate = state.rate_scale * learning_rate_at(state.step, self.config.training, state.horizon)
+        self.is_amid_update = True
         update = self.updater.apply(loss, state, rate=self._rate)
         state.step += 1
         state.sequences_consumed += self.config.training.sequences_per_update
         count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
+        self.is_amid_update = False
         self._note_memory("training", at_once, state.micro_batch_size)
         self._timer.count(inputs.numel() * self.world.size)
         self.log.advance(state.step)
@@ -250,7 +257,7 @@ class Trainer:
         if evaluation := self._evaluate():
             last = self.state.step == self.state.horizon
             if kinds := self._judge(evaluation.loss) + (["step"] if last else []):
-                self.save(kinds, wait=last)
+                save_or_go_back(self, kinds, evaluation, wait=last)
 
     @property
     def owes_evaluation(self) -> bool:
@@ -323,7 +330,7 @@ class Trainer:
         kinds = ["step"] if must or not state.bad_in_a_row else []
         if state.step > state.trouble_at:
             state.rollbacks = 0
-        if not self.val_data and state.loss_since_save.count:
+        if not self.val_data and state.loss_since_save.count and not state.bad_in_a_row:
             kinds += self._judge(state.loss_since_save.mean)
             state.loss_since_save.reset()
         return kinds

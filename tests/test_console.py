@@ -1,0 +1,138 @@
+"""A run whose terminal is closed, or whose output nobody reads any more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from atlas.training.checkpoint import load_checkpoint
+from tests.runs import REPOSITORY, layer, logged, same_bits, write_config
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals and SIGHUP")
+
+# The terminal becomes the session's own, so that closing it sends SIGHUP as closing a window does.
+TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+IGNORE_HANGUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+RUN = "import sys; from atlas.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def config(tmp_path: Path, text_file: Path) -> Path:
+    explicit = layer(tmp_path / "run", text_file, training__max_steps=60, checkpoint__save_interval=50)
+    explicit["training"]["loss"] = "tests.toy:slow_loss"
+    return write_config(tmp_path / "c.yaml", explicit)
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TERM": "xterm"}
+
+
+@contextmanager
+def at_a_terminal(
+    config: Path, environment: dict[str, str], *first: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
+    """`atlas train --resume auto` at a terminal, after the Python statements `first`; and what closes the terminal."""
+    import pty
+
+    master, slave = pty.openpty()
+    code = "; ".join([*first, TAKE_TERMINAL, RUN])
+    command = [sys.executable, "-c", code, "train", "--config", str(config), "--resume", "auto"]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    read = b""
+    while b"checkpoints:" not in read and (piece := _read(master)):
+        read += piece
+    time.sleep(0.3)  # some updates
+
+    def close() -> None:
+        with suppress(OSError):
+            os.close(master)
+
+    yield process, close
+    close()
+    process.wait(60)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the process has ended
+        return b""
+
+
+def test_a_run_outlives_the_reader_of_its_output(
+    config: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As in `atlas train 2>&1 | head -3`."""
+    command = [sys.executable, "-m", "atlas", "train", "--config", str(config)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
+    assert log.count("the console cannot be written to any more (Broken pipe)") == 1
+    assert "finished at step 60" in log
+    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 61))
+    assert load_checkpoint(tmp_path / "run" / "atlas_step_60.pt")["step"] == 60
+
+
+def test_a_closed_terminal_saves_the_run_and_the_next_call_resumes_it(
+    config: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with at_a_terminal(config, environment) as (process, close):
+        close()
+        assert process.wait(60) == 130
+    [interrupted] = (tmp_path / "run").glob("atlas_interrupt_step_*.pt")
+    assert 0 < load_checkpoint(interrupted)["step"] < 60
+    subprocess.run(
+        [sys.executable, "-m", "atlas", "train", "--config", str(config)],
+        env=environment,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    assert load_checkpoint(tmp_path / "run" / "atlas_step_60.pt")["step"] == 60
+
+
+def test_under_nohup_the_run_goes_to_its_end_without_its_terminal(
+    config: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with at_a_terminal(config, environment, IGNORE_HANGUP) as (process, close):
+        close()
+        assert process.wait(60) == 0
+    log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
+    assert log.count("the console cannot be written to any more") == 1
+    assert "finished at step 60" in log
+    whole = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "atlas",
+            "train",
+            "--config",
+            str(config),
+            "--output-dir",
+            str(tmp_path / "b"),
+        ],
+        env=environment,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    assert whole.returncode == 0
+    ends = [load_checkpoint(tmp_path / name / "atlas_step_60.pt") for name in ("run", "b")]
+    assert same_bits(ends[0]["model_state_dict"], ends[1]["model_state_dict"])
