@@ -21,6 +21,7 @@ from atlas.config.loader import describe, fields, nested, overlay, parse_overrid
 from atlas.config.presets import find_config, preset_names, preset_path
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.training.runtime import choose_device
 
 MY_CONFIG = """\
 # configs/my_config.yaml
@@ -460,3 +461,24 @@ def test_a_config_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(AtlasError) as caught:
             find_config(wanted)
         assert message in str(caught.value).replace("\\", "/")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])
+def test_devices_are_named_as_pytorch_names_them(name: str) -> None:
+    assert resolve({"device": name}).device == name
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert choose_device("cuda") == torch.device("cuda")
+    assert current == []
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [1]  # what memory and names are asked of
+    with pytest.raises(AtlasError, match=r"cuda:2: is not there; this machine has cuda:0, cuda:1"):
+        choose_device("cuda:2")
+    for wrong in ("cuda:", "cuda:x", "cpu:0", "gpu"):
+        with pytest.raises(AtlasError, match="is not one of auto, cpu, cuda, cuda:N, mps"):
+            choose_device(wrong)

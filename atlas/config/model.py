@@ -162,9 +162,7 @@ class ModelConfig(Section):
         """The settings that stand between this model and a llama.cpp architecture, with the values it wants."""
         wanted = _ARCHITECTURES[architecture]
         own = self.model_dump(include=set(wanted))
-        if (
-            own["mlp"] == "gelu_exact"
-        ):  # other programs compute it, or its tanh form, under the same architecture
+        if own["mlp"] == "gelu_exact":  # llama.cpp computes its tanh form under the same architecture
             own["mlp"] = "gelu"
         changes = {name: value for name, value in wanted.items() if own[name] != value}
         if architecture == "gpt2":  # its heads are as wide together as the model
