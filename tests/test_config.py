@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
-import jsonschema
 import pytest
 import torch
 import yaml
@@ -356,7 +357,11 @@ def test_every_setting_is_in_the_reference() -> None:
         assert f"| {field.description} |" in page
 
 
-SCHEMA = jsonschema.Draft7Validator(reference.schema())
+@functools.cache
+def schema() -> Any:
+    import jsonschema
+
+    return jsonschema.Draft7Validator(reference.schema())
 
 
 @pytest.mark.parametrize(
@@ -373,7 +378,7 @@ SCHEMA = jsonschema.Draft7Validator(reference.schema())
 )
 def test_schema_accepts_what_the_loader_accepts(text: str, tmp_path: Path) -> None:
     assert config_of(text, tmp_path)
-    SCHEMA.validate(yaml.safe_load(text))
+    schema().validate(yaml.safe_load(text))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +398,7 @@ def test_schema_accepts_what_the_loader_accepts(text: str, tmp_path: Path) -> No
 )
 def test_schema_refuses_what_the_loader_refuses(text: str, tmp_path: Path) -> None:
     assert refusal(text, tmp_path)
-    assert not SCHEMA.is_valid(yaml.safe_load(text))
+    assert not schema().is_valid(yaml.safe_load(text))
 
 
 # Presets

@@ -260,7 +260,7 @@ def test_another_preset_than_the_run_that_is_there_is_asked_about(
     assert load_checkpoint("checkpoints/atlas_best.pt")["config"]["model"]["position"] == "rope"
     typed += ["nano", "y"]
     assert main(arguments) == 0
-    assert "Start a new run?" in capfd.readouterr().err
+    assert "Start a new one?" in capfd.readouterr().err
     assert load_checkpoint("checkpoints/atlas_best.pt")["config"]["model"]["position"] == "learned"
     assert load_checkpoint("checkpoints/previous-1/atlas_best.pt")["config"]["model"]["position"] == "rope"
 

@@ -106,8 +106,8 @@ def print_next_commands(checkpoint: Path) -> None:
         ("export it to llama.cpp", f"{atlas} export {named} --output atlas_model.gguf"),
         (
             "teach it to answer",
-            f"{atlas} train --init-from {shlex.quote(str(checkpoint))} --train-data chats.jsonl "
-            "--output-dir checkpoints/chat",
+            f"{atlas} train --init-from {shlex.quote(str(checkpoint))} --train-data chats.jsonl --epochs 40 "
+            "--batch-size 4 --output-dir checkpoints/chat",
         ),
     ):
         typer.echo(f"{purpose + ':':<24}{command}", err=True)

@@ -181,11 +181,12 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     ask = request.ask if request.resume is None else None
     try:
         start = _continue(request, folder, latest, notes)
-    except OtherRunError as error:
+    except OtherRunError:
         if ask is None:
             raise
         fresh = _start_over(request, folder)  # or that cannot be either, and there is nothing to ask
-        if ask(f"{error.args[0]}\nStart a new run? The old one moves to {folder / 'previous-N'}."):
+        old = f"{folder} holds a run of another model or of other data"
+        if ask(f"{old}. Start a new one? The old one moves to {folder / 'previous-N'}"):
             return fresh
         raise
     if ask and not ask(f"{folder} holds a run at step {start.contents['step']}. Resume it?"):
