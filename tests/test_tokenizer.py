@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from atlas.cli import main
+from atlas.data import TextDataset
 from atlas.errors import AtlasError
 from atlas.tokenizer import END_OF_TEXT, ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer
@@ -306,6 +308,50 @@ def test_custom_fingerprint_is_its_own_or_from_what_it_does() -> None:
     assert (
         len({plain, Tokenizer.wrap(shifted).fingerprint, Tokenizer.wrap(custom(eos_id=298)).fingerprint}) == 3
     )
+
+
+class Bytes(Tokenizer):
+    """What the FAQ asks of a subclass, and nothing more."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class Shifted(Bytes):
+    def encode(self, text: str) -> list[int]:
+        return [257, *super().encode(text)]  # outside of the vocabulary
+
+
+def test_a_subclass_with_four_members_is_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Alone, in a dataset, and from preparing to generating on the command line."""
+    own = Bytes()
+    assert own.decode(own.encode("naïve")) == "naïve"
+    assert own.fingerprint == Bytes().fingerprint != Shifted().fingerprint
+    assert own.state()["kind"] == "custom"
+    with pytest.raises(AtlasError, match="is custom code and cannot be written"):
+        own.save(tmp_path / "tokenizer.json")
+    with pytest.raises(AtlasError, match="gave id 257, outside its vocab_size 257"):
+        Tokenizer.wrap(Shifted()).encode("a")
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The river runs. " * 400, encoding="utf-8")
+    dataset = TextDataset(["text.txt"], tokenizer=own, max_seq_len=16)
+    assert dataset[0][0].tolist() == list(b"The river runs. ")
+    named = ["--tokenizer", f"{__name__}:Bytes"]
+    assert main(["prepare", "--input", "text.txt", "--output", "data", *named]) == 0
+    sizes = ["hidden_size=8", "num_layers=1", "num_heads=1", "max_seq_len=16"]
+    shape = [word for size in sizes for word in ("--set", f"model.{size}")]
+    assert main(["train", "--train-data", "data", *named, *shape, "--max-steps", "2", "--device", "cpu"]) == 0
+    capfd.readouterr()
+    assert main(["generate", "--prompt", "The", "--max-tokens", "3", *named]) == 0
+    assert capfd.readouterr().out.startswith("The")
 
 
 def test_a_custom_tokenizer_does_not_travel(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def prepare(
         raise AtlasError(
             f"tokenizer {tokenizer.name}: cannot be given together with training a new one; give one of them"
         )
-    if not tokenizer and not train_tokenizer:
-        tokenizer = Tokenizer.gpt2()
+    if not train_tokenizer:
+        tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
     with _file_errors(), spooled_standard_input(inputs, output) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
         target = default_output(sources) if output is None else Path(output)

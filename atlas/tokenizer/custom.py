@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.tokenizer.tokenizer import Tokenizer
-
-_PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
+from atlas.tokenizer.tokenizer import Tokenizer, fingerprint_of
 
 
 def import_object(spec: str) -> Any:
@@ -75,20 +70,8 @@ class CustomTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """The object's own `fingerprint`, else a hash of its type, its sizes and what it makes of a probe."""
         own = getattr(self._custom, "fingerprint", None)
-        if isinstance(own, str):
-            return own
-        kind = type(self._custom)
-        identity = [kind.__module__, kind.__qualname__, self.vocab_size, self.eos_id, self.encode(_PROBE)]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "kind": "custom",
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "eos_id": self.eos_id,
-            "fingerprint": self.fingerprint,
-        }
-
-    def save(self, path: str | Path) -> None:
-        raise AtlasError(f"tokenizer {self.name}: is custom code and cannot be written to {path}")
+    def token_bytes(self, id: int) -> bytes:
+        own = getattr(self._custom, "token_bytes", None)
+        return bytes(own(id)) if own else super().token_bytes(id)

@@ -9,6 +9,7 @@ an object.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from atlas.errors import AtlasError
 from atlas.files import read_limited
 
+_PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 128 << 20
 """Of a tokenizer.json: one of a million tokens has about 100 MB."""
@@ -29,9 +31,12 @@ DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 class Tokenizer(ABC):
-    """Text ⇄ token ids. `<|endoftext|>` in a text is plain text; only `eos_id` marks a document's end."""
+    """Text ⇄ token ids. `<|endoftext|>` in a text is plain text; only `eos_id` marks a document's end.
 
-    name: str
+    A subclass of your own needs `encode`, `decode`, `vocab_size` and `eos_id`. The rest has defaults.
+    """
+
+    name: str = "custom"
     """`gpt2`, `bpe`, `hf`, or the `package.module:factory` it came from."""
     vocab_size: int
     eos_id: int
@@ -58,17 +63,20 @@ class Tokenizer(ABC):
         return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     @property
-    @abstractmethod
     def fingerprint(self) -> str:
-        """A sha256 that two tokenizers share only if they give the same ids."""
+        """A sha256 that two tokenizers share only if they give the same ids. By default it is that of the class, of its
+        sizes and of the ids of a probe text."""
+        return fingerprint_of(self, type(self))
 
-    @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Plain values that a checkpoint or dataset.json keeps, and from which `from_state` rebuilds it."""
+        """Plain values that a checkpoint or dataset.json keeps, and from which `from_state` rebuilds it. By default
+        they only name it: code does not travel with a file."""
+        sizes = {"vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        return {"kind": "custom", "name": self.name, **sizes, "fingerprint": self.fingerprint}
 
-    @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json` that `Tokenizer.load` reads."""
+        """Write a `tokenizer.json` that `Tokenizer.load` reads. Raises `AtlasError` by default."""
+        raise AtlasError(f"tokenizer {self.name}: is custom code and cannot be written to {path}")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, {self.vocab_size:,} tokens>"
@@ -156,7 +164,7 @@ class Tokenizer(ABC):
             return Tokenizer.load(spec)
         if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
             made = import_object(spec)()
-            return made if isinstance(made, Tokenizer) else CustomTokenizer(made, name=spec)
+            return made if _is_known(made) else CustomTokenizer(made, name=spec)
         raise AtlasError(
             f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
         )
@@ -166,7 +174,23 @@ class Tokenizer(ABC):
         """Any object with `encode`, `decode`, `vocab_size` and `eos_id`, as a `Tokenizer`."""
         from atlas.tokenizer.custom import CustomTokenizer
 
-        return custom if isinstance(custom, Tokenizer) else CustomTokenizer(custom)
+        return custom if _is_known(custom) else CustomTokenizer(custom)
+
+
+def _is_known(tokenizer: Any) -> bool:
+    """Whether its ids need no check: it is wrapped already, or has a state of its own to be rebuilt from."""
+    from atlas.tokenizer.custom import CustomTokenizer
+
+    if isinstance(tokenizer, CustomTokenizer):
+        return True
+    return isinstance(tokenizer, Tokenizer) and type(tokenizer).state is not Tokenizer.state
+
+
+def fingerprint_of(tokenizer: Any, kind: type) -> str:
+    """sha256 of a class, the sizes of its tokenizer, and the ids of a probe text."""
+    identity = [kind.__module__, kind.__qualname__, tokenizer.vocab_size, tokenizer.eos_id]
+    ids = [int(id) for id in tokenizer.encode(_PROBE)]
+    return hashlib.sha256(json.dumps([*identity, ids]).encode()).hexdigest()
 
 
 def _state_in_dataset(path: Path) -> dict[str, Any]:
