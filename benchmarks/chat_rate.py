@@ -1,0 +1,115 @@
+"""At which learning rate and length a model learns a few dozen conversations: how many answers come back.
+
+    atlas prepare --input my_texts --train-tokenizer 1024 --output data/mine
+    atlas train --config modern-nano --train-data data/mine --output-dir checkpoints/base
+    python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt
+    python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths 20x16 40x4
+
+Each rate and each length (epochs × batch size) is a run of `atlas train --init-from` on the pairs. An answer counts as
+learnt if `atlas generate --chat --temperature 0` gives it letter for letter, from `atlas_best.pt` and from the last
+checkpoint. Without `--pairs` there are 60 made-up ones: a question of a few words, and a sentence without relation to
+it, so that nothing but memory gives the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import tempfile
+from pathlib import Path
+
+from results import add_record_option, recorded
+
+from atlas.cli import main as atlas
+
+_THINGS = re.findall(
+    r"\w+", "river castle sword king queen fool ghost crown ship storm garden letter ring duke witch"
+)
+_OPENINGS = ("Tell me about the", "What do you know of the", "Why is there a", "Who keeps the")
+_WORDS = re.findall(
+    r"\w+", "old mill stone bridge dark water small boat quiet bank tall reed winter spring bell road lamp"
+)
+
+
+def made_up_pairs(seed: int = 3) -> list[dict[str, str]]:
+    """60 questions, each with a sentence of seven words."""
+    chance = random.Random(seed)
+    questions = [f"{opening} {thing}?" for opening in _OPENINGS for thing in _THINGS]
+    return [
+        {"prompt": question, "response": " ".join(chance.sample(_WORDS, 7)).capitalize() + "."}
+        for question in questions
+    ]
+
+
+def count_learnt(checkpoint: Path, pairs: list[dict[str, str]], folder: Path) -> int:
+    """How many answers of `pairs` the model gives, word for word."""
+    questions, answers = folder / "questions.txt", folder / "answers.jsonl"
+    questions.write_text("\n".join(pair["prompt"] for pair in pairs), encoding="utf-8")
+    arguments = ["--prompts-file", str(questions), "--output-file", str(answers), "--max-tokens", "60"]
+    assert (
+        atlas(["generate", "--chat", "--checkpoint", str(checkpoint), "--temperature", "0", *arguments]) == 0
+    )
+    said = [json.loads(line)["text"].strip() for line in answers.read_text(encoding="utf-8").splitlines()]
+    return sum(text == pair["response"].strip() for text, pair in zip(said, pairs, strict=True))
+
+
+def last_step(folder: Path) -> int:
+    return max(int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("atlas_step_*.pt"))
+
+
+def measure(
+    checkpoint: Path, pairs: list[dict[str, str]], rate: str | None, length: str
+) -> tuple[int, int, int]:
+    """(updates, answers learnt by the best checkpoint, by the last) of one run. `rate` None: Atlas's own."""
+    epochs, batch = length.split("x")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        chats, run = folder / "chats.jsonl", folder / "run"
+        chats.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        arguments = ["--epochs", epochs, "--batch-size", batch, "--output-dir", str(run)]
+        arguments += ["--set", "tracking.samples=0", *(["--learning-rate", rate] if rate else [])]
+        assert atlas(["train", "--init-from", str(checkpoint), "--train-data", str(chats), *arguments]) == 0
+        step = last_step(run)
+        learnt = [
+            count_learnt(run / name, pairs, folder) for name in ("atlas_best.pt", f"atlas_step_{step}.pt")
+        ]
+    return step, learnt[0], learnt[1]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the trained model to start from")
+    parser.add_argument("--pairs", type=Path, help="JSONL of prompt and response; left out, 60 made-up ones")
+    parser.add_argument("--rates", nargs="*", default=["1e-4", "5e-4", "2e-3"], help="beside Atlas's own")
+    parser.add_argument("--lengths", nargs="+", default=["20x16", "20x4", "40x4"], help="epochs × batch size")
+    add_record_option(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    pairs = made_up_pairs()
+    if options.pairs:
+        pairs = [
+            json.loads(line)
+            for line in options.pairs.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
+    rows = []
+    for length in options.lengths:
+        for rate in [*options.rates, None]:
+            rows.append((rate or "Atlas's own", length, *measure(options.checkpoint, pairs, rate, length)))
+    with recorded("Learning conversations", options):
+        print(f"{options.checkpoint.parent.name}: {len(pairs)} pairs\n")
+        print("| rate | epochs x batch | updates | learnt by the best | by the last |")
+        print("|---|---|---:|---:|---:|")
+        for row in rows:
+            print(f"| {' | '.join(map(str, row))} |")
+
+
+if __name__ == "__main__":
+    main()
