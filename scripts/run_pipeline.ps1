@@ -6,6 +6,8 @@ $ErrorActionPreference = 'Stop'
 
 $root = Split-Path -Parent $PSScriptRoot
 # Before minutes of installing: is there a text?
+$env:PYTHONUTF8 = '1'
+[Console]::OutputEncoding = [System.Text.Encoding]::UTF8
 $words = @($args)
 $chosen = & (Find-Python) (Join-Path $root 'atlas/cli/choose_text.py') './scripts/run_pipeline.ps1' @words
 if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }

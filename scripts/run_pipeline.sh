@@ -6,7 +6,7 @@
 #   ./scripts/run_pipeline.sh --demo --data FILE      the same on your text
 #   ./scripts/run_pipeline.sh                         on data/raw/archive.zip, or it asks for your text
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/venv.sh"
 
 # Before minutes of installing: is there a text?

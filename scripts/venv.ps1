@@ -54,9 +54,10 @@ function Initialize-Venv {
         $python = Get-EnvironmentPython $environment
     }
     $stamp = Join-Path $environment "atlas-installed-$Extras.txt"
-    $wanted = (Get-Content -Raw -Encoding utf8 pyproject.toml) + (Get-Content -Raw -Encoding utf8 requirements.txt)
+    # The folder, too: the environment may have another clone's Atlas.
+    $wanted = (Get-Location).Path + "`n" + (Get-Content -Raw -Encoding utf8 pyproject.toml) + (Get-Content -Raw -Encoding utf8 requirements.txt)
     if (-not (Test-Path $stamp) -or (Get-Content -Raw -Encoding utf8 $stamp) -ne $wanted) {
-        [Console]::Error.WriteLine("installing Atlas and what it needs into $environment (PyTorch is large: this takes minutes)")
+        [Console]::Error.WriteLine("installing what is missing of Atlas and what it needs into $environment (PyTorch takes minutes)")
         # First the pin: it decides which PyTorch everything else is resolved against.
         Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
         Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -e ".[$Extras]"

@@ -53,12 +53,13 @@ prepare_venv() {
       { echo "error: .venv has no working Python and pip: remove it and try again" >&2; return 1; }
   fi
   local stamp="$environment/atlas-installed-$extras.txt"
-  if ! cat pyproject.toml requirements.txt | cmp -s - "$stamp"; then
-    echo "installing Atlas and what it needs into $environment (PyTorch is large: this takes minutes)" >&2
+  # The folder, too: the environment may have another clone's Atlas.
+  if ! { pwd; cat pyproject.toml requirements.txt; } | cmp -s - "$stamp"; then
+    echo "installing what is missing of Atlas and what it needs into $environment (PyTorch takes minutes)" >&2
     rm -f "$stamp"
     # First the pin: it decides which PyTorch everything else is resolved against.
     "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
     "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$extras]"
-    cat pyproject.toml requirements.txt >"$stamp"
+    { pwd; cat pyproject.toml requirements.txt; } >"$stamp"
   fi
 }

@@ -47,8 +47,12 @@ def _missing_extra(error: str) -> str | None:
     missing = re.search(r"(?:No module named|import of) '?(\w+)", error)
     if not missing:
         return None
+    try:
+        requirements = importlib.metadata.requires("atlas-llm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return "needs Atlas itself: pip install -e ."
     extras = set()
-    for requirement in importlib.metadata.requires("atlas-llm") or []:
+    for requirement in requirements:
         name, extra = re.match(r"[\w.-]+", requirement), re.search(r"""extra == ["'](\w+)""", requirement)
         if name and extra and name[0].replace("-", "_").lower() == missing[1]:
             extras.add(extra[1])

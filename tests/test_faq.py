@@ -126,7 +126,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(project: Project, inter
 
 def test_the_same_command_detects_the_checkpoint_and_asks_whether_to_resume(trained: Stage) -> None:
     assert trained.code == 0, trained.errors
-    assert "checkpoints holds a run at step 10. Resume it? [Y/n]" in trained.errors
+    assert "checkpoints holds this run at step 10. Resume it?" in trained.errors
     assert "atlas_interrupt_step_10.pt at step 10 of 44" in trained.errors
     assert list(trained.losses()) == list(range(1, 45))
     assert trained.losses()[44] < trained.losses()[1] - 3

@@ -371,3 +371,46 @@ def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_fi
     assert {path.name for path in (tmp_path / "run").glob("atlas_*.pt")} >= {"atlas_step_2.pt"}
     assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
     assert "step 3: not saved: weights that are not finite" in (tmp_path / "run/training.log").read_text()
+
+
+def test_a_run_that_was_extended_keeps_its_new_end_when_it_goes_back(tmp_path: Path, text_file: Path) -> None:
+    """Also to a checkpoint of before, whose end was another."""
+    explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2)
+    run(explicit)
+    explicit["training"]["max_steps"] = 12
+    trainer = trainer_for(explicit, resume="auto")
+    whole_step, times = trainer.train_step, [0]
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        if trainer.state.step == 8 and times[0] < 2:
+            times[0] += 1
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(math.inf)
+        return update
+
+    trainer.train_step = step
+    result = trainer.train()
+    assert "(rollback 2 of 3)" in (tmp_path / "run/training.log").read_text(encoding="utf-8")
+    assert (result.outcome, result.step, trainer.state.horizon) == ("finished", 12, 12)
+
+
+def test_a_run_stopped_amid_updates_that_were_not_applied_saves_nothing(
+    tmp_path: Path, text_file: Path
+) -> None:
+    """Weights can be ruined and finite; `--resume auto` would then begin with them."""
+    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
+    wrong_at(trainer, lambda step: step >= 4)
+    whole_step = trainer.train_step
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
+        update = whole_step(inputs, targets)
+        trainer.stop.requested = trainer.state.step == 5
+        return update
+
+    trainer.train_step = step
+    result = trainer.train()
+    assert (result.outcome, result.saved) == ("interrupted", [])
+    assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
+    log = (tmp_path / "run/training.log").read_text(encoding="utf-8")
+    assert "step 5: not saved: the last 2 updates could not be applied" in log

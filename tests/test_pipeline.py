@@ -127,7 +127,7 @@ def test_the_script_looks_for_text_before_it_installs_anything(
 )
 def test_the_script_uses_the_active_environment(variables: dict[str, str], used: str, tmp_path: Path) -> None:
     places = {"active": str(tmp_path / "active"), "clone": str(tmp_path / "clone")}
-    wanted = "pyproject\nrequirements\n"
+    wanted = f"{places['clone']}\npyproject\nrequirements\n"
     for place in (Path(places["active"]), Path(places["clone"], ".venv")):
         (place / "bin").mkdir(parents=True)
         (place / "bin/python").symlink_to(sys.executable)  # this Python has pip, and is new enough
@@ -227,7 +227,7 @@ def test_a_person_is_shown_what_each_preset_needs_and_asked_until_the_answer_is_
 
     typed += ["3", "y"]
     assert main([*arguments, "--set", "training.max_steps=5"]) == 0
-    assert "holds a run at step 4. Resume it?" in capfd.readouterr().err
+    assert "holds this run at step 4. Resume it?" in capfd.readouterr().err
     assert Path("checkpoints/atlas_step_5.pt").exists()
 
 

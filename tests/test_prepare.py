@@ -452,7 +452,7 @@ def test_prepare_command_prints_what_it_made(
     assert "AllCombined.txt is used; 3 parts that hold the same text are left out" in output.err
     assert "60 articles, told apart by two or more empty lines before a title" in output.err
     assert output.err.count("boundary: …") == 3
-    assert f"atlas train --config nano --train-data {folder} (on a GPU: --config small)" in output.err
+    assert f"atlas train --config modern-nano --train-data {folder} (on a GPU: --config small)" in output.err
 
     assert main(command) == 0
     assert "unchanged" in capsys.readouterr().err

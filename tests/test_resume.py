@@ -25,6 +25,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint import CheckpointManager, load_checkpoint
 from atlas.training.retention import slim
 from atlas.training.start import Request, choose_start
+from atlas.training.trainer import Trainer
 from tests.conftest import corpus
 from tests.runs import (
     assert_same_run,
@@ -525,3 +526,49 @@ def test_a_slim_checkpoint_is_refused_before_anything_moves(done: tuple[dict, Pa
     with pytest.raises(AtlasError, match="slim_old"):
         trainer_for(explicit, resume=str(folder / "atlas_step_2.pt"))
     assert snapshot(folder) == before
+
+
+# Fine-tuning never writes over another run
+
+
+def fine_tuning(folder: Path, base: Path, text: Path, **request: object) -> Trainer:
+    explicit = {"data": {"train_data": str(text)}, "checkpoint": {"output_dir": str(folder)}, "device": "cpu"}
+    explicit["data"]["tokenizer"] = "tests.toy:tokenizer"
+    return trainer_for(explicit, init_from=str(base), **request)
+
+
+@pytest.fixture
+def bases(tmp_path: Path, text_file: Path) -> list[Path]:
+    """Two runs that differ in nothing but the seed, and a text to fine-tune on."""
+    for seed in (1, 2):
+        run(layer(tmp_path / f"base{seed}", text_file, seed=seed, training__max_steps=2))
+    return [tmp_path / f"base{seed}" / "atlas_best.pt" for seed in (1, 2)]
+
+
+def test_fine_tuning_with_no_resume_moves_the_old_run_aside(tmp_path: Path, bases: list[Path]) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("A small boat waits. " * 300, encoding="utf-8")
+    fine_tuning(tmp_path / "tuned", bases[0], text).train()
+    old = sorted(path.name for path in (tmp_path / "tuned").glob("atlas_*.pt"))
+    best = (tmp_path / "tuned/atlas_best.pt").read_bytes()
+    fine_tuning(tmp_path / "tuned", bases[1], text, no_resume=True).train()
+    assert sorted(path.name for path in (tmp_path / "tuned/previous-1").glob("atlas_*.pt")) == old
+    assert (tmp_path / "tuned/previous-1/atlas_best.pt").read_bytes() == best
+    assert (tmp_path / "tuned/atlas_best.pt").read_bytes() != best
+
+
+def test_fine_tuning_resumes_from_the_same_base_only(tmp_path: Path, bases: list[Path]) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("A small boat waits. " * 300, encoding="utf-8")
+    folder = tmp_path / "tuned"
+    fine_tuning(folder, bases[0], text).train()
+    assert fine_tuning(folder, bases[0], text).is_complete  # the same command again
+    with pytest.raises(AtlasError, match=r"holds another run: give the new one another --output-dir"):
+        fine_tuning(folder, bases[1], text)
+    asked: list[str] = []
+    with pytest.raises(AtlasError, match=r"holds another run and stays as it is"):
+        fine_tuning(folder, bases[1], text, ask=lambda question: bool(asked.append(question)))
+    assert "Start a new one? The old one moves to" in asked[0]
+    assert not (folder / "previous-1").exists()
+    fine_tuning(folder, bases[1], text, ask=lambda _: True).train()
+    assert (folder / "previous-1/atlas_best.pt").exists()

@@ -18,17 +18,17 @@ VOCABULARY = 1024
 ON_A_CPU = "modern-nano"
 
 
-def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None) -> str:
+def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, device: str = "auto") -> str:
     """The name of the preset to train, or the path of a config file: the one that a person answers with, or the default
     where `ask` is None. `vocab_size` is that of a dataset, None for text that is still to be prepared.
 
     Raises `AtlasError` if no preset fits into memory.
     """
     from atlas.cli.plan import this_machine
-    from atlas.config import AtlasConfig
+    from atlas.config.loader import resolve
     from atlas.planning import plan_presets
 
-    machine = this_machine(AtlasConfig())
+    machine = this_machine(resolve({"device": device}))
     plans = plan_presets(
         machine.memory, device=machine.device, vocab_size=vocab_size, open_vocab_size=VOCABULARY
     )
@@ -111,3 +111,4 @@ def print_next_commands(checkpoint: Path) -> None:
         ),
     ):
         typer.echo(f"{purpose + ':':<24}{command}", err=True)
+    typer.echo('(chats.jsonl: your own file, {"prompt": …, "response": …} on each line)', err=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def choose_text(
     Raises `NoTextError` if the text is not there.
     """
     if data is not None:
+        data = os.path.expanduser(data)
         if reason := _why_not(data):
             raise NoTextError(f"--data {data}: {reason}; give a text file, a folder of them, or an archive")
         return data, False
@@ -42,20 +44,37 @@ def choose_text(
             f"{ORIGIN}"
         )
     question = "Folder or file to train on (Enter: Python's own documentation, as a demo): "
-    while answer := os.path.expanduser(ask(question).strip().strip("\"'")):
-        reason = _why_not(answer)
+    while answer := ask(question).strip():
+        path = _path_of(answer)
+        reason = _why_not(path)
         if reason is None:
-            return answer, False
-        question = f"{answer}: {reason}. Folder or file (Enter: the demo): "
+            return path, False
+        question = f"{path}: {reason}. Folder or file (Enter: the demo): "
     return None, True
+
+
+def _path_of(answer: str) -> str:
+    """The path that a person typed, or dragged into the terminal, which quotes it or escapes its blanks."""
+    if Path(answer).exists():
+        return answer
+    try:
+        words = shlex.split(answer, posix=os.name != "nt")
+    except ValueError:  # a quote that is not closed
+        words = []
+    return os.path.expanduser(words[0].strip("\"'") if len(words) == 1 else answer)
 
 
 def _why_not(path: str) -> str | None:
     """Why there is no text at `path`; None if there may be."""
-    if _LINK_OR_PATTERN.search(path) or Path(path).is_file():
-        return None
-    if Path(path).is_dir():
-        return None if any(Path(path).iterdir()) else "is an empty folder"
+    if not path.strip():
+        return "names nothing"
+    try:
+        if _LINK_OR_PATTERN.search(path) or Path(path).is_file():
+            return None
+        if Path(path).is_dir():
+            return None if any(Path(path).iterdir()) else "is an empty folder"
+    except OSError as error:
+        return error.strerror or "cannot be read"
     return "no such file or folder"
 
 
@@ -64,15 +83,17 @@ def ask_person(question: str) -> str:
     print(question, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
+        print(file=sys.stderr)
         raise KeyboardInterrupt
     return line
 
 
 def _main(command: str, arguments: Sequence[str]) -> int:
     """Print the options that the person's answer adds to `arguments`, one a line."""
-    if {"--demo", "--help", "-h"} & set(arguments) and not _value_of("--data", arguments):
+    if {"--demo", "--help", "-h"} & set(arguments) and _value_of("--data", arguments) is None:
         return 0
-    has_terminal = sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+    streams = (sys.stdin, sys.stderr)  # None where they are closed
+    has_terminal = all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
     given = _value_of("--data", arguments)
     try:
         text, is_demo = choose_text(
@@ -92,12 +113,14 @@ def _main(command: str, arguments: Sequence[str]) -> int:
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for word, following in zip(arguments, [*arguments[1:], None]):  # noqa: B905 - of the same length
-        if word == option:
-            return following
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
+    """The last value that is given, as the command takes it."""
+    value = None
+    for place, word in enumerate(arguments):
+        if word == option and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
 
 
 if __name__ == "__main__":

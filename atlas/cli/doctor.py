@@ -24,7 +24,7 @@ def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="The same facts as one JSON object, for programs and bug reports.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     output_dir: Annotated[
         Path | None,
         typer.Option(

@@ -40,7 +40,7 @@ def evaluate(
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="The checkpoint to judge.")] = "checkpoints/atlas_best.pt",
     batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     worst: Annotated[
         int, typer.Option(help="Of --data: show so many windows that are predicted worst.", min=0)
     ] = 0,

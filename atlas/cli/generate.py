@@ -59,7 +59,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same text; left out: a new one, which is said.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[
         str,
         typer.Option(

@@ -67,7 +67,7 @@ def look(
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what was there before.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tokenizer: Annotated[
         str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
     ] = None,

@@ -60,7 +60,7 @@ def pipeline(
     layer = parse_overrides(overrides or [])
     confirm = None if yes else ask_or_none()
     ask = ask_person if confirm else None
-    if not demo or data:
+    if not demo or data is not None:
         try:
             text, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
         except NoTextError as error:
@@ -73,61 +73,75 @@ def pipeline(
         demo_road(data, folder, layer, no_resume=no_resume)
         return
     assert data is not None
-    explicit = _plan(data, config, ask)
+    explicit = _plan(data, config, layer, ask)
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
-    _train(explicit, layer, no_resume=no_resume, confirm=confirm)
+    _train(explicit, no_resume=no_resume, confirm=confirm)
 
 
-def _plan(data: str, config: str | None, ask: Callable[[str], str] | None) -> Layer:
-    """The config of the run, with its text prepared for the vocabulary that the preset wants."""
+def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
+    """The config of the run, with its text prepared for the vocabulary that it wants."""
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.config.loader import nested, overlay, read_yaml
-    from atlas.config.presets import find_config
+    from atlas.config.presets import find_config, preset_names
+    from atlas.data.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
+    from atlas.data.sources import Sources
 
+    if {"train_data", "mixture"} & overrides.get("data", {}).keys():
+        raise AtlasError(
+            "--set data: the pipeline trains on one text: name it with --data, or use atlas train"
+        )
+    if holds_conversations(data):
+        raise AtlasError(
+            f"--data {data}: holds conversations, which teach a trained model to answer: train one on text first, then "
+            f"atlas train --init-from CHECKPOINT --train-data {data}"
+        )
     prepared = open_dataset(data) if is_prepared(data) else None
-    vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
-    preset = config or choose_preset(ask, vocab_size=vocab_size)
-    written = read_yaml(find_config(preset))
-    stated = written.get("model", {}).get("vocab_size")
     if prepared is None:
-        prepared = _prepare(data, train_tokenizer=None if stated else VOCABULARY)
-    elif config is None and stated not in (None, vocab_size):
+        Sources([data])  # what cannot be read is refused before a question is asked
+    vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
+    device = str(overrides.get("device", "auto"))
+    preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
+    written = overlay(read_yaml(find_config(preset)), overrides)
+    stated = written.get("model", {}).get("vocab_size")
+    tokenizer = written.get("data", {}).get("tokenizer")
+    if prepared is None:
+        prepared = _prepare(data, tokenizer, train_tokenizer=None if stated or tokenizer else VOCABULARY)
+    elif preset.lower() in preset_names() and "vocab_size" not in overrides.get("model", {}):
         written = overlay(written, nested("model.vocab_size", vocab_size))
     return overlay(written, nested("data.train_data", str(prepared.folder)))
 
 
-def _prepare(text: str, *, train_tokenizer: int | None) -> PreparedDataset:
+def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -> PreparedDataset:
     """The dataset of a text, prepared unless it was before. One with a vocabulary of its own gets a folder of its own,
     so that it does not replace the one in GPT-2's."""
     from atlas.data import prepare
     from atlas.data.prepare import default_output
     from atlas.data.sources import Sources
+    from atlas.tokenizer import Tokenizer
 
     folder = None
     if train_tokenizer:
         folder = default_output(Sources([text]))
         folder = folder.with_name(f"{folder.name}-vocab{train_tokenizer}")
     typer.echo(f"preparing {text}", err=True)
-    summary = prepare([text], folder, train_tokenizer=train_tokenizer)
+    named = Tokenizer.resolve(tokenizer) if tokenizer else None
+    summary = prepare([text], folder, named, train_tokenizer=train_tokenizer)
     for note in summary.notes:
         typer.echo(note, err=True)
     return summary.dataset
 
 
-def _train(
-    explicit: Layer, overrides: Layer, *, no_resume: bool, confirm: Callable[[str], bool] | None
-) -> None:
+def _train(explicit: Layer, *, no_resume: bool, confirm: Callable[[str], bool] | None) -> None:
     """Train to the end, and name the commands that come next."""
     from atlas.cli.choose_preset import print_next_commands
     from atlas.cli.train import train_to_the_end
-    from atlas.config.loader import overlay
     from atlas.inference.samples import sample_texts
     from atlas.training.launch import start_run
     from atlas.training.start import Request, choose_start
 
-    request = Request(overlay(explicit, overrides), no_resume=no_resume, ask=confirm)
+    request = Request(explicit, no_resume=no_resume, ask=confirm)
     trainer = start_run(choose_start(request), sampler=sample_texts)
     train_to_the_end(trainer)
     print_next_commands(trainer.checkpoints.folder / "atlas_best.pt")

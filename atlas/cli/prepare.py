@@ -159,9 +159,9 @@ def _print_summary(summary: Summary) -> None:
             f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
-    # The larger presets state GPT-2's vocabulary; nano takes any.
+    # The larger presets state GPT-2's vocabulary; the nano ones take any.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
-    typer.echo(f"train on it: atlas train --config nano --train-data {folder}{larger}", err=True)
+    typer.echo(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}", err=True)
     typer.echo(f"how large a model it can teach: atlas info {folder}", err=True)
 
 

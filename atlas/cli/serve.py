@@ -61,7 +61,7 @@ def serve(
         float,
         typer.Option(help="Seconds a request may take, and the server itself to end.", min=1, max=86_400),
     ] = 300.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[
         str,
         typer.Option(

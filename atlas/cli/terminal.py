@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from unicodedata import category
 
@@ -19,7 +20,8 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def ask_or_none() -> Callable[[str], bool] | None:
     """A yes/no question with yes as default; None where nobody can answer it, so that nothing ever hangs."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()) or os.environ.get("CI"):
+    streams = (sys.stdin, sys.stderr)  # None where they are closed
+    if not all(stream and stream.isatty() for stream in streams) or os.environ.get("CI"):
         return None
     return lambda question: typer.confirm(question, default=True, err=True)
 
@@ -27,7 +29,7 @@ def ask_or_none() -> Callable[[str], bool] | None:
 def own_command() -> str:
     """How this shell calls the `atlas` of this environment: by its name if it is on PATH, else through its Python."""
     on_path = shutil.which("atlas")
-    if on_path and os.path.samefile(os.path.dirname(on_path), os.path.dirname(sys.executable)):
+    if on_path and Path(on_path).absolute().parent == Path(sys.executable).absolute().parent:
         return "atlas"
     python = sys.executable
     with suppress(ValueError):  # Windows: another drive

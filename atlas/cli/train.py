@@ -168,14 +168,16 @@ def train_to_the_end(trainer: Trainer) -> None:
     state, folder = trainer.state, trainer.checkpoints.folder
     if trainer.is_complete:
         trainer.log.say(
-            f"nothing to do: the run is complete at step {state.step}; --max-steps takes it further"
+            f"nothing to do: the run is complete at step {state.step}; --set training.max_steps=N with a larger N "
+            "continues it"
         )
         return
     result = trainer.train()
     names = ", ".join(path.name for path in result.saved)
     if not result.saved and trainer.world.is_first:
         raise AtlasError(
-            f"{result.outcome} at step {result.step}, but its last checkpoint could not be saved (see above)"
+            f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
+            "takes the newest one that was"
         )
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"

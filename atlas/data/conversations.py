@@ -118,7 +118,11 @@ def read_conversations(
         )
         for wanted in (False, True)
     ]
-    none = f" (fewer than {FEWEST_HELD_OUT} would say nothing)" if val_fraction and not held_out.any() else ""
+    none = (
+        f" (fewer than {FEWEST_HELD_OUT} are too few to judge by)"
+        if val_fraction and not held_out.any()
+        else ""
+    )
     notes = [
         f"{path}: {len(texts) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
         "loss is that of the answers"

@@ -325,6 +325,9 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
 def _why_missing(given: str) -> str:
     """The reason and the remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
     parts = [part.strip() for part in given.split(",")]
+    if len(parts) > 1 and all(part and Path(part, "dataset.json").exists() for part in parts):
+        mixture = ", ".join(f"{{path: {part}, weight: 1}}" for part in parts)
+        return f'is a list, and one path is expected; to train on several datasets: --set "data.mixture=[{mixture}]"'
     if len(parts) > 1 and all(part and Path(part).exists() for part in parts):
         inputs = " ".join(f"--input {shlex.quote(part)}" for part in parts)
         return (

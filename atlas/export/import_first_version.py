@@ -91,7 +91,10 @@ def import_first_version(
             model = AtlasLM(shape)
         model.load_state_dict(_converted(weights, shape), assign=True)
     except ValidationError as error:
-        raise AtlasError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise AtlasError(f"{path}: its config: {f'{key}: ' if key else ''}{reason}") from None
     except RuntimeError as error:  # PyTorch's, of tensors of other shapes
         raise AtlasError(
             f"{path}: its tensors do not fit together: {str(error).splitlines()[-1].strip()}"
@@ -121,6 +124,8 @@ def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
         is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
         if not is_plain or not tensor.is_floating_point() or not tensor.is_contiguous():
             raise AtlasError(f"{name!s:.80} is not a matrix or vector of floating-point numbers")
+        if not tensor.isfinite().all():
+            raise AtlasError(f"{name!s:.80} holds numbers that are not finite: take an earlier checkpoint")
     blocks = [name for name in weights if re.fullmatch(r"blocks\.\d+\.ln1\.weight", name)]
     expected = {theirs.format(block) for block in range(len(blocks)) for theirs in TENSOR_NAMES.values()}
     if not any(_LINEAR_BIASES.fullmatch(name) for name in weights):  # model.use_bias: false
@@ -172,7 +177,7 @@ def _shape_of(
         "max_seq_len": max_seq_len,
     }
     for key, value in found.items():
-        if stated.get(key, value) != value:
+        if str(stated.get(key, value)) != str(value):
             raise AtlasError(
                 f"has {key} {value}, and the config {stated[key]!s:.40}: give the config that it was trained with"
             )

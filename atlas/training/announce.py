@@ -89,15 +89,15 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
 def _warn_of_short_run(
     start: Start, config: AtlasConfig, state: TrainState, say: Callable[[str], None]
 ) -> None:
-    if config.training.warmup_steps >= state.horizon:
-        say(
-            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
-            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
-        )
     if start.data.has_conversations and state.horizon < _ENOUGH_CHAT_UPDATES:
         say(
             f"warning: {state.horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
             "give more --epochs or a smaller --batch-size"
+        )
+    elif config.training.warmup_steps >= state.horizon:
+        say(
+            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
+            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
-from atlas.data import ResolvedData, training_sequences, validation_sequences
+from atlas.data import training_sequences, validation_sequences
 from atlas.data.loader import share_of_update
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, add_lora, build_model
@@ -42,7 +42,7 @@ from atlas.training.runtime import (
 )
 from atlas.training.samples import Sampler
 from atlas.training.schedule import horizon_steps
-from atlas.training.start import Start, is_a_restart, refuse_links
+from atlas.training.start import Start, base_key, is_a_restart, refuse_links
 from atlas.training.state import TrainState
 from atlas.training.tracking import open_trackers, refuse_missing_trackers
 from atlas.training.trainer import Trainer
@@ -88,7 +88,7 @@ def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = N
         start.data.tokenizer,
         train_data,
         val_data,
-        data_identity=_identity(start.data),
+        data_identity=_identity(start),
         runtime=runtime,
         state=state,
         checkpoints=checkpoints,
@@ -136,12 +136,16 @@ def _origin(start: Start) -> str | None:
     return str(start.source or "") or None
 
 
-def _identity(data: ResolvedData) -> dict[str, Any]:
-    return {
+def _identity(start: Start) -> dict[str, Any]:
+    """What the run is made of besides its config. `base` is the checkpoint whose weights it began with."""
+    data, old = start.data, start.contents.get("data", {})
+    base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
+    identity = {
         "fingerprint": data.fingerprint,
         "train_data": data.name,
         "chat_form": CHAT_FORM if data.has_conversations else None,
     }
+    return identity if base is None else {**identity, "base": base}
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:

@@ -53,13 +53,20 @@ def save_or_go_back(trainer: Trainer, kinds: list[str], evaluation: Evaluation |
     return True
 
 
-def save_if_finite(trainer: Trainer, kind: str) -> None:
-    """Save where a run was stopped, unless the weights are ruined: `--resume auto` would take them."""
-    if fault := weights_fault(trainer.model, trainer.world):
-        step, folder = trainer.state.step, trainer.checkpoints.folder
-        trainer.log.say(f"step {step}: not saved: {fault.reason}; the earlier checkpoints in {folder} stay")
-        return
-    trainer.save([kind], wait=True)
+def save_if_sound(trainer: Trainer, kinds: list[str]) -> bool:
+    """Save where a run was stopped, unless the weights are ruined or may be: `--resume auto` would take them. Return
+    whether it was saved."""
+    state, fault = trainer.state, weights_fault(trainer.model, trainer.world)
+    if state.bad_in_a_row:
+        fault = fault or Fault(f"the last {state.bad_in_a_row} updates could not be applied")
+    if fault:
+        folder = trainer.checkpoints.folder
+        trainer.log.say(
+            f"step {state.step}: not saved: {fault.reason}; the earlier checkpoints in {folder} stay"
+        )
+        return False
+    trainer.save(kinds, wait=True)
+    return True
 
 
 @contextmanager
@@ -73,13 +80,14 @@ def emergency_save(trainer: Trainer) -> Iterator[None]:
         raise
     except Exception as error:
         state, log = trainer.state, trainer.log
-        is_sound = not trainer.is_amid_update and not state.bad_in_a_row
-        if trainer.world.size == 1 and is_sound and state.step > begun_at:
-            log.say(
-                f"an unexpected error after step {state.step} ({type(error).__name__}): saving before the run ends"
+        if trainer.world.size == 1 and not trainer.is_amid_update and state.step > begun_at:
+            name, is_best = (
+                type(error).__name__,
+                state.evaluated_at == state.step and state.val_loss == state.best_loss,
             )
+            log.say(f"an unexpected error after step {state.step} ({name}): saving before the run ends")
             try:
-                save_if_finite(trainer, "interrupt")
+                save_if_sound(trainer, ["interrupt", *(["best"] if is_best else [])])
             except Exception as another:
                 log.say(f"step {state.step}: not saved ({another}); the earlier checkpoints stay")
         raise

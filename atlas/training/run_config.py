@@ -17,9 +17,10 @@ CHAT_WARMUP_STEPS = 10
 
 
 def with_data(
-    config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None
+    config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
 ) -> tuple[AtlasConfig, ResolvedData]:
-    """The config with its vocabulary resolved, and the data it names."""
+    """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
+    from; on the same data it resumes that run, unless it `is_new_run`."""
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
             "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to go on "
@@ -43,7 +44,8 @@ def with_data(
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
-    if data.has_conversations and not (contents and data.fingerprint == contents["data"].get("fingerprint")):
+    resumes = contents is not None and data.fingerprint == contents["data"].get("fingerprint")
+    if data.has_conversations and (is_new_run or not resumes):
         config = _for_conversations(config, explicit, is_finetuning=contents is not None)
     return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
 
@@ -70,7 +72,8 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
     stated = config.model.vocab_size
     if stated not in (None, vocab_size):
         raise AtlasError(
-            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out"
+            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
+            f"preset add --set model.vocab_size={vocab_size}"
         )
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})

@@ -6,6 +6,8 @@ that a refusal leaves everything as it was. `launch.py` carries the decision out
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -97,7 +99,10 @@ def _decision(start: Start) -> dict[str, Any]:
 def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
     source = decision["source"] and Path(decision["source"])
     contents = load_checkpoint(source, without=left_in_shards(source)) if source else {}
-    config, data = with_data(resolve(decision["config"]), request.explicit, contents or None)
+    is_new_run = decision["mode"] == "finetune"
+    config, data = with_data(
+        resolve(decision["config"]), request.explicit, contents or None, is_new_run=is_new_run
+    )
     if data.fingerprint != decision["fingerprint"]:
         raise AtlasError(
             f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
@@ -133,9 +138,12 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
     inherited = dict(contents["config"])
     _refuse_unasked_code(inherited, request.explicit)
-    config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
+    is_new_run = request.init_from is not None
+    config, data = with_data(
+        resolve(inherited, request.explicit), request.explicit, contents, is_new_run=is_new_run
+    )
     same_data = data.fingerprint == contents["data"].get("fingerprint")
-    resumes = same_data and not request.init_from
+    resumes = same_data and not is_new_run
     notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
     if resumes:
         _refuse_other_optimizer(config, contents, source)
@@ -158,11 +166,11 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
         notes.append(
             f"{source}: was trained on other data: this is fine-tuning, from its weights, with a fresh schedule"
         )
-    folder, latest = _finetune_folder(request, config, data)
+    folder, latest, set_aside = _finetune_folder(request, config, data, base_key(contents))
     if latest:
         return _continue(request, folder, latest)
     config = with_written_length(config, request.explicit)
-    return Start("finetune", config, data, folder, source, contents, [], [*notes, *data.notes])
+    return Start("finetune", config, data, folder, source, contents, set_aside, [*notes, *data.notes])
 
 
 def is_a_restart() -> bool:
@@ -185,11 +193,13 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
         if ask is None:
             raise
         fresh = _start_over(request, folder)  # or that cannot be either, and there is nothing to ask
-        old = f"{folder} holds a run of another model or of other data"
-        if ask(f"{old}. Start a new one? The old one moves to {folder / 'previous-N'}"):
+        if ask(_asks_for_new_run(folder)):
             return fresh
-        raise
-    if ask and not ask(f"{folder} holds a run at step {start.contents['step']}. Resume it?"):
+        raise AtlasError(_other_run(folder, request)) from None
+    step = start.contents["step"]
+    if ask and not ask(
+        f"{folder} holds this run at step {step}. Resume it? (n: start anew, it moves to previous-N)"
+    ):
         return _start_over(request, folder)
     return start
 
@@ -221,27 +231,53 @@ def _continue(
 
 
 def _finetune_folder(
-    request: Request, config: AtlasConfig, data: ResolvedData
-) -> tuple[Path, tuple[Path, dict[str, Any]] | None]:
-    """Where fine-tuning writes: never over another run. With the checkpoint to go on from, if it had begun."""
+    request: Request, config: AtlasConfig, data: ResolvedData, base: str
+) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
+    """Where fine-tuning writes: never over another run. With the checkpoint to resume from, if the same fine-tuning had
+    begun there, and the files that have to make room."""
     wished = _explicit_folder(request.explicit)
     folder = wished or Path(AtlasConfig().checkpoint.output_dir)
-    if request.no_resume or not _checkpoint_files(folder, own_names_only=True):
-        return folder, None
+    if request.no_resume:
+        return folder, None, _run_files(folder)
+    if not _checkpoint_files(folder, own_names_only=True):
+        return folder, None, []
     if wished is None:
         folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
         if not _checkpoint_files(folder):
-            return folder, None
+            return folder, None, []
     latest = CheckpointManager(folder).load_latest(to_resume=True)
-    if (
-        latest
-        and latest[1]["data"].get("fingerprint") == data.fingerprint
-        and latest[1].get("initialized_from")
-    ):
-        return folder, latest
-    raise AtlasError(
-        f"{folder}: holds another run: choose another --output-dir, or set it aside with --no-resume"
+    if latest and latest[1].get("initialized_from"):
+        run = latest[1]["data"]
+        if run.get("fingerprint") == data.fingerprint and run.get("base", base) == base:
+            return folder, latest, []
+    if request.ask and request.ask(_asks_for_new_run(folder)):
+        return folder, None, _run_files(folder)
+    raise AtlasError(_other_run(folder, request))
+
+
+def _asks_for_new_run(folder: Path) -> str:
+    return (
+        f"{folder} holds another run: of another model, other data or other weights to start from. Start a new one? "
+        f"The old one moves to {folder / 'previous-N'}"
     )
+
+
+def _other_run(folder: Path, request: Request) -> str:
+    """The refusal of a folder: after a person's "no", or where nobody could be asked."""
+    unchanged = " and stays as it is" if request.ask else ""
+    return (
+        f"{folder}: holds another run{unchanged}: give the new one another --output-dir, or move the old one aside "
+        "with --no-resume"
+    )
+
+
+def base_key(contents: Mapping[str, Any]) -> str:
+    """What tells the checkpoint that a run starts from apart from others: its config, where it stood, and its loss."""
+    facts = [
+        contents.get(key) for key in ("config", "step", "sequences_consumed", "loss", "initialized_from")
+    ]
+    facts.append(contents.get("data", {}).get("fingerprint"))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _refuse_other_shape(

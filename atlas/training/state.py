@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 MAX_ROLLBACKS = 3
+_KEPT_AT_ROLLBACK = (
+    "horizon",
+    "is_planned",
+    "sequences_consumed",
+    "micro_batch_size",
+    "eval_batch_size",
+    "skipped",
+    "seconds",
+)
 ROLLBACK_RATE = 0.5
 """The learning rate is multiplied by this at each rollback."""
 
@@ -102,10 +111,7 @@ class TrainState:
 
     def go_back_to(self, contents: dict[str, Any]) -> None:
         """Become the state of an earlier checkpoint, past the data that was tried since, at a lower rate."""
-        kept = {
-            name: getattr(self, name)
-            for name in ("sequences_consumed", "micro_batch_size", "eval_batch_size", "skipped", "seconds")
-        }
+        kept = {name: getattr(self, name) for name in _KEPT_AT_ROLLBACK}
         trouble_at = max(self.trouble_at, self.step)
         rollbacks, rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
         vars(self).update(vars(TrainState.of(contents)), **kept)

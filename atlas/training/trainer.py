@@ -33,7 +33,7 @@ from atlas.training.lock import FolderLock
 from atlas.training.loss import LossFunction
 from atlas.training.manifest import FORMAT_VERSION
 from atlas.training.metrics import RunLog, perplexity
-from atlas.training.recovery import emergency_save, recover, save_if_finite, save_or_go_back
+from atlas.training.recovery import emergency_save, recover, save_if_sound, save_or_go_back
 from atlas.training.runtime import Runtime, describe_machine
 from atlas.training.samples import Sampler, write_samples
 from atlas.training.schedule import learning_rate_at
@@ -119,7 +119,7 @@ class Trainer:
     def train(self) -> Result:
         """Train to the horizon, an early stop, the end of the time or an interrupt, and leave a checkpoint."""
         config, state = self.config, self.state
-        outcome = "finished"
+        outcome, is_saved = "finished", True
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         progress = self.log.progress(done=state.step, total=self.total)
@@ -168,10 +168,11 @@ class Trainer:
             if self.stop.requested and not self.is_complete:
                 outcome = "interrupted"
             if outcome in ("interrupted", "stopped in time"):
-                save_if_finite(self, "interrupt" if outcome == "interrupted" else "step")
+                is_saved = save_if_sound(self, ["interrupt" if outcome == "interrupted" else "step"])
             self.log.event(outcome, state.step)
         self.log.flush_to_disk()
-        return Result(outcome, state.step, state.loss, state.val_loss, self.saver.written)
+        saved = self.saver.written if is_saved else []
+        return Result(outcome, state.step, state.loss, state.val_loss, saved)
 
     def train_step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Update | None:
         """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
