@@ -98,7 +98,7 @@ def test_every_line_of_the_log_is_json_as_others_read_it(tmp_path: Path, text_fi
         json.loads(line, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
     tmp_path: Path, text_file: Path, accumulation: int
 ) -> None:

@@ -92,7 +92,7 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) 
 @pytest.mark.skipif(
     os.name == "nt", reason="Windows has no SIGTERM to send; its Ctrl-Break goes the same way"
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     tmp_path: Path, short_text: Path, number: signal.Signals
 ) -> None:

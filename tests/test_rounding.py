@@ -115,6 +115,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
     assert checkpoint_bytes(resolve(whole["config"])) == in_file
 
 
+@pytest.mark.slow
 def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> None:
     steps = {"training__max_steps": 60, "training__warmup_steps": 5}
     run(in_bf16(tmp_path / "bf16", text_file, "adamw", **steps))

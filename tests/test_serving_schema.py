@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from atlas.serving.desk import Rules
 from tests.served import random_model, served_model
 
 
+@pytest.mark.slow
 def test_every_request_gets_an_answer_that_the_document_names(tmp_path: Path) -> None:
     """No status that it does not name, no body of another shape, no 5xx, nothing invalid accepted. (What the document
     allows may be refused: it cannot say that two fields go together, nor how long the context is.)"""

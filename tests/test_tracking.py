@@ -244,6 +244,7 @@ def test_tensorboard_reads_what_the_metrics_hold(tmp_path: Path, text_file: Path
     assert "events/text_summary" in reader.Tags()["tensors"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_goes_on_replaces_what_it_told_tensorboard(tmp_path: Path, text_file: Path) -> None:
     explicit = tracked(
         tmp_path / "run",

@@ -141,6 +141,7 @@ print((peak() - before) / (N * V * 4))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is to be had from /proc only")
 def test_loss_in_chunks_never_holds_the_logits() -> None:
     """In units of the logits' size: 412 MB."""
@@ -437,6 +438,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, text_file: 
     assert (tmp_path / "run" / f"atlas_step_{result.step}.pt").exists()
 
 
+@pytest.mark.slow
 def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text(
@@ -470,6 +472,7 @@ def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
 
 
+@pytest.mark.slow
 def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(
     text_file: Path, tmp_path: Path
 ) -> None:
