@@ -174,6 +174,7 @@ def test_two_at_once_make_one_dataset(place: Path) -> None:
     folder = place / "two"
     first = start(*PREPARE, folder / "set", cwd=place)
     wait_for((folder / LEARNING).exists, first)
+    time.sleep(0.1)  # the file is there a moment before it is locked
     first.send_signal(signal.SIGSTOP)
     second = start(*PREPARE, folder / "set", cwd=place)
     assert second.stderr is not None
