@@ -284,7 +284,7 @@ def test_the_sound_files_of_all_readers_are_read(tmp_path: Path) -> None:
         "tokenizer": tmp_path / "tokenizer.json",
         "config": tmp_path / "c.yaml",
         "gguf": tmp_path / "m.gguf",
-        "first version": attacks.sound_old_checkpoint(),
+        "first-version": attacks.sound_old_checkpoint(),
     }
     assert set(sound) == set(READERS)
     for reader, path in sound.items():

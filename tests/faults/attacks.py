@@ -52,7 +52,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer": lambda path: Tokenizer.load(path),
     "config": lambda path: resolve(read_yaml(path)),
     "gguf": lambda path: read_gguf(path),
-    "first version": lambda path: import_first_version(path, num_heads=2, tokenizer=str(sound_dataset())),
+    "first-version": lambda path: import_first_version(path, num_heads=2, tokenizer=str(sound_dataset())),
 }
 
 
@@ -502,8 +502,8 @@ OLD_WEIGHTS: dict[str, tuple[dict[Any, Any], str]] = {
     "a head of no numbers": ({"lm_head.weight": torch.ones(0, 16)}, "its tensors do not fit together"),
 }
 for label, (weights, answer) in OLD_WEIGHTS.items():
-    attack("first version", label, answer)(partial(old_checkpoint, weights=weights))
-attack("first version", "code in its metadata", "refused without running it … getcwd")(
+    attack("first-version", label, answer)(partial(old_checkpoint, weights=weights))
+attack("first-version", "code in its metadata", "refused without running it … getcwd")(
     partial(old_checkpoint, metadata={"step": os.getcwd})
 )
 

@@ -228,7 +228,7 @@ _MAKERS: dict[str, Callable[[Choices, Path], Path]] = {
     "tokenizer": _tokenizer,
     "config": _config,
     "gguf": _gguf,
-    "first version": _old_checkpoint,
+    "first-version": _old_checkpoint,
 }
 
 
