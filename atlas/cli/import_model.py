@@ -51,7 +51,9 @@ def import_model(
 
     path, chat_template, notes = Path(source), None, list[str]()
     if not path.exists():
-        raise AtlasError(f"{path}: no such file or folder; give a folder with config.json, or a .pt of Atlas 1.x")
+        raise AtlasError(
+            f"{path}: no such file or folder; give a folder with config.json, or a .pt of Atlas 1.x"
+        )
     is_file = path.is_file()
     # The prefix keeps the folder apart from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
     name = f"imported-{path.stem}" if is_file else path.resolve().name
