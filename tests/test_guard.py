@@ -325,7 +325,7 @@ def test_a_rate_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(
     assert last.startswith(f"error: step {steps}: weights that are not finite")
     assert list((tmp_path / "run").glob("atlas_*.pt")) == []
     assert main(["train", "--config", str(config), "--resume", "auto"]) == 0
-    assert "no checkpoint to go on from; a new run starts" in capfd.readouterr().err
+    assert "no checkpoint to resume from; a new run starts" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("with_validation", [True, False])

@@ -215,7 +215,7 @@ def test_with_a_terminal_it_asks(done: tuple[dict, Path], answer: bool) -> None:
 
 def test_resume_auto_in_an_empty_folder_starts_and_says_so(tmp_path: Path, text_file: Path) -> None:
     run(layer(tmp_path / "run", text_file), resume="auto")
-    assert "no checkpoint to go on from" in log_of(tmp_path / "run")
+    assert "no checkpoint to resume from" in log_of(tmp_path / "run")
 
 
 def test_a_broken_latest_checkpoint_is_passed_over(done: tuple[dict, Path]) -> None:

@@ -78,6 +78,12 @@ def _why_not(path: str) -> str | None:
     return "no such file or folder"
 
 
+def somebody_can_answer() -> bool:
+    """Whether questions and answers go to a terminal."""
+    streams = (sys.stdin, sys.stderr)  # None where they are closed
+    return all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
+
+
 def ask_person(question: str) -> str:
     """One line typed at the terminal. Raises `KeyboardInterrupt` at the end of input."""
     print(question, end="", file=sys.stderr, flush=True)
@@ -92,12 +98,12 @@ def _main(command: str, arguments: Sequence[str]) -> int:
     """Print the options that the person's answer adds to `arguments`, one a line."""
     if {"--demo", "--help", "-h"} & set(arguments) and _value_of("--data", arguments) is None:
         return 0
-    streams = (sys.stdin, sys.stderr)  # None where they are closed
-    has_terminal = all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
     given = _value_of("--data", arguments)
     try:
         text, is_demo = choose_text(
-            given, command=command, ask=ask_person if has_terminal and "--yes" not in arguments else None
+            given,
+            command=command,
+            ask=ask_person if somebody_can_answer() and "--yes" not in arguments else None,
         )
     except NoTextError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,14 +14,15 @@ from unicodedata import category
 
 import typer
 
+from atlas.cli.choose_text import somebody_can_answer
+
 _LONGEST_LINE = 2000
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def ask_or_none() -> Callable[[str], bool] | None:
     """A yes/no question with yes as default; None where nobody can answer it, so that nothing ever hangs."""
-    streams = (sys.stdin, sys.stderr)  # None where they are closed
-    if not all(stream and stream.isatty() for stream in streams) or os.environ.get("CI"):
+    if not somebody_can_answer():
         return None
     return lambda question: typer.confirm(question, default=True, err=True)
 

@@ -69,9 +69,8 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            with suppress(
-                OSError, ValueError
-            ):  # what else writes there, such as the progress bar, writes to nowhere
+            with suppress(OSError, ValueError):
+                # What else writes there, such as the progress bar, must not fail either.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.console.file.fileno())
                 os.close(nowhere)

@@ -81,11 +81,10 @@ def emergency_save(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         state, log = trainer.state, trainer.log
         if trainer.world.size == 1 and not trainer.is_amid_update and state.step > begun_at:
-            name, is_best = (
-                type(error).__name__,
-                state.evaluated_at == state.step and state.val_loss == state.best_loss,
+            log.say(
+                f"step {state.step}: an unexpected error ({type(error).__name__}): saving before the run ends"
             )
-            log.say(f"an unexpected error after step {state.step} ({name}): saving before the run ends")
+            is_best = state.evaluated_at == state.step and state.val_loss == state.best_loss
             try:
                 save_if_sound(trainer, ["interrupt", *(["best"] if is_best else [])])
             except Exception as another:

@@ -126,7 +126,7 @@ def _decide(request: Request) -> Start:
         config, data = with_data(config, request.explicit, None)
         start = Start("fresh", config, data, folder, notes=list(data.notes))
         if request.resume:
-            start.notes.append(f"{folder}: no checkpoint to go on from; a new run starts")
+            start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
         # Without a sidecar a file is no checkpoint: a kill in the first save leaves one, or it came from elsewhere.
         start.set_aside = _run_files(folder) if request.no_resume else _checkpoint_files(folder)
         return start
