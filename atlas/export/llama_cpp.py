@@ -121,15 +121,22 @@ def _number(said: float | None) -> float:
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    """llama.cpp's first error, which the later ones follow from; else the last line of a traceback."""
-    lines = process.stderr.strip().splitlines()
-    if not lines:
-        return f"it ended with {process.returncode}"
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0].split(" E ", 1)[-1].strip()
+    """llama.cpp's first error, which the later ones follow from; else the exception's message."""
+    logged = [line.split(" E ", 1)[1] for line in process.stderr.splitlines() if " E " in line]
+    said = logged[:1] or process.stdout.strip().splitlines()[-1:] or process.stderr.strip().splitlines()[:1]
+    return said[0].strip() if said else f"it ended with {process.returncode}"
 
 
 def _main() -> None:
-    request = json.load(sys.stdin)
+    try:
+        _answer(json.load(sys.stdin))
+    except Exception as error:
+        # To standard output: a thread of llama.cpp's may be writing to standard error, a piece of a line at a time.
+        print(f"\n{error}")
+        sys.exit(1)
+
+
+def _answer(request: dict[str, Any]) -> None:
     server = load(request["path"], request["context"], request["threads"])
     post = door(server)
     token_ids = [
@@ -173,7 +180,7 @@ def door(server: Any) -> Post:
         response = connection.getresponse()
         answer = response.read()
         if response.status != 200:
-            raise SystemExit(f"{route}: {json.loads(answer)['error']['message']}")
+            raise RuntimeError(f"{route}: {json.loads(answer)['error']['message']}")
         return json.loads(answer)
 
     return post
