@@ -172,6 +172,8 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
         if q.device.type != "cuda":
             options = {"scale": scale, "enable_gqa": enable_gqa}
             return real(q, k, v, attn_mask, dropout_p, is_causal, **options)
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
         if attn_mask is None and q.dtype != torch.float32:  # FlashAttention shares keys by itself
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         if enable_gqa:

@@ -14,7 +14,9 @@ from atlas.config.fields import DEVICE, Float, Int, Section, count_or_auto, devi
 from atlas.config.model import ModelConfig as ModelConfig
 
 LOSS_CHUNK_TOKENS = 256
-"""Rows of logits that exist at once in training's loss: 51 MB in fp32 for GPT-2's vocabulary."""
+"""Rows of logits that exist at once in training's loss: 51 MB in fp32 for GPT-2's vocabulary. On CUDA other chunks:"""
+CUDA_LOSS_BYTES = 256 << 20
+"""That a chunk of logits may take there, with what is made of it where nothing is compiled."""
 
 
 class MixturePart(Section):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
-from atlas.config.config import LOSS_CHUNK_TOKENS
+from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS
 from atlas.planning.shapes import Matrix, block_matrices
 from atlas.process import KEPT_BELOW
 
@@ -193,7 +193,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
 
     tensors = _block_tensors(model, micro_batch, half=half, width=width, device=device)
     block = sum(tensors)
-    at_loss = _at_the_loss(config, tokens, half=half)
+    at_loss = _at_the_loss(config, tokens, half=half, device=device)
     if training.gradient_checkpointing:
         kept = model.num_layers * tokens * C * width
         # What GELU makes again, or SwiGLU's gates and what they let through.
@@ -241,7 +241,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     )
 
 
-def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
+def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -> int:
     """Bytes that the loss takes on top of the activations."""
     model = config.model
     table = 0 if config.lora.rank else model.padded_vocab_size * model.hidden_size * _FP32
@@ -250,6 +250,13 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool) -> int:
         # head's gradient before and after it is padded.
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
+    if device == "cuda":
+        # The gradients by the last hidden states and by the head, and a chunk's logits, which become their own gradient;
+        # where no kernel is compiled, with two copies in fp32.
+        width = 2 if half else _FP32
+        logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
+        chunk = min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
+        return tokens * model.hidden_size * width + table + chunk
     # The gradients by the last hidden states and by the head, and a chunk's logits, which become their own gradient;
     # in half precision the head's gradient a second time, and a chunk's logits, logarithms and gradient.
     chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32

@@ -19,6 +19,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer.custom import import_object
 from atlas.tokenizer.tokenizer import DOTTED_NAME
+from atlas.training.loss_cuda import linear_cross_entropy_on_cuda
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
@@ -49,16 +50,33 @@ def compute_lm_loss(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 
     `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). Of a `weight` with rows that only pad it, `vocabulary` are
     used: to slice it outside would cost the gradient a copy. The (B × T, V) logits of a language model are its largest
     tensor; here `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
-    Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once.
+    Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once. CUDA has a way of its own (`loss_cuda`),
+    which may be `compiled`.
     """
     device = hidden.device.type
+    if device == "cuda":
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            return linear_cross_entropy_on_cuda(
+                hidden.flatten(0, -2),
+                weight,
+                targets.flatten(),
+                vocabulary=vocabulary or len(weight),
+                dtype=dtype,
+                compiled=compiled,
+            )
     if torch.is_autocast_enabled(device):
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -135,13 +153,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class SummedLoss(nn.Module):
     """From tokens to the loss summed over valid tokens: one door, which several ranks can be put behind.
 
-    A `custom_loss` counts in training only: evaluation is in nats.
+    A `custom_loss` counts in training only: evaluation is in nats. With `compiled` the loss may be compiled, as blocks.
     """
 
-    def __init__(self, model: AtlasLM, custom_loss: LossFunction | None = None) -> None:
+    def __init__(
+        self, model: AtlasLM, custom_loss: LossFunction | None = None, *, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.custom_loss = custom_loss
+        self.compiled = compiled
 
     def forward(
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, *, num_valid: int = 0
@@ -149,8 +170,8 @@ class SummedLoss(nn.Module):
         """(B, T) ids, targets and documents → a scalar. A custom loss needs the number of valid targets."""
         if self.custom_loss is None or not self.training:
             hidden = self.model.hidden_states(inputs, documents=documents)
-            vocabulary = self.model.config.vocabulary
-            return linear_cross_entropy(hidden, self.model.head_table, targets, vocabulary=vocabulary)
+            table, vocabulary = self.model.head_table, self.model.config.vocabulary
+            return linear_cross_entropy(hidden, table, targets, vocabulary=vocabulary, compiled=self.compiled)
         logits = self.model(inputs, documents=documents)
         if num_valid == 0:  # a mean over nothing may be anything
             return logits.sum() * 0.0  # type: ignore[no-any-return]

@@ -78,7 +78,7 @@ class Updater:
         self._num_valid = 0
         """Targets in the update of all ranks."""
         self.say = say
-        self.objective = SummedLoss(model, custom_loss)
+        self.objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
         self.wrapped = wrap(self.objective, config, runtime)
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()

@@ -1,0 +1,142 @@
+"""The head's loss as CUDA computes it fastest; what it is, `atlas.training.loss.linear_cross_entropy` says.
+
+The logits are the largest tensor of a language model, and most of what is done with them is memory traffic. Here each
+is written once by the product, read for the sum of its row's exponentials, and read and written once more as its own
+gradient, which the two products that follow read.
+
+- The table is multiplied with the rows that pad it. Without them a row of logits has 50,257 numbers, and all but the
+  first begin where tensor cores cannot load from.
+- One compiled kernel takes the softmax, the loss and the gradient. Where nothing compiles, PyTorch's own do.
+- The table's gradient is added up in fp32 by the product itself.
+- Each chunk reads the table and its gradient anew: chunks are large.
+
+benchmarks/roofline.py counts the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.config.config import CUDA_LOSS_BYTES
+from atlas.data.dataset import IGNORE_INDEX
+
+Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The logits
+become their gradient."""
+
+_EAGER_BYTES = 8
+"""A logit's in fp32, before and after the logarithm of the softmax, where no kernel is compiled."""
+
+
+def linear_cross_entropy_on_cuda(
+    hidden: Tensor, table: Tensor, targets: Tensor, *, vocabulary: int, dtype: torch.dtype, compiled: bool
+) -> Tensor:
+    """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Products are
+    taken in `dtype`. Differentiable once."""
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
+    learns = differentiated and table.requires_grad
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.to(dtype), table, targets, vocabulary, compiled, differentiated, learns
+    )
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The gradients are made on the way forward, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        vocabulary: int,
+        compiled: bool,
+        differentiated: bool,
+        table_learns: bool,
+    ) -> Tensor:
+        rounded = table.to(hidden.dtype)
+        kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
+        row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
+        at_once = _rows_at_once(len(hidden), row_bytes)
+        buffer = rounded.new_empty(at_once, len(table))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden) if differentiated else None
+        table_grad = None
+        for start in range(0, len(hidden), at_once):
+            rows, goals = hidden[start : start + at_once], targets[start : start + at_once, None]
+            logits = buffer[: len(rows)]
+            torch.mm(rows, rounded.T, out=logits)
+            total += kernel(logits, goals.clamp(min=0), (goals != IGNORE_INDEX).float(), vocabulary)
+            if hidden_grad is not None:
+                torch.mm(logits, rounded, out=hidden_grad[start : start + at_once])
+            if table_learns:
+                table_grad = _add_product(table_grad, logits.T, rows)
+        ctx.grads = hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
+        hidden_grad, table_grad = ctx.grads
+        ctx.grads = None
+        by_table = None if table_grad is None else table_grad.mul_(grads[0])
+        return hidden_grad.mul_(grads[0]), by_table, None, None, None, None, None
+
+
+def _rows_at_once(num_rows: int, row_bytes: int) -> int:
+    """As many as `CUDA_LOSS_BYTES` allow, in chunks of one size as far as they go."""
+    chunks = max(1, -(-num_rows * row_bytes // CUDA_LOSS_BYTES))
+    return -(-num_rows // chunks)
+
+
+def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
+    """A `Kernel` to be compiled: one pass of the logits for the reduction, one to replace them."""
+    # As `log_softmax` has it: the compiler knows this form, and takes maximum and sum in one pass.
+    column = torch.arange(logits.shape[1], device=logits.device)
+    log_probs = torch.where(column < vocabulary, logits.float(), -torch.inf).log_softmax(-1)
+    loss = -(log_probs.gather(1, goals) * counts).sum()
+    logits.copy_((log_probs.exp() - (column == goals).float()) * counts)
+    return loss
+
+
+def softmax_gradient_eagerly_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
+    """The same `Kernel` by PyTorch's own, as few as there are, in place where they can be."""
+    logits[:, vocabulary:] = -torch.inf
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    loss = -(log_probs.gather(1, goals) * counts).sum()
+    logits.copy_(log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).mul_(counts))
+    return loss
+
+
+@functools.cache
+def _compiled_kernel() -> Kernel:
+    compiled = torch.compile(softmax_gradient_)
+
+    def kernel(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
+        # One kernel for any number of rows: an evaluation's chunks and an update's differ.
+        for tensor in (logits, goals, counts):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, goals, counts, vocabulary)
+
+    return kernel
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total` + `left` @ `right` in fp32, in `total`'s memory."""
+    if left.dtype == torch.float32:
+        return left @ right if total is None else total.addmm_(left, right)
+    if (
+        not left.is_cuda or torch.version.hip
+    ):  # a product with sums in fp32 and factors in bf16 is CUDA's alone
+        product = (left @ right).float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
