@@ -56,6 +56,7 @@ def pipeline(
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
     from atlas.config.loader import nested, overlay, parse_overrides
+    from atlas.config.presets import leaves_batch_size_open
 
     layer = parse_overrides(overrides or [])
     confirm = None if yes else ask_or_none()
@@ -76,7 +77,8 @@ def pipeline(
     explicit = _plan(data, config, layer, ask)
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
-    _train(explicit, no_resume=no_resume, confirm=confirm)
+    is_open = leaves_batch_size_open(config, layer)
+    _train(explicit, no_resume=no_resume, confirm=confirm, may_exceed_batch_size=is_open)
 
 
 def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
@@ -133,7 +135,13 @@ def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -
     return summary.dataset
 
 
-def _train(explicit: Layer, *, no_resume: bool, confirm: Callable[[str], bool] | None) -> None:
+def _train(
+    explicit: Layer,
+    *,
+    no_resume: bool,
+    confirm: Callable[[str], bool] | None,
+    may_exceed_batch_size: bool,
+) -> None:
     """Train to the end, and name the commands that come next."""
     from atlas.cli.choose_preset import print_next_commands
     from atlas.cli.train import train_to_the_end
@@ -142,6 +150,8 @@ def _train(explicit: Layer, *, no_resume: bool, confirm: Callable[[str], bool] |
     from atlas.training.start import Request, choose_start
 
     request = Request(explicit, no_resume=no_resume, ask=confirm)
-    trainer = start_run(choose_start(request), sampler=sample_texts)
+    trainer = start_run(
+        choose_start(request), sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size
+    )
     train_to_the_end(trainer)
     print_next_commands(trainer.checkpoints.folder / "atlas_best.pt")

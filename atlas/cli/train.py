@@ -117,6 +117,7 @@ def train(
     explicit = None if "RANK" in os.environ else written()
 
     from atlas.cli.terminal import ask_or_none
+    from atlas.config.presets import leaves_batch_size_open
     from atlas.inference.samples import sample_texts
     from atlas.training.distributed import join_world, together
     from atlas.training.launch import start_run
@@ -127,7 +128,8 @@ def train(
         with world.in_step():
             explicit = explicit or written()
         start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()), world)
-        train_to_the_end(start_run(start, world, sampler=sample_texts))
+        is_open = leaves_batch_size_open(config, _explicit_layer(None, overrides or [], flags))
+        train_to_the_end(start_run(start, world, sampler=sample_texts, may_exceed_batch_size=is_open))
 
 
 def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:

@@ -86,7 +86,8 @@ class TrainingConfig(Section):
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = Field(
         "auto",
         description="Sequences that run through the model at once; changes memory and speed, "
-        "not the result. auto: batch_size, or as many of them as fit into memory.",
+        "not the result. auto: batch_size, or as many of them as fit into memory; on a GPU with ample memory up to the "
+        "whole update, unless batch_size is written in a file of your own, with --set or as a flag.",
     )
     max_steps: Int | None = Field(
         None,

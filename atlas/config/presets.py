@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from atlas.config.loader import Layer, overlay, read_yaml
 from atlas.errors import AtlasError
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
@@ -43,3 +44,12 @@ def find_config(name_or_path: str | Path) -> Path:
     close = difflib.get_close_matches(str(path), there, n=1)
     hint = f"did you mean {close[0]}?" if close else f"take a file, or a preset ({', '.join(_NAMES)})"
     raise AtlasError(f"{path}: no such config file; {hint}")
+
+
+def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:
+    """Whether nobody wrote a `training.batch_size`, neither in `written` nor in the file that `--config` means: that of
+    a preset is not the user's."""
+    path = None if config is None else find_config(config)
+    is_own = path is not None and path.resolve() not in {preset_path(name).resolve() for name in _NAMES}
+    own = read_yaml(path) if path and is_own else {}
+    return "batch_size" not in overlay(own, written).get("training", {})

@@ -15,8 +15,11 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     For a cheap operation before a matrix product: recomputing ends where the product would keep its input, before it is
     multiplied again. `function` must be the same each time: no dropout.
+
+    Compiled it is `function` alone: what is kept, the compiler decides (`training.compilation`). Told to recompute, it
+    would take the matrix product a second time as well.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     result: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return result  # type: ignore[no-any-return]

@@ -178,8 +178,12 @@ def _muon_parts(model: ModelConfig) -> list[Matrix]:
     return [Matrix(model.num_heads * model.head_size, C), Matrix(M, C)]
 
 
-def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMemory:
-    """The peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config."""
+def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: bool = False) -> TrainingMemory:
+    """The peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config.
+
+    With `keeps_all` of compiled blocks that make nothing again (`training.compilation`), at most: this a run takes only
+    where there is room for it.
+    """
     model, training = config.model, config.training
     half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
     pure = training.precision == "bf16-true"
@@ -192,6 +196,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     table = 0 if config.lora.rank else model.padded_vocab_size * C * _FP32
 
     tensors = _block_tensors(model, micro_batch, half=half, width=width, device=device)
+    if keeps_all:  # what norms and the activation gave
+        tensors.append(tokens * (2 * C + model.mlp_width) * (2 if half else _FP32))
     block = sum(tensors)
     at_loss = _at_the_loss(config, tokens, half=half, device=device)
     if training.gradient_checkpointing:
@@ -209,17 +215,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
         # The T × T mask as bool and fp32; in half precision each layer keeps a copy of its own.
         kept += tokens * model.max_seq_len * (5 + (2 * model.num_layers if half else 0))
 
-    half_weights = 0
-    if half and not pure:
-        # Only attention's output keeps its copy: the others' are made again with the norms' and GELU's outputs. With
-        # gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
-        _, output, up, down = (matrix.size for matrix in block_matrices(model).values())
-        outputs, head = (model.num_layers * output), model.padded_vocab_size * C
-        if training.gradient_checkpointing:
-            half_weights = 2 * max(output + max(up, down), head)
-        else:
-            half_weights = 2 * (outputs + max(up, down) + head)
-
+    half_weights = _half_copies(config, keeps_all=keeps_all) if half and not pure else 0
     accumulates = training.sequences_per_update > micro_batch
     step = _step_temporaries(model, training, device=device)
     if accumulates:
@@ -241,6 +237,22 @@ def estimate_training_memory(config: AtlasConfig, *, device: str) -> TrainingMem
     )
 
 
+def _half_copies(config: AtlasConfig, *, keeps_all: bool) -> int:
+    """Bytes of the weights' copies in half precision that are there when most is.
+
+    Only attention's output keeps its copy: the others' are made again with the norms' and GELU's outputs. With gradient
+    checkpointing a block's copies live as long as its pass; the head's are there before it.
+    """
+    model = config.model
+    qkv, output, up, down = (matrix.size for matrix in block_matrices(model).values())
+    head = model.padded_vocab_size * model.hidden_size
+    if config.training.gradient_checkpointing:
+        return 2 * max(output + max(up, down), head)
+    if keeps_all:
+        return 2 * (model.num_layers * (qkv + output + up + down) + head)
+    return 2 * (model.num_layers * output + max(up, down) + head)
+
+
 def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -> int:
     """Bytes that the loss takes on top of the activations."""
     model = config.model
@@ -251,8 +263,8 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
     if device == "cuda":
-        # The gradients by the last hidden states and by the head, and a chunk's logits, which become their own gradient;
-        # where no kernel is compiled, with two copies in fp32.
+        # The gradients by the last hidden states and by the head, and a chunk's logits, which become their own
+        # gradient; where no kernel is compiled, with two copies in fp32.
         width = 2 if half else _FP32
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         chunk = min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)

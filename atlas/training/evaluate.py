@@ -15,7 +15,7 @@ from atlas.data.dataset import IGNORE_INDEX
 from atlas.data.sequences import Sequences
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.compilation import refuse_failed_compilation
+from atlas.training.compilation import filled_up, refuse_failed_compilation
 from atlas.training.interrupt import Stopped, StopRequest
 from atlas.training.memory import is_out_of_memory, release_memory
 from atlas.training.metrics import perplexity
@@ -75,6 +75,8 @@ def evaluate(
             # A rank without windows left runs along where the others need its part of the weights.
             rows = [dataset[window] for window in own or windows[:1]]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+            if runtime.compiles:
+                columns = filled_up(columns, min(batch_size, longest))
             inputs, targets, *documents = (column.to(runtime.device) for column in columns)
             with runtime.autocast():
                 loss = objective(inputs, targets, *documents)

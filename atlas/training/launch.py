@@ -32,7 +32,7 @@ from atlas.training.lock import FolderLock
 from atlas.training.loss import load_loss
 from atlas.training.memory import remembered_micro_batch
 from atlas.training.metrics import RankLog, RunLog
-from atlas.training.micro_batch import fit_micro_batch
+from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizer import build_optimizer
 from atlas.training.retention import move_aside
 from atlas.training.runtime import (
@@ -53,9 +53,12 @@ _PART_FOR_WHOLE = 0.5
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 
-def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = None) -> Trainer:
+def start_run(
+    start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
+) -> Trainer:
     """Build the trainer. What can be refused is refused first; files are written from `_claim` on, by the first rank
-    alone. `sampler` writes the texts that `tracking.samples` asks for; without one there are none."""
+    alone. `sampler` writes the texts that `tracking.samples` asks for; without one there are none. Where nobody wrote a
+    `training.batch_size`, more than that may run at once."""
     config, folder = start.config, start.folder
     with world.in_step():
         refuse_links(folder)
@@ -81,7 +84,8 @@ def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = N
         state = _resumed_state(start, len(train_data), log)
         _take_fewer_after_a_restart(state, config, runtime)
     else:
-        state = _fresh_state(config, len(train_data), runtime, log)
+        state = _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
+    keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     trainer = Trainer(
         config,
         model,
@@ -108,7 +112,7 @@ def start_run(start: Start, world: World = ALONE, *, sampler: Sampler | None = N
         announce(start, trainer, differences)
         record_beginning(start, trainer)
     if runtime.compiles:
-        compile_blocks(trainer.model)
+        compile_blocks(trainer.model, keeps_little=keeps_little)
     start.contents.clear()  # the loaded copy is not needed beside the model
     return trainer
 
@@ -181,13 +185,15 @@ def _shorten_positions(weights: dict[str, Tensor], max_seq_len: int) -> None:
         weights["position_embedding.weight"] = positions[:max_seq_len]
 
 
-def _fresh_state(config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog) -> TrainState:
+def _fresh_state(
+    config: AtlasConfig, sequences_per_epoch: int, runtime: Runtime, log: RunLog, *, may_exceed: bool
+) -> TrainState:
     micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
         if runtime.parallel == "fsdp":  # a try in a process of its own would take the whole model
             micro_batch = min(micro_batch, remembered_micro_batch(config, runtime.device) or micro_batch)
         elif runtime.world.is_first:
-            micro_batch = fit_micro_batch(config, runtime, say=log.say)
+            micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
         micro_batch = runtime.world.least(micro_batch)
     return TrainState(
         horizon_steps(config.training, sequences_per_epoch),

@@ -88,7 +88,7 @@ def _note(config: AtlasConfig, device: torch.device) -> Path:
     facts = [
         config.model.model_dump(mode="json"),
         training.batch_size,
-        training.sequences_per_update > training.batch_size,
+        training.sequences_per_update,
         training.precision,
         training.optimizer,
         training.gradient_checkpointing,

@@ -1,6 +1,7 @@
-"""How many sequences fit into memory at once: tried in a process of its own, so that a failed try leaves nothing.
+"""How many sequences run at once: tried in a process of its own, so that a failed try leaves nothing.
 
-The estimate (`atlas.planning`) says where to look; what counts is whether an update runs.
+The estimate (`atlas.planning`) says where to look; what counts is whether an update runs. On CUDA more than
+`batch_size` may run at once, since few sequences leave a large card idle.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -32,20 +32,28 @@ from atlas.training.update import fresh_updater
 
 ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without being tried."""
+_COMFORTABLE = 0.6
+"""The part of a GPU's free memory that more than `batch_size` at once may take."""
+_FILLED = 1.05
 _LEFT_FREE = 0.05
 """Of the free memory, for what a run has and a try has not: batches read ahead, the log, fragmentation."""
 _TOO_LARGE = 3
 _KILLED = {-6, -9, -11}  # by an allocation that failed in C++, by the system, by a thread without a stack
 
 
-def fit_micro_batch(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None]) -> int:
-    """`training.micro_batch_size: auto`: the largest number up to `batch_size` that fits. Remembered for this machine
-    and config.
+def fit_micro_batch(
+    config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None], may_exceed: bool = False
+) -> int:
+    """`training.micro_batch_size: auto`: the largest number up to `batch_size` that fits. On CUDA, and where it
+    `may_exceed` `batch_size`, up to a whole update, as long as that leaves memory free. Remembered for this machine and
+    config.
 
     Raises `AtlasError` where not even one sequence fits.
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
+    if may_exceed and runtime.device.type == "cuda" and (found := _beyond(config, runtime, free, say)):
+        return found
     known = remembered_micro_batch(config, runtime.device)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
         if known < most:
@@ -58,7 +66,7 @@ def fit_micro_batch(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str
         return most
     say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB at once")
     guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
-    limit = data_bytes() + int((1 - _LEFT_FREE) * free)
+    limit = int((1 - _LEFT_FREE) * free) + (data_bytes() if runtime.device.type == "cpu" else 0)
     found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
     if found == 0:
         for line in what_would_help(config, device=runtime.device.type, available=free):
@@ -74,10 +82,40 @@ def fit_micro_batch(config: AtlasConfig, runtime: Runtime, *, say: Callable[[str
     return found
 
 
-def _estimate(config: AtlasConfig, size: int, runtime: Runtime) -> int:
+def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
+    """Whether `size` sequences at once leave too little memory for compiled blocks that make nothing again."""
+    return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
+
+
+def _beyond(config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str], None]) -> int | None:
+    """An update in as few equal parts as are comfortable for a GPU, if that is fewer than `batch_size` makes."""
+    sequences = -(-config.training.sequences_per_update // runtime.world.size)
+    known = remembered_micro_batch(config, runtime.device)
+    for parts in range(1, config.training.gradient_accumulation_steps):
+        size = -(-sequences // parts)
+        if size <= config.training.batch_size:
+            break
+        if (
+            size * parts > _FILLED * sequences
+        ):  # the last one would be filled up with too many that do not count
+            continue
+        # What compiled blocks keep on top of what the try does, which compiles nothing.
+        more = _estimate(config, size, runtime, keeps_all=True) - _estimate(config, size, runtime)
+        more = more if runtime.compiles else 0
+        room = int(_COMFORTABLE * free) - more
+        if _estimate(config, size, runtime) > room or (known is not None and known < size):
+            continue
+        if known == size or _runs(config, size, runtime, room, say):
+            remember_micro_batch(config, runtime.device, size)
+            say(f"{size} sequences run at once: an update takes {sequences}, and memory is ample")
+            return size
+    return None
+
+
+def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bool = False) -> int:
     training = config.training.model_copy(update={"micro_batch_size": size})
     return estimate_training_memory(
-        config.model_copy(update={"training": training}), device=runtime.device.type
+        config.model_copy(update={"training": training}), device=runtime.device.type, keeps_all=keeps_all
     ).total
 
 
@@ -103,12 +141,13 @@ def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
 
 
 def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]) -> bool:
-    """Whether an update of micro-batches of `size` runs, in a child that may have `limit` bytes."""
+    """Whether an update of micro-batches of `size` runs, in a child that may have `limit` bytes, on a CPU with all that
+    a process takes. It compiles nothing,
+    which would take a minute each time."""
     trial = {
         "config": config.model_dump(mode="json"),
         "size": size,
-        "limit": limit if runtime.device.type == "cpu" else None,
-        "compiles": runtime.compiles,
+        "limit": limit,
         "threads": torch.get_num_threads(),
     }
     child = subprocess.run(
@@ -136,9 +175,8 @@ def _try() -> int:
     keep_memory()  # as the run itself, which therefore takes a little more
     config = resolve(trial["config"])
     torch.set_num_threads(trial["threads"])
-    runtime = replace(setup_runtime(config), compiles=trial["compiles"])
-    if trial["limit"]:
-        _limit_memory(trial["limit"])
+    runtime = setup_runtime(config)
+    _limit_memory(trial["limit"], runtime.device)
     size = trial["size"]
     sequences = min(2 * size, config.training.sequences_per_update)
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
@@ -168,8 +206,13 @@ def _give_up(line: str) -> None:
     raise MemoryError(line)
 
 
-def _limit_memory(limit: int) -> None:
-    """Where the system knows such a limit, an allocation beyond it fails; elsewhere the system decides."""
+def _limit_memory(limit: int, device: torch.device) -> None:
+    """Where PyTorch or the system knows such a limit, an allocation beyond it fails; elsewhere the system decides."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    if device.type != "cpu":
+        return
     try:
         import resource
     except ImportError:  # Windows

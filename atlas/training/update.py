@@ -16,7 +16,7 @@ from atlas.data.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import what_would_help
-from atlas.training.compilation import compile_blocks, refuse_failed_compilation
+from atlas.training.compilation import compile_blocks, filled_up, refuse_failed_compilation
 from atlas.training.distributed import adding_up, sharded_state, whole, wrap
 from atlas.training.guard import Fault, find_fault
 from atlas.training.interrupt import Stopped, StopRequest
@@ -184,7 +184,7 @@ class Updater:
         split changes nothing. A micro-batch without a valid token adds nothing.
         """
         self._clear_gradient()
-        world, size = self.world, state.micro_batch_size
+        world, size = self.world, self._sequences_at_once(len(inputs), state)
         counts = world.sums_soon(int((targets != IGNORE_INDEX).sum()), stop.asked)
 
         @functools.cache
@@ -214,6 +214,8 @@ class Updater:
                         targets[micro],
                         *([] if documents is None else [documents[micro]]),
                     ]
+                    if self.runtime.compiles and self.objective.custom_loss is None:
+                        columns = filled_up(columns, size)
                     loss = self.wrapped(*map(self._to_device, columns), num_valid=num_valid)
                     if total_valid() == 0:
                         return None
@@ -228,6 +230,12 @@ class Updater:
                 self.scaler.scale(loss * world.size).backward()
         wait()
         return total
+
+    def _sequences_at_once(self, num_sequences: int, state: TrainState) -> int:
+        """Compiled, as even a split as there is: every micro-batch has the shape of the largest."""
+        if not self.runtime.compiles:
+            return state.micro_batch_size
+        return -(-num_sequences // -(-num_sequences // state.micro_batch_size))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.runtime.device, non_blocking=True)
