@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from atlas.errors import AtlasError
+from atlas.inference.decoder import Decoder
 from atlas.inference.sampling import Sampling, row_generators, sample
 from atlas.model import AtlasLM, KVCache
 
@@ -40,6 +42,11 @@ def generate(
     done = [False] * len(rows)
     for _ in range(max_tokens):
         tokens = sample(context.next_logits(device), sampling, rows, generators).tolist()
+        if min(tokens) < 0:
+            raise AtlasError(
+                "the model's logits are not finite: its weights are damaged, or too large for half precision: try "
+                "--dtype f32"
+            )
         step: list[int | None] = []
         for row, token in enumerate(tokens):
             done[row] = done[row] or token == eos_id
@@ -70,6 +77,7 @@ class _Context:
         self.starts = [window_start(given, given, self.limit) for given in self.num_given]
         self.use_cache = use_cache
         self.cache: KVCache | None = None
+        self.decoder: Decoder | None = None
 
     def next_logits(self, device: torch.device) -> Tensor:
         """(B, V): the logits of each row's next token."""
@@ -79,8 +87,8 @@ class _Context:
             for given, tokens in zip(self.num_given, self.rows, strict=True)
         ]
         if self.cache is not None and self.starts == before:
-            newest = torch.tensor([[tokens[-1]] for tokens in self.rows], device=device)
-            return self.model(newest, self.cache)[:, -1]  # type: ignore[no-any-return]
+            assert self.decoder is not None
+            return self.decoder.next_logits([tokens[-1] for tokens in self.rows])
         return self._prefill(device)
 
     def _prefill(self, device: torch.device) -> Tensor:
@@ -92,10 +100,12 @@ class _Context:
             padded[row, : len(window)] = torch.tensor(window)
         if self.use_cache:
             dtype = next(self.model.parameters()).dtype
-            self.cache = self.cache or KVCache(self.model.config, len(windows), device=device, dtype=dtype)
+            if self.cache is None:
+                self.cache = KVCache(self.model.config, len(windows), device=device, dtype=dtype)
+                self.decoder = Decoder(self.model, self.cache)
             self.cache.truncate([0] * len(windows))
-        hidden = self.model.hidden_states(padded.to(device), self.cache)
+        hidden = self.model.hidden_states(padded.to(device, non_blocking=True), self.cache)
         if self.cache is not None:
             self.cache.truncate(lengths)
-        last = torch.tensor(lengths, device=device) - 1
+        last = torch.tensor(lengths).to(device, non_blocking=True) - 1
         return self.model.head(hidden[torch.arange(len(windows), device=device), last])

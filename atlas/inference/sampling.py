@@ -48,11 +48,14 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
 ) -> Tensor:
-    """The next token of each row: logits (B, V), the tokens each row has seen, a generator each → (B,)."""
-    logits = penalize_repetition(logits.float(), seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    return draw(probabilities(logits, sampling), generators)
+    """The next token of each row: logits (B, V), the tokens each row has seen, a generator each → (B,); -1 where the
+    logits are not finite. On CUDA the host does not wait for anything here."""
+    logits = logits.float()
+    is_sound = logits.sum(dim=-1).isfinite()
+    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    is_greedy = sampling.temperature == 0
+    tokens = logits.argmax(dim=-1) if is_greedy else draw(probabilities(logits, sampling), generators)
+    return tokens.where(is_sound, -1)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -68,7 +71,12 @@ def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
     yield "temperature", logits
     logits = keep_top_k(logits, sampling.top_k)
     yield "top_k", logits
-    logits = keep_top_p(logits, sampling.top_p)
+    most = None
+    if (
+        logits.is_cuda
+    ):  # to look whether few are enough, the host would wait; if more than these tie, some are left out
+        most = _FEW if 0 < sampling.top_k <= _FEW else logits.shape[-1]
+    logits = keep_top_p(logits, sampling.top_p, most=most)
     yield "top_p", logits
     yield "min_p", keep_min_p(logits, sampling.min_p)
 
@@ -79,7 +87,7 @@ def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -
         return logits
     logits = logits.clone()
     for row, tokens in enumerate(seen):
-        index = torch.tensor(sorted(set(tokens)), device=logits.device, dtype=torch.long)
+        index = torch.tensor(sorted(set(tokens)), dtype=torch.long).to(logits.device, non_blocking=True)
         scores = logits[row, index]
         logits[row, index] = torch.where(scores > 0, scores / penalty, scores * penalty)
     return logits
@@ -102,17 +110,18 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token always stays."""
+def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token always stays. At most the `most`
+    likeliest are kept; left out, as many as it takes."""
     if p == 1:
         return logits
     chances = logits.softmax(dim=-1)
-    for count in (_FEW, logits.shape[-1]):
+    for count in (_FEW, logits.shape[-1]) if most is None else (most,):
         index = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
         ordered = chances.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
-        if bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):  # the others are beyond, too
-            break
+        if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
+            break  # the others are beyond, too
     kept = before < p
     kept[:, 0] = True
     return logits.masked_fill(
@@ -129,15 +138,15 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(chances: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token per row from (B, V). Each row has its own generator, so that its text does not depend on
-    the rows beside it. Drawn on the CPU: the same seed gives the same text on every device."""
-    chances = chances.cpu()
-    return torch.cat(
-        [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(chances, generators, strict=True)
-        ]
-    )
+    """One token per row from (B, V): the first at which the chances, added up, exceed the row's random number.
+
+    Each row has its own generator, so that its text does not depend on the rows beside it. The number is made on the
+    CPU: the same seed gives the same text on every device.
+    """
+    numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
+    sums = chances.cumsum(dim=-1, dtype=torch.float64)  # in fp32 a number near 1 could exceed them all
+    goals = torch.stack(numbers).to(chances.device, non_blocking=True) * sums[:, -1:]
+    return torch.searchsorted(sums, goals, right=True)[:, 0]
 
 
 def row_generators(seed: int, rows: int, *, first_row: int = 0) -> list[torch.Generator]:

@@ -45,8 +45,8 @@ class KVCache:
 
     def positions(self, num_new: int) -> Tensor:
         """(B, num_new): the positions that the next `num_new` tokens of each row take."""
-        if self._longest + num_new > self.max_len:
-            raise ValueError(f"{num_new} tokens after {self._longest} do not fit a cache of {self.max_len}")
+        if self.longest + num_new > self.max_len:
+            raise ValueError(f"{num_new} tokens after {self.longest} do not fit a cache of {self.max_len}")
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
     def visible(self, positions: Tensor) -> Tensor | None:
@@ -55,17 +55,17 @@ class KVCache:
         None where attention needs no mask for that, which is quicker: one query, which sees every slot, or queries in
         an empty cache, which see those before them.
         """
-        if self._even and (positions.shape[1] == 1 or self._longest == 0):
+        if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None
-        slots = torch.arange(self._longest + positions.shape[1], device=positions.device)
+        slots = torch.arange(self.longest + positions.shape[1], device=positions.device)
         return (slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, T, D) at `positions` (B, T); return the first S slots of the layer, (B, H, S, D)."""
-        end = self._longest + positions.shape[1]
+        end = self.longest + positions.shape[1]
         if self._even:
-            self.keys[layer, :, :, self._longest : end] = keys
-            self.values[layer, :, :, self._longest : end] = values
+            self.keys[layer, :, :, self.longest : end] = keys
+            self.values[layer, :, :, self.longest : end] = values
         else:
             rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
             # Advanced indices around a slice put the indexed dimensions first: (B, T, H, D).
@@ -83,13 +83,13 @@ class KVCache:
         so many rows are in use."""
         num_rows = len(lengths)
         self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
-        self.lengths = torch.tensor(lengths, device=self.keys.device, dtype=torch.long)
+        self.lengths = torch.tensor(lengths, dtype=torch.long).to(self.keys.device, non_blocking=True)
         # On the host, so that slicing needs no device sync.
         self._lengths = list(lengths)
 
     def append(self, other: KVCache) -> None:
         """Put the rows of another cache behind those in use."""
-        first, length = len(self._lengths), other._longest
+        first, length = len(self._lengths), other.longest
         rows = slice(first, first + len(other._lengths))
         self._all_keys[:, rows, :, :length] = other.keys[..., :length, :]
         self._all_values[:, rows, :, :length] = other.values[..., :length, :]
@@ -113,10 +113,40 @@ class KVCache:
         self._all_values[:, rows] = 0
 
     @property
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """Tokens in the longest row."""
         return max(self._lengths, default=0)
 
     @property
     def _even(self) -> bool:
         """Whether all rows are equally long."""
         return len(set(self._lengths)) <= 1
+
+
+class CacheWindow(KVCache):
+    """The rows of a cache that are in use, as a pass of one token a row takes them without asking how long they are:
+    attention reads the first `num_slots` slots of each, of which `lengths` says how many count.
+
+    No shape and no number of the host depends on the lengths, so that a CUDA graph of the pass holds for all of them.
+    """
+
+    def __init__(self, cache: KVCache, num_slots: int) -> None:
+        self.keys, self.values = (part[..., :num_slots, :] for part in (cache.keys, cache.values))
+        self.lengths = cache.lengths.clone()
+        self._slots = torch.arange(num_slots, device=self.lengths.device)
+        self._rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+
+    def positions(self, num_new: int) -> Tensor:
+        assert num_new == 1
+        return self.lengths[:, None]
+
+    def visible(self, positions: Tensor) -> Tensor:
+        return (self._slots <= positions[:, :, None])[:, None]
+
+    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer][self._rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][self._rows, :, positions] = values.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, num_new: int) -> None:
+        """The cache itself counts."""

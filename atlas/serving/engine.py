@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atlas.errors import AtlasError
+from atlas.inference.decoder import Decoder
 from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
@@ -52,6 +53,7 @@ class Engine:
         self._device, self._dtype = weights.device, weights.dtype
         self._cache = self._empty_cache(parallel)
         self._cache.truncate([])
+        self._decoder = Decoder(loaded.model, self._cache)
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
     def begin(self, send: Send) -> None:
@@ -134,8 +136,7 @@ class Engine:
             with self._wake:
                 self._waiting.appendleft(row)
         if self._rows:
-            newest = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)
-            logits = self.loaded.model(newest, self._cache)[:, -1]
+            logits = self._decoder.next_logits([row.tokens[-1] for row in self._rows])
             for row in self._write(list(self._rows), logits):
                 self._leave(row)
         self._join(self._admitted(self.parallel - len(self._rows)))
@@ -164,9 +165,9 @@ class Engine:
         for number, window in enumerate(windows):
             padded[number, : len(window)] = torch.tensor(window)
         model, cache = self.loaded.model, self._empty_cache(len(rows), max_len=max(lengths))
-        hidden = model.hidden_states(padded.to(self._device), cache)
+        hidden = model.hidden_states(padded.to(self._device, non_blocking=True), cache)
         cache.truncate(lengths)
-        last = torch.tensor(lengths, device=self._device) - 1
+        last = torch.tensor(lengths).to(self._device, non_blocking=True) - 1
         logits = model.head(hidden[torch.arange(len(rows), device=self._device), last])
         self._cache.append(cache)
         for row in self._write(rows, logits):
@@ -174,43 +175,40 @@ class Engine:
 
     def _write(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
         """The next token of each row by its logits (B, V); those that it ends."""
-        is_sound = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()
-        if not all(is_sound):
-            return self._fail(rows, is_sound) + self._write(
-                [row for row, sound in zip(rows, is_sound, strict=True) if sound],
-                logits[torch.tensor(is_sound, device=logits.device)],
-            )
         alike: dict[Sampling, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             alike[row.text.sampling].append(number)
-        chosen = [0] * len(rows)
+        parts = []
         for sampling, numbers in alike.items():
             some = [rows[number] for number in numbers]
             seen = [row.tokens for row in some] if sampling.repetition_penalty != 1 else []
-            tokens = sample(
-                logits[numbers] if len(alike) > 1 else logits, sampling, seen, [row.generator for row in some]
-            )
-            for number, token in zip(numbers, tokens.tolist(), strict=True):
-                chosen[number] = token
-        told = [number for number, row in enumerate(rows) if row.text.num_candidates is not None]
+            part = logits[numbers] if len(alike) > 1 else logits
+            parts.append(sample(part, sampling, seen, [row.generator for row in some]))
+        chosen = [0] * len(rows)
+        of_part = [number for numbers in alike.values() for number in numbers]
+        for number, token in zip(of_part, torch.cat(parts).tolist(), strict=True):  # the one wait of a step
+            chosen[number] = token
+        ended = self._fail([row for row, token in zip(rows, chosen, strict=True) if token < 0])
+        sound = [number for number, token in enumerate(chosen) if token >= 0]
+        told = [number for number in sound if rows[number].text.num_candidates is not None]
         candidates = dict(zip(told, _told(logits, told, rows, chosen), strict=True)) if told else {}
-        ended = []
-        for number, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        for number in sound:
+            row, token = rows[number], chosen[number]
             piece = row.add(token, candidates.get(number, []))
             self._outbox.append((row.text, piece))
             if piece.finish:
                 ended.append(row)
         return ended
 
-    def _fail(self, rows: list[_Row], is_sound: list[bool]) -> list[_Row]:
+    def _fail(self, rows: list[_Row]) -> list[_Row]:
         """End the texts whose logits are not finite, as in half precision those of a bad model may be, before they
         spoil others: a place that is masked enters attention with weight 0, and 0 × NaN is NaN."""
-        failed = [row for row, sound in zip(rows, is_sound, strict=True) if not sound]
-        for row in failed:
+        for row in rows:
             self._cache.clear(self._rows.index(row))
             self._outbox.append((row.text, Piece(None, "", finish="error", num_tokens=0)))
-        print(f"{self.id}: {len(failed)} texts ended, their logits were not finite", file=sys.stderr)
-        return failed
+        if rows:
+            print(f"{self.id}: {len(rows)} texts ended, their logits were not finite", file=sys.stderr)
+        return rows
 
     def _leave(self, row: _Row) -> None:
         """As in the cache: the last row takes its place."""
