@@ -7,8 +7,9 @@ but no memory, with real autograd, autocast, compilation and optimizers.
     print(asked.seen)
 
 It shows tensors on two devices, dtypes that an operator refuses, waits of the host, and by their shapes the kernels'
-bytes and FLOPs (`roofline.py`). It shows no numbers, no kernel that refuses its input, and no true speed. A CPU build
-of PyTorch lacks a device guard for CUDA: `fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s.
+bytes and FLOPs (`roofline.py`). It shows no numbers, no kernel that refuses its input, and no true speed. A Python list
+as an index fails (on a GPU it is a copy that waits). A CPU build of PyTorch lacks a device guard for CUDA:
+`fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s. `tests/cuda_path` runs Atlas on it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 GiB = 1 << 30
 
 
@@ -35,16 +34,26 @@ def why_not() -> str | None:
     """What is missing here; None where it works."""
     if sys.platform != "linux":
         return "fake CUDA needs Linux"
+    if (
+        not (_torch_folder() / "lib/libtorch_cpu.so").exists()
+        or (_torch_folder() / "lib/libtorch_cuda.so").exists()
+    ):
+        return "fake CUDA needs a CPU build of PyTorch"  # another has hooks and a guard of its own
     return None if shutil.which("g++") else "fake CUDA needs g++ (apt install g++)"
+
+
+def _torch_folder() -> Path:
+    """Where PyTorch lies; it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def build_guard() -> Path:
     """The library of `fake_cuda.cpp` for the PyTorch that is installed."""
     source = Path(__file__).with_suffix(".cpp")
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    torch_root = Path(spec.origin).parent
+    torch_root = _torch_folder()
     version = (torch_root / "version.py").read_bytes()
     key = hashlib.sha256(source.read_bytes() + version + str(torch_root).encode()).hexdigest()[:12]
     library = Path(tempfile.gettempdir()) / f"atlas-fake-cuda-{key}.so"
@@ -73,16 +82,21 @@ class Card:
 
 class FakeCuda:
     """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a `FakeTensorMode` class of one's own
-    (it sees every operator), or PyTorch's."""
+    (it sees every operator), or PyTorch's. `backend` is what `torch.compile` compiles with, since no kernel can be
+    built here; None leaves functions as they are. It may be changed at any time."""
 
-    def __init__(self, mode: type[Any] | None = None) -> None:
+    def __init__(
+        self, mode: type[Any] | None = None, *, backend: Callable[..., Any] | str | None = None
+    ) -> None:
         assert "torch" not in sys.modules, "the guard must be there before PyTorch is"
         ctypes.CDLL(str(build_guard()))
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         # Made before CUDA seems to be there: it would ask the driver then.
         self.mode = (mode or FakeTensorMode)(allow_non_fake_inputs=True)
+        self.backend = backend
         _pretend()
+        _compile_with(self)
 
     def __enter__(self) -> None:
         self.mode.__enter__()
@@ -94,7 +108,9 @@ class FakeCuda:
 def _pretend() -> None:
     """PyTorch's Python side, which a CPU build compiles without CUDA."""
     import torch
+    import torch.nn.attention.flex_attention as flex
     import torch.nn.functional as F
+    from torch._subclasses.fake_tensor import FakeTensor
 
     cuda = torch.cuda
     answers: dict[str, Callable[..., Any]] = {
@@ -111,7 +127,7 @@ def _pretend() -> None:
         "mem_get_info": lambda *device: (Card.total_memory, Card.total_memory),
         "max_memory_allocated": lambda *device: 0,
         "memory_stats": lambda *device: {},
-        "synchronize": lambda *device: None,
+        "synchronize": lambda *device: _note("WAIT"),
         "empty_cache": lambda: None,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
@@ -126,7 +142,9 @@ def _pretend() -> None:
 
     torch.nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
-    torch.tensor = _tensor(torch.tensor)
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # uncompiled it would compile itself
+    torch.tensor, torch.as_tensor = _tensor(torch.tensor), _tensor(torch.as_tensor)
+    FakeTensor.tolist = _tolist  # type: ignore[method-assign]
     # Operators made of others are taken apart before a mode sees them only where gradients are off in the usual way.
     inference_mode = torch.inference_mode
     torch.inference_mode = lambda mode=True: (  # type: ignore[assignment, misc]
@@ -135,8 +153,10 @@ def _pretend() -> None:
 
 
 def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: Any = None) -> Any:
-    """`Module.to`: a parameter becomes a new one, since the memory of a real one cannot be given to a fake one."""
+    """`Module.to`: on another device a parameter becomes a new one, since the memory of a real one cannot be given to a
+    fake one, nor does a fake one change its device. On the same it stays itself, as an optimizer knows it."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     memo = {} if memo is None else memo
     for child in self.children():
@@ -144,7 +164,13 @@ def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: 
     for name, parameter in self._parameters.items():
         if parameter is not None:
             if id(parameter) not in memo:
-                changed = torch.nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+                changed = change(parameter.detach())
+                if isinstance(parameter, FakeTensor) and changed.device == parameter.device:
+                    parameter.data, changed = changed, parameter
+                    if parameter.grad is not None:
+                        parameter.grad = change(parameter.grad)
+                else:
+                    changed = torch.nn.Parameter(changed, parameter.requires_grad)
                 memo[id(parameter)] = parameter, changed
             self._parameters[name] = memo[id(parameter)][1]
     for name, buffer in self._buffers.items():
@@ -190,63 +216,156 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.tensor` on the device: made on the CPU, then moved, which the mode sees."""
+    """`torch.tensor`, which would keep its numbers as real memory, and compute with it: there is none on the device, to
+    which the mode shall see it moved."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     def tensor(data: Any, *arguments: Any, device: Any = None, **options: Any) -> Any:
         made = real(data, *arguments, **options)
-        return made if device is None else torch.zeros(made.shape, dtype=made.dtype).to(device)
+        zeros = torch.zeros(made.shape, dtype=made.dtype)
+        if isinstance(zeros, FakeTensor):
+            made = zeros
+        return made if device is None else made.to(device)
 
     return tensor
 
 
+def _tolist(tensor: Any) -> Any:
+    """Numbers that are made up; the host waits once for all of them."""
+    number = tensor.new_zeros(()).item()
+    for size in reversed(tensor.shape):
+        number = [number] * size
+    return number
+
+
+def _compile_with(device: FakeCuda) -> None:
+    """`torch.compile`, and `Module.compile` by it, use the backend of `device`."""
+    import torch
+
+    real = torch.compile
+
+    def compile(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return lambda model: compile(model, **options)
+        if device.backend is None:
+            return model
+        kept = {name: options[name] for name in ("fullgraph", "dynamic") if name in options}
+        return real(model, backend=device.backend, **kept)
+
+    torch.compile = compile  # type: ignore[assignment]
+
+
+_counters: list[Counter[str]] = []
+"""Of the `waits` that are entered."""
+
+
+def _note(kind: str) -> None:
+    for seen in _counters[-1:]:
+        seen[f"{kind} {_place()}"] += 1
+
+
 def waits() -> Any:
-    """A dispatch mode for inside `FakeCuda`: its `seen` counts `KIND operator @ file:line < file:line`, for what makes
-    the host wait for the device (`WAIT`, `D2H`) or copies to it (`H2D`). Numbers that the host asks for are made up."""
+    """A dispatch mode for inside `FakeCuda`: its `seen` counts `KIND module.function` for what makes the host wait for
+    the device (`WAIT`, a copy `D2H wait` or `H2D wait`) and for copies that do not (`D2H async`, `H2D async`). Numbers
+    that the host asks for are made up: 1.0, True and 7."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
+    of_data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
     class Waits(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
             self.seen: Counter[str] = Counter()
 
-        def note(self, kind: str, operator: Any) -> None:
-            self.seen[f"{kind} {operator} @ {_place()}"] += 1
+        supports_higher_order_operators = True
+
+        @classmethod
+        def is_infra_mode(cls) -> bool:
+            return True  # under any other `torch.compile` does nothing
+
+        def __enter__(self) -> Any:
+            _counters.append(self.seen)
+            return super().__enter__()
+
+        def __exit__(self, *exception: Any) -> None:
+            _counters.pop()
+            super().__exit__(*exception)
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if operator in (aten._local_scalar_dense.default, aten.item.default):
+            if not isinstance(operator, torch._ops.OpOverload):  # FlexAttention
+                return operator(*args, **kwargs)
+            packet = operator.overloadpacket
+            if packet in (aten.index, aten.index_put, aten.index_put_) and args[0].is_cuda:
+                args = (args[0], [*map(_index, args[1])], *args[2:])
+            elif of_data.intersection(operator.tags) and any(tensor.is_cuda for tensor in _tensors(args)):
+                _note("WAIT")
+            if packet in (aten._local_scalar_dense, aten.item):
                 [tensor] = args
-                if tensor.is_cuda:
-                    self.note("WAIT", operator)
                 return 1.0 if tensor.is_floating_point() else True if tensor.dtype == torch.bool else 7
-            if operator is aten.nonzero.default and args[0].is_cuda:
-                self.note("WAIT", operator)
+            if packet is aten.equal:
+                return True
+            if packet is aten.nonzero and args[0].is_cuda:
                 return torch.empty(3, args[0].dim(), dtype=torch.long, device=args[0].device)
-            if operator is aten._to_copy.default and (target := kwargs.get("device")) is not None:
-                pair = args[0].device.type, torch.device(target).type
-                how = "async" if kwargs.get("non_blocking") else "wait"
-                if pair in (("cuda", "cpu"), ("cpu", "cuda")):
-                    self.note(f"{'D2H' if pair[0] == 'cuda' else 'H2D'} {how}", operator)
-            if operator is aten.copy_.default and args[0].device != args[1].device:
-                how = "async" if len(args) > 2 and args[2] else "wait"
-                self.note(f"{'D2H' if args[1].is_cuda else 'H2D'} {how}", operator)
+            if packet is aten._to_copy and (target := kwargs.get("device")) is not None:
+                _note_copy(args[0].device.type, torch.device(target).type, kwargs.get("non_blocking"))
+            if packet is aten.copy_:
+                _note_copy(args[1].device.type, args[0].device.type, len(args) > 2 and args[2])
             return operator(*args, **kwargs)
 
     return Waits()
 
 
+def _note_copy(source: str, target: str, is_async: Any) -> None:
+    kind = {("cuda", "cpu"): "D2H", ("cpu", "cuda"): "H2D"}.get((source, target))
+    if kind:
+        _note(f"{kind} {'async' if is_async else 'wait'}")
+
+
+def _index(index: Any) -> Any:
+    """What a GPU indexes by: a tensor of the CPU is copied to it, of a mask the host must know how many it takes."""
+    import torch
+
+    if index is None:
+        return None
+    if not index.is_cuda:
+        _note("H2D wait")
+        index = torch.zeros(index.shape, dtype=index.dtype, device="cuda")
+    if index.dtype in (torch.bool, torch.uint8):
+        _note("WAIT")
+        index = torch.zeros(3, dtype=torch.long, device="cuda")
+    return index
+
+
+def _tensors(values: Any) -> Iterator[Any]:
+    import torch
+
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _place() -> str:
-    """The two innermost lines of Atlas, or of PyTorch's optimizers, that led here."""
-    ours = str(ROOT / "atlas")
-    frames = []
-    for frame in reversed(traceback.extract_stack()):
-        for folder in (ours, "/torch/optim", "/torch/nn/utils", "/torch/amp", "/torchao"):
-            if folder in frame.filename:
-                name = frame.filename.split(folder)[-1]
-                frames.append(f"{Path(folder).name}{name}:{frame.lineno}")
-                break
-    return " < ".join(frames[:2])
+    """`module.function` of Atlas that led here; before it that of PyTorch's optimizers and clipping, if it was there.
+
+    Comprehensions and lambdas have no name of their own, so that it is the same in every version of Python.
+    """
+    atlas = sys.modules.get("atlas")
+    ours = f"{Path(str(atlas.__file__)).parent}/" if atlas else "\0"
+    libraries = ("/torch/optim/", "/torch/nn/utils/", "/torch/amp/", "/torchao/")
+    names: list[str] = []
+    frame = sys._getframe(2)
+    while frame:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not name.startswith("<"):
+            if file.startswith(ours):
+                return " < ".join([*names, f"{Path(file).stem}.{name}"])
+            if not names and any(folder in file for folder in libraries):
+                names.append(f"{Path(file).stem}.{name}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(names)
