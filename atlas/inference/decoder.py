@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas.model import AtlasLM, KVCache
+from atlas.model import AtlasLM, KVCache, long_tensor
 from atlas.model.kv_cache import CacheWindow
 
 _FEWEST_SLOTS = 256
@@ -45,8 +45,7 @@ class Decoder:
 
     def next_logits(self, newest: Sequence[int]) -> Tensor:
         """(B, V) after the newest token of each row, which enters the cache. They are there until the next call."""
-        device = self.cache.keys.device
-        tokens = torch.tensor(newest, dtype=torch.long)[:, None].to(device, non_blocking=True)
+        tokens = long_tensor(newest, self.cache.keys.device)[:, None]
         recorded = self._record(tokens) if self._records else None
         if recorded is None:
             return self.model(tokens, self.cache)[:, -1]  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from torch import Tensor
 from atlas.errors import AtlasError
 from atlas.inference.decoder import Decoder
 from atlas.inference.sampling import Sampling, row_generators, sample
-from atlas.model import AtlasLM, KVCache
+from atlas.model import AtlasLM, KVCache, long_tensor
 
 
 @torch.inference_mode()
@@ -95,17 +95,16 @@ class _Context:
         """Run every row's window at once, padded on the right; what padding writes is never seen."""
         windows = [tokens[start:] for tokens, start in zip(self.rows, self.starts, strict=True)]
         lengths = [len(window) for window in windows]
-        padded = torch.zeros((len(windows), max(lengths)), dtype=torch.long)
-        for row, window in enumerate(windows):
-            padded[row, : len(window)] = torch.tensor(window)
+        longest = max(lengths)
+        padded = long_tensor([window + [0] * (longest - len(window)) for window in windows], device)
         if self.use_cache:
             dtype = next(self.model.parameters()).dtype
             if self.cache is None:
                 self.cache = KVCache(self.model.config, len(windows), device=device, dtype=dtype)
                 self.decoder = Decoder(self.model, self.cache)
             self.cache.truncate([0] * len(windows))
-        hidden = self.model.hidden_states(padded.to(device, non_blocking=True), self.cache)
+        hidden = self.model.hidden_states(padded, self.cache)
         if self.cache is not None:
             self.cache.truncate(lengths)
-        last = torch.tensor(lengths).to(device, non_blocking=True) - 1
+        last = long_tensor(lengths, device) - 1
         return self.model.head(hidden[torch.arange(len(windows), device=device), last])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atlas.errors import AtlasError
+from atlas.model import long_tensor
 
 _FEW = 1024
 """So many of the likeliest tokens nearly always hold top-p's mass; to sort a whole vocabulary takes milliseconds."""
@@ -87,7 +88,7 @@ def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -
         return logits
     logits = logits.clone()
     for row, tokens in enumerate(seen):
-        index = torch.tensor(sorted(set(tokens)), dtype=torch.long).to(logits.device, non_blocking=True)
+        index = long_tensor(sorted(set(tokens)), logits.device)
         scores = logits[row, index]
         logits[row, index] = torch.where(scores > 0, scores / penalty, scores * penalty)
     return logits

@@ -12,11 +12,21 @@ those alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atlas.config import ModelConfig
+
+
+def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Nested sequences of integers as an int64 tensor on `device`.
+
+    The host does not wait for the GPU, as it would in `torch.tensor(numbers, device=device)`: PyTorch copies pageable
+    memory to a buffer of its own first.
+    """
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
 
 class KVCache:
@@ -83,7 +93,7 @@ class KVCache:
         so many rows are in use."""
         num_rows = len(lengths)
         self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
-        self.lengths = torch.tensor(lengths, dtype=torch.long).to(self.keys.device, non_blocking=True)
+        self.lengths = long_tensor(lengths, self.keys.device)
         # On the host, so that slicing needs no device sync.
         self._lengths = list(lengths)
 

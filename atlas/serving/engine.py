@@ -23,7 +23,7 @@ from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream
-from atlas.model import KVCache
+from atlas.model import KVCache, long_tensor
 from atlas.serving.text import Busy, Candidate, Piece, Send, Text
 from atlas.tokenizer.chat import Message, encode_question
 
@@ -161,13 +161,12 @@ class Engine:
         self._rows += rows  # from here on, what goes wrong is theirs, too
         windows = [row.tokens[row.start :] for row in rows]
         lengths = [len(window) for window in windows]
-        padded = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-        for number, window in enumerate(windows):
-            padded[number, : len(window)] = torch.tensor(window)
-        model, cache = self.loaded.model, self._empty_cache(len(rows), max_len=max(lengths))
-        hidden = model.hidden_states(padded.to(self._device, non_blocking=True), cache)
+        longest = max(lengths)
+        padded = long_tensor([window + [0] * (longest - len(window)) for window in windows], self._device)
+        model, cache = self.loaded.model, self._empty_cache(len(rows), max_len=longest)
+        hidden = model.hidden_states(padded, cache)
         cache.truncate(lengths)
-        last = torch.tensor(lengths).to(self._device, non_blocking=True) - 1
+        last = long_tensor(lengths, self._device) - 1
         logits = model.head(hidden[torch.arange(len(rows), device=self._device), last])
         self._cache.append(cache)
         for row in self._write(rows, logits):
@@ -182,7 +181,7 @@ class Engine:
         for sampling, numbers in alike.items():
             some = [rows[number] for number in numbers]
             seen = [row.tokens for row in some] if sampling.repetition_penalty != 1 else []
-            part = logits[numbers] if len(alike) > 1 else logits
+            part = logits[long_tensor(numbers, logits.device)] if len(alike) > 1 else logits
             parts.append(sample(part, sampling, seen, [row.generator for row in some]))
         chosen = [0] * len(rows)
         of_part = [number for numbers in alike.values() for number in numbers]
@@ -257,8 +256,8 @@ def _told(
     logits: Tensor, told: Sequence[int], rows: Sequence[_Row], chosen: Sequence[int]
 ) -> list[list[Candidate]]:
     """Of each row of `told`: the chosen token and its log-probability, then as many of the likeliest as it asks for."""
-    logprobs = logits[list(told)].float().log_softmax(dim=-1)
-    tokens = torch.tensor([chosen[number] for number in told], device=logits.device)
+    logprobs = logits[long_tensor(told, logits.device)].float().log_softmax(dim=-1)
+    tokens = long_tensor([chosen[number] for number in told], logits.device)
     of_chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
     most = max(rows[number].text.num_candidates or 0 for number in told)
     values, indices = (part.tolist() for part in logprobs.topk(min(most, logprobs.shape[-1]), dim=-1))
