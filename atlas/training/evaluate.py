@@ -61,11 +61,13 @@ def evaluate(
     between batches.
 
     Only sums are kept: the logits of a batch are gone before the next is read. `track` may draw a
-    progress bar around the batches. Several ranks take every so many windows each.
+    progress bar around the batches, of which a GPU has not run the last ones yet. Several ranks take every so many
+    windows each.
     """
     was_training = objective.training
     objective.eval()
-    total, tokens, world = torch.zeros((), dtype=torch.float64), 0, runtime.world
+    losses: list[Tensor] = []
+    tokens, world, is_cuda = 0, runtime.world, runtime.device.type == "cuda"
     mine, longest = windows[world.rank :: world.size], -(-len(windows) // world.size)
     try:
         for start in track(range(0, longest, batch_size)):
@@ -77,15 +79,20 @@ def evaluate(
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             if runtime.compiles:
                 columns = filled_up(columns, min(batch_size, longest))
-            inputs, targets, *documents = (column.to(runtime.device) for column in columns)
+            inputs, targets, *documents = (
+                column.to(runtime.device, non_blocking=is_cuda) for column in columns
+            )
             with runtime.autocast():
                 loss = objective(inputs, targets, *documents)
             if own:
                 tokens += int((columns[1] != IGNORE_INDEX).sum())
-                total += loss.cpu().double()
+                losses.append(loss)
     finally:
         objective.train(was_training)
-    nats, of_all = world.sums(float(total), tokens)
+    total = 0.0
+    for loss_value in torch.stack(losses).tolist() if losses else ():  # read together: the host waits once
+        total += loss_value
+    nats, of_all = world.sums(total, tokens)
     return Evaluation(nats / max(1, of_all), int(of_all), of_all * dataset.bytes_per_token)
 
 
