@@ -268,7 +268,9 @@ class Updater:
             fault = find_fault(loss_value, norm_value, state=state, guard=guard)
         else:
             loss_value, norm_value = figures.tolist()
-            scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+            # The host waits for the scale too, which only an overflow needs.
+            needs_scale = self.scaler.is_enabled() and not math.isfinite(norm_value)
+            scale = self.scaler.get_scale() if needs_scale else None
             fault = find_fault(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
             if fault is None:
                 self._step(state.step)
