@@ -118,6 +118,7 @@ def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int =
         own = log_chances.gather(-1, targets[:, None])
         ranks, entropies = (log_chances > own).sum(dim=-1) + 1, _entropy(log_chances.exp())
         likeliest = _likeliest(loaded, log_chances, alternatives)
+        own, ranks, entropies = own.cpu(), ranks.cpu(), entropies.cpu()  # together, and not number by number
         for row, id in enumerate(targets.tolist()):
             place = Place(
                 id,
