@@ -1,0 +1,214 @@
+"""Atlas's code for a GPU, run where none is (`benchmarks/fake_cuda.py`): no tensor is left on the wrong device, and the
+host waits for the GPU only where it is known to.
+
+A variant's list holds what it has to have: if a wait comes or goes, put that down here, and say why in the commit. How
+to see the lists: `python -m tests.cuda_path.child AdamW "server, modern, mixed"`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fake_cuda import why_not
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+TO_DEVICE = "H2D async kv_cache.long_tensor"
+UPDATE = {"H2D async update._to_device": 4, "WAIT update.apply": 1}
+"""Of two micro-batches: inputs and targets go to the device, one wait reads the loss and the norm."""
+WITH_DOCUMENTS = {"H2D async update._to_device": 6, "WAIT update.apply": 1}
+ADAFACTOR = {**UPDATE, "WAIT _adafactor._single_tensor_adafactor < update._step": 56}
+"""PyTorch reads two numbers of each parameter."""
+DRAW = {"WAIT sampling.keep_top_p": 1, "D2H wait sampling.draw": 1}
+
+WAITS: dict[str, dict[str, int]] = {
+    "AdamW": UPDATE,
+    "fp32": UPDATE,
+    "fp16": UPDATE,
+    "bf16-true": UPDATE,
+    "Muon": UPDATE,
+    "Adafactor": ADAFACTOR,
+    "gradient checkpointing": UPDATE,
+    "LoRA": UPDATE,
+    "modern": UPDATE,
+    "Muon in bf16-true": UPDATE,
+    "documents": WITH_DOCUMENTS,
+    "documents, modern": WITH_DOCUMENTS,
+    "documents with dropout": WITH_DOCUMENTS,
+    "dropout, untied head": UPDATE,
+    "uneven micro-batches": UPDATE,
+    "custom loss": UPDATE,
+    "spikes": UPDATE,
+    "save": {
+        "WAIT guard.weights_fault": 1,
+        "D2H async background._copy": 64,
+        "WAIT background.take": 1,
+    },
+    "resume": UPDATE,
+    "resume fp16": UPDATE,
+    "resume bf16-true": UPDATE,
+    "resume Muon": UPDATE,
+    "evaluation": {
+        "H2D async evaluate.evaluate": 4,
+        "WAIT evaluate.evaluate": 1,
+        "H2D wait evaluate.token_losses": 2,
+        "D2H wait evaluate.token_losses": 1,
+    },
+    "evaluation, documents": {
+        "H2D async evaluate.evaluate": 6,
+        "WAIT evaluate.evaluate": 1,
+        "H2D wait evaluate.token_losses": 3,
+        "D2H wait evaluate.token_losses": 1,
+    },
+    "greedy": {TO_DEVICE: 1, "WAIT generate.generate": 1},
+    "sampling": {TO_DEVICE: 1, **DRAW},
+    "sampling, modern": {TO_DEVICE: 1, **DRAW},
+    "ragged, penalty, min_p": {TO_DEVICE: 3, **DRAW},
+    "ragged, modern": {TO_DEVICE: 3, **DRAW},
+    "prompt": {TO_DEVICE: 5, **DRAW},
+    "window full": {TO_DEVICE: 4, "WAIT generate.generate": 1},
+    "server": {TO_DEVICE: 1, "WAIT engine._write": 1, **DRAW},
+    "server, modern, mixed": {
+        TO_DEVICE: 7,
+        "WAIT engine._write": 2,
+        "WAIT sampling.keep_top_p": 2,
+        "D2H wait sampling.draw": 2,
+        "WAIT engine._told": 3,
+    },
+    "server, joining and leaving": {
+        TO_DEVICE: 9,
+        "WAIT engine._write": 3,
+        "WAIT sampling.keep_top_p": 3,
+        "D2H wait sampling.draw": 3,
+    },
+    "look": {},
+}
+
+GRAPHS: dict[str, dict[str, int]] = {
+    "first update, 3 + 2 sequences": {"block": 1, "loss": 1},
+    "second update": {},
+    "evaluation of 2 + 1": {"block": 1},
+    "second evaluation": {},
+    "third update": {},
+    "waits of the third update": UPDATE,
+    "less memory, 2 + 2 + 1": {"block": 1},
+}
+"""Compiled in this order: one for training and one for evaluation, whatever their last micro-batch has."""
+
+
+def run_child(*variants: str, tree: Path = ROOT) -> dict[str, Any]:
+    """What `child.py` prints, with the package `atlas` that lies in `tree`."""
+    path = os.pathsep.join([str(tree), str(ROOT)])
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.cuda_path.child", *variants],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)  # type: ignore[no-any-return]
+
+
+def once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `make(folder)` returns, called by the first of pytest's workers that asks; the others wait for it."""
+    import fcntl
+
+    folder = factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / "results.json"
+        if not file.exists():
+            file.write_text(json.dumps(make(folder)), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of all variants, in one process: to start one takes as long as six variants."""
+    return once(tmp_path_factory, "cuda_path", lambda folder: run_child())
+
+
+def seen_in(result: dict[str, Any]) -> dict[str, int]:
+    if "error" in result:
+        pytest.fail(result["error"], pytrace=False)
+    return result["seen"]  # type: ignore[no-any-return]
+
+
+def differences(seen: dict[str, int], listed: dict[str, int]) -> list[str]:
+    """A line for each kind and place that is not as listed."""
+    come, gone = Counter(seen) - Counter(listed), Counter(listed) - Counter(seen)
+    return [f"{count} more: {place}" for place, count in come.items()] + [
+        f"{count} fewer: {place}" for place, count in gone.items()
+    ]
+
+
+@pytest.mark.parametrize("variant", WAITS)
+def test_the_host_waits_only_where_listed(variant: str, results: dict[str, Any]) -> None:
+    assert differences(seen_in(results[variant]), WAITS[variant]) == []
+
+
+def test_every_variant_is_listed(results: dict[str, Any]) -> None:
+    assert list(results) == [*WAITS, "graphs"]
+
+
+def test_as_many_graphs_are_compiled_as_listed(results: dict[str, Any]) -> None:
+    assert seen_in(results["graphs"]) == GRAPHS
+
+
+FAULTS = (
+    ("training/update.py", "figures = torch.stack(", "loss.item(); figures = torch.stack("),
+    (
+        "model/rope.py",
+        "torch.arange(0, head_size, 2, device=positions.device)",
+        "torch.arange(0, head_size, 2)",
+    ),
+)
+"""An update reads a number too many; angles are made on the CPU. The one is in every variant, the other in `modern`."""
+
+
+def run_faulty(folder: Path) -> dict[str, Any]:
+    """Two variants of a copy of Atlas with these faults."""
+    shutil.copytree(ROOT / "atlas", folder / "atlas", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, good, bad in FAULTS:
+        file = folder / "atlas" / name
+        source = file.read_text(encoding="utf-8")
+        assert source.count(good) == 1, f"{name}: {good}"
+        file.write_text(source.replace(good, bad), encoding="utf-8")
+    return run_child("AdamW", "modern", tree=folder)
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return once(tmp_path_factory, "cuda_path_faulty", run_faulty)
+
+
+def test_a_wait_too_many_is_found(faulty: dict[str, Any]) -> None:
+    assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT update.apply"]
+
+
+def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
+    assert "rope.py" in faulty["modern"]["error"]
+    assert "found at least two devices, cuda:0 and cpu" in faulty["modern"]["error"]
+
+
+def test_a_wait_too_few_is_found() -> None:
+    assert differences({}, {"WAIT update.apply": 1}) == ["1 fewer: WAIT update.apply"]
