@@ -71,6 +71,8 @@ def filled_up(columns: Sequence[Tensor], size: int) -> list[Tensor]:
     """Inputs, targets and, where there are any, documents, (N, T) each, as (`size`, T): the rows added do not count.
     For another number of rows what is compiled would be compiled once more."""
     missing = size - len(columns[0])
+    if missing == 0:
+        return list(columns)  # `F.pad` would copy them out of pinned memory
     fillings = (0, IGNORE_INDEX, 0)
     return [
         F.pad(column, (0, 0, 0, missing), value=filling)
