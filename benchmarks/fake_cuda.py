@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def _pretend() -> None:
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *device: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *state: None,
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": _Graph,
+        "graph": lambda graph, **options: nullcontext(),
+        "graph_pool_handle": lambda: (0, 0),
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
@@ -150,6 +157,18 @@ def _pretend() -> None:
     torch.inference_mode = lambda mode=True: (  # type: ignore[assignment, misc]
         torch.no_grad() if mode is True else torch.no_grad()(mode) if callable(mode) else inference_mode(mode)
     )
+
+
+class _Stream:
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
+class _Graph:
+    """A CUDA graph, of which only is noted that it is run."""
+
+    def replay(self) -> None:
+        _note("GRAPH")
 
 
 def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: Any = None) -> Any:
