@@ -1,4 +1,8 @@
-"""What only a CUDA device can show: `pytest -m gpu`."""
+"""What only a CUDA device can show: `pytest -m gpu`.
+
+The runs are not compiled, but for the one test of it: compiling takes longer than all of them. FlexAttention's kernels
+need heads of at least 16, so a head here has 16.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,19 @@ from atlas.inference.sampling import Sampling
 from atlas.training.background import Snapshot
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.heat import open_sensor
-from tests.runs import layer, logged, run, same_bits, trainer_for
+from tests import runs
+from tests.runs import logged, run, same_bits, trainer_for
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
 ]
+
+
+def layer(folder: Path, text: Path, **settings: object) -> dict:
+    """A small run on the GPU, unless `settings` say otherwise."""
+    shape = {"device": "cuda", "model__hidden_size": 32, "model__num_heads": 2, "training__compile": "off"}
+    return runs.layer(folder, text, **shape | settings)
 
 
 def losses(folder: Path) -> list[float]:
@@ -35,17 +46,18 @@ def test_fp32_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> Non
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "fp16"])
 def test_half_precision_learns_and_resumes(tmp_path: Path, text_file: Path, precision: str) -> None:
-    options = {"device": "cuda", "training__precision": precision, "training__max_steps": 40}
-    explicit = layer(tmp_path / "run", text_file, **options, checkpoint__save_interval=20, model__dropout=0.1)
+    options = {"training__precision": precision, "training__max_steps": 40, "checkpoint__save_interval": 20}
+    explicit = layer(tmp_path / "run", text_file, **options, model__dropout=0.1)
     run(explicit)
-    whole = losses(tmp_path / "run")
-    assert whole[-1] < whole[0] - 1
+    uninterrupted = losses(tmp_path / "run")
+    assert uninterrupted[-1] < uninterrupted[0] - 1
     run(explicit, resume=str(tmp_path / "run" / "atlas_step_20.pt"))
-    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-2)
+    # A GPU adds up in no fixed order; noise of 0.1 % in the gradient moves these losses by 0.4 % at most.
+    assert losses(tmp_path / "run") == pytest.approx(uninterrupted, rel=2e-2)
 
 
 def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_file: Path) -> None:
-    explicit = layer(tmp_path / "run", text_file, device="cuda", training__max_steps=10)
+    explicit = layer(tmp_path / "run", text_file, training__max_steps=10)
     run(explicit)
     texts = []
     for device in ("cuda", "cpu"):
@@ -61,7 +73,7 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
 
 @pytest.mark.parametrize("dtype", ["f16", "auto"])
 def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: Path, dtype: str) -> None:
-    run(layer(tmp_path / "run", text_file, device="cuda", training__max_steps=10))
+    run(layer(tmp_path / "run", text_file, training__max_steps=10))
     log_probs = []
     for kind in ("f32", dtype):
         loaded = load_model(
@@ -75,13 +87,25 @@ def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: P
     torch.testing.assert_close(log_probs[1], log_probs[0], atol=0.05, rtol=0)
 
 
-def test_a_save_in_the_background_is_the_blocking_one(tmp_path: Path, text_file: Path) -> None:
-    for background in (True, False):
-        options = {"checkpoint__background": background, "training__precision": "fp32", "device": "cuda"}
-        run(layer(tmp_path / str(background), text_file, **options))
-    one, other = (load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("True", "False"))
-    for name, tensor in one["model_state_dict"].items():
-        torch.testing.assert_close(tensor, other["model_state_dict"][name], rtol=1e-4, atol=1e-6)
+def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, text_file: Path) -> None:
+    options = {"checkpoint__background": True, "checkpoint__save_interval": 2}
+    trainer = trainer_for(layer(tmp_path / "run", text_file, **options))
+    train_step, states = trainer.train_step, []
+
+    def remember(*batch: object) -> object:
+        update = train_step(*batch)
+        states.append(
+            {name: tensor.to("cpu", copy=True) for name, tensor in trainer.model.state_dict().items()}
+        )
+        return update
+
+    trainer.train_step = remember
+    trainer.train()
+    assert (tmp_path / "run" / "atlas_step_6.pt").exists()
+    for step, state in enumerate(states, start=1):
+        path = tmp_path / "run" / f"atlas_step_{step}.pt"
+        if path.exists():  # a save is left out while the one before is being written
+            assert same_bits(load_checkpoint(path)["model_state_dict"], state), f"step {step}"
 
 
 def test_the_copy_lies_in_pinned_memory_and_is_whole() -> None:
@@ -92,7 +116,7 @@ def test_the_copy_lies_in_pinned_memory_and_is_whole() -> None:
 
 
 def test_an_update_that_is_not_finite_moves_nothing_on_the_device(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, device="cuda", training__precision="fp32"))
+    trainer = trainer_for(layer(tmp_path / "run", text_file, training__precision="fp32"))
     batches = trainer._batches()
     assert trainer.train_step(*next(batches)).fault is None
     before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
@@ -104,9 +128,7 @@ def test_an_update_that_is_not_finite_moves_nothing_on_the_device(tmp_path: Path
 
 def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
     """No injected error: the allocator may have 2 GB, and 256 sequences at once take several times that."""
-    explicit = layer(
-        tmp_path / "run", text_file, device="cuda", training__batch_size=256, training__max_steps=2
-    )
+    explicit = layer(tmp_path / "run", text_file, training__batch_size=256, training__max_steps=2)
     explicit["model"].update(hidden_size=256, num_layers=8, max_seq_len=256)
     explicit["training"].update(eval_sequences=2, precision="fp32")
     total = torch.cuda.get_device_properties(0).total_memory
@@ -129,9 +151,28 @@ def test_the_card_says_how_warm_it_is() -> None:
     assert isinstance(metrics["gpu_throttle"], list)
 
 
-def test_the_document_mask_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> None:
+def test_the_document_mask_on_the_gpu_follows_the_cpu(tmp_path: Path) -> None:
     """There FlexAttention computes, compiled, forward and backward; here one mask in SDPA."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):  # several documents in a sequence of two of FlexAttention's blocks
+        words = " ".join(str(number * place) for place in range(1, 30 + number % 11))
+        (texts / f"{number:02}.txt").write_text(words, encoding="utf-8")
     for device in ("cpu", "cuda"):
-        options = {"device": device, "training__precision": "fp32", "data__document_mask": True}
-        run(layer(tmp_path / device, text_file, **options))
+        options = {"device": device, "training__precision": "fp32", "model__max_seq_len": 256}
+        run(layer(tmp_path / device, texts, **options, data__document_mask=True))
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+def test_a_compiled_run_follows_one_that_is_not(tmp_path: Path, text_file: Path) -> None:
+    """Its evaluations and its last, smaller micro-batch, too."""
+    for compiled in ("off", "on"):
+        explicit = layer(
+            tmp_path / compiled, text_file, training__precision="fp32", training__compile=compiled
+        )
+        explicit["training"].update(batch_size=5, micro_batch_size=3, eval_interval=3)
+        run(explicit)
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+    on, off = ([line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("on", "off"))
+    assert len(on) == 2
+    assert on == pytest.approx(off, rel=1e-4)
