@@ -2,12 +2,12 @@
 
     python benchmarks/decode.py                             tiny, 200 tokens, one text and eight at once
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
-    python benchmarks/decode.py --device cuda --preset small
+    python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
-A model with random weights in the preset's shape and GPT-2's vocabulary, in f32, writes greedily. Atlas takes the road
-of `atlas generate`, transformers `generate` with its cache, llama.cpp (package `xllamacpp`) the server's slots and the
-file that Atlas exports, with an f32 cache. All have as many threads, each is a process of its own, and they take turns;
-medians count. What is not installed is left out, and said.
+A model with random weights in the preset's shape and GPT-2's vocabulary, in f32 or bf16, writes greedily. Atlas writes as
+`atlas generate` does, transformers with `generate` and its cache, llama.cpp (package `xllamacpp`) with the server's slots
+and the file that Atlas exports, with an f32 cache; in bf16 it is left out. All have as many threads, each is a process
+of its own, and they take turns; medians count. What is not installed is left out, and said.
 
 Each token is timed when it comes out. Tokens a second are those after the moment when every text has its first token,
 so that reading the prompt does not count. "Over the context" are the milliseconds a token in a text that fills the
@@ -54,6 +54,7 @@ class Shape:
     device: str
     threads: int
     gguf: str
+    dtype: str = "f32"
 
     def model(self) -> Any:
         """The same weights in every process. The end of the text has none, so that it is never the likeliest."""
@@ -72,7 +73,7 @@ class Shape:
         model = build_model(config, seed=0).eval()
         with torch.no_grad():
             model.token_embedding.weight[gpt2.eos_id] = 0
-        return model
+        return model.to(torch.bfloat16 if self.dtype == "bf16" else torch.float32)
 
 
 Write = Callable[[Sequence[str], int], list[list[float]]]
@@ -114,7 +115,8 @@ def transformers(shape: Shape) -> Write:
 
     from atlas.tokenizer import Tokenizer
 
-    twin, tokenizer = transformers_twin(shape.model()).to(shape.device), Tokenizer.gpt2()
+    model, tokenizer = shape.model(), Tokenizer.gpt2()
+    twin = transformers_twin(model).to(shape.device, model.head_table.dtype)
 
     class Moments(BaseStreamer):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -227,6 +229,14 @@ def bytes_per_second(device: str) -> float:
     return max(measure_copy(torch.device(device)), numbers.nbytes / min(seconds))
 
 
+def bytes_per_token(model: Any) -> int:
+    """Of the weights, all of which a step reads; of the positions it reads a row."""
+    from atlas.planning import count_parameters
+
+    parameters = count_parameters(model.config)
+    return int(model.head_table.element_size()) * (parameters.total - parameters.position_embedding)
+
+
 # What the parent does
 
 
@@ -270,7 +280,7 @@ def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
     if shape.gguf:
         kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")
     else:
-        print("llama.cpp: xllamacpp is not installed: left out", file=sys.stderr)
+        print("llama.cpp: left out: xllamacpp is not installed, or the weights are not f32", file=sys.stderr)
     if not importlib.util.find_spec("transformers"):
         print("transformers: is not installed: left out", file=sys.stderr)
         del kinds["transformers"]
@@ -337,6 +347,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: PyTorch's, one a core")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--dtype", default="f32", choices=["f32", "bf16"], help="of the weights and the cache"
+    )
     add_record_option(parser)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -350,15 +363,15 @@ def main() -> None:
     from atlas.planning import count_parameters
 
     threads = arguments.threads or torch.get_num_threads()
-    shape = Shape(arguments.preset, arguments.device, threads, gguf="")
+    shape = Shape(arguments.preset, arguments.device, threads, gguf="", dtype=arguments.dtype)
     model = shape.model()
     context = model.config.max_seq_len
     if not 4 <= arguments.tokens <= context - max(map(len, PROMPTS)):
         parser.error(f"--tokens {arguments.tokens}: with its prompt, a text must fit a context of {context}")
     parameters = count_parameters(model.config)
-    num_bytes = 4 * (parameters.total - parameters.position_embedding)
+    num_bytes = bytes_per_token(model)
     with tempfile.TemporaryDirectory() as folder, recorded("Decoding", arguments):
-        if importlib.util.find_spec("xllamacpp"):
+        if importlib.util.find_spec("xllamacpp") and arguments.dtype == "f32":
             from atlas.export.gguf import export_gguf
             from atlas.tokenizer import Tokenizer
 
@@ -367,8 +380,8 @@ def main() -> None:
         del model
         pairs, rate = compare(shape, context, arguments.tokens, arguments.rounds)
         print(
-            f"{arguments.preset}, {parameters.total:,} parameters in f32, {arguments.device}, {threads} threads, "
-            f"{arguments.tokens} tokens a text, greedy, medians of {arguments.rounds} rounds in turn\n"
+            f"{arguments.preset}, {parameters.total:,} parameters in {arguments.dtype}, {arguments.device}, "
+            f"{threads} threads, {arguments.tokens} tokens a text, greedy, medians of {arguments.rounds} rounds in turn\n"
         )
         report(pairs, rate, num_bytes)
 

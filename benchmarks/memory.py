@@ -25,7 +25,7 @@ import sys
 from typing import Any
 
 from results import add_record_option, recorded
-from train_throughput import peak_resident, shape_of, start, trainees
+from train_throughput import atlas_step, peak_resident, shape_of, start, trainees
 
 TOLERANCE = 0.10
 ON_A_CPU = ["nano", "tiny", "small"]
@@ -52,30 +52,11 @@ def child(preset: str, micro_batch: int | None, device: str, free_before: int) -
     set_up_process()  # as the command does
     import torch
 
-    from atlas.model import build_model
     from atlas.planning import measure_memory
-    from atlas.training.interrupt import StopRequest
-    from atlas.training.runtime import setup_runtime
-    from atlas.training.state import TrainState
-    from atlas.training.update import Updater
 
-    config = config_of(preset, micro_batch, device)
-    runtime = setup_runtime(config)
-    network = build_model(config.model, seed=0).to(runtime.device).train()
-    network.gradient_checkpointing = config.training.gradient_checkpointing
-    updater = Updater(network, config, runtime, None, say=print)
-    size = config.training.batch_size
-    state = TrainState(horizon=10**9, micro_batch_size=size, eval_batch_size=size)
-    stop = StopRequest(print)
-    shape = (config.training.sequences_per_update, config.model.max_seq_len + 1)
+    step = atlas_step(config_of(preset, micro_batch, device))
     for _ in range(2):
-        tokens = torch.randint(0, config.model.vocabulary, shape)
-        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
-        assert loss is not None
-        updater.apply(loss, state, rate=3e-4)
-        state.step += 1
-    if state.micro_batch_size < size:
-        raise SystemExit(f"out of memory with {size} sequences at once")
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
         used = free_before - measure_memory("cuda")
@@ -85,9 +66,9 @@ def child(preset: str, micro_batch: int | None, device: str, free_before: int) -
         print(json.dumps({"resident": peak_resident()}))
 
 
-def measure(preset: str, arguments: argparse.Namespace, free: int) -> dict[str, int] | str:
+def measure(preset: str, micro_batch: int | None, device: str, free: int) -> dict[str, int] | str:
     """The parts of the peak, or why there are none."""
-    wanted = json.dumps([preset, arguments.micro_batch, arguments.device, free])
+    wanted = json.dumps([preset, micro_batch, device, free])
     done = subprocess.run(
         [sys.executable, __file__, "--child", wanted], capture_output=True, encoding="utf-8"
     )
@@ -111,7 +92,7 @@ def compare_with_estimates(presets: list[str], arguments: argparse.Namespace) ->
             left_out.append(f"{preset}: needs {estimate / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
             continue
         print(f"{preset} …", file=sys.stderr)
-        parts = measure(preset, arguments, available)
+        parts = measure(preset, arguments.micro_batch, device, available)
         if isinstance(parts, str):
             left_out.append(f"{preset}: {parts}")
             continue

@@ -6,8 +6,8 @@
     python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
-Every contender is a process of its own with the preset's shape and GPT-2's vocabulary (50,304 rows in all of them, so
-that the work is the same), dropout 0, biases on, and AdamW with clipping, on random tokens, in fp32 on a CPU and in
+Every contender is a process of its own with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
+rows, as its author advises), dropout 0, biases on, and AdamW with clipping, on random tokens, in fp32 on a CPU and in
 bf16 (autocast) on a GPU. It trains some updates to warm up; then the processes take turns, one update each, and the
 others wait without computing. Medians count. Peak memory is the process's own (resident; on a GPU the allocator's). A
 peer's folder holds a `model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
@@ -33,7 +33,7 @@ from typing import Any
 from contenders import Contender, take_turns
 from results import add_record_option, recorded
 
-ROWS = 50_304
+VOCABULARY = 50_257
 WARM_UP = 2
 PRODUCTS = 5
 
@@ -48,6 +48,13 @@ class Shape:
     context: int
     batch_size: int
     device: str
+    vocabulary: int = VOCABULARY
+    micro_batches: int = 1
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of nanoGPT's table: a multiple of 64."""
+        return -(-self.vocabulary // 64) * 64
 
     @property
     def tokens(self) -> int:
@@ -56,13 +63,11 @@ class Shape:
     @property
     def matrix_flops(self) -> float:
         """Of an update, forward and backward: 6 for each weight and token, and attention's two products, causal."""
-        weights = 12 * self.num_layers * self.hidden_size**2 + ROWS * self.hidden_size
+        weights = 12 * self.num_layers * self.hidden_size**2 + self.vocabulary * self.hidden_size
         return 6 * self.tokens * (weights + self.num_layers * self.context * self.hidden_size)
 
 
 Step = Callable[[], None]
-
-
 # The contenders, each imported in its own process
 
 
@@ -70,37 +75,47 @@ def atlas(shape: Shape, folder: str) -> Step:
     from atlas.process import set_up_process
 
     set_up_process()  # as the command does
+    from atlas.config.loader import resolve
+
+    model = {name: getattr(shape, name) for name in ("hidden_size", "num_layers", "num_heads")}
+    model |= {"vocab_size": shape.vocabulary, "max_seq_len": shape.context}
+    training = {
+        "batch_size": shape.batch_size // shape.micro_batches,
+        "gradient_accumulation_steps": shape.micro_batches,
+        "precision": "bf16" if shape.device == "cuda" else "fp32",
+        "compile": "on" if folder == "compiled" else "off",
+    }
+    return atlas_step(resolve({"model": model, "training": training, "device": shape.device}))
+
+
+def atlas_step(config: Any, micro_batch: int | None = None) -> Step:
+    """An update of `atlas train` on random tokens. `micro_batch` is by default the config's `batch_size`."""
+    from dataclasses import replace
+
     import torch
 
-    from atlas.config.loader import resolve
-    from atlas.model import build_model
-    from atlas.training.compilation import compile_blocks
+    from atlas.training.compilation import choose_compile
     from atlas.training.interrupt import StopRequest
     from atlas.training.runtime import setup_runtime
     from atlas.training.state import TrainState
-    from atlas.training.update import Updater
+    from atlas.training.update import fresh_updater
 
-    model = {name: getattr(shape, name) for name in ("hidden_size", "num_layers", "num_heads")} | {
-        "vocab_size": ROWS,
-        "max_seq_len": shape.context,
-    }
-    precision = "bf16" if shape.device == "cuda" else "fp32"
-    training = {"batch_size": shape.batch_size, "precision": precision}
-    config = resolve({"model": model, "training": training, "device": shape.device})
     runtime = setup_runtime(config)
-    network = build_model(config.model, seed=0).to(runtime.device).train()
-    if folder == "compiled":
-        compile_blocks(network)
-    updater = Updater(network, config, runtime, None, say=print)
-    state = TrainState(horizon=10**9, micro_batch_size=shape.batch_size, eval_batch_size=shape.batch_size)
+    runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=print))
+    updater = fresh_updater(config, runtime, say=print)
+    size = micro_batch or config.training.batch_size
+    state = TrainState(horizon=10**9, micro_batch_size=size, eval_batch_size=size)
     stop = StopRequest(print)
+    shape = (config.training.sequences_per_update, config.model.max_seq_len + 1)
 
     def step() -> None:
-        tokens = torch.randint(0, ROWS, (shape.batch_size, shape.context + 1))
+        tokens = torch.randint(0, config.model.vocabulary, shape)
         loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
         assert loss is not None
         updater.apply(loss, state, rate=3e-4)
         state.step += 1
+        if state.micro_batch_size < size:  # a figure of fewer would be another's
+            raise SystemExit(f"out of memory with micro-batches of {size}")
 
     return step
 
@@ -115,7 +130,7 @@ def nanogpt(shape: Shape, folder: str) -> Step:
 
     config = GPTConfig(
         block_size=shape.context,
-        vocab_size=ROWS,
+        vocab_size=shape.padded_vocabulary,
         n_layer=shape.num_layers,
         n_head=shape.num_heads,
         n_embd=shape.hidden_size,
@@ -138,7 +153,7 @@ def first_atlas(shape: Shape, folder: str) -> Step:
     from atlas.training.optimizer import create_optimizer  # type: ignore[import-not-found]
 
     config = ModelConfig(
-        vocab_size=ROWS,
+        vocab_size=shape.vocabulary,
         max_seq_len=shape.context,
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
@@ -163,7 +178,7 @@ def transformers(shape: Shape, folder: str) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=ROWS,
+        vocab_size=shape.vocabulary,
         n_positions=shape.context,
         n_embd=shape.hidden_size,
         n_layer=shape.num_layers,
@@ -174,28 +189,24 @@ def transformers(shape: Shape, folder: str) -> Step:
     )
     network = GPT2LMHeadModel(config).to(shape.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)  # the Trainer's default
-    return _plain_step(
-        shape,
-        network,
-        optimizer,
-        lambda inputs, targets: network(inputs, labels=inputs, use_cache=False).loss,
-    )
+
+    def loss_of(inputs: Any, targets: Any) -> Any:
+        return network(inputs, labels=inputs, use_cache=False).loss
+
+    return _plain_step(shape, network, optimizer, loss_of)
 
 
 def _plain_step(shape: Shape, network: Any, optimizer: Any, loss_of: Callable[[Any, Any], Any]) -> Step:
-    import contextlib
-
     import torch
 
-    bf16 = (
-        torch.autocast("cuda", dtype=torch.bfloat16) if shape.device == "cuda" else contextlib.nullcontext()
-    )
+    bf16 = torch.autocast(shape.device, dtype=torch.bfloat16, enabled=shape.device == "cuda")
 
     def step() -> None:
-        tokens = torch.randint(0, ROWS, (shape.batch_size, shape.context + 1)).to(shape.device)
-        with bf16:
-            loss = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        loss.backward()
+        tokens = torch.randint(0, shape.vocabulary, (shape.batch_size, shape.context + 1)).to(shape.device)
+        for micro in tokens.chunk(shape.micro_batches):
+            with bf16:
+                loss = loss_of(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) / shape.micro_batches
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
