@@ -4,10 +4,10 @@
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
     python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
-A model with random weights in the preset's shape and GPT-2's vocabulary, in f32 or bf16, writes greedily. Atlas writes as
-`atlas generate` does, transformers with `generate` and its cache, llama.cpp (package `xllamacpp`) with the server's slots
-and the file that Atlas exports, with an f32 cache; in bf16 it is left out. All have as many threads, each is a process
-of its own, and they take turns; medians count. What is not installed is left out, and said.
+A model with random weights in the preset's shape and GPT-2's vocabulary, in f32 or bf16, writes greedily. Atlas writes
+as `atlas generate` does, transformers with `generate` and its cache, llama.cpp (package `xllamacpp`) with the server's
+slots and the file that Atlas exports, with an f32 cache; in bf16 it is left out. All have as many threads, each is a
+process of its own, and they take turns; medians count. What is not installed is left out, and said.
 
 Each token is timed when it comes out. Tokens a second are those after the moment when every text has its first token,
 so that reading the prompt does not count. "Over the context" are the milliseconds a token in a text that fills the
@@ -381,7 +381,7 @@ def main() -> None:
         pairs, rate = compare(shape, context, arguments.tokens, arguments.rounds)
         print(
             f"{arguments.preset}, {parameters.total:,} parameters in {arguments.dtype}, {arguments.device}, "
-            f"{threads} threads, {arguments.tokens} tokens a text, greedy, medians of {arguments.rounds} rounds in turn\n"
+            f"{threads} threads, {arguments.tokens} tokens a text, greedy, medians of {arguments.rounds} rounds\n"
         )
         report(pairs, rate, num_bytes)
 
