@@ -1,0 +1,130 @@
+"""Which packages are missing here, and how they are installed from a folder of wheels, without a network.
+
+They go into a folder of their own, which Python looks into first; nothing that is installed is changed, PyTorch least
+of all. Only what is missing goes there.
+"""
+
+from __future__ import annotations
+
+import email
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+try:
+    from packaging import requirements, tags, utils
+except ImportError:  # pip brings a copy
+    from pip._vendor.packaging import requirements, tags, utils  # type: ignore[no-redef]
+
+ROOT = Path(__file__).parents[2]
+ALSO = ["pytest>=8.2"]
+"""Beside what Atlas itself needs."""
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+
+
+class Missing(Exception):
+    """Requirements that nothing satisfies, as pip reads them."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = names
+
+
+def needed() -> list[str]:
+    """What `pyproject.toml` requires, and pytest."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *ALSO]
+
+
+def missing(wanted: Iterable[str], packages: Path) -> list[str]:
+    """Those of `wanted` that no distribution satisfies, neither installed nor in the folder `packages`."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions(path=[str(packages), *sys.path]):
+        found.setdefault(utils.canonicalize_name(distribution.metadata["Name"]), distribution.version)
+    return [text for text in wanted if not _is_satisfied(requirements.Requirement(text), found)]
+
+
+def _is_satisfied(requirement: Any, found: dict[str, str]) -> bool:
+    if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        return True
+    version = found.get(utils.canonicalize_name(requirement.name))
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def choose(wanted: list[str], wheels: Path, packages: Path) -> list[Path]:
+    """The wheels for what is missing of `wanted`, and for what these need in turn. Raises `Missing`."""
+    chosen: dict[str, Path] = {}
+    absent = []
+    queue = missing(wanted, packages)
+    while queue:
+        text = queue.pop()
+        requirement = requirements.Requirement(text)
+        name = utils.canonicalize_name(requirement.name)
+        if name in chosen:
+            continue
+        wheel = _best_wheel(requirement, wheels)
+        if wheel is None or name == "torch":
+            absent.append(text)
+            continue
+        chosen[name] = wheel
+        queue += missing(_requirements_of(wheel), packages)
+    if absent:
+        raise Missing(sorted(set(absent)))
+    return list(chosen.values())
+
+
+def _best_wheel(requirement: Any, wheels: Path) -> Path | None:
+    """The newest that fits this Python."""
+    ours = set(tags.sys_tags())
+    found = []
+    for path in wheels.glob("*.whl"):
+        name, version, _, its_tags = utils.parse_wheel_filename(path.name)
+        fits = name == utils.canonicalize_name(requirement.name) and not ours.isdisjoint(its_tags)
+        if fits and requirement.specifier.contains(version, prereleases=True):
+            found.append((version, path))
+    return max(found)[1] if found else None
+
+
+def _requirements_of(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
+
+
+def install(chosen: list[Path], packages: Path) -> None:
+    options = [
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--upgrade",
+    ]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(packages)]
+    subprocess.run([*command, *map(str, chosen)], check=True)
+
+
+def advice(names: list[str], wheels: Path) -> str:
+    """What is missing, and the commands that bring it."""
+    if any(requirements.Requirement(name).name == "torch" for name in names):
+        return (
+            "error: PyTorch 2.10 or newer with CUDA must be installed: no wheel of it is taken from a folder"
+        )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    command = ["python3", "-m", "pip", "download", "--only-binary=:all:", "--python-version", python]
+    command += ["--implementation", "cp"]
+    command += [word for name in PLATFORMS for word in ("--platform", f"{name}_x86_64")]
+    bare = [name.partition(";")[0].strip() for name in names]
+    return (
+        f"error: these packages are missing: {', '.join(bare)}\n"
+        f"With a network, for Python {python} on Linux x86_64:\n"
+        f"    {shlex.join([*command, '--dest', str(wheels), *bare])}\n"
+        f"Then here: benchmarks/gpu.sh --wheels {shlex.quote(str(wheels))}"
+    )

@@ -1,0 +1,53 @@
+"""Tokens a second of writing in bf16, one text and eight, beside transformers: see `benchmarks/decode.py`.
+
+A token cannot come sooner than its weights are read: `part_of_limit` is the part of that speed. The host waits for each
+token, so its clock gives the time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+
+from gpu.figures import Figures, LeftOut, Setup
+from gpu.timing import memory_rate
+
+LIMIT = 40
+
+
+def writing(preset: str, kind: str, setup: Setup, figures: Figures) -> None:
+    if kind == "transformers" and importlib.util.find_spec("transformers") is None:
+        raise LeftOut("transformers is not installed")
+    import torch
+    from decode import PROMPTS, Shape, bytes_per_token, prepare, tokens_per_second
+
+    rate = memory_rate(setup.device)
+    if setup.device == "cuda":
+        torch.cuda.empty_cache()
+    tokens, rounds = (8, 1) if setup.rehearse else (200, 3)
+    threads = torch.get_num_threads()
+    shape = Shape("nano" if setup.rehearse else preset, setup.device, threads, gguf="", dtype="bf16")
+    num_bytes = bytes_per_token(shape.model())
+    write = prepare(kind, shape)
+    for texts in (1, len(PROMPTS)):
+        name = f"{preset}: {kind}, {texts} text{'s' * (texts > 1)}"
+        if figures.get(name) is not None:
+            continue
+        speed = statistics.median(tokens_per_second(write([texts, tokens])) for _ in range(rounds))
+        limit = texts * rate / num_bytes
+        figures.add(
+            name,
+            tokens_per_second=round(speed, 1),
+            limit=round(limit, 1),
+            part_of_limit=round(speed / limit, 4),
+            bytes_per_token=num_bytes,
+            bytes_per_second=round(rate),
+        )
+
+
+JOBS = {
+    f"{preset}: {kind}": functools.partial(writing, preset, kind)
+    for preset in ("small", "default")
+    for kind in ("atlas", "transformers")
+}
