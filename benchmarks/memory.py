@@ -32,20 +32,23 @@ ON_A_CPU = ["nano", "tiny", "small"]
 PEERS = {"preset": "tiny", "batch_size": 4}
 
 
-def config_of(preset: str, micro_batch: int | None, device: str) -> Any:
+def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool = False) -> Any:
     """The preset, with at most two micro-batches an update."""
     from atlas.config.loader import overlay, read_yaml, resolve
     from atlas.config.presets import preset_path
     from atlas.planning import assume_vocabulary
 
     layer = read_yaml(preset_path(preset))
-    training = {"gradient_accumulation_steps": min(2, layer["training"]["gradient_accumulation_steps"])}
+    training: dict[str, Any] = {
+        "gradient_accumulation_steps": min(2, layer["training"]["gradient_accumulation_steps"])
+    }
+    training["compile"] = "on" if compiled else "off"
     if micro_batch:
         training["batch_size"] = micro_batch
     return assume_vocabulary(resolve(overlay(layer, {"training": training, "device": device})))
 
 
-def child(preset: str, micro_batch: int | None, device: str, free_before: int) -> None:
+def child(preset: str, micro_batch: int | None, device: str, compiled: bool, free_before: int) -> None:
     """Prints the bytes of each part of the peak. `free_before` were free on the device before this process came."""
     from atlas.process import set_up_process
 
@@ -54,7 +57,7 @@ def child(preset: str, micro_batch: int | None, device: str, free_before: int) -
 
     from atlas.planning import measure_memory
 
-    step = atlas_step(config_of(preset, micro_batch, device))
+    step = atlas_step(config_of(preset, micro_batch, device, compiled), keeps_little=True)
     for _ in range(2):
         step()
     if device == "cuda":
@@ -66,9 +69,11 @@ def child(preset: str, micro_batch: int | None, device: str, free_before: int) -
         print(json.dumps({"resident": peak_resident()}))
 
 
-def measure(preset: str, micro_batch: int | None, device: str, free: int) -> dict[str, int] | str:
+def measure(
+    preset: str, micro_batch: int | None, device: str, free: int, *, compiled: bool = False
+) -> dict[str, int] | str:
     """The parts of the peak, or why there are none."""
-    wanted = json.dumps([preset, micro_batch, device, free])
+    wanted = json.dumps([preset, micro_batch, device, compiled, free])
     done = subprocess.run(
         [sys.executable, __file__, "--child", wanted], capture_output=True, encoding="utf-8"
     )

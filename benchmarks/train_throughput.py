@@ -53,7 +53,6 @@ class Shape:
 
     @property
     def padded_vocabulary(self) -> int:
-        """Rows of nanoGPT's table: a multiple of 64."""
         return -(-self.vocabulary // 64) * 64
 
     @property
@@ -88,13 +87,13 @@ def atlas(shape: Shape, folder: str) -> Step:
     return atlas_step(resolve({"model": model, "training": training, "device": shape.device}))
 
 
-def atlas_step(config: Any, micro_batch: int | None = None) -> Step:
-    """An update of `atlas train` on random tokens. `micro_batch` is by default the config's `batch_size`."""
+def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: bool = False) -> Step:
+    """An update of `atlas train` on random tokens. `micro_batch` defaults to the config's `batch_size`."""
     from dataclasses import replace
 
     import torch
 
-    from atlas.training.compilation import choose_compile
+    from atlas.training.compilation import choose_compile, compile_blocks
     from atlas.training.interrupt import StopRequest
     from atlas.training.runtime import setup_runtime
     from atlas.training.state import TrainState
@@ -103,6 +102,8 @@ def atlas_step(config: Any, micro_batch: int | None = None) -> Step:
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=print))
     updater = fresh_updater(config, runtime, say=print)
+    if runtime.compiles:
+        compile_blocks(updater.model, keeps_little=keeps_little)
     size = micro_batch or config.training.batch_size
     state = TrainState(horizon=10**9, micro_batch_size=size, eval_batch_size=size)
     stop = StopRequest(print)

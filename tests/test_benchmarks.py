@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -142,17 +141,3 @@ def test_the_contributors_page_names_every_benchmark() -> None:
     ]
     assert len(scripts) > 5
     assert [path.name for path in scripts if f"benchmarks/{path.name}`" not in page] == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a Bash script")
-def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
-    """Without one it says so and runs nothing: a Python that finds PyTorch too old stands for it."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'error: no CUDA device'\nexit 1\n", encoding="utf-8")
-    python.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
-    done = subprocess.run(
-        ["bash", FOLDER / "gpu.sh"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert (tmp_path / "out/summary.txt").read_text(encoding="utf-8") == "error: no CUDA device\n"

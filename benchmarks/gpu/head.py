@@ -52,6 +52,7 @@ def loss(setup: Setup, figures: Figures) -> None:
     from atlas.training.loss import linear_cross_entropy
 
     device = setup.device
+    compiled = not setup.rehearse
     tokens, width, vocabulary = sizes(setup)
     hidden = torch.randn(8, tokens // 8, width, device=device).requires_grad_()
     table = torch.randn(padded(vocabulary), width, device=device).mul_(0.02).requires_grad_()
@@ -60,7 +61,7 @@ def loss(setup: Setup, figures: Figures) -> None:
     def step() -> None:
         hidden.grad = table.grad = None
         with torch.autocast(device, dtype=torch.bfloat16):
-            total = linear_cross_entropy(hidden, table, targets, vocabulary=vocabulary)
+            total = linear_cross_entropy(hidden, table, targets, vocabulary=vocabulary, compiled=compiled)
         total.backward()
 
     for rows in CHUNKS:
@@ -84,11 +85,10 @@ def loss(setup: Setup, figures: Figures) -> None:
 
 def set_chunk(rows: int, columns: int) -> None:
     """From now on the loss takes `rows` rows of `columns` logits in bf16 at a time."""
-    from atlas.training import loss
+    from atlas.training import loss, loss_cuda
 
-    if hasattr(loss, "CUDA_CHUNK_BYTES"):
-        loss.CUDA_CHUNK_BYTES = 2 * rows * columns
-    loss.LOSS_CHUNK_TOKENS = rows
+    loss_cuda.CUDA_LOSS_BYTES = 2 * rows * columns
+    loss.LOSS_CHUNK_TOKENS = rows  # on a CPU
 
 
 JOBS = {"products": products, "loss": loss}

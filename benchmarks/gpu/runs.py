@@ -20,7 +20,7 @@ from typing import Any
 from gpu.figures import Figures, Setup
 from gpu.training import TINY
 
-LIMIT = 75
+LIMIT = 70
 STEPS, SAVE_INTERVAL = 60, 30
 TOLERANCE = 1e-3
 SUBJECTS = ("The river", "An old mill", "A small boat", "The bridge", "Every child", "Nobody")

@@ -13,7 +13,7 @@ import statistics
 from gpu.figures import Figures, LeftOut, Setup
 from gpu.timing import memory_rate
 
-LIMIT = 40
+LIMIT = 35
 
 
 def writing(preset: str, kind: str, setup: Setup, figures: Figures) -> None:
