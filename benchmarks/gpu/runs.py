@@ -45,35 +45,27 @@ def text_file(setup: Setup) -> Path:
 
 
 def prepare(name: str, setup: Setup, **training: Any) -> tuple[list[str], Path]:
-    """The command of a fresh run, and its folder."""
-    import yaml
-
-    from atlas.config.loader import overlay, read_yaml
-    from atlas.config.presets import preset_path
-
+    """The command of a fresh run of the preset, as a user would give it, and its folder."""
     folder = setup.scratch / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    changes = {
+    settings = {
         "seed": 1,
         "device": setup.device,
-        "model": TINY if setup.rehearse else {},
-        "data": {
-            "train_data": str(text_file(setup)),
-            "tokenizer": "tests.toy:tokenizer" if setup.rehearse else "gpt2",
-        },
-        "training": {"max_steps": STEPS, "warmup_steps": 10, "log_interval": 1, **training},
-        "tracking": {"samples": 0},
-        # A save in the background may end after the last update.
-        "checkpoint": {
-            "output_dir": str(folder / "run"),
-            "save_interval": SAVE_INTERVAL,
-            "background": False,
-        },
+        "data.train_data": text_file(setup),
+        "data.tokenizer": "tests.toy:tokenizer" if setup.rehearse else "gpt2",
+        "training.max_steps": STEPS,
+        "training.warmup_steps": 10,
+        "training.log_interval": 1,
+        "tracking.samples": 0,
+        "checkpoint.output_dir": folder,
+        "checkpoint.save_interval": SAVE_INTERVAL,
+        "checkpoint.background": "false",  # a save in the background may end after the last update
     }
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(overlay(read_yaml(preset_path("tiny")), changes)), encoding="utf-8")
-    return [sys.executable, "-m", "atlas", "train", "--config", str(config)], folder / "run"
+    settings |= {f"training.{key}": value for key, value in training.items()}
+    if setup.rehearse:
+        settings |= {f"model.{key}": value for key, value in TINY.items()}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "atlas", "train", "--config", "tiny", *words], folder
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,15 @@
 """Tokens a second of writing in bf16, one text and eight, beside transformers: see `benchmarks/decode.py`.
 
-A token cannot come sooner than its weights are read: `part_of_limit` is the part of that speed. The host waits for each
-token, so its clock gives the time.
+`tokens_per_second` are those of a call, with the recording of CUDA graphs in it; `steady_tokens_per_second` follow from
+the median time between two tokens. A token cannot come sooner than its weights are read: `part_of_limit` is the steady
+rate's part of that. The host waits for each token, so its clock gives the time.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import statistics
 
 from gpu.figures import Figures, LeftOut, Setup
@@ -34,13 +36,17 @@ def writing(preset: str, kind: str, setup: Setup, figures: Figures) -> None:
         name = f"{preset}: {kind}, {texts} text{'s' * (texts > 1)}"
         if figures.get(name) is not None:
             continue
-        speed = statistics.median(tokens_per_second(write([texts, tokens])) for _ in range(rounds))
+        moments = [write([texts, tokens]) for _ in range(rounds)]
+        speed = statistics.median(map(tokens_per_second, moments))
+        gaps = [after - before for rows in moments for before, after in itertools.pairwise(rows[0])]
+        steady = texts / statistics.median(gaps)
         limit = texts * rate / num_bytes
         figures.add(
             name,
             tokens_per_second=round(speed, 1),
+            steady_tokens_per_second=round(steady, 1),
             limit=round(limit, 1),
-            part_of_limit=round(speed / limit, 4),
+            part_of_limit=round(steady / limit, 4),
             bytes_per_token=num_bytes,
             bytes_per_second=round(rate),
         )
