@@ -190,6 +190,7 @@ def test_a_job_ends_at_its_limit(module: object, tmp_path: Path, monkeypatch: py
     assert sum(limits) <= script.BUDGET
 
 
+@pytest.mark.slow
 def test_a_rehearsal_gives_figures_and_another_call_repeats_none(tmp_path: Path) -> None:
     arguments = ["--rehearse", "--only", "head", "--only", "training"]
     done = call(tmp_path, *arguments)
