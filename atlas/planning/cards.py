@@ -1,7 +1,9 @@
 """Graphics cards by name: their memory, how fast they can multiply matrices, and what power they draw.
 
-The figures are meant to be those of the makers' whitepapers and data sheets. They were written down from common
-knowledge and have not been compared with these line by line yet; nothing here was measured.
+The figures are meant to be those of the makers' whitepapers and data sheets, which the comments name. They were
+written down from common knowledge. tests/test_plan_run.py compares the rates with units × clock. H100 and H200 were
+compared with copies of their data sheets, the other cards not yet line by line. Nothing here was measured.
+`atlas.planning.speed` says what part of these peaks a card is expected to reach.
 
 Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
 PyTorch computes them. That is less than what is advertised:
@@ -43,19 +45,24 @@ class Card:
         """Bytes."""
         return self.gibibytes << 30
 
+    @property
+    def is_geforce(self) -> bool:
+        """Whether its tensor cores add in fp32 at half of their rate: NVIDIA's consumer cards from Turing on."""
+        return re.match(r"RTX \d", self.name) is not None
+
 
 CARDS = (
-    # Pascal: fp32 units only
+    # Pascal (NVIDIA, GeForce GTX 1080 whitepaper): fp32 units only
     Card("GTX 1060", 6, "fp16", 4.4, 192, 120),
     Card("GTX 1070", 8, "fp16", 6.5, 256, 150),
     Card("GTX 1080", 8, "fp16", 8.9, 320, 180),
     Card("GTX 1080 Ti", 11, "fp16", 11.3, 484, 250),
-    # Turing
+    # Turing (NVIDIA, Turing GPU Architecture)
     Card("RTX 2060", 6, "fp16", 25.8, 336, 160),
     Card("RTX 2070", 8, "fp16", 29.9, 448, 175),
     Card("RTX 2080", 8, "fp16", 40.3, 448, 215),
     Card("RTX 2080 Ti", 11, "fp16", 53.8, 616, 250),
-    # Ampere
+    # Ampere (NVIDIA, Ampere GA102 GPU Architecture)
     Card("RTX 3050", 8, "bf16", 18.2, 224, 130),
     Card("RTX 3060", 12, "bf16", 25.5, 360, 170),
     Card("RTX 3060 Ti", 8, "bf16", 32.4, 448, 200),
@@ -65,7 +72,7 @@ CARDS = (
     Card("RTX 3080 Ti", 12, "bf16", 68.2, 912, 350),
     Card("RTX 3090", 24, "bf16", 71.0, 936, 350),
     Card("RTX 3090 Ti", 24, "bf16", 80.0, 1008, 450),
-    # Ada
+    # Ada (NVIDIA, Ada GPU Architecture)
     Card("RTX 4060", 8, "bf16", 30.2, 272, 115),
     Card("RTX 4060 Ti", 8, "bf16", 44.1, 288, 160),
     Card("RTX 4060 Ti", 16, "bf16", 44.1, 288, 165),
@@ -76,7 +83,7 @@ CARDS = (
     Card("RTX 4080", 16, "bf16", 97.5, 717, 320),
     Card("RTX 4080 SUPER", 16, "bf16", 104.4, 736, 320),
     Card("RTX 4090", 24, "bf16", 165.2, 1008, 450),
-    # Blackwell
+    # Blackwell (NVIDIA, RTX Blackwell GPU Architecture)
     Card("RTX 5050", 8, "bf16", 26.3, 320, 130),
     Card("RTX 5060", 8, "bf16", 38.4, 448, 145),
     Card("RTX 5060 Ti", 8, "bf16", 47.4, 448, 180),
@@ -85,7 +92,7 @@ CARDS = (
     Card("RTX 5070 Ti", 16, "bf16", 87.9, 896, 300),
     Card("RTX 5080", 16, "bf16", 112.6, 960, 360),
     Card("RTX 5090", 32, "bf16", 209.5, 1792, 575),
-    # Workstations and data centres
+    # Workstations and data centres (NVIDIA, data sheets of the cards; Tesla V100, A100 and H100 GPU Architecture)
     Card("V100", 16, "fp16", 125.0, 900, 300),
     Card("V100", 32, "fp16", 125.0, 900, 300),
     Card("T4", 16, "fp16", 65.0, 320, 70),
@@ -100,7 +107,7 @@ CARDS = (
     Card("H100 PCIe", 80, "bf16", 756.0, 2000, 350),
     Card("H100", 80, "bf16", 989.0, 3350, 700),
     Card("H200", 141, "bf16", 989.0, 4800, 700),
-    # AMD: the first two have no matrix units, and compute bf16 at the rate of fp32
+    # AMD (data sheets of the cards): the first two have no matrix units, and compute bf16 at the rate of fp32
     Card("RX 6800", 16, "bf16", 16.2, 512, 250),
     Card("RX 6800 XT", 16, "bf16", 20.7, 512, 300),
     Card("RX 7900 XTX", 24, "bf16", 122.8, 960, 355),
