@@ -25,6 +25,7 @@ from atlas.planning import (
     CARDS,
     Machine,
     card_named,
+    card_speed,
     describe_duration,
     estimate_training_memory,
     find_card,
@@ -34,6 +35,7 @@ from atlas.planning import (
     plan_run,
     tables,
     training_flops_per_token,
+    update_seconds,
     what_would_help,
 )
 from atlas.planning.run import SPREAD
@@ -203,7 +205,7 @@ def test_precision_decides_whether_the_table_knows_the_speed() -> None:
 
 def test_time_and_energy_are_flops_by_speed() -> None:
     config = config_of(training={"batch_size": 4})
-    machine = Machine("here", "cuda", 2**33, flops_per_second=1e9, watts=360)
+    machine = Machine("here", "mps", 2**33, flops_per_second=1e9, watts=360)
     run = plan_run(config, machine, updates=1000, sequences_per_epoch=500)
     assert (run.tokens, run.epochs) == (1000 * 4 * 32, 8)
     assert run.flops == run.tokens * training_flops_per_token(config)
@@ -333,11 +335,13 @@ def test_json_says_what_the_estimate_says(dataset: Path, capsys: pytest.CaptureF
     assert found["tokens"] == found["updates"] * 2 * 64
     assert found["epochs"] == pytest.approx(3, rel=0.05)
     assert found["flops"] == found["tokens"] * training_flops_per_token(config)
-    assert found["seconds"][0] < found["flops"] / (0.35 * 25.5e12) < found["seconds"][1]
+    seconds = found["updates"] * update_seconds(config, card_speed(find_card("rtx 3060")))
+    assert found["seconds"] == pytest.approx([seconds / SPREAD, seconds * SPREAD])
+    assert found["utilisation"] == pytest.approx(found["flops"] / seconds / 25.5e12)
+    assert content["machine"]["time_is"] == "simulated"
     assert found["verdict"] == "larger than this text can teach"
     assert found["micro_batch_size"] == found["largest_micro_batch_size"] == 2
     assert content["machine"]["memory_bytes"] == 12 * 2**30
-    assert (found["utilisation"], content["machine"]["utilisation_is"]) == (0.35, "assumed, not measured")
     assert list(content["presets"]) == list(preset_names())
     assert content["presets"]["nano"]["vocab_size"] == 300
     assert content["presets"]["nano"]["epochs"] == pytest.approx(2400 * 4 * 256 / tokens, rel=0.1)
@@ -348,7 +352,7 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     content = planned(capsys, "--set", "device=cpu", "--set", "training.max_steps=10")
     machine = content["machine"]
     assert machine["flops_per_second"] > 1e8
-    assert (machine["utilisation_is"], machine["watts"]) == ("measured", None)
+    assert (machine["time_is"], machine["watts"]) == ("measured", None)
     assert content["config"]["seconds"][0] > 0
     assert content["config"]["kilowatt_hours"] is None
     assert content["data"] is None
@@ -388,7 +392,8 @@ def test_a_screen_about_a_config_a_text_and_a_card(
     assert main(["plan", "--config", "nano", "--data", str(dataset), "--gpu", "RTX 3060"]) == 0
     out = capsys.readouterr().out
     assert "…" not in out
-    assert "35% (assumed, not measured) of 25,500 GFLOP/s, its peak in bf16 by Atlas's table of cards" in out
+    assert "simulated: the FLOPs and bytes of an update at 24,225 GFLOP/s and 331 GB/s" in out
+    assert "% of 25,500 GFLOP/s, its peak in bf16 by Atlas's table of cards" in out
     assert "the text is small for every one" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
     assert rows["updates"] == ["updates", "2,400"]

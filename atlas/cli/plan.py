@@ -186,8 +186,8 @@ def this_machine(wanted: AtlasConfig) -> Machine:
     """This machine as a config would use it, its speed measured in about a second."""
     import torch
 
-    from atlas.planning import Machine, card_named, measure_memory
-    from atlas.planning.probe import measure_matrix_products
+    from atlas.planning import Machine, Speed, card_named, card_speed, measure_memory
+    from atlas.planning.probe import measure_copy, measure_matrix_products
     from atlas.training.runtime import setup_runtime
 
     # How several processes share a model is planned, not set up.
@@ -195,13 +195,21 @@ def this_machine(wanted: AtlasConfig) -> Machine:
     runtime = setup_runtime(wanted.model_copy(update={"training": alone}))
     device = runtime.device.type
     card = card_named(torch.cuda.get_device_name()) if device == "cuda" else None
+    memory = measure_memory(device)
+    rate = measure_matrix_products(runtime.device, runtime.dtype)
+    bandwidth = measure_copy(runtime.device) if device == "cuda" else None
+    speed = None
+    if bandwidth is not None and runtime.dtype != torch.float32:
+        speed = card_speed(card, products=rate, bandwidth=bandwidth) if card else Speed(rate, bandwidth)
     return Machine(
         name=f"this machine ({device})",
         device=device,
-        memory=measure_memory(device),
-        flops_per_second=measure_matrix_products(runtime.device, runtime.dtype),
+        memory=memory,
+        flops_per_second=rate,
         rate_is=f"measured here in {runtime.precision}",
+        bytes_per_second=bandwidth,
         watts=card.watts if card else None,
+        speed=speed,
     )
 
 

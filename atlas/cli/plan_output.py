@@ -71,7 +71,7 @@ def print_json(report: Report) -> None:
             "memory_bytes": machine.memory,
             "flops_per_second": machine.flops_per_second,
             "flops_per_second_is": machine.rate_is,
-            "utilisation_is": machine.utilisation_is,
+            "time_is": machine.time_is,
             "memory_bytes_per_second": machine.bytes_per_second,
             "watts": machine.watts,
         },
@@ -271,14 +271,7 @@ def _notes(report: Report) -> Iterator[str]:
     if machine.flops_per_second is None:
         yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     else:
-        narrow = "; less for narrow models" if machine.device == "cpu" and not summary else ""
-        waits = "; a fast card also waits between the tasks of a small model, or of few sequences at once"
-        reached = (summary or report.preset_summaries[-1]).run.utilisation
-        yield (
-            f"Time: FLOPs at {reached:.0%} ({machine.utilisation_is}{narrow}) of "
-            f"{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}. "
-            f"Evaluations and saves come on top{'' if machine.device == 'cpu' else waits}."
-        )
+        yield _note_on_time(machine, summary or report.preset_summaries[-1], is_one=summary is not None)
     if report.scaling:
         yield from _notes_on_scaling(report.scaling, machine.device)
     if summary and summary.advice:
@@ -297,6 +290,23 @@ def _notes(report: Report) -> Iterator[str]:
             f"vocab_size is left out, so the dataset's will be taken; {summary.config.model.vocab_size} is assumed "
             "here. GPT-2's: --set model.vocab_size=50257"
         )
+
+
+def _note_on_time(machine: Machine, summary: Summary, *, is_one: bool) -> str:
+    """Which the times are: measured, simulated or stated, and from what."""
+    reached, speed = summary.run.utilisation, machine.speed
+    assert reached is not None
+    assert machine.flops_per_second is not None
+    rate = f"{reached:.0%} of {machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}"
+    if speed is None:
+        narrow = "; less for narrow models" if machine.device == "cpu" and not is_one else ""
+        how = f"FLOPs at {rate} ({machine.time_is}{narrow})"
+    else:
+        how = (
+            f"simulated: the FLOPs and bytes of an update at {speed.products / 1e9:,.0f} GFLOP/s and "
+            f"{speed.bandwidth / 1e9:,.0f} GB/s; its FLOPs are at {rate}"
+        )
+    return f"Time: {how}. Evaluations and saves come on top."
 
 
 def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:

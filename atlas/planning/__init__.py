@@ -22,8 +22,9 @@ from atlas.planning.fit import largest_micro_batch, what_would_help
 from atlas.planning.flops import training_flops_per_token
 from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
-from atlas.planning.run import Machine, Run, describe_duration, machine_with, plan_run
+from atlas.planning.run import Machine, Run, describe_duration, machine_with, plan_run, seconds_of_update
 from atlas.planning.scaling import RankMemory, Scaling, scale
+from atlas.planning.speed import Speed, card_speed, update_seconds
 from atlas.planning.summary import Summary, summarize
 
 __all__ = [
@@ -43,12 +44,14 @@ __all__ = [
     "RankMemory",
     "Run",
     "Scaling",
+    "Speed",
     "Summary",
     "TrainingMemory",
     "advise",
     "advise_on",
     "assume_vocabulary",
     "card_named",
+    "card_speed",
     "checkpoint_bytes",
     "cluster_of",
     "count_parameters",
@@ -66,8 +69,10 @@ __all__ = [
     "plan_presets",
     "plan_run",
     "scale",
+    "seconds_of_update",
     "snapshot_bytes",
     "summarize",
     "training_flops_per_token",
+    "update_seconds",
     "what_would_help",
 ]

@@ -1,4 +1,8 @@
-"""How much a run reads and computes, and how long that takes."""
+"""How much a run reads and computes, and how long that takes.
+
+A time is measured on a CPU, by the rate of its matrix products and the part of it that training reached in a benchmark;
+simulated on a GPU, by the bytes and FLOPs of an update (`atlas.planning.speed`); and stated for an Apple GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ from atlas.errors import AtlasError
 from atlas.planning.cards import Card
 from atlas.planning.estimate import count_parameters
 from atlas.planning.flops import training_flops_per_token
+from atlas.planning.speed import Speed, card_speed, update_seconds
 
 Range = tuple[float, float]
 """From, to."""
 
 CPU_UTILISATION = 0.65
 """Measured: 395 of the 599 tokens a second that the matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
-GPU_UTILISATION = 0.35
-"""Assumed, not measured."""
+MPS_UTILISATION = 0.35
+"""Stated, not measured."""
 SPREAD = 1.3
-"""A time is given from so much less to so much more than the quotient: no more than that is known."""
+"""A time is given from so much less to so much more: no more than that is known."""
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
 
 
@@ -39,21 +44,23 @@ class Machine:
     """Between the processor and its memory, where it is known."""
     watts: int | None = None
     """At full load, where it is known."""
+    speed: Speed | None = None
+    """What an NVIDIA or AMD GPU reaches; None for other devices, and where it is not known."""
 
     @property
-    def utilisation_is(self) -> str:
-        """Where the part of that rate comes from that training reaches."""
-        return "measured" if self.device == "cpu" else "assumed, not measured"
+    def time_is(self) -> str:
+        """Where the time of an update comes from."""
+        return "measured" if self.device == "cpu" else "simulated" if self.speed else "stated"
 
 
 def utilisation(model: ModelConfig, device: str) -> float:
-    """The part of the rate of matrix products that training reaches, 0 to 1.
+    """The part of the rate of matrix products that training reaches on a CPU or an Apple GPU, 0 to 1.
 
     Products take time with the square of the width C, norms and activations with C: on a CPU C / (C + 200) is what
     benchmarks/utilisation.py measured at 128, 256 and 384. Wider models are taken to reach no more than the last.
     """
     if device != "cpu":
-        return GPU_UTILISATION
+        return MPS_UTILISATION
     return min(CPU_UTILISATION, model.hidden_size / (model.hidden_size + 200))
 
 
@@ -74,7 +81,19 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
         rate_is=f"its peak in {card.precision if precision == 'auto' else precision} by Atlas's table of cards",
         bytes_per_second=card.bandwidth * 1e9,
         watts=card.watts,
+        speed=None if precision == "fp32" else card_speed(card),
     )
+
+
+def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
+    """The seconds of one update, evaluations and saves left out; None where the speed is not known."""
+    if machine.speed is not None:
+        return update_seconds(config, machine.speed)
+    if machine.flops_per_second is None:
+        return None
+    tokens = config.training.sequences_per_update * config.model.max_seq_len
+    reached = machine.flops_per_second * utilisation(config.model, machine.device)
+    return tokens * training_flops_per_token(config) / reached
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,8 @@ class Run:
     tokens_per_parameter: float | None
     flops_per_token: int
     flops: int | None
-    utilisation: float
+    utilisation: float | None
+    """The part of the machine's FLOP/s that the updates reach."""
     seconds: Range | None
     """Of the updates alone: evaluations and saves come on top."""
     kilowatt_hours: Range | None
@@ -98,15 +118,16 @@ def plan_run(
     config: AtlasConfig, machine: Machine, *, updates: int | None, sequences_per_epoch: int | None = None
 ) -> Run:
     """A run of so many `updates` (None: not known), of which `sequences_per_epoch` sequences are one epoch."""
-    per_token, reached = training_flops_per_token(config), utilisation(config.model, machine.device)
+    per_token, seconds_each = training_flops_per_token(config), seconds_of_update(config, machine)
+    tokens_each = config.training.sequences_per_update * config.model.max_seq_len
+    reached = None
+    if seconds_each is not None and machine.flops_per_second is not None:
+        reached = tokens_each * per_token / seconds_each / machine.flops_per_second
     if updates is None:
         return Run(None, None, None, None, per_token, None, reached, None, None)
-    sequences = updates * config.training.sequences_per_update
-    tokens = sequences * config.model.max_seq_len
-    seconds = None
-    if machine.flops_per_second:
-        middle = tokens * per_token / (machine.flops_per_second * reached)
-        seconds = (middle / SPREAD, middle * SPREAD)
+    sequences, tokens = updates * config.training.sequences_per_update, updates * tokens_each
+    middle = None if seconds_each is None else updates * seconds_each
+    seconds = None if middle is None else (middle / SPREAD, middle * SPREAD)
     return Run(
         updates=updates,
         tokens=tokens,

@@ -18,7 +18,7 @@ from atlas.planning.estimate import (
     lora_parameters,
 )
 from atlas.planning.flops import training_flops_per_token
-from atlas.planning.run import Machine, utilisation
+from atlas.planning.run import Machine, seconds_of_update
 from atlas.planning.shapes import block_matrices
 
 _ROOMY = 0.75
@@ -174,16 +174,20 @@ def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, at_once: int) -> list[Pass]:
-    """The micro-batches of a rank's share; the last may be smaller."""
-    plain = config.training.model_copy(update={"gradient_checkpointing": False})
-    flops = training_flops_per_token(config)
-    forward = training_flops_per_token(config.model_copy(update={"training": plain})) / 3
-    rate = (machine.flops_per_second or 0.0) * utilisation(config.model, machine.device)
-    seconds = config.model.max_seq_len / rate  # of a sequence, for each FLOP of a token
+    """The micro-batches of a rank's share; the last may be smaller. Their times are the shares of their FLOPs in the
+    time of an update of the rank alone."""
+    training = config.training
+    share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": at_once}
+    own = config.model_copy(update={"training": training.model_copy(update=share)})
+    plain = config.model_copy(
+        update={"training": training.model_copy(update={"gradient_checkpointing": False})}
+    )
+    seconds = (seconds_of_update(own, machine) or 0.0) / sequences
+    forward = seconds * training_flops_per_token(plain) / training_flops_per_token(config) / 3
     before = (sequences - 1) // at_once
     last = sequences - before * at_once
     return [
-        Pass(times, size * forward * seconds, size * (flops - forward) * seconds)
+        Pass(times, size * forward, size * (seconds - forward))
         for times, size in ((before, at_once), (1, last))
     ]
 
