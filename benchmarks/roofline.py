@@ -1,7 +1,7 @@
 """The speed of training on GPUs, simulated: Atlas's own code runs on fake CUDA tensors, and each kernel's bytes and
 FLOPs give its time on a card. No GPU is needed, and nothing is measured.
 
-    python benchmarks/roofline.py small default --batch-size 8 --nanogpt ../nanoGPT
+    python benchmarks/roofline.py small default --batch-size 8 --peer nanoGPT=../nanoGPT
     python benchmarks/roofline.py modern --gpu "RTX 3060" --set training.optimizer=adamw
     python benchmarks/roofline.py small --eager --kernels 20
 
@@ -10,8 +10,8 @@ doi:10.1145/1498765.1498785). An update needs the sum over its kernels, or the t
 `kernel_costs.py` says what a kernel is, and atlas/planning/speed.py what speed a card reaches. MFU is relative to the
 speed of large matrix products, which is below the maker's peak.
 
---nanogpt adds the model of FOLDER/model.py with the preset's layers, width, heads and context, AdamW, the same
-micro-batches and Atlas's padded vocabulary (50,304, as nanoGPT recommends), compiled as a whole.
+--peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled as a whole, with the preset's layers, width, heads
+and context, AdamW, the same micro-batches and Atlas's padded vocabulary (50,304, as nanoGPT recommends).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fake_cuda
@@ -129,11 +128,12 @@ def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool
         return count_update("Atlas", step, log, config)
 
 
-def count_nanogpt(folder: Path, config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool) -> Update:
-    """Count an update as nanoGPT's train.py does it, with its model."""
+def count_nanogpt(peer: str, config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool) -> Update:
+    """Count an update as nanoGPT's train.py does it, with the model of `peer`, a NAME=FOLDER."""
     import torch
 
-    sys.path.insert(0, str(folder))
+    name, _, folder = peer.partition("=")
+    sys.path.insert(0, folder)
     from model import GPT, GPTConfig
 
     shape, size = config.model, config.training.sequences_at_once
@@ -165,7 +165,7 @@ def count_nanogpt(folder: Path, config: AtlasConfig, device: Any, log: KernelLog
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return count_update("nanoGPT", step, log, config)
+        return count_update(name, step, log, config)
 
 
 def label_all(log: KernelLog) -> None:
@@ -204,7 +204,7 @@ def seconds_by_part(update: Update, card: Card) -> dict[str, float]:
 
 
 def simulate(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, AtlasConfig, list[Update]]]:
-    """Yield each config with its updates: Atlas's, and nanoGPT's if its folder is given."""
+    """Yield each config with its updates: Atlas's, and the peer's if there is one."""
     import torch
     from kernel_costs import KernelLog
 
@@ -227,9 +227,9 @@ def simulate(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, 
         torch._dynamo.reset()
         eager = arguments.eager or config.training.compile == "off"
         updates = [count_atlas(config, device, log, eager=eager)]
-        if arguments.nanogpt:
+        if arguments.peer:
             torch._dynamo.reset()
-            updates.append(count_nanogpt(arguments.nanogpt, config, device, log, eager=eager))
+            updates.append(count_nanogpt(arguments.peer, config, device, log, eager=eager))
         yield name, config, updates
 
 
@@ -252,7 +252,7 @@ def report(
             cells.append(f"{moved:,.1f} | {flops:,.1f} | {update.total(lambda kernel: 1, part):,.0f}")
         print(f"| {part or 'total'} | {' | '.join(cells)} |")
     has_peer = len(updates) > 1
-    header = ["", "GPU ms", "host ms", "tokens/s", "MFU", *(["× nanoGPT"] if has_peer else [])]
+    header = ["", "GPU ms", "host ms", "tokens/s", "MFU", *([f"× {updates[-1].name}"] if has_peer else [])]
     print(f"\n| {' | '.join(header)} |\n|---{'|---:' * (len(header) - 1)}|")
     for card in cards:
         speeds = [figures(update, card) for update in updates]
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument(
         "--gpu", action="append", metavar="NAME", help=f"a card; may be repeated; default: {', '.join(GPUS)}"
     )
-    parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="the folder of nanoGPT's model.py")
+    parser.add_argument("--peer", metavar="NAME=FOLDER", help="nanoGPT, in a folder that holds its model.py")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument(
         "--kernels", type=int, default=0, metavar="N", help="list the N kernels that move most bytes"
