@@ -17,6 +17,9 @@ LOSS_CHUNK_TOKENS = 256
 """Rows of logits that exist at once in training's loss: 51 MB in fp32 for GPT-2's vocabulary. On CUDA other chunks:"""
 CUDA_LOSS_BYTES = 256 << 20
 """That a chunk of logits may take there, with what is made of it where nothing is compiled."""
+MUON_STACK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 20}
+"""In the matrices of one shape that Muon orthogonalizes together, by device. On a CPU this is 1.8 times as fast in a
+model 128 wide, and no faster at 768. On CUDA it saves kernel launches: a group takes 26, whatever its size."""
 
 
 class MixturePart(Section):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
-from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS
+from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS, MUON_STACK_NUMBERS
 from atlas.planning.shapes import Matrix, block_matrices
 from atlas.process import KEPT_BELOW
 
@@ -161,21 +161,30 @@ def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: s
     """Bytes that the optimizer's step takes for the parameter that it is at, when activations are gone."""
     C, matrices = model.hidden_size, block_matrices(model).values()
     largest = max(max(_tables(model)) * C, *(matrix.size for matrix in matrices)) * _FP32
-    # Of its largest matrix Muon makes the mean gradient, an orthogonalised one before and after an iteration, and
-    # products of the shorter side. Large ones come one after the other; those that come together are small.
-    part = max(*_muon_parts(model), key=lambda matrix: matrix.size)
-    width, short = (_FP32 if device == "cpu" else 2), min(part)
-    muon = part.size * (_FP32 + 2 * width) + 2 * short * short * width
+    # The weights of `bf16-true` are updated one parameter after the other.
+    layers = model.num_layers if _weight_bytes(training) == _FP32 else 1
+    muon = max(_muon_bytes(matrix, count, device=device) for matrix, count in _muon_parts(model, layers))
     own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest, "muon": muon}[training.optimizer]
     if _weight_bytes(training) == _FP32:
         return own
     return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them
 
 
-def _muon_parts(model: ModelConfig) -> list[Matrix]:
-    """The matrices of a block that Muon makes orthogonal, the largest of each kind."""
+def _muon_bytes(matrix: Matrix, count: int, *, device: str) -> int:
+    """Bytes that Muon's step takes for as many of `count` matrices as it orthogonalizes together: their mean gradients,
+    the stack before and after an iteration, and two products of the shorter side."""
+    width, short = (_FP32 if device == "cpu" else 2), min(matrix)
+    stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // matrix.size))
+    return stacked * (matrix.size * (_FP32 + 2 * width) + 2 * short * short * width)
+
+
+def _muon_parts(model: ModelConfig, layers: int) -> list[tuple[Matrix, int]]:
+    """Of each shape that Muon orthogonalizes, how many matrices it may take together."""
     C, M = model.hidden_size, model.mlp_width
-    return [Matrix(model.num_heads * model.head_size, C), Matrix(M, C)]
+    queries, keys = (heads * model.head_size for heads in (model.num_heads, model.kv_heads))
+    qkv = [(Matrix(queries, C), 3)] if queries == keys else [(Matrix(queries, C), 1), (Matrix(keys, C), 2)]
+    mlp = [(Matrix(M, C), 2 if model.mlp == "swiglu" else 1), (Matrix(C, M), 1)]
+    return [(matrix, count * layers) for matrix, count in [*qkv, *mlp]]
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: bool = False) -> TrainingMemory:

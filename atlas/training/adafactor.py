@@ -1,0 +1,79 @@
+"""Adafactor, whose state is a number for each row and each column of a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas.config import TrainingConfig
+
+_EPS = (1e-15, 1.0)
+
+
+def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum: of a matrix it keeps the mean squared
+    gradient of each row and of each column, and clips the update to a root mean square (RMS) of 1.
+
+    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³ a
+    rate would be relative to each weight, some 50 times smaller than the same number means for AdamW; with ε₂ = 1
+    it is the step itself for every parameter whose RMS is below 1: all but the norms' gains, which stay near it. The
+    second bound is above any usual rate: 1e-3 is reached after a million updates.
+
+    ε₁ bounds the mean squared gradient, and its square, 10⁻³⁰ as in the paper, each estimate. PyTorch's default, 10⁻⁷,
+    is more than the mean squared gradient of a large model whose gradient is clipped to a norm of 1.
+    """
+    on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    kind = AdafactorWithoutWaits if on_cuda else torch.optim.Adafactor
+    # One parameter after the other: all at once would take as much memory again as the weights.
+    return kind(groups, lr=config.learning_rate, eps=_EPS, foreach=False)
+
+
+class AdafactorWithoutWaits(torch.optim.Adafactor):
+    """PyTorch's Adafactor with the same state and the same step, up to rounding. PyTorch reads two norms of every
+    parameter on the host, which waits for the device each time; here they stay on the device."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state.update(_new_state(parameter.grad))
+                    _update(parameter, parameter.grad, state, group)
+
+
+def _new_state(gradient: Tensor) -> dict[str, Tensor]:
+    step = torch.tensor(0.0)  # on the CPU, where the host can read it
+    if gradient.dim() < 2:
+        return {"step": step, "variance": torch.zeros_like(gradient)}
+    rows, columns = gradient.shape
+    return {"step": step, "row_var": gradient.new_zeros(rows, 1), "col_var": gradient.new_zeros(1, columns)}
+
+
+def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """The update of `torch.optim.Adafactor` for one parameter. An RMS is a norm divided by the root of the count: these
+    divisions are folded into numbers of the host, since each would be a kernel of its own."""
+    (eps1, eps2), rate, root = group["eps"], group["lr"], math.sqrt(parameter.numel())
+    state["step"] += 1
+    step = state["step"].item()
+    new = step ** group["beta2_decay"]  # 1 - β₂: the weight of the new squares
+    size = parameter.norm().clamp_(min=eps2 * root)
+    if group["weight_decay"]:
+        parameter.mul_(1 - rate * group["weight_decay"])
+    if gradient.dim() < 2:
+        variance = state["variance"].lerp_(gradient * gradient, new).clamp(min=eps1 * eps1)
+    else:
+        row_var, col_var = state["row_var"], state["col_var"]
+        for mean, dim in ((row_var, 1), (col_var, 0)):
+            norm = gradient.norm(dim=dim, keepdim=True)
+            mean.mul_(1 - new).addcmul_(norm, norm, value=new / gradient.shape[dim])
+        scaled_rows = row_var / row_var.mean().clamp_(min=eps1)
+        variance = (scaled_rows @ col_var).clamp_(min=eps1 * eps1)
+    update = variance.rsqrt_().mul_(gradient)
+    size.div_(update.norm().clamp_(min=root * group["d"]))
+    parameter.addcmul_(update, size, value=-min(rate, 1 / math.sqrt(step)) * group["d"])
