@@ -1,4 +1,4 @@
-"""What Muon and Adafactor do differently on a GPU: the same numbers, from fewer kernels and without waits."""
+"""What Muon and Adafactor do differently on a GPU: the same numbers, in fewer operators and without waits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_matrices_that_muon_stacks_move_as_alone(monkeypatch: pytest.MonkeyPatch
 
 
 ON_FAKE_CUDA = """
-from benchmarks.fake_cuda import FakeCuda, waits
+from benchmarks.fake_cuda import FakeCuda
 device = FakeCuda()
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,25 +77,21 @@ class Operators(TorchDispatchMode):
         self.count += operator.namespace == "aten" and not is_view
         return operator(*args, **(kwargs or {}))
 
-for name in ("muon", "adafactor"):
-    with device, waits() as asked:
-        model = build_model(ModelConfig(num_layers=6, hidden_size=64, num_heads=2, vocab_size=128), seed=0).to("cuda")
-        optimizer = build_optimizer(model, TrainingConfig(optimizer=name))
-        for step in range(2):
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            asked.seen.clear()
-            with Operators() as operators:
-                optimizer.step()
-    print(operators.count, asked.seen.total())
+with device:
+    model = build_model(ModelConfig(num_layers=6, hidden_size=64, num_heads=2, vocab_size=128), seed=0).to("cuda")
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"))
+    for step in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with Operators() as operators:
+            optimizer.step()
+print(operators.count)
 """
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_on_cuda_muon_launches_few_kernels_and_adafactor_never_waits() -> None:
-    """Muon's are as many in a model of six blocks as of two."""
+def test_on_cuda_muon_takes_as_many_operators_in_a_deep_model_as_in_a_shallow_one() -> None:
+    """30 for each of four shapes, and AdamW's for the rest; one matrix after the other would take over 1,000."""
     command = [sys.executable, "-c", ON_FAKE_CUDA]
-    printed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    (operators, waits), (_, adafactor_waits) = (map(int, line.split()) for line in printed.splitlines())
-    assert operators <= 130
-    assert waits == adafactor_waits == 0
+    done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert int(done.stdout) <= 130

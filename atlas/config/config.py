@@ -19,7 +19,7 @@ CUDA_LOSS_BYTES = 256 << 20
 """That a chunk of logits may take there, with what is made of it where nothing is compiled."""
 MUON_STACK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 20}
 """In the matrices of one shape that Muon orthogonalizes together, by device. On a CPU this is 1.8 times as fast in a
-model 128 wide, and no faster at 768. On CUDA it saves kernel launches: a group takes 26, whatever its size."""
+model 128 wide, and no faster at 768. On CUDA it saves kernel launches: a group takes 25, whatever its size."""
 
 
 class MixturePart(Section):

@@ -28,8 +28,6 @@ TO_DEVICE = "H2D async kv_cache.long_tensor"
 UPDATE = {"H2D async update._to_device": 4, "WAIT update.apply": 1}
 """Of two micro-batches: inputs and targets go to the device, one wait reads the loss and the norm."""
 WITH_DOCUMENTS = {"H2D async update._to_device": 6, "WAIT update.apply": 1}
-ADAFACTOR = {**UPDATE, "WAIT _adafactor._single_tensor_adafactor < update._step": 56}
-"""PyTorch reads two numbers of each parameter."""
 GRAPH = "GRAPH decoder.replay"
 NUMBERS = "H2D async sampling.draw"
 TOKEN = {GRAPH: 1, "WAIT generate.generate": 1}
@@ -42,11 +40,12 @@ WAITS: dict[str, dict[str, int]] = {
     "fp16": UPDATE,
     "bf16-true": UPDATE,
     "Muon": UPDATE,
-    "Adafactor": ADAFACTOR,
+    "Adafactor": UPDATE,
     "gradient checkpointing": UPDATE,
     "LoRA": UPDATE,
     "modern": UPDATE,
     "Muon in bf16-true": UPDATE,
+    "Adafactor in bf16-true": UPDATE,
     "documents": WITH_DOCUMENTS,
     "documents, modern": WITH_DOCUMENTS,
     "documents with dropout": WITH_DOCUMENTS,

@@ -61,6 +61,11 @@ TRAINING: dict[str, dict[str, Any]] = {
     "LoRA": {"lora.rank": 4},
     "modern": MODERN,
     "Muon in bf16-true": {**MODERN, "training.optimizer": "muon", "training.precision": "bf16-true"},
+    "Adafactor in bf16-true": {
+        **MODERN,
+        "training.optimizer": "adafactor",
+        "training.precision": "bf16-true",
+    },
     "documents": {"data.document_mask": True},
     "documents, modern": {"data.document_mask": True, **MODERN},
     "documents with dropout": {"data.document_mask": True, "model.dropout": 0.1},
