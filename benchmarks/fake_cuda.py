@@ -81,6 +81,13 @@ class Card:
     regs_per_multiprocessor = 65536
 
 
+class Runtime:
+    """What Atlas asks of CUDA itself: page-locked memory. 0 is success."""
+
+    cudaHostRegister = staticmethod(lambda address, size, flags: 0)
+    cudaHostUnregister = staticmethod(lambda address: 0)
+
+
 class FakeCuda:
     """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a `FakeTensorMode` class of one's own
     (it sees every operator), or PyTorch's. `backend` is what `torch.compile` compiles with, since no kernel can be
@@ -133,6 +140,7 @@ def _pretend() -> None:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "is_current_stream_capturing": lambda: False,
+        "cudart": lambda: Runtime,
         "get_rng_state": lambda *device: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *state: None,
         "Stream": _Stream,

@@ -22,7 +22,8 @@ from torch import Tensor
 from atlas.training.checkpoint import CheckpointManager
 from atlas.training.distributed import World
 from atlas.training.metrics import RunLog
-from atlas.training.writing import Abandoned, tensor_bytes
+from atlas.training.pinned import pinned_like
+from atlas.training.writing import Abandoned, named_tensors, tensor_bytes
 
 if TYPE_CHECKING:
     from atlas.training.sharded import ShardSaver
@@ -35,31 +36,44 @@ _LONGEST_REST, _SHORTEST_REST = 8.0, 0.005  # seconds to a second of work; secon
 class Snapshot:
     """A copy of nested dicts, lists and tensors on the CPU, its memory kept for the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        self._say = say
         self._buffers: dict[str, Tensor] = {}
         self._from_gpu = False
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """Copy `contents` over the last copy. Returns when every byte is here."""
+        self._allocate_pinned(contents)
         copied = self._copy("", dict(contents))
         if self._from_gpu:
             torch.cuda.synchronize()  # these copies run on their own
         self.contents = copied
         return copied  # type: ignore[no-any-return]
 
+    def _allocate_pinned(self, contents: Mapping[str, Any]) -> None:
+        """One block for all tensors on a GPU that have no memory here yet: the weights at the start of a run, the
+        optimizer's state at its first save."""
+        tensors = {key: tensor for key, tensor in named_tensors(contents) if tensor.is_cuda}
+        missing = {key: tensor for key, tensor in tensors.items() if not self._has_buffer(key, tensor)}
+        if missing:
+            self._from_gpu = True
+            self._buffers |= zip(missing, pinned_like([*missing.values()], say=self._say), strict=True)
+
+    def _has_buffer(self, key: str, value: Tensor) -> bool:
+        buffer = self._buffers.get(key)
+        return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
+
     def _copy(self, key: str, value: Any) -> Any:
+        """`key` as `named_tensors` has it."""
         if isinstance(value, Tensor):
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._buffers[key] = buffer
-                self._from_gpu = self._from_gpu or value.is_cuda
-            return buffer.copy_(value.detach(), non_blocking=True)
+            if not self._has_buffer(key, value):
+                self._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
+            return self._buffers[key].copy_(value.detach(), non_blocking=True)
         if isinstance(value, Mapping):
-            return {name: self._copy(f"{key}/{name}", entry) for name, entry in value.items()}
+            return {name: self._copy(f"{key}.{name}".lstrip("."), entry) for name, entry in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(f"{key}/{place}", entry) for place, entry in enumerate(value))
+            return type(value)(self._copy(f"{key}.{place}", entry) for place, entry in enumerate(value))
         return value
 
 
@@ -112,7 +126,7 @@ class BackgroundSaver:
         self.before = before
         self.after = after
         self.in_background = in_background
-        self.snapshot = Snapshot()
+        self.snapshot = Snapshot(checkpoints.say)
         self.written: list[Path] = []
         """What the last save that has ended wrote."""
         self.seconds = 0.0

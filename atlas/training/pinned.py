@@ -1,0 +1,61 @@
+"""Page-locked (pinned) main memory, which a GPU copies into at full speed while the host does something else.
+
+PyTorch's own allocator rounds each pinned tensor up to a power of two: of a checkpoint's 6 GB it may make 8. Here the
+tensors lie one after the other in ordinary memory, which CUDA is then asked to lock.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy
+import torch
+from torch import Tensor
+
+_PAGE = 4096
+_ALIGNED = 64  # bytes that a tensor's first one is a multiple of
+_PORTABLE = 1
+"""`cudaHostRegisterPortable`: for all CUDA contexts of the process."""
+
+
+def pinned_like(tensors: Sequence[Tensor], *, say: Callable[[str], None]) -> list[Tensor]:
+    """Uninitialized CPU tensors of these shapes and dtypes in one pinned block, each with a storage of its own. The
+    block is freed with the last of them. Where CUDA does not lock it, it is ordinary memory, and `say` gets a line."""
+    size = sum(_rounded(tensor.nbytes, _ALIGNED) for tensor in tensors)
+    # Full pages of its own: CUDA locks pages, and those of another block may be locked already.
+    block = numpy.empty(_rounded(size, _PAGE) + _PAGE, dtype=numpy.uint8)
+    offset = -block.ctypes.data % _PAGE
+    _lock(block, block.ctypes.data + offset, _rounded(size, _PAGE), say)
+    buffers = []
+    for tensor in tensors:
+        if tensor.numel():
+            buffer = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            buffers.append(buffer.view(tensor.shape))
+        else:
+            buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype))
+        offset += _rounded(tensor.nbytes, _ALIGNED)
+    return buffers
+
+
+def _lock(block: numpy.ndarray, address: int, size: int, say: Callable[[str], None]) -> None:
+    if size == 0:
+        return
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if (error := int(cuda.cudaHostRegister(address, size, _PORTABLE))) == 0:
+        # Unlocked before it is freed, or CUDA would regard whatever is allocated there next as locked. Not at the exit
+        # of the process: CUDA may have shut down by then.
+        weakref.finalize(block, cuda.cudaHostUnregister, address).atexit = False
+        return
+    with suppress(RuntimeError):  # PyTorch's next kernel would raise the error that has just been handled
+        torch.ones(1, device="cuda")
+    say(
+        f"CUDA cannot pin {size / 1e9:.2f} GB of main memory for the copy that checkpoints are written from (error "
+        f"{error}): the copy uses ordinary memory, and each save stops training for longer"
+    )
+
+
+def _rounded(size: int, unit: int) -> int:
+    return math.ceil(size / unit) * unit
