@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 from atlas.errors import AtlasError
 from atlas.training.loss import compute_lm_loss
-from atlas.training.memory import is_out_of_memory
+from atlas.training.memory import collector_spares_the_run, is_out_of_memory
 from atlas.training.micro_batch import _largest, _runs
 from atlas.training.trainer import Trainer
 from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
@@ -259,3 +262,52 @@ def test_a_try_that_fails_leaves_nothing_and_is_remembered(
     assert sizes == [2, 1]
     monkeypatch.setattr("atlas.training.micro_batch._runs", lambda *_: pytest.fail("tried again"))
     assert trainer_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1
+
+
+# The garbage collector.
+
+
+class Cycle:
+    """Freed by the garbage collector alone."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_the_garbage_collector_spares_a_run_once_and_only_until_it_ends(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    calls: list[int] = []
+    freeze, train_step = gc.freeze, trainer.train_step
+    made: list[weakref.ref[Cycle]] = []
+
+    def frozen() -> None:
+        calls.append(trainer.state.step)
+        freeze()
+
+    def step(*batch: torch.Tensor) -> object:
+        made.append(weakref.ref(Cycle()))
+        gc.collect()
+        return train_step(*batch)
+
+    monkeypatch.setattr(gc, "freeze", frozen)
+    trainer.train_step = step  # type: ignore[method-assign, assignment]
+    trainer.train()
+    assert calls == [1]
+    assert len(made) == 6
+    assert [cycle() for cycle in made] == [None] * 6
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_garbage_collector_spared_is_freed_after_a_run_that_failed() -> None:
+    old = Cycle()
+    watched = weakref.ref(old)
+    with suppress(RuntimeError), collector_spares_the_run() as after_update:
+        after_update()
+        del old
+        gc.collect()
+        assert watched() is not None
+        raise RuntimeError
+    gc.collect()
+    assert watched() is None

@@ -32,6 +32,7 @@ from atlas.training.interrupt import StopRequest
 from atlas.training.lock import FolderLock
 from atlas.training.loss import LossFunction
 from atlas.training.manifest import FORMAT_VERSION
+from atlas.training.memory import collector_spares_the_run
 from atlas.training.metrics import RunLog, perplexity
 from atlas.training.recovery import emergency_save, recover, save_if_sound, save_or_go_back
 from atlas.training.runtime import Runtime, describe_machine
@@ -123,7 +124,8 @@ class Trainer:
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         progress = self.log.progress(done=state.step, total=self.total)
-        with self.stop, self.log.tracked(), progress, self.saver, emergency_save(self):
+        spared = collector_spares_the_run()
+        with self.stop, self.log.tracked(), progress, self.saver, emergency_save(self), spared as spare:
             self.hold()
             self._catch_up()
             stream = self._batches()
@@ -139,6 +141,7 @@ class Trainer:
                 if update is None:
                     break
                 self.clock.update_ends()
+                spare()
                 if update.fault and recover(self, update.fault):
                     stream = self._batches()
                     continue
