@@ -1,6 +1,6 @@
-"""What a process asks of the system's C libraries before PyTorch computes in it. On Linux; elsewhere nothing is asked.
+"""What a process asks of the system's C libraries and of PyTorch before it computes. On Linux; elsewhere nothing.
 
-Each changes only how fast the same bits are made. What they give is in benchmarks/RESULTS.md.
+The numbers that are computed stay the same to the bit. What it gives on a CPU is in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's `malloc.h`."""
 KEPT_BELOW = 32 << 20
 """Bytes of blocks that malloc keeps when they are freed."""
+_NVIDIA_DRIVER = "/dev/nvidiactl"
+"""There with Linux's own driver. Under WSL 2 and with ROCm expandable segments may fail at the first allocation
+(pytorch/pytorch#192330, #192259)."""
+_ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 _BUSY_CORES, _LOOK = 0.5, 0.1
 """Another program computes where this many cores have worked for so many seconds while this one waited, and not only
 then: on average of the last minute as well."""
@@ -25,6 +29,9 @@ def set_up_process() -> None:
         # PyTorch then aligns tensors of 2 MB and more to the system's large pages, and asks for them: a page fault for
         # 512 pages.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if os.path.exists(_NVIDIA_DRIVER) and not {_ALLOCATOR, _OLD_ALLOCATOR} & os.environ.keys():
+            # Segments of GPU memory that grow leave no gaps between them, which nothing else would fit into.
+            os.environ[_ALLOCATOR] = "expandable_segments:True"
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()
 

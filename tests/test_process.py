@@ -50,8 +50,18 @@ print(os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
+ALLOCATOR = """
+import os
+os.path.exists = lambda path: path == "{there}"
+from atlas.process import set_up_process
+set_up_process()
+print(os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+"""
+
+
 def printed(code: str, *arguments: str, **variables: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    unset = {"GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
     environment |= {"PYTHONPATH": str(REPOSITORY), **variables}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
@@ -86,3 +96,23 @@ def test_threads_sleep_where_another_program_has_half_a_core(
 def test_what_the_user_sets_stays() -> None:
     assert printed(SETTING.format(percent=100, load=2), GOMP_SPINCOUNT="77") == "77"
     assert printed(SETTING.format(percent=100, load=2), OMP_WAIT_POLICY="active") == "None"
+
+
+@pytest.mark.parametrize(
+    ("there", "variables", "set_to"),
+    [
+        ("/dev/nvidiactl", {}, "expandable_segments:True None"),
+        ("/dev/dxg", {}, "None None"),  # WSL 2
+        ("/dev/nvidiactl", {"PYTORCH_ALLOC_CONF": ""}, " None"),
+        ("/dev/nvidiactl", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native None"),
+        (
+            "/dev/nvidiactl",
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            "None max_split_size_mb:64",
+        ),
+    ],
+)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_how(
+    there: str, variables: dict[str, str], set_to: str
+) -> None:
+    assert printed(ALLOCATOR.format(there=there), **variables) == set_to.strip()
