@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from atlas.cli import doctor_facts, main
 from atlas.model.mlp import MLP
 from atlas.planning import doctor as probes
-from atlas.planning.doctor import Effort, try_compile, working_attention
+from atlas.planning.doctor import Effort, time_attention, try_compile, working_attention
 from tests.runs import layer, trainer_for
 
 LITTLE = Effort(seconds=0.01, matrix_size=64, copied=100_000, disk=100_000, compile_seconds=0.01)
@@ -72,6 +72,7 @@ def test_the_facts_are_those_of_other_sources(healthy: dict[str, Any]) -> None:
     assert healthy["precision"]["fp32"]["product_times_fp32"] == 1
     assert healthy["copy"] > 0
     assert healthy["disk"]["write"] > 0
+    assert healthy["attention_times"] is None
     assert healthy["problems"] == []
 
 
@@ -305,6 +306,49 @@ def test_attention_kernels_of_a_cpu() -> None:
     }
 
 
+def test_attention_is_timed_by_kernel_and_the_one_that_pytorch_chooses_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU, where `doctor` does not do so, since nothing is to be chosen."""
+    monkeypatch.setattr(probes, "_ATTENTION", {"batch": 1, "heads": 2, "tokens": 16, "head_size": 8})
+    times = time_attention(CPU, torch.float32, seconds=0.001)
+    assert times.chosen == "flash"
+    assert times.seconds.keys() == {"flash", "math"}
+    assert all(seconds > 0 for seconds in times.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seconds", "says"),
+    [
+        ("flash", {"flash": 1e-3, "math": 9e-3}, "flash, chosen by PyTorch; "),
+        ("flash", {"flash": 1e-3, "cudnn": 0.95e-3}, "flash, chosen by PyTorch; "),
+        (
+            "flash",
+            {"flash": 1.5e-3, "cudnn": 1e-3},
+            "flash, chosen by PyTorch, although cudnn is 1.5 times as fast; ",
+        ),
+        (None, {"math": 9e-3}, "a kernel unknown here, chosen by PyTorch; "),
+    ],
+)
+def test_a_kernel_that_is_clearly_faster_is_named(
+    chosen: str | None,
+    seconds: dict[str, float],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = {"batch": 4, "heads": 12, "tokens": 1024, "head_size": 64}
+    times = {"chosen": chosen, "seconds": seconds, "shape": shape}
+    monkeypatch.setattr(doctor_facts, "_attention_times", lambda device, effort: times)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  attention takes")]
+    assert row.startswith(
+        f"  attention takes   {says}forward and backward of 4 × 1,024 tokens, 12 heads of 64: "
+    )
+    for name, each in seconds.items():
+        assert f"{name} {each * 1e3:.2f} ms" in row
+
+
 def test_a_compiler_that_takes_too_long_is_stopped() -> None:
     check = try_compile(CPU, seconds=0.01)
     assert check.reason == "did not finish in 0.01 seconds"
@@ -349,3 +393,4 @@ def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["precision"]["fp32"]["right"]
     assert facts["precision"][facts["train"]["precision"]]["right"]
     assert facts["attention"]["math"]
+    assert facts["attention_times"]["chosen"] in facts["attention_times"]["seconds"]

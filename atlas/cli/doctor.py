@@ -18,6 +18,8 @@ Rows = Iterable[tuple[str, Any]]
 
 SOMETHING_TO_FIX = 1
 _SLOW = 3
+_CLEARLY = 1.15
+"""Times as fast, beyond what two measurements of one kernel differ by."""
 
 
 def doctor(
@@ -213,6 +215,8 @@ def _speed(facts: dict[str, Any]) -> Rows:
         works = [name for name, runs in attention.items() if runs]
         fails = [name for name, runs in attention.items() if not runs]
         yield "attention", ", ".join(works) + (f"; not available: {', '.join(fails)}" if fails else "")
+    if times := facts.get("attention_times"):
+        yield "attention takes", _attention_times(times)
     compiled, disk = facts["compile"], facts["disk"]
     took = f"works; {compiled['seconds']:.0f} s for a first function"
     without = f"not available: {compiled['reason']}; training runs without it"
@@ -223,6 +227,18 @@ def _speed(facts: dict[str, Any]) -> Rows:
         memory = " (perhaps from memory)" if disk["read_from_memory"] else ""
         speeds = f"{_megabytes(disk['write'])} written, {_megabytes(disk['read'])} read{memory}"
         yield "disk", f"{speeds}, in {disk['folder']}"
+
+
+def _attention_times(times: dict[str, Any]) -> str:
+    """Which kernel PyTorch chooses, and whether another is clearly faster."""
+    chosen, seconds, shape = times["chosen"], times["seconds"], times["shape"]
+    by_time = sorted(seconds, key=seconds.get)
+    measured = ", ".join(f"{name} {seconds[name] * 1e3:.2f} ms" for name in by_time)
+    said = f"{chosen or 'a kernel unknown here'}, chosen by PyTorch"
+    if by_time and chosen in seconds and (ratio := seconds[chosen] / seconds[by_time[0]]) >= _CLEARLY:
+        said += f", although {by_time[0]} is {ratio:.1f} times as fast"
+    sizes = f"{shape['batch']} × {shape['tokens']:,} tokens, {shape['heads']} heads of {shape['head_size']}"
+    return f"{said}; forward and backward of {sizes}: {measured or 'none works'}"
 
 
 def _choice(train: dict[str, Any]) -> Rows:

@@ -29,6 +29,7 @@ from atlas.planning.doctor import (
     nearest_folder,
     nvidia_driver,
     optional_packages,
+    time_attention,
     try_compile,
     working_attention,
 )
@@ -177,7 +178,18 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
         },
         "copy": _unless_full(lambda: measure_copy(device, copied=copied, seconds=effort.seconds)),
         "attention": working_attention(device, _chosen(device).dtype),
+        "attention_times": _attention_times(device, effort),
     }
+
+
+def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
+    """None where PyTorch has no choice of kernels that are fit for training, or no memory is left."""
+    if device.type != "cuda":
+        return None
+    try:
+        return asdict(time_attention(device, _chosen(device).dtype, seconds=effort.seconds / 5))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,9 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+_ATTENTION = {"batch": 4, "heads": 12, "tokens": 1024, "head_size": 64}
+"""A micro-batch of the preset `small`, or a part of one."""
 
 _BLOCK = 4_000_000  # bytes written at once
 
@@ -86,6 +90,16 @@ class StepCheck:
     def is_right(self) -> bool:
         """False of NaN, too."""
         return self.loss_error <= self.bound and self.gradient_error <= self.bound
+
+
+@dataclass(frozen=True)
+class AttentionTimes:
+    """The kernel that PyTorch chooses for attention in training, None if it names none that is known here; and of each
+    kernel that computes it the seconds, forward and backward, on `shape`."""
+
+    chosen: str | None
+    seconds: dict[str, float]
+    shape: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -212,6 +226,30 @@ def _attends(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> b
             return bool(grad.isfinite().all())  # which waits for the device, and what failed there
     except RuntimeError:
         return False
+
+
+def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> AttentionTimes:
+    """Each kernel alone, in about `seconds`, on queries, keys and values that share a tensor as in the model."""
+    B, H, T, D = _ATTENTION.values()
+    qkv = torch.randn(B, T, 3 * H * D, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in qkv.split(H * D, dim=-1))  # type: ignore[no-untyped-call]
+    slope = torch.randn(B, H, T, D, device=device, dtype=dtype)
+
+    def attend() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, qkv, slope, retain_graph=True)  # the next call splits qkv no more
+
+    choice = torch._fused_sdp_choice(
+        q, k, v, None, 0.0, True
+    )  # what scaled_dot_product_attention itself asks
+    times = {}
+    for name, backend in _BACKENDS.items():
+        # Not there, not for this device, or no memory left: it is not among the answers.
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")
+            times[name] = best_time(attend, device, seconds=seconds)
+    chosen = next((name for name, backend in _BACKENDS.items() if backend.value == choice), None)
+    return AttentionTimes(chosen, times, _ATTENTION)
 
 
 def try_compile(device: torch.device, *, seconds: float) -> CompileCheck:
