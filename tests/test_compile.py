@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
-from atlas.training.compilation import choose_compile
+from atlas.training.compilation import choose_compile, refuse_failed_compilation
 from tests.runs import layer, logged, run, start_process, write_config
 
 CPU = torch.device("cpu")
@@ -91,3 +92,16 @@ def test_twenty_losses_are_those_of_the_plain_run(way: str, tmp_path: Path, text
     plain, other = ([line["loss"] for line in logged(tmp_path / name)] for name in ("plain", "other"))
     assert len(plain) == 20
     assert other == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("NotImplementedError: no such kernel\n  target: flex_attention", "data.document_mask=false"),
+        ("NotImplementedError: no such kernel\n  target: aten.mm", "training.compile=off"),
+    ],
+)
+def test_a_compilation_that_fails_names_the_setting_that_avoids_it(error: str, says: str) -> None:
+    """FlexAttention is compiled whatever `training.compile` is."""
+    with pytest.raises(AtlasError, match=rf"no such kernel.*--set {says}"):
+        refuse_failed_compilation(InductorError(RuntimeError(error), None))

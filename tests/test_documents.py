@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from atlas.config import AtlasConfig, DataConfig, ModelConfig, TrainingConfig
 from atlas.data.dataset import documents_of
 from atlas.model import AtlasLM, KVCache, build_model
-from atlas.model.documents import dense_mask, document_positions, sparse_mask
+from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
 from atlas.planning.estimate import estimate_training_memory
+from atlas.training.announce import _announce_dense_attention
 from tests.runs import assert_same_run, layer, run, trainer_for
 
 CONFIG = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50, max_seq_len=24)
@@ -89,6 +91,52 @@ def test_flex_attention_computes_what_the_dense_mask_does(monkeypatch: pytest.Mo
     for b, query, key in [(0, 4, 3), (0, 4, 2), (0, 3, 4), (1, 23, 0), (0, 23, 11), (0, 23, 10)]:
         allowed = block_mask.mask_mod(*(torch.tensor(index) for index in (b, 0, query, key)))
         assert bool(allowed) == bool(dense_mask(documents)[b, 0, query, key])
+
+
+def test_flex_attention_is_for_cuda_without_dropout_and_for_heads_wide_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Triton
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert takes_flex_attention(cuda, head_size=16, dropout=0.0)
+    assert not takes_flex_attention(cuda, head_size=15, dropout=0.0)
+    assert not takes_flex_attention(cuda, head_size=64, dropout=0.1)
+    assert not takes_flex_attention(cpu, head_size=64, dropout=0.0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not takes_flex_attention(cuda, head_size=64, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_heads": 2}, None),
+        ({"num_heads": 4}, "needs heads at least 16 wide, and these are 8; fewer model.num_heads"),
+        ({"num_heads": 2, "dropout": 0.1}, "has no dropout; model.dropout 0 is faster"),
+    ],
+)
+def test_the_start_says_why_attention_is_dense_on_cuda(settings: dict[str, Any], says: str | None) -> None:
+    said: list[str] = []
+    config = AtlasConfig(model=ModelConfig(hidden_size=32, **settings), data=DataConfig(document_mask=True))
+    _announce_dense_attention(config, said.append)
+    assert len(said) == (says is not None)
+    assert all(says in line for line in said)
+
+
+def test_the_estimate_on_cuda_counts_a_dense_mask_for_narrow_heads() -> None:
+    wide, narrow = (
+        estimate_training_memory(
+            AtlasConfig(
+                model=ModelConfig(hidden_size=32, num_heads=heads, vocab_size=64, max_seq_len=128),
+                training=TrainingConfig(batch_size=2, precision="fp32"),
+                data=DataConfig(document_mask=True),
+            ),
+            device="cuda",
+        )
+        for heads in (2, 4)
+    )
+    mask = 5 * 2 * 128 * 128
+    logarithms = 12 * 2 * 2 * 128 * 4  # of two heads more in twelve layers
+    assert narrow.activations - wide.activations == mask + logarithms
 
 
 @given(lengths_of_a_row)

@@ -1,7 +1,7 @@
 """What only a CUDA device can show: `pytest -m gpu`.
 
-The runs are not compiled, but for the one test of it: compiling takes longer than all of them. FlexAttention's kernels
-need heads of at least 16, so a head here has 16.
+The runs are not compiled, but for the one test of it: compiling takes longer than all of them. A head is 16 wide, the
+least that FlexAttention takes.
 """
 
 from __future__ import annotations

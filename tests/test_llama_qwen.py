@@ -204,7 +204,7 @@ def test_flex_attention_shares_keys_too(monkeypatch: pytest.MonkeyPatch) -> None
     tokens = torch.randint(101, (1, 20), generator=torch.Generator().manual_seed(4))
     documents = torch.tensor([[0] * 7 + [1] * 13])
     dense = model(tokens, documents=documents)
-    monkeypatch.setattr("atlas.model.documents.has_flex_attention", lambda device: True)
+    monkeypatch.setattr("atlas.model.documents.takes_flex_attention", lambda device, **shape: True)
     torch.testing.assert_close(model(tokens, documents=documents), dense, rtol=1e-5, atol=1e-5)
 
 

@@ -12,6 +12,8 @@ MAX_PARAMETERS = 10**13
 """Their weights alone take 40 TB."""
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
+FLEX_HEAD_SIZE = 16
+"""The narrowest head that FlexAttention's kernel on CUDA takes."""
 _ROPE_THETA = 10_000.0
 
 _ROTATED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}

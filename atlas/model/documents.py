@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from atlas.config.model import FLEX_HEAD_SIZE
+
 
 def document_positions(documents: Tensor) -> Tensor:
     """(B, T): how many tokens of its own document come before each token."""
@@ -39,13 +41,17 @@ def sparse_mask(documents: Tensor) -> BlockMask:
     return create_block_mask(visible, B, None, T, T, device=documents.device)
 
 
-def document_mask(documents: Tensor, *, dropout: float) -> Tensor | BlockMask:
-    """The mask in the form that attention computes best here: FlexAttention on CUDA, which has no dropout, and dense
-    elsewhere."""
-    if has_flex_attention(documents.device) and not dropout:
+def document_mask(documents: Tensor, *, head_size: int, dropout: float) -> Tensor | BlockMask:
+    """The mask in the form that attention computes best here: sparse for FlexAttention, else dense."""
+    if takes_flex_attention(documents.device, head_size=head_size, dropout=dropout):
         return sparse_mask(documents)
     # Added to the scores, in the one form that every layer shares: of a bool mask each would keep a copy like this.
     return torch.zeros((), device=documents.device).where(dense_mask(documents), -torch.inf)
+
+
+def takes_flex_attention(device: torch.device, *, head_size: int, dropout: float) -> bool:
+    """Whether a model computes attention inside documents by FlexAttention, whose kernel has no dropout."""
+    return head_size >= FLEX_HEAD_SIZE and not dropout and has_flex_attention(device)
 
 
 def has_flex_attention(device: torch.device) -> bool:

@@ -156,7 +156,8 @@ class AtlasLM(nn.Module):
         if documents is None:
             return torch.arange(num_tokens, device=device), None
         dropout = self.config.dropout if self.training else 0.0
-        return document_positions(documents), document_mask(documents, dropout=dropout)
+        mask = document_mask(documents, head_size=self.config.head_size, dropout=dropout)
+        return document_positions(documents), mask
 
     @property
     def head_table(self) -> Tensor:

@@ -239,10 +239,10 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, qkv, slope, retain_graph=True)  # the next call splits qkv no more
 
-    choice = torch._fused_sdp_choice(
-        q, k, v, None, 0.0, True
-    )  # what scaled_dot_product_attention itself asks
-    times = {}
+    choice: int | None = None
+    times: dict[str, float] = {}
+    with suppress(RuntimeError, AttributeError):  # scaled_dot_product_attention asks it, but it is not public
+        choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True)
     for name, backend in _BACKENDS.items():
         # Not there, not for this device, or no memory left: it is not among the answers.
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):

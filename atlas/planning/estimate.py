@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, ModelConfig, TrainingConfig
 from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS, MUON_STACK_NUMBERS
+from atlas.config.model import FLEX_HEAD_SIZE
 from atlas.planning.shapes import Matrix, block_matrices
 from atlas.process import KEPT_BELOW
 
@@ -220,7 +221,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     if model.dropout:
         kept += tokens * C * (1 if device == "cuda" else _FP32)
 
-    if config.data.document_mask and (device != "cuda" or model.dropout):
+    is_dense = device != "cuda" or model.dropout or model.head_size < FLEX_HEAD_SIZE
+    if config.data.document_mask and is_dense:
         # The T × T mask as bool and fp32; in half precision each layer keeps a copy of its own.
         kept += tokens * model.max_seq_len * (5 + (2 * model.num_layers if half else 0))
 

@@ -12,6 +12,7 @@ import yaml
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
+from atlas.config.model import FLEX_HEAD_SIZE
 from atlas.data import SequenceDataset
 from atlas.data.conversations import ChatDataset
 from atlas.data.loader import share_of_update
@@ -61,11 +62,8 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         _announce_packing(part, say)
     if isinstance(data, MixtureDataset):
         _announce_mixture(data, trainer)
-    if config.data.document_mask and config.model.dropout and has_flex_attention(trainer.runtime.device):
-        say(
-            "data.document_mask: attention computes all T × T weights, since its sparse kernel has no dropout; "
-            "model.dropout 0 is faster"
-        )
+    if config.data.document_mask and has_flex_attention(trainer.runtime.device):
+        _announce_dense_attention(config, say)
     if config.model.train_only:
         say(f"model: for Atlas only, it cannot be exported: {config.model.train_only}")
     if config.training.optimizer == "adamw8bit":
@@ -84,6 +82,21 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(
             "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
         )
+
+
+def _announce_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
+    """Where the sparse kernel is here, but not for this model."""
+    size = config.model.head_size
+    if config.model.dropout:
+        reason, remedy = "has no dropout", "model.dropout 0 is faster"
+    elif size < FLEX_HEAD_SIZE:
+        reason = f"needs heads at least {FLEX_HEAD_SIZE} wide, and these are {size}"
+        remedy = "fewer model.num_heads, a new run, are faster"
+    else:
+        return
+    say(
+        f"data.document_mask: attention computes all T × T weights, since its sparse kernel {reason}; {remedy}"
+    )
 
 
 def _warn_of_short_run(

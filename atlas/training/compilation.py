@@ -86,8 +86,11 @@ def refuse_failed_compilation(
     what: str = "training.compile: the model",
     instead: str = "--set training.compile=off",
 ) -> None:
-    """A compiler that fails on what a run needs is the user's to mend; other errors are not this function's."""
+    """A compiler that fails on what a run needs is the user's to fix; other errors are not this function's."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if "flex_attention" in str(error):  # compiled whatever training.compile says
+            what = "data.document_mask: FlexAttention"
+            instead = "--set data.document_mask=false"
         raise AtlasError(
             f"{what} cannot be compiled here ({_first_line(error)}): {_INSTALL}, or {instead}"
         ) from error

@@ -49,6 +49,8 @@ WAITS: dict[str, dict[str, int]] = {
     "documents": WITH_DOCUMENTS,
     "documents, modern": WITH_DOCUMENTS,
     "documents with dropout": WITH_DOCUMENTS,
+    "documents, narrow heads": WITH_DOCUMENTS,
+    "documents, narrow heads, bf16-true": WITH_DOCUMENTS,
     "dropout, untied head": UPDATE,
     "uneven micro-batches": UPDATE,
     "custom loss": UPDATE,

@@ -69,6 +69,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "documents": {"data.document_mask": True},
     "documents, modern": {"data.document_mask": True, **MODERN},
     "documents with dropout": {"data.document_mask": True, "model.dropout": 0.1},
+    "documents, narrow heads": {"data.document_mask": True, "model.num_heads": 4},
+    "documents, narrow heads, bf16-true": {
+        "data.document_mask": True,
+        "model.num_heads": 4,
+        "training.precision": "bf16-true",
+    },
     "dropout, untied head": {"model.dropout": 0.1, "model.tie_embeddings": False},
     "uneven micro-batches": {"training.micro_batch_size": 3},
     "custom loss": {"training.loss": "tests.toy:stalling_loss"},
