@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from atlas.config import AtlasConfig
+from atlas.config.config import MUON_STACK_NUMBERS
 from atlas.planning.cards import Card
 from atlas.planning.estimate import count_parameters
 from atlas.planning.shapes import Matrix, block_matrices
@@ -24,8 +25,6 @@ EAGER_BYTES = {"layernorm": 2.3, "rmsnorm": 8.5}
 """The bytes of blocks that are not compiled, as a multiple of those of compiled blocks. RMSNorm comes with RoPE."""
 EAGER_OPERATORS = {"layernorm": 35, "rmsnorm": 112}
 """Operators of a block that is not compiled, forward; the backward pass has as many."""
-MUON_NUMBERS = 1 << 20
-"""Muon orthogonalizes small matrices of one shape together, up to so many numbers (atlas/training/optimizer.py)."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,6 @@ def _optimizer_work(config: AtlasConfig) -> tuple[int, int, int]:
         short, long = sorted(shape)
         inside += L * number * short * long
         flops += L * number * 10 * short**2 * (2 * long + short)
-        groups = -(-L * number // max(1, MUON_NUMBERS // (short * long)))
-        operators += 24 * groups + 5 * L * number
+        groups = -(-L * number // max(1, MUON_STACK_NUMBERS["cuda"] // (short * long)))
+        operators += 30 * groups
     return 62 * inside + 28 * (parameters - inside), flops, operators
