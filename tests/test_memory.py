@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,8 @@ def test_the_garbage_collector_spares_a_run_once_and_only_until_it_ends(
         return train_step(*batch)
 
     monkeypatch.setattr(gc, "freeze", frozen)
+    as_on_a_gpu = partial(collector_spares_the_run, torch.device("cuda"))
+    monkeypatch.setattr("atlas.training.trainer.collector_spares_the_run", lambda device: as_on_a_gpu())
     trainer.train_step = step  # type: ignore[method-assign, assignment]
     trainer.train()
     assert calls == [1]
@@ -303,7 +306,7 @@ def test_the_garbage_collector_spares_a_run_once_and_only_until_it_ends(
 def test_what_the_garbage_collector_spared_is_freed_after_a_run_that_failed() -> None:
     old = Cycle()
     watched = weakref.ref(old)
-    with suppress(RuntimeError), collector_spares_the_run() as after_update:
+    with suppress(RuntimeError), collector_spares_the_run(torch.device("cuda")) as after_update:
         after_update()
         del old
         gc.collect()

@@ -124,7 +124,7 @@ class Trainer:
         self.model.train()
         self.clock = RunClock(config.training.max_hours, before=state.seconds)
         progress = self.log.progress(done=state.step, total=self.total)
-        spared = collector_spares_the_run()
+        spared = collector_spares_the_run(self.runtime.device)
         with self.stop, self.log.tracked(), progress, self.saver, emergency_save(self), spared as spare:
             self.hold()
             self._catch_up()
