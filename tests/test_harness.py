@@ -419,6 +419,7 @@ def test_a_task_that_cannot_be_loaded_is_one_line(
     assert reason in refused([*workshop, "tasks/verses.yaml"], capsys)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_one_line_with_the_nearest(
     workshop: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

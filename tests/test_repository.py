@@ -235,6 +235,7 @@ def run_pytest(*arguments: str, without: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_one_test_runs_by_its_name_after_the_faqs_installation() -> None:
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     for package in ("pytest", "pytest-xdist", "hypothesis"):

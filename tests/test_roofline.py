@@ -120,12 +120,6 @@ def test_the_loss_of_an_update_moves_at_most_8_gb() -> None:
 
 
 @needs_fake_cuda
-def test_the_plans_rule_is_near_the_simulation_of_two_presets_with_two_layers() -> None:
-    """All presets as they are: below, in minutes."""
-    check_rule("model.num_layers=2", names=("modern-nano", "small"))
-
-
-@needs_fake_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
