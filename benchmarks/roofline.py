@@ -23,6 +23,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fake_cuda
@@ -341,10 +342,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := fake_cuda.why_not():
         raise SystemExit(reason)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error(f"--batch-size {arguments.batch_size}: must be 1 or more")
+    if arguments.peer and not (Path(arguments.peer.partition("=")[2]) / "model.py").is_file():
+        parser.error(
+            f"--peer {arguments.peer}: write it as nanoGPT=FOLDER, a folder that holds nanoGPT's model.py"
+        )
     device = fake_cuda.FakeCuda()  # before anything imports PyTorch
+    from atlas.errors import AtlasError
     from atlas.planning import find_card
 
-    cards = [find_card(name) for name in arguments.gpu or GPUS]
+    try:
+        run(arguments, device, [find_card(name) for name in arguments.gpu or GPUS])
+    except AtlasError as error:
+        parser.error(str(error))
+
+
+def run(arguments: argparse.Namespace, device: fake_cuda.FakeCuda, cards: list[Card]) -> None:
     if arguments.json:
         found = [as_json(name, updates, cards) for name, _, updates in simulate(arguments, device)]
         print(json.dumps(found, indent=1))

@@ -156,7 +156,7 @@ def _print_summary(console: Console, report: Report, summary: Summary) -> None:
     _print_rows(console, "Parameters", _parts(summary.parameters, "{:,}".format))
     at_once = {
         "sequences at once": f"{training.sequences_at_once:,}",
-        "at most, as far as memory goes": f"{summary.largest_micro_batch:,}",
+        "at most, of an update": f"{summary.largest_micro_batch:,}",
     }
     besides = {"besides, in main memory": _gib(summary.snapshot)} if summary.snapshot else {}
     memory = _parts(summary.training, _gib) | besides | at_once

@@ -6,10 +6,10 @@
     benchmarks/gpu.sh --rehearse                    every part on the CPU with tiny models: tries the script itself
 
 It needs Linux, Python 3.11 or newer, PyTorch 2.10 or newer with CUDA, and what Atlas needs. Each figure is a line of
-JSON, printed and appended to `figures.jsonl` in the output folder as soon as it is measured; whatever else the parts
-print is in `log.txt` there. Another call with the same folder measures only what is not in the file yet. A part that
-exceeds its limit is stopped, and the next one starts. Each job of a part is a process of its own, so that the device
-holds one model at a time; all of them share a cache of compiled kernels.
+JSON, printed and appended to `figures.jsonl` in the output folder as soon as it is measured (to `rehearsal.jsonl` in a
+rehearsal); whatever else the parts print is in `log.txt` there. Another call with the same folder measures only what is
+not in the file yet. A part that exceeds its limit is stopped, and the next one starts. Each job of a part is a process
+of its own, so that the device holds one model at a time; all of them share a cache of compiled kernels.
 
 The parts: `tests` runs pytest's tests that need a GPU; `training` tokens a second beside compiled nanoGPT; `head` the
 matrix products and the loss of the largest layer; `peaks` the peak memory of the largest presets; `writing` tokens a
@@ -55,11 +55,14 @@ def main() -> int:
     )
     if not provide(arguments.wheels, packages):
         return 2
+    before = setup.file.read_bytes() if setup.file.exists() else b""
     if not run_part("machine", setup):
         return 1
     results = [run_part(part, setup) for part in arguments.only or PARTS]
     for name, ratio in training.ratios(Figures(setup.file, "training")).items():
         print(json.dumps({"part": "training", "ratio": name, "atlas_by_nanogpt": ratio}))
+    if setup.file.read_bytes() == before:
+        print(f"{setup.file} has all of this already; --output DIR measures it again", file=sys.stderr)
     return 0 if all(results) else 1
 
 
