@@ -146,6 +146,9 @@ def _pretend() -> None:
         "Stream": _Stream,
         "current_stream": _Stream,
         "stream": lambda stream: nullcontext(),
+        "set_stream": lambda stream: None,
+        "device": lambda device: nullcontext(),
+        "set_per_process_memory_fraction": _limit_memory,
         "CUDAGraph": _Graph,
         "graph": lambda graph, **options: nullcontext(),
         "graph_pool_handle": lambda: (0, 0),
@@ -167,7 +170,15 @@ def _pretend() -> None:
     )
 
 
+def _limit_memory(fraction: float, device: Any = None) -> None:
+    if getattr(device, "index", 0) is None:  # as PyTorch has it
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+
+
 class _Stream:
+    def __init__(self, device: Any = None) -> None:
+        pass
+
     def wait_stream(self, other: _Stream) -> None:
         pass
 

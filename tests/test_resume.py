@@ -172,6 +172,16 @@ def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(done: tuple[dict
     assert same_bits(again["model_state_dict"], first["model_state_dict"])
 
 
+def test_resuming_an_older_checkpoint_to_where_it_stands_moves_nothing(done: tuple[dict, Path]) -> None:
+    explicit, folder = done
+    shorter = overlay(explicit, nested("training.max_steps", 3))
+    trainer = trainer_for(shorter, resume=str(folder / "atlas_step_4.pt"))
+    assert trainer.is_complete
+    assert not (folder / "previous-1").exists()
+    assert (folder / "atlas_step_6.pt").exists()
+    assert [line["step"] for line in logged(folder)] == list(range(1, 7))
+
+
 def test_another_model_is_refused_and_nothing_changes(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     before = snapshot(folder)

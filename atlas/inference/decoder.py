@@ -7,6 +7,8 @@ number of rows and for the slots of the cache that attention reads, which are do
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from atlas.model.kv_cache import CacheWindow
 _FEWEST_SLOTS = 256
 _WARM_UPS = 2
 """Passes before a recording, in which libraries make what they keep."""
+_RECORDING = threading.Lock()
+"""PyTorch records one graph at a time in a process; a server may have several models."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,32 @@ class Decoder:
 
     def _graph(self, one_pass: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """`one_pass` as a graph, which gives the same tensor each time."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                one_pass()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of a server may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = one_pass()
+        device = self.cache.keys.device
+        with _RECORDING, torch.cuda.device(device):
+            before, side = torch.cuda.current_stream(), _side_stream(device)
+            side.wait_stream(before)
+            graph = torch.cuda.CUDAGraph()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        one_pass()
+                before.wait_stream(side)
+                # Other threads of a server may use the device meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                    logits = one_pass()
+            except RuntimeError:
+                torch.cuda.set_stream(before)  # which a recording that failed does not
+                raise
 
         def replay() -> Tensor:
             graph.replay()
             return logits
 
         return replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: for each stream cuBLAS keeps memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

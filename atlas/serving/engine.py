@@ -104,6 +104,8 @@ class Engine:
     # In the engine's thread
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has a current GPU of its own
         while True:
             with self._wake:
                 while not (self._rows or self._waiting or self._closed):

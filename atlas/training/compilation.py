@@ -63,6 +63,9 @@ def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:
     memory traffic; products are taken once either way.
     """
     torch._functorch.config.aggressive_recomputation = keeps_little
+    torch._dynamo.config.optimize_ddp = (
+        False  # it would split blocks to send gradients sooner, which blocks do anyway
+    )
     for block in model.blocks:
         block.compile(dynamic=False)
 
@@ -97,4 +100,6 @@ def refuse_failed_compilation(
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """That has a reason: PyTorch begins with the name of the backend that raised."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    return (lines or [type(error).__name__])[0]

@@ -77,14 +77,13 @@ def start_run(
         lock = _claim(folder) if world.is_first else None
     if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
         runtime = replace(runtime, parallel="fsdp")
-    config, log, checkpoints = _open_folder(start, world)
     resumes = start.mode == "resume"
+    resumed = _resumed_state(start, len(train_data), validates=val_data is not None) if resumes else None
+    config, log, checkpoints = _open_folder(start, world)
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
-    if resumes:
-        state = _resumed_state(start, len(train_data), log)
-        _take_fewer_after_a_restart(state, config, runtime)
-    else:
-        state = _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
+    if resumed:
+        _take_fewer_after_a_restart(resumed, config, runtime)
+    state = resumed or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     trainer = Trainer(
         config,
@@ -107,8 +106,10 @@ def start_run(
     )
     if resumes:
         trainer.restore(start.contents, start.source)
-    log.rewind(state.step if resumes else -1)  # a run that was killed before its first save left lines, too
     if not trainer.is_complete:
+        log.rewind(
+            state.step if resumes else -1
+        )  # a run that was killed before its first save left lines, too
         announce(start, trainer, differences)
         record_beginning(start, trainer)
     if runtime.compiles:
@@ -208,7 +209,7 @@ def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
     return micro_batch if asked == "auto" else asked
 
 
-def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> TrainState:
+def _resumed_state(start: Start, sequences_per_epoch: int, *, validates: bool) -> TrainState:
     """The checkpoint's state; the horizon and micro-batch move only if the settings behind them did."""
     state = TrainState.of(start.contents)
     old = resolve(start.contents["config"]).training
@@ -220,13 +221,15 @@ def _resumed_state(start: Start, sequences_per_epoch: int, log: RunLog) -> Train
             new, sequences_per_epoch, step=state.step, sequences_consumed=state.sequences_consumed
         )
         if horizon != state.horizon:
-            log.say(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
+            start.notes.append(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
         state.horizon = horizon
         state.is_planned = new.max_hours is None
     if (old.micro_batch_size, old.batch_size) != (new.micro_batch_size, new.batch_size):
         state.micro_batch_size = new.sequences_at_once
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
+    if state.step >= state.horizon and not (validates and state.owes_evaluation(new.eval_interval)):
+        start.set_aside.clear()  # nothing will be done, and newer checkpoints are in nobody's way
     return state
 
 

@@ -210,7 +210,7 @@ def _limit_memory(limit: int, device: torch.device) -> None:
     """Where PyTorch or the system knows such a limit, an allocation beyond it fails; elsewhere the system decides."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU, which it is
     if device.type != "cpu":
         return
     try:

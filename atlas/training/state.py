@@ -109,6 +109,10 @@ class TrainState:
         self.evaluated_at = self.step
         self.loss_since_evaluation.reset()
 
+    def owes_evaluation(self, interval: int) -> bool:
+        """Whether the step where the run stands is one that is evaluated, and was not."""
+        return (self.step == self.horizon or self.step % interval == 0) and self.evaluated_at < self.step
+
     def go_back_to(self, contents: dict[str, Any]) -> None:
         """Become the state of an earlier checkpoint, past the data that was tried since, at a lower rate."""
         kept = {name: getattr(self, name) for name in _KEPT_AT_ROLLBACK}

@@ -266,9 +266,7 @@ class Trainer:
     @property
     def owes_evaluation(self) -> bool:
         """Whether the step that the run stands at should have been evaluated, and was not."""
-        state = self.state
-        due = state.step == state.horizon or state.step % self.config.training.eval_interval == 0
-        return self.val_data is not None and due and state.evaluated_at < state.step
+        return self.val_data is not None and self.state.owes_evaluation(self.config.training.eval_interval)
 
     @property
     def is_complete(self) -> bool:
