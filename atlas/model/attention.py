@@ -58,10 +58,20 @@ class CausalSelfAttention(nn.Module):
             assert positions is not None
             assert not isinstance(mask, BlockMask)
             k_BKSD, v_BKSD = cache.update(self.layer, positions, k_BKTD, v_BKTD)
-            is_causal = mask is None and T > 1
-            out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=is_causal, enable_gqa=self.shares_keys
-            )
+            if T == 1 and self.shares_keys:
+                # The queries that share a head of keys, as rows: on CUDA a kernel that takes a mask may share none.
+                rows = q_BHTD.reshape(B, k_BKSD.shape[1], -1, self.head_size)
+                out_BHTD = F.scaled_dot_product_attention(rows, k_BKSD, v_BKSD, attn_mask=mask)
+                out_BHTD = out_BHTD.reshape(B, -1, T, self.head_size)
+            else:
+                out_BHTD = F.scaled_dot_product_attention(
+                    q_BHTD,
+                    k_BKSD,
+                    v_BKSD,
+                    attn_mask=mask,
+                    is_causal=mask is None and T > 1,
+                    enable_gqa=self.shares_keys,
+                )
         elif isinstance(mask, BlockMask):
             out_BHTD = attend_sparsely(q_BHTD, k_BKTD, v_BKTD, mask)
         else:

@@ -55,6 +55,7 @@ WAITS: dict[str, dict[str, int]] = {
     "uneven micro-batches": UPDATE,
     "custom loss": UPDATE,
     "spikes": UPDATE,
+    "trial of a micro-batch": {},
     "save": {
         "WAIT guard.weights_fault": 1,
         "D2H async background._copy": 64,

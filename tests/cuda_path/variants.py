@@ -31,6 +31,7 @@ from atlas.training.checkpoint import load_weights
 from atlas.training.evaluate import evaluate, token_losses
 from atlas.training.guard import weights_fault
 from atlas.training.interrupt import StopRequest
+from atlas.training.micro_batch import _limit_memory
 from atlas.training.runtime import Runtime, setup_runtime
 from atlas.training.state import TrainState
 from atlas.training.update import Updater, fresh_updater
@@ -277,6 +278,7 @@ def others() -> dict[str, Callable[[Seen], None]]:
     long = [[1] * LENGTH]
     mixed = [text([1, 2, 3]), text([4], GREEDY, num_candidates=3), text([5, 6], RAGGED)]
     return {
+        "trial of a micro-batch": lambda seen: _limit_memory(1 << 30, torch.device("cuda")),
         "save": lambda seen: save({}, seen),
         "resume": lambda seen: resume({}, seen),
         "resume fp16": lambda seen: resume(TRAINING["fp16"], seen),
