@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.config.loader import read_yaml
+from atlas.config.loader import nested, overlay, read_yaml
 from atlas.training.checkpoint import load_checkpoint
 from tests.runs import REPOSITORY, layer, logged, run, write_config
 
@@ -94,13 +94,18 @@ def test_a_run_outlives_the_reader_of_its_output(
 def test_a_closed_terminal_saves_the_run_and_the_next_call_resumes_it(
     config: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    with at_a_terminal(config, environment) as (process, close):
+    explicit = overlay(
+        read_yaml(config), nested("training.max_steps", 2000)
+    )  # longer than any pause of this process
+    with at_a_terminal(write_config(config, explicit), environment) as (process, close):
         close()
         assert process.wait(60) == 130
     [interrupted] = (tmp_path / "run").glob("atlas_interrupt_step_*.pt")
-    assert 0 < load_checkpoint(interrupted)["step"] < 60
-    run(read_yaml(config))
-    assert load_checkpoint(tmp_path / "run" / "atlas_step_60.pt")["step"] == 60
+    step = load_checkpoint(interrupted)["step"]
+    assert 0 < step < 2000
+    _, result = run(overlay(explicit, nested("training.max_steps", step + 5)))
+    assert result.step == step + 5
+    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, step + 6))
 
 
 def test_under_nohup_the_run_goes_to_its_end_without_its_terminal(
