@@ -72,3 +72,13 @@ def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+
+
+def build_nanogpt(folder: str, device: str, **config: Any) -> tuple[Any, Any]:
+    """The model of nanoGPT's `model.py` in `folder` and its AdamW, with the settings of its train.py. `config` has the
+    names of `GPTConfig`."""
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    model = GPT(GPTConfig(**config)).to(device)
+    return model, model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device)

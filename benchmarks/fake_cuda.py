@@ -68,7 +68,7 @@ def build_guard() -> Path:
 
 
 class Card:
-    """What PyTorch tells of the device."""
+    """The properties that PyTorch reports for the device."""
 
     name = "Fake GPU"
     total_memory = 12 * GiB

@@ -20,13 +20,13 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fake_cuda
+from contenders import build_nanogpt
 from results import add_record_option, recorded
 
 if TYPE_CHECKING:
@@ -134,13 +134,12 @@ def count_nanogpt(peer: str, config: AtlasConfig, device: Any, log: KernelLog, *
     import torch
 
     name, _, folder = peer.partition("=")
-    sys.path.insert(0, folder)
-    from model import GPT, GPTConfig
-
     shape, size = config.model, config.training.sequences_at_once
     with device, log.mode():
         with contextlib.redirect_stdout(io.StringIO()):
-            own = GPTConfig(
+            model, optimizer = build_nanogpt(
+                folder,
+                "cuda",
                 block_size=shape.max_seq_len,
                 vocab_size=shape.padded_vocab_size,
                 n_layer=shape.num_layers,
@@ -149,8 +148,6 @@ def count_nanogpt(peer: str, config: AtlasConfig, device: Any, log: KernelLog, *
                 dropout=shape.dropout,
                 bias=shape.bias,
             )
-            model = GPT(own).to("cuda")
-            optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), "cuda")
         log.label(optimizer, "step", "optimizer")
         if eager:
             label_blocks(model.transformer.h, log)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contenders import Contender, take_turns
+from contenders import Contender, build_nanogpt, take_turns
 from results import add_record_option, recorded
 
 VOCABULARY = 50_257
@@ -126,10 +126,9 @@ def nanogpt(shape: Shape, folder: str) -> Step:
     import torch
 
     folder, _, compiled = folder.partition(":")
-    sys.path.insert(0, folder)
-    from model import GPT, GPTConfig  # type: ignore[import-not-found]
-
-    config = GPTConfig(
+    network, optimizer = build_nanogpt(
+        folder,
+        shape.device,
         block_size=shape.context,
         vocab_size=shape.padded_vocabulary,
         n_layer=shape.num_layers,
@@ -138,8 +137,6 @@ def nanogpt(shape: Shape, folder: str) -> Step:
         dropout=0.0,
         bias=True,
     )
-    network = GPT(config).to(shape.device)
-    optimizer = network.configure_optimizers(0.1, 3e-4, (0.9, 0.95), shape.device)
     run = torch.compile(network) if compiled else network
     return _plain_step(shape, network, optimizer, lambda inputs, targets: run(inputs, targets)[1])
 

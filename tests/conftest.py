@@ -66,8 +66,8 @@ def _missing_extra(error: str) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny models gain nothing from a second thread, and lose much when the machine is busy. Children get one, too. For
-    each test anew: a run that is resumed takes the threads of its checkpoint."""
+    """Tiny models gain nothing from a second thread, and lose much when the machine is busy. Children get one, too. Set
+    before each test: a resumed run uses the thread count of its checkpoint."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

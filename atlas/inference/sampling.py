@@ -116,10 +116,10 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
     likeliest are kept; left out, as many as it takes."""
     if p == 1:
         return logits
-    chances = logits.softmax(dim=-1)
+    probs = logits.softmax(dim=-1)
     for count in (_FEW, logits.shape[-1]) if most is None else (most,):
         index = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
-        ordered = chances.gather(-1, index)
+        ordered = probs.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
         if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
             break  # the others are beyond, too
@@ -134,19 +134,19 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """-inf at tokens less than p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     if p == 0:
         return logits
-    chances = logits.softmax(dim=-1)
-    return logits.masked_fill(chances < p * chances.amax(dim=-1, keepdim=True), -torch.inf)
+    probs = logits.softmax(dim=-1)
+    return logits.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), -torch.inf)
 
 
-def draw(chances: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token per row from (B, V): the first at which the chances, added up, exceed the row's random number.
+def draw(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One token per row from probabilities (B, V): the first whose cumulative sum exceeds the row's random number.
 
     Each row has its own generator, so that its text does not depend on the rows beside it. The number is made on the
     CPU: the same seed gives the same text on every device.
     """
     numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    sums = chances.cumsum(dim=-1, dtype=torch.float64)  # in fp32 a number near 1 could exceed them all
-    goals = torch.stack(numbers).to(chances.device, non_blocking=True) * sums[:, -1:]
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32 the number could exceed the total
+    goals = torch.stack(numbers).to(probs.device, non_blocking=True) * sums[:, -1:]
     return torch.searchsorted(sums, goals, right=True)[:, 0]
 
 

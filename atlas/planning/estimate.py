@@ -180,7 +180,7 @@ def _muon_bytes(matrix: Matrix, count: int, *, device: str) -> int:
 
 
 def _muon_parts(model: ModelConfig, layers: int) -> list[tuple[Matrix, int]]:
-    """Of each shape that Muon orthogonalizes, how many matrices it may take together."""
+    """Return each shape of matrix that Muon orthogonalizes, with the number that it stacks at most."""
     C, M = model.hidden_size, model.mlp_width
     queries, keys = (heads * model.head_size for heads in (model.num_heads, model.kv_heads))
     qkv = [(Matrix(queries, C), 3)] if queries == keys else [(Matrix(queries, C), 1), (Matrix(keys, C), 2)]

@@ -19,7 +19,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer.custom import import_object
 from atlas.tokenizer.tokenizer import DOTTED_NAME
-from atlas.training.loss_cuda import linear_cross_entropy_on_cuda
+from atlas.training.loss_cuda import linear_cross_entropy_on_cuda, scaled_gradients
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
@@ -142,12 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
-        hidden_grad, table_grad = ctx.grads
-        ctx.grads = None
-        by_table = None if table_grad is None else table_grad.mul_(grads[0])
-        return hidden_grad.mul_(grads[0]), by_table, None, None, None, None
+        return (*scaled_gradients(ctx, grads[0]), None, None, None, None)
 
 
 class SummedLoss(nn.Module):

@@ -8,7 +8,7 @@ gradient, which the two products that follow read.
   first begin where tensor cores cannot load from.
 - One compiled kernel takes the softmax, the loss and the gradient. Where nothing compiles, PyTorch's own do.
 - The table's gradient is added up in fp32 by the product itself.
-- Each chunk reads the table and its gradient anew: chunks are large.
+- Each chunk reads the table and its gradient again, so chunks are large.
 
 benchmarks/roofline.py counts the bytes.
 """
@@ -82,12 +82,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
-        hidden_grad, table_grad = ctx.grads
-        ctx.grads = None
-        by_table = None if table_grad is None else table_grad.mul_(grads[0])
-        return hidden_grad.mul_(grads[0]), by_table, None, None, None, None, None
+        return (*scaled_gradients(ctx, grads[0]), None, None, None, None, None)
+
+
+def scaled_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients that a forward pass computed and left in `ctx.grads`, multiplied by that of the loss, in place.
+
+    Raises `RuntimeError` in a second backward pass.
+    """
+    if ctx.grads is None:
+        raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
+    hidden_grad, table_grad = ctx.grads
+    ctx.grads = None
+    return hidden_grad.mul_(factor), None if table_grad is None else table_grad.mul_(factor)
 
 
 def _rows_at_once(num_rows: int, row_bytes: int) -> int:
