@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from atlas.version import __version__
+
 if TYPE_CHECKING:
     from atlas.inference import LoadedModel
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
+import platformdirs
+
 from atlas.errors import AtlasError
 
 # Record locks rather than flock: the forks that read data ahead would hold a flock for seconds after their parent was
@@ -173,3 +175,8 @@ class _LimitedReads(io.FileIO):
 
     def __del__(self) -> None:
         self.close()
+
+
+def cache_folder() -> Path:
+    """The user's cache of Atlas, or the folder that `ATLAS_CACHE_DIR` names."""
+    return Path(os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False))

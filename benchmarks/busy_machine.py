@@ -33,7 +33,7 @@ def measure() -> None:
     from atlas.config.presets import preset_path
     from atlas.model import build_model
     from atlas.training.loss import compute_lm_loss
-    from atlas.training.optimizer import build_optimizer
+    from atlas.training.optimizers.build import build_optimizer
 
     config = resolve(overlay(read_yaml(preset_path("nano")), {"model": {"vocab_size": 2048}}))
     model = build_model(config.model, seed=0).train()

@@ -26,12 +26,12 @@ from atlas.config.loader import overlay, read_yaml, resolve
 from atlas.config.presets import find_config
 from atlas.model import build_model
 from atlas.process import keep_memory
-from atlas.training.background import BackgroundSaver
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint.async_saver import BackgroundSaver
+from atlas.training.checkpoint.atomic_write import tensor_bytes
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.devices.device import setup_runtime
 from atlas.training.loss import compute_lm_loss
-from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import setup_runtime
-from atlas.training.writing import tensor_bytes
+from atlas.training.optimizers.build import build_optimizer
 
 FACTS = {"step": 1, "epoch": 0, "sequences_consumed": 0, "model": {}, "data_fingerprint": "-"}
 

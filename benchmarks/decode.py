@@ -93,7 +93,7 @@ def atlas(shape: Shape) -> Write:
     from atlas.inference.sampling import Sampling
     from atlas.inference.text import stream_text
     from atlas.tokenizer import Tokenizer
-    from atlas.training.runtime import choose_device
+    from atlas.training.devices.device import choose_device
 
     model = shape.model().to(choose_device(shape.device))
     if shape.device == "cpu":

@@ -71,7 +71,7 @@ def make_articles(folder: Path, limit: int) -> list[str]:
     of the words have not been there before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest
     (11.3 %).
     """
-    from atlas.data.demo import write_demo_corpus
+    from atlas.data.text.demo import write_demo_corpus
 
     rows = write_demo_corpus(folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     corpus = " ".join(" ".join(json.loads(row)["text"] for row in rows).split())

@@ -105,10 +105,10 @@ def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool
     import torch
 
     from atlas.training import loss
-    from atlas.training.interrupt import StopRequest
-    from atlas.training.runtime import setup_runtime
+    from atlas.training.devices.device import setup_runtime
+    from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.update import fresh_updater
+    from atlas.training.step import fresh_updater
 
     size, length = config.training.sequences_at_once, config.model.max_seq_len
     with device, log.mode():

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from atlas.config import AtlasConfig
-    from atlas.training.distributed import World
+    from atlas.training.devices.world import World
 
 VOCABULARY = 2048
 """Of a preset that leaves it to the dataset."""
@@ -85,10 +85,10 @@ Step = Callable[[], None]
 
 
 def atlas(task: Task, world: World) -> Step:
-    from atlas.training.interrupt import StopRequest
-    from atlas.training.runtime import setup_runtime
+    from atlas.training.devices.device import setup_runtime
+    from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.update import fresh_updater
+    from atlas.training.step import fresh_updater
 
     config = task.config(world.size)
     updater = fresh_updater(config, setup_runtime(config, world), say=print)
@@ -109,8 +109,8 @@ def plain(task: Task, world: World) -> Step:
     from torch.distributed.fsdp import fully_shard
 
     from atlas.model import build_model
+    from atlas.training.devices.device import setup_runtime
     from atlas.training.loss import SummedLoss
-    from atlas.training.runtime import setup_runtime
 
     config = task.config(world.size)
     runtime = setup_runtime(config, world)
@@ -145,7 +145,7 @@ def serve(kind: str, task: Task) -> None:
     from atlas.process import set_up_process
 
     set_up_process()
-    from atlas.training.distributed import join_world, together
+    from atlas.training.devices.world import join_world, together
 
     world = join_world(PATIENCE)
 

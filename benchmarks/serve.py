@@ -157,7 +157,7 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
     from atlas.config.presets import preset_path
     from atlas.model import build_model
     from atlas.tokenizer import Tokenizer
-    from atlas.training.imported import save_imported
+    from atlas.training.checkpoint.convert import save_imported
 
     letters = random.Random(0)
     words = ["".join(letters.choices("etaoinshrdlu", k=letters.randint(2, 9))) for _ in range(4000)]

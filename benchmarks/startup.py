@@ -41,7 +41,7 @@ def seconds_of(command: list[str]) -> float:
 
 def prepare_data(folder: Path) -> Path:
     """A dataset of a megabyte or two: the documentation inside Python's standard library."""
-    from atlas.data.demo import write_demo_corpus
+    from atlas.data.text.demo import write_demo_corpus
 
     corpus = write_demo_corpus(folder / "corpus.jsonl")
     command = [*ATLAS, "prepare", "--input", str(corpus), "--output", str(folder / "data")]

@@ -78,10 +78,10 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
     from atlas.cli import main
     from atlas.data import SequenceDataset, open_dataset
     from atlas.inference.load import load_model
-    from atlas.training.checkpoint import CheckpointManager
+    from atlas.training.checkpoint.manager import CheckpointManager
+    from atlas.training.devices.device import setup_runtime
     from atlas.training.evaluate import evaluate
     from atlas.training.loss import SummedLoss
-    from atlas.training.runtime import setup_runtime
 
     start = time.monotonic()
     prepare = [

@@ -93,11 +93,11 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
 
     import torch
 
-    from atlas.training.compilation import choose_compile, compile_blocks
-    from atlas.training.interrupt import StopRequest
-    from atlas.training.runtime import setup_runtime
+    from atlas.training.devices.compile import choose_compile, compile_blocks
+    from atlas.training.devices.device import setup_runtime
+    from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.update import fresh_updater
+    from atlas.training.step import fresh_updater
 
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=print))
@@ -148,7 +148,7 @@ def first_atlas(shape: Shape, folder: str) -> Step:
     from atlas.config import ModelConfig
     from atlas.model import AtlasLM
     from atlas.training.loss import compute_lm_loss_with_logits_shift
-    from atlas.training.optimizer import create_optimizer  # type: ignore[import-not-found]
+    from atlas.training.optimizers.build import create_optimizer  # type: ignore[import-not-found]
 
     config = ModelConfig(
         vocab_size=shape.vocabulary,

@@ -22,10 +22,10 @@ from atlas.model import build_model
 from atlas.planning import training_flops_per_token
 from atlas.planning.run import utilisation
 from atlas.process import keep_memory
-from atlas.training.interrupt import StopRequest
-from atlas.training.runtime import setup_runtime
+from atlas.training.devices.device import setup_runtime
+from atlas.training.devices.signals import StopRequest
 from atlas.training.state import TrainState
-from atlas.training.update import Updater
+from atlas.training.step import Updater
 
 BATCH, SIDE = 4, 1024
 SHAPES = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas.data.sources import Sources
+from atlas.data.text.sources import Sources
 
 
 def whole(pieces: Any) -> list[str]:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from atlas.cli import main
-from atlas.training import checkpoint, sharded, update
+from atlas.training import step as update
+from atlas.training.checkpoint import manager as checkpoint
+from atlas.training.checkpoint import shard_format as sharded
 
 
 def before_update(step: int, fault: str) -> None:

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from atlas.config.loader import nested, overlay
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.launch import start_run
-from atlas.training.start import Request, choose_start
+from atlas.training.resume import Request, choose_start
 from atlas.training.state import Result
-from atlas.training.trainer import Trainer
+from atlas.training.train import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -14,13 +14,13 @@ from atlas.config.presets import leaves_batch_size_open, preset_path
 from atlas.errors import AtlasError
 from atlas.planning import estimate_training_memory
 from atlas.training import micro_batch
-from atlas.training.compilation import filled_up
+from atlas.training.devices.compile import filled_up
+from atlas.training.devices.device import Runtime
+from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import evaluate
-from atlas.training.interrupt import StopRequest
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
-from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
-from atlas.training.update import Updater, fresh_updater
+from atlas.training.step import Updater, fresh_updater
 from tests.runs import layer, trainer_for
 
 GiB = 1 << 30

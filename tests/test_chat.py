@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.config.loader import resolve
 from atlas.data import ResolvedData, validation_sequences
-from atlas.data.conversations import ChatDataset, Conversations, messages_of, read_conversations
-from atlas.data.dataset import IGNORE_INDEX
-from atlas.data.mixture import MixtureDataset
+from atlas.data.sequences.conversations import ChatDataset, Conversations, messages_of, read_conversations
+from atlas.data.sequences.dataset import IGNORE_INDEX
+from atlas.data.sequences.mixture import MixtureDataset
 from atlas.errors import AtlasError
 from atlas.export.huggingface import export_hf
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_question, newest_that_fit
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from tests.conftest import corpus
 from tests.runs import layer, logged, run

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from atlas.errors import AtlasError
-from atlas.training import checkpoint as module
-from atlas.training.checkpoint import CheckpointManager, load_checkpoint
+from atlas.training.checkpoint import manager as module
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.manager import CheckpointManager
 
 
 def contents(step: int) -> dict:

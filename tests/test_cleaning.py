@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas.data import PreparedDataset, prepare, text
-from atlas.data.cleaning import Cleaning
-from atlas.data.duplicates import SeenTexts
+from atlas.data import PreparedDataset, prepare
+from atlas.data.prepare.cleaning import Cleaning
+from atlas.data.prepare.dedup import SeenTexts
+from atlas.data.text import decode as text
 from atlas.errors import AtlasError
 from tests.archive import write_zip
 from tests.test_prepare import characters, documents_in
@@ -232,7 +233,7 @@ def test_datasketch_is_asked_for_by_name() -> None:
     program = """
 import sys
 sys.modules["datasketch"] = None
-from atlas.data.duplicates import require_datasketch
+from atlas.data.prepare.dedup import require_datasketch
 require_datasketch()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.clock import RunClock
-from atlas.training.schedule import NO_LIMIT
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.schedule import NO_LIMIT, RunClock
 from tests.runs import layer, logged, run, trainer_for
 
 

@@ -51,9 +51,9 @@ from atlas.planning.communication import (
     communicate,
     gather,
 )
-from atlas.training import distributed
+from atlas.training.devices.parallel import adding_up, wrap
+from atlas.training.devices.world import World
 from atlas.training.loss import SummedLoss
-from atlas.training.runtime import Runtime
 
 SHAPE = {"hidden_size": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 250, "max_seq_len": 32}
 FAST = Link("fast", 100.0)
@@ -180,10 +180,6 @@ def objective_of(config: AtlasConfig) -> nn.Module:
     return SummedLoss(model)
 
 
-def on_eight_ranks(parallel: str) -> Runtime:
-    return Runtime(torch.device("cpu"), "fp32", world=distributed.World(size=8), parallel=parallel)
-
-
 @pytest.mark.parametrize("shards", [8, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
@@ -195,11 +191,11 @@ def test_fsdp_sends_what_was_planned(shards: int, checkpointing: bool, tied: boo
         model={"tie_embeddings": tied}, training={**training, "gradient_checkpointing": checkpointing}
     )
     objective = objective_of(config)
-    wrapped = distributed.wrap(objective, config, on_eight_ranks("fsdp"))
+    wrapped = wrap(objective, config, World(size=8), "fsdp", torch.device("cpu"))
     tokens = torch.zeros(1, 32, dtype=torch.long)
     with Sent() as sent:
         for is_last in (False, True):
-            with distributed.adding_up(wrapped, is_last=is_last):
+            with adding_up(wrapped, is_last=is_last):
                 wrapped(tokens, tokens, num_valid=32).backward()
     gathered, scattered, reduced = (sum(sizes) for sizes in sent.sizes.values())
 
@@ -211,7 +207,7 @@ def test_fsdp_sends_what_was_planned(shards: int, checkpointing: bool, tied: boo
 
 def test_ddp_sends_the_gradients_of_all_that_learns_once(eight_ranks: None) -> None:
     config = config_of(training=parallel("ddp", gradient_accumulation_steps=8))
-    wrapped = distributed.wrap(objective_of(config), config, on_eight_ranks("ddp"))
+    wrapped = wrap(objective_of(config), config, World(size=8), "ddp", torch.device("cpu"))
     sizes = []
 
     def reduce(state, bucket):  # type: ignore[no-untyped-def]  # PyTorch compares annotations, which are strings here
@@ -223,7 +219,7 @@ def test_ddp_sends_the_gradients_of_all_that_learns_once(eight_ranks: None) -> N
     wrapped.register_comm_hook(None, reduce)  # type: ignore[operator]
     tokens = torch.zeros(1, 32, dtype=torch.long)
     for is_last in (False, True):
-        with distributed.adding_up(wrapped, is_last=is_last):
+        with adding_up(wrapped, is_last=is_last):
             wrapped(tokens, tokens, num_valid=32).backward()
     sent = scaled(config, gpus=8).communication
     assert (sent.weights, sent.gradients) == (0, all_reduce(sum(sizes), 8))
@@ -346,19 +342,17 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from atlas.config.loader import resolve
 from atlas.model import build_model
-from atlas.training import distributed
+from atlas.training.devices.parallel import adding_up, wrap
+from atlas.training.devices.world import World
 from atlas.training.loss import SummedLoss
-from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import Runtime
+from atlas.training.optimizers.build import build_optimizer
 
 config, ranks = resolve(json.loads(sys.argv[1])), int(sys.argv[2])
 training = config.training
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 model = build_model(config.model, seed=0).train()
 model.gradient_checkpointing = training.gradient_checkpointing
-world = distributed.World(size=ranks)
-runtime = Runtime(torch.device("cpu"), "fp32", world=world, parallel=training.parallel)
-wrapped = distributed.wrap(SummedLoss(model), config, runtime)
+wrapped = wrap(SummedLoss(model), config, World(size=ranks), training.parallel, torch.device("cpu"))
 optimizer = build_optimizer(model, training)
 if training.parallel == "ddp":  # its own way asks the network for an answer
 
@@ -374,7 +368,7 @@ for step in range(3):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     count = training.sequences_per_update // ranks // len(tokens)
     for number in range(count):
-        with distributed.adding_up(wrapped, is_last=number == count - 1):
+        with adding_up(wrapped, is_last=number == count - 1):
             (wrapped(tokens, tokens, num_valid=tokens.numel()) / tokens.numel()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

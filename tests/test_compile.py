@@ -11,7 +11,7 @@ from torch._inductor.exc import InductorError
 
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
-from atlas.training.compilation import choose_compile, refuse_failed_compilation
+from atlas.training.devices.compile import choose_compile, refuse_failed_compilation
 from tests.runs import layer, logged, run, start_process, write_config
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_without_a_compiler_on_is_refused_and_auto_goes_on_and_says_why(
         choose_compile(asked("on"), CPU, say=print)
     said: list[str] = []
     monkeypatch.setattr(
-        "atlas.training.compilation.why_not_compile", lambda device: "Triton is not installed"
+        "atlas.training.devices.compile.why_not_compile", lambda device: "Triton is not installed"
     )
     assert not choose_compile(asked("auto"), torch.device("cuda"), say=said.append)
     assert len(said) == 1

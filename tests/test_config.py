@@ -22,7 +22,7 @@ from atlas.config.loader import describe, fields, nested, overlay, parse_overrid
 from atlas.config.presets import find_config, preset_names, preset_path
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.runtime import choose_device
+from atlas.training.devices.device import choose_device
 
 MY_CONFIG = """\
 # configs/my_config.yaml

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atlas.cli import main
-from atlas.training import connection
-from atlas.training.distributed import World
+from atlas.training.devices import network_check as connection
+from atlas.training.devices.world import World
 from tests.runs import REPOSITORY
 
 DOCTOR = ["-m", "atlas", "doctor", "--distributed"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from atlas.config.loader import nested, overlay, read_yaml
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from tests.runs import REPOSITORY, layer, logged, run, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals and SIGHUP")

@@ -16,11 +16,13 @@ import torch
 
 from atlas.cli import main
 from atlas.config.loader import nested, overlay, resolve
-from atlas.data.loader import share_of_update
+from atlas.data.sequences.loader import share_of_update
 from atlas.errors import AtlasError, EndedElsewhere
-from atlas.training import distributed
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.distributed import World, choose_parallel
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices import parallel as sharing
+from atlas.training.devices import world as distributed
+from atlas.training.devices.parallel import choose_parallel
+from atlas.training.devices.world import World
 from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's gloo and these signals are not Windows'")
@@ -411,7 +413,7 @@ def test_auto_shards_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     config = resolve({"model": {"vocab_size": 1000, "hidden_size": 64, "num_heads": 4}})
     for free, expected in ((1 << 40, "ddp"), (1 << 20, "fsdp")):
-        monkeypatch.setattr(distributed, "measure_memory", lambda device, free=free: free)
+        monkeypatch.setattr(sharing, "measure_memory", lambda device, free=free: free)
         assert choose_parallel(config, World(0, 2), torch.device("cpu")) == expected
     assert choose_parallel(config, World(0, 1), torch.device("cpu")) == "none"
 

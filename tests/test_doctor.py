@@ -198,7 +198,7 @@ def test_a_precision_that_computes_wrong_numbers_is_found(
 def test_wrong_numbers_matter_where_training_would_take_them(
     offered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("atlas.training.runtime._cpu_has_bf16", lambda: offered)
+    monkeypatch.setattr("atlas.training.devices.device._cpu_has_bf16", lambda: offered)
     wrong_mlp(monkeypatch, torch.bfloat16, 0.1)
     code, facts = doctor(capsys)
     assert not facts["precision"]["bf16"]["right"]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas.config import AtlasConfig, DataConfig, ModelConfig, TrainingConfig
-from atlas.data.dataset import documents_of
+from atlas.data.sequences.dataset import documents_of
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
 from atlas.planning.estimate import estimate_training_memory
-from atlas.training.announce import _announce_dense_attention
+from atlas.training.summary import _announce_dense_attention
 from tests.runs import assert_same_run, layer, run, trainer_for
 
 CONFIG = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50, max_seq_len=24)

@@ -12,7 +12,7 @@ from atlas.cli import main
 from atlas.config import ModelConfig
 from atlas.model import build_model
 from atlas.tokenizer import Tokenizer
-from atlas.training.imported import save_imported
+from atlas.training.checkpoint.convert import save_imported
 from atlas.training.loss import compute_lm_loss
 
 

@@ -33,7 +33,7 @@ from atlas.model import AtlasLM, build_model
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer
 from atlas.tokenizer.byte_level import CHAR_OF_BYTE
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint.manager import CheckpointManager
 from tests.conftest import corpus
 from tests.test_llama_qwen import their_names
 from tests.toy import CharacterTokenizer

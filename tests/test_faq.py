@@ -28,8 +28,8 @@ from atlas.config.presets import preset_names
 from atlas.data import TextDataset, open_dataset
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.training.metrics import RunLog
-from atlas.training.optimizer import build_optimizer
+from atlas.training.logs.run_log import RunLog
+from atlas.training.optimizers.build import build_optimizer
 from tests.conftest import corpus
 from tests.project import ARTICLES, CONFIG, ROOT, Project, Stage
 from tests.runs import same_bits, trainer_for

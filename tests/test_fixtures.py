@@ -13,10 +13,10 @@ import torch
 from atlas.export.gguf import export_gguf
 from atlas.inference.load import load_model
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.launch import start_run
 from atlas.training.loss import compute_lm_loss
-from atlas.training.start import Request, choose_start
+from atlas.training.resume import Request, choose_start
 from tests.fixtures.make import write_dataset
 
 FIXTURES = sorted(Path(__file__).parent.glob("fixtures/checkpoint_v*/*.pt"))
@@ -25,7 +25,7 @@ LOSS = {"checkpoint_v1": 3.777659}
 
 
 def test_there_is_one_for_every_version() -> None:
-    from atlas.training.manifest import FORMAT_VERSION
+    from atlas.training.checkpoint.manifest import FORMAT_VERSION
 
     assert [path.parent.name for path in FIXTURES] == [f"checkpoint_v{n + 1}" for n in range(FORMAT_VERSION)]
 

@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from atlas.data import formats, hashes
-from atlas.data.articles import ArticleReport
-from atlas.data.hashes import hashes_of
-from atlas.data.resolve import resolve_data
-from atlas.data.sources import SourceReport, Sources
+from atlas.data.sequences.open import resolve_data
+from atlas.data.text import documents as formats
+from atlas.data.text import hashes
+from atlas.data.text.hashes import hashes_of
+from atlas.data.text.sources import SourceReport, Sources
+from atlas.data.text.wikipedia import ArticleReport
 from atlas.errors import AtlasError
 from atlas.files import sha256_of
 from tests.archive import ARTICLES, documents_of, kaggle_files, whole, write_folder, write_zip
@@ -297,8 +298,8 @@ def test_a_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
 def test_what_unpacks_to_very_much_is_refused_unless_trusted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("formats", "archives", "textfiles"):
-        monkeypatch.setattr(f"atlas.data.{module}.RATIO_FREE_BYTES", 100_000)
+    for module in ("documents", "archives", "files"):
+        monkeypatch.setattr(f"atlas.data.text.{module}.RATIO_FREE_BYTES", 100_000)
     path, text = tmp_path / name, "many words " * 200_000
     if name == "a.parquet":  # long for its readers alone: the file's own figures name one text
         write_parquet(path, pyarrow.array([text[:11_000]] * 5000).dictionary_encode())
@@ -314,7 +315,7 @@ def test_what_unpacks_to_very_much_is_refused_unless_trusted(
 
 
 def test_a_tar_of_nothing_but_folders_is_a_bomb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlas.data.archives.RATIO_FREE_BYTES", 100_000)
+    monkeypatch.setattr("atlas.data.text.archives.RATIO_FREE_BYTES", 100_000)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         for _ in range(2000):
             member = tarfile.TarInfo("folder")

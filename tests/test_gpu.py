@@ -16,9 +16,9 @@ from atlas.config import GuardConfig
 from atlas.inference.generate import generate
 from atlas.inference.load import load_model
 from atlas.inference.sampling import Sampling
-from atlas.training.background import Snapshot
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.heat import open_sensor
+from atlas.training.checkpoint.async_saver import Snapshot
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices.gpu_temperature import open_sensor
 from tests import runs
 from tests.runs import logged, run, same_bits, trainer_for
 

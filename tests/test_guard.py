@@ -19,13 +19,13 @@ from atlas.cli import main
 from atlas.config import GuardConfig
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices.device import Runtime
 from atlas.training.guard import find_fault, z_score
 from atlas.training.loss import compute_lm_loss
-from atlas.training.runtime import Runtime
 from atlas.training.state import TrainState
-from atlas.training.trainer import Trainer
-from atlas.training.update import Updater
+from atlas.training.step import Updater
+from atlas.training.train import Trainer
 from tests.runs import layer, logged, run, same_bits, trainer_for, write_config
 
 Loss = Callable[..., torch.Tensor]

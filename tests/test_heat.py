@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from atlas.config import GuardConfig
 from atlas.errors import AtlasError
-from atlas.training.heat import COOLING, GpuSensor, Reading, cool_down, open_sensor
+from atlas.training.devices.gpu_temperature import COOLING, GpuSensor, Reading, cool_down, open_sensor
 
 CUDA = torch.device("cuda")
 

@@ -24,17 +24,17 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.cli.terminal import printable
 from atlas.data import open_dataset
-from atlas.data.sources import SourceReport, Sources
-from atlas.data.text import PIECE_CHARS, as_document
+from atlas.data.text.decode import PIECE_CHARS, as_document
+from atlas.data.text.sources import SourceReport, Sources
 from atlas.errors import AtlasError
 from atlas.files import open_zip, sha256_of
 from atlas.inference import load_model
-from atlas.training import pickled
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.manifest import read_manifest, sidecar_of
-from atlas.training.optimizer import build_optimizer
-from atlas.training.pickled import TensorClaim, read_pickle
-from atlas.training.untrusted import check_optimizer_state, read_plain
+from atlas.training.checkpoint import safe_unpickle as pickled
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
+from atlas.training.checkpoint.safe_unpickle import TensorClaim, read_pickle
+from atlas.training.checkpoint.validate import check_optimizer_state, read_plain
+from atlas.training.optimizers.build import build_optimizer
 from tests.archive import documents_of, whole, write_zip
 from tests.faults import attacks, fuzz
 from tests.faults.attacks import ATTACKS, FIXTURE, READERS, Attack, forged, overlapping
@@ -316,7 +316,7 @@ def test_trust_is_in_sizes_not_in_paths(tmp_path: Path) -> None:
 
 
 def test_prepare_takes_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlas.data.archives.RATIO_FREE_BYTES", 1000)
+    monkeypatch.setattr("atlas.data.text.archives.RATIO_FREE_BYTES", 1000)
     path = write_zip(tmp_path / "a.zip", {"a.txt": "many words " * 5000})
     arguments = [
         "prepare",
@@ -360,7 +360,7 @@ def test_a_document_that_ends_in_blanks_ends() -> None:
 
 def test_a_megabyte_of_blanks_is_not_held(tmp_path: Path) -> None:
     """In the archive's layout blanks part articles, so that they were held until something followed."""
-    from atlas.data.articles import ArticleReport, split_articles
+    from atlas.data.text.wikipedia import ArticleReport, split_articles
 
     chunks = ["Title\n\nWords."] + [" " * (1 << 20)] * 9 + ["\n\n\nNext\n\nWords."]
     given, taken, held = 0, 0, []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from atlas.data import prepare
-from atlas.data.demo import write_demo_corpus
+from atlas.data.text.demo import write_demo_corpus
 from tests.project import ROOT
 from tests.runs import start_process
 from tests.test_serve_command import serving

@@ -235,6 +235,6 @@ def test_nothing_from_the_stop_string_that_is_complete_first_is_shown(text: str,
 
 
 def test_perplexity_of_an_absurd_loss_is_infinite_not_an_error() -> None:
-    from atlas.training.metrics import perplexity
+    from atlas.training.logs.run_log import perplexity
 
     assert perplexity(1e9) == math.inf

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atlas.cli import main
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint.manager import CheckpointManager
 from tests.conftest import corpus
 from tests.runs import layer, run
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.interrupt import Stopped, StopRequest
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices.signals import Stopped, StopRequest
 from tests.runs import layer, logged, run, start_process, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")

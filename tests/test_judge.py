@@ -15,9 +15,9 @@ from atlas.data import SequenceDataset, open_dataset, prepare, resolve_data
 from atlas.export.gguf import export_gguf
 from atlas.export.judge import Sample, llama_cpp_logprobs, pytorch_logprobs, sample_of
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
+from atlas.training.devices.device import setup_runtime
 from atlas.training.evaluate import evaluate
 from atlas.training.loss import SummedLoss
-from atlas.training.runtime import setup_runtime
 from tests.conftest import corpus
 from tests.test_export import needs_llama_cpp, save_checkpoint, sharp_model, with_swapped_norms
 

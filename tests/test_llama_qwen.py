@@ -19,7 +19,7 @@ from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.norm import RMSNorm
 from atlas.planning import count_parameters
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
-from atlas.training.optimizer import build_optimizer
+from atlas.training.optimizers.build import build_optimizer
 from tests.test_model import difference, sharp_model
 
 LLAMA = ModelConfig(

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from atlas.inference.load import load_model
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.untrusted import read_plain
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.validate import read_plain
 from tests.runs import layer, run, same_bits
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def measured(work, warm_up):
 def trainer(config):
     import yaml
     from atlas.training.launch import start_run
-    from atlas.training.start import Request, choose_start
+    from atlas.training.resume import Request, choose_start
     return start_run(choose_start(Request(yaml.safe_load(Path(config).read_text()), resume="auto")))
 
 def model(checkpoint):

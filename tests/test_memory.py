@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas.errors import AtlasError
+from atlas.training.devices.memory import collector_spares_the_run, is_out_of_memory
 from atlas.training.loss import compute_lm_loss
-from atlas.training.memory import collector_spares_the_run, is_out_of_memory
 from atlas.training.micro_batch import _largest, _runs
-from atlas.training.trainer import Trainer
+from atlas.training.train import Trainer
 from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
 
 CPU_MESSAGE = (
@@ -294,7 +294,7 @@ def test_the_garbage_collector_spares_a_run_once_and_only_until_it_ends(
 
     monkeypatch.setattr(gc, "freeze", frozen)
     as_on_a_gpu = partial(collector_spares_the_run, torch.device("cuda"))
-    monkeypatch.setattr("atlas.training.trainer.collector_spares_the_run", lambda device: as_on_a_gpu())
+    monkeypatch.setattr("atlas.training.train.collector_spares_the_run", lambda device: as_on_a_gpu())
     trainer.train_step = step  # type: ignore[method-assign, assignment]
     trainer.train()
     assert calls == [1]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atlas.config.loader import parse_overrides, resolve
 from atlas.data import resolve_mixture
-from atlas.data.mixture import BLOCK, MixtureOrder, quotas
+from atlas.data.sequences.mixture import BLOCK, MixtureOrder, quotas
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from tests.runs import assert_same_run, layer, run, trainer_for

@@ -16,7 +16,7 @@ from atlas.config import ModelConfig, TrainingConfig
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
-from atlas.training.optimizer import build_optimizer
+from atlas.training.optimizers.build import build_optimizer
 
 CONFIG = ModelConfig(hidden_size=48, num_layers=3, num_heads=4, vocab_size=101, max_seq_len=32)
 UNTIED = CONFIG.model_copy(update={"tie_embeddings": False})

@@ -18,10 +18,10 @@ from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import checkpoint_bytes
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.optimizer import build_optimizer
-from atlas.training.untrusted import check_optimizer_state
-from atlas.training.writing import tensor_bytes
+from atlas.training.checkpoint.atomic_write import tensor_bytes
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.validate import check_optimizer_state
+from atlas.training.optimizers.build import build_optimizer
 from tests.runs import STATE, layer, logged, resumes_with_the_same_bits, run, same_bits, trainer_for
 
 NAMES = ("adamw", "muon", "adafactor")

@@ -12,9 +12,9 @@ import torch
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.config.config import MUON_STACK_NUMBERS
 from atlas.model import build_model
-from atlas.training.adafactor import AdafactorWithoutWaits
-from atlas.training.optimizer import build_optimizer
-from atlas.training.untrusted import check_optimizer_state
+from atlas.training.checkpoint.validate import check_optimizer_state
+from atlas.training.optimizers.adafactor import AdafactorWithoutWaits
+from atlas.training.optimizers.build import build_optimizer
 from benchmarks.fake_cuda import why_not
 from tests.runs import REPOSITORY
 from tests.test_optimizer import RATE, random_gradients, stepped
@@ -68,7 +68,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.model import build_model
-from atlas.training.optimizer import build_optimizer
+from atlas.training.optimizers.build import build_optimizer
 
 class Operators(TorchDispatchMode):
     count = 0

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atlas.data import IGNORE_INDEX, open_dataset, prepare
-from atlas.data.packing import PackedDataset, best_fit_decreasing, pieces_of
+from atlas.data.sequences.packing import PackedDataset, best_fit_decreasing, pieces_of
 from atlas.data.shards import TokenStream
 from atlas.tokenizer import Tokenizer
 from tests.runs import assert_same_run, run, trainer_for
@@ -98,7 +98,7 @@ def test_a_plan_is_made_once_and_a_shorter_window_has_its_own(
     stream: TokenStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = PackedDataset(stream, 32)
-    monkeypatch.setattr("atlas.data.packing.best_fit_decreasing", None)
+    monkeypatch.setattr("atlas.data.sequences.packing.best_fit_decreasing", None)
     again = PackedDataset(replace(stream), 32)
     assert [first[w][0].tolist() for w in range(len(first))] == [
         again[w][0].tolist() for w in range(len(again))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from atlas.training import background
-from atlas.training.background import Snapshot
-from atlas.training.pinned import pinned_like
+from atlas.training.checkpoint import async_saver as background
+from atlas.training.checkpoint.async_saver import Snapshot
+from atlas.training.devices.pinned import pinned_like
 from tests.runs import same_bits
 
 SHAPES = [torch.randn(50_257, 8), torch.tensor(3.0), torch.randn(7, dtype=torch.float64), torch.empty(0, 4)]

@@ -18,10 +18,10 @@ from atlas.cli import main
 from atlas.cli.choose_text import choose_text
 from atlas.config.loader import overlay, read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
-from atlas.data.demo import write_demo_corpus
+from atlas.data.text.demo import write_demo_corpus
 from atlas.errors import AtlasError
 from atlas.model import build_model
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from tests.conftest import corpus
 
 ROOT = Path(__file__).parents[1]

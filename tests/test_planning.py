@@ -30,7 +30,7 @@ from atlas.planning import (
 )
 from atlas.planning.machine import _left_in_container
 from atlas.training.loss import compute_lm_loss
-from atlas.training.optimizer import build_optimizer
+from atlas.training.optimizers.build import build_optimizer
 
 SHAPE = {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "vocab_size": 300, "max_seq_len": 64}
 MODERN = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
@@ -185,7 +185,7 @@ import torch
 from atlas.config.loader import resolve
 from atlas.model import build_model
 from atlas.training.loss import linear_cross_entropy
-from atlas.training.optimizer import build_optimizer
+from atlas.training.optimizers.build import build_optimizer
 
 config = resolve(json.loads(sys.argv[1]))
 model = build_model(config.model, seed=0).train()

@@ -21,10 +21,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from atlas.cli import main
-from atlas.data import PreparedDataset, open_dataset, prepare, text
-from atlas.data.cleaning import Cleaning
-from atlas.data.folder import Workshop, making
-from atlas.data.sources import Sources
+from atlas.data import PreparedDataset, open_dataset, prepare
+from atlas.data.prepare import workspace
+from atlas.data.prepare.cleaning import Cleaning
+from atlas.data.prepare.workspace import Workshop, making
+from atlas.data.text import decode as text
+from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from tests.archive import ARTICLES, kaggle_files, write_folder, write_zip
@@ -534,7 +536,7 @@ def test_an_interrupt_in_the_middle_of_a_first_commit_keeps_it(
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("atlas.data.folder.flush_folder", interrupt)
+    monkeypatch.setattr(workspace, "flush_folder", interrupt)
     with pytest.raises(KeyboardInterrupt), making(tmp_path / "set", "key") as workshop:
         workshop.commit({"position": 3})
     assert "the same command goes on with it" in capsys.readouterr().err

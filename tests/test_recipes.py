@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from tests.runs import REPOSITORY, layer, write_config
 
 RECIPES = REPOSITORY / "scripts/launch"

@@ -22,10 +22,11 @@ from atlas.cli import main
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint import CheckpointManager, load_checkpoint
-from atlas.training.retention import slim
-from atlas.training.start import Request, choose_start
-from atlas.training.trainer import Trainer
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.retention import slim
+from atlas.training.resume import Request, choose_start
+from atlas.training.train import Trainer
 from tests.conftest import corpus
 from tests.runs import (
     assert_same_run,

@@ -16,9 +16,10 @@ from atlas.config.loader import resolve
 from atlas.inference.load import load_model
 from atlas.model import build_model
 from atlas.planning import checkpoint_bytes
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.optimizer import build_optimizer, round_to_bf16, step_rounding_weights
-from atlas.training.writing import tensor_bytes
+from atlas.training.checkpoint.atomic_write import tensor_bytes
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.optimizers.bf16 import round_to_bf16, step_rounding_weights
+from atlas.training.optimizers.build import build_optimizer
 from tests.runs import layer, logged, resumes_with_the_same_bits, run, same_bits
 
 NAMES = ("adamw", "muon", "adafactor")
@@ -26,7 +27,7 @@ NAMES = ("adamw", "muon", "adafactor")
 
 @pytest.fixture(autouse=True)
 def _bf16_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlas.training.runtime._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("atlas.training.devices.device._cpu_has_bf16", lambda: True)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from atlas.errors import AtlasError
-from atlas.training import checkpoint as checkpoint_module
-from atlas.training.background import BackgroundSaver, Pacer, Snapshot
-from atlas.training.checkpoint import CheckpointManager, load_checkpoint
-from atlas.training.lock import FolderLock
+from atlas.training.checkpoint import manager as checkpoint_module
+from atlas.training.checkpoint.async_saver import BackgroundSaver, Pacer, Snapshot
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.checkpoint.manager import CheckpointManager
 from tests.runs import layer, logged, run, same_bits, trainer_for
 from tests.test_checkpoint import contents, facts, save
 
@@ -263,7 +264,7 @@ def test_a_nearly_full_disk_gives_up_old_steps_beyond_the_newest_two(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from atlas.training.lock import FolderLock
+from atlas.training.checkpoint.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -17,10 +17,13 @@ from safetensors import safe_open
 
 from atlas.cli import main
 from atlas.errors import AtlasError
-from atlas.training import checkpoint as checkpoints
-from atlas.training.checkpoint import CheckpointManager, find_checkpoint, load_checkpoint
-from atlas.training.manifest import read_manifest
-from atlas.training.sharded import consolidate, join, split
+from atlas.training.checkpoint import manager as checkpoints
+from atlas.training.checkpoint.convert import consolidate
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.locate import find_checkpoint
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.manifest import read_manifest
+from atlas.training.checkpoint.shard_format import join, split
 from tests.runs import STATE, layer, logged, run, same_bits, trainer_for
 
 leaves = (

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas.data import articles, text
-from atlas.data.articles import WIKIPEDIA_ARTICLES, WIKIPEDIA_CHARS, ArticleReport, split_articles
-from atlas.data.sources import SourceReport, Sources
+from atlas.data.text import decode as text
+from atlas.data.text import wikipedia as articles
+from atlas.data.text.sources import SourceReport, Sources
+from atlas.data.text.wikipedia import WIKIPEDIA_ARTICLES, WIKIPEDIA_CHARS, ArticleReport, split_articles
 from atlas.errors import AtlasError
 from tests.archive import ARTICLES, article, documents_of, kaggle_files, whole, write_folder, write_zip
 

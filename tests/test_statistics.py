@@ -20,7 +20,8 @@ from atlas.cli.info_dataset import cleaning_facts
 from atlas.config.presets import preset_names
 from atlas.data import TokenStream, prepare
 from atlas.data.shards import ShardRecord, SplitRecord
-from atlas.data.statistics import (
+from atlas.planning import advise
+from atlas.reporting.dataset_statistics import (
     STRETCH_TOKENS,
     Excerpt,
     Stretch,
@@ -28,7 +29,6 @@ from atlas.data.statistics import (
     sample_documents,
     worst_stretches,
 )
-from atlas.planning import advise
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.gpt2 import GPT2Tokenizer
 from tests.conftest import SENTENCES
@@ -68,7 +68,7 @@ def test_lengths_are_those_of_the_documents(
 ) -> None:
     """However the documents are spread over shards, and these are read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.data.statistics._OFFSETS_AT_ONCE", at_once)
+        patch.setattr("atlas.reporting.dataset_statistics._OFFSETS_AT_ONCE", at_once)
         folder = tmp_path_factory.mktemp("lengths")
         stream = write_stream(folder, [[5] * length for length in lengths], shard_tokens=shard_tokens)
         measured = measure_lengths(stream)
@@ -134,7 +134,7 @@ def test_planted_stretches_are_found_worst_first(tmp_path: Path) -> None:
 def test_no_stretch_is_missed_between_two_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    monkeypatch.setattr("atlas.data.statistics._BLOCK_TOKENS", 256)
+    monkeypatch.setattr("atlas.reporting.dataset_statistics._BLOCK_TOKENS", 256)
     (letter,), (word,) = GPT2.encode("e"), GPT2.encode(" river")
     ids = [word] * 1100
     ids[place : place + STRETCH_TOKENS] = [letter] * STRETCH_TOKENS

@@ -16,12 +16,13 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.inference.samples import sample_texts
-from atlas.training import throughput, tracking
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices.memory import recall_peak_rate
 from atlas.training.launch import start_run
-from atlas.training.memory import recall_peak_rate
-from atlas.training.start import Request, choose_start
-from atlas.training.trainer import Trainer
+from atlas.training.logs import throughput
+from atlas.training.logs import trackers as tracking
+from atlas.training.resume import Request, choose_start
+from atlas.training.train import Trainer
 from tests.runs import (
     STATE,
     assert_same_run,

@@ -22,9 +22,9 @@ from atlas.config.loader import nested, overlay, resolve
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.training.devices.device import choose_device, seed_micro_step, setup_runtime
 from atlas.training.loss import compute_lm_loss, linear_cross_entropy, load_loss
-from atlas.training.optimizer import build_optimizer
-from atlas.training.runtime import choose_device, seed_micro_step, setup_runtime
+from atlas.training.optimizers.build import build_optimizer
 from atlas.training.schedule import horizon_steps, learning_rate_at
 from tests.runs import layer, logged, run, trainer_for
 

@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from atlas.cli import main
-from atlas.data import open_dataset, prepare, reading
-from atlas.data.cleaning import Cleaning
+from atlas.data import open_dataset, prepare
+from atlas.data.prepare import batching as reading
+from atlas.data.prepare.cleaning import Cleaning
 from atlas.errors import AtlasError
 from tests.archive import write_folder, write_zip
 
@@ -82,8 +83,12 @@ def test_zip_folder_and_tar_give_the_same_shards(tmp_path: Path) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from atlas.data import assembly, folder, prepare, reading, writer
-prepare_module = sys.modules["atlas.data.prepare"]
+from atlas.data import prepare
+from atlas.data.prepare import merge as assembly
+from atlas.data.prepare import workspace as folder
+from atlas.data.prepare import batching as reading
+from atlas.data.prepare import shard_writer as writer
+prepare_module = sys.modules["atlas.data.prepare.pipeline"]
 source, output, workers, kill_at = sys.argv[1:]
 reading.BATCH_CHARS = 3000
 prepare_module.COMMIT_SECONDS = 0
@@ -164,7 +169,7 @@ def test_an_interrupt_keeps_what_is_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reading, "BATCH_CHARS", 3000)
-    monkeypatch.setattr(sys.modules["atlas.data.prepare"], "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(sys.modules["atlas.data.prepare.pipeline"], "COMMIT_SECONDS", 0)
     prepare([source], tmp_path / "whole", val_fraction=0.2)
 
     class Interrupting:
@@ -179,7 +184,7 @@ def test_an_interrupt_keeps_what_is_done(
 
             return call
 
-    from atlas.data.assembly import Assembly
+    from atlas.data.prepare.merge import Assembly
 
     with monkeypatch.context() as patch:
         patch.setattr(Assembly, "add", Interrupting()(Assembly.add))
@@ -230,8 +235,8 @@ def _busy_worker(parent: int) -> psutil.Process:
 DIES_WHILE_IT_SENDS = """
 import multiprocessing.connection as pipes, os, signal
 from types import SimpleNamespace
-from atlas.data import workers
-from atlas.data.folder import WorkerKilled
+from atlas.data.prepare import workers
+from atlas.data.prepare.workspace import WorkerKilled
 
 class Encoder:
     tokenizer = None
@@ -293,7 +298,7 @@ def test_standard_input_is_a_source(source: Path, tmp_path: Path) -> None:
 def test_ray_gives_the_same_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of two workers on this machine; sources in several bundles, one of them with an open end."""
     ray = pytest.importorskip("ray")
-    from atlas.data import ray_engine
+    from atlas.data.prepare import ray_engine
 
     monkeypatch.setattr(ray_engine, "_BUNDLE_BYTES", 30_000)
     files = {f"{n:03d}.txt": text for n, text in enumerate(documents(120, seed=5))}
@@ -365,7 +370,8 @@ def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.Captu
 def test_preparing_needs_no_pytorch() -> None:
     """Each worker would take a second and 200 MB more."""
     program = (
-        "import sys, atlas.data.workers, atlas.data.prepare, atlas.cli.prepare; print('torch' in sys.modules)"
+        "import sys, atlas.data.prepare.workers, atlas.data.prepare.pipeline, atlas.cli.prepare\n"
+        "print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.stdout == "False\n", run.stderr

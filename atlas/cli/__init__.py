@@ -20,11 +20,11 @@ from typing import Any
 
 import typer
 
-from atlas import __version__
 from atlas.cli.old_flags import hint
-from atlas.cli.terminal import printable
+from atlas.cli.terminal import INTERRUPTED, USER_MISTAKE, printable
 from atlas.errors import AtlasError, EndedElsewhere, Interrupted
 from atlas.process import set_up_process
+from atlas.version import __version__
 
 # In the order of the road.
 COMMANDS = {
@@ -46,8 +46,6 @@ COMMANDS = {
 _COMPUTE = {"train", "generate", "look", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
 """Of commands whose name Python keeps for itself."""
-
-USER_MISTAKE, INTERRUPTED = 2, 130
 
 # What the parser raises: click's UsageError, which newer versions of typer bring along under a name of their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

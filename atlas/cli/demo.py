@@ -27,9 +27,9 @@ def demo_road(text: str | None, folder: Path, overrides: Layer, *, no_resume: bo
     from atlas.config.loader import overlay, read_yaml
     from atlas.config.presets import preset_path
     from atlas.data import prepare
-    from atlas.data.demo import write_demo_corpus
+    from atlas.data.text.demo import write_demo_corpus
     from atlas.training.launch import start_run
-    from atlas.training.start import Request, choose_start
+    from atlas.training.resume import Request, choose_start
 
     begun = time.perf_counter()
     _headline(1, "text" if text else "text: the documentation inside Python's standard library")

@@ -83,7 +83,7 @@ def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout
 
     # PyTorch reads it once. Where an address is not reached, it prints pages, the last line of which is said below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from atlas.training.connection import DEFAULT_TIMEOUT, try_connection
+    from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
 
     if output_dir is not None:
         raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")

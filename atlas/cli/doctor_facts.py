@@ -18,7 +18,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from atlas import __version__
 from atlas.config import AtlasConfig
 from atlas.model import AtlasLM
 from atlas.planning import largest_that_fits, measure_memory, plan_presets
@@ -34,9 +33,8 @@ from atlas.planning.doctor import (
     working_attention,
 )
 from atlas.planning.probe import COPIED, measure_copy, measure_matrix_products
-from atlas.training.compilation import choose_compile
-from atlas.training.loss import linear_cross_entropy
-from atlas.training.runtime import (
+from atlas.training.devices.compile import choose_compile
+from atlas.training.devices.device import (
     Runtime,
     choose_device,
     cpu_only_build_with_nvidia_driver,
@@ -44,6 +42,8 @@ from atlas.training.runtime import (
     setup_runtime,
     why_not_in,
 )
+from atlas.training.loss import linear_cross_entropy
+from atlas.version import __version__
 
 Facts = dict[str, Any]
 

@@ -14,11 +14,11 @@ from atlas.errors import AtlasError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from atlas.data.sequences import Windows
+    from atlas.data.sequences.build import Windows
     from atlas.inference.load import LoadedModel
     from atlas.model import AtlasLM
     from atlas.tokenizer import Tokenizer
-    from atlas.training.runtime import Runtime
+    from atlas.training.devices.device import Runtime
 
 _MARKED, _AROUND = 8, 40
 """Tokens of a window that are marked, and shown before and after the worst."""
@@ -87,9 +87,9 @@ def _on_text(
 ) -> None:
     from atlas.config.loader import nested, overlay, resolve
     from atlas.data import resolve_data, validation_windows
+    from atlas.training.devices.device import setup_runtime
     from atlas.training.evaluate import evaluate as measure
     from atlas.training.loss import SummedLoss
-    from atlas.training.runtime import setup_runtime
 
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:

@@ -87,7 +87,8 @@ def export(
 ) -> None:
     """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
     from atlas.inference.load import NOT_NEEDED, model_of
-    from atlas.training.checkpoint import find_checkpoint, load_checkpoint
+    from atlas.training.checkpoint.load import load_checkpoint
+    from atlas.training.checkpoint.locate import find_checkpoint
 
     if data is not None and format is not Format.gguf:
         raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")

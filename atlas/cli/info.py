@@ -12,8 +12,8 @@ import typer
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from atlas.training.manifest import Manifest
-    from atlas.training.verify import Verdict
+    from atlas.training.checkpoint.manifest import Manifest
+    from atlas.training.checkpoint.verify import Verdict
 
 Facts = Iterable[tuple[str, Any]]
 
@@ -97,9 +97,10 @@ def info(
 def _checkpoint(path: Path, verify: bool) -> Facts:
     from atlas.config.loader import resolve
     from atlas.inference.load import NOT_NEEDED
-    from atlas.training.checkpoint import find_checkpoint, kind_of, read_contents
-    from atlas.training.manifest import checkpoint_size, read_manifest, shards_of, sidecar_of
-    from atlas.training.untrusted import refuse_first_version
+    from atlas.training.checkpoint.load import read_contents
+    from atlas.training.checkpoint.locate import find_checkpoint, kind_of
+    from atlas.training.checkpoint.manifest import checkpoint_size, read_manifest, shards_of, sidecar_of
+    from atlas.training.checkpoint.validate import refuse_first_version
 
     path = find_checkpoint(path)
     if not read_manifest(path, check_hash=False):
@@ -140,7 +141,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 def _is_checkpoint(file: Path) -> bool:
     """By its name, which need not be that of a file: `find_checkpoint` knows what is meant."""
-    from atlas.training.manifest import shards_of
+    from atlas.training.checkpoint.manifest import shards_of
 
     if file.suffix == ".pt":
         return True
@@ -150,8 +151,8 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def _consolidate(path: Path, target: Path) -> None:
-    from atlas.training.checkpoint import find_checkpoint
-    from atlas.training.sharded import consolidate
+    from atlas.training.checkpoint.convert import consolidate
+    from atlas.training.checkpoint.locate import find_checkpoint
 
     source = find_checkpoint(path)
     size = consolidate(source, target, say=lambda line: typer.echo(line, err=True))
@@ -176,9 +177,9 @@ def _rounded(loss: float | None) -> str | None:
 
 def _verified(path: Path) -> str:
     """`whole: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
-    from atlas.data.progress import byte_progress
-    from atlas.training.manifest import checkpoint_size
-    from atlas.training.verify import verify_checkpoint, whole_alternative
+    from atlas.progress import byte_progress
+    from atlas.training.checkpoint.manifest import checkpoint_size
+    from atlas.training.checkpoint.verify import verify_checkpoint, whole_alternative
 
     with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
@@ -193,10 +194,10 @@ def _verified(path: Path) -> str:
 
 def _output_folder(folder: Path, verify: bool) -> None:
     """A row for each checkpoint, the latest step first, and the one that --resume auto takes."""
-    from atlas.data.progress import byte_progress
-    from atlas.training.checkpoint import CheckpointManager
-    from atlas.training.manifest import checkpoint_size
-    from atlas.training.verify import verify_checkpoint
+    from atlas.progress import byte_progress
+    from atlas.training.checkpoint.manager import CheckpointManager
+    from atlas.training.checkpoint.manifest import checkpoint_size
+    from atlas.training.checkpoint.verify import verify_checkpoint
 
     manifests = {path: manifest for manifest, path in CheckpointManager(folder).found()}
     files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
@@ -223,7 +224,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
 
 def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
     from atlas.cli.terminal import print_table
-    from atlas.training.manifest import checkpoint_size
+    from atlas.training.checkpoint.manifest import checkpoint_size
 
     rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
     for path, manifest, verdict in checkpoints:
@@ -238,8 +239,8 @@ def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
     """What can be said of a checkpoint without reading it."""
-    from atlas.training.manifest import sidecar_of
-    from atlas.training.untrusted import holds_first_version
+    from atlas.training.checkpoint.manifest import sidecar_of
+    from atlas.training.checkpoint.validate import holds_first_version
 
     if manifest is None:
         if holds_first_version(path):

@@ -10,7 +10,8 @@ import typer
 
 from atlas.cli.terminal import figure, print_facts, print_table, printable
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
-from atlas.data.statistics import (
+from atlas.errors import AtlasError
+from atlas.reporting.dataset_statistics import (
     SAMPLE_TOKENS,
     STRETCH_TOKENS,
     Lengths,
@@ -18,13 +19,12 @@ from atlas.data.statistics import (
     sample_documents,
     worst_stretches,
 )
-from atlas.errors import AtlasError
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 
 def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
     """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
-    from atlas.data.plot import check_plot
+    from atlas.reporting.dataset_figure import check_plot
 
     if plot:
         check_plot(plot)
@@ -45,7 +45,7 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
 
 def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
     """The dataset, and in what state it is."""
-    from atlas.data.progress import byte_progress
+    from atlas.progress import byte_progress
 
     total = sum(file.stat().st_size for file in folder.glob("*.npy"))
     with byte_progress(total if verify else 0, "reading") as advance:
@@ -167,8 +167,8 @@ def _searched(stream: TokenStream) -> str:
 
 
 def _draw(path: Path, folder: Path, lengths: Mapping[str, Lengths], vocab_size: int) -> None:
-    from atlas.data.plot import draw_lengths
     from atlas.planning.advice import advise
+    from atlas.reporting.dataset_figure import draw_lengths
 
     contexts: dict[int, list[str]] = {}
     for row in advise(1, vocab_size=vocab_size):

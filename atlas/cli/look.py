@@ -131,7 +131,7 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _print_places(console: Console, places: Sequence[Place]) -> None:
-    from atlas.training.metrics import perplexity
+    from atlas.training.logs.run_log import perplexity
 
     table = _table("place", ">", "token", "<", "probability", "<", "", ">", "rank", ">", "entropy", ">")
     table.add_column("likeliest")

@@ -86,9 +86,9 @@ def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], 
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.config.loader import nested, overlay, read_yaml
     from atlas.config.presets import find_config, preset_names
-    from atlas.data.conversations import holds_conversations
+    from atlas.data.sequences.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
-    from atlas.data.sources import Sources
+    from atlas.data.text.sources import Sources
 
     if {"train_data", "mixture"} & overrides.get("data", {}).keys():
         raise AtlasError(
@@ -119,8 +119,8 @@ def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -
     """The dataset of a text, prepared unless it was before. One with a vocabulary of its own gets a folder of its own,
     so that it does not replace the one in GPT-2's."""
     from atlas.data import prepare
-    from atlas.data.prepare import default_output
-    from atlas.data.sources import Sources
+    from atlas.data.prepare.pipeline import default_output
+    from atlas.data.text.sources import Sources
     from atlas.tokenizer import Tokenizer
 
     folder = None
@@ -147,7 +147,7 @@ def _train(
     from atlas.cli.train import train_to_the_end
     from atlas.inference.samples import sample_texts
     from atlas.training.launch import start_run
-    from atlas.training.start import Request, choose_start
+    from atlas.training.resume import Request, choose_start
 
     request = Request(explicit, no_resume=no_resume, ask=confirm)
     trainer = start_run(

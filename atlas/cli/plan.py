@@ -103,7 +103,7 @@ def _report(
     """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
     from atlas.cli.plan_output import Report
     from atlas.planning import assume_vocabulary, plan_presets, scale
-    from atlas.training.run_config import with_vocabulary
+    from atlas.training.run import with_vocabulary
 
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
@@ -122,7 +122,7 @@ def _report(
 
 
 def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
-    from atlas.data.sequences import training_windows
+    from atlas.data.sequences.build import training_windows
     from atlas.planning import summarize
     from atlas.training.schedule import NO_LIMIT, horizon_steps
 
@@ -153,7 +153,7 @@ def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream |
 
 def _open(data: Path) -> TokenStream:
     """What a prepared dataset trains on."""
-    from atlas.data.conversations import holds_conversations
+    from atlas.data.sequences.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
     from atlas.errors import AtlasError
 
@@ -188,7 +188,7 @@ def this_machine(wanted: AtlasConfig) -> Machine:
 
     from atlas.planning import Machine, Speed, card_named, card_speed, measure_memory
     from atlas.planning.probe import measure_copy, measure_matrix_products
-    from atlas.training.runtime import setup_runtime
+    from atlas.training.devices.device import setup_runtime
 
     # How several processes share a model is planned, not set up.
     alone = wanted.training.model_copy(update={"parallel": "auto"})

@@ -11,8 +11,8 @@ from atlas.cli.choose_text import ORIGIN
 from atlas.config.loader import describe
 
 if TYPE_CHECKING:
-    from atlas.data.listing import Listed
-    from atlas.data.prepare import Summary
+    from atlas.data.prepare.listing import Listed
+    from atlas.data.prepare.pipeline import Summary
     from atlas.data.shards import Manifest
 
 
@@ -107,8 +107,8 @@ def prepare(
     if show_list:
         return _print_list(Path("data"))
 
-    from atlas.data.cleaning import Cleaning
-    from atlas.data.prepare import prepare as make_dataset
+    from atlas.data.prepare.cleaning import Cleaning
+    from atlas.data.prepare.pipeline import prepare as make_dataset
     from atlas.errors import AtlasError
     from atlas.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def _print_summary(summary: Summary) -> None:
 
 
 def _print_list(root: Path) -> None:
-    from atlas.data.listing import list_data
+    from atlas.data.prepare.listing import list_data
 
     listed = list_data(root)
     if not listed:

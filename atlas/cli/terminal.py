@@ -16,6 +16,8 @@ import typer
 
 from atlas.cli.choose_text import somebody_can_answer
 
+USER_MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes."""
 _LONGEST_LINE = 2000
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atlas.cli import INTERRUPTED
+from atlas.cli.terminal import INTERRUPTED
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
-    from atlas.training.trainer import Trainer
+    from atlas.training.train import Trainer
 
 
 _SHOWN_OPERATIONS = 12
@@ -119,9 +119,9 @@ def train(
     from atlas.cli.terminal import ask_or_none
     from atlas.config.presets import leaves_batch_size_open
     from atlas.inference.samples import sample_texts
-    from atlas.training.distributed import join_world, together
+    from atlas.training.devices.world import join_world, together
     from atlas.training.launch import start_run
-    from atlas.training.start import Request, choose_start
+    from atlas.training.resume import Request, choose_start
 
     world = join_world(timeout)
     with together(world):

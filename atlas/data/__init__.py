@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from atlas.data.prepare import prepare, prepare_text_cached
+from atlas.data.prepare.pipeline import prepare, prepare_text_cached
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
 
 if TYPE_CHECKING:
-    from atlas.data.dataset import IGNORE_INDEX, SequenceDataset, TextDataset
-    from atlas.data.loader import SequenceOrder, batches
-    from atlas.data.resolve import ResolvedData, resolve_data, resolve_mixture
-    from atlas.data.sequences import training_sequences, validation_sequences, validation_windows
+    from atlas.data.sequences.build import training_sequences, validation_sequences, validation_windows
+    from atlas.data.sequences.dataset import IGNORE_INDEX, SequenceDataset, TextDataset
+    from atlas.data.sequences.loader import SequenceOrder, batches
+    from atlas.data.sequences.open import ResolvedData, resolve_data, resolve_mixture
 
 __all__ = [
     "IGNORE_INDEX",
@@ -38,17 +38,17 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
-    "IGNORE_INDEX": "dataset",
-    "SequenceDataset": "dataset",
-    "TextDataset": "dataset",
-    "SequenceOrder": "loader",
-    "batches": "loader",
-    "ResolvedData": "resolve",
-    "resolve_data": "resolve",
-    "resolve_mixture": "resolve",
-    "training_sequences": "sequences",
-    "validation_sequences": "sequences",
-    "validation_windows": "sequences",
+    "IGNORE_INDEX": "sequences.dataset",
+    "SequenceDataset": "sequences.dataset",
+    "TextDataset": "sequences.dataset",
+    "SequenceOrder": "sequences.loader",
+    "batches": "sequences.loader",
+    "ResolvedData": "sequences.open",
+    "resolve_data": "sequences.open",
+    "resolve_mixture": "sequences.open",
+    "training_sequences": "sequences.build",
+    "validation_sequences": "sequences.build",
+    "validation_windows": "sequences.build",
 }
 
 

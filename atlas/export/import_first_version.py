@@ -1,8 +1,8 @@
 """A checkpoint of Atlas 1.x as an `AtlasLM` and its tokenizer.
 
-Nothing in the file is run: see `atlas/training/pickled.py`. Its shape follows from its tensors. The number of heads,
-the activation and the epsilon of the norms are not in it; they come from flags, from the config that it was trained
-with, or are that version's defaults.
+Nothing in the file is run: see `atlas/training/checkpoint/safe_unpickle.py`. Its shape follows from its tensors.
+The number of heads, the activation and the epsilon of the norms are not in it; they come from flags, from the config
+that it was trained with, or are that version's defaults.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from atlas.config.loader import read_sections
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.training.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
-from atlas.training.untrusted import read_values
+from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
+from atlas.training.checkpoint.validate import read_values
 
 TENSOR_NAMES = {
     "token_embedding.weight": TOKEN_EMBEDDING,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
-from atlas.data.conversations import Conversations
+from atlas.data.sequences.conversations import Conversations
 from atlas.errors import AtlasError
 from atlas.export.llama_cpp import UNDERFLOW, score_in_llama_cpp
 from atlas.model import AtlasLM

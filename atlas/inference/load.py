@@ -17,12 +17,14 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.inference.sampling import Sampling
+from atlas.inference.text import stream_text
 from atlas.model import AtlasLM
 from atlas.planning import count_parameters
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import CHAT_FORM, CHAT_TEMPLATE, Message
-from atlas.training.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from atlas.training.runtime import choose_device, choose_weights_dtype
+from atlas.training.checkpoint.load import load_checkpoint, load_weights
+from atlas.training.checkpoint.locate import find_checkpoint
+from atlas.training.devices.device import choose_device, choose_weights_dtype
 
 NOT_NEEDED = ("optimizer_state_dict",)
 """What of a checkpoint only training reads."""
@@ -86,8 +88,6 @@ class LoadedModel:
     ) -> str:
         """What `atlas generate` prints for the same settings: `prompt` and how it goes on, or with `chat` the answer
         to it alone. The same seed gives the same text; None takes a new one each time."""
-        from atlas.inference.text import stream_text  # which is about loaded models
-
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if not isinstance(prompt, str):
             raise AtlasError(f"prompt: must be one text, not {type(prompt).__name__}: call it once for each")

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from atlas.errors import AtlasError
 from atlas.inference.generate import generate
-from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, row_generators
+from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message, encode_question
 
 Prompt = str | Sequence[Message]
 """Text to continue, or a conversation to answer."""
+
+
+class ModelAndTokenizer(Protocol):
+    """What writing needs of a `LoadedModel`."""
+
+    @property
+    def model(self) -> AtlasLM:
+        """In evaluation mode, on its device."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the model was trained with."""
 
 
 class TextStream:
@@ -79,7 +92,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream_text(
-    loaded: LoadedModel,
+    loaded: ModelAndTokenizer,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -103,7 +116,7 @@ def stream_text(
 
 
 def stream_ids(
-    loaded: LoadedModel,
+    loaded: ModelAndTokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,

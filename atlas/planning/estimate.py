@@ -136,7 +136,7 @@ def lora_parameters(config: AtlasConfig) -> int:
 
 
 def _optimizer_bytes(config: AtlasConfig) -> int:
-    """What `training.optimizer` keeps: see `atlas/training/optimizer.py`. Of low-rank updates at most."""
+    """What `training.optimizer` keeps: see `atlas/training/optimizers/build.py`. Of low-rank updates at most."""
     model, training = config.model, config.training
     if config.lora.rank:
         return 2 * _FP32 * lora_parameters(config)

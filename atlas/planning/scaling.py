@@ -1,7 +1,7 @@
 """A run on many GPUs: how they share the model, what each needs, and how long an update takes.
 
-What runs is in `atlas.training.distributed`, what is sent in `atlas.planning.communication`. Nothing here was measured
-on several GPUs.
+What runs is in `atlas.training.devices.parallel`, what is sent in `atlas.planning.communication`. Nothing here was
+measured on several GPUs.
 """
 
 from __future__ import annotations

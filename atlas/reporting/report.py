@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from atlas import __version__
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
+from atlas.version import __version__
 
 _STATIC = files("atlas.reporting") / "static"
 _UNTOLD = "–"

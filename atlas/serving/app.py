@@ -11,7 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from atlas import __version__
 from atlas.errors import AtlasError
 from atlas.serving.desk import Desk, Rules
 from atlas.serving.errors import Refusal, of_validation, response
@@ -22,6 +21,7 @@ from atlas.serving.pages import page_routes
 from atlas.serving.runs import run_routes
 from atlas.serving.schema import ErrorBody, Health
 from atlas.serving.text import Backend, Piece, Text, hand_out
+from atlas.version import __version__
 
 BODY_SECONDS = 10.0
 """For a body to arrive."""

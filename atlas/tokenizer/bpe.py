@@ -17,8 +17,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from atlas.errors import AtlasError
 from atlas.files import read_limited
+from atlas.tokenizer.base import END_OF_TEXT, MAX_FILE_BYTES
 from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, well_formed
-from atlas.tokenizer.tokenizer import END_OF_TEXT, MAX_FILE_BYTES
 
 MAX_VOCAB_SIZE = 2**20
 _LONGEST_TOKEN = 2**16

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from atlas.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+from atlas.tokenizer.base import END_OF_TEXT, Tokenizer
 
 Merge = tuple[str, str]
 

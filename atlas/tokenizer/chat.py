@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from atlas.tokenizer.tokenizer import Tokenizer
+from atlas.tokenizer.base import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.tokenizer.tokenizer import Tokenizer, fingerprint_of
+from atlas.tokenizer.base import Tokenizer, fingerprint_of
 
 
 def import_object(spec: str) -> Any:

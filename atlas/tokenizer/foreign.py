@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from atlas.errors import AtlasError
 from atlas.files import read_limited
+from atlas.tokenizer.base import MAX_FILE_BYTES, Tokenizer
 from atlas.tokenizer.byte_level import BYTE_OF_CHAR, token_bytes, well_formed
-from atlas.tokenizer.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 
 class ForeignTokenizer(Tokenizer):

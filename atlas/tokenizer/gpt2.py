@@ -13,8 +13,8 @@ import tiktoken
 from numpy.typing import NDArray
 
 from atlas.errors import AtlasError
+from atlas.tokenizer.base import END_OF_TEXT
 from atlas.tokenizer.byte_level import BYTE_ORDER, CHAR_OF_BYTE, ByteLevelTokenizer, Merge, token_bytes
-from atlas.tokenizer.tokenizer import END_OF_TEXT
 
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas.data.dataset import IGNORE_INDEX
-from atlas.data.sequences import Sequences
+from atlas.data.sequences.build import Sequences
+from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.compilation import filled_up, refuse_failed_compilation
-from atlas.training.interrupt import Stopped, StopRequest
-from atlas.training.memory import is_out_of_memory, release_memory
-from atlas.training.metrics import perplexity
-from atlas.training.runtime import Runtime
+from atlas.training.devices.compile import filled_up, refuse_failed_compilation
+from atlas.training.devices.device import Runtime
+from atlas.training.devices.memory import is_out_of_memory, release_memory
+from atlas.training.devices.signals import Stopped, StopRequest
+from atlas.training.logs.run_log import perplexity
 from atlas.training.state import TrainState
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from atlas.config import GuardConfig, TrainingConfig
-from atlas.training.distributed import World
-from atlas.training.runtime import Runtime
+from atlas.training.devices.device import Runtime
+from atlas.training.devices.world import World
 from atlas.training.state import TrainState
 
 _WINDOW, _FEWEST = 128, 32

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from atlas.training.samples import sample
 
 if TYPE_CHECKING:
-    from atlas.training.trainer import Trainer
+    from atlas.training.train import Trainer
 
 
 def is_out_of_time(trainer: Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""Carry out the decision of `start.py`: claim the folder, build the trainer, say what will happen."""
+"""Carry out the decision of `resume.py`: claim the folder, build the trainer, say what will happen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import training_sequences, validation_sequences
-from atlas.data.loader import share_of_update
+from atlas.data.sequences.loader import share_of_update
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.planning import (
@@ -23,30 +23,31 @@ from atlas.planning import (
     snapshot_bytes,
 )
 from atlas.tokenizer.chat import CHAT_FORM
-from atlas.training.announce import announce, as_yaml, record_beginning
-from atlas.training.checkpoint import CheckpointManager, left_in_shards, load_weights
-from atlas.training.compilation import choose_compile, compile_blocks
-from atlas.training.distributed import ALONE, World
-from atlas.training.heat import open_sensor
-from atlas.training.lock import FolderLock
-from atlas.training.loss import load_loss
-from atlas.training.memory import remembered_micro_batch
-from atlas.training.metrics import RankLog, RunLog
-from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
-from atlas.training.optimizer import build_optimizer
-from atlas.training.retention import move_aside
-from atlas.training.runtime import (
+from atlas.training.checkpoint.load import left_in_shards, load_weights
+from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.retention import move_aside
+from atlas.training.checkpoint.validate import check_optimizer_state
+from atlas.training.devices.compile import choose_compile, compile_blocks
+from atlas.training.devices.device import (
     Runtime,
     restore_machine,
     setup_runtime,
 )
+from atlas.training.devices.gpu_temperature import open_sensor
+from atlas.training.devices.memory import remembered_micro_batch
+from atlas.training.devices.world import ALONE, World
+from atlas.training.logs.run_log import RankLog, RunLog
+from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
+from atlas.training.loss import load_loss
+from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
+from atlas.training.optimizers.build import build_optimizer
+from atlas.training.resume import Start, base_key, is_a_restart, refuse_links
 from atlas.training.samples import Sampler
 from atlas.training.schedule import horizon_steps
-from atlas.training.start import Start, base_key, is_a_restart, refuse_links
 from atlas.training.state import TrainState
-from atlas.training.tracking import open_trackers, refuse_missing_trackers
-from atlas.training.trainer import Trainer
-from atlas.training.untrusted import check_optimizer_state
+from atlas.training.summary import announce, as_yaml, record_beginning
+from atlas.training.train import Trainer
 
 _PART_FOR_WHOLE = 0.5
 """Of the free memory, for a state made whole."""

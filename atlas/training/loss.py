@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config.config import LOSS_CHUNK_TOKENS
-from atlas.data.dataset import IGNORE_INDEX
+from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
+from atlas.tokenizer.base import DOTTED_NAME
 from atlas.tokenizer.custom import import_object
-from atlas.tokenizer.tokenizer import DOTTED_NAME
 from atlas.training.loss_cuda import linear_cross_entropy_on_cuda, scaled_gradients
 
 LossFunction = Callable[..., Tensor]

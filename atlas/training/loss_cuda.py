@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from atlas.config.config import CUDA_LOSS_BYTES
-from atlas.data.dataset import IGNORE_INDEX
+from atlas.data.sequences.dataset import IGNORE_INDEX
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The logits

@@ -24,11 +24,11 @@ from atlas.planning import (
 )
 from atlas.planning.machine import data_bytes
 from atlas.process import keep_memory
-from atlas.training.interrupt import StopRequest
-from atlas.training.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
-from atlas.training.runtime import Runtime, setup_runtime
+from atlas.training.devices.device import Runtime, setup_runtime
+from atlas.training.devices.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
+from atlas.training.devices.signals import StopRequest
 from atlas.training.state import TrainState
-from atlas.training.update import fresh_updater
+from atlas.training.step import fresh_updater
 
 ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without being tried."""

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 from atlas.config.loader import Layer, resolve
 from atlas.data import training_sequences
-from atlas.data.loader import batches
-from atlas.data.mixture import order_of
-from atlas.training.interrupt import StopRequest
-from atlas.training.run_config import with_data
-from atlas.training.runtime import setup_runtime
+from atlas.data.sequences.loader import batches
+from atlas.data.sequences.mixture import order_of
+from atlas.training.devices.device import setup_runtime
+from atlas.training.devices.signals import StopRequest
+from atlas.training.run import with_data
 from atlas.training.state import TrainState
-from atlas.training.update import fresh_updater
+from atlas.training.step import fresh_updater
 
 UPDATES = 300
 LEARNED = 0.05

@@ -13,15 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, resolve
 from atlas.data import training_sequences
-from atlas.data.loader import batches
-from atlas.data.mixture import order_of
+from atlas.data.sequences.loader import batches
+from atlas.data.sequences.mixture import order_of
 from atlas.errors import AtlasError
-from atlas.training.compilation import choose_compile
-from atlas.training.interrupt import StopRequest
-from atlas.training.run_config import with_data
-from atlas.training.runtime import Runtime, setup_runtime
+from atlas.training.devices.compile import choose_compile
+from atlas.training.devices.device import Runtime, setup_runtime
+from atlas.training.devices.signals import StopRequest
+from atlas.training.run import with_data
 from atlas.training.state import TrainState
-from atlas.training.update import fresh_updater
+from atlas.training.step import fresh_updater
 
 WARM_UP = 3
 

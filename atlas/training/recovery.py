@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from atlas.errors import AtlasError, EndedElsewhere
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.distributed import load_whole_weights
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.retention import move_aside
+from atlas.training.devices.parallel import load_whole_weights
 from atlas.training.evaluate import Evaluation
 from atlas.training.guard import Fault, causes, weights_fault
-from atlas.training.retention import move_aside
 from atlas.training.state import MAX_ROLLBACKS
 
 if TYPE_CHECKING:
-    from atlas.training.trainer import Trainer
+    from atlas.training.train import Trainer
 
 
 def recover(trainer: Trainer, fault: Fault) -> bool:

@@ -10,10 +10,10 @@ import torch
 from atlas.config import TrackingConfig
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.training.memory import release_memory
+from atlas.training.devices.memory import release_memory
 
 if TYPE_CHECKING:
-    from atlas.training.trainer import Trainer
+    from atlas.training.train import Trainer
 
 
 class Sampler(Protocol):

@@ -94,9 +94,9 @@ def atlas_auto(setup: Setup, figures: Figures) -> None:
     """With the micro-batch that `training.micro_batch_size: auto` chooses for the preset `small`."""
     from train_throughput import atlas_step
 
-    from atlas.training.compilation import choose_compile
+    from atlas.training.devices.compile import choose_compile
+    from atlas.training.devices.device import setup_runtime
     from atlas.training.micro_batch import fit_micro_batch
-    from atlas.training.runtime import setup_runtime
 
     config = config_of("small", setup, micro_batch_size="auto")
     runtime = setup_runtime(config)

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 TO_DEVICE = "H2D async kv_cache.long_tensor"
-UPDATE = {"H2D async update._to_device": 4, "WAIT update.apply": 1}
+UPDATE = {"H2D async step._to_device": 4, "WAIT step.apply": 1}
 """Of two micro-batches: inputs and targets go to the device, one wait reads the loss and the norm."""
-WITH_DOCUMENTS = {"H2D async update._to_device": 6, "WAIT update.apply": 1}
+WITH_DOCUMENTS = {"H2D async step._to_device": 6, "WAIT step.apply": 1}
 GRAPH = "GRAPH decoder.replay"
 NUMBERS = "H2D async sampling.draw"
 TOKEN = {GRAPH: 1, "WAIT generate.generate": 1}
@@ -58,8 +58,8 @@ WAITS: dict[str, dict[str, int]] = {
     "trial of a micro-batch": {},
     "save": {
         "WAIT guard.weights_fault": 1,
-        "D2H async background._copy": 64,
-        "WAIT background.take": 1,
+        "D2H async async_saver._copy": 64,
+        "WAIT async_saver.take": 1,
     },
     "resume": UPDATE,
     "resume fp16": UPDATE,
@@ -176,7 +176,7 @@ def test_as_many_graphs_are_compiled_as_listed(results: dict[str, Any]) -> None:
 
 
 FAULTS = (
-    ("training/update.py", "figures = torch.stack(", "loss.item(); figures = torch.stack("),
+    ("training/step.py", "figures = torch.stack(", "loss.item(); figures = torch.stack("),
     (
         "model/rope.py",
         "torch.arange(0, head_size, 2, device=positions.device)",
@@ -203,7 +203,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_wait_too_many_is_found(faulty: dict[str, Any]) -> None:
-    assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT update.apply"]
+    assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT step.apply"]
 
 
 def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
@@ -212,4 +212,4 @@ def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
 
 
 def test_a_wait_too_few_is_found() -> None:
-    assert differences({}, {"WAIT update.apply": 1}) == ["1 fewer: WAIT update.apply"]
+    assert differences({}, {"WAIT step.apply": 1}) == ["1 fewer: WAIT step.apply"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import atlas.model.documents
-import atlas.training.update
+import atlas.training.step
 from atlas.config import AtlasConfig
 from atlas.config.loader import nested, overlay, resolve
 from atlas.inference import look as looking
@@ -26,15 +26,15 @@ from atlas.model import AtlasLM, build_model
 from atlas.serving.engine import Engine
 from atlas.serving.text import Text
 from atlas.tokenizer import Tokenizer
-from atlas.training.background import Snapshot
-from atlas.training.checkpoint import load_weights
+from atlas.training.checkpoint.async_saver import Snapshot
+from atlas.training.checkpoint.load import load_weights
+from atlas.training.devices.device import Runtime, setup_runtime
+from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import evaluate, token_losses
 from atlas.training.guard import weights_fault
-from atlas.training.interrupt import StopRequest
 from atlas.training.micro_batch import _limit_memory
-from atlas.training.runtime import Runtime, setup_runtime
 from atlas.training.state import TrainState
-from atlas.training.update import Updater, fresh_updater
+from atlas.training.step import Updater, fresh_updater
 from benchmarks.fake_cuda import FakeCuda
 from tests.toy import tokenizer
 
@@ -346,4 +346,4 @@ def graphs(device: FakeCuda, seen: Seen) -> dict[str, dict[str, int]]:
 def patch() -> None:
     """What fake CUDA cannot have: Triton, and a generator of the device, whose numbers nobody reads."""
     atlas.model.documents.has_flex_attention = lambda device: device.type == "cuda"
-    atlas.training.update.rounding_generator = lambda *place: None  # type: ignore[assignment, return-value]
+    atlas.training.step.rounding_generator = lambda *place: None  # type: ignore[assignment, return-value]

@@ -27,14 +27,14 @@ import torch
 
 from atlas.config.loader import read_yaml, resolve
 from atlas.data import open_dataset, prepare
-from atlas.data.sources import Sources
+from atlas.data.text.sources import Sources
 from atlas.export.gguf import export_gguf, read_gguf
 from atlas.export.import_first_version import TENSOR_NAMES, import_first_version
 from atlas.files import sha256_of
 from atlas.inference import load_model
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint import load_checkpoint
-from atlas.training.manifest import FileEntry, Manifest, sidecar_of, write_manifest
+from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.manifest import FileEntry, Manifest, sidecar_of, write_manifest
 from tests.conftest import corpus
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint_v1" / "atlas_step_40.pt"

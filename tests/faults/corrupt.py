@@ -22,7 +22,7 @@ import yaml
 
 from atlas.cli import main as atlas
 from atlas.errors import AtlasError
-from atlas.training.checkpoint import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint
 from tests.faults.runs import Broken, Run, command, hard_run, options, resumed_step, shown
 from tests.runs import assert_same_run, same_bits, trainer_for
 

@@ -31,7 +31,7 @@ from types import FunctionType
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.training.manifest import sidecar_of
+from atlas.training.checkpoint.manifest import sidecar_of
 from tests.faults import attacks
 from tests.faults.attacks import ATTACKS, FIXTURE, READERS, SOUND_CONFIG
 

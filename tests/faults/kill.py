@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint.manager import CheckpointManager
 from tests.faults.runs import (
     PATIENCE_S,
     Broken,

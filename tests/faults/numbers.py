@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from atlas.training.loss import compute_lm_loss
-from atlas.training.trainer import Trainer
+from atlas.training.train import Trainer
 from tests.conftest import corpus
 from tests.faults.runs import Broken, command, options, shown
 from tests.runs import layer, logged, same_bits, trainer_for

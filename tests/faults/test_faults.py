@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas.training.checkpoint import CheckpointManager
+from atlas.training.checkpoint.manager import CheckpointManager
 from tests.faults.corrupt import corrupt_and_resume
 from tests.faults.disk import (
     Strike,

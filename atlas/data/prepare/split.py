@@ -1,0 +1,112 @@
+"""Which text is trained on and which is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas.data.prepare.cleaning import Cleaning
+from atlas.data.prepare.dedup import Digests, fractions
+from atlas.data.text.decode import Piece, last_word_end
+
+FEWEST_DOCUMENTS = 20
+"""With fewer documents than this a split by document would be luck."""
+
+
+class Part(NamedTuple):
+    """A piece of a document. `split` is None where the document's hash is to decide."""
+
+    text: str
+    split: str | None
+    starts_document: bool
+    ends_document: bool
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """By the hash of each document; or, with `cut_at`, by place: what stands behind that many characters
+    is held out. Copies and short documents are left out before that cut, which could go through one of them."""
+
+    val_fraction: float
+    cut_at: int | None = None
+    copies: tuple[int, ...] = ()
+    """Of the few documents those, by their places, that say what one before them says."""
+    copied_chars: int = 0
+    short: tuple[int, ...] = ()
+    """And those with fewer characters than `Cleaning.min_chars`."""
+    short_chars: int = 0
+
+    @staticmethod
+    def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
+        """Reads `documents` until it is clear that there are enough of them."""
+        if val_fraction == 0:
+            return SplitRule(0.0)
+        seen: set[bytes] = set()
+        copies: list[int] = []
+        short: list[int] = []
+        count = chars = cleaned = total = copied_chars = short_chars = 0
+        starts, blanks, whole = True, "", hashlib.blake2b(digest_size=16)
+        for piece in documents:
+            text, _ = cleaning.clean(piece.text, starts_document=starts)
+            cleaned += len(text)
+            text = text.lstrip() if starts else blanks + text
+            starts = piece.ends_document
+            body = text.rstrip()
+            blanks = text[len(body) :]  # of the document's end, if nothing follows
+            whole.update(body.encode())
+            chars += len(piece.text)
+            if not piece.ends_document:
+                continue
+            if cleaned < max(1, cleaning.min_chars):
+                short.append(count)
+                short_chars += cleaned
+            elif cleaning.drops_duplicates and whole.digest() in seen:
+                copies.append(count)
+                copied_chars += chars
+            else:
+                seen.add(whole.digest())
+                total += chars
+            count, chars, cleaned, whole = count + 1, 0, 0, hashlib.blake2b(digest_size=16)
+            if count == FEWEST_DOCUMENTS:
+                return SplitRule(val_fraction)
+        cut_at = total - int(total * val_fraction)
+        return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
+
+    def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
+        """Each piece as a part; a cut at a place between two words makes two of one."""
+        if self.cut_at is not None:
+            yield from self._cut(pieces, self.cut_at)
+            return
+        starts = True
+        for piece in pieces:
+            yield Part(piece.text, None, starts, piece.ends_document)
+            starts = piece.ends_document
+
+    def holds_out(self, digests: Digests) -> NDArray[np.bool_]:
+        """(n,): which of the documents with these digests are for validation. It depends on the text alone, so
+        that neither other documents nor a second copy move one."""
+        return fractions(digests)[:, 0] < self.val_fraction
+
+    def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:
+        starts, position, number = True, 0, 0
+        for piece in pieces:
+            is_left_out = number in self.copies or number in self.short
+            number += piece.ends_document
+            if is_left_out:
+                continue
+            head = piece.text[: max(0, cut_at - position)]
+            if 0 < len(head) < len(piece.text):
+                head = head[: last_word_end(head)]
+            tail = piece.text[len(head) :]
+            if head:
+                yield Part(head, "train", starts, piece.ends_document and not tail)
+            if tail:
+                first_of_val = bool(head) or position == cut_at
+                yield Part(tail, "val", starts or first_of_val, piece.ends_document)
+            position += len(piece.text)
+            starts = piece.ends_document

@@ -1,0 +1,72 @@
+"""A batch of documents → its tokens: what a worker does. It depends on the batch alone, never on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas.data.prepare.cleaning import Cleaning, digest_of
+from atlas.data.prepare.dedup import minhash_of
+from atlas.data.prepare.split import Part
+from atlas.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The n parts of a batch after cleaning, column by column."""
+
+    tokens: NDArray[Any]
+    """Of all parts, one after the other; end of text where a document ends."""
+    lengths: NDArray[np.int64]
+    """(n,) tokens of each."""
+    num_bytes: NDArray[np.int64]
+    """(n,) in UTF-8."""
+    num_chars: NDArray[np.int64]
+    """(n,) without the white space around."""
+    digests: bytes
+    """16 bytes for each, of its text without the white space around."""
+    signatures: list[NDArray[np.uint32]] | None
+    """Of each the MinHash, where near-duplicates are looked for."""
+    changes: dict[str, list[int]] = field(default_factory=dict)
+    """By cleaning step: parts that it changed, characters by which it made them shorter."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Cleans and tokenizes; may be sent to another process."""
+
+    tokenizer: Tokenizer
+    cleaning: Cleaning
+    dtype: str
+
+    def __call__(self, parts: Sequence[Part]) -> Encoded:
+        texts, digests, num_chars, changes = [], [], [], dict[str, list[int]]()
+        for part in parts:
+            text, changed = self.cleaning.clean(part.text, starts_document=part.starts_document)
+            for step, shorter in changed.items():
+                count = changes.setdefault(step, [0, 0])
+                count[0] += 1
+                count[1] += shorter
+            stripped = text.strip()
+            texts.append(text)
+            num_chars.append(len(stripped))
+            digests.append(digest_of(stripped.encode()))
+        ids = self.tokenizer.encode_arrays(texts)
+        end = np.array([self.tokenizer.eos_id], dtype=self.dtype)
+        pieces: list[NDArray[Any]] = []
+        for part, tokens in zip(parts, ids, strict=True):
+            pieces += (tokens, end) if part.ends_document else (tokens,)
+        ends = np.array([part.ends_document for part in parts], dtype=np.int64)
+        return Encoded(
+            tokens=np.concatenate(pieces).astype(self.dtype) if pieces else end[:0],
+            lengths=np.array([len(tokens) for tokens in ids], dtype=np.int64) + ends,
+            num_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
+            num_chars=np.array(num_chars, dtype=np.int64),
+            digests=b"".join(digests),
+            signatures=[minhash_of(text) for text in texts] if self.cleaning.near_dedup else None,
+            changes=changes,
+        )

@@ -1,0 +1,59 @@
+"""The data of a run as the windows that its settings ask for."""
+
+from __future__ import annotations
+
+from atlas.config import AtlasConfig
+from atlas.data.sequences.conversations import ChatDataset, Conversations
+from atlas.data.sequences.dataset import SequenceDataset
+from atlas.data.sequences.mixture import MixtureDataset
+from atlas.data.sequences.open import ResolvedData, Stream
+from atlas.data.sequences.packing import PackedDataset
+
+Windows = SequenceDataset | ChatDataset
+Sequences = Windows | MixtureDataset
+
+
+def training_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences:
+    """What is trained on: one dataset's windows, or a mixture's."""
+    parts = [training_windows(stream, config) for stream in data.trains]
+    return parts[0] if len(parts) == 1 else MixtureDataset(parts, data.weights)
+
+
+def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
+    """The windows of one dataset, as they are trained on."""
+    length, masked = config.model.max_seq_len, config.data.document_mask
+    if isinstance(stream, Conversations):
+        return ChatDataset(stream, length, with_documents=masked)
+    if config.data.packing == "best_fit":
+        return PackedDataset(stream, length, with_documents=masked)
+    return SequenceDataset(stream, length, with_documents=masked)
+
+
+def validation_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences | None:
+    """What is judged by; None where there is nothing. Of conversations that were held out by chance no answer may be
+    within a window: they are nothing."""
+    trained_on = {stream.name for stream in data.trains}
+    streams = [stream for stream in data.vals if stream.name not in trained_on or _judges(stream, config)]
+    masked = config.data.document_mask or all(isinstance(stream, Conversations) for stream in streams)
+    parts = [_windows(stream, config, masked) for stream in streams]
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else MixtureDataset(parts, [1.0] * len(parts))
+
+
+def validation_windows(stream: Stream, config: AtlasConfig) -> Windows:
+    """Every token of a text, or every answer that fits into a window, each conversation by itself."""
+    return _windows(stream, config, config.data.document_mask or isinstance(stream, Conversations))
+
+
+def _judges(stream: Stream, config: AtlasConfig) -> bool:
+    return not isinstance(stream, Conversations) or bool(
+        stream.answers_within(config.model.max_seq_len).any()
+    )
+
+
+def _windows(stream: Stream, config: AtlasConfig, masked: bool) -> Windows:
+    length = config.model.max_seq_len
+    if isinstance(stream, Conversations):
+        return ChatDataset(stream, length, with_documents=masked)
+    return SequenceDataset(stream, length, pad_last=True, with_documents=masked)

@@ -1,0 +1,111 @@
+"""Tokens as sequences: window w of a stream is its tokens w·T to w·T + T, targets shifted by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from atlas.data.prepare.pipeline import prepare_text_cached
+from atlas.data.shards import TokenStream, open_dataset
+from atlas.errors import AtlasError
+from atlas.tokenizer import Tokenizer
+
+IGNORE_INDEX = -100
+"""The target of a position that the loss leaves out, as in `torch.nn.functional.cross_entropy`."""
+
+
+class SequenceDataset(Dataset[tuple[Tensor, ...]]):
+    """Windows of `max_seq_len` tokens: `dataset[w]` is (inputs (T,), targets (T,)), both int64.
+
+    With `with_documents` a third tensor says which document of the window each input belongs to, from 0 on: the
+    token after an end of text begins the next.
+
+    Windows do not overlap but for the one token that is the last target of one and the first input of
+    the next. The tokens left over at the end are dropped, or with `pad_last` make one more window, padded
+    with end of text in the inputs and `IGNORE_INDEX` in the targets: then every token but the first is
+    a target exactly once.
+
+    Raises `AtlasError` if the stream has not one window.
+    """
+
+    def __init__(
+        self, stream: TokenStream, max_seq_len: int, *, pad_last: bool = False, with_documents: bool = False
+    ) -> None:
+        self.stream = stream
+        self.max_seq_len = max_seq_len
+        self.with_documents = with_documents
+        num_targets = max(0, stream.num_tokens - 1)
+        self._num_windows = -(-num_targets // max_seq_len) if pad_last else num_targets // max_seq_len
+        if self._num_windows == 0:
+            raise AtlasError(
+                f"{stream.name}: {stream.num_tokens} tokens are too few for one sequence of "
+                f"max_seq_len {max_seq_len} (it takes {2 if pad_last else max_seq_len + 1}); "
+                "give more text, or set a smaller model.max_seq_len"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stream.num_tokens
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted, near enough: all but a window's last at most."""
+        return self.stream.num_tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text in UTF-8 that a token stands for, on average."""
+        return self.stream.num_bytes / self.stream.num_tokens
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def __getitem__(self, window: int) -> tuple[Tensor, ...]:
+        if not 0 <= window < self._num_windows:
+            raise IndexError(f"window {window} of {self._num_windows}")
+        start = window * self.max_seq_len
+        stop = min(start + self.max_seq_len + 1, self.stream.num_tokens)
+        tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))
+        inputs, targets = tokens[:-1], tokens[1:]
+        missing = self.max_seq_len - len(inputs)
+        if missing:
+            inputs = torch.nn.functional.pad(inputs, (0, missing), value=self.stream.eos_id)
+            targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
+        if self.with_documents:
+            return inputs, targets, documents_of(inputs, self.stream.eos_id)
+        return inputs, targets
+
+
+def documents_of(inputs: Tensor, eos_id: int) -> Tensor:
+    """(T,) ids → (T,) int64: how many ends of text come before each token, its own not counted."""
+    ends = inputs == eos_id
+    return ends.cumsum(0) - ends.long()
+
+
+class TextDataset(SequenceDataset):
+    """Sequences straight from text files, with any tokenizer.
+
+        TextDataset(["a.txt", "b.txt"], tokenizer=MyTokenizer(), max_seq_len=512)
+
+    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`;
+    left out, GPT-2's. The tokens are kept in a cache keyed by content and tokenizer.
+    """
+
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path],
+        tokenizer: Any = None,
+        max_seq_len: int = 1024,
+    ) -> None:
+        self.tokenizer = Tokenizer.gpt2() if tokenizer is None else Tokenizer.wrap(tokenizer)
+        paths = [files] if isinstance(files, (str, Path)) else list(files)
+        stream = open_dataset(prepare_text_cached(paths, self.tokenizer, val_fraction=0.0)).split("train")
+        assert stream is not None
+        super().__init__(replace(stream, name=", ".join(map(str, paths))), max_seq_len)

@@ -1,0 +1,109 @@
+"""Several datasets read as one, each with its share of the sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
+from atlas.data.sequences.conversations import ChatDataset
+from atlas.data.sequences.dataset import SequenceDataset
+from atlas.data.sequences.loader import SequenceOrder
+from atlas.errors import AtlasError
+
+BLOCK = 4096
+"""Sequences in which the shares hold exactly."""
+
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""The numbers of a run's sequences → their windows."""
+
+
+class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
+    """The windows of its parts, one part after the other, and the `weights` that training draws them by."""
+
+    def __init__(self, parts: Sequence[SequenceDataset | ChatDataset], weights: Sequence[float]) -> None:
+        super().__init__(parts)
+        self.parts = list(parts)
+        self.weights = list(weights)
+        self.max_seq_len = parts[0].max_seq_len
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of all that is predicted: each part counts by its targets, not by its weight."""
+        targets = sum(part.num_targets for part in self.parts)
+        return sum(part.bytes_per_token * part.num_targets for part in self.parts) / targets
+
+
+class MixtureOrder:
+    """Which window is the i-th sequence of a run over several datasets; called like `SequenceOrder`.
+
+    Each block of `BLOCK` sequences holds a fixed number of every part, in an order of its own; the j-th
+    sequence that falls to a part is the j-th of that part's own `SequenceOrder`. So a part's windows come once
+    in each pass over it, and any i costs the same.
+
+    Raises `AtlasError` for a weight too small to get one sequence of a block.
+    """
+
+    def __init__(self, seed: int, num_windows: Sequence[int], weights: Sequence[float]) -> None:
+        self.quotas = quotas(weights)
+        self._ends = np.cumsum(self.quotas)
+        self._offsets = np.concatenate([[0], np.cumsum(num_windows)[:-1]])
+        self._slots = SequenceOrder(seed, BLOCK)
+        self._orders = [
+            SequenceOrder(seed + ((part + 1) << 64), count) for part, count in enumerate(num_windows)
+        ]
+
+    def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows, counted through all parts, of these sequences of the run, any shape."""
+        flat = np.asarray(sequences, dtype=np.int64).reshape(-1)
+        windows = np.empty_like(flat)
+        block, place = np.divmod(flat, BLOCK)
+        for number in np.unique(block):
+            part_of, rank_of = self._layout(int(number))
+            here = np.flatnonzero(block == number)
+            parts, ranks = part_of[place[here]], rank_of[place[here]]
+            for part in np.unique(parts):
+                mine = parts == part
+                drawn = number * self.quotas[part] + ranks[mine]
+                windows[here[mine]] = self._offsets[part] + self._orders[part](drawn)
+        return windows.reshape(np.shape(sequences))
+
+    def _layout(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each place in a block, (BLOCK,) each: its part, and how many of that part come before it."""
+        slots = self._slots(block * BLOCK + np.arange(BLOCK))
+        part_of = np.searchsorted(self._ends, slots, side="right")
+        rank_of = np.empty(BLOCK, np.int64)
+        for part, quota in enumerate(self.quotas):
+            rank_of[part_of == part] = np.arange(quota)
+        return part_of, rank_of
+
+
+def quotas(weights: Sequence[float]) -> list[int]:
+    """How many of `BLOCK` sequences each part gets: whole numbers, by largest remainder (Hamilton's method)."""
+    exact = np.asarray(weights, dtype=np.float64) / max(weights)
+    exact = exact / exact.sum() * BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    largest_first = np.argsort(counts - exact, kind="stable")
+    counts[largest_first[: BLOCK - int(counts.sum())]] += 1
+    if counts.min() == 0:
+        smallest = weights[int(counts.argmin())]
+        raise AtlasError(
+            f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: give more, or leave the part out"
+        )
+    return [int(count) for count in counts]
+
+
+def order_of(
+    dataset: SequenceDataset | ChatDataset | MixtureDataset, seed: int
+) -> SequenceOrder | MixtureOrder:
+    """The order that a run with this `seed` takes the windows in."""
+    if isinstance(dataset, MixtureDataset):
+        return MixtureOrder(seed, [len(part) for part in dataset.parts], dataset.weights)
+    return SequenceOrder(seed, len(dataset))

@@ -1,0 +1,286 @@
+"""A file → its documents: a text is one, a JSONL line is one, a Parquet row is one."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from atlas.data.text.archives import MAX_RATIO, RATIO_FREE_BYTES
+from atlas.data.text.decode import Piece, as_document, read_text, replace_undecodable, utf16_of
+from atlas.data.text.files import Advance, TextFile, bomb, open_root
+from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
+from atlas.errors import AtlasError
+
+_LONGEST_ROW = 64 << 20
+_NAMES_SHOWN = 8
+_PARQUET_ROWS = 32
+"""Decoded at once. In a column's dictionary a few bytes may stand for a long text in every row."""
+_BUFFER = 1 << 20
+
+
+@dataclass
+class SourceReport:
+    """What was met on the way through the sources."""
+
+    undecodable: Counter[str] = field(default_factory=Counter)
+    """Replaced bytes by file."""
+    empty_rows: Counter[str] = field(default_factory=Counter)
+    """Parquet rows without a text, by file."""
+    articles: ArticleReport | None = None
+    untitled: int = 0
+    """Files that are named like those of the Kaggle archive, but hold no title."""
+
+    def merge(self, other: SourceReport) -> None:
+        """Add what was met behind this."""
+        self.undecodable.update(other.undecodable)
+        self.empty_rows.update(other.empty_rows)
+        self.untitled += other.untitled
+        if self.articles is None:
+            self.articles = other.articles
+        elif other.articles:
+            self.articles.merge(other.articles)
+
+    def to_json(self) -> dict[str, Any]:
+        articles = vars(self.articles) if self.articles else None
+        counts = {"undecodable": self.undecodable, "empty_rows": self.empty_rows, "untitled": self.untitled}
+        return counts | {"articles": articles}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> SourceReport:
+        articles = content["articles"]
+        return SourceReport(
+            Counter(content["undecodable"]),
+            Counter(content["empty_rows"]),
+            ArticleReport(**articles) if articles else None,
+            content.get("untitled", 0),  # an interrupted preparation may be of an older version
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that are read as one text: the parts of an archive, since an article may run over; else one file.
+
+    It may be sent to another process.
+    """
+
+    files: tuple[TextFile, ...]
+    text_field: str
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+        """The documents, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
+        first = self.files[0]
+        if first.is_part or first.is_combined:
+            yield from self._articles(report, advance)
+        elif first.format == "rows":
+            yield from _rows(first, self.text_field, report, advance)
+        elif first.format == "parquet":
+            yield from _parquet(first, self.text_field, report, advance)
+        else:
+            yield from as_document(_text(first, report, advance))
+
+    def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+        """The articles of all files as one text or, where no title is found, each file as a document."""
+        texts = functools.partial(_text, report=report, advance=advance)
+        if has_titles(
+            itertools.chain.from_iterable(_text(file, SourceReport(), _ignore) for file in self.files)
+        ):
+            articles = ArticleReport()
+            yield from split_articles(itertools.chain.from_iterable(map(texts, self.files)), articles)
+            report.merge(SourceReport(articles=articles))
+            return
+        report.untitled += len(self.files)
+        for file in self.files:
+            yield from as_document(texts(file))
+
+
+def _ignore(_: int) -> None:
+    """Where nobody waits for progress."""
+
+
+def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[str]:
+    with file.open(advance) as stream:
+        yield from read_text(stream, file.name, on_undecodable=_counter(report.undecodable, file.name))
+
+
+def _counter(counts: Counter[str], name: str) -> Any:
+    def add(count: int) -> None:
+        counts[name] += count
+
+    return add
+
+
+def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+    on_undecodable = _counter(report.undecodable, file.name)
+    for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
+        text = _row_text(row, place, text_field)
+        if text is None:
+            report.empty_rows[file.name] += 1
+        else:
+            yield from as_document([replace_undecodable(text, on_undecodable)])
+
+
+def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file, each with what errors call its place; `like` is what they say a row should be."""
+    with file.open(advance) as stream:
+        for number, line in enumerate(_lines(stream), start=1):
+            place = f"{file.name} line {number}"
+            if len(line) > _LONGEST_ROW:
+                raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
+            if line.strip():
+                yield place, _row(line, place, like)
+
+
+def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
+    """Return whether the first `at_least` lines of `file` that are not blank are JSON objects."""
+    found = 0
+    with file.open() as stream:
+        for line in filter(bytes.strip, _lines(stream)):
+            if not _is_object(line):
+                return False
+            found += 1
+            if found == at_least:
+                return True
+    return False
+
+
+def _is_object(line: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        text = line.decode("utf-8", errors="surrogateescape")
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    return False
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """In UTF-8. One that is too long comes with a byte more than the longest allowed."""
+    beginning = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
+    if codec := utf16_of(beginning):
+        text = io.TextIOWrapper(stream, codec, errors="replace", newline="\n")
+        for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
+            yield line.removeprefix("\ufeff").encode("utf-8", "replace")
+        return
+    first = stream.readline(_LONGEST_ROW + 1).removeprefix(b"\xef\xbb\xbf")
+    rest = iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
+    yield from itertools.chain([first] if first else [], rest)
+
+
+def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
+    except (ValueError, RecursionError) as error:
+        reason = (
+            f"{error.msg.removesuffix(' at')} at character {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
+        )
+        raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise AtlasError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
+    return row
+
+
+def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
+    """None where the field is null."""
+    if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
+        raise AtlasError(
+            f"{place}: is a conversation, which is not prepared: give a file of nothing but conversations to "
+            "atlas train --train-data"
+        )
+    if text_field not in row:
+        raise AtlasError(
+            f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
+            "atlas prepare --text-field, or call those of a conversation prompt and response"
+        )
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise AtlasError(
+            f"{place}: field {text_field!r} is {json_name(text)}, not text; "
+            "name the field that holds the text with --text-field, or take the row out"
+        )
+    return text
+
+
+def json_name(value: object) -> str:
+    """What a parsed value is called in JSON."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise AtlasError(
+            f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
+        ) from None
+    on_undecodable = _counter(report.undecodable, file.name)
+    try:
+        with open_root(file.root) as stream:
+            table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
+            _check_column(file, table, text_field)
+            left = sys.maxsize if file.trusted else max(RATIO_FREE_BYTES, MAX_RATIO * file.size)
+            if _claimed_bytes(table, text_field) > left:
+                raise bomb(file.name, file.size)
+            done = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+                column = batch.column(0)
+                is_dictionary = pyarrow.types.is_dictionary(column.type)
+                for row in column:
+                    if not row.is_valid:
+                        report.empty_rows[file.name] += 1
+                        continue
+                    content = (row.value if is_dictionary else row).as_buffer()
+                    left -= content.size
+                    if left < 0:
+                        raise bomb(file.name, file.size)
+                    text = content.to_pybytes().decode("utf-8", errors="surrogateescape")
+                    yield from as_document([replace_undecodable(text, on_undecodable)])
+                before, done = done, done + len(batch)
+                rows = table.metadata.num_rows
+                advance(file.size * done // rows - file.size * before // rows)
+            if done == 0:
+                advance(file.size)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AtlasError(
+            f"{file.name}: is not whole Parquet ({reason:.200}); download or write it again"
+        ) from None
+
+
+def _check_column(file: TextFile, table: Any, text_field: str) -> None:
+    from pyarrow import types
+
+    columns = table.schema_arrow
+    if text_field not in columns.names:
+        raise AtlasError(
+            f"{file.name}: has no column {text_field!r}, but {_shown(columns.names)}; name the column with "
+            "--text-field"
+        )
+    kind = columns.field(text_field).type
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(value) or types.is_large_string(value)):
+        raise AtlasError(f"{file.name}: column {text_field!r} is {value}, not text")
+
+
+def _claimed_bytes(table: Any, text_field: str) -> int:
+    groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+    columns = (group.column(place) for group in groups for place in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(name[:40] for name in names[:_NAMES_SHOWN]) or "none"

@@ -1,0 +1,61 @@
+"""What a file's content hashes to, remembered for as long as nothing about the file has changed."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from atlas.files import cache_folder, sha256_of
+
+_SETTLED_SECONDS = 2.0
+"""A file that was changed so shortly before it is hashed could change again within the same tick of its clock."""
+_TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
+
+
+def hashes_of(paths: Iterable[Path]) -> list[str]:
+    """sha256 of each file. Size, times and inode decide whether one is read again, as in git's index; a copy with
+    the times of the original has another change time."""
+    hashes, new = [], []
+    with _memory() as memory:
+        try:
+            for path in paths:
+                key, stamp, begun = os.fsencode(path.resolve()), _stamp(path), time.time()
+                row = memory.execute(
+                    "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?", (key, stamp)
+                ).fetchone()
+                hashes.append(row[0] if row else sha256_of(path))
+                if row is None and _was_settled(path, begun) and _stamp(path) == stamp:
+                    new.append((key, stamp, hashes[-1]))
+        finally:  # an interrupt loses none of them
+            with suppress(sqlite3.Error), memory:
+                memory.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
+    return hashes
+
+
+@contextmanager
+def _memory() -> Iterator[sqlite3.Connection]:
+    """The remembered ones; none of them where the cache folder cannot be used."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        memory = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
+        memory.execute(_TABLE)
+    except (OSError, sqlite3.Error):
+        memory = sqlite3.connect(":memory:")
+        memory.execute(_TABLE)
+    with closing(memory):
+        yield memory
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def _was_settled(path: Path, begun: float) -> bool:
+    status = path.stat()
+    return begun - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS

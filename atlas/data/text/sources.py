@@ -1,0 +1,380 @@
+"""Paths → files of text in a fixed order: files, archives, folders, patterns, URLs, the Kaggle archive.
+
+Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in
+`AllCombined.txt` and in parts (`1of2/wiki_00` …); where the first is there, the parts are left out.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from atlas.data.text.archives import is_in_own_order, members_of
+from atlas.data.text.decode import Piece
+from atlas.data.text.documents import Group, SourceReport, holds_rows
+from atlas.data.text.files import (
+    COMBINED,
+    ENDINGS,
+    Advance,
+    TextFile,
+    ending_of,
+    filesystem_of,
+    format_of,
+    is_archive,
+    is_json,
+    is_url,
+    looks_like_rows,
+    printable,
+)
+from atlas.data.text.hashes import hashes_of
+from atlas.data.text.stdin import STANDARD_INPUT
+from atlas.errors import AtlasError
+
+__all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
+
+_DIGITS = re.compile(r"([0-9]+)")
+_PATTERN = re.compile(r"[*?\[]")
+_KINDS = (
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object a line (text and JSON also as .gz or "
+    ".zst), a folder of them, or a URL"
+)
+
+
+class Sources:
+    """The text that some paths hold, as documents in a fixed order.
+
+    Raises `AtlasError` for a path that is missing, of a kind Atlas does not read, or without any text.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        text_field: str = "text",
+        trust_archives: bool = False,
+        stdin: Path | None = None,
+    ) -> None:
+        """`stdin` is the file that holds what came from standard input, which `-` among `paths` stands for."""
+        self.paths = [str(path) for path in paths]
+        self.text_field = text_field
+        self._trust, self._stdin = trust_archives, stdin
+        self.ignored: list[str] = []
+        """Files that are of no kind Atlas reads."""
+        self.left_out: list[str] = []
+        """Parts whose text also stands in `AllCombined.txt`."""
+        self.links_out: list[str] = []
+        """Links in a folder to what lies outside it. The folder may be a stranger's, the files at home private."""
+        self.in_own_order: list[str] = []
+        """Compressed tars whose members do not come in the order in which they would be read from a folder."""
+        self._roots: dict[str, str] = {}
+        """Path or URL of each file that is read, or is an archive of such → its name below the given path."""
+        files = [file for path in self.paths for file in self._files_of(path)]
+        self.files = self._without_doubled(files)
+        if not self.files:
+            ignored = (
+                f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
+                if self.ignored
+                else ""
+            )
+            raise AtlasError(f"{self.names}: nothing to read{self._links_note}{ignored}; give {_KINDS}")
+
+    @property
+    def names(self) -> str:
+        return printable(
+            ", ".join("standard input" if path == STANDARD_INPUT else path for path in self.paths)
+        )
+
+    @property
+    def stem(self) -> str:
+        """What a dataset of these is called: the first path's name without its ending."""
+        if self.paths[0] == STANDARD_INPUT:
+            return "stdin"
+        path = Path(self.paths[0].rstrip("/")) if is_url(self.paths[0]) else Path(self.paths[0]).resolve()
+        while _PATTERN.search(path.name):
+            path = path.parent
+        while path.suffix.lower() in ENDINGS:
+            path = path.with_suffix("")
+        return path.name
+
+    @property
+    def is_kaggle(self) -> bool:
+        """Whether this is the archive that the documentation starts from."""
+        return any(file.is_part or file.is_combined for file in self.files)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def roots(self) -> dict[str, str]:
+        """Hash of each file that was given, by its name below the given path, or by its path if two share a name."""
+        on_disk = [root for root in self._roots if not is_url(root)]
+        hashes = dict(zip(on_disk, hashes_of(map(Path, on_disk)), strict=True))
+        named: dict[str, str] = {}
+        for root, name in self._roots.items():
+            key = printable(root if printable(name) in named else name)
+            named[key] = hashes[root] if root in hashes else _url_key(root)
+        return named
+
+    @cached_property
+    def content_key(self) -> str:
+        """sha256 of what is read: names below the given paths, and content."""
+        identity = [self.text_field, [[name, key] for name, key in self.roots.items()]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is read as one text, in reading order."""
+        groups: list[list[TextFile]] = []
+        for file in self.files:
+            last = groups[-1][-1] if groups else None
+            if last and file.is_part and last.is_part and _archive(file) == _archive(last):
+                groups[-1].append(file)
+            else:
+                groups.append([file])
+        return [Group(tuple(files), self.text_field) for files in groups]
+
+    def documents(
+        self, report: SourceReport | None = None, advance: Advance = lambda _: None
+    ) -> Iterator[Piece]:
+        """Every document, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
+        filled = SourceReport() if report is None else report
+        return itertools.chain.from_iterable(group.pieces(filled, advance) for group in self.groups)
+
+    def description(self, report: SourceReport) -> dict[str, Any]:
+        """What a dataset keeps about where it came from."""
+        return {
+            "paths": [printable(path) for path in self.paths],
+            "files": len(self.files),
+            "left_out": self.left_out,
+            "undecodable_bytes": dict(report.undecodable),
+            "article_rule": report.articles.rule if report.articles else None,
+        }
+
+    def notes(self, report: SourceReport) -> list[str]:
+        """What the user should know about what was read, one line each."""
+        notes = []
+        if self.left_out:
+            notes.append(
+                f"{COMBINED} is used; {len(self.left_out)} parts that hold the same text are left out "
+                f"({self.left_out[0]} …)"
+            )
+        if self.ignored:
+            notes.append(f"{len(self.ignored)} files of other kinds are ignored ({self.ignored[0]} …)")
+        if self.links_out:
+            notes.append(
+                f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
+                "name what they point to with --input"
+            )
+        for name in self.in_own_order:
+            notes.append(
+                f"{name}: is a compressed tar and is read in its own order, not by the names of its files"
+            )
+        for name, count in report.undecodable.items():
+            notes.append(f"{name}: {count:,} bytes are not UTF-8 and were replaced by U+FFFD")
+        for name, count in report.empty_rows.items():
+            notes.append(f"{name}: {count:,} rows have no text")
+        if report.untitled:
+            notes.append(
+                f"{report.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is "
+                "read as plain text"
+            )
+        if report.articles:
+            notes.append(f"{report.articles.articles:,} articles, told apart by {report.articles.rule}")
+            notes += [f"boundary: {boundary}" for boundary in report.articles.boundaries]
+            if report.articles.doubt:
+                notes.append(f"warning: {report.articles.doubt}: look at the boundaries")
+            if report.articles.warning:
+                notes.append(f"warning: {report.articles.warning}")
+        return notes
+
+    @property
+    def _links_note(self) -> str:
+        if not self.links_out:
+            return ""
+        return (
+            f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
+        )
+
+    # Paths → files
+
+    def _files_of(self, given: str) -> Iterator[TextFile]:
+        """The files that a given path stands for, in the order in which they are read."""
+        path = Path(given)
+        if given == STANDARD_INPUT and self._stdin:
+            kind = "rows" if looks_like_rows(self._stdin) else "text"
+            self._roots[str(self._stdin)] = STANDARD_INPUT
+            yield TextFile(str(self._stdin), kind, self._stdin.stat().st_size, shown="standard input")  # type: ignore[arg-type]
+        elif is_url(given):
+            yield from self._remote(given)
+        elif path.is_dir():
+            yield from self._in_folder(path)
+        elif path.is_file():
+            yield from self._file(path, path.name, named=True)
+        elif _PATTERN.search(given) and (found := glob.glob(given, recursive=True)):
+            for match in sorted(found, key=_natural):
+                if Path(match).is_file():
+                    yield from self._file(Path(match), match, named=False)
+        else:
+            raise AtlasError(f"{given}: {_why_missing(given)}")
+
+    def _in_folder(self, folder: Path) -> Iterator[TextFile]:
+        found = [
+            file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder))
+        ]
+        root = folder.resolve()
+        for file in sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix())):
+            if file.resolve().is_relative_to(root):
+                yield from self._file(file, file.relative_to(folder).as_posix(), named=False)
+            else:
+                self.links_out.append(printable(str(file)))
+
+    def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
+        resolved, kind = str(path.resolve()), format_of(path.name)
+        if resolved in self._roots:
+            return  # given twice, or by its folder and by itself
+        if is_archive(path.name):
+            self._roots[resolved] = name
+            yield from self._members(path)
+        elif kind and _has_format(
+            file := TextFile(str(path), kind, path.stat().st_size, trusted=self._trust), named=named
+        ):
+            self._roots[resolved] = name
+            yield file
+        elif kind and named:
+            raise AtlasError(
+                f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
+                "jq -c '.[]' does with an array"
+            )
+        elif named:
+            raise AtlasError(f"{path}: {ending_of(path.name) or 'no'} ending: Atlas reads {_KINDS}")
+        else:
+            self.ignored.append(printable(name))
+
+    def _members(self, path: Path) -> Iterator[TextFile]:
+        members = members_of(path, trust=self._trust)
+        in_order = sorted(members, key=lambda member: _natural(member.name))
+        if is_in_own_order(path) and members != in_order:
+            self.in_own_order.append(str(path))
+            in_order = members
+        for member in in_order:
+            inner, kind = PurePosixPath(member.name), format_of(member.name)
+            if _is_hidden(inner) or "__MACOSX" in inner.parts:
+                continue
+            file = TextFile(str(path), kind or "text", member.size, member=member.name, trusted=self._trust)
+            if member.is_file and kind and kind != "parquet" and _has_format(file):
+                yield file
+            else:
+                self.ignored.append(printable(f"{path}/{member.name}"))
+
+    def _remote(self, url: str) -> Iterator[TextFile]:
+        filesystem, path = filesystem_of(url)
+        try:
+            in_folder = False
+            if _PATTERN.search(path):
+                found = filesystem.glob(path, detail=True)
+            elif filesystem.isfile(path):  # to look for files in one, HTTP would read it as a page of links
+                found = {path: filesystem.info(path)}
+            else:
+                in_folder, found = True, filesystem.find(path, detail=True)
+        except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
+            raise AtlasError(
+                f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
+            ) from None
+        files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
+        if not files:
+            raise AtlasError(f"{url}: no such file or folder; give {_KINDS}")
+        for name in sorted(files, key=_natural):
+            if is_archive(name):
+                raise AtlasError(f"{url}: an archive is read on the disk only; download {name}")
+            full, kind = filesystem.unstrip_protocol(name), format_of(name)
+            file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
+            # Files that a pattern names are not looked into: each look would download the beginning of one.
+            if kind is None or (in_folder and not _has_format(file)):
+                self.ignored.append(full)
+            elif full not in self._roots:
+                self._roots[full] = full
+                yield file
+
+    def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
+        combined = [file for file in files if file.is_combined]
+        kept = []
+        for file in files:
+            if file.is_part and any(_holds(whole, file) for whole in combined):
+                self.left_out.append(file.name)
+            else:
+                kept.append(file)
+        return kept
+
+
+def _has_format(file: TextFile, *, named: bool = False) -> bool:
+    """Return whether `file` holds what its name says. A single JSON object is a row in a file that the user named; in
+    one that was found in a folder it may also be the settings of some program."""
+    return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
+
+
+def _why_missing(given: str) -> str:
+    """The reason and the remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
+    parts = [part.strip() for part in given.split(",")]
+    if len(parts) > 1 and all(part and Path(part, "dataset.json").exists() for part in parts):
+        mixture = ", ".join(f"{{path: {part}, weight: 1}}" for part in parts)
+        return f'is a list, and one path is expected; to train on several datasets: --set "data.mixture=[{mixture}]"'
+    if len(parts) > 1 and all(part and Path(part).exists() for part in parts):
+        inputs = " ".join(f"--input {shlex.quote(part)}" for part in parts)
+        return (
+            "is a list, and one path is expected; name a folder that holds them, a pattern in quotes such as "
+            f'"texts/*.txt", or the dataset that they become: atlas prepare {inputs} --output FOLDER'
+        )
+    return f"no such file or folder; give {_KINDS}"
+
+
+def is_text_or_archive(path: Path) -> bool:
+    """Whether a file has a name that Atlas reads and, of a `.json` file, whether it holds rows."""
+    kind = format_of(path.name)
+    if not path.suffix or kind is None:
+        return bool(path.suffix) and is_archive(path.name)
+    with suppress(AtlasError):  # reading the file reports what is wrong with it
+        return _has_format(TextFile(str(path), kind, path.stat().st_size))
+    return True
+
+
+def _url_key(url: str) -> str:
+    """What tells whether the content behind a URL changed: an ETag, a version, or size and time."""
+    filesystem, path = filesystem_of(url)
+    try:
+        facts = filesystem.info(path)  # HTTP's `ukey` takes whatever is there for unchanging
+        return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
+    except Exception as error:  # whatever a backend raises
+        raise AtlasError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
+
+
+def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
+    """What a part belongs to: its archive, or the folder that holds `1of2` and `2of2`."""
+    return (part.root if part.member else None, part.place.parent.parent)
+
+
+def _holds(whole: TextFile, part: TextFile) -> bool:
+    """Whether `AllCombined.txt` stands in the same archive or folder as a part below it."""
+    same = whole.root == part.root if whole.member or part.member else True
+    return same and part.place.is_relative_to(whole.place.parent)
+
+
+def _is_hidden(path: Path | PurePosixPath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _natural(name: str) -> list[list[str | int]]:
+    """Sorts `wiki_9` before `wiki_10`, and a folder's files together."""
+    parts = name.split("/")
+    return [
+        [int(run) if place % 2 else run for place, run in enumerate(_DIGITS.split(part))] for part in parts
+    ]

@@ -1,0 +1,48 @@
+"""Standard input as a source: kept in a file until it is prepared, since it can be read once only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from atlas.errors import AtlasError
+from atlas.progress import say
+
+STANDARD_INPUT = "-"
+DEFAULT_OUTPUT = Path("data", "processed", "stdin")
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | None) -> Iterator[Path | None]:
+    """The file that holds what came from standard input, beside `output`; None if `inputs` do not name it.
+
+    It cannot be read a second time, as choosing the split and learning a vocabulary need, and nobody keeps it for
+    a call that goes on after a kill: that call reads standard input from its start.
+    """
+    if STANDARD_INPUT not in map(str, inputs):
+        yield None
+        return
+    if sys.stdin is None or sys.stdin.isatty():
+        raise AtlasError("-: standard input is a terminal; pipe text into it, or name a file")
+    target = DEFAULT_OUTPUT if output is None else Path(output)
+    target = target.absolute()
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.stdin-{os.getpid()}")
+    try:
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
+            say(
+                f"standard input: {file.tell() / 1e6:,.1f} MB, read from its start, are kept in {path} meanwhile"
+            )
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()

@@ -1,0 +1,259 @@
+"""Articles in the plain text of Simple English Wikipedia (Kaggle: plaintext-wikipedia-simpleenglish).
+
+An article is a title line, an empty line, then paragraphs. What sets articles apart is a run of two or
+more empty lines, where the text has such runs, else the form of the title: a short line of its own
+without closing punctuation. Headings and lists have that form, too; what gives them away is used, and what
+stays doubtful is said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from atlas.data.text.decode import PIECE_CHARS, Piece, as_document
+
+TITLE_CHARS = 150
+# The real archive, as it is described where it is published.
+WIKIPEDIA_CHARS, WIKIPEDIA_ARTICLES = 168_085_788, 249_396
+
+_SAMPLE_CHARS = 4 * PIECE_CHARS
+_LONGEST_MEAN_ARTICLE = 50_000
+_HEADING_TIMES = 3
+"""A short line that stands so often in the sample is a heading inside articles, such as "History"."""
+_DOUBTFUL_SHARE = 0.02
+_UNNAMED_SHARE, _NAMED_WITHIN = 0.3, 300
+_SHOWN = 3
+
+_BLANKS = " \t\r\n"
+_CLOSING = tuple(".!?:;,…")
+# Both begin with a character that is rare, so that the search runs at the speed of memory.
+_EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
+_BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
+_SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
+_CONTEXT = 1000
+"""So many characters before and behind a place are enough to decide about it."""
+
+
+@dataclass
+class ArticleReport:
+    """How articles were told apart, for the user to judge."""
+
+    rule: str = ""
+    articles: int = 0
+    chars: int = 0
+    boundaries: list[str] = field(default_factory=list)
+    """The first three, as `… last words ⏎⏎⏎ Title`."""
+    doubt: str | None = None
+    """What speaks against the rule in the beginning of the text."""
+
+    @property
+    def warning(self) -> str | None:
+        """Set when this is the real archive by its size, but not by the number of its articles."""
+        like_wikipedia = abs(self.chars / WIKIPEDIA_CHARS - 1) < 0.02
+        if not like_wikipedia or abs(self.articles / WIKIPEDIA_ARTICLES - 1) < 0.05:
+            return None
+        return (
+            f"an archive of this size has about {WIKIPEDIA_ARTICLES:,} articles, {self.articles:,} were found: "
+            "look at the boundaries"
+        )
+
+    def merge(self, other: ArticleReport) -> None:
+        """Add what was met behind this."""
+        self.rule, self.doubt = self.rule or other.rule, self.doubt or other.doubt
+        self.articles += other.articles
+        self.chars += other.chars
+        self.boundaries = [*self.boundaries, *other.boundaries][:_SHOWN]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Where an article begins: behind a run of empty lines, or with `by_title` at a short line of its own."""
+
+    by_title: bool
+    headings: frozenset[str] = frozenset()
+    """Short lines that are no titles."""
+
+    @property
+    def name(self) -> str:
+        if self.by_title:
+            return "the title's form: a short line of its own without closing punctuation"
+        return "two or more empty lines before a title"
+
+    def gaps(self, text: str, *, at_beginning: bool) -> Iterator[re.Match[str]]:
+        """What lies between two articles of `text`, which begins with one or, else, in the middle of one."""
+        if not self.by_title:
+            yield from _EMPTY_LINES.finditer(text)
+            return
+        # A short line right below another belongs to it: a heading under a title, an entry of a list. Not so below
+        # a known heading: a last section is often empty, and the next article's title follows it.
+        first = _SHORT_LINE.match(text) if at_beginning else None
+        end_of_short_line = first.end(1) if first and _is_title(first[1]) else -1
+        for gap in _BEFORE_SHORT_LINE.finditer(text):
+            if not _is_title(gap[1]):
+                continue
+            if gap[1].strip() in self.headings:
+                continue
+            below_another = gap.start() == end_of_short_line
+            end_of_short_line = gap.end(1)
+            begins_list = text.endswith((":", ":\r"), 0, gap.start())
+            if not (below_another or begins_list):
+                yield gap
+
+
+def has_titles(chunks: Iterable[str]) -> bool:
+    """Return whether the beginning of a text has a title, without which it has no articles to tell apart."""
+    sample = "".join(_take_sample(iter(chunks))).lstrip("\r\n")
+    rule, _ = _choose_rule(sample)
+    return not rule.by_title or bool(_titles(sample, list(rule.gaps(sample, at_beginning=True))))
+
+
+def _take_sample(chunks: Iterator[str]) -> list[str]:
+    """Return the first chunks, to decide from; `chunks` then yields the ones after them."""
+    sample, size = [], 0
+    for chunk in chunks:
+        sample.append(chunk)
+        size += len(chunk)
+        if size >= _SAMPLE_CHARS:
+            break
+    return sample
+
+
+def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
+    """The articles of a text, each without the empty lines around it; `report` is filled on the way."""
+    chunks = iter(chunks)
+    sample = _take_sample(chunks)
+    rule, report.doubt = _choose_rule("".join(sample).lstrip("\r\n"))
+    report.rule = rule.name
+    is_open, rest, judged = (
+        False,
+        "",
+        0,
+    )  # an article of which pieces are out; what follows; how much has no gap
+    all_chunks = ((chunk, False) for chunk in itertools.chain(sample, chunks))
+    for chunk, at_end in itertools.chain(all_chunks, [("", True)]):
+        report.chars += len(chunk)
+        rest += chunk if rest or is_open else chunk.lstrip("\r\n")
+        if not at_end and len(rest) < PIECE_CHARS:
+            continue
+        known, judged = judged, len(rest) if at_end else len(rest) - _CONTEXT
+        start = 0
+        for gap in rule.gaps(rest, at_beginning=not is_open):
+            if gap.end() > judged:
+                break
+            if gap.end() <= known:  # judged when what stands before it was still here
+                continue
+            _show(report, rest, gap)
+            yield from _article(rest[start : gap.start()], report, is_open=is_open)
+            is_open, start = False, gap.end()
+        rest, judged = rest[start:], judged - start
+        if at_end:
+            yield from _article(rest, report, is_open=is_open)
+        elif judged - _CONTEXT > 2 * PIECE_CHARS:
+            settled = judged - _CONTEXT
+            *pieces, last = as_document([rest[:settled]], is_open=True)
+            yield from pieces
+            judged -= settled - len(last.text)
+            is_open, rest = is_open or bool(pieces), last.text + rest[settled:]
+
+
+def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Piece]:
+    text = text.rstrip(_BLANKS)
+    if len(text) <= PIECE_CHARS:
+        if text or is_open:
+            report.articles += 1
+            yield Piece(text)
+        return
+    report.articles += 1
+    yield from as_document([text], is_open=is_open)
+
+
+def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
+    """Empty lines, if in the sample their runs come often and a title follows most of them; and the doubt."""
+    runs = [_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample)]
+    titles = sum(bool(line and _is_title(line[1])) for line in runs)
+    if runs and len(sample) / (len(runs) + 1) <= _LONGEST_MEAN_ARTICLE and titles >= 0.8 * len(runs):
+        return _Rule(by_title=False), _doubt_about_runs([line[1] if line else "" for line in runs])
+    times = Counter(gap[1].strip() for gap in _BEFORE_SHORT_LINE.finditer(sample) if _is_title(gap[1]))
+    headings = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
+    rule = _Rule(by_title=True, headings=frozenset(headings))
+    doubts = [f"{titles:,} of {len(runs):,} runs of empty lines are before a title"] if titles else []
+    if headings:
+        doubts.append(
+            f"short lines that come again and again were taken for headings inside articles: {_most(headings)}"
+        )
+    doubts += _doubts_about_titles(sample, rule)
+    return rule, "; ".join(doubts) or None
+
+
+def _doubt_about_runs(lines: list[str]) -> str | None:
+    """What speaks against an article after each run of empty lines; `lines` are the first ones behind them."""
+    doubts = []
+    others = sum(not _is_title(line) for line in lines)
+    if others > _DOUBTFUL_SHARE * len(lines):
+        doubts.append(
+            f"{others:,} of {len(lines):,} runs of empty lines in the beginning are not before a title"
+        )
+    times = Counter(line.strip() for line in lines if _is_title(line))
+    recurring = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
+    if recurring.total() > _DOUBTFUL_SHARE * len(lines):
+        doubts.append(f"titles that come again and again may be headings inside articles: {_most(recurring)}")
+    return "; ".join(doubts) or None
+
+
+def _titles(sample: str, gaps: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The matches that hold a title: the first line, if it is one, and the line after each of `gaps`."""
+    first = _SHORT_LINE.match(sample)
+    return ([first] if first and _is_title(first[1]) else []) + gaps
+
+
+def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
+    """What many of the titles that `rule` finds have in common with lists, headings and sentences."""
+    gaps = list(rule.gaps(sample, at_beginning=True))
+    found = _titles(sample, gaps)
+    if not found:
+        return
+    in_all = f"of {len(found):,} titles in the beginning"
+    followed = sum(_is_followed_by_short_line(sample, title.end(1)) for title in found)
+    if followed > _DOUBTFUL_SHARE * len(found):
+        yield f"{followed:,} {in_all} have another short line below them, as has a list"
+    ends = [*(gap.start() for gap in gaps[len(gaps) - len(found) + 1 :]), len(sample)]
+    unnamed = sum(
+        not _is_named_in(sample[title.end(1) : min(end, title.end(1) + _NAMED_WITHIN)], title[1])
+        for title, end in zip(found, ends, strict=True)
+    )
+    if unnamed > _UNNAMED_SHARE * len(found):
+        yield f"{unnamed:,} {in_all} are not named in the text below them, as a section's heading is not"
+    exclaimed = sum(gap[1].rstrip().endswith(("?", "!")) for gap in _BEFORE_SHORT_LINE.finditer(sample))
+    if exclaimed > _DOUBTFUL_SHARE * len(found):
+        yield f"{exclaimed:,} short lines that end in ? or ! were not taken for titles"
+
+
+def _most(lines: Counter[str]) -> str:
+    return ", ".join(f"{line!r} ({times:,} times)" for line, times in lines.most_common(_SHOWN))
+
+
+def _is_title(line: str) -> bool:
+    line = line.strip()
+    return 0 < len(line) <= TITLE_CHARS and not line.endswith(_CLOSING)
+
+
+def _is_followed_by_short_line(text: str, end: int) -> bool:
+    below = _BEFORE_SHORT_LINE.match(text, end)
+    return below is not None and _is_title(below[1])
+
+
+def _is_named_in(beginning: str, title: str) -> bool:
+    """Whether a word of the title stands there, as it does in an encyclopedia."""
+    words = re.findall(r"\w{3,}|\d+", title.casefold()) or [title.strip().casefold()]
+    return any(word in beginning.casefold() for word in words)
+
+
+def _show(report: ArticleReport, text: str, gap: re.Match[str]) -> None:
+    if len(report.boundaries) < _SHOWN:
+        before = text[: gap.start()].rstrip(_BLANKS).rpartition("\n")[2][-40:].strip()
+        title = text[gap.end() : gap.end() + TITLE_CHARS].partition("\n")[0].strip()
+        report.boundaries.append(f"…{before} {'⏎' * gap[0].count(chr(10))} {title}")

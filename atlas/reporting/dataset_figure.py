@@ -1,0 +1,80 @@
+"""A picture of how long the documents of a dataset are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from atlas.errors import AtlasError
+from atlas.reporting.dataset_statistics import Lengths
+
+_BINS = 35
+_COLORS = {"train": "tab:blue", "val": "tab:orange"}
+
+
+def check_plot(path: Path) -> None:
+    """Raises `AtlasError`, before any work, where `draw_lengths` could not write to `path`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise AtlasError('--plot: needs matplotlib: pip install "atlas-llm[plot]"') from None
+    if path.suffix.lower() != ".png":
+        raise AtlasError(f"--plot {path}: writes a PNG picture: name a file that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise AtlasError(f"--plot {path}: there is no folder {path.parent}: make it first")
+
+
+def draw_lengths(
+    path: Path, lengths: Mapping[str, Lengths], *, title: str, contexts: Mapping[int, str]
+) -> None:
+    """Write a histogram of document lengths, by split, as a PNG of 1500 × 825 pixels.
+
+    Heights are shares of a split's documents, so that a small validation split can be compared. `contexts` are context
+    lengths in tokens to mark, and what they are called.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    shortest = min(int(split.values[0]) for split in lengths.values())
+    longest = max(split.longest for split in lengths.values())
+    bins = np.unique(np.geomspace(shortest, longest + 1, _BINS + 1).round()).tolist()
+    for name, split in lengths.items():
+        shares, color = split.counts / split.documents, _COLORS[name]
+        if name == "train":
+            axes.hist(split.values, bins, weights=shares, color=color, alpha=0.35)
+        axes.hist(split.values, bins, weights=shares, color=color, histtype="step", linewidth=1.5)
+        facts = (
+            f"{split.documents:,} documents, median {split.median:,.10g} (dashed), longest {split.longest:,}"
+        )
+        axes.axvline(split.median, color=color, linewidth=1.5, linestyle="--", label=f"{name}: {facts}")
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the names of contexts
+    for tokens, name in contexts.items():
+        axes.axvline(tokens, color="0.45", linewidth=1, linestyle=":")
+        axes.text(
+            tokens,
+            0.99,  # of the axes' height
+            f"context {tokens:,}\n{name}",
+            transform=axes.get_xaxis_transform(),
+            color="0.3",
+            fontsize=8,
+            rotation=90,
+            horizontalalignment="center",
+            verticalalignment="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda share, _: f"{100 * share:.3g} %" if share <= 1 else "")
+    )
+    axes.set(title=title, xlabel="tokens in a document, end of text included", ylabel="share of documents")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise AtlasError(f"--plot {path}: cannot be written: {error.strerror}; name another file") from None

@@ -1,0 +1,131 @@
+"""Find a tokenizer: by name, from a file or stored state, by training, or around an object of one's own.
+
+`Tokenizer.gpt2()` and its kin are the functions of this module. A kind is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import AtlasError
+from atlas.files import read_limited
+from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, Tokenizer
+from atlas.tokenizer.custom import CustomTokenizer, import_object
+
+
+def gpt2() -> Tokenizer:
+    """Return GPT-2's tokenizer of 50,257 tokens, from package data."""
+    from atlas.tokenizer.gpt2 import gpt2_tokenizer
+
+    return gpt2_tokenizer()
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE on `texts`, which are read once, as a stream.
+
+    A text too small for `vocab_size` gives a smaller vocabulary; `vocab_size` of the result says so.
+    """
+    from atlas.tokenizer.bpe import train_bpe
+
+    return train_bpe(texts, vocab_size)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json`, of a folder that holds one, or of a prepared dataset."""
+    from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s
+    from atlas.tokenizer.foreign import ForeignTokenizer
+
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
+            return from_state(_state_in_dataset(path / "dataset.json"))
+        path = path / "tokenizer.json"
+    try:
+        return BPETokenizer.from_file(path)
+    except NotGPT2s as refusal:
+        return ForeignTokenizer.from_file(path, refusal)
+
+
+def from_state(state: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer that `state()` described, after checking its fingerprint.
+
+    Nothing is imported for it: a custom tokenizer's code does not travel with a file, so that its
+    owner has to name it.
+    """
+    from atlas.tokenizer.bpe import BPETokenizer
+    from atlas.tokenizer.foreign import ForeignTokenizer
+
+    kind, name = state.get("kind"), state.get("name")
+    if kind == "custom":
+        raise AtlasError(
+            f"tokenizer {name!s:.200}: is custom code, which a file does not bring along; "
+            "name it with --tokenizer package.module:factory"
+        )
+    if kind == "gpt2":
+        tokenizer = gpt2()
+    elif kind == "bpe" and isinstance(state.get("json"), str):
+        tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
+    elif kind == "hf" and isinstance(state.get("json"), str):
+        tokenizer = ForeignTokenizer.from_state_dict(state)
+    else:
+        raise AtlasError(
+            f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"
+        )
+    stated = {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+    }
+    for fact, value in stated.items():
+        if state.get(fact) != value:
+            raise AtlasError(
+                f"stored tokenizer {name!s:.80}: its vocabulary has {fact} {value}, not {state.get(fact)!s:.80}; "
+                "the file is damaged or was edited"
+            )
+    return tokenizer
+
+
+def resolve(spec: str | Path) -> Tokenizer:
+    """Return what `spec` names: `gpt2`, the path of a tokenizer.json (or a folder with one), or
+    `package.module:factory`."""
+    if spec == "gpt2":
+        return gpt2()
+    if Path(spec).exists():
+        return load(spec)
+    if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
+        made = import_object(spec)()
+        return made if _is_known(made) else CustomTokenizer(made, name=spec)
+    raise AtlasError(
+        f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
+    )
+
+
+def wrap(custom: Any) -> Tokenizer:
+    """Return any object with `encode`, `decode`, `vocab_size` and `eos_id` as a `Tokenizer`."""
+    return custom if _is_known(custom) else CustomTokenizer(custom)
+
+
+def _is_known(tokenizer: Any) -> bool:
+    """Whether its ids need no check: it is wrapped already, or has a state of its own to be rebuilt from."""
+    if isinstance(tokenizer, CustomTokenizer):
+        return True
+    return isinstance(tokenizer, Tokenizer) and type(tokenizer).state is not Tokenizer.state
+
+
+def _state_in_dataset(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise AtlasError(
+            f"{path}: does not describe a tokenizer ({error!s:.200}); prepare the dataset again"
+        ) from None
+    if not isinstance(state, dict):
+        raise AtlasError(f"{path}: does not describe a tokenizer; prepare the dataset again")
+    return state
+
+
+for _constructor in (gpt2, train, load, from_state, resolve, wrap):
+    setattr(Tokenizer, _constructor.__name__, staticmethod(_constructor))

@@ -1,0 +1,117 @@
+"""Writing a checkpoint: the bytes once, hashed as they go, then committed under each of its names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from atlas.files import flush_folder, flush_to_disk
+from atlas.training.checkpoint.manifest import Manifest, read_manifest, write_manifest
+
+_PIECE = 4 << 20
+
+Pace = Callable[[float], None]
+"""Called after every few megabytes with the seconds they took. May sleep, so that training gets the cores, or
+raise `Abandoned`."""
+
+
+class Abandoned(Exception):
+    """A save that was told to end before it was done."""
+
+
+def at_once(seconds: float) -> None:
+    """Write as fast as it goes."""
+
+
+def tensor_bytes(value: Any) -> int:
+    """The bytes of all tensors in nested dicts and lists."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(value))
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists, with the keys that lead to it."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from named_tensors(entry, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            yield from named_tensors(entry, f"{name}.{place}")
+
+
+def commit(staged: Path, path: Path, manifest: Manifest) -> None:
+    """Give the staged bytes their name. The order of these lines is what survives a kill: from the first on, the
+    sidecar accepts the new bytes, and the old ones as well if there are any; the rename decides."""
+    old = read_manifest(path, check_hash=False)
+    write_manifest(
+        path, manifest.model_copy(update={"replaces": old and old.model_copy(update={"replaces": None})})
+    )
+    os.replace(staged, path)
+    flush_folder(path.parent)
+    if old:
+        write_manifest(path, manifest)
+
+
+class _HashingWriter:
+    """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
+
+    def __init__(self, file: IO[bytes], pace: Pace) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._pace = pace
+        self.size = 0
+        self.error: OSError | Abandoned | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            for start in range(0, len(data), _PIECE):
+                piece, begin = data[start : start + _PIECE], time.perf_counter()
+                self._digest.update(piece)
+                self._file.write(piece)
+                self.size += len(piece)
+                self._pace(time.perf_counter() - begin)
+        except (OSError, Abandoned) as error:  # torch.save makes a RuntimeError of it, without the reason
+            self.error = error
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = at_once) -> tuple[int, str]:
+    """Write `contents` to `path`, durably; its size and sha256. Raises `OSError`, and `Abandoned` if `pace` does."""
+    with open(path, "wb") as file:
+        writer = _HashingWriter(file, pace)
+        try:
+            torch.save(dict(contents), writer)  # type: ignore[arg-type]
+        except Exception:
+            if writer.error is None:
+                raise
+        if writer.error is not None:
+            raise writer.error
+        flush_to_disk(file)
+    return writer.size, writer.sha256
+
+
+def copy_file(source: Path, target: Path, *, pace: Pace = at_once) -> None:
+    """Each name gets bytes of its own: a hard link would be faster, and one bad block would then take the
+    best model along with the latest."""
+    with open(source, "rb") as reading, open(target, "wb") as writing:
+        begin = time.perf_counter()
+        while piece := reading.read(_PIECE):
+            writing.write(piece)
+            pace(time.perf_counter() - begin)
+            begin = time.perf_counter()
+        flush_to_disk(writing)

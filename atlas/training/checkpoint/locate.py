@@ -1,0 +1,66 @@
+"""Where checkpoints lie: their names, those of a folder, and the one that a user means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from atlas.errors import AtlasError
+from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of
+
+_NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))(?:\.pt)?")
+
+
+def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
+    """The file name the FAQ gives each kind."""
+    return {
+        "step": f"atlas_step_{step}.pt",
+        "epoch": f"atlas_epoch_{epoch}_step_{step}.pt",
+        "best": "atlas_best.pt",
+        "interrupt": f"atlas_interrupt_step_{step}.pt",
+    }[kind]
+
+
+def kind_of(path: Path) -> str | None:
+    match = _NAME.fullmatch(path.name)
+    return match[match.lastindex or 0] if match else None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first. Or the name of
+    a sharded checkpoint, which is that of its sidecar. `.pt` may be left out, and `.json` stand in its place."""
+    path = Path(path)
+    if path.suffix == ".json" and path.with_suffix(".pt").is_file():
+        path = path.with_suffix(".pt")
+    if path.is_file() and path.suffix != ".json":
+        return path
+    if path.name == "best_model.pt":
+        if path.with_name("atlas_best.pt").is_file():
+            return path.with_name("atlas_best.pt")
+        path = path.with_name("atlas_best.pt") if shards_of(path.with_name("atlas_best")) else path
+    name = path.with_suffix("") if path.suffix in (".pt", ".json") else path
+    if shards_of(name):
+        return name
+    if not path.suffix and path.with_suffix(".pt").is_file():
+        return path.with_suffix(".pt")
+    if path.is_dir():
+        raise AtlasError(f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}")
+    beside = sorted(p.name for p in path.parent.glob("*.pt"))
+    below = sorted(map(str, path.parent.glob("*/atlas_best.pt")))
+    hint = "train a model first (atlas train)"
+    if beside or below:
+        hint = f"there are {', '.join(beside[:5])}" if beside else f"there is {' and '.join(below[:3])}"
+    raise AtlasError(f"{path}: no such checkpoint; {hint}")
+
+
+def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:
+    """The checkpoints whose sidecars fit by size, the latest step first; of one step, the fullest kind."""
+    order = {"step": 0, "epoch": 1, "interrupt": 2, "best": 3}
+    sharded = (path.with_suffix("") for path in folder.glob("atlas_*.json"))
+    paths = [*folder.glob("atlas_*.pt"), *(path for path in sharded if shards_of(path))]
+    pairs = [
+        (manifest, path)
+        for path in paths
+        if kind_of(path) and (manifest := read_manifest(path, check_hash=False))
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))

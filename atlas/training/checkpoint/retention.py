@@ -1,0 +1,132 @@
+"""Which checkpoints go: by number, by bytes, and when the disk is nearly full. The best never does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atlas.training.checkpoint.atomic_write import commit, write_tensors
+from atlas.training.checkpoint.manifest import FileEntry, Manifest, read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.validate import read_plain
+
+Found = Sequence[tuple[Manifest, Path]]
+"""Checkpoints with their manifests, the latest step first."""
+
+RESUMABLE = 2
+"""So many of the newest step checkpoints are never given up for space, and never slimmed."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Whether `needed` bytes may be written, and what has to go first."""
+
+    needed: int
+    free: int
+    limit: str
+    victims: tuple[Path, ...] = ()
+
+    @property
+    def is_enough(self) -> bool:
+        return self.free >= self.needed
+
+
+def find_room(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Room:
+    """How to get `needed` bytes: on the disk, and within `max_total` bytes of checkpoints.
+
+    For the disk, step checkpoints beyond the newest two go, oldest first; for `max_total` every one may go but
+    the newest and the best. Nothing goes if that would not suffice.
+    """
+    disk = shutil.disk_usage(folder).free
+    steps = [entry for entry in found if entry[0].kind == "step"]
+    room = _give_up(Room(needed, disk, "free on the disk"), steps[RESUMABLE:])
+    if max_total is None or not room.is_enough:
+        return room
+    gone = sum(_size(path) for path in room.victims)
+    allowed = max_total - sum(_size(path) for _, path in found) + gone
+    others = [entry for entry in found[1:] if entry[0].kind != "best" and entry[1] not in room.victims]
+    within = _give_up(Room(needed, allowed, "left of checkpoint.max_total"), others)
+    return Room(needed, within.free, within.limit, (*room.victims, *within.victims))
+
+
+def _give_up(room: Room, candidates: Found) -> Room:
+    free, victims = room.free, []
+    for _, path in reversed(candidates):  # the oldest first
+        if free >= room.needed:
+            break
+        victims.append(path)
+        free += _size(path)
+    return Room(room.needed, free, room.limit, tuple(victims)) if free >= room.needed else room
+
+
+def surplus(found: Found, kind: str, keep: int) -> list[Path]:
+    """The checkpoints of a kind beyond the newest `keep`."""
+    return [path for manifest, path in found if manifest.kind == kind and kind != "best"][keep:]
+
+
+def remove(path: Path) -> None:
+    """The file first: a sidecar without one is nothing, a file without a sidecar would be a riddle. A folder that
+    another name shares stays."""
+    shards = shards_of(path)
+    if shards is None:
+        path.unlink(missing_ok=True)
+    elif not _is_shared(shards, path):
+        remove_folder(shards)
+    sidecar_of(path).unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Under another name first, so that no kill leaves a part of a folder that looks whole."""
+    gone = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_shared(shards: Path, path: Path) -> bool:
+    """Whether a sidecar other than that of `path` names the folder."""
+    others = (other.with_suffix("") for other in shards.parent.glob("atlas_*.json"))
+    return any(other.name != path.name and shards_of(other) == shards for other in others)
+
+
+def move_aside(folder: Path, files: Sequence[Path]) -> Path:
+    """Move checkpoints (and what else is named) to a new `previous-N` in `folder`, each with its sidecar."""
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    target = folder / f"previous-{number}"
+    target.mkdir()
+    for path in files:
+        shards = shards_of(path)
+        parts = {path, sidecar_of(path)} if path.suffix == ".pt" else {path}
+        if shards is not None:
+            parts = {sidecar_of(path)} if _is_shared(shards, path) else {sidecar_of(path), shards}
+        for part in parts:
+            if part.exists():
+                shutil.move(part, target / part.name)
+    return target
+
+
+def slim(path: Path) -> None:
+    """Leave a checkpoint without its optimizer state, with AdamW two thirds of its bytes. Raises `OSError`."""
+    manifest = read_manifest(path, check_hash=True)
+    if manifest is None or manifest.slim:
+        return
+    without = ("optimizer_state_dict",)
+    contents = read_plain(path, remedy="it stays as it is", without=without) | {without[0]: {}}
+    staged = path.with_name(path.name + ".tmp")
+    size, sha256 = write_tensors(staged, contents)
+    entry = FileEntry(name=path.name, size=size, sha256=sha256)
+    commit(staged, path, manifest.model_copy(update={"slim": True, "files": (entry,)}))
+
+
+def _size(path: Path) -> int:
+    """What is free once it is removed."""
+    shards = shards_of(path)
+    if shards is None:
+        return path.stat().st_size if path.exists() else 0
+    manifest = read_manifest(path, check_hash=False)
+    return 0 if manifest is None or _is_shared(shards, path) else manifest.size

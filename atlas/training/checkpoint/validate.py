@@ -1,0 +1,281 @@
+"""A checkpoint file may come from anywhere: what is checked before its tensors are believed.
+
+Nothing in a file is run, and no memory is taken on its word: it is a zip of uncompressed records that lie
+apart, so that all of them together are no larger than the file; its pickle is read by `safe_unpickle.py`; a
+tensor must fit its record; and a config cannot describe a larger model than the one whose weights are there.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from atlas.config import ModelConfig
+from atlas.errors import AtlasError
+from atlas.files import open_zip
+from atlas.planning.estimate import count_parameters
+from atlas.training.checkpoint.first_version import is_first_version, refusal
+from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT
+from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
+from atlas.training.optimizers.build import state_shapes
+
+_LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, where that is a BPE of one's own
+_LARGEST_DIRECTORY = 64 << 20
+_CHUNK = 1 << 20
+_BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
+
+_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+_Number = bool | _Count | float | None
+
+
+class _Contents(BaseModel):
+    """What a checkpoint holds, apart from what is in its tensors, config and tokenizer.
+
+    A value that is not named here is a number, a text, or a list or dict of numbers.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, _Number | str | list[float] | dict[str, _Number]]
+    model_state_dict: dict[str, Any]
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    data: dict[str, str | int | None]
+    step: _Count
+    sequences_consumed: _Count
+    horizon: _Count
+    optimizer_state_dict: dict[str, Any] = {}
+    scaler_state_dict: dict[str, Any] = {}
+    machine: dict[str, str | int | float | None] = {}
+    epoch: _Count = 0
+    micro_batch_size: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
+    loss: float | None = None
+    val_loss: float | None = None
+    best_loss: float | None = None
+    initialized_from: str | None = None
+
+
+def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
+    """The contents of a checkpoint file on the CPU: plain values and tensors. Raises `AtlasError`.
+
+    `remedy` ends the message: which file to take instead. What the keys `without` name is left out, and
+    no memory is taken for it.
+    """
+    return check_contents(read_values(path, remedy=remedy, without=without), path, remedy)
+
+
+def holds_first_version(path: Path) -> bool:
+    """Whether the file is a checkpoint of Atlas 1.x. No tensor is read."""
+    try:
+        return is_first_version(read_values(path, remedy="", names_only=True))
+    except AtlasError:
+        return False
+
+
+def refuse_first_version(path: Path) -> None:
+    """Raise `AtlasError` for a checkpoint of Atlas 1.x, with the command that converts it."""
+    if holds_first_version(path):
+        raise AtlasError(refusal(path))
+
+
+def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
+    """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not; with
+    `names_only` the tensors are empty. Raises `AtlasError`."""
+    archive = _open(path, remedy)
+    storages: dict[Storage, Tensor] = {}
+
+    def build(claim: TensorClaim) -> Tensor:
+        if names_only:
+            return torch.empty(0)
+        if not claim.is_inside:
+            raise NotPlainError(f"a tensor of shape {claim.size} does not fit its storage")
+        if claim.storage not in storages:
+            storages[claim.storage] = _read_storage(archive, folder, claim.storage)
+        whole = storages[claim.storage].untyped_storage()
+        return torch.empty(0, dtype=claim.storage.dtype).set_(whole, claim.offset, claim.size, claim.stride)
+
+    try:
+        folder = _folder_of(archive)
+        program = _read_record(archive, f"{folder}/data.pkl", limit=_LARGEST_PICKLE)
+        return read_pickle(program, build, without=without)
+    except NotPlainError as error:
+        raise AtlasError(
+            f"{path}: is not a checkpoint of plain tensors, refused without running it ({error!s:.200}): "
+            "take one that atlas train wrote"
+        ) from None
+    except _BROKEN as error:
+        raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
+    finally:
+        archive.close()
+        storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
+
+
+def check_zip(path: Path, *, remedy: str) -> None:
+    """Refuse a file that is no zip, or whose bytes are not those that its own checksums (CRC-32) name."""
+    with _open(path, remedy) as archive:
+        try:
+            broken = archive.testzip()
+        except _BROKEN as error:
+            raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
+    if broken:
+        raise AtlasError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
+
+
+def _open(path: Path, remedy: str) -> zipfile.ZipFile:
+    """The zip, if every record in it is as long as it takes room in the file."""
+    try:
+        archive = open_zip(path, directory_limit=_LARGEST_DIRECTORY)
+        for member in archive.infolist():
+            stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+            if not stored or member.flag_bits & 1:
+                raise zipfile.BadZipFile(f"record {member.orig_filename!r:.80} is compressed or encrypted")
+        if len(set(archive.namelist())) < len(archive.namelist()):
+            raise zipfile.BadZipFile("it has two records of the same name")
+    except _BROKEN as error:
+        if path.suffix == ".gguf":
+            raise AtlasError(
+                f"{path}: is a GGUF file and no checkpoint: atlas serve --gguf takes it"
+            ) from None
+        raise AtlasError(
+            f"{path}: is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
+        ) from None
+    return archive
+
+
+def _folder_of(archive: zipfile.ZipFile) -> str:
+    """The folder that `torch.save` put everything into, its name being the caller's choice."""
+    programs = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(programs) != 1:
+        raise NotPlainError("it has no data.pkl, or more than one")
+    folder = programs[0].split("/")[0]
+    order = f"{folder}/byteorder"
+    if order in archive.namelist() and _read_record(archive, order, limit=16) != sys.byteorder.encode():
+        raise NotPlainError(f"its byte order is not this machine's, {sys.byteorder}")
+    return folder
+
+
+def _read_record(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
+    record = archive.getinfo(name)
+    if record.file_size > limit:
+        raise NotPlainError(f"{name:.80} has {record.file_size:,} bytes, more than {limit:,}")
+    with archive.open(record) as file:
+        return b"".join(iter(lambda: file.read(_CHUNK), b""))
+
+
+def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Tensor:
+    """The bytes of a record, read in pieces into the memory they stay in; the zip's checksum is compared."""
+    record = archive.getinfo(f"{folder}/data/{storage.key}")
+    if record.file_size != storage.num_bytes:
+        raise NotPlainError(f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,}")
+    buffer = torch.empty(storage.num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy().data)
+    with archive.open(record) as file:
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                raise EOFError(f"record {storage.key} is cut off")
+    return buffer
+
+
+def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
+    """`contents`, if they are a checkpoint's. Raises `AtlasError`."""
+    if is_first_version(contents) and "format_version" not in contents:
+        raise AtlasError(refusal(path))
+    if not isinstance(contents, dict) or "format_version" not in contents:
+        raise AtlasError(
+            f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
+        )
+    version = contents["format_version"]
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise AtlasError(
+            f"{path}: has checkpoint format {version!r:.20}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
+        )
+    try:
+        _Contents.model_validate(contents)
+        config = contents["config"].get("model")
+        model = None if config is None else ModelConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:40] for part in first["loc"]) or "config.model"
+        problem = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg']:.200}"
+        raise AtlasError(f"{path}: is not a whole Atlas checkpoint ({place} {problem}): {remedy}") from None
+    if model is not None:
+        _refuse_missing_weights(model, contents["model_state_dict"], path, remedy)
+    return contents
+
+
+def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
+    """Before memory is taken for the model that a config describes, its numbers must be there."""
+    tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.itemsize
+        for tensor in tensors
+    }
+    there, needed = sum(sizes.values()), 0 if model.vocab_size is None else count_parameters(model).total
+    if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
+        reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
+        raise AtlasError(f"{path}: its weights do not fit its config: {reason}; {remedy}")
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raises `ValueError` if what a checkpoint has of an optimizer is not what this one would have saved.
+
+    PyTorch takes it as it is, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups, states = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        raise ValueError("it has no groups")
+    if len(groups) != len(own) or not all(map(_alike, groups, own)):
+        raise ValueError("its groups are others")
+    numbers = _parameters(groups)
+    if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
+        raise ValueError("its parameters are not numbered")
+    shapes = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for number, expected in zip(numbers, shapes, strict=True):
+        if states.get(number, {}) != {}:
+            _check_state(number, states[number], expected)
+
+
+def _check_state(number: int, state: Any, expected: dict[str, Any]) -> None:
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise ValueError(f"parameter {number} has not {', '.join(sorted(expected))}")
+    for key, shape in expected.items():
+        value = state[key]
+        if isinstance(shape, dict):
+            _check_state(number, value, shape)
+            continue
+        is_kind = isinstance(value, Tensor) and (
+            value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()
+        )
+        if not is_kind or value.shape != shape:
+            raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
+
+
+def _parameters(groups: list[dict[str, Any]]) -> list[Any]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _alike(group: Any, own: dict[str, Any]) -> bool:
+    """Whether a group is for as many parameters, and the settings that both know are of the same kind: switches
+    the same, numbers perhaps others. (Another version of PyTorch has some more, or some less.)"""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        return False
+    settings = group.keys() & own.keys() - {"params"}
+    kinds_agree = all(_kind(group[key]) == _kind(own[key]) for key in settings)
+    return kinds_agree and len(group["params"]) == len(own["params"])
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_kind(entry) for entry in value]
+    return (
+        "number" if type(value) in (int, float) else value if isinstance(value, (bool, str)) else type(value)
+    )

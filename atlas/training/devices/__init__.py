@@ -1,0 +1,1 @@
+"""What a run computes on: devices, ranks, memory, compilation, signals."""

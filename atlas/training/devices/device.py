@@ -1,0 +1,230 @@
+"""The machine under a run: device, arithmetic, threads, random numbers. Set once, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError
+from atlas.training.devices.parallel import choose_parallel
+from atlas.training.devices.world import ALONE, World
+from atlas.version import __version__
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the precision of its matrix products. Weights are fp32, in `bf16-true` bf16 as well; what the
+    optimizer keeps is fp32 in all of them."""
+
+    device: torch.device
+    precision: str
+    compiles: bool = False
+    """Whether the model's blocks are compiled."""
+    world: World = ALONE
+    parallel: str = "none"
+    """How its processes share the model, see `choose_parallel`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.precision]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        # Each weight is used once a forward pass: the cache would only keep its copy alive until the end, which with
+        # gradient checkpointing nothing else does.
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where fp16 would lose small gradients; otherwise passes everything through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+
+def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
+    """The runtime that `device`, `training.precision` and `training.parallel` ask for, on this rank's own GPU;
+    `AtlasError` where it cannot be had."""
+    device = choose_device(config.device)
+    if world.local_size > 1 and device.type == "cuda":
+        if ":" in config.device:
+            raise AtlasError(
+                f"device: {config.device}: names one GPU for {world.local_size} processes, and each takes its own: "
+                "use --device cuda"
+            )
+        if world.local_rank >= torch.cuda.device_count():
+            raise AtlasError(
+                f"rank {world.rank}: {world.local_size} processes were started here for {torch.cuda.device_count()} "
+                "GPUs: lower torchrun's --nproc-per-node, or train on the CPU with --device cpu"
+            )
+        device = torch.device("cuda", world.local_rank)
+    precision = _choose_precision(config.training.precision, device)
+    return Runtime(device, precision, world=world, parallel=choose_parallel(config, world, device))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
+    PyTorch's current GPU. Raises `AtlasError` for a device that is not there."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and not has_cuda:
+        raise AtlasError(f"device: {name}: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
+    if kind == "mps" and not has_mps:
+        raise AtlasError("device: mps: this PyTorch sees no Apple GPU; use --device cpu")
+    if not number:
+        return torch.device(kind)
+    if int(number) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise AtlasError(f"device: {name}: is not there; this machine has {there}")
+    torch.cuda.set_device(int(number))  # memory and names are asked of the current GPU
+    return torch.device(kind, int(number))
+
+
+def cpu_only_build_with_nvidia_driver() -> bool:
+    """An NVIDIA card that this PyTorch cannot use: a wrong wheel, which costs users days unnoticed."""
+    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    return has_driver and torch.version.cuda is None and torch.version.hip is None
+
+
+def _why_no_cuda() -> str:
+    if cpu_only_build_with_nvidia_driver():
+        return "this PyTorch is a CPU-only build although an NVIDIA driver is there: install the CUDA build (README)"
+    return "this PyTorch sees no CUDA device: check the driver with nvidia-smi"
+
+
+def why_not_in(precision: str, device: torch.device) -> str | None:
+    """Why nothing is computed in a precision of `training.precision` on `device`; None if it can be."""
+    precision = precision.removesuffix("-true")
+    if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
+        return "this GPU does not compute in it"
+    if device.type == "cpu" and precision == "bf16" and not _cpu_has_bf16():
+        return "this CPU lacks bf16 arithmetic and would be hundreds of times slower"
+    if device.type == "cpu" and precision == "fp16":
+        return "is for GPUs"
+    if device.type == "mps" and precision != "fp32":
+        return "is not supported on mps"
+    return None
+
+
+def _choose_precision(asked: str, device: torch.device) -> str:
+    if asked == "auto":
+        return _own_precision(device)
+    if reason := why_not_in(asked, device):
+        raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
+    return asked
+
+
+def _own_precision(device: torch.device) -> str:
+    """What `auto` comes to."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if _gpu_has_bf16() else "fp16"
+
+
+def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """In what a model that only writes keeps its weights and cache on `device`: `f32`, `bf16` or `f16` as asked, or for
+    `auto` half precision on CUDA, the kind that training takes there, and f32 elsewhere. Raises `AtlasError` for what
+    the device does not compute in."""
+    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+    if asked == "auto":
+        return _DTYPES[_own_precision(device)]
+    if asked not in names:
+        raise AtlasError(f"--dtype {asked}: is not one of auto, {', '.join(names)}")
+    if reason := why_not_in(names[asked], device):
+        raise AtlasError(f"--dtype {asked}: {reason}; use f32 or auto")
+    return _DTYPES[names[asked]]
+
+
+def _gpu_has_bf16() -> bool:
+    # Without `including_emulation=False` older cards claim bf16 and compute it in slow motion.
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _cpu_has_bf16() -> bool:
+    flags = torch.backends.cpu.get_cpu_capability()
+    if flags != "AVX512":
+        return False
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in info or "amx_bf16" in info
+
+
+def seed_micro_step(seed: int, update: int, position: int) -> None:
+    """Make dropout a pure function of where it happens, so that a resumed run needs no generator state.
+
+    `position` is the index, within the update of all ranks, of the micro-batch's first sequence.
+    """
+    torch.manual_seed(_seed_of(seed, update, 0, position))  # the 0 keeps the bits of older runs
+
+
+def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
+    """Of the random numbers by which an update's new weights are rounded: they too follow from where it happens."""
+    return torch.Generator(device).manual_seed(_seed_of(seed, update, "rounding"))
+
+
+def _seed_of(*place: int | str) -> int:
+    text = " ".join(map(str, place)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """What bits depend on: equal here and in a checkpoint, a resumed run repeats them exactly (CPU)."""
+    device = runtime.device
+    return {
+        "atlas": __version__,
+        "torch": str(torch.__version__),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": runtime.precision,
+        "compiled": "yes" if runtime.compiles else "no",
+    }
+
+
+def _cpu_name() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
+    """Set the thread count that a checkpoint was trained with; return what still differs, as lines to say."""
+    threads = saved.get("threads")
+    if isinstance(threads, int) and 1 <= threads <= 4096:
+        torch.set_num_threads(threads)
+    here = describe_machine(runtime)
+    return [
+        f"{key}: {saved[key]} when saved, {here[key]} here: the run goes on, but not with the same bits"
+        for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision", "compiled")
+        if key in saved and saved[key] != here[key]
+    ]

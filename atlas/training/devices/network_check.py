@@ -1,0 +1,198 @@
+"""The connection between the ranks of a run, tried before the run: who is there, whether sums come out right, how fast.
+
+What fails is answered with the settings of gloo and NCCL that help.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from atlas.errors import AtlasError
+from atlas.training.devices.device import choose_device
+from atlas.training.devices.world import World, join_world, together
+
+Facts = dict[str, Any]
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds."""
+ROUNDS = {1_000: 20, 1_000_000: 10, 64_000_000: 5}
+"""All-reduces of so many bytes that are measured, after one that is not."""
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+_HOST_NAME = 255
+_MARGIN = 5.0
+"""Seconds that a backend has for saying itself that it waited too long."""
+
+
+def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Facts | None:
+    """Join the ranks that torchrun started, and let them add up: on the CPU by gloo, and by NCCL where each rank has a
+    GPU of its own. The facts on the first rank, None on the others; seconds, bytes and bytes/s.
+
+    Raises `AtlasError` for a wrong sum, and where another rank does not answer within `timeout` seconds.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        raise AtlasError(
+            "--distributed: tries what is between several processes, and this is one: torchrun --nproc-per-node=2 -m "
+            "atlas doctor --distributed; of several machines, with the options that training will be started with"
+        )
+    # NCCL would otherwise end the process by itself after the timeout, with a page of its own words.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    world = _join(timeout)
+    with together(world):
+        hosts = _hosts(world)
+        with world.in_step():
+            device = choose_device(device_name)
+        devices = [torch.device("cpu")]
+        has_own = device.type == "cuda" and world.local_rank < torch.cuda.device_count()
+        left_out = {}
+        if world.least(int(has_own)) == 1:
+            devices.append(torch.device("cuda", world.local_rank))
+        else:
+            no_gpu = "not every rank has a GPU of its own"
+            left_out["nccl"] = "--device cpu" if device_name == "cpu" else no_gpu
+        facts: Facts = {
+            "ranks": world.size,
+            "hosts": hosts,
+            "all_reduce": [entry for device in devices for entry in _measure(world, device)],
+            "left_out": left_out,
+        }
+    return facts if world.is_first else None
+
+
+def _join(timeout: float) -> World:
+    try:
+        return join_world(timeout)
+    except AtlasError as error:
+        reason = f"the others could not be reached within {timeout:g} s ({_first_words(error.__context__ or error)})"
+        raise _refusal(os.environ["RANK"], os.environ["WORLD_SIZE"], "gloo", reason) from None
+
+
+def _hosts(world: World) -> list[str]:
+    """The name of each rank's host."""
+    name = socket.gethostname().encode()[:_HOST_NAME]
+    own = torch.frombuffer(bytearray(name.ljust(_HOST_NAME, b"\0")), dtype=torch.uint8)
+    gathered = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(gathered, own)
+    return [row.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+
+
+def _measure(world: World, device: torch.device) -> list[Facts]:
+    """For each size the median of its all-reduces on `device`."""
+    backend = _BACKENDS[device.type]
+    seconds = defaultdict(list)
+    try:
+        for size, took in _answers(_all_reduces(world, device), world.timeout):
+            seconds[size].append(took)
+    except (RuntimeError, Empty) as error:
+        reason = _first_words(error) or f"no answer within {world.timeout:g} s"
+        raise _refusal(world.rank, world.size, backend, f"{backend}: {reason}") from None
+    travels = 2 * (world.size - 1) / world.size  # of each rank's bytes, each way, in a ring
+    medians = {size: statistics.median(rounds) for size, rounds in seconds.items()}
+    common = {"backend": backend, "device": device.type}
+    return [
+        {**common, "bytes": size, "seconds": median, "bus_bandwidth": travels * size / median}
+        for size, median in medians.items()
+    ]
+
+
+def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
+    """What `work` yields, each within `timeout` seconds, else `queue.Empty`.
+
+    It runs in a thread: while NCCL connects it knows no timeout, and where it waits Ctrl-C would not be heard.
+    """
+    found: Queue[tuple[Any, BaseException | None]] = Queue()
+
+    def run() -> None:
+        try:
+            for answer in work:
+                found.put((answer, None))
+            found.put((None, None))
+        except Exception as error:  # raised again below
+            found.put((None, error))
+
+    Thread(target=run, daemon=True).start()
+    while True:
+        answer, error = found.get(timeout=timeout + _MARGIN)
+        if error:
+            raise error
+        if answer is None:
+            return
+        yield answer
+
+
+def _all_reduces(world: World, device: torch.device) -> Iterator[tuple[int, float]]:
+    """(bytes, seconds) of one all-reduce after the other."""
+    one = torch.empty(1, device=device)
+    for size, rounds in ROUNDS.items():
+        numbers = torch.empty(size // 4, device=device)
+        _add_up(world, numbers)
+        for _ in range(rounds):
+            _add_up(world, one)  # so that all begin at once
+            yield size, _add_up(world, numbers)
+
+
+def _add_up(world: World, numbers: torch.Tensor) -> float:
+    """Sum the ranks' own numbers, 1 on the first and one more on each, and see that it is right; the seconds."""
+    numbers.fill_(world.rank + 1)
+    start = _now(numbers.device)
+    work = dist.all_reduce(numbers, async_op=True)
+    assert work is not None  # this rank is in the group
+    work.wait()
+    took = _now(numbers.device) - start
+    expected = world.size * (world.size + 1) // 2
+    with world.in_step():
+        wrong = numbers[numbers != expected]
+        if len(wrong):
+            backend = _BACKENDS[numbers.device.type]
+            found = f"{len(wrong)} of {len(numbers)} sums are wrong, {wrong[0]:g} instead of {expected}"
+            raise _refusal(world.rank, world.size, backend, f"{backend}: {found}")
+    return took
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _first_words(error: BaseException) -> str:
+    """Of its message, without the place in PyTorch's source that gloo puts before it."""
+    return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0][:200]
+
+
+def _refusal(rank: int | str, size: int | str, backend: str, reason: str) -> AtlasError:
+    """With what helps: as much as this rank knows of where it is."""
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    first = f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {address}"
+    if backend == "nccl":
+        first = (
+            "NCCL_P2P_DISABLE=1 helps with consumer cards whose peer-to-peer is broken, NCCL_IB_DISABLE=1 without "
+            "InfiniBand, and NCCL_DEBUG=INFO says more"
+        )
+    return AtlasError(
+        f"rank {rank} of {size} on {socket.gethostname()}: {reason}: {first}; a firewall must let the ranks' "
+        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> takes one; "
+        f"here: {', '.join(_interfaces())}"
+    )
+
+
+def _interfaces() -> list[str]:
+    """This host's, with the first address of each."""
+    found = {
+        name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+    return [f"{name} ({addresses[0]})" for name, addresses in found.items() if addresses]

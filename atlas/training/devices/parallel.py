@@ -1,0 +1,119 @@
+"""How several ranks share a model: PyTorch's DDP and FSDP2, and tensors that are sharded among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError
+from atlas.planning import measure_memory, scaling
+from atlas.training.devices.world import World, has_joined
+
+
+def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
+    """What `training.parallel` comes to: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what cannot be had."""
+    asked = config.training.parallel
+    if not has_joined():
+        if asked in ("ddp", "fsdp"):
+            raise AtlasError(
+                f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "
+                "or leave it at auto"
+            )
+        return "none"
+    free = measure_memory(device.type)
+    if device.type == "cpu":
+        free //= world.local_size
+    return scaling.choose_parallel(config, world.size, device=device.type, memory=free)[0]
+
+
+def wrap(
+    objective: nn.Module, config: AtlasConfig, world: World, parallel: str, device: torch.device
+) -> nn.Module:
+    """`objective`, the module from tokens to loss, for several ranks; its `model` has a list of `blocks`.
+
+    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds all, gradients are averaged. `fsdp` (Zhao et al. 2023,
+    arXiv:2304.11277; `fully_shard`): each holds a part of weights, gradients and optimizer state, and has those of a
+    block whole only while it runs; of `training.shard_size` ranks a group holds all, and the groups are alike.
+    """
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(
+            objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        size, shards = world.size, config.training.shard_size or world.size
+        shape, names = (
+            ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("copy", "shard"))
+        )
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        model: Any = objective.model
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def adding_up(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+    """Around a micro-batch: only the last of an update has its gradient summed over the ranks that hold the same."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
+        return wrapped.no_sync()
+    sharded: Any = wrapped
+    if hasattr(sharded, "set_requires_all_reduce"):  # FSDP's; the shards' own sums keep memory small
+        sharded.set_requires_all_reduce(is_last)
+    return nullcontext()
+
+
+def is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
+    """Nested dicts and lists with every sharded tensor made whole; every rank must call it. With `keep` false the whole
+    tensors are dropped one by one: the rank is only there for the others' sake."""
+    if is_sharded(value):
+        full = value.full_tensor()
+        return (full.cpu() if to_cpu else full) if keep else None
+    if isinstance(value, Mapping):
+        return {key: whole(entry, keep=keep, to_cpu=to_cpu) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(entry, keep=keep, to_cpu=to_cpu) for entry in value)
+    return value
+
+
+def like(tensor: Tensor, other: Any) -> Tensor:
+    """The whole `tensor`, which every rank has, sharded as `other` is."""
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict of whole tensors, each sharded as its parameter is."""
+    parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            key: like(value, parameters[number])
+            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameters[number].shape
+            else value
+            for key, value in entry.items()
+        }
+        for number, entry in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights, which every rank has, into a model that may be sharded."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(like(weights[name].to(parameter.dtype), parameter))

@@ -1,0 +1,195 @@
+"""Several processes as one run: their places, what they tell one another, and what PyTorch wraps the model in.
+
+torchrun starts the processes and puts their places into their environment. All of them hold the same numbers in
+`TrainState` and take the same decisions, since what a decision rests on is summed, or told by the first, before. The
+model's files know nothing of this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from atlas.errors import AtlasError, EndedElsewhere
+
+DEFAULT_TIMEOUT = 600.0
+"""Seconds."""
+_GRACE = 30.0
+"""Seconds in which torchrun ends what is left of a run after one rank ended."""
+_LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "nccl")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them. In a run of one process every method is quick and
+    returns what it was given."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    timeout: float = DEFAULT_TIMEOUT
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sums(self, *numbers: float) -> tuple[float, ...]:
+        """Each number summed over the ranks, in fp64."""
+        return self.sums_soon(*numbers)()
+
+    def sums_soon(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
+        """The same, to be asked for later: the ranks need not wait for one another here."""
+        together = torch.tensor(numbers, dtype=torch.float64)
+        wait = self.add_up_soon(together)
+
+        def sums() -> tuple[float, ...]:
+            wait()
+            return tuple(together.tolist())
+
+        return sums if self.size > 1 else lambda: numbers
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank."""
+        return self.sums(flag)[0] > 0
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        smallest = torch.tensor(number)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def tell(self, value: Any = None) -> Any:
+        """The first rank's `value`, anything that JSON holds, on every rank."""
+        if self.size == 1:
+            return value
+        message = json.dumps(value).encode() if self.is_first else b""
+        length = torch.tensor(len(message))
+        dist.broadcast(length, src=0)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_first:
+            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        dist.broadcast(data, src=0)
+        return json.loads(data.numpy().tobytes())
+
+    def add_up_soon(self, tensor: Tensor) -> Callable[[], Any]:
+        """Sum `tensor`, on its device, over the ranks in place; what is returned waits until it is done."""
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        return work.wait if work else lambda: None
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Within, every rank does the same without the others. What is refused on some is raised on the first of these;
+        the rest end without a word (`EndedElsewhere`)."""
+        error: AtlasError | None = None
+        try:
+            yield
+        except AtlasError as refused:
+            error = refused
+        speaker = self.least(self.rank if error else self.size)
+        if error and speaker == self.rank:
+            raise error
+        if speaker < self.size:
+            raise EndedElsewhere
+
+
+ALONE = World()
+"""A run of one process."""
+
+
+def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
+    """The world that torchrun (or Slurm, with the same names) put into the environment; else one process.
+
+    `timeout`, in seconds, is how long ranks wait for one another. Raises `AtlasError` where the others do not come.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(timeout=timeout)
+    if not dist.is_available():
+        raise AtlasError(
+            "several processes: this PyTorch was built without torch.distributed: install another build"
+        )
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    has_gpus = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_gpus and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    patience = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun may keep its store when it starts the ranks again, and in it the addresses of those that died.
+            # Of several machines each counts restarts of its own; there --rdzv-backend c10d makes a new store.
+            store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise AtlasError(
+            f"the other ranks could not be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"({reason:.200}): look at the address and the firewall; atlas doctor --distributed tries it"
+        ) from None
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
+
+
+def has_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Within, a rank that is lost ends this one: quietly where the other has told why, and with a line where it only
+    stopped answering."""
+    if not has_joined():
+        yield
+        return
+    try:
+        yield
+    except AtlasError as error:
+        _record(error)
+        raise
+    except RuntimeError as error:
+        text = str(error).lower()
+        if "timed out" in text or "timeout" in text:
+            silence = AtlasError(
+                f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: it hangs, or is slower "
+                "than that; its own log says how far it came. --timeout gives it longer; atlas doctor --distributed "
+                "tries the connection"
+            )
+            _record(silence)
+            raise silence from None
+        if not any(sign in text for sign in _LOST):
+            raise
+        _wait_for_the_end()
+        raise EndedElsewhere from None
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _record(error: AtlasError) -> None:
+    """For torchrun's report, which names the rank that failed first and what it says."""
+    if dist.is_torchelastic_launched():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _wait_for_the_end() -> None:
+    """Leave it to torchrun to end this rank, so that its report names the one that failed first."""
+    if dist.is_torchelastic_launched():
+        with suppress(KeyboardInterrupt):
+            time.sleep(_GRACE)

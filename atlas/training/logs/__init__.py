@@ -1,0 +1,1 @@
+"""What a run reports: its log, its metrics, and trackers."""

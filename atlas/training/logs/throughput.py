@@ -1,0 +1,94 @@
+"""How fast a run is, how much of the machine's speed that is, and what memory it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.planning import training_flops_per_token
+from atlas.planning.machine import peak_resident
+from atlas.planning.probe import measure_matrix_products
+from atlas.training.devices.device import Runtime
+from atlas.training.devices.memory import is_out_of_memory, recall_peak_rate, remember_peak_rate
+
+_SECONDS = 0.2
+"""Of measuring."""
+_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+"""Of the matrices: a run needs the rest of the memory."""
+
+
+class Throughput:
+    """Steps and tokens per second since the last reading, time in evaluation and saving left out; and the share of
+    that time in which training waited for its data."""
+
+    def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._flops_per_token = training_flops_per_token(config)
+        self._peak_rate: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._tokens, self._waited, self._start = 0, 0, 0.0, time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def metrics(self) -> dict[str, float | int]:
+        """What was counted since the last call, as entries of a line of `metrics.jsonl`.
+
+        `utilisation`: the FLOPs of training over what matrix products alone reach on as many devices, which is measured
+        once and remembered for the machine. `memory`: the most bytes so far, of the GPU's allocator or of the process.
+        """
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        rate = self._tokens / seconds
+        metrics: dict[str, float | int] = {
+            "steps_per_second": self._steps / seconds,
+            "tokens_per_second": rate,
+            "data_wait": min(1.0, self._waited / seconds),
+            "memory": _peak_memory(self._runtime.device),
+        }
+        if self._runtime.world.is_first:
+            metrics["utilisation"] = self._utilisation(rate)
+        self._reset()
+        return metrics
+
+    def _utilisation(self, tokens_per_second: float) -> float:
+        flops = tokens_per_second * self._flops_per_token / self._runtime.world.size
+        if self._peak_rate is None:
+            self._peak_rate = recall_peak_rate(self._runtime)
+        if self._peak_rate is None or flops > self._peak_rate:  # never measured, or on a busy machine
+            self._peak_rate = max(self._peak_rate or 0.0, _measured_peak_rate(self._runtime))
+            remember_peak_rate(self._runtime, self._peak_rate)
+        return flops / self._peak_rate if self._peak_rate else float("nan")
+
+
+def _measured_peak_rate(runtime: Runtime) -> float:
+    """FLOP/s of matrix products in the run's precision; 0 where there is no memory to measure in."""
+    device = runtime.device
+    try:
+        return measure_matrix_products(device, runtime.dtype, size=_SIZE[device.type], seconds=_SECONDS)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0.0
+
+
+def _peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()

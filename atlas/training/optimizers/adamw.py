@@ -1,0 +1,14 @@
+"""AdamW, PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from atlas.config import TrainingConfig
+
+
+def build_adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): two moments, 8 bytes, a parameter."""
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)

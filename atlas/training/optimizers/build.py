@@ -1,0 +1,45 @@
+"""One `torch.optim.Optimizer` for the whole model, whatever runs inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas.config import TrainingConfig
+from atlas.training.optimizers.adafactor import build_adafactor
+from atlas.training.optimizers.adamw import build_adamw
+from atlas.training.optimizers.adamw8bit import build_adamw8bit, shapes_8bit
+from atlas.training.optimizers.muon import MuonWithAdamW
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The one that `training.optimizer` names. Matrices and embeddings decay, biases and norms do not, and a rate means
+    the same for all of them. The trainer sets the rate of each step.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
+    if config.optimizer == "adafactor":
+        return build_adafactor([matrices, vectors], config)
+    if config.optimizer == "adamw8bit":
+        return build_adamw8bit([matrices, vectors], config)
+    if config.optimizer == "muon":
+        return MuonWithAdamW(model, config)
+    return build_adamw([matrices, vectors], config)
+
+
+def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What a state dict holds of a parameter of one of the groups above from its first step on: shapes, or dicts of
+    shapes."""
+    if "is_8bit" in group:
+        return shapes_8bit(parameter)
+    if "is_qkv" in group:
+        return {"momentum_buffer": parameter.shape}
+    if "beta2_decay" not in group:
+        return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if parameter.dim() < 2:
+        return {"step": torch.Size(), "variance": parameter.shape}
+    rows, columns = parameter.shape
+    return {"step": torch.Size(), "row_var": torch.Size((rows, 1)), "col_var": torch.Size((1, columns))}

@@ -1,0 +1,376 @@
+"""How a run begins: fresh, going on from a checkpoint, or from another run's weights.
+
+`choose_start` decides from what the user wrote and what lies in the output folder, and writes nothing, so
+that a refusal leaves everything as it was. `launch.py` carries the decision out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import Layer, overlay, resolve
+from atlas.data import ResolvedData
+from atlas.errors import AtlasError
+from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
+from atlas.training.checkpoint.locate import find_checkpoint
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.manifest import read_manifest, shards_of
+from atlas.training.devices.world import ALONE, World, has_joined
+from atlas.training.run import with_data, with_written_length
+
+# A model setting that may change between a checkpoint and the run that goes on from it.
+_MAY_CHANGE = {"dropout"}
+
+
+class OtherRunError(AtlasError):
+    """The output folder holds a run of another model or other data."""
+
+
+_OWN = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
+
+
+@dataclass
+class Request:
+    """What the user asked for. `explicit` holds the keys they wrote; `ask` is None without a terminal."""
+
+    explicit: Layer
+    resume: str | None = None
+    no_resume: bool = False
+    init_from: str | None = None
+    ask: Callable[[str], bool] | None = None
+
+
+@dataclass
+class Start:
+    """The decision: `mode` is fresh, resume or finetune; `source` the checkpoint it rests on."""
+
+    mode: str
+    config: AtlasConfig
+    data: ResolvedData
+    folder: Path
+    source: Path | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
+    set_aside: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_start(request: Request, world: World = ALONE) -> Start:
+    """Decide how the run begins. Reads the output folder and checkpoints, writes nothing.
+
+    Of several ranks the first decides and the others follow: they read the same checkpoint and the same data.
+    """
+    start: Start | None = None
+    with world.in_step():
+        if world.is_first:
+            start = _decide(request)
+            if not has_joined() and "parallel" not in request.explicit.get("training", {}):
+                _go_on_alone(start)
+    decision = world.tell(start and _decision(start))
+    with world.in_step():
+        return start or _follow(decision, request, world)
+
+
+def _go_on_alone(start: Start) -> None:
+    """One process goes on with what several began."""
+    training = start.config.training
+    if start.source and training.parallel in ("ddp", "fsdp"):
+        alone = training.model_copy(update={"parallel": "auto", "shard_size": None})
+        start.config = start.config.model_copy(update={"training": alone})
+        start.notes.append(
+            f"training.parallel: {training.parallel}: is for several processes, and this is one"
+        )
+
+
+def _decision(start: Start) -> dict[str, Any]:
+    return {
+        "mode": start.mode,
+        "config": start.config.model_dump(mode="json"),
+        "folder": str(start.folder),
+        "source": start.source and str(start.source),
+        "fingerprint": start.data.fingerprint,
+    }
+
+
+def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
+    source = decision["source"] and Path(decision["source"])
+    contents = load_checkpoint(source, without=left_in_shards(source)) if source else {}
+    is_new_run = decision["mode"] == "finetune"
+    config, data = with_data(
+        resolve(decision["config"]), request.explicit, contents or None, is_new_run=is_new_run
+    )
+    if data.fingerprint != decision["fingerprint"]:
+        raise AtlasError(
+            f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
+        )
+    return Start(decision["mode"], config, data, Path(decision["folder"]), source, contents)
+
+
+def _decide(request: Request) -> Start:
+    if is_a_restart():  # the folder was set aside when the run began; now it holds that run
+        request = replace(request, no_resume=False)
+    if request.init_from and request.resume:
+        raise AtlasError("--init-from starts a new run and --resume goes on with one: give one of them")
+    if request.no_resume and request.resume:
+        raise AtlasError("--no-resume and --resume contradict each other: give one of them")
+    source = request.init_from or (request.resume if request.resume != "auto" else None)
+    if source:
+        return _from_named_checkpoint(request, find_checkpoint(source))
+    config = resolve(request.explicit)
+    folder = Path(config.checkpoint.output_dir)
+    if request.no_resume or not _checkpoint_files(folder, own_names_only=True):
+        config, data = with_data(config, request.explicit, None)
+        start = Start("fresh", config, data, folder, notes=list(data.notes))
+        if request.resume:
+            start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
+        # Without a sidecar a file is no checkpoint: a kill in the first save leaves one, or it came from elsewhere.
+        start.set_aside = _run_files(folder) if request.no_resume else _checkpoint_files(folder)
+        return start
+    return _from_occupied_folder(request, folder)
+
+
+def _from_named_checkpoint(request: Request, source: Path) -> Start:
+    notes: list[str] = []
+    contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
+    inherited = dict(contents["config"])
+    _refuse_unasked_code(inherited, request.explicit)
+    is_new_run = request.init_from is not None
+    config, data = with_data(
+        resolve(inherited, request.explicit), request.explicit, contents, is_new_run=is_new_run
+    )
+    same_data = data.fingerprint == contents["data"].get("fingerprint")
+    resumes = same_data and not is_new_run
+    notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
+    if resumes:
+        _refuse_other_optimizer(config, contents, source)
+        wished = _explicit_folder(request.explicit)
+        owned = read_manifest(source, check_hash=False) is not None
+        # A file without a sidecar came from elsewhere: it does not say where this run writes.
+        folder = wished or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
+        if folder.resolve() != source.parent.resolve() and _checkpoint_files(folder):
+            raise AtlasError(
+                f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
+            )
+        latest = CheckpointManager(folder).load_latest(to_resume=True) if is_a_restart() else None
+        if latest and latest[1]["step"] > contents["step"]:
+            return _continue(request, folder, latest)
+        newer = [
+            path for manifest, path in CheckpointManager(folder).found() if manifest.step > contents["step"]
+        ]
+        return Start("resume", config, data, folder, source, contents, newer, notes)
+    if not request.init_from:
+        notes.append(
+            f"{source}: was trained on other data: this is fine-tuning, from its weights, with a fresh schedule"
+        )
+    folder, latest, set_aside = _finetune_folder(request, config, data, base_key(contents))
+    if latest:
+        return _continue(request, folder, latest)
+    config = with_written_length(config, request.explicit)
+    return Start("finetune", config, data, folder, source, contents, set_aside, [*notes, *data.notes])
+
+
+def is_a_restart() -> bool:
+    """Whether torchrun has started the run again: what the command says of its beginning has been done."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _from_occupied_folder(request: Request, folder: Path) -> Start:
+    notes: list[str] = []
+    latest = CheckpointManager(folder, say=notes.append).load_latest(to_resume=True)
+    if latest is None:
+        raise AtlasError(
+            f"{folder}: holds checkpoints, none of them whole ({'; '.join(notes) or 'no sidecar fits'}): name one with "
+            "--resume, or set them aside with --no-resume"
+        )
+    ask = request.ask if request.resume is None else None
+    try:
+        start = _continue(request, folder, latest, notes)
+    except OtherRunError:
+        if ask is None:
+            raise
+        fresh = _start_over(request, folder)  # or that cannot be either, and there is nothing to ask
+        if ask(_asks_for_new_run(folder)):
+            return fresh
+        raise AtlasError(_other_run(folder, request)) from None
+    step = start.contents["step"]
+    if ask and not ask(
+        f"{folder} holds this run at step {step}. Resume it? (n: start anew, it moves to previous-N)"
+    ):
+        return _start_over(request, folder)
+    return start
+
+
+def _start_over(request: Request, folder: Path) -> Start:
+    """A new run in `folder`; what lies there is set aside."""
+    config, data = with_data(resolve(request.explicit), request.explicit, None)
+    return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
+
+
+def _continue(
+    request: Request, folder: Path, latest: tuple[Path, dict[str, Any]], notes: list[str] | None = None
+) -> Start:
+    """Go on with the run that a folder holds, if it is the same model's and data's."""
+    source, contents = latest
+    inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
+    _refuse_unasked_code(inherited, request.explicit)
+    remedy = "choose another --output-dir, or set it aside with --no-resume"
+    try:
+        config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
+        _refuse_other_shape(config, contents, source)
+        _refuse_other_optimizer(config, contents, source)
+    except AtlasError as error:
+        raise OtherRunError(f"{error} (to resume the run in {folder}; for a new one, {remedy})") from None
+    if data.fingerprint != contents["data"].get("fingerprint"):
+        trained_on = contents["data"].get("train_data")
+        raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
+    return Start("resume", config, data, folder, source, contents, [], notes or [])
+
+
+def _finetune_folder(
+    request: Request, config: AtlasConfig, data: ResolvedData, base: str
+) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
+    """Where fine-tuning writes: never over another run. With the checkpoint to resume from, if the same fine-tuning had
+    begun there, and the files that have to make room."""
+    wished = _explicit_folder(request.explicit)
+    folder = wished or Path(AtlasConfig().checkpoint.output_dir)
+    if request.no_resume:
+        return folder, None, _run_files(folder)
+    if not _checkpoint_files(folder, own_names_only=True):
+        return folder, None, []
+    if wished is None:
+        folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
+        if not _checkpoint_files(folder):
+            return folder, None, []
+    latest = CheckpointManager(folder).load_latest(to_resume=True)
+    if latest and latest[1].get("initialized_from"):
+        run = latest[1]["data"]
+        if run.get("fingerprint") == data.fingerprint and run.get("base", base) == base:
+            return folder, latest, []
+    if request.ask and request.ask(_asks_for_new_run(folder)):
+        return folder, None, _run_files(folder)
+    raise AtlasError(_other_run(folder, request))
+
+
+def _asks_for_new_run(folder: Path) -> str:
+    return (
+        f"{folder} holds another run: of another model, other data or other weights to start from. Start a new one? "
+        f"The old one moves to {folder / 'previous-N'}"
+    )
+
+
+def _other_run(folder: Path, request: Request) -> str:
+    """The refusal of a folder: after a person's "no", or where nobody could be asked."""
+    unchanged = " and stays as it is" if request.ask else ""
+    return (
+        f"{folder}: holds another run{unchanged}: give the new one another --output-dir, or move the old one aside "
+        "with --no-resume"
+    )
+
+
+def base_key(contents: Mapping[str, Any]) -> str:
+    """What tells the checkpoint that a run starts from apart from others: its config, where it stood, and its loss."""
+    facts = [
+        contents.get(key) for key in ("config", "step", "sequences_consumed", "loss", "initialized_from")
+    ]
+    facts.append(contents.get("data", {}).get("fingerprint"))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _refuse_other_shape(
+    config: AtlasConfig, contents: Mapping[str, Any], source: Path, *, is_new_run: bool = False
+) -> list[str]:
+    """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`; return what the user should know.
+
+    A new run may have a context of another length: no weight depends on it with `position: rope`, and of learned
+    positions a shorter context takes the first. A resumed run may not, since it counts what it has read in sequences
+    of that length.
+    """
+    # Resolved: an older checkpoint does not know of every setting.
+    saved = resolve({"model": contents["config"].get("model", {})})
+    old, new = (one.model.model_dump(mode="json") for one in (saved, config))
+    changed = {
+        key: f"{key} {old[key]} → {new[key]}"
+        for key in new
+        if old[key] != new[key] and key not in _MAY_CHANGE
+    }
+    other_context = changed.pop("max_seq_len", None) if is_new_run else None
+    length, is_longer = old["max_seq_len"], new["max_seq_len"] > old["max_seq_len"]
+    fits = new["position"] == "rope" or not is_longer
+    if changed:
+        remedy = "leave these settings as they were"
+        if fits and list(changed) == ["max_seq_len"]:
+            remedy = f"leave it as it was, or start a new run with another context: --init-from {source}"
+        raise AtlasError(
+            f"{source}: is another model's checkpoint (model: {', '.join(changed.values())}): {remedy}"
+        )
+    if other_context is None:
+        return []
+    if not fits:
+        raise AtlasError(
+            f"{source}: model: {other_context}: the model has learned {length} positions and no others: set "
+            f"model.max_seq_len to at most {length}, or train a model with position rope"
+        )
+    untrained = f"; it has not been trained on distances beyond {length}" if is_longer else ""
+    return [f"model: {other_context}: the new run has another context than {source}{untrained}"]
+
+
+def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
+    """A run that resumes takes the optimizer's state from the checkpoint."""
+    saved_by, wanted = resolve(contents["config"]).training.optimizer, config.training.optimizer
+    if saved_by != wanted:
+        raise AtlasError(
+            f"{source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
+            f"leave the setting as it was, or start a new run from its weights with --init-from {source}"
+        )
+
+
+def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
+    """A checkpoint may come from a stranger: the code that it names is only imported if the user names it too."""
+    loss = inherited.get("training", {}).get("loss")
+    if loss and "loss" not in explicit.get("training", {}):
+        raise AtlasError(
+            f"the checkpoint was trained with the loss {loss}; confirm it with --set training.loss={loss}"
+        )
+
+
+def _explicit_folder(explicit: Layer) -> Path | None:
+    folder = explicit.get("checkpoint", {}).get("output_dir")
+    return None if folder is None else Path(str(folder))
+
+
+def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Path]:
+    """Checkpoints of a run in `folder`; with `own_names_only`, those that have a sidecar."""
+    if not folder.is_dir():
+        return []
+    files = sorted(folder.glob("atlas_*.pt"))
+    sharded = [path.with_suffix("") for path in sorted(folder.glob("atlas_*.json"))]
+    files += [path for path in sharded if shards_of(path)]
+    return [path for path in files if path.with_suffix(".json").exists()] if own_names_only else files
+
+
+def refuse_links(folder: Path) -> None:
+    """A folder from a stranger could have what a run writes land elsewhere. Raises `AtlasError`."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if path.is_symlink() and _is_own(path.name):
+            raise AtlasError(
+                f"{path}: is a link, and a run would write to where it leads: remove it, or choose another --output-dir"
+            )
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN or name.startswith(
+        ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
+    )
+
+
+def _run_files(folder: Path) -> list[Path]:
+    """Everything that belongs to the run in `folder`."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _is_own(path.name) and path.name != "atlas.lock")

@@ -1,0 +1,187 @@
+"""What a run says before its first update."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import resolve
+from atlas.config.model import FLEX_HEAD_SIZE
+from atlas.data import SequenceDataset
+from atlas.data.sequences.conversations import ChatDataset
+from atlas.data.sequences.loader import share_of_update
+from atlas.data.sequences.mixture import MixtureDataset
+from atlas.data.sequences.packing import PackedDataset
+from atlas.model.documents import has_flex_attention
+from atlas.planning import checkpoint_bytes, lora_parameters, output_folder_bytes
+from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
+from atlas.training.resume import Start
+from atlas.training.state import TrainState
+from atlas.training.train import Trainer
+
+_ENOUGH_CHAT_UPDATES = 100
+"""Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, and not in 30 or 60 (docs/TRAINING.md)."""
+
+
+def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
+    config, state, say = trainer.config, trainer.state, trainer.log.say
+    if cpu_only_build_with_nvidia_driver():
+        say(
+            "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
+        )
+    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        say(f"torchrun started the run again ({restart} times so far): a process failed, see above")
+    if start.mode == "resume":
+        of_all = f" of {state.horizon}" if state.is_planned else ""
+        say(f"resuming {start.source} at step {state.step}{of_all}")
+        for line in [*_changes(start.contents["config"], config), *differences]:
+            say(line)
+    elif start.mode == "finetune":
+        say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
+    _warn_of_short_run(start, config, state, say)
+    say(as_yaml(config).rstrip())
+    data, model = trainer.train_data, trainer.model
+    if config.lora.rank:
+        say(f"lora: {lora_parameters(config):,} numbers beside the model's learn, its own rest")
+    say(
+        f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
+        f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
+        f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
+        f"{', compiled' if trainer.runtime.compiles else ''}"
+    )
+    if (world := trainer.world).size > 1:
+        share = share_of_update(config.training.sequences_per_update, world.size)
+        say(f"{world.size} processes, {trainer.runtime.parallel}: each takes {share} sequences of an update")
+    for part in data.parts if isinstance(data, MixtureDataset) else [data]:
+        _announce_packing(part, say)
+    if isinstance(data, MixtureDataset):
+        _announce_mixture(data, trainer)
+    if config.data.document_mask and has_flex_attention(trainer.runtime.device):
+        _announce_dense_attention(config, say)
+    if config.model.train_only:
+        say(f"model: for Atlas only, it cannot be exported: {config.model.train_only}")
+    if config.training.optimizer == "adamw8bit":
+        say(
+            "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"
+        )
+    if trainer.val_data is None:
+        say("no validation data: the best checkpoint is judged by training loss")
+    one, total = checkpoint_bytes(config), output_folder_bytes(config)
+    free = shutil.disk_usage(start.folder).free
+    say(
+        f"checkpoints: {one / 1e9:.2f} GB each, up to {total / 1e9:.1f} GB in {start.folder} "
+        f"({free / 1e9:.1f} GB free); log: {trainer.log.log_path}"
+    )
+    if free < total:
+        say(
+            "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
+        )
+
+
+def _announce_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
+    """Where the sparse kernel is here, but not for this model."""
+    size = config.model.head_size
+    if config.model.dropout:
+        reason, remedy = "has no dropout", "model.dropout 0 is faster"
+    elif size < FLEX_HEAD_SIZE:
+        reason = f"needs heads at least {FLEX_HEAD_SIZE} wide, and these are {size}"
+        remedy = "fewer model.num_heads, a new run, are faster"
+    else:
+        return
+    say(
+        f"data.document_mask: attention computes all T × T weights, since its sparse kernel {reason}; {remedy}"
+    )
+
+
+def _warn_of_short_run(
+    start: Start, config: AtlasConfig, state: TrainState, say: Callable[[str], None]
+) -> None:
+    if start.data.has_conversations and state.horizon < _ENOUGH_CHAT_UPDATES:
+        say(
+            f"warning: {state.horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
+            "give more --epochs or a smaller --batch-size"
+        )
+    elif config.training.warmup_steps >= state.horizon:
+        say(
+            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
+            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
+        )
+
+
+def record_beginning(start: Start, trainer: Trainer) -> None:
+    """For `metrics.jsonl`: that the run begins, or goes on, and what it runs on."""
+    facts = {"source": str(start.source)} if start.source else {}
+    trainer.log.event(
+        "resumed" if start.mode == "resume" else "start",
+        trainer.state.step,
+        **facts,
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
+        parameters=trainer.model.num_parameters(),
+        data=trainer.data_identity["train_data"],
+        data_tokens=trainer.train_data.num_tokens,
+        horizon=trainer.total,
+        processes=trainer.world.size,
+        parallel=trainer.runtime.parallel,
+        machine=describe_machine(trainer.runtime),
+    )
+
+
+def _announce_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]) -> None:
+    if isinstance(part, PackedDataset):
+        say(
+            f"best-fit packing: {part.stream.name}: {part.padding:.2%} of positions are padding, every token is in "
+            "a window"
+        )
+    if isinstance(part, ChatDataset):
+        say(
+            f"{part.stream.name}: {part.num_conversations:,} conversations packed whole into {len(part):,} sequences"
+        )
+        if part.num_cut or part.num_left_out:
+            say(
+                f"{part.stream.name}: longer than {part.max_seq_len} tokens: {part.num_cut:,} conversations lose their "
+                f"end, {part.num_left_out:,} more are left out, since their first answer would begin beyond it"
+            )
+
+
+def _announce_mixture(data: MixtureDataset, trainer: Trainer) -> None:
+    """How often the run will read each part."""
+    run = trainer.state.horizon * trainer.config.training.sequences_per_update
+    for part, weight in zip(data.parts, data.weights, strict=True):
+        passes = f", {run * weight / len(part):.2f} passes over it" if trainer.state.is_planned else ""
+        trainer.log.say(f"mixture: {part.stream.name}: {weight:.2%} of the sequences{passes}")
+
+
+def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> str:
+    per_update = config.training.sequences_per_update
+    if not state.is_planned:
+        return f"updates of {per_update} sequences for {config.training.max_hours:g} h"
+    epochs = state.horizon * per_update / sequences
+    return f"{state.horizon:,} updates of {per_update} sequences ({epochs:.2f} epochs)"
+
+
+def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
+    """What differs from the checkpoint's config, a line each. What an older one does not name has its default."""
+    before, new = resolve(old).model_dump(mode="json"), config.model_dump(mode="json")
+    pairs = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            pairs += [(f"{key}.{leaf}", before[key][leaf], entry) for leaf, entry in value.items()]
+        else:
+            pairs.append((key, before[key], value))
+    return [
+        f"changed since the checkpoint: {key} {before} → {after}"
+        for key, before, after in pairs
+        if before != after
+    ]
+
+
+def as_yaml(config: AtlasConfig) -> str:
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+    )
