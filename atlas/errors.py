@@ -1,12 +1,33 @@
-"""The one exception that is the user's to mend.
+"""The errors that the user can fix.
 
-`AtlasError` carries one line that names the value, the reason and the remedy; the command line prints
-it and exits with 2. Any other exception is a bug in Atlas and shows its traceback.
+An `AtlasError` carries one line that names the value, the reason and the remedy; the command line prints it and exits
+with 2. Its subclasses say which part of Atlas refused, for code that calls Atlas from Python. Any other exception is a
+bug in Atlas and shows its traceback.
 """
 
 
 class AtlasError(Exception):
-    """A mistake the user can mend. The message is one line: value, reason, remedy."""
+    """A mistake the user can fix. The message is one line: value, reason, remedy."""
+
+
+class ConfigError(AtlasError):
+    """A setting that is unknown, misplaced or out of range, or a config file that cannot be read."""
+
+
+class TokenizerError(AtlasError):
+    """A tokenizer that cannot be loaded, trained or used."""
+
+
+class DataError(AtlasError):
+    """Text or a prepared dataset that cannot be read, prepared or trained on."""
+
+
+class CheckpointError(AtlasError):
+    """A checkpoint that is missing, damaged, or does not fit the run."""
+
+
+class ExportError(AtlasError):
+    """A model that cannot be exported or imported, or an export whose proof failed."""
 
 
 class EndedElsewhere(Exception):

@@ -155,14 +155,14 @@ def serve(kind: str, task: Task) -> None:
             step()
 
         def turn(request: Any) -> float:
-            world.tell(True)
+            world.broadcast(True)
             start = time.perf_counter()
             for _ in range(task.updates):
                 step()
             return time.perf_counter() - start
 
         def follow(request: Any) -> float:
-            while world.tell():
+            while world.broadcast():
                 for _ in range(task.updates):
                     step()
             return 0.0
@@ -172,7 +172,7 @@ def serve(kind: str, task: Task) -> None:
     with together(world):
         if world.is_first:
             take_turns(prepare)
-            world.tell(False)
+            world.broadcast(False)
         else:
             os.dup2(2, 1)  # what a library prints is no answer
             prepare()(None)

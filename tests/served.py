@@ -13,7 +13,7 @@ from atlas.config import AtlasConfig, ModelConfig
 from atlas.inference.load import LoadedModel
 from atlas.model import build_model
 from atlas.serving.app import build_app
-from atlas.serving.desk import Rules
+from atlas.serving.dispatcher import Rules
 from atlas.serving.engine import Engine
 from atlas.serving.server import Server, listen
 from atlas.serving.text import Backend

@@ -51,7 +51,7 @@ from atlas.planning.communication import (
     communicate,
     gather,
 )
-from atlas.training.devices.parallel import adding_up, wrap
+from atlas.training.devices.parallel import no_sync_except_last, wrap
 from atlas.training.devices.world import World
 from atlas.training.loss import SummedLoss
 
@@ -195,7 +195,7 @@ def test_fsdp_sends_what_was_planned(shards: int, checkpointing: bool, tied: boo
     tokens = torch.zeros(1, 32, dtype=torch.long)
     with Sent() as sent:
         for is_last in (False, True):
-            with adding_up(wrapped, is_last=is_last):
+            with no_sync_except_last(wrapped, is_last=is_last):
                 wrapped(tokens, tokens, num_valid=32).backward()
     gathered, scattered, reduced = (sum(sizes) for sizes in sent.sizes.values())
 
@@ -219,7 +219,7 @@ def test_ddp_sends_the_gradients_of_all_that_learns_once(eight_ranks: None) -> N
     wrapped.register_comm_hook(None, reduce)  # type: ignore[operator]
     tokens = torch.zeros(1, 32, dtype=torch.long)
     for is_last in (False, True):
-        with adding_up(wrapped, is_last=is_last):
+        with no_sync_except_last(wrapped, is_last=is_last):
             wrapped(tokens, tokens, num_valid=32).backward()
     sent = scaled(config, gpus=8).communication
     assert (sent.weights, sent.gradients) == (0, all_reduce(sum(sizes), 8))
@@ -342,7 +342,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from atlas.config.loader import resolve
 from atlas.model import build_model
-from atlas.training.devices.parallel import adding_up, wrap
+from atlas.training.devices.parallel import no_sync_except_last, wrap
 from atlas.training.devices.world import World
 from atlas.training.loss import SummedLoss
 from atlas.training.optimizers.build import build_optimizer
@@ -368,7 +368,7 @@ for step in range(3):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     count = training.sequences_per_update // ranks // len(tokens)
     for number in range(count):
-        with adding_up(wrapped, is_last=number == count - 1):
+        with no_sync_except_last(wrapped, is_last=number == count - 1):
             (wrapped(tokens, tokens, num_valid=tokens.numel()) / tokens.numel()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

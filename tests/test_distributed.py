@@ -437,16 +437,16 @@ def test_an_update_that_cannot_be_shared_evenly_is_refused() -> None:
 def test_a_world_of_one_needs_no_others() -> None:
     world = World()
     assert world.sums(1, 2.5) == (1, 2.5)
-    assert world.tell({"a": [1, None]}) == {"a": [1, None]}
+    assert world.broadcast({"a": [1, None]}) == {"a": [1, None]}
     assert not world.any(False)
-    assert world.least(7) == 7
+    assert world.all_min(7) == 7
     with pytest.raises(AtlasError, match="mine"), world.in_step():
         raise AtlasError("mine")
 
 
 def test_only_the_first_rank_that_is_refused_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        World, "least", lambda self, number: min(number, 1)
+        World, "all_min", lambda self, number: min(number, 1)
     )  # as if rank 1 were refused as well
     with pytest.raises(EndedElsewhere), World(2, 4).in_step():
         raise AtlasError("mine, too")

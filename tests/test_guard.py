@@ -21,7 +21,7 @@ from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.devices.device import Runtime
-from atlas.training.guard import find_fault, z_score
+from atlas.training.guard import check_update, z_score
 from atlas.training.loss import compute_lm_loss
 from atlas.training.state import TrainState
 from atlas.training.step import Updater
@@ -301,11 +301,11 @@ def test_a_spike_is_left_out_or_led_back_from(tmp_path: Path, text_file: Path, m
 
 def test_without_the_setting_a_spike_is_applied() -> None:
     state = TrainState(100, 4, 4, recent_losses=[2.0 + i % 2 * 0.1 for i in range(64)])
-    assert find_fault(200.0, 1.0, state=state, guard=GuardConfig()) is None
-    fault = find_fault(200.0, 1.0, state=state, guard=GuardConfig(spikes="skip"))
+    assert check_update(200.0, 1.0, state=state, guard=GuardConfig()) is None
+    fault = check_update(200.0, 1.0, state=state, guard=GuardConfig(spikes="skip"))
     assert fault is not None
     assert fault.is_spike
-    assert find_fault(0.1, 1.0, state=state, guard=GuardConfig(spikes="skip")) is None  # only upwards
+    assert check_update(0.1, 1.0, state=state, guard=GuardConfig(spikes="skip")) is None  # only upwards
 
 
 def test_spikes_off_in_yaml_is_a_word() -> None:

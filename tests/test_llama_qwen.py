@@ -220,9 +220,9 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
         compute_lm_loss(model(tokens, documents=documents)[:, :-1], tokens[:, 1:]).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    kept, recomputed = gradients(False), gradients(True)
+    kept, checkpointed = gradients(False), gradients(True)
     assert kept.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    assert all(torch.equal(kept[name], checkpointed[name]) for name in kept)
 
 
 @pytest.mark.parametrize("name", MIXED)

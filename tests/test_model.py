@@ -326,9 +326,9 @@ def test_gradient_checkpointing_changes_no_gradient(dropout: float) -> None:
         compute_lm_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    kept, recomputed = gradients(False), gradients(True)
-    assert kept.keys() == recomputed.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    kept, checkpointed = gradients(False), gradients(True)
+    assert kept.keys() == checkpointed.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(kept[name], checkpointed[name]) for name in kept)
 
 
 def test_gradient_checkpointing_keeps_fewer_activations() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atlas.inference.load import LoadedModel
-from atlas.serving.desk import Rules
+from atlas.serving.dispatcher import Rules
 from atlas.serving.engine import Engine
 from tests.served import random_model, served
 from tests.test_serving import post

@@ -31,12 +31,12 @@ from atlas.planning import (
     find_card,
     largest_micro_batch,
     machine_with,
+    memory_advice,
     plan_presets,
     plan_run,
     tables,
     training_flops_per_token,
     update_seconds,
-    what_would_help,
 )
 from atlas.planning.run import SPREAD
 from atlas.training.loss import compute_lm_loss
@@ -280,7 +280,7 @@ def test_what_would_help_names_a_preset_that_fits() -> None:
     large = next(plan for plan in plan_presets(0, device="cuda") if plan.name == "large")
     [smaller] = [
         line
-        for line in what_would_help(large.config, device="cuda", available=4 * 2**30)
+        for line in memory_advice(large.config, device="cuda", available=4 * 2**30)
         if "smaller model" in line
     ]
     assert "--config small" in smaller

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare
-from atlas.data.prepare import workspace
+from atlas.data.prepare import workspace as workspace_module
 from atlas.data.prepare.cleaning import Cleaning
-from atlas.data.prepare.workspace import Workshop, making
+from atlas.data.prepare.workspace import Workspace, building
 from atlas.data.text import decode as text
 from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
@@ -536,8 +536,8 @@ def test_an_interrupt_in_the_middle_of_a_first_commit_keeps_it(
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workspace, "flush_folder", interrupt)
-    with pytest.raises(KeyboardInterrupt), making(tmp_path / "set", "key") as workshop:
-        workshop.commit({"position": 3})
+    monkeypatch.setattr(workspace_module, "flush_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "set", "key") as workspace:
+        workspace.commit({"position": 3})
     assert "the same command goes on with it" in capsys.readouterr().err
-    assert Workshop(tmp_path / ".set.preparing", "key").state == {"position": 3}
+    assert Workspace(tmp_path / ".set.preparing", "key").state == {"position": 3}

@@ -66,7 +66,7 @@ INSIDE = {
     "export": "architectures gguf_header import_first_version llama_cpp quantize < gguf hf_format judge "
     "< huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics < dataset_figure runs < figure report",
-    "serving": "errors files runs schema server stream text < answers engine limits llama meter < desk "
+    "serving": "errors files runs schema server stream text < answers engine limits llama meter < dispatcher "
     "< openai pages < app",
     "cli": "choose_text doctor_facts export generate import_model old_flags report serve < terminal "
     "< doctor evaluate info_dataset look plan_output prepare train < info plan < choose_preset < demo < pipeline",

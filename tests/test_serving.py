@@ -20,7 +20,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.inference.text import stream_text
 from atlas.serving import server as server_module
-from atlas.serving.desk import Rules
+from atlas.serving.dispatcher import Rules
 from atlas.serving.engine import Engine
 from atlas.tokenizer.chat import Message, encode_question
 from tests.served import random_model, served, served_model, until

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atlas.inference.load import LoadedModel
 from atlas.serving import server as server_module
-from atlas.serving.desk import Rules
+from atlas.serving.dispatcher import Rules
 from tests.served import random_model, served_model, until
 from tests.test_serving import post, written
 

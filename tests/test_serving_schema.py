@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.serving.desk import Rules
+from atlas.serving.dispatcher import Rules
 from tests.served import random_model, served_model
 
 

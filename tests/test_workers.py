@@ -84,7 +84,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from atlas.data import prepare
-from atlas.data.prepare import merge as assembly
+from atlas.data.prepare import merge
 from atlas.data.prepare import workspace as folder
 from atlas.data.prepare import batching as reading
 from atlas.data.prepare import shard_writer as writer
@@ -106,7 +106,7 @@ def counted(function):
 # Each place where something on the disk changes.
 for owner, name in ((writer, "flush_to_disk"), (folder, "flush_to_disk"), (folder.os, "replace"),
                     (Path, "rename"), (writer, "sha256_of"), (writer.SplitWriter, "append"),
-                    (writer.SplitWriter, "_finish"), (assembly.Assembly, "add")):
+                    (writer.SplitWriter, "_finish"), (merge.Merger, "add")):
     setattr(owner, name, counted(getattr(owner, name)))
 prepare([source], output, workers=int(workers), val_fraction=0.2, shard_tokens=5000)
 print(calls)
@@ -184,10 +184,10 @@ def test_an_interrupt_keeps_what_is_done(
 
             return call
 
-    from atlas.data.prepare.merge import Assembly
+    from atlas.data.prepare.merge import Merger
 
     with monkeypatch.context() as patch:
-        patch.setattr(Assembly, "add", Interrupting()(Assembly.add))
+        patch.setattr(Merger, "add", Interrupting()(Merger.add))
         with pytest.raises(KeyboardInterrupt):
             prepare([source], tmp_path / "out", val_fraction=0.2)
     assert "the same command goes on with it" in capsys.readouterr().err

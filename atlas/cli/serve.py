@@ -86,7 +86,7 @@ def serve(
             )
     try:
         from atlas.serving.app import build_app
-        from atlas.serving.desk import Rules
+        from atlas.serving.dispatcher import Rules
         from atlas.serving.server import Server, listen
     except ImportError as error:
         raise AtlasError(f'atlas serve needs {error.name}: pip install "atlas-llm[serve]"') from None

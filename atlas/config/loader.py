@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from atlas.config.config import AtlasConfig
 from atlas.config.fields import Section
 from atlas.config.renamed import OLD_SECTIONS, hint
-from atlas.errors import AtlasError
+from atlas.errors import ConfigError
 from atlas.files import read_limited
 
 Layer = dict[str, Any]
@@ -101,39 +101,39 @@ def _decode_yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise AtlasError(f"{origin}{place}: {problem!s:.200}") from None
+        raise ConfigError(f"{origin}{place}: {problem!s:.200}") from None
     except _YAML_ESCAPES as error:
         reason = (
             error if isinstance(error, ValueError) else "a value its tag does not allow, or too deep nesting"
         )
-        raise AtlasError(f"{origin}: not valid YAML: {reason!s:.200}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {reason!s:.200}") from None
 
 
 def read_yaml(path: str | Path) -> Layer:
-    """The keys that a config file writes. Raises `AtlasError` if it is missing or malformed, or names no setting."""
+    """The keys that a config file writes. Raises `ConfigError` if it is missing or malformed, or names no setting."""
     return check_keys(read_sections(path), str(path))
 
 
 def read_sections(path: str | Path) -> dict[Any, Any]:
-    """The same of any Atlas, with the keys as they are written. Raises `AtlasError` if it is missing or malformed."""
+    """The same of any Atlas, with the keys as they are written. Raises `ConfigError` if it is missing or malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
     except FileNotFoundError:
-        raise AtlasError(f"{path}: no such config file; the presets are in configs/") from None
+        raise ConfigError(f"{path}: no such config file; the presets are in configs/") from None
     except OSError as error:
-        raise AtlasError(
+        raise ConfigError(
             f"{path}: cannot be read as a config file ({error.strerror}); give a YAML file"
         ) from None
     except UnicodeDecodeError:
-        raise AtlasError(
+        raise ConfigError(
             f"{path}: cannot be read as a config file: it is not UTF-8 text; give a YAML file"
         ) from None
     values = _decode_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise AtlasError(
+        raise ConfigError(
             f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}"
         )
     return values
@@ -145,7 +145,7 @@ def parse_overrides(assignments: Iterable[str]) -> Layer:
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
         if not separator or not dotted.strip():
-            raise AtlasError(f"--set {assignment}: write it as section.key=value")
+            raise ConfigError(f"--set {assignment}: write it as section.key=value")
         layer = overlay(layer, nested(dotted.strip(), _decode_yaml(text, f"--set {dotted}")))
     return check_keys(layer, "--set")
 
@@ -174,7 +174,7 @@ def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
     try:
         return AtlasConfig.model_validate(merged)
     except ValidationError as error:
-        raise AtlasError("; ".join(_problem(detail) for detail in error.errors())) from None
+        raise ConfigError("; ".join(_problem(detail) for detail in error.errors())) from None
 
 
 def _problem(detail: Any) -> str:
@@ -210,7 +210,7 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Return the layer that `values` write. Raises `AtlasError` if some keys are no settings: one message names them
+    """Return the layer that `values` write. Raises `ConfigError` if some keys are no settings: one message names them
     all, with what was probably meant."""
     layer: Layer = {}
     unknown: list[str] = []
@@ -232,7 +232,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
         problems = [*wrong, *map(_unknown, unknown[:_MOST_SHOWN])]
         if len(unknown) > _MOST_SHOWN:
             problems.append(f"and {len(unknown) - _MOST_SHOWN:,} more unknown settings")
-        raise AtlasError(f"{origin}: {'; '.join(problems)}")
+        raise ConfigError(f"{origin}: {'; '.join(problems)}")
     return layer
 
 

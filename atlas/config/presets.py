@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from atlas.config.loader import Layer, overlay, read_yaml
-from atlas.errors import AtlasError
+from atlas.errors import ConfigError
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
@@ -20,30 +20,30 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> Path:
-    """The config file of a preset, its name in any case. Raises `AtlasError` if there is none of that name."""
+    """The config file of a preset, its name in any case. Raises `ConfigError` if there is none of that name."""
     name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
         close = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(_NAMES)}"
-        raise AtlasError(f"{name}: no such preset; {hint}")
+        raise ConfigError(f"{name}: no such preset; {hint}")
     return next(path for folder in _FOLDERS if (path := folder / f"{name}.yaml").is_file())
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file that `--config` means: a path, or the name of a preset. Raises `AtlasError` if it is neither."""
+    """The file that `--config` means: a path, or the name of a preset. Raises `ConfigError` if it is neither."""
     path = Path(name_or_path)
     if path.is_file():
         return path
     if path.is_dir() and str(name_or_path) not in _NAMES:
-        raise AtlasError(f"{path}: is a folder; name a config file in it")
+        raise ConfigError(f"{path}: is a folder; name a config file in it")
     if path.suffix not in (".yaml", ".yml") and path.parent == Path():
         return preset_path(path.name)
     if path.stem in _NAMES:
-        raise AtlasError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
+        raise ConfigError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
     there = [str(other) for other in path.parent.glob("*.y*ml")]
     close = difflib.get_close_matches(str(path), there, n=1)
     hint = f"did you mean {close[0]}?" if close else f"take a file, or a preset ({', '.join(_NAMES)})"
-    raise AtlasError(f"{path}: no such config file; {hint}")
+    raise ConfigError(f"{path}: no such config file; {hint}")
 
 
 def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:

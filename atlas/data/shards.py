@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, DataError
 from atlas.files import check_regular, read_limited, sha256_of
 from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
 
@@ -148,7 +148,7 @@ class TokenStream:
         return self.record.documents
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens `start` to `stop`, in the shards' dtype. Raises `AtlasError` for an id that no token has."""
+        """Tokens `start` to `stop`, in the shards' dtype. Raises `DataError` for an id that no token has."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         parts, is_window = [], stop - start < _WINDOW
@@ -165,7 +165,7 @@ class TokenStream:
 
     def check_ids(self) -> None:
         """Compare the largest id with the vocabulary: the recorded ones, and of a split that is read in a moment
-        every one; those of a larger split are looked at as they are read. Raises `AtlasError`."""
+        every one; those of a larger split are looked at as they are read. Raises `DataError`."""
         largest = max((shard.largest_id or 0 for shard in self.record.shards), default=0)
         if largest >= self.vocab_size:
             raise self._wrong_id(largest)
@@ -173,9 +173,9 @@ class TokenStream:
             for _ in self.chunks():
                 pass
 
-    def _wrong_id(self, largest: int) -> AtlasError:
+    def _wrong_id(self, largest: int) -> DataError:
         split = self.record.shards[0].file.partition("-")[0]
-        return AtlasError(
+        return DataError(
             f"{self.folder}: {split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens; "
             "prepare the dataset again"
         )
@@ -232,7 +232,7 @@ class PreparedDataset:
         try:
             return Tokenizer.from_state(self.tokenizer_state)
         except AtlasError as error:
-            raise AtlasError(f"{self.folder}: {error}") from None
+            raise DataError(f"{self.folder}: {error}") from None
 
     def split(self, name: Split) -> TokenStream | None:
         """The tokens of `train` or `val`; None where there are none."""
@@ -265,7 +265,7 @@ def open_dataset(
             state["json"] = read_limited(folder / "tokenizer.json", limit=MAX_FILE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-            raise AtlasError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
+            raise DataError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
     for record in manifest.splits.values():
         for shard in record.shards:
             _check_file(folder / shard.file, np.dtype(manifest.dtype), shard.tokens)
@@ -283,20 +283,20 @@ def open_dataset(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A `dataset.json`, checked in itself. Raises `AtlasError` if it is missing, damaged or of another version."""
+    """A `dataset.json`, checked in itself. Raises `DataError` if it is missing, damaged or of another version."""
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:
-        raise AtlasError(
+        raise DataError(
             f"{path.parent}: is not a prepared dataset (no {MANIFEST}); run atlas prepare"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise AtlasError(f"{path}: cannot be read: {reason}; prepare the dataset again") from None
+        raise DataError(f"{path}: cannot be read: {reason}; prepare the dataset again") from None
     if not isinstance(content, dict) or content.get("format") != "atlas-dataset":
-        raise AtlasError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
+        raise DataError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
     if content.get("version") not in _READABLE:
-        raise AtlasError(
+        raise DataError(
             f"{path}: format version {content.get('version')!r:.20} is not {FORMAT_VERSION}; "
             "prepare the dataset again, or update Atlas"
         )
@@ -305,10 +305,10 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"])
-        raise AtlasError(f"{path}: {place}: {first['msg']}; prepare the dataset again") from None
+        raise DataError(f"{path}: {place}: {first['msg']}; prepare the dataset again") from None
     problem = _contradiction(manifest)
     if problem:
-        raise AtlasError(f"{path}: {problem}; prepare the dataset again")
+        raise DataError(f"{path}: {problem}; prepare the dataset again")
     return manifest
 
 
@@ -351,17 +351,17 @@ def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
             header = _read_header(file)
             expected = file.tell() + count * dtype.itemsize
     except FileNotFoundError:
-        raise AtlasError(f"{path}: missing from the dataset; prepare it again") from None
+        raise DataError(f"{path}: missing from the dataset; prepare it again") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise AtlasError(f"{path}: is not a token shard: {reason}; prepare the dataset again") from None
+        raise DataError(f"{path}: is not a token shard: {reason}; prepare the dataset again") from None
     if header != (dtype.str, count):
-        raise AtlasError(
+        raise DataError(
             f"{path}: holds ({header[1]},) of {header[0]}, {MANIFEST} says ({count},) of {dtype}; "
             "prepare the dataset again"
         )
     if size != expected:
-        raise AtlasError(f"{path}: {size:,} bytes instead of {expected:,}; prepare the dataset again")
+        raise DataError(f"{path}: {size:,} bytes instead of {expected:,}; prepare the dataset again")
 
 
 def _read_header(file: BinaryIO) -> tuple[str, int]:
@@ -379,7 +379,7 @@ def _read_header(file: BinaryIO) -> tuple[str, int]:
 
 def _check_sha256(path: Path, expected: str, advance: Callable[[int], None]) -> None:
     if sha256_of(path, advance) != expected:
-        raise AtlasError(f"{path}: its content changed since it was prepared; prepare the dataset again")
+        raise DataError(f"{path}: its content changed since it was prepared; prepare the dataset again")
 
 
 def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:
@@ -394,5 +394,5 @@ def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:
         for place in range(0, len(starts), _CHECK_TOKENS):
             piece = starts[place : place + _CHECK_TOKENS]
             if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():
-                raise AtlasError(f"{path}: its documents do not begin in order; prepare the dataset again")
+                raise DataError(f"{path}: its documents do not begin in order; prepare the dataset again")
             last = int(piece[-1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 
@@ -60,9 +60,9 @@ TENSOR_NAMES = {
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's name for what this model computes. Raises `AtlasError` where it has none."""
+    """llama.cpp's name for what this model computes. Raises `ExportError` where it has none."""
     if config.gguf_architecture is None:
-        raise AtlasError(f"the model is for Atlas only: {config.train_only}, and train again to export")
+        raise ExportError(f"the model is for Atlas only: {config.train_only}, and train again to export")
     return config.gguf_architecture
 
 
@@ -70,16 +70,16 @@ def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevel
     """`tokenizer`, if a file can hold it and the model, and its vocabulary is the model's; else `AtlasError`."""
     architecture_of(config)
     if isinstance(tokenizer, ForeignTokenizer):
-        raise AtlasError(
+        raise ExportError(
             f"tokenizer {tokenizer.name}: is another model's, whose split a GGUF file has no word for; take --format hf"
         )
     if not isinstance(tokenizer, ByteLevelTokenizer):
-        raise AtlasError(
+        raise ExportError(
             f"tokenizer {tokenizer.name}: is custom code, which no file can hold; "
             "train with gpt2 or a tokenizer.json to export"
         )
     if tokenizer.vocab_size != config.vocabulary:
-        raise AtlasError(
+        raise ExportError(
             f"model.vocab_size {config.vocabulary}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
             "tokens, and other programs want one row for each; train with the tokenizer's size to export"
         )

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as TensorType
 from torch import Tensor, nn
 
 from atlas.config import ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.export.architectures import (
     TENSOR_NAMES,
     architecture_of,
@@ -65,7 +65,7 @@ def export_gguf(
     """Write `model` with `tokenizer` inside to `output`, which appears whole or not at all.
 
     `name` is what programs that list models will call it, `license` an SPDX identifier such as `mit`, `chat_template`
-    the form of a conversation in Jinja. Raises `AtlasError` for a tokenizer or weights that the file cannot hold and
+    the form of a conversation in Jinja. Raises `ExportError` for a tokenizer or weights that the file cannot hold and
     where it cannot be written, `ValueError` if the name table and the model's state dict differ.
     """
     output = Path(output)
@@ -110,7 +110,7 @@ def export_gguf(
             temporary.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise AtlasError(f"{output}: cannot be written: {reason}; choose another place") from None
+        raise ExportError(f"{output}: cannot be written: {reason}; choose another place") from None
     type_names = {tensor: type.name.lower() for tensor, type in types.items()}
     return ExportedFile(output, architecture, type_names, output.stat().st_size)
 
@@ -198,13 +198,13 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     """The model that a GGUF file of ours holds, in fp32 and evaluation mode, and the file's metadata.
 
     Everything comes from the file: shape, norm epsilon, and the weights as their type has rounded them.
-    Raises `AtlasError` for a file that is not whole or of another architecture.
+    Raises `ExportError` for a file that is not whole or of another architecture.
     """
     with _whole_file(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if metadata["general.architecture"] not in TENSOR_NAMES:
             known, found = ", ".join(TENSOR_NAMES), metadata["general.architecture"]
-            raise AtlasError(f"{path}: holds architecture {found}; Atlas reads {known}")
+            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {known}")
         tensors = {
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
@@ -213,7 +213,7 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What any GGUF file says of itself, its tensors left alone. Raises `AtlasError`."""
+    """What any GGUF file says of itself, its tensors left alone. Raises `ExportError`."""
     with _whole_file(path) as reader:
         return {name: field.contents() for name, field in reader.fields.items()}
 
@@ -224,14 +224,14 @@ def _whole_file(path: str | Path) -> Iterator[gguf.GGUFReader]:
         check_header(Path(path))
         yield gguf.GGUFReader(path)
     except FileNotFoundError:
-        raise AtlasError(f"{path}: no such file: atlas export makes one") from None
+        raise ExportError(f"{path}: no such file: atlas export makes one") from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         if Path(path).suffix == ".pt":
-            raise AtlasError(
+            raise ExportError(
                 f"{path}: is a checkpoint and no GGUF file: atlas export makes one of it"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise AtlasError(f"{path}: is not a whole GGUF file: {reason:.200}; export it again") from None
+        raise ExportError(f"{path}: is not a whole GGUF file: {reason:.200}; export it again") from None
 
 
 def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
@@ -279,9 +279,9 @@ def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
     largest = tensor.abs().max().item()
     if not np.isfinite(largest):
-        raise AtlasError(f"{name}: holds values that are not numbers; export an earlier checkpoint")
+        raise ExportError(f"{name}: holds values that are not numbers; export an earlier checkpoint")
     if type is TensorType.F16 and largest > LARGEST_F16:
-        raise AtlasError(
+        raise ExportError(
             f"{name}: holds {largest:.3g}, more than f16's {LARGEST_F16:.0f}; use --quantize f32"
         )
 
@@ -291,13 +291,13 @@ def _check_target(output: Path) -> None:
     if output.is_file():
         with open(output, "rb") as file:
             if file.read(4) not in (b"GGUF", b""):
-                raise AtlasError(f"{output}: exists and is not a GGUF file; choose another name")
+                raise ExportError(f"{output}: exists and is not a GGUF file; choose another name")
 
 
 def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        raise AtlasError(
+        raise ExportError(
             f"{output}: needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there; "
             "free some space or choose another place"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.export.architectures import architecture_of, exportable_state, joined, names_in
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -79,7 +79,7 @@ def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way round, in fp32. Raises `AtlasError` for tensors that are missing, too many or of another shape."""
+    """The other way round, in fp32. Raises `ExportError` for tensors that are missing, too many or of another shape."""
     found = {
         _full_name(name, config): tensor
         for name, tensor in tensors.items()
@@ -89,15 +89,15 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)  # some files hold the shared table twice
     if missing := sorted(set(names.values()) - found.keys()):
-        raise AtlasError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the download complete?")
+        raise ExportError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the download complete?")
     if unknown := sorted(found.keys() - set(names.values())):
-        raise AtlasError(f"holds {len(unknown)} tensors that Atlas has no place for, such as {unknown[0]}")
+        raise ExportError(f"holds {len(unknown)} tensors that Atlas has no place for, such as {unknown[0]}")
     state = {}
     for ours, theirs in names.items():
         tensor = found[theirs].float()
         if ours in ("token_embedding.weight", "lm_head.weight"):
             if len(tensor) != config.vocabulary:
-                raise AtlasError(
+                raise ExportError(
                     f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
                     "one of the two files is of another model"
                 )
@@ -163,11 +163,11 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
 
 
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json states, defaults being those of `transformers`. Raises `AtlasError` for what Atlas
+    """The shape that a config.json states, defaults being those of `transformers`. Raises `ExportError` for what Atlas
     does not compute."""
     family = stated.get("model_type")
     if family not in CLASSES:
-        raise AtlasError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
+        raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
     wanted: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,)}
     if family == "gpt2":
         wanted |= {
@@ -185,7 +185,7 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
         }
     for key, values in wanted.items():
         if (value := stated.get(key, values[0])) not in values:
-            raise AtlasError(
+            raise ExportError(
                 f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
             )
     if family == "gpt2":
@@ -224,7 +224,7 @@ def _rope_theta(stated: Mapping[str, Any]) -> float:
     """`rope_theta`, or, since version 5 of `transformers`, `rope_parameters`."""
     parameters = stated.get("rope_parameters") or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
-        raise AtlasError(
+        raise ExportError(
             f"config.json: rope_parameters of type {kind!s:.60}: Atlas computes the default only"
         )
     return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))  # type: ignore[no-any-return]

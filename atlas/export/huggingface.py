@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.export.architectures import exportable_tokenizer
 from atlas.export.hf_format import CLASSES, config_out, state_out
 from atlas.files import write_folder
@@ -48,13 +48,13 @@ def export_hf(
     replaced, anything else is not.
 
     `facts` is what the checkpoint says of its training, for the model card, `license` an SPDX identifier,
-    `chat_template` the form of a conversation in Jinja. Raises `AtlasError` for a tokenizer or a shape that has no
+    `chat_template` the form of a conversation in Jinja. Raises `ExportError` for a tokenizer or a shape that has no
     place there, for weights that `dtype` cannot hold, and where the folder cannot be written.
     """
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise AtlasError('--format hf: needs safetensors; pip install "atlas-llm[hf]"') from None
+        raise ExportError('--format hf: needs safetensors; pip install "atlas-llm[hf]"') from None
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
@@ -65,7 +65,7 @@ def export_hf(
     }
     for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise AtlasError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
+            raise ExportError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
     configs = {
         "config.json": config_out(model.config, eos_id=eos_id, dtype=str(_DTYPES[dtype]).split(".")[1]),
         "generation_config.json": {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.config.loader import read_sections
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, ExportError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
@@ -64,8 +64,8 @@ def import_first_version(
 ) -> tuple[AtlasLM, Tokenizer, list[str]]:
     """The model of `path`, in fp32 on the CPU, its tokenizer, and notes on what was assumed and left out.
 
-    `num_heads` wins over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `AtlasError` for a file that
-    is no checkpoint of Atlas 1.x, or is not complete, and where the number of heads is not known.
+    `num_heads` wins over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` for a file
+    that is no checkpoint of Atlas 1.x, or is not complete, and where the number of heads is not known.
     """
     path = Path(path)
     contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
@@ -74,7 +74,7 @@ def import_first_version(
         reason = (
             "needs no import: this Atlas wrote it" if is_ours else f"is no checkpoint of Atlas 1.x: {_REMEDY}"
         )
-        raise AtlasError(f"{path}: {reason}")
+        raise ExportError(f"{path}: {reason}")
     stated = _model_section(read_sections(config)) if config else _model_section(contents.get("config"))
     notes = [_what_is_left_out(contents)]
     if not stated:
@@ -94,13 +94,13 @@ def import_first_version(
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
-        raise AtlasError(f"{path}: its config: {f'{key}: ' if key else ''}{reason}") from None
+        raise ExportError(f"{path}: its config: {f'{key}: ' if key else ''}{reason}") from None
     except RuntimeError as error:  # PyTorch's, of tensors of other shapes
-        raise AtlasError(
+        raise ExportError(
             f"{path}: its tensors do not fit together: {str(error).splitlines()[-1].strip()}"
         ) from None
     except AtlasError as error:
-        raise AtlasError(f"{path}: {error}") from None
+        raise ExportError(f"{path}: {error}") from None
     return model.eval(), own, notes
 
 
@@ -123,22 +123,22 @@ def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
         if not is_plain or not tensor.is_floating_point() or not tensor.is_contiguous():
-            raise AtlasError(f"{name!s:.80} is not a matrix or vector of floating-point numbers")
+            raise ExportError(f"{name!s:.80} is not a matrix or vector of floating-point numbers")
         if not tensor.isfinite().all():
-            raise AtlasError(f"{name!s:.80} holds numbers that are not finite: take an earlier checkpoint")
+            raise ExportError(f"{name!s:.80} holds numbers that are not finite: take an earlier checkpoint")
     blocks = [name for name in weights if re.fullmatch(r"blocks\.\d+\.ln1\.weight", name)]
     expected = {theirs.format(block) for block in range(len(blocks)) for theirs in TENSOR_NAMES.values()}
     if not any(_LINEAR_BIASES.fullmatch(name) for name in weights):  # model.use_bias: false
         expected = {name for name in expected if not _LINEAR_BIASES.fullmatch(name)}
     if missing := sorted(expected - weights.keys()) or (["blocks.0.ln1.weight"] if not blocks else []):
-        raise AtlasError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the file complete?")
+        raise ExportError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the file complete?")
     if unknown := sorted(weights.keys() - expected):
-        raise AtlasError(
+        raise ExportError(
             f"holds {len(unknown)} tensors that Atlas 1.x did not have, such as {unknown[0]:.80}"
         )
     storages = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
     if len(storages) < len(weights) - _is_tied(weights):
-        raise AtlasError("several of its tensors share their numbers")
+        raise ExportError("several of its tensors share their numbers")
     return dict(weights)
 
 
@@ -158,7 +158,7 @@ def _choose_tokenizer(named: str | None, rows: int) -> tuple[Tokenizer, list[str
         ]
     if own.vocab_size != rows:
         remedy = "name the right one with --tokenizer"
-        raise AtlasError(f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: {remedy}")
+        raise ExportError(f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: {remedy}")
     return own, []
 
 
@@ -167,7 +167,7 @@ def _shape_of(
 ) -> ModelConfig:
     tables = weights[TOKEN_EMBEDDING], weights[POSITION_EMBEDDING], weights["blocks.0.mlp.fc1.weight"]
     if any(table.dim() != 2 for table in tables):
-        raise AtlasError("the embeddings and fc1 are not matrices")
+        raise ExportError("the embeddings and fc1 are not matrices")
     (rows, hidden_size), (max_seq_len, _), (mlp_size, _) = (table.shape for table in tables)
     num_layers = sum(name.endswith(".ln1.weight") for name in weights)
     found = {
@@ -178,11 +178,11 @@ def _shape_of(
     }
     for key, value in found.items():
         if str(stated.get(key, value)) != str(value):
-            raise AtlasError(
+            raise ExportError(
                 f"has {key} {value}, and the config {stated[key]!s:.40}: give the config that it was trained with"
             )
     if (activation := stated.get("activation", "gelu")) != "gelu":
-        raise AtlasError(
+        raise ExportError(
             f"has the activation {activation!s:.40}, which Atlas does not compute: train a new model"
         )
     return ModelConfig(
@@ -196,12 +196,12 @@ def _shape_of(
 
 
 def _ask_for_heads(hidden_size: int) -> int:
-    """Raises `AtlasError` with the numbers that are possible."""
+    """Raises `ExportError` with the numbers that are possible."""
     most = max(1, hidden_size // _NARROWEST_HEAD)
     possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
     preset = _PRESETS.get(hidden_size)
     usual = f"; the presets of Atlas 1.x of this width have {preset}" if preset else ""
-    raise AtlasError(
+    raise ExportError(
         "does not record its number of attention heads: name the config that it was trained with (--config FILE), or "
         f"give --num-heads, one of {possible} for its hidden_size {hidden_size:,}{usual}"
     )

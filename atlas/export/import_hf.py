@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, ExportError
 from atlas.export.hf_format import config_in, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
@@ -26,12 +26,12 @@ _LARGEST_TEMPLATE = 1 << 20
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
     """The model, in fp32 on the CPU, and the tokenizer of `folder`, or the one that `tokenizer` names.
 
-    Raises `AtlasError` for a family that Atlas does not compute, for files that are missing, damaged or do not belong
+    Raises `ExportError` for a family that Atlas does not compute, for files that are missing, damaged or do not belong
     together, and for weights that are pickled.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise AtlasError(
+        raise ExportError(
             f"{folder}: no such file or folder; give a folder with config.json and *.safetensors in it, "
             "or a checkpoint of Atlas 1.x (.pt)"
         )
@@ -41,13 +41,13 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
             model = AtlasLM(config)
         model.load_state_dict(state_in(_read_tensors(folder), config), assign=True)
     except ValidationError as error:
-        raise AtlasError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
+        raise ExportError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
     except RuntimeError as error:  # PyTorch's, of tensors of other shapes
-        raise AtlasError(
+        raise ExportError(
             f"{folder}: config.json does not fit the weights: {str(error).splitlines()[-1].strip()}"
         ) from None
     except AtlasError as error:
-        raise AtlasError(f"{folder}: {error}") from None
+        raise ExportError(f"{folder}: {error}") from None
     return model.eval(), _read_tokenizer(folder, tokenizer, config.vocabulary)
 
 
@@ -62,9 +62,9 @@ def read_chat_template(folder: Path) -> str | None:
         else:
             return None
     except (OSError, ValueError) as error:
-        raise AtlasError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
+        raise ExportError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
     except AtlasError as error:
-        raise AtlasError(f"{folder}: {error}") from None
+        raise ExportError(f"{folder}: {error}") from None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -77,16 +77,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise AtlasError('needs safetensors to be read; pip install "atlas-llm[hf]"') from None
+        raise ExportError('needs safetensors to be read; pip install "atlas-llm[hf]"') from None
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
             check_regular(folder / file)
             tensors |= load_file(folder / file)
         except FileNotFoundError:
-            raise AtlasError(f"{file} is missing, which the index names: is the download complete?") from None
+            raise ExportError(
+                f"{file} is missing, which the index names: is the download complete?"
+            ) from None
         except (OSError, SafetensorError) as error:
-            raise AtlasError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
+            raise ExportError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
     return tensors
 
 
@@ -97,24 +99,24 @@ def _weight_files(folder: Path) -> list[str]:
         places = _read_json(folder / "model.safetensors.index.json").get("weight_map")
         names = set(places.values()) if isinstance(places, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise AtlasError("model.safetensors.index.json: names no files of this folder")
+            raise ExportError("model.safetensors.index.json: names no files of this folder")
         return sorted(names)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise AtlasError(
+        raise ExportError(
             "holds pickled weights, which can run code and are not read; save it with safetensors "
             "(model.save_pretrained does)"
         )
-    raise AtlasError("has no model.safetensors and no model.safetensors.index.json")
+    raise ExportError("has no model.safetensors and no model.safetensors.index.json")
 
 
 def _read_tokenizer(folder: Path, named: str | None, vocab_size: int) -> Tokenizer:
     if named is None and not (folder / "tokenizer.json").is_file():
-        raise AtlasError(
+        raise ExportError(
             f"{folder}: has no tokenizer.json; name its tokenizer with --tokenizer (gpt2, or a tokenizer.json)"
         )
     tokenizer = Tokenizer.load(folder) if named is None else Tokenizer.resolve(named)
     if tokenizer.vocab_size != vocab_size:
-        raise AtlasError(
+        raise ExportError(
             f"{folder}: the model has {vocab_size:,} tokens, and tokenizer {named or 'tokenizer.json'} has "
             f"{tokenizer.vocab_size:,}: they are not of one model"
         )
@@ -125,9 +127,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_JSON))
     except FileNotFoundError:
-        raise AtlasError(f"has no {path.name}") from None
+        raise ExportError(f"has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise AtlasError(f"{path.name}: cannot be read: {error!s:.200}") from None
+        raise ExportError(f"{path.name}: cannot be read: {error!s:.200}") from None
     if not isinstance(content, dict):
-        raise AtlasError(f"{path.name}: is not an object")
+        raise ExportError(f"{path.name}: is not an object")
     return content

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
 from atlas.data.sequences.conversations import Conversations
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.export.llama_cpp import UNDERFLOW, score_in_llama_cpp
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -54,12 +54,12 @@ def sample_of(
 ) -> Sample:
     """About `num_tokens` tokens of a prepared folder (its validation part, where it has one) or of plain text.
 
-    Raises `AtlasError` where there is none, for conversations, and where it was prepared with another tokenizer.
+    Raises `ExportError` where there is none, for conversations, and where it was prepared with another tokenizer.
     """
     resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
     length, stream = max(1, context - 1), resolved.val or resolved.train
     if isinstance(stream, Conversations):
-        raise AtlasError(f"--data {data}: holds conversations; give plain text or a prepared folder")
+        raise ExportError(f"--data {data}: holds conversations; give plain text or a prepared folder")
     dataset = SequenceDataset(stream, length, pad_last=True)
     windows = []
     for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
@@ -80,7 +80,7 @@ def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
 
 
 def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
-    """Raises `AtlasError` where llama.cpp cannot run the file."""
+    """Raises `ExportError` where llama.cpp cannot run the file."""
     threads = max(1, torch.get_num_threads() // 2)
     rows = score_in_llama_cpp(path, sample.windows, context=sample.context, threads=threads)
     return np.maximum([logprob for row in rows for logprob in row], UNDERFLOW)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 
 NUM_CANDIDATES = 10
 """Most probable tokens whose log-probabilities are asked for at each step."""
@@ -70,7 +70,7 @@ def ask_llama_cpp(
 ) -> Answer:
     """Tokenize `texts`, and continue each of `prompts` (token ids) greedily by as many tokens as `lengths` says.
 
-    Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `AtlasError`
+    Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `ExportError`
     if llama.cpp cannot load or run the file.
     """
     asked = {
@@ -110,7 +110,7 @@ def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str,
         env=environment,
     )
     if process.returncode != 0:
-        raise AtlasError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
+        raise ExportError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
     answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return answer
 

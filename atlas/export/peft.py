@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from atlas.config import LoraConfig, ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 from atlas.export.architectures import separated
 from atlas.export.hf_format import names_of
 from atlas.files import write_folder
@@ -32,14 +32,14 @@ def export_adapter(
 ) -> Path:
     """Write the updates in `weights`, a training state dict, into `folder`; `base` says which model they are for.
 
-    Raises `AtlasError` where there are none, and as `write_folder` does.
+    Raises `ExportError` where there are none, and as `write_folder` does.
     """
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise AtlasError('--format peft: needs safetensors; pip install "atlas-llm[hf]"') from None
+        raise ExportError('--format peft: needs safetensors; pip install "atlas-llm[hf]"') from None
     if not lora.rank:
-        raise AtlasError("--format peft: all weights of this model learnt (lora.rank 0); take --format hf")
+        raise ExportError("--format peft: all weights of this model learnt (lora.rank 0); take --format hf")
     tensors = adapter_tensors(weights, config)
     # With the room that each stands in: GPT-2 has two called c_proj.
     modules = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})

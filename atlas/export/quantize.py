@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as TensorType
 from gguf import LlamaFileType as FileType
 from numpy.typing import NDArray
 
-from atlas.errors import AtlasError
+from atlas.errors import ExportError
 
 Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"
@@ -101,13 +101,13 @@ def num_bytes(count: int, kind: TensorType) -> int:
 
 
 def check_available(quantize: Quantization) -> None:
-    """Raises `AtlasError` where what writes it is missing."""
+    """Raises `ExportError` where what writes it is missing."""
     if "_k" in quantize:
         _ggml(quantize)
 
 
 def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
-    """fp32 → what the file holds of it. Raises `AtlasError` for K-quants without ggml."""
+    """fp32 → what the file holds of it. Raises `ExportError` for K-quants without ggml."""
     if kind not in _FALLBACKS:
         return gguf.quantize(weights, kind)
     rows = np.ascontiguousarray(weights, dtype=np.float32)
@@ -137,6 +137,6 @@ def _ggml(quantize: str) -> Any:
             number, pointer = ctypes.c_int64, ctypes.c_void_p
             function.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
             return function
-    raise AtlasError(
+    raise ExportError(
         f'--quantize {quantize}: needs ggml, and {problem}; pip install "atlas-llm[llama]", or take q8_0, q5_1 or q4_1'
     )

@@ -136,7 +136,7 @@ def verify_gguf(
 ) -> Proof:
     """Compare `path` with the `model` and `tokenizer` it was exported from, as `quantize` says.
 
-    `texts` join the corpus, and the first of them are prompts. Raises `AtlasError` where the file is not a
+    `texts` join the corpus, and the first of them are prompts. Raises `ExportError` where the file is not a
     GGUF file of ours, or llama.cpp cannot run it.
     """
     tokenizer = exportable_tokenizer(tokenizer, model.config)

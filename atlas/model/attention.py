@@ -16,7 +16,7 @@ from atlas.config import ModelConfig
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
 from atlas.model.norm import RMSNorm
-from atlas.model.recompute import recomputed
+from atlas.model.recompute import checkpointed
 from atlas.model.rope import Rotation, rotate
 
 
@@ -100,21 +100,21 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D) of norm(x), where they meet."""
         B, T, _ = x.shape
-        qkv: Tensor = recomputed(lambda x: self.qkv(norm(x)), x)
+        qkv: Tensor = checkpointed(lambda x: self.qkv(norm(x)), x)
         q_BTHD, k_BTKD, v_BTKD = (
             part.view(B, T, -1, self.head_size)
             for part in qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
         )
-        q_BHTD = _placed(q_BTHD, self.q_norm, rotation).transpose(1, 2)
-        k_BKTD = _placed(k_BTKD, self.k_norm, rotation).transpose(1, 2)
+        q_BHTD = _norm_and_rope(q_BTHD, self.q_norm, rotation).transpose(1, 2)
+        k_BKTD = _norm_and_rope(k_BTKD, self.k_norm, rotation).transpose(1, 2)
         return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)
 
 
-def _placed(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
+def _norm_and_rope(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
     """Queries or keys (B, T, H, D), normalised and turned, of which only `x` and the result are kept."""
 
     def place(x: Tensor) -> Tensor:
         x = x if norm is None else norm(x)
         return x if rotation is None else rotate(x, rotation)
 
-    return place(x) if norm is None else recomputed(place, x)
+    return place(x) if norm is None else checkpointed(place, x)

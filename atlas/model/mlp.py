@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import ModelConfig
-from atlas.model.recompute import recomputed
+from atlas.model.recompute import checkpointed
 
 
 class MLP(nn.Module):
@@ -27,8 +27,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """(B, T, C) → (B, T, C), of norm(x). Neither the norm's output nor what `down` takes is kept."""
-        inside = recomputed(lambda x: self.up(norm(x)), x)
-        return recomputed(lambda x: self.down(self._activate(x)), inside)
+        inside = checkpointed(lambda x: self.up(norm(x)), x)
+        return checkpointed(lambda x: self.down(self._activate(x)), inside)
 
     def _activate(self, inside: Tensor) -> Tensor:
         if not self.is_gated:

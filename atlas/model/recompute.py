@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, of which only `x` is kept for the gradients (Chen et al. 2016, arXiv:1604.06174).
 
     For a cheap operation before a matrix product: recomputing ends where the product would keep its input, before it is

@@ -18,7 +18,7 @@ from atlas.planning.estimate import (
     output_folder_bytes,
     snapshot_bytes,
 )
-from atlas.planning.fit import largest_micro_batch, what_would_help
+from atlas.planning.fit import largest_micro_batch, memory_advice
 from atlas.planning.flops import training_flops_per_token
 from atlas.planning.machine import measure_memory
 from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
@@ -64,6 +64,7 @@ __all__ = [
     "lora_parameters",
     "machine_with",
     "measure_memory",
+    "memory_advice",
     "memory_of_a_step",
     "output_folder_bytes",
     "plan_presets",
@@ -74,5 +75,4 @@ __all__ = [
     "summarize",
     "training_flops_per_token",
     "update_seconds",
-    "what_would_help",
 ]

@@ -28,7 +28,7 @@ def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> 
     return bisect.bisect_right(range(1, more_than_ever_fit), available, key=memory)
 
 
-def what_would_help(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
+def memory_advice(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
     """When not even one sequence fits: what would, in the FAQ's order, each with its estimated saving.
 
     `available` bytes are there for a smaller model; left out, fewer than this one takes.

@@ -17,7 +17,7 @@ from atlas.planning.estimate import (
     output_folder_bytes,
     snapshot_bytes,
 )
-from atlas.planning.fit import largest_micro_batch, what_would_help
+from atlas.planning.fit import largest_micro_batch, memory_advice
 from atlas.planning.run import Machine, Run, plan_run
 
 
@@ -70,4 +70,4 @@ def summarize(
 def _remedies(config: AtlasConfig, machine: Machine, largest: int) -> list[str]:
     if largest:
         return [f"--set training.micro_batch_size={largest}: fits, and gives the same result"]
-    return what_would_help(config, device=machine.device, available=machine.memory)
+    return memory_advice(config, device=machine.device, available=machine.memory)

@@ -12,7 +12,7 @@ from typing import Any
 
 from atlas.serving.errors import Refusal
 from atlas.serving.stream import event
-from atlas.serving.text import Backend, Candidate, Order, Piece
+from atlas.serving.text import Backend, Candidate, GenerationRequest, Piece
 
 _LEAST = -9999.0
 """What OpenAI says of a token that cannot be: JSON has no infinity."""
@@ -36,22 +36,22 @@ class Choice:
 class Answer:
     """`is_chat` decides the shape. `logprobs`: whether they are told."""
 
-    def __init__(self, order: Order, *, is_chat: bool, logprobs: bool) -> None:
-        self.order = order
+    def __init__(self, generation_request: GenerationRequest, *, is_chat: bool, logprobs: bool) -> None:
+        self.generation_request = generation_request
         self.is_chat = is_chat
         self.logprobs = logprobs
-        self.backend: Backend = order.backend
+        self.backend: Backend = generation_request.backend
         self.head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if is_chat else "text_completion",
             "created": int(time.time()),
-            "model": order.backend.id,
+            "model": generation_request.backend.id,
         }
-        self._choices = [Choice() for _ in order.texts]
+        self._choices = [Choice() for _ in generation_request.texts]
 
     async def whole(self, seconds: float) -> dict[str, Any]:
         """The answer when all texts are written. Raises `Refusal`."""
-        async for index, piece in self.order.pieces(seconds):
+        async for index, piece in self.generation_request.pieces(seconds):
             if piece.finish in ("error", "timeout"):
                 raise refusal(piece, seconds)
             choice = self._choices[index]
@@ -60,7 +60,7 @@ class Answer:
             choice.finish = piece.finish
         choices = []
         for index, choice in enumerate(self._choices):
-            said = self._told(choice, [piece for piece in choice.pieces if piece.token is not None])
+            said = self._top_logprobs(choice, [piece for piece in choice.pieces if piece.token is not None])
             content = (
                 {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
                 if self.is_chat
@@ -78,13 +78,13 @@ class Answer:
             for index in range(len(self._choices)):
                 delta = {"role": "assistant", "content": ""}
                 yield event({**head, "choices": [_choice(index, delta=delta)]})
-        async for index, piece in self.order.pieces(seconds):
+        async for index, piece in self.generation_request.pieces(seconds):
             if piece.finish in ("error", "timeout"):
                 yield event(refusal(piece, seconds).body)
                 return
             if not (piece.text or piece.finish or self.logprobs):
                 continue
-            said = self._told(self._choices[index], [] if piece.token is None else [piece])
+            said = self._top_logprobs(self._choices[index], [] if piece.token is None else [piece])
             if self.is_chat:
                 content: dict[str, Any] = {"delta": {"content": piece.text} if piece.text else {}}
             else:
@@ -97,10 +97,10 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt, written = self.order.num_prompt_tokens, self.order.num_written
+        prompt, written = self.generation_request.num_prompt_tokens, self.generation_request.num_written
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def _told(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _top_logprobs(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         if self.is_chat:

@@ -12,15 +12,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from atlas.errors import AtlasError
-from atlas.serving.desk import Desk, Rules
+from atlas.serving.dispatcher import Dispatcher, Rules
 from atlas.serving.errors import Refusal, of_validation, response
 from atlas.serving.files import FILES, file_routes
-from atlas.serving.limits import Door, Limits
+from atlas.serving.limits import Auth, Limits
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
 from atlas.serving.runs import run_routes
 from atlas.serving.schema import ErrorBody, Health
-from atlas.serving.text import Backend, Piece, Text, hand_out
+from atlas.serving.text import Backend, Generation, Piece, hand_out
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0
@@ -34,7 +34,7 @@ def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
-        def deliver(pieces: list[tuple[Text, Piece]]) -> None:
+        def deliver(pieces: list[tuple[Generation, Piece]]) -> None:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
                 loop.call_soon_threadsafe(hand_out, pieces)
 
@@ -54,15 +54,15 @@ def build_app(backends: Sequence[Backend], rules: Rules) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     _add_errors(app)
-    desk = Desk(backends, rules)
-    _add_supervision(app, desk)
-    app.include_router(openai_routes(desk))
+    dispatcher = Dispatcher(backends, rules)
+    _add_supervision(app, dispatcher)
+    app.include_router(openai_routes(dispatcher))
     app.include_router(file_routes())
-    app.include_router(page_routes(desk))
+    app.include_router(page_routes(dispatcher))
     app.include_router(run_routes(rules.runs))
     app.add_middleware(Limits, seconds=BODY_SECONDS)
-    app.add_middleware(Door, api_key=rules.api_key, is_open=lambda path: path in FILES or path == "/health")
-    app.add_middleware(desk.meter.counting)
+    app.add_middleware(Auth, api_key=rules.api_key, is_open=lambda path: path in FILES or path == "/health")
+    app.add_middleware(dispatcher.meter.counting)
     return app
 
 
@@ -89,13 +89,13 @@ def _add_errors(app: FastAPI) -> None:
         return response(Refusal(500, "a bug of the server's: its log says more"))
 
 
-def _add_supervision(app: FastAPI, desk: Desk) -> None:
+def _add_supervision(app: FastAPI, dispatcher: Dispatcher) -> None:
     @app.get("/health")
     async def health() -> Health:
         """200 while the server takes requests."""
-        return Health(needs_key=desk.rules.api_key is not None)
+        return Health(needs_key=dispatcher.rules.api_key is not None)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(desk.meter.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(dispatcher.meter.told(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -24,7 +24,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream
 from atlas.model import KVCache, long_tensor
-from atlas.serving.text import Busy, Candidate, Piece, Send, Text
+from atlas.serving.text import Busy, Candidate, Generation, Piece, Send
 from atlas.tokenizer.chat import Message, encode_question
 
 PREFILL_TOKENS = 1024
@@ -46,7 +46,7 @@ class Engine:
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         """Of the texts that are being written, in the order of the cache's rows."""
-        self._outbox: list[tuple[Text, Piece]] = []
+        self._outbox: list[tuple[Generation, Piece]] = []
         self._wake = threading.Condition()
         self._closed = False
         weights = next(loaded.model.parameters())
@@ -76,7 +76,7 @@ class Engine:
     def token_bytes(self, token: int) -> bytes:
         return self.loaded.tokenizer.token_bytes(token)
 
-    def submit(self, texts: Sequence[Text]) -> None:
+    def submit(self, texts: Sequence[Generation]) -> None:
         """Take all of them or, as `Busy`, none."""
         with self._wake:
             self._waiting = deque(row for row in self._waiting if not row.text.cancelled)
@@ -192,7 +192,7 @@ class Engine:
         ended = self._fail([row for row, token in zip(rows, chosen, strict=True) if token < 0])
         sound = [number for number, token in enumerate(chosen) if token >= 0]
         told = [number for number in sound if rows[number].text.num_candidates is not None]
-        candidates = dict(zip(told, _told(logits, told, rows, chosen), strict=True)) if told else {}
+        candidates = dict(zip(told, _top_logprobs(logits, told, rows, chosen), strict=True)) if told else {}
         for number in sound:
             row, token = rows[number], chosen[number]
             piece = row.add(token, candidates.get(number, []))
@@ -226,7 +226,7 @@ class Engine:
 class _Row:
     """A text in the making."""
 
-    def __init__(self, text: Text, loaded: LoadedModel) -> None:
+    def __init__(self, text: Generation, loaded: LoadedModel) -> None:
         self.text = text
         self.tokens = list(text.prompt)
         self.start = window_start(len(self.tokens), len(self.tokens), loaded.config.model.max_seq_len)
@@ -254,7 +254,7 @@ class _Row:
         return Piece(token, shown, logprob, candidates[1:], finish)
 
 
-def _told(
+def _top_logprobs(
     logits: Tensor, told: Sequence[int], rows: Sequence[_Row], chosen: Sequence[int]
 ) -> list[list[Candidate]]:
     """Of each row of `told`: the chosen token and its log-probability, then as many of the likeliest as it asks for."""

@@ -62,7 +62,7 @@ async def _read(receive: Receive) -> bytes | None:
             return None if size > LARGEST_BODY else b"".join(parts)
 
 
-class Door:
+class Auth:
     """ASGI middleware: the key, where there is one, of all paths but `is_open`; without one only this machine's own
     names and pages.
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from atlas.errors import AtlasError
 from atlas.export.gguf import read_metadata
-from atlas.serving.text import Busy, Candidate, Piece, Send, Text
+from atlas.serving.text import Busy, Candidate, Generation, Piece, Send
 from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
 
@@ -59,7 +59,7 @@ class Llama:
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llama")
         self._lock = threading.Lock()
         self._running = 0
-        self._waiting: list[Text] = []
+        self._waiting: list[Generation] = []
         self._closed = False
 
     def begin(self, send: Send) -> None:
@@ -91,7 +91,7 @@ class Llama:
         except KeyError:  # one that was added, as it is written
             return text.encode("utf-8")
 
-    def submit(self, texts: Sequence[Text]) -> None:
+    def submit(self, texts: Sequence[Generation]) -> None:
         """Take all of them or, as `Busy`, none."""
         with self._lock:
             self._waiting = [text for text in self._waiting if not text.cancelled]
@@ -117,7 +117,7 @@ class Llama:
 
     # In the threads of the pool
 
-    def _write(self, text: Text) -> None:
+    def _write(self, text: Generation) -> None:
         with self._lock:
             self._waiting = [each for each in self._waiting if each is not text]
             if text.cancelled:
@@ -133,7 +133,7 @@ class Llama:
             with self._lock:
                 self._running -= 1
 
-    def _pieces(self, text: Text) -> Iterator[Piece]:
+    def _pieces(self, text: Generation) -> Iterator[Piece]:
         sampling = text.sampling
         request = {
             "prompt": text.prompt,

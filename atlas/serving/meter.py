@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atlas.serving.text import Backend, Order
+from atlas.serving.text import Backend, GenerationRequest
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -46,12 +46,12 @@ class Meter:
         """To be told of the model's tokens as they come."""
         return self._tokens.labels(backend.id).inc
 
-    def count_order(self, order: Order) -> None:
+    def count_request(self, generation_request: GenerationRequest) -> None:
         """When it ends, however it does."""
-        model = order.backend.id
-        self._prompt_tokens.labels(model).inc(order.num_prompt_tokens)
-        if order.seconds_to_first is not None:
-            self._first.labels(model).observe(order.seconds_to_first)
+        model = generation_request.backend.id
+        self._prompt_tokens.labels(model).inc(generation_request.num_prompt_tokens)
+        if generation_request.seconds_to_first is not None:
+            self._first.labels(model).observe(generation_request.seconds_to_first)
 
     def counting(self, app: ASGIApp) -> ASGIApp:
         """ASGI middleware: a request by its route and status. What is no route is one of `other`: anybody can ask for

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from atlas.serving.answers import Answer
-from atlas.serving.desk import Desk
+from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.errors import Refusal
 from atlas.serving.schema import (
     ChatCompletion,
@@ -19,9 +19,9 @@ from atlas.serving.schema import (
     CompletionRequest,
     ModelFacts,
     Models,
-    Wishes,
+    SamplingParams,
 )
-from atlas.serving.stream import EventStream, unless_gone
+from atlas.serving.stream import EventStream, until_disconnect
 from atlas.serving.text import Backend
 from atlas.tokenizer.chat import Message
 
@@ -33,63 +33,65 @@ _ALSO_A_STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_routes(desk: Desk) -> APIRouter:
+def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     """Under `/v1`."""
     router = APIRouter(prefix="/v1")
 
     @router.get("/models", response_model=Models)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_facts(backend) for backend in desk.backends.values()]}
+        return {"object": "list", "data": [_facts(backend) for backend in dispatcher.backends.values()]}
 
     @router.get("/models/{model:path}", response_model=ModelFacts)
     async def model(model: str) -> dict[str, Any]:
-        return _facts(desk.model(model))
+        return _facts(dispatcher.model(model))
 
     @router.post("/completions", response_model=Completion, responses=_ALSO_A_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        backend = desk.model(body.model)
-        order = desk.order(
+        backend = dispatcher.model(body.model)
+        generation_request = dispatcher.generation_request(
             backend,
             await asyncio.to_thread(_prompts, body, backend),  # a long text takes a moment
             body,
             max_tokens=body.max_tokens or _USUAL_TOKENS,
             candidates=body.logprobs,
         )
-        answer = Answer(order, is_chat=False, logprobs=body.logprobs is not None)
-        return await _answered(desk, answer, body, request)
+        answer = Answer(generation_request, is_chat=False, logprobs=body.logprobs is not None)
+        return await _answered(dispatcher, answer, body, request)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_ALSO_A_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        backend = desk.model(body.model)
+        backend = dispatcher.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Refusal(400, "top_logprobs: only with logprobs", param="top_logprobs")
         messages = [_message(message) for message in body.messages]
         prompt = await asyncio.to_thread(backend.encode_chat, messages)
-        room = max(1, min(backend.context - len(prompt), desk.rules.max_tokens))
-        order = desk.order(
+        room = max(1, min(backend.context - len(prompt), dispatcher.rules.max_tokens))
+        generation_request = dispatcher.generation_request(
             backend,
             [prompt],
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens or room,
             candidates=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        answer = Answer(order, is_chat=True, logprobs=bool(body.logprobs))
-        return await _answered(desk, answer, body, request)
+        answer = Answer(generation_request, is_chat=True, logprobs=bool(body.logprobs))
+        return await _answered(dispatcher, answer, body, request)
 
     return router
 
 
-async def _answered(desk: Desk, answer: Answer, wishes: Wishes, request: Request) -> Response:
-    if wishes.stream:
-        include_usage = bool(wishes.stream_options and wishes.stream_options.include_usage)
-        events = answer.stream(desk.rules.seconds, include_usage=include_usage)
-        return EventStream(events, lambda: desk.close(answer.order))
+async def _answered(
+    dispatcher: Dispatcher, answer: Answer, params: SamplingParams, request: Request
+) -> Response:
+    if params.stream:
+        include_usage = bool(params.stream_options and params.stream_options.include_usage)
+        events = answer.stream(dispatcher.rules.seconds, include_usage=include_usage)
+        return EventStream(events, lambda: dispatcher.close(answer.generation_request))
     try:
-        whole = await unless_gone(request.receive, answer.whole(desk.rules.seconds))
+        whole = await until_disconnect(request.receive, answer.whole(dispatcher.rules.seconds))
     finally:
-        desk.close(answer.order)
+        dispatcher.close(answer.generation_request)
     return JSONResponse(whole or {})  # nobody reads the empty one
 
 

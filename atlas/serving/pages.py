@@ -21,12 +21,12 @@ from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.serving.answers import refusal
-from atlas.serving.desk import Desk
+from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.engine import Engine
 from atlas.serving.errors import Refusal
-from atlas.serving.schema import MOST_CANDIDATES, Body, TokenId, Wishes
-from atlas.serving.stream import EventStream, event, unless_gone
-from atlas.serving.text import Backend, Order
+from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, TokenId
+from atlas.serving.stream import EventStream, event, until_disconnect
+from atlas.serving.text import Backend, GenerationRequest
 
 _LIKELIEST = 24
 """Tokens of a distribution that are drawn."""
@@ -39,7 +39,7 @@ T = TypeVar("T")
 Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
 
 
-class WriteRequest(Wishes):
+class WriteRequest(SamplingParams):
     """A text to continue, and what else each token might have been."""
 
     prompt: Prompt = ""
@@ -69,7 +69,7 @@ class AttentionRequest(LookRequest):
     layer: int = Field(0, ge=0)
 
 
-def page_routes(desk: Desk) -> APIRouter:
+def page_routes(dispatcher: Dispatcher) -> APIRouter:
     """What the page at `/` asks, under `/api/`."""
     router = APIRouter(include_in_schema=False)
     # Looks inside take a thread of their own, one after the other: texts are written meanwhile, and other prompts read.
@@ -82,10 +82,10 @@ def page_routes(desk: Desk) -> APIRouter:
     async def write(body: WriteRequest) -> Response:
         """Server-sent events: the prompt's tokens, each new one with its probability, and how it ended. Of a prompt
         in ids, a text that goes on from one of its places, nothing is told: who sends it has been told."""
-        backend = desk.model(body.model)
+        backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
         goes_on = not isinstance(body.prompt, str)
-        order = desk.order(
+        generation_request = dispatcher.generation_request(
             backend,
             [ids],
             body,
@@ -94,24 +94,24 @@ def page_routes(desk: Desk) -> APIRouter:
             may_exceed=goes_on and isinstance(backend, Engine),
         )
         reading = functools.partial(in_turn, _read, backend, ids, None if goes_on else body.alternatives)
-        events = _written(order, desk, reading, body.alternatives)
-        return EventStream(events, lambda: desk.close(order))
+        events = _written(generation_request, dispatcher, reading, body.alternatives)
+        return EventStream(events, lambda: dispatcher.close(generation_request))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids, _ = await _asked(desk, body)
+        loaded, ids, _ = await _asked(dispatcher, body)
         settings = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
-        return await unless_gone(request.receive, in_turn(_sampling, loaded, ids, settings))
+        return await until_disconnect(request.receive, in_turn(_sampling, loaded, ids, settings))
 
     @router.post("/api/attention")
     async def attention(body: AttentionRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids, start = await _asked(desk, body)
-        return await unless_gone(request.receive, in_turn(_attention, loaded, ids, start, body.layer))
+        loaded, ids, start = await _asked(dispatcher, body)
+        return await until_disconnect(request.receive, in_turn(_attention, loaded, ids, start, body.layer))
 
     @router.post("/api/layers")
     async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
-        loaded, ids, _ = await _asked(desk, body)
-        return await unless_gone(request.receive, in_turn(_layers, loaded, ids))
+        loaded, ids, _ = await _asked(dispatcher, body)
+        return await until_disconnect(request.receive, in_turn(_layers, loaded, ids))
 
     return router
 
@@ -120,10 +120,10 @@ async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
     return await asyncio.to_thread(backend.encode, prompt) if isinstance(prompt, str) else prompt
 
 
-async def _asked(desk: Desk, body: LookRequest) -> tuple[LoadedModel, list[int], int]:
+async def _asked(dispatcher: Dispatcher, body: LookRequest) -> tuple[LoadedModel, list[int], int]:
     """The model, its window on the text that a question is about, and where in the text that begins. Raises `Refusal`
     of a model that shows nothing."""
-    backend = desk.model(body.model)
+    backend = dispatcher.model(body.model)
     if not isinstance(backend, Engine):
         raise Refusal(
             400, f"{backend.id}: llama.cpp does not show how it comes to a token: serve the checkpoint"
@@ -144,23 +144,26 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 
 async def _written(
-    order: Order, desk: Desk, reading: Callable[[], Awaitable[list[dict[str, Any]]]], alternatives: int
+    generation_request: GenerationRequest,
+    dispatcher: Dispatcher,
+    reading: Callable[[], Awaitable[list[dict[str, Any]]]],
+    alternatives: int,
 ) -> AsyncIterator[str]:
-    token_bytes = order.backend.token_bytes
+    token_bytes = generation_request.backend.token_bytes
     reader = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
     def read(token: dict[str, Any]) -> dict[str, Any]:
         """With what is read once it stands there: a character of several tokens with the last of them."""
         return {**token, "shown": _visible(reader.decode(token_bytes(token["id"])))}
 
-    looks_inside = isinstance(order.backend, Engine)
+    looks_inside = isinstance(generation_request.backend, Engine)
     tokens = [read(token) for token in await reading()]
     yield event({"kind": "prompt", "tokens": tokens, "looks_inside": looks_inside})
     finish = None
-    async for _, piece in order.pieces(desk.rules.seconds):
+    async for _, piece in generation_request.pieces(dispatcher.rules.seconds):
         finish = piece.finish
         if finish in ("error", "timeout"):
-            yield event(refusal(piece, desk.rules.seconds).body)
+            yield event(refusal(piece, dispatcher.rules.seconds).body)
             return
         if piece.token is not None:
             options = [
@@ -168,7 +171,7 @@ async def _written(
             ]
             own = _option(token_bytes, piece.token, piece.logprob or 0.0)
             yield event({"kind": "token", **read(own), "alternatives": options})
-    yield event({"kind": "end", "tokens": order.num_written, "finish": finish})
+    yield event({"kind": "end", "tokens": generation_request.num_written, "finish": finish})
 
 
 def _option(token_bytes: Callable[[int], bytes], token: int, logprob: float) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="A last chunk says how many tokens there were.")
 
 
-class Wishes(Body):
+class SamplingParams(Body):
     """What both kinds of request may say."""
 
     model: str | None = Field(None, description="As /v1/models names it; left out, the first there.")
@@ -80,7 +80,7 @@ class Wishes(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class CompletionRequest(Wishes):
+class CompletionRequest(SamplingParams):
     """A text to continue."""
 
     prompt: (
@@ -130,7 +130,7 @@ class ResponseFormat(Body):
     type: Literal["text"]
 
 
-class ChatRequest(Wishes):
+class ChatRequest(SamplingParams):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)

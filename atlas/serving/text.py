@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False)
-class Text:
+class Generation:
     """One text to write. Who no longer wants it sets `cancelled`."""
 
     prompt: list[int]
@@ -51,14 +51,14 @@ class Text:
     cancelled: bool = False
 
 
-def hand_out(pieces: Iterable[tuple[Text, Piece]]) -> None:
+def hand_out(pieces: Iterable[tuple[Generation, Piece]]) -> None:
     """Of a step, in the event loop, to those who wait."""
     for text, piece in pieces:
         if text.arrivals is not None and not text.cancelled:
             text.arrivals.put_nowait((text.index, piece))
 
 
-Send = Callable[[list[tuple[Text, Piece]]], None]
+Send = Callable[[list[tuple[Generation, Piece]]], None]
 """Takes the pieces of a step, from any thread, to whoever waits for them."""
 
 
@@ -91,7 +91,7 @@ class Backend(Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
 
-    def submit(self, texts: Sequence[Text]) -> None:
+    def submit(self, texts: Sequence[Generation]) -> None:
         """Take all of them or, as `Busy`, none."""
         ...
 
@@ -106,10 +106,10 @@ class Backend(Protocol):
         ...
 
 
-class Order:
+class GenerationRequest:
     """The texts of one request, in the making."""
 
-    def __init__(self, backend: Backend, texts: Sequence[Text], count: Callable[[int], object]) -> None:
+    def __init__(self, backend: Backend, texts: Sequence[Generation], count: Callable[[int], object]) -> None:
         """`count` is told of tokens as they come. Raises `Busy`."""
         self._count = count
         self.texts = texts

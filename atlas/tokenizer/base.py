@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas.errors import AtlasError
+from atlas.errors import TokenizerError
 
 _PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
 END_OF_TEXT = "<|endoftext|>"
@@ -75,8 +75,8 @@ class Tokenizer(ABC):
         return {"kind": "custom", "name": self.name, **sizes, "fingerprint": self.fingerprint}
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json` that `Tokenizer.load` reads. Raises `AtlasError` by default."""
-        raise AtlasError(f"tokenizer {self.name}: is custom code and cannot be written to {path}")
+        """Write a `tokenizer.json` that `Tokenizer.load` reads. Raises `TokenizerError` by default."""
+        raise TokenizerError(f"tokenizer {self.name}: is custom code and cannot be written to {path}")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, {self.vocab_size:,} tokens>"

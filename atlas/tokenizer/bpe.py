@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
-from atlas.errors import AtlasError
+from atlas.errors import TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import END_OF_TEXT, MAX_FILE_BYTES
 from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, well_formed
@@ -48,22 +48,22 @@ class BPETokenizer(ByteLevelTokenizer):
         try:
             text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
-            raise AtlasError(f"{path}: no such tokenizer; give gpt2 or a tokenizer.json") from None
+            raise TokenizerError(f"{path}: no such tokenizer; give gpt2 or a tokenizer.json") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise AtlasError(
+            raise TokenizerError(
                 f"{path}: cannot be read as a tokenizer: {reason}; give gpt2 or a tokenizer.json"
             ) from None
         return cls.from_json(text, origin=str(path))
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> BPETokenizer:
-        """Raises `AtlasError` for anything but a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
+        """Raises `TokenizerError` for anything but a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
         try:
             content = json.loads(text)
             tokens, merges, eos_id = _read(content)
         except (ValueError, RecursionError) as error:  # of JSON; also for a number of thousands of digits
-            raise AtlasError(
+            raise TokenizerError(
                 f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
             ) from None
         except _Foreign as error:
@@ -77,7 +77,7 @@ class BPETokenizer(ByteLevelTokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens at most."""
     if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise AtlasError(
+        raise TokenizerError(
             f"--train-tokenizer {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
             f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE}"
         )
@@ -94,7 +94,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer.from_json(learner.to_str(), origin="trained tokenizer")
 
 
-class NotGPT2s(AtlasError):
+class NotGPT2s(TokenizerError):
     """A tokenizer of another kind; it may be a `ForeignTokenizer`."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from atlas.errors import AtlasError
+from atlas.errors import TokenizerError
 from atlas.tokenizer.base import Tokenizer, fingerprint_of
 
 
@@ -21,10 +21,12 @@ def import_object(spec: str) -> Any:
     try:
         found = importlib.import_module(module_name)
     except ImportError as error:
-        raise AtlasError(f"{spec}: cannot be imported: {error}; write it as package.module:name") from None
+        raise TokenizerError(
+            f"{spec}: cannot be imported: {error}; write it as package.module:name"
+        ) from None
     for part in name.split("."):
         if not hasattr(found, part):
-            raise AtlasError(f"{spec}: module {module_name} has no {name}")
+            raise TokenizerError(f"{spec}: module {module_name} has no {name}")
         found = getattr(found, part)
     return found
 
@@ -37,16 +39,16 @@ class CustomTokenizer(Tokenizer):
         self.name = name or f"{kind.__module__}:{kind.__qualname__}"
         for attribute in ("encode", "decode", "vocab_size", "eos_id"):
             if not hasattr(custom, attribute):
-                raise AtlasError(
+                raise TokenizerError(
                     f"tokenizer {self.name}: has no {attribute}; "
                     "it needs encode, decode, vocab_size and eos_id"
                 )
         if not isinstance(custom.vocab_size, int) or custom.vocab_size < 1:
-            raise AtlasError(
+            raise TokenizerError(
                 f"tokenizer {self.name}: vocab_size {custom.vocab_size!r} must be a whole number above 0"
             )
         if not isinstance(custom.eos_id, int) or not 0 <= custom.eos_id < custom.vocab_size:
-            raise AtlasError(
+            raise TokenizerError(
                 f"tokenizer {self.name}: eos_id {custom.eos_id!r} must be an id "
                 f"below vocab_size {custom.vocab_size}"
             )
@@ -57,7 +59,7 @@ class CustomTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         ids = [int(id) for id in self._custom.encode(text)]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise AtlasError(
+            raise TokenizerError(
                 f"tokenizer {self.name}: gave id {max(ids) if min(ids) >= 0 else min(ids)}, "
                 f"outside its vocab_size {self.vocab_size}"
             )

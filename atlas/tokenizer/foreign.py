@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import MAX_FILE_BYTES, Tokenizer
 from atlas.tokenizer.byte_level import BYTE_OF_CHAR, token_bytes, well_formed
@@ -29,7 +29,7 @@ class ForeignTokenizer(Tokenizer):
         try:
             self._hf = HFTokenizer.from_str(text)
         except Exception as error:  # whatever the library raises, of a file from anybody
-            raise AtlasError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
+            raise TokenizerError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # special tokens in a text are plain text
@@ -39,7 +39,7 @@ class ForeignTokenizer(Tokenizer):
         tokens = max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = vocab_size
         if not 0 <= eos_id < tokens <= vocab_size:
-            raise AtlasError(
+            raise TokenizerError(
                 f"{origin}: has {tokens:,} tokens, which does not go with vocab_size {vocab_size:,} and "
                 f"eos_token_id {eos_id:,}: are the files of one model?"
             )
@@ -60,7 +60,7 @@ class ForeignTokenizer(Tokenizer):
     def from_state_dict(cls, state: Mapping[str, Any]) -> ForeignTokenizer:
         eos_id, vocab_size = state.get("eos_id"), state.get("vocab_size")
         if type(eos_id) is not int or type(vocab_size) is not int:
-            raise AtlasError(
+            raise TokenizerError(
                 "stored tokenizer: has no eos_id or vocab_size; the file is damaged or was edited"
             )
         return cls(state["json"], eos_id=eos_id, vocab_size=vocab_size, origin="stored tokenizer")

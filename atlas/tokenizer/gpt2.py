@@ -12,7 +12,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from atlas.errors import AtlasError
+from atlas.errors import TokenizerError
 from atlas.tokenizer.base import END_OF_TEXT
 from atlas.tokenizer.byte_level import BYTE_ORDER, CHAR_OF_BYTE, ByteLevelTokenizer, Merge, token_bytes
 
@@ -107,7 +107,9 @@ def _blankness(token: bytes) -> int:
 def gpt2_tokenizer() -> GPT2Tokenizer:
     table = (resources.files("atlas.tokenizer") / "assets" / "vocab.bpe").read_bytes()
     if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
-        raise AtlasError("atlas/tokenizer/assets/vocab.bpe: is not GPT-2's merge table; install Atlas again")
+        raise TokenizerError(
+            "atlas/tokenizer/assets/vocab.bpe: is not GPT-2's merge table; install Atlas again"
+        )
     _version, *lines = table.decode("utf-8").splitlines()
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     return GPT2Tokenizer(merges)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from atlas.errors import AtlasError
+from atlas.errors import TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, Tokenizer
 from atlas.tokenizer.custom import CustomTokenizer, import_object
@@ -60,7 +60,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
 
     kind, name = state.get("kind"), state.get("name")
     if kind == "custom":
-        raise AtlasError(
+        raise TokenizerError(
             f"tokenizer {name!s:.200}: is custom code, which a file does not bring along; "
             "name it with --tokenizer package.module:factory"
         )
@@ -71,7 +71,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
     elif kind == "hf" and isinstance(state.get("json"), str):
         tokenizer = ForeignTokenizer.from_state_dict(state)
     else:
-        raise AtlasError(
+        raise TokenizerError(
             f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"
         )
     stated = {
@@ -81,7 +81,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
     }
     for fact, value in stated.items():
         if state.get(fact) != value:
-            raise AtlasError(
+            raise TokenizerError(
                 f"stored tokenizer {name!s:.80}: its vocabulary has {fact} {value}, not {state.get(fact)!s:.80}; "
                 "the file is damaged or was edited"
             )
@@ -98,7 +98,7 @@ def resolve(spec: str | Path) -> Tokenizer:
     if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
         made = import_object(spec)()
         return made if _is_known(made) else CustomTokenizer(made, name=spec)
-    raise AtlasError(
+    raise TokenizerError(
         f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
     )
 
@@ -119,11 +119,11 @@ def _state_in_dataset(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise AtlasError(
+        raise TokenizerError(
             f"{path}: does not describe a tokenizer ({error!s:.200}); prepare the dataset again"
         ) from None
     if not isinstance(state, dict):
-        raise AtlasError(f"{path}: does not describe a tokenizer; prepare the dataset again")
+        raise TokenizerError(f"{path}: does not describe a tokenizer; prepare the dataset again")
     return state
 
 

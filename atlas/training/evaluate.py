@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas.data.sequences.build import Sequences
+from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
@@ -49,7 +49,7 @@ def fixed_subset(num_sequences: int, size: int) -> list[int]:
 @torch.no_grad()
 def evaluate(
     objective: nn.Module,
-    dataset: Sequences,
+    dataset: SequenceSource,
     windows: Sequence[int],
     *,
     batch_size: int,
@@ -97,7 +97,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def token_losses(model: AtlasLM, dataset: Sequences, window: int, *, runtime: Runtime) -> Tensor:
+def token_losses(model: AtlasLM, dataset: SequenceSource, window: int, *, runtime: Runtime) -> Tensor:
     """(T,) nats of each target of a window, on the CPU; NaN where there is none."""
     inputs, targets, *documents = (column[None].to(runtime.device) for column in dataset[window])
     with runtime.autocast():
@@ -108,7 +108,7 @@ def token_losses(model: AtlasLM, dataset: Sequences, window: int, *, runtime: Ru
 
 def evaluate_within_memory(
     objective: nn.Module,
-    dataset: Sequences,
+    dataset: SequenceSource,
     windows: Sequence[int],
     *,
     state: TrainState,

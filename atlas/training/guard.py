@@ -27,7 +27,7 @@ class Fault:
     is_spike: bool = False
 
 
-def find_fault(
+def check_update(
     loss: float, grad_norm: float, *, state: TrainState, guard: GuardConfig, loss_scale: float | None = None
 ) -> Fault | None:
     """What is wrong with an update of this loss and gradient norm, if anything is.
@@ -85,7 +85,7 @@ def count(
         state.recent_norms = [*state.recent_norms, grad_norm][-_WINDOW:]
 
 
-def causes(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
+def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
     """What to check when a run cannot go on, a line each, the likeliest first."""
     lines = [
         f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "

@@ -17,7 +17,7 @@ def is_out_of_time(trainer: Trainer) -> bool:
     if clock.limit is None:
         return False
     at_the_end = trainer.saver.expected_seconds(trainer.num_bytes)
-    if not world.tell(clock.is_over(at_the_end=at_the_end)):
+    if not world.broadcast(clock.is_over(at_the_end=at_the_end)):
         return False
     planned = (
         f" of {trainer.total} planned: updates took longer than when they were measured"
@@ -48,7 +48,7 @@ def plan_horizon(trainer: Trainer) -> None:
     )
     at_the_end = evaluation + trainer.saver.expected_seconds(trainer.num_bytes)
     left = clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
-    state.horizon = world.tell(min(state.horizon, state.step + left))
+    state.horizon = world.broadcast(min(state.horizon, state.step + left))
     state.is_planned = True
     trainer.log.total(state.horizon)
     trainer.log.say(

@@ -99,8 +99,8 @@ def start_run(
         log=log,
         custom_loss=custom_loss,
         initialized_from=_origin(start),
-        saves_in_background=world.tell(world.is_first and _saves_in_background(config, runtime, log)),
-        sharded=world.tell(_saves_shards(config, runtime)),
+        saves_in_background=world.broadcast(world.is_first and _saves_in_background(config, runtime, log)),
+        sharded=world.broadcast(_saves_shards(config, runtime)),
         sensor=sensor,
         lock=lock,
         sampler=sampler,
@@ -196,7 +196,7 @@ def _fresh_state(
             micro_batch = min(micro_batch, remembered_micro_batch(config, runtime.device) or micro_batch)
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
-        micro_batch = runtime.world.least(micro_batch)
+        micro_batch = runtime.world.all_min(micro_batch)
     return TrainState(
         horizon_steps(config.training, sequences_per_epoch),
         micro_batch,
@@ -239,7 +239,7 @@ def _take_fewer_after_a_restart(state: TrainState, config: AtlasConfig, runtime:
     fewer = state.micro_batch_size
     if is_a_restart():
         fewer = min(fewer, remembered_micro_batch(config, runtime.device) or fewer)
-    state.micro_batch_size = runtime.world.least(fewer)
+    state.micro_batch_size = runtime.world.all_min(fewer)
 
 
 def _length(training: TrainingConfig) -> tuple[object, ...]:

@@ -20,7 +20,7 @@ from atlas.planning import (
     estimate_training_memory,
     largest_micro_batch,
     measure_memory,
-    what_would_help,
+    memory_advice,
 )
 from atlas.planning.machine import data_bytes
 from atlas.process import keep_memory
@@ -69,7 +69,7 @@ def fit_micro_batch(
     limit = int((1 - _LEFT_FREE) * free) + (data_bytes() if runtime.device.type == "cpu" else 0)
     found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
     if found == 0:
-        for line in what_would_help(config, device=runtime.device.type, available=free):
+        for line in memory_advice(config, device=runtime.device.type, available=free):
             say(line)
         raise AtlasError(
             f"training: not even one sequence fits into the {free / 1e9:.2f} GB of memory that are free: see above for "

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.retention import move_aside
-from atlas.training.devices.parallel import load_whole_weights
+from atlas.training.devices.parallel import load_full_weights
 from atlas.training.evaluate import Evaluation
-from atlas.training.guard import Fault, causes, weights_fault
+from atlas.training.guard import Fault, diagnose, weights_fault
 from atlas.training.state import MAX_ROLLBACKS
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def roll_back(trainer: Trainer, fault: Fault) -> None:
         _give_up(
             trainer, fault, "there is no save to go back to" if good is None else "going back did not help"
         )
-    load_whole_weights(trainer.model, good["model_state_dict"])
+    load_full_weights(trainer.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
     trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
     since = state.went_back_to if state.rollbacks else good["step"]
@@ -154,7 +154,7 @@ def _target_of_all(trainer: Trainer, befores: Sequence[int | None]) -> dict[str,
         trainer.saver.join()
         for before in befores:
             found = found or trainer.checkpoints.load_latest(before=before)
-    path = world.tell(str(found[0]) if found else None)
+    path = world.broadcast(str(found[0]) if found else None)
     return found[1] if found else path and load_checkpoint(path)
 
 
@@ -163,7 +163,7 @@ def _give_up(trainer: Trainer, fault: Fault, why: str) -> NoReturn:
     first = state.sequences_consumed - max(1, state.bad_in_a_row) * training.sequences_per_update
     rate = trainer.optimizer.param_groups[0]["lr"]
     sequences = f"sequences {first:,} to {state.sequences_consumed - 1:,} of the run"
-    for line in causes(training, rate=rate, runtime=trainer.runtime, sequences=sequences):
+    for line in diagnose(training, rate=rate, runtime=trainer.runtime, sequences=sequences):
         trainer.log.say(line)
     found = trainer.checkpoints.found()
     then = f"go on with --resume {found[0][1]}" if found else "start anew"

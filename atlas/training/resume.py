@@ -72,7 +72,7 @@ def choose_start(request: Request, world: World = ALONE) -> Start:
             start = _decide(request)
             if not has_joined() and "parallel" not in request.explicit.get("training", {}):
                 _go_on_alone(start)
-    decision = world.tell(start and _decision(start))
+    decision = world.broadcast(start and _decision(start))
     with world.in_step():
         return start or _follow(decision, request, world)
 

@@ -15,13 +15,13 @@ from atlas.config import AtlasConfig
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.model import AtlasLM, add_lora, build_model
-from atlas.planning import what_would_help
+from atlas.planning import memory_advice
 from atlas.training.devices.compile import compile_blocks, filled_up, refuse_failed_compilation
 from atlas.training.devices.device import Runtime, rounding_generator, seed_micro_step
 from atlas.training.devices.memory import is_out_of_memory, release_memory, remember_micro_batch
-from atlas.training.devices.parallel import adding_up, sharded_state, whole, wrap
+from atlas.training.devices.parallel import gather_full, no_sync_except_last, sharded_state, wrap
 from atlas.training.devices.signals import Stopped, StopRequest
-from atlas.training.guard import Fault, find_fault
+from atlas.training.guard import Fault, check_update
 from atlas.training.loss import LossFunction, SummedLoss, load_loss
 from atlas.training.optimizers.bf16 import step_rounding_weights
 from atlas.training.optimizers.build import build_optimizer
@@ -164,7 +164,7 @@ class Updater:
         release_memory(self.runtime.device)
         running = min(state.micro_batch_size, num_sequences)
         if running == 1:
-            for line in what_would_help(self.config, device=self.runtime.device.type):
+            for line in memory_advice(self.config, device=self.runtime.device.type):
                 self.say(line)
             raise AtlasError(
                 f"step {state.step + 1}: out of memory with one sequence at once: see above for what would help; "
@@ -210,7 +210,7 @@ class Updater:
                 continue
             is_last = start + size >= len(inputs)
             seed_micro_step(self.config.seed, state.step, world.rank * len(inputs) + start)
-            with adding_up(self.wrapped, is_last=is_last):
+            with no_sync_except_last(self.wrapped, is_last=is_last):
                 with self.runtime.autocast():
                     columns = [
                         inputs[micro],
@@ -253,7 +253,7 @@ class Updater:
             return Update(0.0, 0.0, None)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.grad_clip or math.inf)
-        grad_norm = whole(grad_norm, to_cpu=False)
+        grad_norm = gather_full(grad_norm, to_cpu=False)
         figures = torch.stack([loss, grad_norm.to(loss)])
 
         # Of all optimizers and devices these have a kernel that reads `found_inf`.
@@ -268,13 +268,13 @@ class Updater:
             self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             loss_value, norm_value = figures.tolist()
-            fault = find_fault(loss_value, norm_value, state=state, guard=guard)
+            fault = check_update(loss_value, norm_value, state=state, guard=guard)
         else:
             loss_value, norm_value = figures.tolist()
             # The host waits for the scale too, which only an overflow needs.
             needs_scale = self.scaler.is_enabled() and not math.isfinite(norm_value)
             scale = self.scaler.get_scale() if needs_scale else None
-            fault = find_fault(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
+            fault = check_update(loss_value, norm_value, state=state, guard=guard, loss_scale=scale)
             if fault is None:
                 self._step(state.step)
             self.scaler.update()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from atlas.config import AtlasConfig
-from atlas.data.sequences.build import Sequences
+from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
 from atlas.errors import AtlasError
@@ -30,7 +30,7 @@ from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.device import Runtime, describe_machine
 from atlas.training.devices.gpu_temperature import GpuSensor, cool_down
 from atlas.training.devices.memory import collector_spares_the_run
-from atlas.training.devices.parallel import whole
+from atlas.training.devices.parallel import gather_full
 from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
 from atlas.training.guard import count
@@ -53,8 +53,8 @@ class Trainer:
         config: AtlasConfig,
         model: AtlasLM,
         tokenizer: Tokenizer,
-        train_data: Sequences,
-        val_data: Sequences | None,
+        train_data: SequenceSource,
+        val_data: SequenceSource | None,
         *,
         data_identity: dict[str, Any],
         runtime: Runtime,
@@ -145,7 +145,7 @@ class Trainer:
                 if update.fault and recover(self, update.fault):
                     stream = self._batches()
                     continue
-                if not state.is_planned and self.world.tell(self.clock.has_measured):
+                if not state.is_planned and self.world.broadcast(self.clock.has_measured):
                     self._plan_horizon()
                 last = state.step == state.horizon
                 if last or state.step % config.training.log_interval == 0:
@@ -379,7 +379,7 @@ class Trainer:
         }
         return {
             "format_version": FORMAT_VERSION,
-            **(tensors if as_shards else whole(tensors, keep=self.world.is_first)),
+            **(tensors if as_shards else gather_full(tensors, keep=self.world.is_first)),
             "scaler_state_dict": self.updater.scaler.state_dict(),
             **asdict(self.state),
             "epoch": self.epoch,

@@ -24,7 +24,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.model import AtlasLM, build_model
 from atlas.serving.engine import Engine
-from atlas.serving.text import Text
+from atlas.serving.text import Generation
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import Snapshot
 from atlas.training.checkpoint.load import load_weights
@@ -230,7 +230,7 @@ def loaded_model(settings: dict[str, Any]) -> LoadedModel:
     )
 
 
-def server_step(settings: dict[str, Any], texts: list[Text], seen: Seen) -> None:
+def server_step(settings: dict[str, Any], texts: list[Generation], seen: Seen) -> None:
     """The second step after all texts have joined: with the first a CUDA graph is recorded."""
     engine = Engine(loaded_model(settings), "fake", parallel=4, queue=8)
     with torch.inference_mode():
@@ -266,8 +266,8 @@ def look(seen: Seen) -> None:
     seen.clear()
 
 
-def text(prompt: list[int], sampling: Sampling | None = None, **options: Any) -> Text:
-    return Text(prompt, sampling or Sampling(), **{"max_tokens": 8, "seed": 0, **options})
+def text(prompt: list[int], sampling: Sampling | None = None, **options: Any) -> Generation:
+    return Generation(prompt, sampling or Sampling(), **{"max_tokens": 8, "seed": 0, **options})
 
 
 GREEDY, RAGGED = Sampling(temperature=0), Sampling(repetition_penalty=1.2, min_p=0.1)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 STEPS = ("nfc", "control", "whitespace", "duplicates")
 
@@ -43,9 +43,9 @@ class Cleaning:
     def __post_init__(self) -> None:
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown:
-            raise AtlasError(f"--clean {unknown[0]}: no such step; the steps are {', '.join(STEPS)}, or none")
+            raise DataError(f"--clean {unknown[0]}: no such step; the steps are {', '.join(STEPS)}, or none")
         if self.min_chars < 0:
-            raise AtlasError(f"--min-chars {self.min_chars}: must be at least 0")
+            raise DataError(f"--min-chars {self.min_chars}: must be at least 0")
 
     @staticmethod
     def parse(names: str) -> tuple[str, ...]:

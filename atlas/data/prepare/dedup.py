@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.files import flush_to_disk
 
 DIGEST_BYTES = 16
@@ -186,10 +186,10 @@ def _lean(signature: Sequence[int] | NDArray[np.uint32]) -> Any:
 
 
 def require_datasketch() -> None:
-    """Raises `AtlasError` where near-duplicates cannot be found."""
+    """Raises `DataError` where near-duplicates cannot be found."""
     try:
         import datasketch  # noqa: F401
     except ImportError:
-        raise AtlasError(
+        raise DataError(
             '--near-dedup: needs the package datasketch; pip install "atlas-llm[dedup]", or leave it out'
         ) from None

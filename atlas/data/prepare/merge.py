@@ -37,7 +37,7 @@ class _OpenDocument:
     signature: list[int] | None = None
 
 
-class Assembly:
+class Merger:
     """The splits as far as they are written. `state` is plain values, from which another process goes on."""
 
     def __init__(

@@ -15,13 +15,13 @@ from typing import Any
 from atlas.data.prepare.batching import Position
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import require_datasketch
-from atlas.data.prepare.merge import Assembly
+from atlas.data.prepare.merge import Merger
 from atlas.data.prepare.split import FEWEST_DOCUMENTS, SplitRule
 from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import learn_tokenizer
-from atlas.data.prepare.workers import Crew
-from atlas.data.prepare.workspace import Workshop, alone, making, refuse_foreign
+from atlas.data.prepare.workers import WorkerPool
+from atlas.data.prepare.workspace import Workspace, alone, building, refuse_foreign
 from atlas.data.shards import (
     FORMAT_VERSION,
     Manifest,
@@ -33,7 +33,7 @@ from atlas.data.shards import (
 )
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder
 from atlas.progress import byte_progress, say
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
@@ -71,9 +71,9 @@ class _Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise AtlasError(f"val_fraction {self.val_fraction}: must be at least 0 and below 1")
+            raise DataError(f"val_fraction {self.val_fraction}: must be at least 0 and below 1")
         if self.shard_tokens < 1:
-            raise AtlasError(f"shard_tokens {self.shard_tokens}: must be at least 1")
+            raise DataError(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if self.cleaning.near_dedup:
             require_datasketch()
 
@@ -107,12 +107,12 @@ def prepare(
     GPT-2's. `workers` processes tokenize (default: one for each core), here or, with `engine="ray"`, on a Ray
     cluster; the shards are the same, bit for bit. A folder that holds exactly this already is left as it is, an
     older dataset is replaced, and what a killed call had done is gone on with.
-    Raises `AtlasError` for input that cannot be read, an output folder that holds something else, a text of
+    Raises `DataError` for input that cannot be read, an output folder that holds something else, a text of
     which nothing is left to train on, and, unless `trust_archives`, for a zip as large as only bombs are.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
-        raise AtlasError(
+        raise DataError(
             f"tokenizer {tokenizer.name}: cannot be given together with training a new one; give one of them"
         )
     if not train_tokenizer:
@@ -121,7 +121,7 @@ def prepare(
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
         target = default_output(sources) if output is None else Path(output)
         with _file_errors(target):
-            return _prepare(sources, target, tokenizer, options, Crew(workers, engine))
+            return _prepare(sources, target, tokenizer, options, WorkerPool(workers, engine))
 
 
 def prepare_text_cached(
@@ -136,7 +136,7 @@ def prepare_text_cached(
         sources = Sources(paths, text_field=text_field)
         folder = cache_folder() / "datasets" / options.key(sources, tokenizer)[:32]
     with _file_errors(folder):
-        return _prepare(sources, folder, tokenizer, options, Crew()).dataset.folder
+        return _prepare(sources, folder, tokenizer, options, WorkerPool()).dataset.folder
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AtlasError(
+        raise DataError(
             f"{error.filename or place}: {error.strerror or error}; check its permissions and the free space"
         ) from None
 
@@ -156,21 +156,21 @@ def default_output(sources: Sources) -> Path:
 
 
 def _prepare(
-    sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options, crew: Crew
+    sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options, pool: WorkerPool
 ) -> Summary:
     refuse_foreign(output)
     key = options.key(sources, tokenizer)
     if existing := _existing(output, key):
         return Summary(existing, unchanged=True)
     if next(sources.documents(), None) is None:
-        raise AtlasError(f"{sources.names}: holds no text to train on; give some that does")
+        raise DataError(f"{sources.names}: holds no text to train on; give some that does")
     with alone(output):
         if existing := _existing(output, key):  # made meanwhile, by the one that this one waited for
             return Summary(existing, unchanged=True)
         for line in what_changed(output, sources, tokenizer, options.to_json(sources)):
             say(line)
-        with making(output, key) as workshop:
-            _make(sources, output, tokenizer, options, crew, workshop)
+        with building(output, key) as workspace:
+            _make(sources, output, tokenizer, options, pool, workspace)
         return Summary(open_dataset(output), unchanged=False)
 
 
@@ -179,11 +179,11 @@ def _make(
     output: Path,
     tokenizer: Tokenizer | None,
     options: _Options,
-    crew: Crew,
-    workshop: Workshop,
+    pool: WorkerPool,
+    workspace: Workspace,
 ) -> None:
     """Read everything once, write the shards, and describe them; or go on where a killed call was."""
-    state, folder = workshop.state or {}, workshop.dataset
+    state, folder = workspace.state or {}, workspace.dataset
     if state:
         rule = SplitRule(**state["rule"])
         tokenizer = tokenizer or Tokenizer.load(folder)
@@ -195,41 +195,41 @@ def _make(
         if is_own := isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
             tokenizer.save(folder / "tokenizer.json")
         if is_own and options.train_tokenizer:
-            workshop.commit({"rule": vars(rule)})
+            workspace.commit({"rule": vars(rule)})
     dtype = token_dtype(tokenizer.vocab_size)
-    assembly = Assembly(
+    merger = Merger(
         folder,
-        workshop.folder,
+        workspace.folder,
         rule,
         options.cleaning,
         dtype,
         options.shard_tokens,
         state=state.get("assembly"),
     )
-    _require_space(sources, tokenizer, output, done=assembly.tokens)
-    if assembly.tokens:
-        say(f"{output}: {assembly.tokens:,} tokens were done before; going on behind them")
+    _require_space(sources, tokenizer, output, done=merger.tokens)
+    if merger.tokens:
+        say(f"{output}: {merger.tokens:,} tokens were done before; going on behind them")
     try:
-        report = _tokenize(sources, assembly, Encoder(tokenizer, options.cleaning, dtype.str), crew, workshop)
-        splits = assembly.finish()
+        report = _tokenize(sources, merger, Encoder(tokenizer, options.cleaning, dtype.str), pool, workspace)
+        splits = merger.finish()
     finally:
-        assembly.close()
-    gone = [f"{record.documents:,} by {step}" for step, record in assembly.left_out.items()]
+        merger.close()
+    gone = [f"{record.documents:,} by {step}" for step, record in merger.left_out.items()]
     if not splits and gone:
         shortest = options.cleaning.min_chars
         less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
-        raise AtlasError(
+        raise DataError(
             f"{sources.names}: cleaning leaves no text to train on: every document is left out "
             f"({', '.join(gone)}); give more text{less}"
         )
     if "train" not in splits:
-        raise AtlasError(
+        raise DataError(
             f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "
             "give more text, or a smaller fraction"
         )
     Manifest(
         version=FORMAT_VERSION,
-        key=workshop.key,
+        key=workspace.key,
         tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
         dtype=dtype.str,
         splits=splits,
@@ -237,32 +237,32 @@ def _make(
         source=sources.description(report)
         | {"content_key": sources.content_key, "roots": roots_to_keep(sources)},
         notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
-        cleaning=assembly.cleaned,
+        cleaning=merger.cleaned,
     ).write(folder)
 
 
 def _tokenize(
-    sources: Sources, assembly: Assembly, encoder: Encoder, crew: Crew, workshop: Workshop
+    sources: Sources, merger: Merger, encoder: Encoder, pool: WorkerPool, workspace: Workspace
 ) -> SourceReport:
     """Every batch into the assembly, with a commit after each finished shard and every few seconds."""
-    state = workshop.state or {}
+    state = workspace.state or {}
     report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
     start = Position(*state.get("position", ()))
     committed = time.monotonic()
     with byte_progress(sources.total_bytes, "tokenizing") as advance:
         shown = 0
-        for batch, encoded in crew.encode(sources, assembly.rule, start, encoder):
-            finished_shard = assembly.add(batch, encoded)
+        for batch, encoded in pool.encode(sources, merger.rule, start, encoder):
+            finished_shard = merger.add(batch, encoded)
             report.merge(batch.report)
             advance(batch.bytes_read - shown)
             shown = batch.bytes_read
             if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                workshop.commit(
+                workspace.commit(
                     {
-                        "rule": vars(assembly.rule),
+                        "rule": vars(merger.rule),
                         "position": batch.end,
                         "report": report.to_json(),
-                        "assembly": assembly.sync(),
+                        "assembly": merger.sync(),
                     }
                 )
                 committed = time.monotonic()
@@ -285,7 +285,7 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
     needed = max(0, all_tokens - done) * token_dtype(tokenizer.vocab_size).itemsize
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
-        raise AtlasError(
+        raise DataError(
             f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} take about "
             f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
         )

@@ -17,7 +17,7 @@ from atlas.data.prepare.batching import Batch, Position, read_batches
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded, Encoder
 from atlas.data.text.sources import Group
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, DataError
 
 _BUNDLE_BYTES = 64 << 20
 """Small files are read together: a task has a price of its own."""
@@ -33,7 +33,7 @@ def encode_on_ray(
     read = ray.remote(num_cpus=0, num_returns="streaming", _generator_backpressure_num_objects=2 * _AHEAD)(
         _read_bundle
     )
-    crew = itertools.cycle(
+    pool = itertools.cycle(
         [
             ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker).remote(encoder)
             for _ in range(workers)
@@ -53,7 +53,7 @@ def encode_on_ray(
             yield from readers.popleft()
 
     for batch in batches():
-        under_way.append((batch, next(crew).encode.remote(batch)))
+        under_way.append((batch, next(pool).encode.remote(batch)))
         if len(under_way) >= _AHEAD * workers:
             yield _fetch(ray, under_way.popleft())
     while under_way:
@@ -114,7 +114,7 @@ def _connected() -> Any:
     try:
         import ray
     except ImportError:
-        raise AtlasError('--engine ray: needs the package ray; pip install "atlas-llm[ray]"') from None
+        raise DataError('--engine ray: needs the package ray; pip install "atlas-llm[ray]"') from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)  # of RAY_ADDRESS, else of this machine
     return ray

@@ -24,7 +24,7 @@ from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded, Encoder
 from atlas.data.prepare.workspace import WorkerKilled
 from atlas.data.text.sources import Sources
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.progress import say
 from atlas.tokenizer import CustomTokenizer
 
@@ -43,7 +43,7 @@ _encoder: Encoder | None = None
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """Who tokenizes: `workers` processes (None: one for each core, none for a small text)."""
 
     workers: int | None = None
@@ -51,9 +51,9 @@ class Crew:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise AtlasError(f"--workers {self.workers}: must be at least 1")
+            raise DataError(f"--workers {self.workers}: must be at least 1")
         if self.engine not in ("local", "ray"):
-            raise AtlasError(f"--engine {self.engine}: must be local or ray")
+            raise DataError(f"--engine {self.engine}: must be local or ray")
 
     def encode(
         self, sources: Sources, rule: SplitRule, start: Position, encoder: Encoder

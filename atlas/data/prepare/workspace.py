@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.files import flush_folder, flush_to_disk, try_to_lock
 from atlas.progress import say
 
 
-class WorkerKilled(AtlasError):
+class WorkerKilled(DataError):
     """A process that tokenizes was killed: the work so far is sound."""
 
 
@@ -29,18 +29,18 @@ _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.doc
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises `AtlasError` unless `output` is free, empty, or an older dataset and nothing besides."""
+    """Raises `DataError` unless `output` is free, empty, or an older dataset and nothing besides."""
     names = sorted(os.listdir(output)) if output.is_dir() else []
     foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
     if foreign:
-        raise AtlasError(f"{output}: holds other files ({foreign[0]}); choose another folder with --output")
+        raise DataError(f"{output}: holds other files ({foreign[0]}); choose another folder with --output")
     if names and MANIFEST not in names:
-        raise AtlasError(
+        raise DataError(
             f"{output}: is not empty and no prepared dataset; choose another folder with --output"
         )
     in_the_way = next((place for place in (output, *output.parents) if place.is_file()), None)
     if in_the_way:
-        raise AtlasError(f"{in_the_way}: is a file; choose a folder with --output")
+        raise DataError(f"{in_the_way}: is a file; choose a folder with --output")
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def alone(output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-class Workshop:
+class Workspace:
     """Where a dataset is made: a folder beside its place, which a killed process leaves to the next one.
 
     `dataset` is what will take the place; `journal.json` says how far it is, and for which key.
@@ -108,26 +108,26 @@ class Workshop:
 
 
 @contextmanager
-def making(output: Path, key: str) -> Iterator[Workshop]:
-    """A workshop whose dataset takes the place of `output` at the end.
+def building(output: Path, key: str) -> Iterator[Workspace]:
+    """A workspace whose dataset takes the place of `output` at the end.
 
     What is committed stays for the next call with the same `key` if this one is killed or interrupted, or runs
     out of disk or memory; any other failure leaves nothing. Only who is `alone` with `output` may call this.
     """
     output = output.absolute()
     clean_up(output)
-    workshop = Workshop(output.with_name(f".{output.name}.preparing"), key)
+    workspace = Workspace(output.with_name(f".{output.name}.preparing"), key)
     replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
     keep = False
     try:
-        yield workshop
-        _flush(workshop.dataset)
+        yield workspace
+        _flush(workspace.dataset)
         refuse_foreign(output)
         if output.exists():
             output.rename(replaced)
-        workshop.dataset.rename(output)
+        workspace.dataset.rename(output)
     except (KeyboardInterrupt, OSError, WorkerKilled):
-        keep = workshop.can_go_on
+        keep = workspace.can_go_on
         if keep:
             say(f"{output}: what is done so far is kept; the same command goes on with it")
         raise
@@ -135,12 +135,12 @@ def making(output: Path, key: str) -> Iterator[Workshop]:
         if replaced.exists() and not output.exists():
             replaced.rename(output)
         if not keep:
-            shutil.rmtree(workshop.folder, ignore_errors=True)
+            shutil.rmtree(workspace.folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed process left, but a workshop; put back what it had only just moved out of the way."""
+    """Remove what a killed process left, except a workspace; put back what it had only just moved out of the way."""
     own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)

@@ -10,10 +10,10 @@ from atlas.data.sequences.open import ResolvedData, Stream
 from atlas.data.sequences.packing import PackedDataset
 
 Windows = SequenceDataset | ChatDataset
-Sequences = Windows | MixtureDataset
+SequenceSource = Windows | MixtureDataset
 
 
-def training_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences:
+def training_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource:
     """What is trained on: one dataset's windows, or a mixture's."""
     parts = [training_windows(stream, config) for stream in data.trains]
     return parts[0] if len(parts) == 1 else MixtureDataset(parts, data.weights)
@@ -29,7 +29,7 @@ def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
     return SequenceDataset(stream, length, with_documents=masked)
 
 
-def validation_sequences(data: ResolvedData, config: AtlasConfig) -> Sequences | None:
+def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource | None:
     """What is judged by; None where there is nothing. Of conversations that were held out by chance no answer may be
     within a window: they are nothing."""
     trained_on = {stream.name for stream in data.trains}

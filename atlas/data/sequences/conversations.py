@@ -24,7 +24,7 @@ from atlas.data.sequences.packing import best_fit_decreasing
 from atlas.data.text.decode import replace_undecodable
 from atlas.data.text.documents import holds_rows, json_name, read_rows
 from atlas.data.text.files import TextFile, format_of, is_json
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import ROLES, Message, Turn, turns_of
@@ -83,7 +83,7 @@ def read_conversations(
     """Those of a JSONL file to train on, those held out (by the hash of each, `val_fraction` of them), and what was met
     on the way, a line each.
 
-    Raises `AtlasError` for a row that is not a conversation with an answer.
+    Raises `DataError` for a row that is not a conversation with an answer.
     """
     texts: list[list[Turn]] = []
     digests = []
@@ -171,28 +171,28 @@ def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int],
         missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
         if missing:
             what = "no answer" if missing == ["response"] else f"no text in {' and '.join(missing)}"
-            raise AtlasError(f"{place}: has {what}; a row is like {_EXAMPLE}")
+            raise DataError(f"{place}: has {what}; a row is like {_EXAMPLE}")
         messages = [Message("user", row["prompt"]), Message("assistant", row["response"])]
     else:
         if not isinstance(row["messages"], list):
-            raise AtlasError(f"{place}: messages is {json_name(row['messages'])}; a row is like {_EXAMPLE}")
+            raise DataError(f"{place}: messages is {json_name(row['messages'])}; a row is like {_EXAMPLE}")
         messages = [
             _message(message, f"{place}, message {n}") for n, message in enumerate(row["messages"], 1)
         ]
     while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):
         messages.pop()
     if not messages:
-        raise AtlasError(f"{place}: has no answer; a row is like {_EXAMPLE}")
+        raise DataError(f"{place}: has no answer; a row is like {_EXAMPLE}")
     return [Message(role, replace_undecodable(content, on_undecodable)) for role, content in messages]
 
 
 def _message(value: object, place: str) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise AtlasError(
+        raise DataError(
             f'{place}: has no text in content; a message is like {{"role": "user", "content": …}}'
         )
     if value.get("role") not in ROLES:
-        raise AtlasError(f"{place}: has the role {value.get('role')!r:.40}; roles are {', '.join(ROLES)}")
+        raise DataError(f"{place}: has the role {value.get('role')!r:.40}; roles are {', '.join(ROLES)}")
     return Message(value["role"], value["content"])
 
 
@@ -203,7 +203,7 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
     Whole conversations are packed into windows, best fit. One that is longer than a window loses its end, and is left
     out if all its answers go with it: `num_cut` and `num_left_out`.
 
-    Raises `AtlasError` if no answer is left.
+    Raises `DataError` if no answer is left.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         has_answer = answers > 0
         self.num_targets = int(answers.sum())
         if not has_answer.any():
-            raise AtlasError(
+            raise DataError(
                 f"{conversations.name}: no answer begins within max_seq_len {max_seq_len} tokens of its conversation; "
                 "set a larger model.max_seq_len, or give shorter prompts"
             )

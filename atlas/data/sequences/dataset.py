@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.shards import TokenStream, open_dataset
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -32,7 +32,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
     with end of text in the inputs and `IGNORE_INDEX` in the targets: then every token but the first is
     a target exactly once.
 
-    Raises `AtlasError` if the stream has not one window.
+    Raises `DataError` if the stream has not one window.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         num_targets = max(0, stream.num_tokens - 1)
         self._num_windows = -(-num_targets // max_seq_len) if pad_last else num_targets // max_seq_len
         if self._num_windows == 0:
-            raise AtlasError(
+            raise DataError(
                 f"{stream.name}: {stream.num_tokens} tokens are too few for one sequence of "
                 f"max_seq_len {max_seq_len} (it takes {2 if pad_last else max_seq_len + 1}); "
                 "give more text, or set a smaller model.max_seq_len"

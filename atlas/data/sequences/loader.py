@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 """Numbers of a run's sequences → their windows."""
@@ -79,9 +79,9 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def share_of_update(sequences_per_update: int, world_size: int) -> int:
-    """How many sequences of an update each process takes. Raises `AtlasError` if it cannot be shared out evenly."""
+    """How many sequences of an update each process takes. Raises `DataError` if it cannot be shared out evenly."""
     if sequences_per_update % world_size:
-        raise AtlasError(
+        raise DataError(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
             "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
         )
@@ -109,7 +109,7 @@ def batches(
     With `num_workers` threads read ahead, in memory for 2 batches each (16 bytes per token); the batches are
     the same, bit for bit. What a thread raises is raised here, and closing the iterator stops the threads.
 
-    Raises `AtlasError` if an update cannot be shared out evenly.
+    Raises `DataError` if an update cannot be shared out evenly.
     """
     share_of_update(sequences_per_update, world_size)
     updates = _sequences_of_updates(start, sequences_per_update, num_updates, rank, world_size)

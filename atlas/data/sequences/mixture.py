@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from atlas.data.sequences.conversations import ChatDataset
 from atlas.data.sequences.dataset import SequenceDataset
 from atlas.data.sequences.loader import SequenceOrder
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 BLOCK = 4096
 """Sequences in which the shares hold exactly."""
@@ -48,7 +48,7 @@ class MixtureOrder:
     sequence that falls to a part is the j-th of that part's own `SequenceOrder`. So a part's windows come once
     in each pass over it, and any i costs the same.
 
-    Raises `AtlasError` for a weight too small to get one sequence of a block.
+    Raises `DataError` for a weight too small to get one sequence of a block.
     """
 
     def __init__(self, seed: int, num_windows: Sequence[int], weights: Sequence[float]) -> None:
@@ -94,7 +94,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     counts[largest_first[: BLOCK - int(counts.sum())]] += 1
     if counts.min() == 0:
         smallest = weights[int(counts.argmin())]
-        raise AtlasError(
+        raise DataError(
             f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: give more, or leave the part out"
         )
     return [int(count) for count in counts]

@@ -12,7 +12,7 @@ from atlas.config.config import MixturePart
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.sequences.conversations import Conversations, holds_conversations, read_conversations
 from atlas.data.shards import PreparedDataset, TokenStream, is_prepared, open_dataset
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 
 Stream = TokenStream | Conversations
@@ -67,7 +67,7 @@ def resolve_data(
     takes GPT-2's. `val_fraction` of a plain text is held out, unless `val_data` is given. Of a prepared
     folder given as `val_data` the validation part is taken, or all of it where it has none.
 
-    Raises `AtlasError` for missing or empty data, and where two tokenizers would meet.
+    Raises `DataError` for missing or empty data, and where two tokenizers would meet.
     """
     if holds_conversations(train_data):
         return _resolve_conversations(train_data, val_data, tokenizer or Tokenizer.gpt2(), val_fraction)
@@ -156,7 +156,7 @@ def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> Stream:
 def _refuse_other_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None or dataset.tokenizer_fingerprint == tokenizer.fingerprint:
         return
-    raise AtlasError(
+    raise DataError(
         f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
         f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} ({tokenizer.fingerprint[:16]}); "
         "give the text that it was prepared from instead, or prepare that with atlas prepare --tokenizer"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.files import check_regular, open_zip
 
 if sys.version_info >= (3, 14):
@@ -58,7 +58,7 @@ class Member:
 def members_of(path: Path, *, trust: bool = False) -> list[Member]:
     """The members of a zip or tar, in its own order; the archive is checked first.
 
-    Raises `AtlasError` for what is no archive, is not safe to read, or, unless `trust`, may be a bomb.
+    Raises `DataError` for what is no archive, is not safe to read, or, unless `trust`, may be a bomb.
     """
     if path.suffix.lower() == ".zip":
         zipped = _checked_zip(path, trust)
@@ -151,9 +151,7 @@ def _checked_zip(path: Path, trust: bool) -> list[zipfile.ZipInfo]:
         with open_zip(path, directory_limit=limit) as archive:
             members = [member for member in archive.infolist() if not member.filename.endswith("/")]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise AtlasError(
-            f"{path}: is not a zip archive ({error!s:.200}); download or pack it again"
-        ) from None
+        raise DataError(f"{path}: is not a zip archive ({error!s:.200}); download or pack it again") from None
     for member in members:
         _refuse_unsafe(path, member)
     if not trust:
@@ -178,11 +176,11 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
             if is_in_own_order(path):
                 _read_on(archive, path, trust)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, zstd.ZstdError) as error:
-        raise AtlasError(
+        raise DataError(
             f"{path}: is not a whole tar archive ({error!s:.200}); download or pack it again"
         ) from None
     except RecursionError:  # tarfile's, in a chain of thousands of headers
-        raise AtlasError(f"{path}: is not a whole tar archive (headers without end)") from None
+        raise DataError(f"{path}: is not a whole tar archive (headers without end)") from None
     return members
 
 
@@ -211,36 +209,34 @@ def _refuse_unsafe_name(name: str, shown: str) -> None:
     """Members are never written to disk; an archive that tries to leave its folder is refused all the same."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
-        raise AtlasError(f"{shown} points outside the archive; it is not safe to use")
+        raise DataError(f"{shown} points outside the archive; it is not safe to use")
     if not name or _CONTROL.search(name) or len(name) > _LONGEST_NAME:
-        raise AtlasError(f"{shown} has a name that no file can have; it is not safe to use")
+        raise DataError(f"{shown} has a name that no file can have; it is not safe to use")
 
 
 def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
     shown = f"{archive}: member {member.orig_filename!r:.200}"
     _refuse_unsafe_name(member.orig_filename, shown)
     if member.flag_bits & 1:
-        raise AtlasError(f"{shown} is encrypted; unpack it first")
+        raise DataError(f"{shown} is encrypted; unpack it first")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # bzip2 and LZMA unpack gigabytes at once, on the word of a few bytes.
-        raise AtlasError(
+        raise DataError(
             f"{shown} is compressed in a way Atlas does not read; unpack it, or pack with deflate"
         )
     if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
-        raise AtlasError(f"{shown} contradicts itself about its size; download or pack it again")
+        raise DataError(f"{shown} contradicts itself about its size; download or pack it again")
 
 
 def _refuse_bomb(archive: Path, count: int, size: int) -> None:
     packed = archive.stat().st_size
     remedy = "if you know where it comes from, give atlas prepare --trust-archives"
     if count > MAX_MEMBERS:
-        raise AtlasError(f"{archive}: holds {count:,} files, more than {MAX_MEMBERS:,}; {remedy}")
+        raise DataError(f"{archive}: holds {count:,} files, more than {MAX_MEMBERS:,}; {remedy}")
     if size > MAX_BYTES:
-        raise AtlasError(
-            f"{archive}: holds {size / 1e12:,.1f} TB, more than {MAX_BYTES / 1e12:.0f}; {remedy}"
-        )
+        raise DataError(f"{archive}: holds {size / 1e12:,.1f} TB, more than {MAX_BYTES / 1e12:.0f}; {remedy}")
     if size > RATIO_FREE_BYTES and size > MAX_RATIO * packed:
-        raise AtlasError(
+        raise DataError(
             f"{archive}: {packed:,} bytes that unpack to {size:,}, more than {MAX_RATIO} times as many, may be "
             f"a {'zip ' if archive.suffix.lower() == '.zip' else ''}bomb; {remedy}"
         )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 PIECE_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
 def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
     """UTF-8, with or without a byte-order mark, or UTF-16 with one, as chunks of text; line ends stay as they are.
 
-    Raises `AtlasError` for what begins like a binary file.
+    Raises `DataError` for what begins like a binary file.
     """
     first = b""
     while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
@@ -84,10 +84,10 @@ def utf16_of(beginning: bytes) -> str | None:
 
 
 def refuse_binary(beginning: bytes, name: str) -> None:
-    """Raises `AtlasError` for a zero byte near the beginning, which no text has (git judges so, too)."""
+    """Raises `DataError` for a zero byte near the beginning, which no text has (git judges so, too)."""
     if b"\0" in beginning[:_BINARY_BYTES]:
         shown = next((what for mark, what in _BINARY.items() if beginning.startswith(mark)), "a binary file")
-        raise AtlasError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
+        raise DataError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
 
 
 def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:

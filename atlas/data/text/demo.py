@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 _SHORTEST = 80
 """Characters below which a docstring says too little to be a document."""
@@ -27,13 +27,13 @@ def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) ->
     """Write the documentation of `library` (default: this Python's) to `path`, a JSONL file with a document
     a line, each exactly once and in the same order at every call.
 
-    Raises `AtlasError` if this Python carries too little documentation.
+    Raises `DataError` if this Python carries too little documentation.
     """
     path = Path(path)
     documents = dict.fromkeys(_documents(Path(library or sysconfig.get_paths()["stdlib"])))
     text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
     if len(text.encode()) < _ENOUGH_BYTES:
-        raise AtlasError(
+        raise DataError(
             "this Python carries almost no documentation (a stripped build?): give a text of your own with --data"
         )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from atlas.data.text.archives import MAX_RATIO, RATIO_FREE_BYTES
 from atlas.data.text.decode import Piece, as_document, read_text, replace_undecodable, utf16_of
 from atlas.data.text.files import Advance, TextFile, bomb, open_root
 from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 _LONGEST_ROW = 64 << 20
 _NAMES_SHOWN = 8
@@ -137,7 +137,7 @@ def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
             if len(line) > _LONGEST_ROW:
-                raise AtlasError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
+                raise DataError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
             if line.strip():
                 yield place, _row(line, place, like)
 
@@ -184,27 +184,27 @@ def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
             if isinstance(error, json.JSONDecodeError)
             else error
         )
-        raise AtlasError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
+        raise DataError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
-        raise AtlasError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
+        raise DataError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
     return row
 
 
 def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
     """None where the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
-        raise AtlasError(
+        raise DataError(
             f"{place}: is a conversation, which is not prepared: give a file of nothing but conversations to "
             "atlas train --train-data"
         )
     if text_field not in row:
-        raise AtlasError(
+        raise DataError(
             f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
             "atlas prepare --text-field, or call those of a conversation prompt and response"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):
-        raise AtlasError(
+        raise DataError(
             f"{place}: field {text_field!r} is {json_name(text)}, not text; "
             "name the field that holds the text with --text-field, or take the row out"
         )
@@ -224,7 +224,7 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise AtlasError(
+        raise DataError(
             f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
         ) from None
     on_undecodable = _counter(report.undecodable, file.name)
@@ -256,7 +256,7 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
                 advance(file.size)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AtlasError(
+        raise DataError(
             f"{file.name}: is not whole Parquet ({reason:.200}); download or write it again"
         ) from None
 
@@ -266,14 +266,14 @@ def _check_column(file: TextFile, table: Any, text_field: str) -> None:
 
     columns = table.schema_arrow
     if text_field not in columns.names:
-        raise AtlasError(
+        raise DataError(
             f"{file.name}: has no column {text_field!r}, but {_shown(columns.names)}; name the column with "
             "--text-field"
         )
     kind = columns.field(text_field).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(value) or types.is_large_string(value)):
-        raise AtlasError(f"{file.name}: column {text_field!r} is {value}, not text")
+        raise DataError(f"{file.name}: column {text_field!r} is {value}, not text")
 
 
 def _claimed_bytes(table: Any, text_field: str) -> int:

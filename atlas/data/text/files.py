@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Literal, cast
 
 from atlas.data.text.archives import MAX_RATIO, RATIO_FREE_BYTES, open_member, open_zstd
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -128,7 +128,7 @@ class TextFile:
     def open(self, advance: Advance = lambda _: None) -> Iterator[BinaryIO]:
         """Its bytes, unpacked; `advance` is told how many of `size` more were read.
 
-        Raises `AtlasError` for what cannot be read or unpacked, and unless it is `trusted`, for a bomb.
+        Raises `DataError` for what cannot be read or unpacked, and unless it is `trusted`, for a bomb.
         """
         try:
             with open_member(self.root, self.member) if self.member else open_root(self.root) as raw:
@@ -151,11 +151,11 @@ class TextFile:
             raise self._damaged(error) from None
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise AtlasError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
+            raise DataError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
 
-    def _damaged(self, error: Exception) -> AtlasError:
+    def _damaged(self, error: Exception) -> DataError:
         what = "the archive" if self.member else "the file"
-        return AtlasError(f"{self.name}: {what} is damaged ({error!s:.200}); download or pack it again")
+        return DataError(f"{self.name}: {what} is damaged ({error!s:.200}); download or pack it again")
 
 
 def open_root(root: str) -> IO[bytes]:
@@ -166,28 +166,26 @@ def open_root(root: str) -> IO[bytes]:
     try:
         return cast(IO[bytes], filesystem.open(path, "rb"))
     except Exception as error:  # whatever a backend raises
-        raise AtlasError(
-            f"{root}: cannot be opened ({error!s:.200}); check the URL and your access"
-        ) from None
+        raise DataError(f"{root}: cannot be opened ({error!s:.200}); check the URL and your access") from None
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for a URL, and the path in it. Raises `AtlasError` without fsspec or its backend."""
+    """fsspec's filesystem for a URL, and the path in it. Raises `DataError` without fsspec or its backend."""
     if "::" in url:
-        raise AtlasError(f"{url}: a URL inside another cannot be read; download it")
+        raise DataError(f"{url}: a URL inside another cannot be read; download it")
     try:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise AtlasError(
+        raise DataError(
             f"{url}: cannot be opened ({error!s:.200}); install what that scheme needs, or download it"
         ) from None
     return filesystem, path
 
 
-def bomb(name: str, packed: int) -> AtlasError:
-    return AtlasError(
+def bomb(name: str, packed: int) -> DataError:
+    return DataError(
         f"{name}: {packed:,} bytes that unpack to more than {MAX_RATIO} times as many may be a bomb; if you know "
         "where it comes from, give atlas prepare --trust-archives"
     )

@@ -37,7 +37,7 @@ from atlas.data.text.files import (
 )
 from atlas.data.text.hashes import hashes_of
 from atlas.data.text.stdin import STANDARD_INPUT
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, DataError
 
 __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 
@@ -52,7 +52,7 @@ _KINDS = (
 class Sources:
     """The text that some paths hold, as documents in a fixed order.
 
-    Raises `AtlasError` for a path that is missing, of a kind Atlas does not read, or without any text.
+    Raises `DataError` for a path that is missing, of a kind Atlas does not read, or without any text.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Sources:
                 if self.ignored
                 else ""
             )
-            raise AtlasError(f"{self.names}: nothing to read{self._links_note}{ignored}; give {_KINDS}")
+            raise DataError(f"{self.names}: nothing to read{self._links_note}{ignored}; give {_KINDS}")
 
     @property
     def names(self) -> str:
@@ -225,7 +225,7 @@ class Sources:
                 if Path(match).is_file():
                     yield from self._file(Path(match), match, named=False)
         else:
-            raise AtlasError(f"{given}: {_why_missing(given)}")
+            raise DataError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
         found = [
@@ -251,12 +251,12 @@ class Sources:
             self._roots[resolved] = name
             yield file
         elif kind and named:
-            raise AtlasError(
+            raise DataError(
                 f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
                 "jq -c '.[]' does with an array"
             )
         elif named:
-            raise AtlasError(f"{path}: {ending_of(path.name) or 'no'} ending: Atlas reads {_KINDS}")
+            raise DataError(f"{path}: {ending_of(path.name) or 'no'} ending: Atlas reads {_KINDS}")
         else:
             self.ignored.append(printable(name))
 
@@ -287,15 +287,15 @@ class Sources:
             else:
                 in_folder, found = True, filesystem.find(path, detail=True)
         except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
-            raise AtlasError(
+            raise DataError(
                 f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
             ) from None
         files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
         if not files:
-            raise AtlasError(f"{url}: no such file or folder; give {_KINDS}")
+            raise DataError(f"{url}: no such file or folder; give {_KINDS}")
         for name in sorted(files, key=_natural):
             if is_archive(name):
-                raise AtlasError(f"{url}: an archive is read on the disk only; download {name}")
+                raise DataError(f"{url}: an archive is read on the disk only; download {name}")
             full, kind = filesystem.unstrip_protocol(name), format_of(name)
             file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
             # Files that a pattern names are not looked into: each look would download the beginning of one.
@@ -354,7 +354,7 @@ def _url_key(url: str) -> str:
         facts = filesystem.info(path)  # HTTP's `ukey` takes whatever is there for unchanging
         return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
     except Exception as error:  # whatever a backend raises
-        raise AtlasError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
+        raise DataError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from atlas.errors import AtlasError
+from atlas.errors import DataError
 from atlas.progress import say
 
 STANDARD_INPUT = "-"
@@ -28,7 +28,7 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         yield None
         return
     if sys.stdin is None or sys.stdin.isatty():
-        raise AtlasError("-: standard input is a terminal; pipe text into it, or name a file")
+        raise DataError("-: standard input is a terminal; pipe text into it, or name a file")
     target = DEFAULT_OUTPUT if output is None else Path(output)
     target = target.absolute()
     made = [folder for folder in target.parents if not folder.exists()]

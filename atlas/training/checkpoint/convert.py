@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atlas.config import AtlasConfig
-from atlas.errors import AtlasError
+from atlas.errors import CheckpointError
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.atomic_write import commit, write_tensors
@@ -35,7 +35,7 @@ def save_imported(
     chat_template: str | None = None,
 ) -> Path:
     """Write `atlas_best.pt` into `folder` and return its path; it holds no optimizer state, so that no run goes on from
-    it. Raises `AtlasError` where it cannot be written."""
+    it. Raises `CheckpointError` where it cannot be written."""
     config = AtlasConfig(model=model.config)
     contents = {
         "format_version": FORMAT_VERSION,
@@ -62,16 +62,16 @@ def save_imported(
     problems: list[str] = []
     written = CheckpointManager(folder, say=problems.append).save(contents, ["best"], facts)
     if not written:
-        raise AtlasError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
+        raise CheckpointError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
     return written[0]
 
 
 def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:
-    """Write the contents of `source` to one file with a sidecar of its own; its bytes. Raises `AtlasError`."""
+    """Write the contents of `source` to one file with a sidecar of its own; its bytes. Raises `CheckpointError`."""
     if target.suffix != ".pt":
-        raise AtlasError(f"{target}: name a file that ends with .pt")
+        raise CheckpointError(f"{target}: name a file that ends with .pt")
     if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):
-        raise AtlasError(f"{taken}: exists: name another file")
+        raise CheckpointError(f"{taken}: exists: name another file")
     contents, manifest = load_checkpoint(source, say=say), read_manifest(source, check_hash=False)
     staged = target.with_name(target.name + ".tmp")
     try:
@@ -83,5 +83,5 @@ def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> in
             os.replace(staged, target)
     except OSError as error:
         staged.unlink(missing_ok=True)
-        raise AtlasError(f"{target}: cannot be written ({error.strerror}): name another place") from None
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}): name another place") from None
     return size

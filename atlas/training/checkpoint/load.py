@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from atlas.config import LoraConfig
-from atlas.errors import AtlasError
+from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
 from atlas.training.checkpoint.manifest import read_manifest, shards_of, sidecar_of
@@ -30,7 +30,7 @@ def load_checkpoint(
     What the keys `without` name is left out and takes no memory: with AdamW two thirds of a checkpoint
     are the optimizer's, which only training needs.
 
-    Raises `AtlasError`, which ends with `remedy`, by default with another checkpoint to take.
+    Raises `CheckpointError`, which ends with `remedy`, by default with another checkpoint to take.
     """
     path = find_checkpoint(path)
     has_sidecar = sidecar_of(path).exists()
@@ -40,7 +40,7 @@ def load_checkpoint(
         check_zip(path, remedy=remedy)
     elif has_sidecar and read_manifest(path, check_hash=True) is None:
         refuse_first_version(path)
-        raise AtlasError(
+        raise CheckpointError(
             f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
         )
     contents = read_contents(path, remedy=remedy, without=without)
@@ -73,7 +73,7 @@ def saved_optimizer(
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint, a file or in shards; its sidecar is not looked at. Raises `AtlasError`."""
+    """The contents of a checkpoint, a file or in shards; its sidecar is not looked at. Raises `CheckpointError`."""
     shards = shards_of(path)
     if shards is None:
         return read_plain(path, remedy=remedy, without=without)
@@ -84,7 +84,7 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
     """Put a checkpoint's weights into `model`, its low-rank updates added to them unless the model has such updates
-    itself. Raises `AtlasError` if they are another shape's.
+    itself. Raises `CheckpointError` if they are another shape's.
 
     They are copied; a model on the meta device, which has no memory yet, takes the tensors themselves (in
     fp32), so that they are in memory once.
@@ -100,7 +100,7 @@ def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | Non
         model.load_state_dict(weights, assign=is_hollow)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise AtlasError(f"{path}: its weights do not fit its config: {reason}") from None
+        raise CheckpointError(f"{path}: its weights do not fit its config: {reason}") from None
 
 
 def _alternatives(path: Path) -> str:

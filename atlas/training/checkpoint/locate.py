@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from atlas.errors import AtlasError
+from atlas.errors import CheckpointError
 from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of
 
 _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))(?:\.pt)?")
@@ -44,13 +44,15 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.suffix and path.with_suffix(".pt").is_file():
         return path.with_suffix(".pt")
     if path.is_dir():
-        raise AtlasError(f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}")
+        raise CheckpointError(
+            f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}"
+        )
     beside = sorted(p.name for p in path.parent.glob("*.pt"))
     below = sorted(map(str, path.parent.glob("*/atlas_best.pt")))
     hint = "train a model first (atlas train)"
     if beside or below:
         hint = f"there are {', '.join(beside[:5])}" if beside else f"there is {' and '.join(below[:3])}"
-    raise AtlasError(f"{path}: no such checkpoint; {hint}")
+    raise CheckpointError(f"{path}: no such checkpoint; {hint}")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:

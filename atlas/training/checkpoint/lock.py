@@ -9,18 +9,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from atlas.errors import AtlasError
+from atlas.errors import CheckpointError
 from atlas.files import read_limited, try_to_lock
 
 
 class FolderLock:
-    """Held from construction until `release` or the end of the process. Raises `AtlasError` if it is taken."""
+    """Held from construction until `release` or the end of the process. Raises `CheckpointError` if it is taken."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "atlas.lock"
         file = try_to_lock(path)
         if file is None:
-            raise AtlasError(
+            raise CheckpointError(
                 f"{folder}: another run is writing to it{_owner(path)}: wait for it, or choose another --output-dir"
             )
         self._file = file

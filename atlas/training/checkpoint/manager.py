@@ -81,7 +81,7 @@ class CheckpointManager:
     # Reading
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """The contents of `path`, on the CPU, after its bytes were checked. Raises `AtlasError`."""
+        """The contents of `path`, on the CPU, after its bytes were checked. Raises `CheckpointError`."""
         return load_checkpoint(path, say=self.say)
 
     def found(self) -> list[tuple[Manifest, Path]]:

@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from atlas.errors import AtlasError
+from atlas.errors import CheckpointError
 from atlas.files import read_limited
 from atlas.training.checkpoint.manifest import STATE_FILE
 from atlas.training.checkpoint.validate import check_contents
-from atlas.training.devices.parallel import whole
+from atlas.training.devices.parallel import gather_full
 from atlas.training.devices.world import has_joined
 
 # One process may save and read shards, too, and PyTorch need not say each time that there are no others.
@@ -39,7 +39,7 @@ def split(contents: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     if isinstance(contents, Tensor):
         if contents.dim():
             return {"tensor": name}, {name: contents}
-        number = whole(contents)
+        number = gather_full(contents)
         return {"number": number.item(), "dtype": str(number.dtype).removeprefix("torch.")}, {}
     tensors: dict[str, Tensor] = {}
     if isinstance(contents, Mapping):
@@ -79,7 +79,7 @@ def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a sharded checkpoint, its tensors whole and on the CPU. Raises `AtlasError`.
+    """The contents of a sharded checkpoint, its tensors whole and on the CPU. Raises `CheckpointError`.
 
     What the keys `without` name is left out, and no memory is taken for it.
     """
@@ -98,7 +98,7 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
         contents = join({"dict": pairs}, tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AtlasError(
+        raise CheckpointError(
             f"{folder}: is damaged, or no sharded checkpoint ({reason:.200}): {remedy}"
         ) from None
     return check_contents(contents, folder, remedy)

@@ -96,7 +96,7 @@ class ShardSaver:
         self.join()
         plain, tensors = split(contents)
         staged = self.checkpoints.folder / f"atlas_step_{manifest['step']}.tmp"
-        room = self.world.tell(
+        room = self.world.broadcast(
             self.checkpoints.begin_shards(staged, tensor_bytes(tensors), manifest["step"])
             if self.world.is_first
             else None

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, CheckpointError
 from atlas.files import open_zip
 from atlas.planning.estimate import count_parameters
 from atlas.training.checkpoint.first_version import is_first_version, refusal
@@ -63,7 +63,7 @@ class _Contents(BaseModel):
 
 
 def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint file on the CPU: plain values and tensors. Raises `AtlasError`.
+    """The contents of a checkpoint file on the CPU: plain values and tensors. Raises `CheckpointError`.
 
     `remedy` ends the message: which file to take instead. What the keys `without` name is left out, and
     no memory is taken for it.
@@ -80,14 +80,14 @@ def holds_first_version(path: Path) -> bool:
 
 
 def refuse_first_version(path: Path) -> None:
-    """Raise `AtlasError` for a checkpoint of Atlas 1.x, with the command that converts it."""
+    """Raise `CheckpointError` for a checkpoint of Atlas 1.x, with the command that converts it."""
     if holds_first_version(path):
-        raise AtlasError(refusal(path))
+        raise CheckpointError(refusal(path))
 
 
 def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
     """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not; with
-    `names_only` the tensors are empty. Raises `AtlasError`."""
+    `names_only` the tensors are empty. Raises `CheckpointError`."""
     archive = _open(path, remedy)
     storages: dict[Storage, Tensor] = {}
 
@@ -106,12 +106,12 @@ def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names
         program = _read_record(archive, f"{folder}/data.pkl", limit=_LARGEST_PICKLE)
         return read_pickle(program, build, without=without)
     except NotPlainError as error:
-        raise AtlasError(
+        raise CheckpointError(
             f"{path}: is not a checkpoint of plain tensors, refused without running it ({error!s:.200}): "
             "take one that atlas train wrote"
         ) from None
     except _BROKEN as error:
-        raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
+        raise CheckpointError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     finally:
         archive.close()
         storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
@@ -123,9 +123,9 @@ def check_zip(path: Path, *, remedy: str) -> None:
         try:
             broken = archive.testzip()
         except _BROKEN as error:
-            raise AtlasError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
+            raise CheckpointError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     if broken:
-        raise AtlasError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
+        raise CheckpointError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
 
 
 def _open(path: Path, remedy: str) -> zipfile.ZipFile:
@@ -140,10 +140,10 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
             raise zipfile.BadZipFile("it has two records of the same name")
     except _BROKEN as error:
         if path.suffix == ".gguf":
-            raise AtlasError(
+            raise CheckpointError(
                 f"{path}: is a GGUF file and no checkpoint: atlas serve --gguf takes it"
             ) from None
-        raise AtlasError(
+        raise CheckpointError(
             f"{path}: is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
         ) from None
     return archive
@@ -185,16 +185,16 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
 
 
 def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
-    """`contents`, if they are a checkpoint's. Raises `AtlasError`."""
+    """`contents`, if they are a checkpoint's. Raises `CheckpointError`."""
     if is_first_version(contents) and "format_version" not in contents:
-        raise AtlasError(refusal(path))
+        raise CheckpointError(refusal(path))
     if not isinstance(contents, dict) or "format_version" not in contents:
-        raise AtlasError(
+        raise CheckpointError(
             f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
         )
     version = contents["format_version"]
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise AtlasError(
+        raise CheckpointError(
             f"{path}: has checkpoint format {version!r:.20}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
         )
     try:
@@ -205,7 +205,9 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"]) or "config.model"
         problem = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg']:.200}"
-        raise AtlasError(f"{path}: is not a whole Atlas checkpoint ({place} {problem}): {remedy}") from None
+        raise CheckpointError(
+            f"{path}: is not a whole Atlas checkpoint ({place} {problem}): {remedy}"
+        ) from None
     if model is not None:
         _refuse_missing_weights(model, contents["model_state_dict"], path, remedy)
     return contents
@@ -221,7 +223,7 @@ def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: P
     there, needed = sum(sizes.values()), 0 if model.vocab_size is None else count_parameters(model).total
     if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
         reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
-        raise AtlasError(f"{path}: its weights do not fit its config: {reason}; {remedy}")
+        raise CheckpointError(f"{path}: its weights do not fit its config: {reason}; {remedy}")
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

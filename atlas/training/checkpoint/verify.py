@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from atlas.config.loader import resolve
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, CheckpointError
 from atlas.files import sha256_of
 from atlas.model import AtlasLM
 from atlas.training.checkpoint.atomic_write import named_tensors
@@ -51,7 +51,7 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
         contents = read_contents(path, remedy="")
         config = resolve(contents["config"]).model
         if config.vocab_size is None:
-            raise AtlasError("its config has no model.vocab_size")
+            raise CheckpointError("its config has no model.vocab_size")
         with torch.device("meta"):
             model = AtlasLM(config)
         load_weights(model, contents, path)
@@ -78,7 +78,7 @@ def whole_alternative(path: Path) -> Path | None:
 
 
 def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest | None]:
-    """How the bytes were compared, and the sidecar that fits. Raises `AtlasError` if they differ."""
+    """How the bytes were compared, and the sidecar that fits. Raises `CheckpointError` if they differ."""
     sidecar, shards = sidecar_of(path), shards_of(path)
     if not sidecar.exists():
         if shards is None:
@@ -87,16 +87,18 @@ def _compare(path: Path, advance: Callable[[int], None]) -> tuple[str, Manifest 
         how = "checksums inside the file as saved" if shards is None else "its bytes not compared"
         return f"{how} (no {sidecar.name} beside it)", None
     if shards is not None and read_manifest(path, check_hash=False) is None:
-        raise AtlasError(f"its files are not those that {sidecar.name} describes")
+        raise CheckpointError(f"its files are not those that {sidecar.name} describes")
     places = [path] if shards is None else sorted(shards.iterdir())
     digests = {place.name: sha256_of(place, advance) for place in places}
     manifest = read_manifest(path, check_hash=False)
     if manifest is None:
         refuse_first_version(path)
-        raise AtlasError(f"is {checkpoint_size(path):,} bytes, not the file that {sidecar.name} describes")
+        raise CheckpointError(
+            f"is {checkpoint_size(path):,} bytes, not the file that {sidecar.name} describes"
+        )
     names = [path.name] if shards is None else [entry.name for entry in manifest.files]
     if [digests[name] for name in names] != [entry.sha256 for entry in manifest.files]:
-        raise AtlasError(
+        raise CheckpointError(
             f"damaged: its bytes are not those that were saved (sha256 differs from {sidecar.name})"
         )
     return "sha256 as saved", manifest

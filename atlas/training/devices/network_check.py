@@ -58,7 +58,7 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
         devices = [torch.device("cpu")]
         has_own = device.type == "cuda" and world.local_rank < torch.cuda.device_count()
         left_out = {}
-        if world.least(int(has_own)) == 1:
+        if world.all_min(int(has_own)) == 1:
             devices.append(torch.device("cuda", world.local_rank))
         else:
             no_gpu = "not every rank has a GPU of its own"

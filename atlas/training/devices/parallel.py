@@ -60,7 +60,7 @@ def wrap(
     return objective
 
 
-def adding_up(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+def no_sync_except_last(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
     """Around a micro-batch: only the last of an update has its gradient summed over the ranks that hold the same."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
@@ -74,20 +74,20 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
+def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
     """Nested dicts and lists with every sharded tensor made whole; every rank must call it. With `keep` false the whole
     tensors are dropped one by one: the rank is only there for the others' sake."""
     if is_sharded(value):
         full = value.full_tensor()
         return (full.cpu() if to_cpu else full) if keep else None
     if isinstance(value, Mapping):
-        return {key: whole(entry, keep=keep, to_cpu=to_cpu) for key, entry in value.items()}
+        return {key: gather_full(entry, keep=keep, to_cpu=to_cpu) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(entry, keep=keep, to_cpu=to_cpu) for entry in value)
+        return type(value)(gather_full(entry, keep=keep, to_cpu=to_cpu) for entry in value)
     return value
 
 
-def like(tensor: Tensor, other: Any) -> Tensor:
+def shard_like(tensor: Tensor, other: Any) -> Tensor:
     """The whole `tensor`, which every rank has, sharded as `other` is."""
     if not is_sharded(other):
         return tensor
@@ -102,7 +102,7 @@ def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         number: {
-            key: like(value, parameters[number])
+            key: shard_like(value, parameters[number])
             if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameters[number].shape
             else value
             for key, value in entry.items()
@@ -112,8 +112,8 @@ def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
     return {**saved, "state": state}
 
 
-def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_full_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put whole weights, which every rank has, into a model that may be sharded."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(like(weights[name].to(parameter.dtype), parameter))
+            parameter.copy_(shard_like(weights[name].to(parameter.dtype), parameter))

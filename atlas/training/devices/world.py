@@ -63,7 +63,7 @@ class World:
         """Whether `flag` is set on some rank."""
         return self.sums(flag)[0] > 0
 
-    def least(self, number: int) -> int:
+    def all_min(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         if self.size == 1:
             return number
@@ -71,7 +71,7 @@ class World:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
-    def tell(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """The first rank's `value`, anything that JSON holds, on every rank."""
         if self.size == 1:
             return value
@@ -98,7 +98,7 @@ class World:
             yield
         except AtlasError as refused:
             error = refused
-        speaker = self.least(self.rank if error else self.size)
+        speaker = self.all_min(self.rank if error else self.size)
         if error and speaker == self.rank:
             raise error
         if speaker < self.size:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atlas.config import TrainingConfig
 from atlas.config.config import MUON_STACK_NUMBERS
 from atlas.model import is_lora
-from atlas.training.devices.parallel import is_sharded, like, whole
+from atlas.training.devices.parallel import gather_full, is_sharded, shard_like
 from atlas.training.optimizers.adamw import build_adamw
 
 _MUON_MOMENTUM = 0.95
@@ -130,10 +130,10 @@ def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], grou
     rank makes it so, and keeps its rows."""
     assert weight.grad is not None
     momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
-    mean = whole(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
+    mean = gather_full(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
     updates = [_orthogonalized(part[None])[0] * _muon_scale(part) for part in mean.split(rows)]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.add_(like(torch.cat(updates).to(weight.dtype), weight), alpha=-group["lr"])
+    weight.add_(shard_like(torch.cat(updates).to(weight.dtype), weight), alpha=-group["lr"])
 
 
 def _muon_scale(matrix: Tensor) -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 from atlas.inference.sampling import Sampling, row_seed
 from atlas.serving.errors import Refusal
 from atlas.serving.meter import Meter
-from atlas.serving.schema import MOST_STOPS, Wishes
-from atlas.serving.text import Backend, Busy, Order, Text
+from atlas.serving.schema import MOST_STOPS, SamplingParams
+from atlas.serving.text import Backend, Busy, Generation, GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rules:
     """The folder whose runs are drawn at /runs."""
 
 
-class Desk:
+class Dispatcher:
     """Takes requests to the models, of which the first is the usual one."""
 
     def __init__(self, backends: Sequence[Backend], rules: Rules) -> None:
@@ -49,18 +49,18 @@ class Desk:
             )
         return self.backends[name]
 
-    def order(
+    def generation_request(
         self,
         backend: Backend,
         prompts: Sequence[list[int]],
-        wishes: Wishes,
+        params: SamplingParams,
         *,
         max_tokens: int,
         candidates: int | None,
         may_exceed: bool = False,
-    ) -> Order:
+    ) -> GenerationRequest:
         """`may_exceed`: of a prompt longer than the context its end is read. Raises `Refusal`."""
-        self._check(backend, prompts, wishes, max_tokens)
+        self._check(backend, prompts, params, max_tokens)
         longest = max(map(len, prompts))
         if longest > backend.context and not may_exceed:
             raise Refusal(
@@ -70,36 +70,38 @@ class Desk:
                 code="context_length_exceeded",
             )
         sampling = Sampling(
-            temperature=1.0 if wishes.temperature is None else wishes.temperature,
-            top_k=wishes.top_k or 0,
-            top_p=wishes.top_p or 1.0,
-            min_p=wishes.min_p or 0.0,
-            repetition_penalty=wishes.repetition_penalty or 1.0,
+            temperature=1.0 if params.temperature is None else params.temperature,
+            top_k=params.top_k or 0,
+            top_p=params.top_p or 1.0,
+            min_p=params.min_p or 0.0,
+            repetition_penalty=params.repetition_penalty or 1.0,
         )
-        seed = secrets.randbelow(2**63) if wishes.seed is None else wishes.seed
-        rows = [prompt for prompt in prompts for _ in range(wishes.n or 1)]
+        seed = secrets.randbelow(2**63) if params.seed is None else params.seed
+        rows = [prompt for prompt in prompts for _ in range(params.n or 1)]
         texts = [
-            Text(prompt, sampling, max_tokens, row_seed(seed, number), wishes.stops, candidates)
+            Generation(prompt, sampling, max_tokens, row_seed(seed, number), params.stops, candidates)
             for number, prompt in enumerate(rows)
         ]
         try:
-            return Order(backend, texts, self.meter.counter(backend))
+            return GenerationRequest(backend, texts, self.meter.counter(backend))
         except Busy:
             raise Refusal(
                 429, "too many texts wait: try again in a moment, or ask for fewer", code="queue_full"
             ) from None
 
-    def close(self, order: Order) -> None:
+    def close(self, generation_request: GenerationRequest) -> None:
         """When its client has the answer, or has gone."""
-        order.cancel()
-        self.meter.count_order(order)
+        generation_request.cancel()
+        self.meter.count_request(generation_request)
 
-    def _check(self, backend: Backend, prompts: Sequence[list[int]], wishes: Wishes, max_tokens: int) -> None:
-        if len(wishes.stops) > MOST_STOPS:
-            raise Refusal(400, f"stop: at most {MOST_STOPS} strings, not {len(wishes.stops)}", param="stop")
-        if wishes.stream_options and not wishes.stream:
+    def _check(
+        self, backend: Backend, prompts: Sequence[list[int]], params: SamplingParams, max_tokens: int
+    ) -> None:
+        if len(params.stops) > MOST_STOPS:
+            raise Refusal(400, f"stop: at most {MOST_STOPS} strings, not {len(params.stops)}", param="stop")
+        if params.stream_options and not params.stream:
             raise Refusal(400, "stream_options: only with stream", param="stream_options")
-        num_texts = len(prompts) * (wishes.n or 1)
+        num_texts = len(prompts) * (params.n or 1)
         if num_texts > backend.capacity:
             raise Refusal(400, f"n: {num_texts} texts at once: at most {backend.capacity}", param="n")
         if max_tokens > self.rules.max_tokens:
