@@ -10,9 +10,9 @@ import torch
 
 from atlas.cli import main
 from atlas.config import ModelConfig
+from atlas.export.save_imported import save_imported
 from atlas.model import build_model
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint.convert import save_imported
 from atlas.training.loss import compute_lm_loss
 
 

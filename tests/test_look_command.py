@@ -14,11 +14,11 @@ import torch
 from atlas.cli import main
 from atlas.cli.terminal import printable
 from atlas.config import ModelConfig
+from atlas.export.save_imported import save_imported
 from atlas.inference import Sampling, load_model
 from atlas.inference.look import attention, encode, expectations, lens, next_token
 from atlas.model import build_model
 from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint.convert import save_imported
 from tests.conftest import corpus
 
 PROMPT = "The river runs\n[red] 漢"

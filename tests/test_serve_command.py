@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.training.checkpoint.convert import save_imported
+from atlas.export.save_imported import save_imported
 from tests.runs import REPOSITORY
 from tests.served import random_model
 from tests.test_serving import post

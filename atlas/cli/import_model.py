@@ -47,7 +47,7 @@ def import_model(
     with or to fine-tune."""
     from atlas.export.import_first_version import import_first_version
     from atlas.export.import_hf import import_hf, read_chat_template
-    from atlas.training.checkpoint.convert import save_imported
+    from atlas.export.save_imported import save_imported
 
     path, chat_template, notes = Path(source), None, list[str]()
     if not path.exists():

@@ -1,8 +1,8 @@
 """Text ⇄ token ids: GPT-2's vocabulary, a byte-level BPE of one's own, or a custom object."""
 
+from atlas.tokenizer import load as load  # gives `Tokenizer` its constructors
 from atlas.tokenizer.base import END_OF_TEXT, MAX_FILE_BYTES, Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 from atlas.tokenizer.custom import CustomTokenizer
-from atlas.tokenizer.load import load as load  # gives `Tokenizer` its constructors
 
 __all__ = ["END_OF_TEXT", "MAX_FILE_BYTES", "ByteLevelTokenizer", "CustomTokenizer", "Tokenizer"]

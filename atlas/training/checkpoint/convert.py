@@ -1,4 +1,4 @@
-"""A model that was trained elsewhere as a checkpoint of step 0: to write with, and to fine-tune from."""
+"""Write a sharded checkpoint as one file."""
 
 from __future__ import annotations
 
@@ -6,64 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from atlas.config import AtlasConfig
 from atlas.errors import CheckpointError
-from atlas.model import AtlasLM
-from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.atomic_write import commit, write_tensors
 from atlas.training.checkpoint.load import load_checkpoint
-from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.manifest import FORMAT_VERSION, FileEntry, read_manifest, sidecar_of
-
-_UNTRAINED = {
-    "step": 0,
-    "horizon": 1,
-    "sequences_consumed": 0,
-    "micro_batch_size": 1,
-    "loss": None,
-    "val_loss": None,
-}
-"""Of a run's state, the entries that have no default (`atlas.training.state.TrainState`) and those that are shown."""
-
-
-def save_imported(
-    model: AtlasLM,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    *,
-    source: str,
-    chat_template: str | None = None,
-) -> Path:
-    """Write `atlas_best.pt` into `folder` and return its path; it holds no optimizer state, so that no run goes on from
-    it. Raises `CheckpointError` where it cannot be written."""
-    config = AtlasConfig(model=model.config)
-    contents = {
-        "format_version": FORMAT_VERSION,
-        "model_state_dict": dict(model.state_dict()),
-        "optimizer_state_dict": {},
-        "scaler_state_dict": {},
-        **_UNTRAINED,
-        "epoch": 0,
-        "config": config.model_dump(mode="json"),
-        "tokenizer": tokenizer.state(),
-        "data": {"chat_template": chat_template},
-        "initialized_from": source,
-        "machine": {},
-    }
-    facts = {
-        "step": 0,
-        "epoch": 0,
-        "sequences_consumed": 0,
-        "model": config.model.model_dump(mode="json"),
-        "data_fingerprint": "",
-        "initialized_from": source,
-        "slim": True,
-    }
-    problems: list[str] = []
-    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"], facts)
-    if not written:
-        raise CheckpointError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
-    return written[0]
+from atlas.training.checkpoint.manifest import FileEntry, read_manifest, sidecar_of
 
 
 def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:

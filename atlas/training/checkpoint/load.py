@@ -55,7 +55,7 @@ def load_checkpoint(
 
 
 def left_in_shards(path: Path) -> tuple[str, ...]:
-    """What a run that goes on from `path` does not read at first: of a sharded checkpoint the optimizer's state, of
+    """What a run that resumes from `path` does not read at first: of a sharded checkpoint the optimizer's state, of
     which each rank takes its own part when it has an optimizer."""
     return ("optimizer_state_dict",) if shards_of(path) else ()
 

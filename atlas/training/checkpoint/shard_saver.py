@@ -35,7 +35,7 @@ _SLOW_DISK = 100e6  # bytes a second
 class ShardSaver:
     """Saves sharded checkpoints, one at a time; every rank must call each method. As `BackgroundSaver` otherwise.
 
-    With `in_background` the ranks copy their shards to main memory and write them while training goes on.
+    With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
 
     def __init__(

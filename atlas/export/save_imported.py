@@ -1,0 +1,55 @@
+"""Save a model that was trained elsewhere as a checkpoint of step 0: to write with, and to fine-tune from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from atlas.config import AtlasConfig
+from atlas.errors import ExportError
+from atlas.model import AtlasLM
+from atlas.tokenizer import Tokenizer
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.manifest import FORMAT_VERSION
+from atlas.training.state import TrainState
+
+
+def save_imported(
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    source: str,
+    chat_template: str | None = None,
+) -> Path:
+    """Write `atlas_best.pt` into `folder` and return its path; without optimizer state, so that no run can be
+    resumed from it. Raises `ExportError` where it cannot be written."""
+    config = AtlasConfig(model=model.config)
+    state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
+    contents = {
+        "format_version": FORMAT_VERSION,
+        "model_state_dict": dict(model.state_dict()),
+        "optimizer_state_dict": {},
+        "scaler_state_dict": {},
+        **dataclasses.asdict(state),
+        "epoch": 0,
+        "config": config.model_dump(mode="json"),
+        "tokenizer": tokenizer.state(),
+        "data": {"chat_template": chat_template},
+        "initialized_from": source,
+        "machine": {},
+    }
+    facts = {
+        "step": 0,
+        "epoch": 0,
+        "sequences_consumed": 0,
+        "model": config.model.model_dump(mode="json"),
+        "data_fingerprint": "",
+        "initialized_from": source,
+        "slim": True,
+    }
+    problems: list[str] = []
+    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"], facts)
+    if not written:
+        raise ExportError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
+    return written[0]
