@@ -108,23 +108,24 @@ def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool
     from atlas.training.devices.device import setup_runtime
     from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.step import fresh_updater
+    from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 
     size, length = config.training.sequences_at_once, config.model.max_seq_len
     with device, log.mode():
         runtime = replace(setup_runtime(config), compiles=not eager)
-        updater = fresh_updater(config, runtime, say=print)
-        log.label(updater.optimizer, "step", "optimizer")
+        learner = fresh_learner(config, runtime)
+        log.label(learner.optimizer, "step", "optimizer")
         state = TrainState(horizon=100, micro_batch_size=size, eval_batch_size=1)
         stop = StopRequest(print)
         log.label(loss, "linear_cross_entropy", "loss")
         if eager:
-            label_blocks(updater.model.blocks, log)
+            label_blocks(learner.model.blocks, log)
 
         def step(micro_batches: int) -> None:
             tokens = torch.randint(config.model.vocabulary, (size * micro_batches, length + 1))
-            total = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
-            updater.apply(total, state, rate=1e-3)
+            batch = tokens[:, :-1], tokens[:, 1:]
+            gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=stop)
+            apply_gradient(learner, gradient, state, rate=1e-3)
 
         return count_update("Atlas", step, log, config)
 

@@ -88,17 +88,17 @@ def atlas(task: Task, world: World) -> Step:
     from atlas.training.devices.device import setup_runtime
     from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.step import fresh_updater
+    from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 
     config = task.config(world.size)
-    updater = fresh_updater(config, setup_runtime(config, world), say=print)
+    learner = fresh_learner(config, setup_runtime(config, world))
     state = TrainState(horizon=10**9, micro_batch_size=task.batch_size, eval_batch_size=task.batch_size)
     stop = StopRequest(print, is_alone=world.size == 1)
 
     def step() -> None:
-        loss = updater.gradient(*task.batch(config), state, stop=stop)
-        assert loss is not None
-        updater.apply(loss, state, rate=3e-4)
+        batch, size = task.batch(config), task.batch_size
+        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=size, stop=stop)
+        apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
 
     return step

@@ -97,13 +97,13 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
     from atlas.training.devices.device import setup_runtime
     from atlas.training.devices.signals import StopRequest
     from atlas.training.state import TrainState
-    from atlas.training.step import fresh_updater
+    from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=print))
-    updater = fresh_updater(config, runtime, say=print)
+    learner = fresh_learner(config, runtime)
     if runtime.compiles:
-        compile_blocks(updater.model, keeps_little=keeps_little)
+        compile_blocks(learner.model, keeps_little=keeps_little)
     size = micro_batch or config.training.batch_size
     state = TrainState(horizon=10**9, micro_batch_size=size, eval_batch_size=size)
     stop = StopRequest(print)
@@ -111,12 +111,10 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
 
     def step() -> None:
         tokens = torch.randint(0, config.model.vocabulary, shape)
-        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
-        assert loss is not None
-        updater.apply(loss, state, rate=3e-4)
+        batch = tokens[:, :-1], tokens[:, 1:]
+        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=size, stop=stop)
+        apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
-        if state.micro_batch_size < size:  # a figure of fewer would be another's
-            raise SystemExit(f"out of memory with micro-batches of {size}")
 
     return step
 

@@ -18,14 +18,13 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
-from atlas.model import build_model
 from atlas.planning import training_flops_per_token
 from atlas.planning.run import utilisation
 from atlas.process import keep_memory
 from atlas.training.devices.device import setup_runtime
 from atlas.training.devices.signals import StopRequest
 from atlas.training.state import TrainState
-from atlas.training.step import Updater
+from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 
 BATCH, SIDE = 4, 1024
 SHAPES = {
@@ -37,8 +36,7 @@ SHAPES = {
 
 def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
     """(seconds of an update, FLOP/s of products, updates), medians."""
-    network = build_model(config.model, seed=0).train()
-    updater = Updater(network, config, setup_runtime(config), None, say=print)
+    learner = fresh_learner(config, setup_runtime(config))
     state = TrainState(horizon=10**9, micro_batch_size=BATCH, eval_batch_size=BATCH)
     stop = StopRequest(print)
     left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
@@ -47,9 +45,9 @@ def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
     while time.perf_counter() < end or len(updates) < 3:
         tokens = torch.randint(0, config.model.vocabulary, (BATCH, config.model.max_seq_len + 1))
         start = time.perf_counter()
-        loss = updater.gradient(tokens[:, :-1], tokens[:, 1:], state, stop=stop)
-        assert loss is not None
-        updater.apply(loss, state, rate=3e-4)
+        batch = tokens[:, :-1], tokens[:, 1:]
+        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=BATCH, stop=stop)
+        apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
         updates.append(time.perf_counter() - start)
         for _ in range(4):

@@ -20,18 +20,19 @@ from typing import Any
 import torch
 
 from atlas.cli import main
-from atlas.training import step as update
+from atlas.training import micro_batch as training
 from atlas.training.checkpoint import manager as checkpoint
 from atlas.training.checkpoint import shard_format as sharded
+from atlas.training.devices.world import World
+from atlas.training.run import Learner
 
 
 def before_update(step: int, fault: str) -> None:
-    whole = update.Updater._accumulate
+    whole = training.accumulate_gradient
     done = []
 
-    def accumulate(self: update.Updater, inputs: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        state = rest[2]
-        if state.step == step and not done:
+    def accumulate(learner: Learner, batch: Any, **named: Any) -> Any:
+        if named["step"] == step and not done:
             done.append(True)
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -40,33 +41,43 @@ def before_update(step: int, fault: str) -> None:
             if fault == "bug":
                 raise ValueError("a bug")
             if fault == "nan":
-                _poison(self)
+                _poison(learner)
             if fault.startswith("memory"):
-                _run_out(self, in_backward=fault == "memory-late")
-        return whole(self, inputs, *rest)
+                _run_out(learner, in_backward=fault == "memory-late")
+        return whole(learner, batch, **named)
 
-    update.Updater._accumulate = accumulate  # type: ignore[method-assign]
+    training.accumulate_gradient = accumulate
 
 
-def _poison(updater: update.Updater) -> None:
-    whole, begun = updater.objective.forward, []
+def _poison(learner: Learner) -> None:
+    whole, begun = learner.objective.forward, []
 
     def forward(*arguments: Any, **named: Any) -> torch.Tensor:
         begun.append(True)
         loss = whole(*arguments, **named)
         return loss * float("nan") if len(begun) <= 4 else loss  # each update has two micro-batches
 
-    updater.objective.forward = forward  # type: ignore[method-assign]
+    learner.objective.forward = forward  # type: ignore[method-assign]
 
 
-def _run_out(updater: update.Updater, *, in_backward: bool) -> None:
+def _run_out(learner: Learner, *, in_backward: bool) -> None:
+    """In a backward pass: once this rank adds up sums with the others, which begins with the loss."""
+    add_up, is_joint = World.add_up_soon, []
+
+    def joining(world: World, tensor: torch.Tensor) -> Any:
+        if not in_backward or tensor.dtype == torch.float32:
+            is_joint.append(True)
+        return add_up(world, tensor)
+
+    World.add_up_soon = joining  # type: ignore[method-assign]
+
     def fail(*args: Any) -> None:
-        if in_backward and not updater._runs_with_others:
+        if in_backward and not is_joint:
             return
         handle.remove()
         raise torch.OutOfMemoryError("no memory, by a test")
 
-    model = updater.model
+    model = learner.model
     if in_backward:
         handle = model.final_norm.register_full_backward_hook(fail)
     else:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -15,9 +16,12 @@ import yaml
 from atlas.config.loader import nested, overlay
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.launch import start_run
+from atlas.training.micro_batch import gradient_within_memory
 from atlas.training.resume import Request, choose_start
+from atlas.training.run import Run
 from atlas.training.state import Result
-from atlas.training.train import Trainer
+from atlas.training.step import Gradient, Update
+from atlas.training.train import train, train_step
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -44,13 +48,42 @@ def layer(folder: Path, text: Path, **settings_: object) -> dict:
     return base
 
 
-def trainer_for(explicit: dict, **request: object) -> Trainer:
+def run_for(explicit: dict, **request: object) -> Run:
     return start_run(choose_start(Request(explicit, **request)))
 
 
-def run(explicit: dict, **request: object) -> tuple[Trainer, Result]:
-    trainer = trainer_for(explicit, **request)
-    return trainer, trainer.train()
+def trained(explicit: dict, **request: object) -> tuple[Run, Result]:
+    run = run_for(explicit, **request)
+    return run, train(run)
+
+
+def on_updates(
+    run: Run, *, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None
+) -> None:
+    """Call something before and after each update of a run, by the clock that times it."""
+    begins, ends = run.clock.update_begins, run.clock.update_ends
+
+    def update_begins() -> None:
+        before()
+        begins()
+
+    def update_ends() -> None:
+        ends()
+        after()
+
+    run.clock.update_begins, run.clock.update_ends = update_begins, update_ends  # type: ignore[method-assign]
+
+
+def update(run: Run, *batch: torch.Tensor) -> Update | None:
+    """One update of a run, from the next sequences or from those of `batch`."""
+    return train_step(run, iter([batch]) if batch else run.batches())
+
+
+def gradient_of(run: Run, batch: tuple[torch.Tensor, ...]) -> Gradient:
+    """The gradient of a batch, left in the parameters."""
+    gradient = gradient_within_memory(run.learner, batch, run.state, stop=run.stop, say=run.log.say)
+    assert gradient is not None
+    return gradient
 
 
 def logged(folder: Path, kind: str = "train") -> list[dict]:
@@ -101,10 +134,10 @@ def same_bits(one: object, other: object) -> bool:
 
 def resumes_with_the_same_bits(explicit: dict, folder: Path) -> dict:
     """Six updates, saved after the third, then again from there: the same checkpoint, whose contents are returned."""
-    run(explicit)
+    trained(explicit)
     whole = load_checkpoint(folder / "atlas_step_6.pt")
     losses = [line["loss"] for line in logged(folder)]
-    run(explicit, resume=str(folder / "atlas_step_3.pt"))
+    trained(explicit, resume=str(folder / "atlas_step_3.pt"))
     again = load_checkpoint(folder / "atlas_step_6.pt")
     for key in STATE:
         assert same_bits(whole[key], again[key]), key

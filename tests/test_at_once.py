@@ -19,9 +19,9 @@ from atlas.training.devices.device import Runtime
 from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import evaluate
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
-from atlas.training.state import TrainState
-from atlas.training.step import Updater, fresh_updater
-from tests.runs import layer, trainer_for
+from atlas.training.run import Learner
+from atlas.training.step import accumulate_gradient, fresh_learner
+from tests.runs import layer, run_for
 
 GiB = 1 << 30
 ON_CUDA = Runtime(torch.device("cuda"), "bf16", compiles=True)
@@ -139,12 +139,11 @@ def test_a_file_of_ones_own_says_what_the_user_means(tmp_path: Path) -> None:
 # Parts of one size, where the blocks are compiled
 
 
-def updater_for(explicit: dict, *, compiles: bool) -> Updater:
+def learner_for(explicit: dict, *, compiles: bool) -> Learner:
     """With blocks that are not compiled, so that only the split differs."""
-    runtime = Runtime(torch.device("cpu"), "fp32")
-    updater = fresh_updater(resolve(explicit), runtime, say=pytest.fail)
-    updater.runtime = replace(runtime, compiles=compiles)
-    return updater
+    learner = fresh_learner(resolve(explicit), Runtime(torch.device("cpu"), "fp32"))
+    learner.runtime = replace(learner.runtime, compiles=compiles)
+    return learner
 
 
 def test_compiled_micro_batches_have_one_shape_and_give_the_same(tmp_path: Path, text_file: Path) -> None:
@@ -155,16 +154,14 @@ def test_compiled_micro_batches_have_one_shape_and_give_the_same(tmp_path: Path,
     targets[2, 5:] = -100
     losses, gradients, shapes = [], [], []
     for compiles in (False, True):
-        updater = updater_for(explicit, compiles=compiles)
+        learner = learner_for(explicit, compiles=compiles)
         seen: list[int] = []
-        updater.objective.register_forward_pre_hook(
+        learner.objective.register_forward_pre_hook(
             lambda module, columns, seen=seen: seen.append(len(columns[0]))
         )
-        state = TrainState(horizon=1, micro_batch_size=5, eval_batch_size=5)
-        loss = updater.gradient(tokens[:, :-1], targets, state, stop=StopRequest(pytest.fail))
-        assert loss is not None
-        losses.append(float(loss))
-        gradients.append([parameter.grad for parameter in updater.model.parameters()])
+        batch, stop = (tokens[:, :-1], targets), StopRequest(pytest.fail)
+        losses.append(float(accumulate_gradient(learner, batch, step=0, micro_batch_size=5, stop=stop).loss))
+        gradients.append([parameter.grad for parameter in learner.model.parameters()])
         shapes.append(seen)
     assert shapes == [[5, 2], [4, 4]]  # 4 and 3, filled up
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -172,16 +169,16 @@ def test_compiled_micro_batches_have_one_shape_and_give_the_same(tmp_path: Path,
 
 
 def test_an_evaluation_has_one_shape_and_gives_the_same(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path, text_file))
+    run = run_for(layer(tmp_path, text_file))
     seen: list[int] = []
-    trainer.updater.objective.register_forward_pre_hook(lambda module, columns: seen.append(len(columns[0])))
+    run.learner.objective.register_forward_pre_hook(lambda module, columns: seen.append(len(columns[0])))
     results = [
         evaluate(
-            trainer.updater.objective,
-            trainer.train_data,
+            run.learner.objective,
+            run.data.train,
             list(range(7)),
             batch_size=4,
-            runtime=replace(trainer.runtime, compiles=compiles),
+            runtime=replace(run.runtime, compiles=compiles),
         )
         for compiles in (False, True)
     ]

@@ -33,7 +33,7 @@ from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_question, newest
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from tests.conftest import corpus
-from tests.runs import layer, logged, run
+from tests.runs import layer, logged, trained
 from tests.test_export import sharp_model
 
 COLOURS = {"sky": "blue", "grass": "green", "sun": "yellow", "snow": "white", "coal": "black"}
@@ -341,11 +341,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer) -> 
         training__learning_rate=1e-2,
         training__log_interval=5,
     )
-    _, result = run(explicit)
+    _, result = trained(explicit)
     assert result.outcome == "finished"
     more = layer(folder / "lora", folder / "pairs.jsonl", lora__rank=4, training__learning_rate=1e-3)
     del more["model"], more["data"]["tokenizer"]
-    run(more, init_from=str(folder / "whole" / "atlas_best.pt"))
+    trained(more, init_from=str(folder / "whole" / "atlas_best.pt"))
     return folder
 
 
@@ -368,7 +368,7 @@ def test_conversations_without_an_answer_within_reach_are_refused(tmp_path: Path
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "colour " * 200, "response": "blue"}])
     explicit = layer(tmp_path / "out", long, data__tokenizer=str(tuned / "bpe.json"))
     with pytest.raises(AtlasError, match="no answer begins within max_seq_len 16"):
-        run(explicit)
+        trained(explicit)
 
 
 def test_lora_merged_and_in_peft_says_the_same(tmp_path: Path, tuned: Path, bpe: ByteLevelTokenizer) -> None:
@@ -454,7 +454,7 @@ def test_a_dialogue_remembers_and_a_text_model_refuses(
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
     more = layer(tmp_path / "text", tmp_path / "text.txt", training__max_steps=1)
     del more["model"], more["data"]["tokenizer"]
-    run(more, init_from=str(source))
+    trained(more, init_from=str(source))
     assert (
         main(
             ["generate", "--chat", "--checkpoint", str(tmp_path / "text" / "atlas_best.pt"), "--prompt", "x"]
@@ -485,12 +485,12 @@ def test_the_same_bits_after_a_stop_and_the_mask_stays_what_it_was(tmp_path: Pat
         "data__document_mask": False,
         "model__max_seq_len": 64,
     }
-    run(layer(tmp_path / "whole", tuned / "pairs.jsonl", checkpoint__save_interval=3, **settings))
+    trained(layer(tmp_path / "whole", tuned / "pairs.jsonl", checkpoint__save_interval=3, **settings))
     parts = shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     for path in [*parts.glob("atlas_step_6.*"), *parts.glob("atlas_best.*")]:
         path.unlink()
-    trainer, _ = run({"checkpoint": {"output_dir": str(parts)}}, resume=str(parts / "atlas_step_3.pt"))
-    assert trainer.config.data.document_mask is False
+    run, _ = trained({"checkpoint": {"output_dir": str(parts)}}, resume=str(parts / "atlas_step_3.pt"))
+    assert run.config.data.document_mask is False
     one, other = (load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("whole", "parts"))
     state = other["model_state_dict"]
     assert all(torch.equal(value, state[key]) for key, value in one["model_state_dict"].items())
@@ -507,9 +507,9 @@ def test_a_mixture_with_text_learns_both(tmp_path: Path, tuned: Path) -> None:
     )
     explicit["data"]["train_data"] = None
     explicit["model"]["max_seq_len"] = 64
-    trainer, result = run(explicit)
+    run, result = trained(explicit)
     assert result.outcome == "finished"
-    assert trainer.train_data.num_tokens > 0
+    assert run.data.train.num_tokens > 0
     assert load_checkpoint(tmp_path / "out" / "atlas_best.pt")["data"]["chat_form"]
 
 

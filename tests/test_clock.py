@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.run import Run
 from atlas.training.schedule import NO_LIMIT, RunClock
-from tests.runs import layer, logged, run, trainer_for
+from atlas.training.train import train
+from tests.runs import layer, logged, run_for, trained
 
 
 class FakeTime:
@@ -62,14 +64,14 @@ def test_it_is_over_when_one_more_update_and_the_save_might_not_fit() -> None:
     assert not RunClock(None, before=0).is_over(at_the_end=1e9)
 
 
-def slowed(trainer: object, seconds: float) -> None:
-    whole_step = trainer.train_step
+def slowed(run: Run, seconds: float) -> None:
+    forward = run.learner.objective.forward
 
-    def step(*batch: object) -> object:
+    def slow(*columns: object, **named: object) -> object:
         time.sleep(seconds)
-        return whole_step(*batch)
+        return forward(*columns, **named)
 
-    trainer.train_step = step
+    run.learner.objective.forward = slow
 
 
 def test_max_hours_plans_the_schedule_and_a_resumed_run_keeps_the_plan(
@@ -77,46 +79,46 @@ def test_max_hours_plans_the_schedule_and_a_resumed_run_keeps_the_plan(
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, training__max_hours=4 / 3600, checkpoint__save_interval=20)
     del explicit["training"]["max_steps"]
-    trainer = trainer_for(explicit)
-    assert trainer.state.horizon == NO_LIMIT
+    run = run_for(explicit)
+    assert run.state.horizon == NO_LIMIT
     begin = time.perf_counter()
-    result = trainer.train()
+    result = train(run)
     assert time.perf_counter() - begin < 4.5
     assert result.outcome in (
         "finished",
         "stopped in time",
     )  # in time, where this machine was slower than measured
-    planned = trainer.state.horizon
+    planned = run.state.horizon
     assert planned < NO_LIMIT
     assert f"planned to end at step {planned:,}" in (tmp_path / "run" / "training.log").read_text()
     assert load_checkpoint(tmp_path / "run" / f"atlas_step_{result.step}.pt")["horizon"] == planned
     if result.outcome == "finished":
         rates = [line["learning_rate"] for line in logged(tmp_path / "run")]
         assert rates[-1] < 0.11 * max(rates)  # the cosine has come to its end
-    again = trainer_for(explicit)
+    again = run_for(explicit)
     assert again.state.horizon == planned
     assert again.state.seconds > 1
 
 
 def test_a_machine_that_turns_slow_ends_in_time_all_the_same(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file, training__max_hours=2 / 3600, training__max_steps=100_000)
-    trainer = trainer_for(explicit)
-    plan = trainer._plan_horizon
+    run = run_for(explicit)
+    total = run.log.total
 
-    def then_slow() -> None:
-        plan()
-        slowed(trainer, 0.2)
+    def then_slow(horizon: int) -> None:
+        total(horizon)
+        slowed(run, 0.2)
 
-    trainer._plan_horizon = then_slow
+    run.log.total = then_slow  # called when the end is planned
     begin = time.perf_counter()
-    result = trainer.train()
+    result = train(run)
     assert time.perf_counter() - begin < 3
     assert result.outcome == "stopped in time"
-    assert result.step < trainer.state.horizon
+    assert result.step < run.state.horizon
     assert (tmp_path / "run" / f"atlas_step_{result.step}.pt") in result.saved
 
 
 def test_steps_that_end_sooner_win_over_hours(tmp_path: Path, text_file: Path) -> None:
-    trainer, result = run(layer(tmp_path / "run", text_file, training__max_hours=1.0, training__max_steps=15))
+    run, result = trained(layer(tmp_path / "run", text_file, training__max_hours=1.0, training__max_steps=15))
     assert (result.outcome, result.step) == ("finished", 15)
-    assert trainer.state.is_planned
+    assert run.state.is_planned

@@ -372,7 +372,7 @@ for step in range(3):
             (wrapped(tokens, tokens, num_valid=tokens.numel()) / tokens.numel()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=config.training.parallel != "ddp")  # as Updater does
+    optimizer.zero_grad(set_to_none=config.training.parallel != "ddp")  # as `clear_gradient` does
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
 print(int(status["VmHWM"].split()[0]) * 1024)
 """

@@ -12,7 +12,7 @@ from torch._inductor.exc import InductorError
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.training.devices.compile import choose_compile, refuse_failed_compilation
-from tests.runs import layer, logged, run, start_process, write_config
+from tests.runs import layer, logged, start_process, trained, write_config
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
@@ -87,8 +87,8 @@ def test_twenty_losses_are_those_of_the_plain_run(way: str, tmp_path: Path, text
         "model__hidden_size": 32,
         "model__max_seq_len": 64,  # 512 tokens an update: two chunks of the loss
     }
-    run(layer(tmp_path / "plain", text_file, **common))
-    run(layer(tmp_path / "other", text_file, **(common | WAYS[way])))
+    trained(layer(tmp_path / "plain", text_file, **common))
+    trained(layer(tmp_path / "other", text_file, **(common | WAYS[way])))
     plain, other = ([line["loss"] for line in logged(tmp_path / name)] for name in ("plain", "other"))
     assert len(plain) == 20
     assert other == pytest.approx(plain, rel=1e-5)

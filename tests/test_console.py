@@ -14,7 +14,7 @@ import pytest
 
 from atlas.config.loader import nested, overlay, read_yaml
 from atlas.training.checkpoint.load import load_checkpoint
-from tests.runs import REPOSITORY, layer, logged, run, write_config
+from tests.runs import REPOSITORY, layer, logged, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals and SIGHUP")
 
@@ -103,7 +103,7 @@ def test_a_closed_terminal_saves_the_run_and_the_next_call_resumes_it(
     [interrupted] = (tmp_path / "run").glob("atlas_interrupt_step_*.pt")
     step = load_checkpoint(interrupted)["step"]
     assert 0 < step < 2000
-    _, result = run(overlay(explicit, nested("training.max_steps", step + 5)))
+    _, result = trained(overlay(explicit, nested("training.max_steps", step + 5)))
     assert result.step == step + 5
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, step + 6))
 

@@ -23,7 +23,7 @@ from atlas.training.devices import parallel as sharing
 from atlas.training.devices import world as distributed
 from atlas.training.devices.parallel import choose_parallel
 from atlas.training.devices.world import World
-from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
+from tests.runs import REPOSITORY, layer, logged, run_for, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's gloo and these signals are not Windows'")
 
@@ -60,7 +60,7 @@ def finish(process: subprocess.Popen[str], *, within: float = 120) -> tuple[int,
     return process.returncode, said
 
 
-def trained(config: Path, processes: int, *arguments: str) -> None:
+def trained_by(config: Path, processes: int, *arguments: str) -> None:
     code, said = finish(launch(config, processes, *arguments))
     assert code == 0, said
 
@@ -114,8 +114,8 @@ def assert_close(one: Path, other: Path, name: str = "atlas_step_6.pt") -> None:
 @pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
 def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: str, optimizer: str) -> None:
     explicit = hard(tmp_path / "one", text_file, training__optimizer=optimizer)
-    run(explicit)
-    trained(
+    trained(explicit)
+    trained_by(
         write_config(tmp_path / "run.yaml", explicit),
         2,
         *("--output-dir", str(tmp_path / "two"), "--set", f"training.parallel={parallel}"),
@@ -129,7 +129,7 @@ def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: s
     )
 
     alone = overlay(explicit, {"checkpoint": {"output_dir": str(tmp_path / "two")}})
-    assert trainer_for(alone, resume=str(tmp_path / "two/atlas_step_3.pt")).config.training.parallel == "auto"
+    assert run_for(alone, resume=str(tmp_path / "two/atlas_step_3.pt")).config.training.parallel == "auto"
     said = (tmp_path / "two/training.log").read_text()
     assert f"training.parallel: {parallel}: is for several processes, and this is one" in said
 
@@ -154,11 +154,11 @@ def test_thirty_updates_of_nano(
     explicit["training"]["learning_rate"] = 1e-3
     explicit["model"] = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "max_seq_len": 64}
     explicit["checkpoint"]["save_interval"] = 30
-    run(explicit)
+    trained(explicit)
     config = write_config(tmp_path / "run.yaml", explicit)
     flags = [word for setting in settings for word in ("--set", setting)]
     for name in ("first", "second"):
-        trained(config, processes, *flags, "--output-dir", str(tmp_path / name))
+        trained_by(config, processes, *flags, "--output-dir", str(tmp_path / name))
     assert_close(tmp_path / "one", tmp_path / "first", "atlas_step_30.pt")
     first, second = (load_checkpoint(tmp_path / name / "atlas_step_30.pt") for name in ("first", "second"))
     for key, weight in first["model_state_dict"].items():
@@ -169,8 +169,8 @@ def test_thirty_updates_of_nano(
 @pytest.mark.slow
 def test_dropout_is_the_same_where_the_split_is(tmp_path: Path, text_file: Path) -> None:
     explicit = hard(tmp_path / "one", text_file, model__dropout=0.2, training__micro_batch_size=2)
-    run(explicit)
-    trained(write_config(tmp_path / "run.yaml", explicit), 2, "--output-dir", str(tmp_path / "two"))
+    trained(explicit)
+    trained_by(write_config(tmp_path / "run.yaml", explicit), 2, "--output-dir", str(tmp_path / "two"))
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
@@ -178,15 +178,15 @@ def test_dropout_is_the_same_where_the_split_is(tmp_path: Path, text_file: Path)
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_shards_of_four_go_on_on_any_number(tmp_path: Path, text_file: Path, processes: int) -> None:
     explicit = hard(tmp_path / "one", text_file, checkpoint__format="sharded")
-    run(explicit)
+    trained(explicit)
     config, folder = write_config(tmp_path / "run.yaml", explicit), tmp_path / "four"
     flags = ("--output-dir", str(folder), "--set", "training.parallel=fsdp")
-    trained(config, 4, *flags)
+    trained_by(config, 4, *flags)
     assert len(list((folder / "atlas_step_3").glob("*.safetensors"))) == 4, "each rank writes its own"
     if processes == 1:
-        run(elsewhere(explicit, folder), resume=str(folder / "atlas_step_3"))
+        trained(elsewhere(explicit, folder), resume=str(folder / "atlas_step_3"))
     else:
-        trained(config, processes, *flags, "--resume", str(folder / "atlas_step_3"))
+        trained_by(config, processes, *flags, "--resume", str(folder / "atlas_step_3"))
     assert len(list((folder / "atlas_step_6").glob("*.safetensors"))) == processes
     assert_close(tmp_path / "one", folder, "atlas_step_6")
 
@@ -194,11 +194,11 @@ def test_shards_of_four_go_on_on_any_number(tmp_path: Path, text_file: Path, pro
 @pytest.mark.slow
 def test_another_mode_goes_on_with_the_same_run(tmp_path: Path, text_file: Path) -> None:
     explicit = hard(tmp_path / "one", text_file)
-    run(explicit)
+    trained(explicit)
     config = write_config(tmp_path / "run.yaml", explicit)
     flags = ("--output-dir", str(tmp_path / "two"))
-    trained(config, 2, *flags, "--set", "training.parallel=ddp")
-    trained(
+    trained_by(config, 2, *flags, "--set", "training.parallel=ddp")
+    trained_by(
         config,
         2,
         *flags,
@@ -222,7 +222,7 @@ def test_what_works_on_one_works_on_two(tmp_path: Path, text_file: Path, paralle
     if "compile" not in feature:
         key, _, value = feature.partition("=")
         explicit = overlay(explicit, nested(key, value == "true"))
-    run(explicit)
+    trained(explicit)
     flags = (
         "--set",
         feature,
@@ -231,17 +231,17 @@ def test_what_works_on_one_works_on_two(tmp_path: Path, text_file: Path, paralle
         "--output-dir",
         str(tmp_path / "two"),
     )
-    trained(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
+    trained_by(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_low_rank_updates_learn_on_two(tmp_path: Path, text_file: Path, parallel: str) -> None:
-    run(hard(tmp_path / "base", text_file))
+    trained(hard(tmp_path / "base", text_file))
     base = str(tmp_path / "base/atlas_step_6.pt")
     explicit = hard(tmp_path / "one", text_file, lora__rank=4)
-    run(explicit, init_from=base)
+    trained(explicit, init_from=base)
     flags = (
         "--set",
         f"training.parallel={parallel}",
@@ -250,7 +250,7 @@ def test_low_rank_updates_learn_on_two(tmp_path: Path, text_file: Path, parallel
         "--init-from",
         base,
     )
-    trained(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
+    trained_by(write_config(tmp_path / "run.yaml", explicit), 2, *flags)
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
@@ -295,7 +295,7 @@ def test_a_rank_that_fails_ends_all_and_a_restart_goes_on(
     assert code == 0, said
     assert "at step 4 of 6" in said, "what was lost is no more than the updates since the last save"
     assert "torchrun started the run again" in said
-    run(elsewhere(explicit, tmp_path / "alone"))
+    trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(tmp_path / "alone", tmp_path / "one")
 
 
@@ -306,7 +306,7 @@ def test_out_of_memory_before_the_ranks_meet_is_lived_with(tmp_path: Path, text_
     assert code == 0, said
     assert "step 2: out of memory with 3 sequences at once: 1 from now on. An update still takes 8" in said
     assert load_checkpoint(tmp_path / "one/atlas_step_6.pt")["micro_batch_size"] == 1
-    run(elsewhere(explicit, tmp_path / "alone"))
+    trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(tmp_path / "alone", tmp_path / "one")
 
 
@@ -326,7 +326,7 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path, text_file: Path, format:
     code, said = finish(launch(config, 2, fault=f"save@{rank}:4", restarts=2))
     assert code == 0, said
     assert ("torchrun started the run again" in said) == (format == "sharded" or rank == 0)
-    run(elsewhere(explicit, tmp_path / "alone"))
+    trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(
         tmp_path / "alone", tmp_path / "one", "atlas_step_6" if format == "sharded" else "atlas_step_6.pt"
     )

@@ -23,7 +23,7 @@ from atlas.cli import doctor_facts, main
 from atlas.model.mlp import MLP
 from atlas.planning import doctor as probes
 from atlas.planning.doctor import Effort, time_attention, try_compile, working_attention
-from tests.runs import layer, trainer_for
+from tests.runs import layer, run_for
 
 LITTLE = Effort(seconds=0.01, matrix_size=64, copied=100_000, disk=100_000, compile_seconds=0.01)
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_the_optional_packages_are_those_of_the_extras(healthy: dict[str, Any]) 
 
 
 def test_it_says_what_a_run_takes(healthy: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
-    runtime = trainer_for(layer(tmp_path / "run", text_file, device="cpu")).runtime
+    runtime = run_for(layer(tmp_path / "run", text_file, device="cpu")).runtime
     assert healthy["train"]["device"] == runtime.device.type
     assert healthy["train"]["precision"] == runtime.precision
     assert healthy["precision"][runtime.precision]["refusal"] is None

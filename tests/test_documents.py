@@ -17,7 +17,8 @@ from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
 from atlas.planning.estimate import estimate_training_memory
 from atlas.training.summary import _announce_dense_attention
-from tests.runs import assert_same_run, layer, run, trainer_for
+from atlas.training.train import train
+from tests.runs import assert_same_run, layer, on_updates, run_for, trained
 
 CONFIG = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50, max_seq_len=24)
 lengths_of_a_row = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(lambda lengths: lengths[:8])
@@ -179,22 +180,19 @@ def corpus(folder: Path) -> Path:
 def test_a_masked_run_resumes_bit_for_bit_and_differs_from_an_unmasked_one(tmp_path: Path) -> None:
     text = corpus(tmp_path)
     settings_ = {"data__document_mask": True, "training__micro_batch_size": 3, "training__eval_interval": 3}
-    run(layer(tmp_path / "whole", text, **settings_))
-    stopped = trainer_for(layer(tmp_path / "parts", text, **settings_))
-    step = stopped.train_step
+    trained(layer(tmp_path / "whole", text, **settings_))
+    stopped = run_for(layer(tmp_path / "parts", text, **settings_))
 
-    def stop_after_two(*batch: Tensor) -> object:
-        if stopped.state.step == 2:
-            stopped.stop.requested = True
-        return step(*batch)
+    def stop_after_two() -> None:
+        stopped.stop.requested = stopped.state.step == 2
 
-    stopped.train_step = stop_after_two  # type: ignore[method-assign]
-    stopped.train()
+    on_updates(stopped, before=stop_after_two)
+    train(stopped)
     stopped.lock.release()
-    run(layer(tmp_path / "parts", text, **settings_), resume="auto")
+    trained(layer(tmp_path / "parts", text, **settings_), resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)
-    _, plain = run(layer(tmp_path / "plain", text))
-    _, masked = run(layer(tmp_path / "masked", text, data__document_mask=True))
+    _, plain = trained(layer(tmp_path / "plain", text))
+    _, masked = trained(layer(tmp_path / "masked", text, data__document_mask=True))
     assert plain.loss != masked.loss
 
 

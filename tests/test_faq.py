@@ -30,9 +30,10 @@ from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.logs.run_log import RunLog
 from atlas.training.optimizers.build import build_optimizer
+from atlas.training.train import train
 from tests.conftest import corpus
 from tests.project import ARTICLES, CONFIG, ROOT, Project, Stage
-from tests.runs import same_bits, trainer_for
+from tests.runs import run_for, same_bits
 from tests.toy import CharacterTokenizer
 
 # The stages
@@ -514,16 +515,16 @@ def test_every_preset_takes_a_real_step(preset: str, text_file: Path, tmp_path: 
         "data": {"train_data": str(text_file)},
         "checkpoint": {"output_dir": str(tmp_path), "background": False},
     }
-    trainer = trainer_for(layer)
+    run = run_for(layer)
     saved: list[list[str]] = []
-    trainer.checkpoints.save = lambda contents, kinds, facts: saved.append(kinds) or []  # type: ignore[method-assign]
-    before = trainer.model.blocks[0].mlp.up.weight.detach().clone()
-    result = trainer.train()
+    run.checkpoints.save = lambda contents, kinds, facts: saved.append(kinds) or []  # type: ignore[method-assign]
+    before = run.model.blocks[0].mlp.up.weight.detach().clone()
+    result = train(run)
     assert (result.outcome, result.step) == ("finished", steps)
     assert saved == [["best", "step"]]
     assert result.loss == pytest.approx(math.log(50257), rel=0.05 * steps)
-    assert not torch.equal(trainer.model.blocks[0].mlp.up.weight, before)
-    state = trainer.optimizer.state_dict()["state"]
-    assert len(state) == len(list(trainer.model.parameters()))
+    assert not torch.equal(run.model.blocks[0].mlp.up.weight, before)
+    state = run.optimizer.state_dict()["state"]
+    assert len(state) == len(list(run.model.parameters()))
     for entry in state.values():  # whatever the optimizer keeps, a gradient reached every tensor
         assert any(torch.is_tensor(kept) and kept.any() for name, kept in entry.items() if name != "step")

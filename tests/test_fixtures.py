@@ -17,6 +17,7 @@ from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.launch import start_run
 from atlas.training.loss import compute_lm_loss
 from atlas.training.resume import Request, choose_start
+from atlas.training.train import train
 from tests.fixtures.make import write_dataset
 
 FIXTURES = sorted(Path(__file__).parent.glob("fixtures/checkpoint_v*/*.pt"))
@@ -45,9 +46,9 @@ def test_it_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     contents = load_checkpoint(path)
     write_dataset(Path(), tokenizer=Tokenizer.from_state(contents["tokenizer"]))
     end = contents["step"] + 2
-    trainer = start_run(choose_start(Request({"training": {"max_steps": end}}, resume="auto")))
-    assert trainer.optimizer.state_dict()["state"]
-    result = trainer.train()
+    run = start_run(choose_start(Request({"training": {"max_steps": end}}, resume="auto")))
+    assert run.optimizer.state_dict()["state"]
+    result = train(run)
     assert result.step == end
     assert result.loss < 2 * contents["loss"]
 

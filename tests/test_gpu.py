@@ -7,6 +7,7 @@ least that FlexAttention takes.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from atlas.inference.sampling import Sampling
 from atlas.training.checkpoint.async_saver import Snapshot
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.devices.gpu_temperature import open_sensor
+from atlas.training.step import apply_gradient
+from atlas.training.train import train
 from tests import runs
-from tests.runs import logged, run, same_bits, trainer_for
+from tests.runs import gradient_of, logged, on_updates, run_for, same_bits, trained, update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +43,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_fp32_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> None:
     for device in ("cpu", "cuda"):
-        run(layer(tmp_path / device, text_file, device=device, training__precision="fp32"))
+        trained(layer(tmp_path / device, text_file, device=device, training__precision="fp32"))
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
 
 
@@ -48,17 +51,17 @@ def test_fp32_on_the_gpu_follows_the_cpu(tmp_path: Path, text_file: Path) -> Non
 def test_half_precision_learns_and_resumes(tmp_path: Path, text_file: Path, precision: str) -> None:
     options = {"training__precision": precision, "training__max_steps": 40, "checkpoint__save_interval": 20}
     explicit = layer(tmp_path / "run", text_file, **options, model__dropout=0.1)
-    run(explicit)
+    trained(explicit)
     uninterrupted = losses(tmp_path / "run")
     assert uninterrupted[-1] < uninterrupted[0] - 1
-    run(explicit, resume=str(tmp_path / "run" / "atlas_step_20.pt"))
+    trained(explicit, resume=str(tmp_path / "run" / "atlas_step_20.pt"))
     # A GPU adds up in no fixed order; noise of 0.1 % in the gradient moves these losses by 0.4 % at most.
     assert losses(tmp_path / "run") == pytest.approx(uninterrupted, rel=2e-2)
 
 
 def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file, training__max_steps=10)
-    run(explicit)
+    trained(explicit)
     texts = []
     for device in ("cuda", "cpu"):
         loaded = load_model(
@@ -68,12 +71,12 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
         texts.append([step[0] for step in steps])
     assert texts[0] == texts[1]
     on_cpu = layer(tmp_path / "run", text_file, device="cpu", training__max_steps=12)
-    assert run(on_cpu)[1].step == 12
+    assert trained(on_cpu)[1].step == 12
 
 
 @pytest.mark.parametrize("dtype", ["f16", "auto"])
 def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: Path, dtype: str) -> None:
-    run(layer(tmp_path / "run", text_file, training__max_steps=10))
+    trained(layer(tmp_path / "run", text_file, training__max_steps=10))
     log_probs = []
     for kind in ("f32", dtype):
         loaded = load_model(
@@ -89,18 +92,14 @@ def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: P
 
 def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, text_file: Path) -> None:
     options = {"checkpoint__background": True, "checkpoint__save_interval": 2}
-    trainer = trainer_for(layer(tmp_path / "run", text_file, **options))
-    train_step, states = trainer.train_step, []
+    run = run_for(layer(tmp_path / "run", text_file, **options))
+    states = []
 
-    def remember(*batch: object) -> object:
-        update = train_step(*batch)
-        states.append(
-            {name: tensor.to("cpu", copy=True) for name, tensor in trainer.model.state_dict().items()}
-        )
-        return update
+    def remember() -> None:
+        states.append({name: tensor.to("cpu", copy=True) for name, tensor in run.model.state_dict().items()})
 
-    trainer.train_step = remember
-    trainer.train()
+    on_updates(run, after=remember)
+    train(run)
     assert (tmp_path / "run" / "atlas_step_6.pt").exists()
     for step, state in enumerate(states, start=1):
         path = tmp_path / "run" / f"atlas_step_{step}.pt"
@@ -116,14 +115,14 @@ def test_the_copy_lies_in_pinned_memory_and_is_whole() -> None:
 
 
 def test_an_update_that_is_not_finite_moves_nothing_on_the_device(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__precision="fp32"))
-    batches = trainer._batches()
-    assert trainer.train_step(*next(batches)).fault is None
-    before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
-    gradient = trainer.updater.gradient
-    trainer.updater.gradient = lambda *batch, **how: gradient(*batch, **how) * float("nan")
-    assert trainer.train_step(*next(batches)).fault is not None
-    assert same_bits(before, (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+    run = run_for(layer(tmp_path / "run", text_file, training__precision="fp32"))
+    batches = run.batches()
+    assert update(run, *next(batches)).fault is None
+    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()["state"]))
+    gradient = gradient_of(run, next(batches))
+    gradient = replace(gradient, loss=gradient.loss * float("nan"))
+    assert apply_gradient(run.learner, gradient, run.state, rate=1e-3).fault is not None
+    assert same_bits(before, (run.model.state_dict(), run.optimizer.state_dict()["state"]))
 
 
 def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
@@ -134,12 +133,12 @@ def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(2e9 / total)
     try:
-        trainer, result = run(explicit)
+        run, result = trained(explicit)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.step == 2
-    assert trainer.state.micro_batch_size < 256
-    assert trainer.state.sequences_consumed == 512
+    assert run.state.micro_batch_size < 256
+    assert run.state.sequences_consumed == 512
 
 
 def test_the_card_says_how_warm_it_is() -> None:
@@ -160,7 +159,7 @@ def test_the_document_mask_on_the_gpu_follows_the_cpu(tmp_path: Path) -> None:
         (texts / f"{number:02}.txt").write_text(words, encoding="utf-8")
     for device in ("cpu", "cuda"):
         options = {"device": device, "training__precision": "fp32", "model__max_seq_len": 256}
-        run(layer(tmp_path / device, texts, **options, data__document_mask=True))
+        trained(layer(tmp_path / device, texts, **options, data__document_mask=True))
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
 
 
@@ -171,7 +170,7 @@ def test_a_compiled_run_follows_one_that_is_not(tmp_path: Path, text_file: Path)
             tmp_path / compiled, text_file, training__precision="fp32", training__compile=compiled
         )
         explicit["training"].update(batch_size=5, micro_batch_size=3, eval_interval=3)
-        run(explicit)
+        trained(explicit)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
     on, off = ([line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("on", "off"))
     assert len(on) == 2

@@ -20,30 +20,40 @@ from atlas.config import GuardConfig
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import load_checkpoint
-from atlas.training.devices.device import Runtime
 from atlas.training.guard import check_update, z_score
 from atlas.training.loss import compute_lm_loss
+from atlas.training.run import Run
 from atlas.training.state import TrainState
-from atlas.training.step import Updater
-from atlas.training.train import Trainer
-from tests.runs import layer, logged, run, same_bits, trainer_for, write_config
+from atlas.training.step import apply_gradient
+from atlas.training.train import train
+from tests.runs import (
+    gradient_of,
+    layer,
+    logged,
+    on_updates,
+    run_for,
+    same_bits,
+    trained,
+    update,
+    write_config,
+)
 
 Loss = Callable[..., torch.Tensor]
 
 
-def wrong_at(trainer: Trainer, steps: Callable[[int], bool], factor: float = math.nan) -> list[int]:
+def wrong_at(run: Run, steps: Callable[[int], bool], factor: float = math.nan) -> list[int]:
     """Let the loss of the second micro-batch of these steps be wrong; the steps at which it was."""
     calls: list[int] = []
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        step = trainer.state.step + 1
+        step = run.state.step + 1
         calls.append(step)
         value = compute_lm_loss(logits, targets, mask)
-        per_update = math.ceil(trainer.config.training.sequences_per_update / trainer.state.micro_batch_size)
+        per_update = math.ceil(run.config.training.sequences_per_update / run.state.micro_batch_size)
         is_second = len(calls) % per_update == (2 % per_update)
         return value * factor if steps(step) and is_second else value
 
-    trainer.updater.objective.custom_loss = loss
+    run.learner.objective.custom_loss = loss
     return calls
 
 
@@ -58,20 +68,15 @@ def test_two_updates_gone_wrong_move_nothing_and_are_logged(
 ) -> None:
     folder = tmp_path / "run"
     settings = {"training__gradient_accumulation_steps": accumulation, "training__micro_batch_size": 2}
-    trainer = trainer_for(layer(folder, text_file, training__max_steps=10, **settings))
-    wrong_at(trainer, lambda step: step in (7, 8), factor)
+    run = run_for(layer(folder, text_file, training__max_steps=10, **settings))
+    wrong_at(run, lambda step: step in (7, 8), factor)
     states = {}
-    whole_step = trainer.train_step
 
-    def recorded(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        states[trainer.state.step] = copy.deepcopy(
-            (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"])
-        )
-        return update
+    def record() -> None:
+        states[run.state.step] = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()["state"]))
 
-    trainer.train_step = recorded
-    assert trainer.train().outcome == "finished"
+    on_updates(run, after=record)
+    assert train(run).outcome == "finished"
     assert same_bits(states[6], states[7])
     assert same_bits(states[7], states[8])
     assert not same_bits(states[8], states[9])
@@ -83,13 +88,13 @@ def test_two_updates_gone_wrong_move_nothing_and_are_logged(
     lines = logged(folder)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["step"] for line in lines if line["loss"] is None] == [7, 8]
-    assert (trainer.state.skipped, trainer.state.bad_in_a_row, trainer.state.rollbacks) == (2, 0, 0)
+    assert (run.state.skipped, run.state.bad_in_a_row, run.state.rollbacks) == (2, 0, 0)
 
 
 def test_every_line_of_the_log_is_json_as_others_read_it(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
-    wrong_at(trainer, lambda step: step == 2)
-    trainer.train()
+    run = run_for(layer(tmp_path / "run", text_file))
+    wrong_at(run, lambda step: step == 2)
+    train(run)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -105,10 +110,10 @@ def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
     folder = tmp_path / "run"
     settings = {"training__gradient_accumulation_steps": accumulation, "training__micro_batch_size": 2}
     explicit = layer(folder, text_file, training__max_steps=40, checkpoint__save_interval=8, **settings)
-    trainer = trainer_for(explicit)
-    wrong_at(trainer, lambda step: step >= 20)
+    run = run_for(explicit)
+    wrong_at(run, lambda step: step >= 20)
     with pytest.raises(AtlasError, match=r"loss nan: going back did not help \(3 rollbacks\)"):
-        trainer.train()
+        train(run)
     rollbacks = events(folder, "rollback")
     # First to 16, whose event was cut with the log when that did not help; then to the save before it, twice.
     assert [(line["step"], line["from_step"]) for line in rollbacks] == [(8, 24)] * 2
@@ -131,18 +136,15 @@ def test_a_save_that_was_ruined_already_is_gone_back_past(tmp_path: Path, text_f
     """Weights can be far gone and still finite: the save before them is the good one, for --resume auto, too."""
     folder = tmp_path / "run"
     explicit = layer(folder, text_file, training__max_steps=30, checkpoint__save_interval=5)
-    trainer = trainer_for(explicit)
-    whole_step = trainer.train_step
+    run = run_for(explicit)
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        if trainer.state.step == 15 and not trainer.state.rollbacks:
+    def ruin() -> None:
+        if run.state.step == 15 and not run.state.rollbacks:
             with torch.no_grad():  # after the update, before the save
-                trainer.model.final_norm.weight.fill_(1e38)
-        return update
+                run.model.final_norm.weight.fill_(1e38)
 
-    trainer.train_step = step
-    assert trainer.train().outcome == "finished"
+    on_updates(run, after=ruin)
+    assert train(run).outcome == "finished"
     assert (folder / "previous-1" / "atlas_step_15.pt").exists()
     weights = load_checkpoint(folder / "atlas_step_15.pt")["model_state_dict"]
     assert all(tensor.abs().max() < 100 for tensor in weights.values())
@@ -161,98 +163,91 @@ def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
         checkpoint__save_interval=6,
         checkpoint__background=in_background,
     )
-    trainer = trainer_for(explicit)
+    run = run_for(explicit)
     seen: list[int] = []
 
     def poisoned(
         logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        seen.append(trainer.state.sequences_consumed)
-        bad = 8 * 4 <= trainer.state.sequences_consumed < 13 * 4
+        seen.append(run.state.sequences_consumed)
+        bad = 8 * 4 <= run.state.sequences_consumed < 13 * 4
         return compute_lm_loss(logits, targets, mask) * (math.nan if bad else 1.0)
 
-    trainer.updater.objective.custom_loss = poisoned
-    assert trainer.train().outcome == "finished"
+    run.learner.objective.custom_loss = poisoned
+    assert train(run).outcome == "finished"
     assert seen == [4 * update for update in (*range(13), *range(13, 27))]  # none is read twice
-    assert trainer.state.step == 20
+    assert run.state.step == 20
     lines = logged(folder)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(math.isfinite(line["loss"]) for line in lines)
-    whole = run(layer(tmp_path / "whole", text_file, training__max_steps=20))[0]
+    whole = trained(layer(tmp_path / "whole", text_file, training__max_steps=20))[0]
     rates = [line["learning_rate"] for line in logged(tmp_path / "whole")]
     assert [line["learning_rate"] for line in lines] == pytest.approx(
         rates[:6] + [rate / 2 for rate in rates[6:]]
     )
     assert whole.state.rate_scale == 1
-    assert trainer.state.rollbacks == 0  # the run got past its trouble
+    assert run.state.rollbacks == 0  # the run got past its trouble
 
 
 def test_without_a_save_to_go_back_to_the_run_ends(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))  # no save before the end, no copy in memory
-    wrong_at(trainer, lambda step: True)
+    run = run_for(layer(tmp_path / "run", text_file))  # no save before the end, no copy in memory
+    wrong_at(run, lambda step: True)
     with pytest.raises(AtlasError, match="no save to go back to"):
-        trainer.train()
+        train(run)
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_a_gradient_gone_wrong_under_a_sound_loss_is_seen(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
-    before = copy.deepcopy(trainer.model.state_dict())
+    run = run_for(layer(tmp_path / "run", text_file))
+    before = copy.deepcopy(run.model.state_dict())
 
     def steep(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         infinite_slope = (logits * 0).abs().sqrt().sum()  # √x at 0
         return compute_lm_loss(logits, targets, mask) + infinite_slope
 
-    trainer.updater.objective.custom_loss = steep
-    update = trainer.train_step(*next(trainer._batches()))
-    assert math.isfinite(update.loss)
-    assert "gradient norm" in update.fault.reason
-    assert same_bits(before, trainer.model.state_dict())
+    run.learner.objective.custom_loss = steep
+    steep_update = update(run)
+    assert math.isfinite(steep_update.loss)
+    assert "gradient norm" in steep_update.fault.reason
+    assert same_bits(before, run.model.state_dict())
 
 
 def test_a_micro_batch_without_a_valid_token_gives_no_nan(tmp_path: Path, text_file: Path) -> None:
-    """A user's mean over no tokens is 0 ÷ 0; the trainer must not ask for it."""
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__micro_batch_size=2))
+    """A user's mean over no tokens is 0 ÷ 0; the run must not ask for it."""
+    run = run_for(layer(tmp_path / "run", text_file, training__micro_batch_size=2))
 
     def naive(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    trainer.updater.objective.custom_loss = naive
-    inputs, targets = next(trainer._batches())
+    run.learner.objective.custom_loss = naive
+    inputs, targets = next(run.batches())
     targets[:2] = IGNORE_INDEX
-    update = trainer.train_step(inputs, targets)
-    assert update.fault is None
-    alone = trainer_for(layer(tmp_path / "alone", text_file))
-    alone.updater.objective.custom_loss = naive
-    assert alone.train_step(inputs[2:], targets[2:]).loss == pytest.approx(update.loss, rel=1e-5)
-    before = copy.deepcopy(trainer.model.state_dict())
-    assert trainer.train_step(inputs, torch.full_like(targets, IGNORE_INDEX)).fault is None
-    assert same_bits(before, trainer.model.state_dict())
-
-
-def fp16_updater(tmp_path: Path, text_file: Path, scale: float) -> tuple[Trainer, Updater]:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
-    updater = Updater(trainer.model, trainer.config, Runtime(torch.device("cpu"), "fp32"), None, say=print)
-    updater.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    return trainer, updater
+    padded = update(run, inputs, targets)
+    assert padded.fault is None
+    alone = run_for(layer(tmp_path / "alone", text_file))
+    alone.learner.objective.custom_loss = naive
+    assert update(alone, inputs[2:], targets[2:]).loss == pytest.approx(padded.loss, rel=1e-5)
+    before = copy.deepcopy(run.model.state_dict())
+    assert update(run, inputs, torch.full_like(targets, IGNORE_INDEX)).fault is None
+    assert same_bits(before, run.model.state_dict())
 
 
 @pytest.mark.parametrize(("scale", "benign"), [(65536.0, True), (1.0, False)])
 def test_fp16_overflow_is_told_apart_from_divergence(
     tmp_path: Path, text_file: Path, scale: float, benign: bool
 ) -> None:
-    trainer, updater = fp16_updater(tmp_path, text_file, scale)
-    before = copy.deepcopy(trainer.model.state_dict())
-    loss = updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
-    next(trainer.model.parameters()).grad[0, 0] = math.inf
-    update = updater.apply(loss, trainer.state, rate=1e-2)
-    assert update.fault.is_benign is benign
-    assert "fp16" in update.fault.reason
-    assert updater.scaler.get_scale() == scale / 2  # the scaler goes on looking
-    assert same_bits(before, trainer.model.state_dict())
-    loss = updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
-    assert updater.apply(loss, trainer.state, rate=1e-2).fault is None
-    assert not same_bits(before, trainer.model.state_dict())
+    run = run_for(layer(tmp_path / "run", text_file))
+    run.learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before, batch = copy.deepcopy(run.model.state_dict()), next(run.batches())
+    gradient = gradient_of(run, batch)
+    next(run.model.parameters()).grad[0, 0] = math.inf
+    overflow = apply_gradient(run.learner, gradient, run.state, rate=1e-2)
+    assert overflow.fault.is_benign is benign
+    assert "fp16" in overflow.fault.reason
+    assert run.learner.scaler.get_scale() == scale / 2  # the scaler keeps looking for one that fits
+    assert same_bits(before, run.model.state_dict())
+    assert apply_gradient(run.learner, gradient_of(run, batch), run.state, rate=1e-2).fault is None
+    assert not same_bits(before, run.model.state_dict())
 
 
 @given(
@@ -280,18 +275,18 @@ def test_a_spike_is_left_out_or_led_back_from(tmp_path: Path, text_file: Path, m
         checkpoint__save_interval=20,
         training__micro_batch_size=4,
     )
-    trainer = trainer_for(explicit)
+    run = run_for(explicit)
     spiked: list[int] = []
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         value = compute_lm_loss(logits, targets, mask)
-        if trainer.state.step + 1 == 50 and not spiked:
+        if run.state.step + 1 == 50 and not spiked:
             spiked.append(50)
             return value * 20
         return value
 
-    trainer.updater.objective.custom_loss = loss
-    assert trainer.train().outcome == "finished"
+    run.learner.objective.custom_loss = loss
+    assert train(run).outcome == "finished"
     assert len(events(folder, "rollback")) == (mode == "rollback")
     skipped = events(folder, "skipped")
     assert [line["step"] for line in skipped] == ([50] if mode == "skip" else [])  # that step was taken back
@@ -333,19 +328,17 @@ def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_goes_back(
     tmp_path: Path, text_file: Path, with_validation: bool
 ) -> None:
     fraction = {} if with_validation else {"data__val_fraction": 0}
-    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=4, **fraction))
-    whole_step, ruined = trainer.train_step, []
+    run = run_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=4, **fraction))
+    ruined = []
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        if trainer.state.step == 6 and not ruined:
+    def ruin() -> None:
+        if run.state.step == 6 and not ruined:
             ruined.append(6)
             with torch.no_grad():
-                next(trainer.model.parameters()).fill_(math.inf)
-        return update
+                next(run.model.parameters()).fill_(math.inf)
 
-    trainer.train_step = step
-    result = trainer.train()
+    on_updates(run, after=ruin)
+    result = train(run)
     assert (result.outcome, result.step, ruined) == ("finished", 6, [6])
     [back] = events(tmp_path / "run", "rollback")
     assert (back["from_step"], back["step"]) == (6, 4)
@@ -355,19 +348,16 @@ def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_goes_back(
 
 
 def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
-    whole_step = trainer.train_step
+    run = run_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        if trainer.state.step == 3:
+    def ruin_and_stop() -> None:
+        if run.state.step == 3:
             with torch.no_grad():
-                next(trainer.model.parameters()).fill_(math.nan)
-            trainer.stop.requested = True
-        return update
+                next(run.model.parameters()).fill_(math.nan)
+            run.stop.requested = True
 
-    trainer.train_step = step
-    assert trainer.train().outcome == "interrupted"
+    on_updates(run, after=ruin_and_stop)
+    assert train(run).outcome == "interrupted"
     assert {path.name for path in (tmp_path / "run").glob("atlas_*.pt")} >= {"atlas_step_2.pt"}
     assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
     assert "step 3: not saved: weights that are not finite" in (tmp_path / "run/training.log").read_text()
@@ -376,40 +366,35 @@ def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_fi
 def test_a_run_that_was_extended_keeps_its_new_end_when_it_goes_back(tmp_path: Path, text_file: Path) -> None:
     """Also to a checkpoint of before, whose end was another."""
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2)
-    run(explicit)
+    trained(explicit)
     explicit["training"]["max_steps"] = 12
-    trainer = trainer_for(explicit, resume="auto")
-    whole_step, times = trainer.train_step, [0]
+    run = run_for(explicit, resume="auto")
+    times = [0]
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        if trainer.state.step == 8 and times[0] < 2:
+    def ruin() -> None:
+        if run.state.step == 8 and times[0] < 2:
             times[0] += 1
             with torch.no_grad():
-                next(trainer.model.parameters()).fill_(math.inf)
-        return update
+                next(run.model.parameters()).fill_(math.inf)
 
-    trainer.train_step = step
-    result = trainer.train()
+    on_updates(run, after=ruin)
+    result = train(run)
     assert "(rollback 2 of 3)" in (tmp_path / "run/training.log").read_text(encoding="utf-8")
-    assert (result.outcome, result.step, trainer.state.horizon) == ("finished", 12, 12)
+    assert (result.outcome, result.step, run.state.horizon) == ("finished", 12, 12)
 
 
 def test_a_run_stopped_amid_updates_that_were_not_applied_saves_nothing(
     tmp_path: Path, text_file: Path
 ) -> None:
     """Weights can be ruined and finite; `--resume auto` would then begin with them."""
-    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
-    wrong_at(trainer, lambda step: step >= 4)
-    whole_step = trainer.train_step
+    run = run_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
+    wrong_at(run, lambda step: step >= 4)
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        update = whole_step(inputs, targets)
-        trainer.stop.requested = trainer.state.step == 5
-        return update
+    def stop() -> None:
+        run.stop.requested = run.state.step == 5
 
-    trainer.train_step = step
-    result = trainer.train()
+    on_updates(run, after=stop)
+    result = train(run)
     assert (result.outcome, result.saved) == ("interrupted", [])
     assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
     log = (tmp_path / "run/training.log").read_text(encoding="utf-8")

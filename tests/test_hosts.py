@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import REPOSITORY, logged, run, write_config
+from tests.runs import REPOSITORY, logged, trained, write_config
 from tests.test_distributed import assert_close, elsewhere, hard
 
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
@@ -116,7 +116,7 @@ def test_two_hosts_train_as_one_and_a_pulled_cable_is_waited_for(
     finally:
         for process in processes:
             process.kill()
-    run(elsewhere(explicit, tmp_path / "one"))
+    trained(elsewhere(explicit, tmp_path / "one"))
     assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")
 
 
@@ -146,5 +146,5 @@ def test_a_cable_that_is_away_for_longer_than_the_timeout_costs_the_updates_sinc
     assert "no answer from another rank within 8 s" in said
     assert "torchrun started the run again" in said
     assert "resuming" in said
-    run(elsewhere(explicit, tmp_path / "one"))
+    trained(elsewhere(explicit, tmp_path / "one"))
     assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")

@@ -15,14 +15,14 @@ import torch
 from atlas.cli import main
 from atlas.training.checkpoint.manager import CheckpointManager
 from tests.conftest import corpus
-from tests.runs import layer, run
+from tests.runs import layer, trained
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("info")
     (folder / "text.txt").write_text(corpus()[:3000], encoding="utf-8")
-    run(layer(folder / "run", folder / "text.txt", checkpoint__save_interval=2))
+    trained(layer(folder / "run", folder / "text.txt", checkpoint__save_interval=2))
     return folder / "run"
 
 

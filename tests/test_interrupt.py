@@ -13,7 +13,7 @@ import pytest
 
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.devices.signals import Stopped, StopRequest
-from tests.runs import layer, logged, run, start_process, write_config
+from tests.runs import layer, logged, start_process, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
 
@@ -51,7 +51,7 @@ def test_sigterm_in_an_evaluation_is_answered_and_the_evaluation_done_on_resume(
     assert seconds < 10
     assert "validation loss" not in said  # it was in the evaluation
     assert load_checkpoint(tmp_path / "run" / "atlas_interrupt_step_2.pt")["evaluated_at"] == 0
-    run(explicit, resume="auto")
+    trained(explicit, resume="auto")
     assert [line["step"] for line in logged(tmp_path / "run", "validation")] == [2, 3]
 
 

@@ -14,7 +14,7 @@ import torch
 from atlas.inference.load import load_model
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.validate import read_plain
-from tests.runs import layer, run, same_bits
+from tests.runs import layer, same_bits, trained
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         explicit = layer(
             folder / name, folder / "text.txt", **sizes, training__max_steps=2, training__batch_size=1
         )
-        run(explicit)
+        trained(explicit)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(explicit), encoding="utf-8")
     return folder
 

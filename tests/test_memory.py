@@ -23,8 +23,9 @@ from atlas.errors import AtlasError
 from atlas.training.devices.memory import collector_spares_the_run, is_out_of_memory
 from atlas.training.loss import compute_lm_loss
 from atlas.training.micro_batch import _largest, _runs
-from atlas.training.train import Trainer
-from tests.runs import REPOSITORY, layer, logged, run, trainer_for, write_config
+from atlas.training.run import Run
+from atlas.training.train import train
+from tests.runs import REPOSITORY, layer, logged, on_updates, run_for, trained, write_config
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -37,7 +38,7 @@ def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def short_of_memory(trainer: Trainer, fits: int, error: Callable[[], Exception]) -> list[int]:
+def short_of_memory(run: Run, fits: int, error: Callable[[], Exception]) -> list[int]:
     """From the third micro-batch on, no more than `fits` sequences at once; the sizes that were tried."""
     tried: list[int] = []
 
@@ -47,7 +48,7 @@ def short_of_memory(trainer: Trainer, fits: int, error: Callable[[], Exception])
             raise error()
         return compute_lm_loss(logits, targets, mask)
 
-    trainer.updater.objective.custom_loss = loss
+    run.learner.objective.custom_loss = loss
     return tried
 
 
@@ -62,12 +63,12 @@ def test_the_losses_are_those_of_a_run_with_enough_memory(
         "training__max_steps": 8,
         "training__gradient_accumulation_steps": 2,
     }
-    run(layer(tmp_path / "whole", text_file, **settings))
-    trainer = trainer_for(layer(tmp_path / "short", text_file, **settings))
-    tried = short_of_memory(trainer, 3, error)
-    assert trainer.train().outcome == "finished"
+    trained(layer(tmp_path / "whole", text_file, **settings))
+    run = run_for(layer(tmp_path / "short", text_file, **settings))
+    tried = short_of_memory(run, 3, error)
+    assert train(run).outcome == "finished"
     assert tried[:8] == [8, 8, 8, 4, 2, 2, 2, 2]  # the second update, begun again until it fits
-    assert trainer.state.micro_batch_size == 2
+    assert run.state.micro_batch_size == 2
     lines = [logged(tmp_path / name) for name in ("whole", "short")]
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in lines[1]] == pytest.approx([line[key] for line in lines[0]], rel=1e-5)
@@ -79,28 +80,28 @@ def test_the_losses_are_those_of_a_run_with_enough_memory(
 
 def test_what_fitted_is_remembered_for_the_machine_and_the_model(tmp_path: Path, text_file: Path) -> None:
     settings = {"model__hidden_size": 24, "training__batch_size": 8}
-    trainer = trainer_for(layer(tmp_path / "first", text_file, **settings))
-    short_of_memory(trainer, 2, lambda: RuntimeError(CPU_MESSAGE))
-    trainer.train()
-    again = trainer_for(layer(tmp_path / "again", text_file, **settings))
+    run = run_for(layer(tmp_path / "first", text_file, **settings))
+    short_of_memory(run, 2, lambda: RuntimeError(CPU_MESSAGE))
+    train(run)
+    again = run_for(layer(tmp_path / "again", text_file, **settings))
     assert again.state.micro_batch_size == 2
     assert again.config.training.micro_batch_size == "auto"  # runtime state, not a setting
     assert "2 sequences run at once" in (tmp_path / "again" / "training.log").read_text()
-    asked = trainer_for(layer(tmp_path / "asked", text_file, training__micro_batch_size=8, **settings))
+    asked = run_for(layer(tmp_path / "asked", text_file, training__micro_batch_size=8, **settings))
     assert asked.state.micro_batch_size == 8
     other = layer(tmp_path / "other", text_file, **{**settings, "model__hidden_size": 32})
-    assert trainer_for(other).state.micro_batch_size == 8
-    resumed = trainer_for(layer(tmp_path / "first", text_file, training__max_steps=9, **settings))
+    assert run_for(other).state.micro_batch_size == 8
+    resumed = run_for(layer(tmp_path / "first", text_file, training__max_steps=9, **settings))
     assert resumed.state.micro_batch_size == 2  # from the checkpoint
 
 
 def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
     tmp_path: Path, text_file: Path
 ) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, model__hidden_size=40))
-    short_of_memory(trainer, 0, lambda: RuntimeError(CPU_MESSAGE))
+    run = run_for(layer(tmp_path / "run", text_file, model__hidden_size=40))
+    short_of_memory(run, 0, lambda: RuntimeError(CPU_MESSAGE))
     with pytest.raises(AtlasError, match="step 3: out of memory with one sequence at once"):
-        trainer.train()
+        train(run)
     log = (tmp_path / "run" / "training.log").read_text()
     places = [
         log.index(part)
@@ -116,10 +117,10 @@ def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path, text_file: Path) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
-    tried = short_of_memory(trainer, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    run = run_for(layer(tmp_path / "run", text_file))
+    tried = short_of_memory(run, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
-        trainer.train()
+        train(run)
     assert tried[-1] == 4
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -128,21 +129,21 @@ def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"training__eval_interval": 2, "training__eval_sequences": 13}
-    whole, _ = run(layer(tmp_path / "whole", text_file, **settings))
-    trainer = trainer_for(layer(tmp_path / "short", text_file, training__eval_batch_size=7, **settings))
-    forward, sizes = trainer.model.hidden_states, []
+    whole, _ = trained(layer(tmp_path / "whole", text_file, **settings))
+    run = run_for(layer(tmp_path / "short", text_file, training__eval_batch_size=7, **settings))
+    forward, sizes = run.model.hidden_states, []
 
     def limited(tokens: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-        if not trainer.model.training:
+        if not run.model.training:
             sizes.append(len(tokens))
             if len(tokens) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(tokens, *rest, **named)
 
-    monkeypatch.setattr(trainer.model, "hidden_states", limited)
-    assert trainer.train().outcome == "finished"
+    monkeypatch.setattr(run.model, "hidden_states", limited)
+    assert train(run).outcome == "finished"
     assert sizes[:3] == [7, 3, 3]
-    assert (trainer.state.micro_batch_size, trainer.state.eval_batch_size) == (4, 3)
+    assert (run.state.micro_batch_size, run.state.eval_batch_size) == (4, 3)
     losses = [
         [line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("whole", "short")
     ]
@@ -258,11 +259,11 @@ def test_a_try_that_fails_leaves_nothing_and_is_remembered(
 
     monkeypatch.setattr("atlas.training.micro_batch._runs", runs)
     settings = {"training__batch_size": 2, "training__max_steps": 2}
-    trainer = trainer_for(layer(tmp_path / "run", text_file, **settings))
-    assert trainer.state.micro_batch_size == 1
+    run = run_for(layer(tmp_path / "run", text_file, **settings))
+    assert run.state.micro_batch_size == 1
     assert sizes == [2, 1]
     monkeypatch.setattr("atlas.training.micro_batch._runs", lambda *_: pytest.fail("tried again"))
-    assert trainer_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1
+    assert run_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1
 
 
 # The garbage collector.
@@ -278,25 +279,24 @@ class Cycle:
 def test_the_garbage_collector_spares_a_run_once_and_only_until_it_ends(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
+    run = run_for(layer(tmp_path / "run", text_file))
     calls: list[int] = []
-    freeze, train_step = gc.freeze, trainer.train_step
+    freeze = gc.freeze
     made: list[weakref.ref[Cycle]] = []
 
     def frozen() -> None:
-        calls.append(trainer.state.step)
+        calls.append(run.state.step)
         freeze()
 
-    def step(*batch: torch.Tensor) -> object:
+    def make() -> None:
         made.append(weakref.ref(Cycle()))
         gc.collect()
-        return train_step(*batch)
 
     monkeypatch.setattr(gc, "freeze", frozen)
     as_on_a_gpu = partial(collector_spares_the_run, torch.device("cuda"))
     monkeypatch.setattr("atlas.training.train.collector_spares_the_run", lambda device: as_on_a_gpu())
-    trainer.train_step = step  # type: ignore[method-assign, assignment]
-    trainer.train()
+    on_updates(run, before=make)
+    train(run)
     assert calls == [1]
     assert len(made) == 6
     assert [cycle() for cycle in made] == [None] * 6

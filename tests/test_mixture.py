@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from atlas.config.loader import parse_overrides, resolve
 from atlas.data import resolve_mixture
-from atlas.data.sequences.mixture import BLOCK, MixtureOrder, quotas
+from atlas.data.sequences.mixture import BLOCK, MixtureOrder, order_of, quotas
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from tests.runs import assert_same_run, layer, run, trainer_for
+from atlas.training.train import train
+from tests.runs import assert_same_run, layer, on_updates, run_for, trained
 from tests.test_documents import corpus
 
 parts_of_a_mixture = st.lists(st.tuples(st.integers(1, 3000), st.floats(0.05, 20)), min_size=1, max_size=4)
@@ -97,25 +98,25 @@ def test_a_run_on_a_mixture_says_its_shares_and_resumes_bit_for_bit(tmp_path: Pa
     second = tmp_path / "second.txt"
     second.write_text("other words " * 60, encoding="utf-8")
     settings_ = {"data__document_mask": True, "training__eval_interval": 3, "checkpoint__save_interval": 4}
-    whole, _ = run(mixed(tmp_path / "whole", first, second, **settings_))
+    whole, _ = trained(mixed(tmp_path / "whole", first, second, **settings_))
     said = (tmp_path / "whole/training.log").read_text(encoding="utf-8")
     assert f"mixture: {first}: 75.00% of the sequences" in said
     assert f"mixture: {second}: 25.00% of the sequences" in said
-    drawn = Counter(whole.order(np.arange(BLOCK)) < len(whole.train_data.parts[0]))
+    drawn = Counter(
+        order_of(whole.data.train, whole.config.seed)(np.arange(BLOCK)) < len(whole.data.train.parts[0])
+    )
     assert drawn == {True: 3 * BLOCK // 4, False: BLOCK // 4}
 
     explicit = mixed(tmp_path / "parts", first, second, **settings_)
-    stopped = trainer_for(explicit)
-    step = stopped.train_step
+    stopped = run_for(explicit)
 
-    def stop_after_two(*batch: object) -> object:
+    def stop_after_two() -> None:
         stopped.stop.requested = stopped.state.step == 2
-        return step(*batch)
 
-    stopped.train_step = stop_after_two  # type: ignore[method-assign]
-    stopped.train()
+    on_updates(stopped, before=stop_after_two)
+    train(stopped)
     stopped.lock.release()
-    run(explicit, resume="auto")
+    trained(explicit, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)
 
 

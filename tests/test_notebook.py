@@ -31,7 +31,7 @@ from atlas.data import open_dataset
 from atlas.errors import AtlasError
 from atlas.inference import LoadedModel, look
 from tests.conftest import corpus
-from tests.runs import layer, run
+from tests.runs import layer, trained
 from tests.test_docs import flags_of
 from tests.test_model import difference, transformers_twin
 
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*prepared, "--train-tokenizer", "300"]) == 0
     explicit = layer(folder / "run", folder / "data", model__max_seq_len=32, training__max_steps=20)
     del explicit["data"]["tokenizer"]
-    run(explicit)
+    trained(explicit)
     return folder / "run" / "atlas_best.pt"
 
 
@@ -60,7 +60,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
     rows = [json.dumps({"prompt": f"colour {n}?", "response": f"blue {n}."}) for n in range(30)]
     (folder / "chats.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    run(layer(folder / "run", folder / "chats.jsonl", model__max_seq_len=64))
+    trained(layer(folder / "run", folder / "chats.jsonl", model__max_seq_len=64))
     return folder / "run" / "atlas_best.pt"
 
 

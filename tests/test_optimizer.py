@@ -22,7 +22,19 @@ from atlas.training.checkpoint.atomic_write import tensor_bytes
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.optimizers.build import build_optimizer
-from tests.runs import STATE, layer, logged, resumes_with_the_same_bits, run, same_bits, trainer_for
+from atlas.training.step import apply_gradient
+from atlas.training.train import train
+from tests.runs import (
+    STATE,
+    gradient_of,
+    layer,
+    logged,
+    resumes_with_the_same_bits,
+    run_for,
+    same_bits,
+    trained,
+    update,
+)
 
 NAMES = ("adamw", "muon", "adafactor")
 RATE = 1e-3
@@ -181,7 +193,7 @@ def test_matrices_decay_and_the_rest_does_not(name: str, model: AtlasLM) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name: str, tmp_path: Path, text_file: Path) -> None:
-    run(layer(tmp_path / "run", text_file, training__optimizer=name, training__max_steps=40))
+    trained(layer(tmp_path / "run", text_file, training__optimizer=name, training__max_steps=40))
     losses = [line["loss"] for line in logged(tmp_path / "run")]
     assert losses[-1] < losses[0] - 1
 
@@ -191,16 +203,16 @@ def test_it_learns(name: str, tmp_path: Path, text_file: Path) -> None:
 def test_a_gradient_that_is_not_finite_moves_nothing(
     name: str, bad: float, tmp_path: Path, text_file: Path
 ) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__optimizer=name))
-    updater, state, batches = trainer.updater, trainer.state, trainer._batches()
-    assert trainer.train_step(*next(batches)).fault is None
-    before = copy.deepcopy([dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
-    loss = updater.gradient(*next(batches), state, stop=trainer.stop)
-    trainer.model.blocks[0].mlp.up.weight.grad[0, 0] = bad
-    assert updater.apply(loss, state, rate=1e-2).fault is not None
-    assert same_bits(before, [dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
-    assert trainer.train_step(*next(batches)).fault is None  # and training goes on
-    assert not same_bits(before[0], dict(trainer.model.state_dict()))
+    run = run_for(layer(tmp_path / "run", text_file, training__optimizer=name))
+    batches = run.batches()
+    assert update(run, *next(batches)).fault is None
+    before = copy.deepcopy([dict(run.model.state_dict()), run.optimizer.state_dict()["state"]])
+    gradient = gradient_of(run, next(batches))
+    run.model.blocks[0].mlp.up.weight.grad[0, 0] = bad
+    assert apply_gradient(run.learner, gradient, run.state, rate=1e-2).fault is not None
+    assert same_bits(before, [dict(run.model.state_dict()), run.optimizer.state_dict()["state"]])
+    assert update(run, *next(batches)).fault is None  # and training continues
+    assert not same_bits(before[0], dict(run.model.state_dict()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,13 +230,13 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_its_state_takes_what_was_planned(name: str, tied: bool, tmp_path: Path, text_file: Path) -> None:
-    trainer, _ = run(layer(tmp_path / "run", text_file, training__optimizer=name, model__tie_embeddings=tied))
-    kept = trainer.optimizer.state_dict()["state"]
+    run, _ = trained(layer(tmp_path / "run", text_file, training__optimizer=name, model__tie_embeddings=tied))
+    kept = run.optimizer.state_dict()["state"]
     steps = sum(tensor_bytes(state["step"]) for state in kept.values() if "step" in state)
-    weights = tensor_bytes(dict(trainer.model.state_dict()))
+    weights = tensor_bytes(dict(run.model.state_dict()))
     if tied:
-        assert "lm_head.weight" not in trainer.model.state_dict()
-    assert tensor_bytes(kept) - steps == checkpoint_bytes(trainer.config) - weights
+        assert "lm_head.weight" not in run.model.state_dict()
+    assert tensor_bytes(kept) - steps == checkpoint_bytes(run.config) - weights
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,24 +263,24 @@ def test_another_optimizer_s_checkpoint_is_refused_and_nothing_changes(
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = layer(tmp_path / "run", text_file)
-    run(explicit)
+    trained(explicit)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     longer = overlay(explicit, nested("training.max_steps", 8))
     with pytest.raises(AtlasError, match=r"training\.optimizer adamw.*muon.*--init-from") as caught:
-        trainer_for(overlay(longer, nested("training.optimizer", "muon")))
+        run_for(overlay(longer, nested("training.optimizer", "muon")))
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_adamw_s(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file)
-    run(explicit)
+    trained(explicit)
     contents = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
     del contents["config"]["training"]["optimizer"]
     torch.save(contents, tmp_path / "old.pt")
     longer = overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "new")))
     longer = overlay(longer, nested("training.max_steps", 8))
-    assert run(longer, resume=str(tmp_path / "old.pt"))[1].step == 8
+    assert trained(longer, resume=str(tmp_path / "old.pt"))[1].step == 8
 
 
 # adamw8bit, where torchao is installed.
@@ -296,33 +308,33 @@ def test_8_bits_resume_with_the_same_bits_learn_and_take_what_was_planned(
 ) -> None:
     """One test, since each process compiles the step for minutes."""
     folder = tmp_path / "run"
-    trainer, _ = run(in_8_bits(folder, text_file))
+    run, _ = trained(in_8_bits(folder, text_file))
     assert "compiles its step" in (folder / "training.log").read_text(encoding="utf-8")
     whole = load_checkpoint(folder / "atlas_step_6.pt")
     losses = [line["loss"] for line in logged(folder)]
     assert losses[-1] < losses[0] - 0.3
-    kept = tensor_bytes(trainer.optimizer.state_dict()["state"])
-    planned = checkpoint_bytes(trainer.config) - tensor_bytes(dict(trainer.model.state_dict()))
+    kept = tensor_bytes(run.optimizer.state_dict()["state"])
+    planned = checkpoint_bytes(run.config) - tensor_bytes(dict(run.model.state_dict()))
     assert kept == pytest.approx(planned, rel=0.05)
-    run(in_8_bits(folder, text_file), resume=str(folder / "atlas_step_3.pt"))
+    trained(in_8_bits(folder, text_file), resume=str(folder / "atlas_step_3.pt"))
     again = load_checkpoint(folder / "atlas_step_6.pt")
     for key in STATE:
         assert same_bits(whole[key], again[key]), key
     assert [line["loss"] for line in logged(folder)] == losses
 
-    trainer = trainer_for(overlay(in_8_bits(folder, text_file), nested("training.max_steps", 9)))
-    before = copy.deepcopy([dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
-    loss = trainer.updater.gradient(*next(trainer._batches()), trainer.state, stop=trainer.stop)
-    trainer.model.blocks[0].mlp.up.weight.grad[0, 0] = math.nan
-    assert trainer.updater.apply(loss, trainer.state, rate=1e-2).fault is not None
-    assert same_bits(before, [dict(trainer.model.state_dict()), trainer.optimizer.state_dict()["state"]])
+    run = run_for(overlay(in_8_bits(folder, text_file), nested("training.max_steps", 9)))
+    before = copy.deepcopy([dict(run.model.state_dict()), run.optimizer.state_dict()["state"]])
+    gradient = gradient_of(run, next(run.batches()))
+    run.model.blocks[0].mlp.up.weight.grad[0, 0] = math.nan
+    assert apply_gradient(run.learner, gradient, run.state, rate=1e-2).fault is not None
+    assert same_bits(before, [dict(run.model.state_dict()), run.optimizer.state_dict()["state"]])
 
-    state = trainer.optimizer.state_dict()
+    state = run.optimizer.state_dict()
     moment = state["state"][0]["exp_avg"]
     for wrong in ({**moment, "codes": moment["codes"][:1]}, {**moment, "scale": moment["scale"][:1]}, {}):
         changed = {**state["state"], 0: {**state["state"][0], "exp_avg": wrong}}
         with pytest.raises(ValueError, match="parameter 0"):
-            check_optimizer_state(trainer.optimizer, {**state, "state": changed})
+            check_optimizer_state(run.optimizer, {**state, "state": changed})
 
 
 def test_8_bits_without_torchao_or_a_compiler_are_refused_in_a_line(
@@ -330,12 +342,12 @@ def test_8_bits_without_torchao_or_a_compiler_are_refused_in_a_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(AtlasError, match=r'pip install "atlas-llm\[lowmem\]".*adafactor') as caught:
-        trainer_for(in_8_bits(tmp_path / "run", text_file))
+        run_for(in_8_bits(tmp_path / "run", text_file))
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "torchao.optim", types.SimpleNamespace(AdamW8bit=None))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AtlasError, match=r"no C\+\+ compiler.*adafactor"):
-        trainer_for(in_8_bits(tmp_path / "run", text_file))
+        run_for(in_8_bits(tmp_path / "run", text_file))
     assert not (tmp_path / "run").exists()
 
 
@@ -345,10 +357,10 @@ def test_a_step_that_cannot_be_compiled_is_one_line(
     def fail(*_: object) -> None:
         raise CppCompileError(["g++", "step.cpp"], "fatal error: omp.h: No such file")
 
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__optimizer="muon"))
-    monkeypatch.setattr(trainer.optimizer, "step", fail)
+    run = run_for(layer(tmp_path / "run", text_file, training__optimizer="muon"))
+    monkeypatch.setattr(run.optimizer, "step", fail)
     with pytest.raises(
         AtlasError, match=r"training\.optimizer.*cannot be compiled here.*adafactor"
     ) as caught:
-        trainer.train()
+        train(run)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,8 @@ from atlas.data import IGNORE_INDEX, open_dataset, prepare
 from atlas.data.sequences.packing import PackedDataset, best_fit_decreasing, pieces_of
 from atlas.data.shards import TokenStream
 from atlas.tokenizer import Tokenizer
-from tests.runs import assert_same_run, run, trainer_for
+from atlas.training.train import train
+from tests.runs import assert_same_run, on_updates, run_for, trained
 from tests.test_documents import corpus
 from tests.test_mixture import mixed
 
@@ -111,18 +112,16 @@ def test_mixture_packing_and_mask_together_resume_bit_for_bit(tmp_path: Path) ->
     first, second = corpus(tmp_path), tmp_path / "second.txt"
     second.write_text("other words " * 60, encoding="utf-8")
     both = {"data__document_mask": True, "data__packing": "best_fit", "training__eval_interval": 3}
-    run(mixed(tmp_path / "whole", first, second, **both))
+    trained(mixed(tmp_path / "whole", first, second, **both))
     assert "of positions are padding" in (tmp_path / "whole/training.log").read_text(encoding="utf-8")
     explicit = mixed(tmp_path / "parts", first, second, **both)
-    stopped = trainer_for(explicit)
-    step = stopped.train_step
+    stopped = run_for(explicit)
 
-    def stop_after_two(*batch: object) -> object:
+    def stop_after_two() -> None:
         stopped.stop.requested = stopped.state.step == 2
-        return step(*batch)
 
-    stopped.train_step = stop_after_two  # type: ignore[method-assign]
-    stopped.train()
+    on_updates(stopped, before=stop_after_two)
+    train(stopped)
     stopped.lock.release()
-    run(explicit, resume="auto")
+    trained(explicit, resume="auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)

@@ -24,7 +24,7 @@ from atlas.errors import AtlasError
 from atlas.reporting.curves import MOST_POINTS, thin
 from atlas.reporting.report import differences
 from atlas.reporting.runs import Run, chart_data, read_runs, samples_by_prompt
-from tests.runs import REPOSITORY, layer, run
+from tests.runs import REPOSITORY, layer, trained
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -222,7 +222,7 @@ def test_what_a_stranger_wrote_is_text(tmp_path: Path, page: Page) -> None:
 
 def test_a_real_run(tmp_path: Path, text_file: Path, page: Page) -> None:
     folder = tmp_path / "real"
-    run(layer(folder, text_file, data__val_data=str(text_file), training__eval_interval=3))
+    trained(layer(folder, text_file, data__val_data=str(text_file), training__eval_interval=3))
     page.goto(report(tmp_path, folder))
     assert page.locator(".state").inner_text() == "finished"
     assert legend(page, "real")[3] == "step 6"

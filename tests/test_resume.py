@@ -26,17 +26,19 @@ from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.retention import slim
 from atlas.training.resume import Request, choose_start
-from atlas.training.train import Trainer
+from atlas.training.run import Run
+from atlas.training.train import train
 from tests.conftest import corpus
 from tests.runs import (
     assert_same_run,
     hard_config,
     layer,
     logged,
-    run,
+    on_updates,
+    run_for,
     same_bits,
     start_process,
-    trainer_for,
+    trained,
     write_config,
 )
 
@@ -97,7 +99,7 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) 
 def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     tmp_path: Path, short_text: Path, number: signal.Signals
 ) -> None:
-    run(overlay(hard_config(tmp_path / "whole", short_text), nested("training.max_steps", 12)))
+    trained(overlay(hard_config(tmp_path / "whole", short_text), nested("training.max_steps", 12)))
     config = hard_config(tmp_path / "stopped", short_text)
     path = write_config(tmp_path / "stopped.yaml", overlay(config, nested("training.max_steps", 12)))
     process = stalled(tmp_path, path, 8 * 3 + 1)  # in update 9
@@ -107,7 +109,7 @@ def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     assert process.returncode == 130, errors
     assert "atlas_interrupt_step_8.pt" in errors
     assert load_checkpoint(tmp_path / "stopped" / "atlas_interrupt_step_8.pt")["step"] == 8
-    run(yaml.safe_load(path.read_text()), resume="auto")
+    trained(yaml.safe_load(path.read_text()), resume="auto")
     # One thread here, two there: the bits of another thread count are other bits, the run is the same.
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -120,7 +122,7 @@ def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
 def done(tmp_path: Path, text_file: Path) -> tuple[dict, Path]:
     """A finished run of 6 steps with checkpoints at 2, 4 and 6."""
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, training__eval_interval=3)
-    run(explicit)
+    trained(explicit)
     return explicit, tmp_path / "run"
 
 
@@ -138,7 +140,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_command_without_a_terminal_goes_on(done: tuple[dict, Path]) -> None:
     explicit, folder = done
-    _trainer, result = run(longer(explicit))
+    _trainer, result = trained(longer(explicit))
     assert result.step == 8
     assert "resuming" in log_of(folder)
     assert "horizon changes from step 6 to step 8" in log_of(folder)
@@ -146,22 +148,22 @@ def test_the_same_command_without_a_terminal_goes_on(done: tuple[dict, Path]) ->
 
 
 def test_a_finished_run_has_nothing_to_do(done: tuple[dict, Path]) -> None:
-    trainer = trainer_for(done[0])
-    assert trainer.state.step == trainer.state.horizon == 6
+    run = run_for(done[0])
+    assert run.state.step == run.state.horizon == 6
 
 
 def test_resume_without_training_data_takes_it_from_the_checkpoint(done: tuple[dict, Path]) -> None:
     _explicit, folder = done
     bare = {"device": "cpu", "training": {"max_steps": 8}, "data": {"tokenizer": "tests.toy:tokenizer"}}
-    trainer, result = run(bare, resume=str(folder / "atlas_step_6.pt"))
+    run, result = trained(bare, resume=str(folder / "atlas_step_6.pt"))
     assert result.step == 8
-    assert trainer.checkpoints.folder == folder
+    assert run.checkpoints.folder == folder
 
 
 def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     before = snapshot(folder)
-    _, result = run(explicit, resume=str(folder / "atlas_step_4.pt"))
+    _, result = trained(explicit, resume=str(folder / "atlas_step_4.pt"))
     assert result.step == 6
     aside = snapshot(folder / "previous-1")
     assert "atlas_step_6.pt" in aside
@@ -176,8 +178,8 @@ def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(done: tuple[dict
 def test_resuming_an_older_checkpoint_to_where_it_stands_moves_nothing(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     shorter = overlay(explicit, nested("training.max_steps", 3))
-    trainer = trainer_for(shorter, resume=str(folder / "atlas_step_4.pt"))
-    assert trainer.is_complete
+    run = run_for(shorter, resume=str(folder / "atlas_step_4.pt"))
+    assert run.is_complete
     assert not (folder / "previous-1").exists()
     assert (folder / "atlas_step_6.pt").exists()
     assert [line["step"] for line in logged(folder)] == list(range(1, 7))
@@ -203,7 +205,7 @@ def test_other_data_is_refused_in_an_occupied_folder(done: tuple[dict, Path], tm
 def test_no_resume_moves_the_old_run_and_deletes_nothing(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     before = snapshot(folder)
-    _, result = run(overlay(explicit, nested("model.hidden_size", 32)), no_resume=True)
+    _, result = trained(overlay(explicit, nested("model.hidden_size", 32)), no_resume=True)
     assert result.step == 6
     del before["atlas.lock"]  # it belongs to the folder, not to the run
     assert snapshot(folder / "previous-1") == before
@@ -225,7 +227,7 @@ def test_with_a_terminal_it_asks(done: tuple[dict, Path], answer: bool) -> None:
 
 
 def test_resume_auto_in_an_empty_folder_starts_and_says_so(tmp_path: Path, text_file: Path) -> None:
-    run(layer(tmp_path / "run", text_file), resume="auto")
+    trained(layer(tmp_path / "run", text_file), resume="auto")
     assert "no checkpoint to resume from" in log_of(tmp_path / "run")
 
 
@@ -260,14 +262,12 @@ def test_resume_on_other_data_is_fine_tuning_into_a_folder_of_its_own(
     request = overlay(request, {"training": {"learning_rate": 1e-5, "max_steps": 3}})
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "checkpoints")
-    trainer = trainer_for(request, resume=str(folder / "atlas_step_6.pt"))
-    assert trainer.state.step == 0
-    assert same_bits(
-        trainer.model.state_dict(), load_checkpoint(folder / "atlas_step_6.pt")["model_state_dict"]
-    )
-    assert not trainer.optimizer.state_dict()["state"]
-    assert trainer.train().step == 3
-    assert trainer.checkpoints.folder == Path("checkpoints/finetune-other")
+    run = run_for(request, resume=str(folder / "atlas_step_6.pt"))
+    assert run.state.step == 0
+    assert same_bits(run.model.state_dict(), load_checkpoint(folder / "atlas_step_6.pt")["model_state_dict"])
+    assert not run.optimizer.state_dict()["state"]
+    assert train(run).step == 3
+    assert run.checkpoints.folder == Path("checkpoints/finetune-other")
     assert "fine-tuning from the weights" in log_of(tmp_path / "checkpoints" / "finetune-other")
     assert snapshot(folder) == before
     # The same command again goes on with the fine-tuning that it began.
@@ -278,14 +278,14 @@ def test_resume_on_other_data_is_fine_tuning_into_a_folder_of_its_own(
 
 def test_init_from_starts_a_new_run_from_the_weights(done: tuple[dict, Path], tmp_path: Path) -> None:
     explicit, folder = done
-    trainer = trainer_for(
+    run = run_for(
         overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "new"))),
         init_from=str(folder / "best_model.pt"),
     )
-    assert trainer.state.step == 0
+    assert run.state.step == 0
     best = load_checkpoint(folder / "atlas_best.pt")
-    assert same_bits(trainer.model.state_dict(), best["model_state_dict"])
-    assert trainer.contents()["initialized_from"] == str(folder / "atlas_best.pt")
+    assert same_bits(run.model.state_dict(), best["model_state_dict"])
+    assert run.contents()["initialized_from"] == str(folder / "atlas_best.pt")
 
 
 SHAPES = {
@@ -300,7 +300,7 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path, text_file: Path) 
     tokenizer = tmp_path / "bpe.json"
     Tokenizer.train([corpus()], 300).save(tokenizer)  # type: ignore[union-attr]
     explicit = layer(tmp_path / "run", text_file, data__tokenizer=str(tokenizer))
-    run(overlay(explicit, {"model": SHAPES[request.param]}))
+    trained(overlay(explicit, {"model": SHAPES[request.param]}))
     return explicit, request.param
 
 
@@ -323,13 +323,13 @@ def test_a_new_run_from_weights_may_have_another_context(
         ):
             choose_start(Request(request, init_from=str(source)))
         return
-    trainer = trainer_for(request, init_from=str(source))
+    run = run_for(request, init_from=str(source))
     tokens = torch.randint(300, (2, min(16, max_seq_len)))
     with torch.no_grad():
         before = atlas.load(str(source)).model(tokens)
-        torch.testing.assert_close(trainer.model.eval()(tokens), before)
-    trainer.model.train()
-    assert trainer.train().step == 3
+        torch.testing.assert_close(run.model.eval()(tokens), before)
+    run.model.train()
+    assert train(run).step == 3
     [line] = [line for line in log_of(tuned).splitlines() if "max_seq_len 16" in line]
     assert f"max_seq_len 16 → {max_seq_len}: the new run has another context" in line
     assert ("has not been trained on distances beyond 16" in line) == (max_seq_len > 16)
@@ -368,8 +368,8 @@ def test_a_resumed_run_keeps_its_context(
 def test_a_changed_batch_size_goes_on_from_the_sequences_consumed(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     changed = overlay(longer(explicit), nested("training.batch_size", 2))
-    trainer, _ = run(changed)
-    assert trainer.state.sequences_consumed == 6 * 4 + 2 * 2
+    run, _ = trained(changed)
+    assert run.state.sequences_consumed == 6 * 4 + 2 * 2
     assert "changed since the checkpoint: training.batch_size 4 → 2" in log_of(folder)
 
 
@@ -405,37 +405,35 @@ def test_contradictions_are_refused(done: tuple[dict, Path]) -> None:
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, text_file: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(AtlasError, match="cannot be written"):
-        trainer_for(layer(tmp_path / "file" / "run", text_file))
+        run_for(layer(tmp_path / "file" / "run", text_file))
 
 
 def test_a_checkpoint_loads_as_the_faq_shows(done: tuple[dict, Path]) -> None:
     explicit, folder = done
-    trainer = trainer_for(explicit)
+    run = run_for(explicit)
     checkpoint = CheckpointManager(folder).load_checkpoint(folder / "best_model.pt")
-    trainer.model.load_state_dict(checkpoint["model_state_dict"])
-    trainer.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    run.model.load_state_dict(checkpoint["model_state_dict"])
+    run.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     assert checkpoint["step"] in (3, 6)
     assert math.isfinite(checkpoint["loss"])
 
 
 def test_an_interrupt_in_the_last_evaluation_leaves_nothing_undone(tmp_path: Path, text_file: Path) -> None:
     explicit, folder = layer(tmp_path / "run", text_file), tmp_path / "run"
-    trainer = trainer_for(explicit)
-    evaluate = trainer._evaluate
+    run = run_for(explicit)
 
-    def interrupted() -> object:
-        trainer.stop.requested = True
-        return evaluate()
+    def stop() -> None:
+        run.stop.requested = run.state.step == 6
 
-    trainer._evaluate = interrupted
-    assert trainer.train().outcome == "interrupted"
+    on_updates(run, after=stop)
+    assert train(run).outcome == "interrupted"
     assert not logged(folder, "validation")
-    again = trainer_for(explicit)
+    again = run_for(explicit)
     assert not again.is_complete
-    assert again.train().outcome == "finished"
+    assert train(again).outcome == "finished"
     assert [line["step"] for line in logged(folder, "validation")] == [6]
     assert (folder / "atlas_step_6.pt").exists()
-    assert trainer_for(explicit).is_complete
+    assert run_for(explicit).is_complete
 
 
 def test_a_checkpoint_without_fitting_optimizer_state_is_refused(done: tuple[dict, Path]) -> None:
@@ -444,21 +442,21 @@ def test_a_checkpoint_without_fitting_optimizer_state_is_refused(done: tuple[dic
     del contents["optimizer_state_dict"]
     torch.save(contents, folder / "theirs.pt")
     with pytest.raises(AtlasError, match="--init-from"):
-        trainer_for(longer(explicit), resume=str(folder / "theirs.pt"))
+        run_for(longer(explicit), resume=str(folder / "theirs.pt"))
 
 
 def test_an_interrupt_before_the_first_update_is_a_checkpoint_too(
     tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     explicit, folder = layer(tmp_path / "run", text_file), tmp_path / "run"
-    trainer = trainer_for(explicit)
-    trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)
-    assert trainer.train().outcome == "interrupted"
+    run = run_for(explicit)
+    on_updates(run, before=lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert train(run).outcome == "interrupted"
     assert "stopping after this micro-batch" in capfd.readouterr().err
     assert (folder / "atlas_interrupt_step_0.pt").exists()
-    trainer, result = run(explicit, resume="auto")
+    run, result = trained(explicit, resume="auto")
     assert (result.outcome, result.step) == ("finished", 6)
-    run(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "whole"))))
+    trained(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "whole"))))
     assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]
 
 
@@ -471,7 +469,7 @@ def test_a_foreign_checkpoint_does_not_say_where_this_run_writes(
     shutil.rmtree(folder)
     monkeypatch.chdir(tmp_path / "here")
     bare = {"device": "cpu", "data": {"tokenizer": "tests.toy:tokenizer"}}
-    assert run(bare, resume=str(tmp_path / "downloaded.pt"))[1].step == 6
+    assert trained(bare, resume=str(tmp_path / "downloaded.pt"))[1].step == 6
     assert not folder.exists()
     assert (tmp_path / "here" / "checkpoints" / "atlas_step_6.pt").exists()
 
@@ -485,7 +483,7 @@ def test_a_link_in_the_output_folder_is_refused_and_not_written_through(
     (tmp_path / "precious").write_text("as it was", encoding="utf-8")
     (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     with pytest.raises(AtlasError, match="is a link"):
-        trainer_for(layer(tmp_path / "run", text_file))
+        run_for(layer(tmp_path / "run", text_file))
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "as it was"
     assert os.listdir(tmp_path / "run") == [name]
 
@@ -498,7 +496,7 @@ def test_optimizer_state_of_another_size_is_refused(done: tuple[dict, Path], tmp
     torch.save(contents, tmp_path / "theirs.pt")
     shutil.rmtree(folder)
     with pytest.raises(AtlasError, match="optimizer state does not fit"):
-        trainer_for(explicit, resume=str(tmp_path / "theirs.pt"))
+        run_for(explicit, resume=str(tmp_path / "theirs.pt"))
 
 
 @pytest.mark.parametrize(
@@ -512,7 +510,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_taken(
     tmp_path: Path, text_file: Path, key: str, value: int, words: str
 ) -> None:
     with pytest.raises(AtlasError, match=words):
-        trainer_for(overlay(layer(tmp_path / "run", text_file), nested(key, value)))
+        run_for(overlay(layer(tmp_path / "run", text_file), nested(key, value)))
     assert not (tmp_path / "run").exists()
 
 
@@ -520,12 +518,13 @@ def test_resuming_an_older_checkpoint_keeps_a_best_that_came_before_it(
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, training__eval_interval=2)
-    trainer = trainer_for(explicit)
-    trainer._judge = lambda loss: type(trainer)._judge(trainer, loss if trainer.state.step == 2 else loss + 9)
-    trainer.train()
+    run = run_for(explicit)
+    update_best = run.state.update_best
+    run.state.update_best = lambda loss: update_best(loss if run.state.step == 2 else loss + 9)
+    train(run)
     best = (tmp_path / "run" / "atlas_best.pt").read_bytes()
     score = load_checkpoint(tmp_path / "run" / "atlas_step_4.pt")["best_loss"]
-    resumed = trainer_for(explicit, resume=str(tmp_path / "run" / "atlas_step_4.pt"))
+    resumed = run_for(explicit, resume=str(tmp_path / "run" / "atlas_step_4.pt"))
     assert resumed.state.best_loss == score
     assert (tmp_path / "run" / "atlas_best.pt").read_bytes() == best
 
@@ -535,34 +534,34 @@ def test_a_slim_checkpoint_is_refused_before_anything_moves(done: tuple[dict, Pa
     slim(folder / "atlas_step_2.pt")
     before = snapshot(folder)
     with pytest.raises(AtlasError, match="slim_old"):
-        trainer_for(explicit, resume=str(folder / "atlas_step_2.pt"))
+        run_for(explicit, resume=str(folder / "atlas_step_2.pt"))
     assert snapshot(folder) == before
 
 
 # Fine-tuning never writes over another run
 
 
-def fine_tuning(folder: Path, base: Path, text: Path, **request: object) -> Trainer:
+def fine_tuning(folder: Path, base: Path, text: Path, **request: object) -> Run:
     explicit = {"data": {"train_data": str(text)}, "checkpoint": {"output_dir": str(folder)}, "device": "cpu"}
     explicit["data"]["tokenizer"] = "tests.toy:tokenizer"
-    return trainer_for(explicit, init_from=str(base), **request)
+    return run_for(explicit, init_from=str(base), **request)
 
 
 @pytest.fixture
 def bases(tmp_path: Path, text_file: Path) -> list[Path]:
     """Two runs that differ in nothing but the seed, and a text to fine-tune on."""
     for seed in (1, 2):
-        run(layer(tmp_path / f"base{seed}", text_file, seed=seed, training__max_steps=2))
+        trained(layer(tmp_path / f"base{seed}", text_file, seed=seed, training__max_steps=2))
     return [tmp_path / f"base{seed}" / "atlas_best.pt" for seed in (1, 2)]
 
 
 def test_fine_tuning_with_no_resume_moves_the_old_run_aside(tmp_path: Path, bases: list[Path]) -> None:
     text = tmp_path / "other.txt"
     text.write_text("A small boat waits. " * 300, encoding="utf-8")
-    fine_tuning(tmp_path / "tuned", bases[0], text).train()
+    train(fine_tuning(tmp_path / "tuned", bases[0], text))
     old = sorted(path.name for path in (tmp_path / "tuned").glob("atlas_*.pt"))
     best = (tmp_path / "tuned/atlas_best.pt").read_bytes()
-    fine_tuning(tmp_path / "tuned", bases[1], text, no_resume=True).train()
+    train(fine_tuning(tmp_path / "tuned", bases[1], text, no_resume=True))
     assert sorted(path.name for path in (tmp_path / "tuned/previous-1").glob("atlas_*.pt")) == old
     assert (tmp_path / "tuned/previous-1/atlas_best.pt").read_bytes() == best
     assert (tmp_path / "tuned/atlas_best.pt").read_bytes() != best
@@ -572,7 +571,7 @@ def test_fine_tuning_resumes_from_the_same_base_only(tmp_path: Path, bases: list
     text = tmp_path / "other.txt"
     text.write_text("A small boat waits. " * 300, encoding="utf-8")
     folder = tmp_path / "tuned"
-    fine_tuning(folder, bases[0], text).train()
+    train(fine_tuning(folder, bases[0], text))
     assert fine_tuning(folder, bases[0], text).is_complete  # the same command again
     with pytest.raises(AtlasError, match=r"holds another run: give the new one another --output-dir"):
         fine_tuning(folder, bases[1], text)
@@ -581,5 +580,5 @@ def test_fine_tuning_resumes_from_the_same_base_only(tmp_path: Path, bases: list
         fine_tuning(folder, bases[1], text, ask=lambda question: bool(asked.append(question)))
     assert "Start a new one? The old one moves to" in asked[0]
     assert not (folder / "previous-1").exists()
-    fine_tuning(folder, bases[1], text, ask=lambda _: True).train()
+    train(fine_tuning(folder, bases[1], text, ask=lambda _: True))
     assert (folder / "previous-1/atlas_best.pt").exists()

@@ -20,7 +20,7 @@ from atlas.training.checkpoint.atomic_write import tensor_bytes
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.optimizers.bf16 import round_to_bf16, step_rounding_weights
 from atlas.training.optimizers.build import build_optimizer
-from tests.runs import layer, logged, resumes_with_the_same_bits, run, same_bits
+from tests.runs import layer, logged, resumes_with_the_same_bits, same_bits, trained
 
 NAMES = ("adamw", "muon", "adafactor")
 
@@ -119,8 +119,8 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
 @pytest.mark.slow
 def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> None:
     steps = {"training__max_steps": 60, "training__warmup_steps": 5}
-    run(in_bf16(tmp_path / "bf16", text_file, "adamw", **steps))
-    run(layer(tmp_path / "fp32", text_file, model__dropout=0.2, **steps))
+    trained(in_bf16(tmp_path / "bf16", text_file, "adamw", **steps))
+    trained(layer(tmp_path / "fp32", text_file, model__dropout=0.2, **steps))
     losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("bf16", "fp32")]
     assert losses[0][-1] < losses[0][0] - 1
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.1)
@@ -128,16 +128,16 @@ def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> N
 
 def test_its_checkpoint_is_read_like_any_other(tmp_path: Path, text_file: Path) -> None:
     """In fp32 the same numbers; and a run in another precision goes on from it."""
-    run(in_bf16(tmp_path / "run", text_file, "adamw"))
+    trained(in_bf16(tmp_path / "run", text_file, "adamw"))
     saved = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")["model_state_dict"]
     loaded = load_model(tmp_path / "run" / "atlas_step_6.pt", tokenizer="tests.toy:tokenizer").model
     assert loaded.token_embedding.weight.dtype == torch.float32
     assert all(torch.equal(tensor, saved[name].float()) for name, tensor in loaded.state_dict().items())
     longer = in_bf16(tmp_path / "run", text_file, "adamw", training__max_steps=8)
     longer["training"]["precision"] = "fp32"
-    assert run(longer)[0].model.token_embedding.weight.dtype == torch.float32
+    assert trained(longer)[0].model.token_embedding.weight.dtype == torch.float32
     back = in_bf16(tmp_path / "run", text_file, "adamw", training__max_steps=10)
-    assert run(back)[0].model.token_embedding.weight.dtype == torch.bfloat16
+    assert trained(back)[0].model.token_embedding.weight.dtype == torch.bfloat16
     log = (tmp_path / "run" / "training.log").read_text()
     for change in ("bf16-true when saved, fp32 here", "fp32 when saved, bf16-true here"):
         assert f"precision: {change}" in log

@@ -20,7 +20,8 @@ from atlas.training.checkpoint.async_saver import BackgroundSaver, Pacer, Snapsh
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
-from tests.runs import layer, logged, run, same_bits, trainer_for
+from atlas.training.train import train
+from tests.runs import layer, logged, on_updates, run_for, same_bits, trained
 from tests.test_checkpoint import contents, facts, save
 
 
@@ -51,24 +52,22 @@ def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_moment(
     tmp_path: Path, text_file: Path, slow_disk: SlowDisk
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, checkpoint__background=True, checkpoint__save_interval=2)
-    trainer = trainer_for(explicit)
-    whole_step = trainer.train_step
+    run = run_for(explicit)
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        if trainer.state.step == 5:  # four updates after the copy, and with three of them the disk still held
-            assert trainer.saver.is_writing
+    def release() -> None:
+        if run.state.step == 5:  # four updates after the copy, and with three of them the disk still held
+            assert run.saver.is_writing
             slow_disk.may_go.set()
-        return whole_step(inputs, targets)
 
-    trainer.train_step = step
-    result = trainer.train()
+    on_updates(run, before=release)
+    result = train(run)
     slow_disk.may_go.set()
     names = sorted(path.name for path in (tmp_path / "run").glob("atlas_step_*.pt"))
     assert names == ["atlas_step_2.pt", "atlas_step_6.pt"]  # 4 fell due meanwhile, 6 is the last
     assert tmp_path / "run" / "atlas_step_6.pt" in result.saved  # joined before train returned
     log = (tmp_path / "run" / "training.log").read_text()
     assert log.count("step 4: no checkpoint saved: the one before is still being written") == 1
-    blocking, _ = run(layer(tmp_path / "blocking", text_file, checkpoint__save_interval=2))
+    blocking, _ = trained(layer(tmp_path / "blocking", text_file, checkpoint__save_interval=2))
     for name in names:
         one, other = load_checkpoint(tmp_path / "run" / name), load_checkpoint(tmp_path / "blocking" / name)
         for key in ("model_state_dict", "optimizer_state_dict", "step", "sequences_consumed", "loss"):
@@ -143,10 +142,10 @@ def test_too_little_memory_for_a_copy_is_said_and_training_waits_instead(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atlas.training.launch.measure_memory", lambda device: 100_000)
-    trainer = trainer_for(layer(tmp_path / "run", text_file, checkpoint__background=True))
-    assert not trainer.saver.in_background
+    run = run_for(layer(tmp_path / "run", text_file, checkpoint__background=True))
+    assert not run.saver.in_background
     assert "does not fit into the 0.00 GB" in (tmp_path / "run" / "training.log").read_text()
-    assert trainer.train().saved
+    assert train(run).saved
 
 
 # What is kept.
@@ -179,9 +178,9 @@ def test_max_total_is_never_exceeded_and_spares_the_newest_and_the_best(
 
 def test_a_max_total_that_cannot_be_kept_is_refused(tmp_path: Path, text_file: Path) -> None:
     with pytest.raises(AtlasError, match=r"checkpoint\.max_total: .*four must fit"):
-        trainer_for(layer(tmp_path / "run", text_file, checkpoint__max_total="300kB"))
+        run_for(layer(tmp_path / "run", text_file, checkpoint__max_total="300kB"))
     assert not (tmp_path / "run").exists()
-    trainer_for(layer(tmp_path / "run", text_file, checkpoint__max_total="600kB"))
+    run_for(layer(tmp_path / "run", text_file, checkpoint__max_total="600kB"))
 
 
 def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: Path) -> None:
@@ -217,12 +216,12 @@ def test_a_slim_checkpoint_generates_and_starts_a_new_run_but_is_not_gone_on_fro
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, checkpoint__slim_old=True)
-    run(explicit)
+    trained(explicit)
     slim = tmp_path / "run" / "atlas_step_2.pt"
     with pytest.raises(AtlasError, match="--init-from"):
-        trainer_for(explicit, resume=str(slim))
+        run_for(explicit, resume=str(slim))
     tuned = layer(tmp_path / "tuned", text_file)
-    assert run(tuned, init_from=str(slim))[1].step == 6
+    assert trained(tuned, init_from=str(slim))[1].step == 6
 
 
 @pytest.mark.parametrize("free_after", [0, 1])
@@ -278,7 +277,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, tex
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(AtlasError, match=rf"another run is writing to it \(process {holder.pid} on "):
-            trainer_for(layer(folder, text_file))
+            run_for(layer(folder, text_file))
         assert os.listdir(folder) == ["atlas.lock"]  # refused before anything was written
     finally:
         holder.kill()
@@ -306,9 +305,9 @@ def test_a_fork_does_not_hold_the_lock_after_its_parent(tmp_path: Path) -> None:
 def test_lines_that_a_full_disk_refuses_are_written_later_once_and_in_order(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__max_steps=9))
-    full = fill_disk_for(monkeypatch, lambda: 3 <= trainer.state.step < 7)
-    assert trainer.train().outcome == "finished"
+    run = run_for(layer(tmp_path / "run", text_file, training__max_steps=9))
+    full = fill_disk_for(monkeypatch, lambda: 3 <= run.state.step < 7)
+    assert train(run).outcome == "finished"
     assert full
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 10))
     assert capfd.readouterr().err.count("metrics.jsonl: cannot be written (No space left on device)") == 1
@@ -381,28 +380,25 @@ def test_an_unexpected_exception_leaves_a_checkpoint_of_the_last_complete_update
 ) -> None:
     """Not so in the optimizer's step, where the weights are between two updates."""
     explicit = layer(tmp_path / "run", text_file)
-    trainer = trainer_for(explicit)
+    run = run_for(explicit)
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    whole_step = trainer.train_step
-
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        if trainer.state.step == 3:
-            part = trainer.updater.objective if raised_in == "loss" else trainer.optimizer
+    def break_it() -> None:
+        if run.state.step == 3:
+            part = run.learner.objective if raised_in == "loss" else run.optimizer
             setattr(part, "forward" if raised_in == "loss" else "step", broken)
-        return whole_step(inputs, targets)
 
-    trainer.train_step = step
+    on_updates(run, before=break_it)
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        trainer.train()
+        train(run)
     saved = tmp_path / "run" / "atlas_interrupt_step_3.pt"
     assert saved.exists() == is_saved
     if is_saved:
-        trainer.lock.release()
-        run(explicit, resume="auto")
-        never_stopped, _ = run(layer(tmp_path / "other", text_file))
+        run.lock.release()
+        trained(explicit, resume="auto")
+        never_stopped, _ = trained(layer(tmp_path / "other", text_file))
         ends = [load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("run", "other")]
         for key in ("model_state_dict", "optimizer_state_dict", "loss"):
             assert same_bits(ends[0][key], ends[1][key])

@@ -24,7 +24,7 @@ from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import read_manifest
 from atlas.training.checkpoint.shard_format import join, split
-from tests.runs import STATE, layer, logged, run, same_bits, trainer_for
+from tests.runs import STATE, layer, logged, run_for, same_bits, trained
 
 leaves = (
     st.none()
@@ -66,8 +66,8 @@ def sharded(folder: Path, text: Path, **settings: object) -> dict:
 
 
 def test_a_run_in_shards_is_the_run_in_files(tmp_path: Path, text_file: Path) -> None:
-    run(layer(tmp_path / "file", text_file, checkpoint__save_interval=3))
-    run(sharded(tmp_path / "shards", text_file))
+    trained(layer(tmp_path / "file", text_file, checkpoint__save_interval=3))
+    trained(sharded(tmp_path / "shards", text_file))
     whole, parts = (
         load_checkpoint(tmp_path / name) for name in ("file/atlas_step_6.pt", "shards/atlas_step_6")
     )
@@ -102,9 +102,9 @@ def test_a_run_goes_on_from_shards_with_the_same_bits(
     folder = tmp_path / "shards"
     explicit = sharded(folder, text_file, checkpoint__background=background, training__max_steps=30)
     explicit["checkpoint"]["save_interval"] = 15
-    run(explicit)
+    trained(explicit)
     whole, lines = load_checkpoint(folder / "atlas_step_30"), logged(folder)
-    run(explicit, resume=str(folder / "atlas_step_15"))
+    trained(explicit, resume=str(folder / "atlas_step_15"))
     again = load_checkpoint(folder / "atlas_step_30")
     for key in STATE:
         assert same_bits(whole[key], again[key]), key
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_shards_with_the_same_bits(
 def test_any_name_and_a_moved_folder_are_understood(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(sharded(tmp_path / "run", text_file))
+    trained(sharded(tmp_path / "run", text_file))
     for name in ("atlas_step_6", "atlas_step_6/", "atlas_step_6.pt", "atlas_step_6.json"):
         assert find_checkpoint(f"{tmp_path}/run/{name}") == tmp_path / "run/atlas_step_6"
     for name in ("atlas_best", "atlas_best.pt", "best_model.pt"):
@@ -152,7 +152,7 @@ def test_any_name_and_a_moved_folder_are_understood(
 
 
 def test_consolidated_it_is_the_file_of_one_device(tmp_path: Path, text_file: Path) -> None:
-    run(sharded(tmp_path / "run", text_file))
+    trained(sharded(tmp_path / "run", text_file))
     target = tmp_path / "one.pt"
     assert main(["info", str(tmp_path / "run/atlas_step_6"), "--consolidate", str(target)]) == 0
     assert same_bits(load_checkpoint(target), load_checkpoint(tmp_path / "run/atlas_step_6"))
@@ -166,7 +166,7 @@ def test_consolidated_it_is_the_file_of_one_device(tmp_path: Path, text_file: Pa
 
 
 def test_a_rotten_shard_is_never_believed(tmp_path: Path, text_file: Path) -> None:
-    run(sharded(tmp_path / "run", text_file))
+    trained(sharded(tmp_path / "run", text_file))
     (shard,) = (tmp_path / "run/atlas_step_6").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -204,7 +204,7 @@ def test_old_folders_go_and_the_best_stays(tmp_path: Path, text_file: Path) -> N
         training__eval_interval=3,
         checkpoint__keep_checkpoints=2,
     )
-    run({**explicit, "data": {**explicit["data"], "val_data": str(text_file)}})
+    trained({**explicit, "data": {**explicit["data"], "val_data": str(text_file)}})
     folder = tmp_path / "run"
     found = {path.name for _, path in CheckpointManager(folder).found()}
     assert {"atlas_step_12", "atlas_step_9", "atlas_best"} == found
@@ -242,15 +242,15 @@ def test_a_kill_while_a_step_is_saved_again_loses_neither_it_nor_the_best(
 ) -> None:
     folder = tmp_path / "run"
     explicit = sharded(folder, text_file, training__max_steps=3)
-    run(explicit)
-    trainer = trainer_for(explicit, resume="auto")
+    trained(explicit)
+    run = run_for(explicit, resume="auto")
     die_at(point, monkeypatch)
     with suppress(Killed):
-        trainer.save(["interrupt"], wait=True)
+        run.save(["interrupt"], wait=True)
     monkeypatch.undo()
     for name in ("atlas_step_3", "atlas_best"):
         assert load_checkpoint(folder / name)["step"] == 3
-    trainer.save(["interrupt"], wait=True)
+    run.save(["interrupt"], wait=True)
     found = {path.name for _, path in CheckpointManager(folder).found()}
     assert found == {"atlas_step_3", "atlas_best", "atlas_interrupt_step_3"}
     named = {manifest.folder for manifest, _ in CheckpointManager(folder).found()}
@@ -263,11 +263,11 @@ def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(
 ) -> None:
     folder = tmp_path / "run"
     explicit = sharded(folder, text_file, training__max_steps=3)
-    run(explicit)
+    trained(explicit)
     old = load_checkpoint(folder / "atlas_best")
     die_at(point, monkeypatch)
     with suppress(Killed):
-        run(sharded(folder, text_file), resume="auto")
+        trained(sharded(folder, text_file), resume="auto")
     monkeypatch.undo()
     latest = CheckpointManager(folder).load_latest()
     assert latest is not None
@@ -276,6 +276,6 @@ def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(
     assert best["step"] in (3, 6)
     if best["step"] == 3:
         assert same_bits(best["model_state_dict"], old["model_state_dict"])
-    run(sharded(folder, text_file), resume="auto")
+    trained(sharded(folder, text_file), resume="auto")
     assert load_checkpoint(folder / "atlas_step_6")["step"] == 6
     assert not list(folder.glob("*.tmp"))

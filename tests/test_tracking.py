@@ -22,17 +22,19 @@ from atlas.training.launch import start_run
 from atlas.training.logs import throughput
 from atlas.training.logs import trackers as tracking
 from atlas.training.resume import Request, choose_start
-from atlas.training.train import Trainer
+from atlas.training.run import Run
+from atlas.training.train import train
 from tests.runs import (
     STATE,
     assert_same_run,
     layer,
     lines_without_timings,
     logged,
-    run,
+    on_updates,
+    run_for,
     same_bits,
     start_process,
-    trainer_for,
+    trained,
     write_config,
 )
 
@@ -49,7 +51,7 @@ def tracked(folder: Path, text: Path, **settings: object) -> dict:
     )
 
 
-def sampling_trainer(explicit: dict, **request: Any) -> Trainer:
+def sampling_run(explicit: dict, **request: Any) -> Run:
     return start_run(choose_start(Request(explicit, **request)), sampler=sample_texts)
 
 
@@ -87,7 +89,7 @@ def assert_tensorboard_has_what_the_metrics_have(folder: Path) -> None:
 
 
 def test_a_line_of_metrics_holds_what_there_is_to_watch(tmp_path: Path, text_file: Path) -> None:
-    trainer, _ = run(tracked(tmp_path / "run", text_file, checkpoint__save_interval=3))
+    run, _ = trained(tracked(tmp_path / "run", text_file, checkpoint__save_interval=3))
     lines = logged(tmp_path / "run")
     for line in lines:
         assert line["tokens"] == line["step"] * 4 * 16
@@ -97,7 +99,7 @@ def test_a_line_of_metrics_holds_what_there_is_to_watch(tmp_path: Path, text_fil
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
     assert all(line["bits_per_byte"] > 0 for line in logged(tmp_path / "run", "validation"))
     (start,) = events(tmp_path / "run", "start")
-    assert start["parameters"] == trainer.model.num_parameters()
+    assert start["parameters"] == run.model.num_parameters()
     assert start["machine"]["torch"] == torch.__version__
     saves = events(tmp_path / "run", "save")
     assert {name for save in saves for name in save["names"]} >= {
@@ -119,14 +121,14 @@ def test_utilisation_is_of_the_speed_that_was_measured_and_remembered(
         return 1e15
 
     monkeypatch.setattr(throughput, "measure_matrix_products", measure)
-    trainer, _ = run(layer(tmp_path / "run", text_file))
-    assert recall_peak_rate(trainer.runtime) == 1e15
-    run(layer(tmp_path / "again", text_file))
+    run, _ = trained(layer(tmp_path / "run", text_file))
+    assert recall_peak_rate(run.runtime) == 1e15
+    trained(layer(tmp_path / "again", text_file))
     assert len(measured) == 1
     from atlas.planning import training_flops_per_token
 
     for line in logged(tmp_path / "again"):
-        flops = line["tokens_per_second"] * training_flops_per_token(trainer.config)
+        flops = line["tokens_per_second"] * training_flops_per_token(run.config)
         assert math.isclose(line["utilisation"], flops / 1e15)
 
 
@@ -136,7 +138,7 @@ def test_a_speed_measured_on_a_busy_machine_is_measured_again(
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
     rates = iter([1.0, 1e15])
     monkeypatch.setattr(throughput, "measure_matrix_products", lambda *_, **__: next(rates))
-    run(layer(tmp_path / "run", text_file))
+    trained(layer(tmp_path / "run", text_file))
     assert logged(tmp_path / "run")[-1]["utilisation"] < 1
 
 
@@ -146,35 +148,33 @@ def test_running_out_of_memory_is_an_event(
     monkeypatch.setenv(
         "ATLAS_CACHE_DIR", str(tmp_path / "cache")
     )  # what fitted is remembered, for this test alone
-    trainer = trainer_for(layer(tmp_path / "run", text_file))
-    accumulate = type(trainer.updater)._accumulate
+    run = run_for(layer(tmp_path / "run", text_file))
+    forward = run.learner.objective.forward
 
-    def with_too_many(self: Any, inputs: Any, targets: Any, documents: Any, state: Any, stop: Any) -> Any:
-        if state.step == 2 and state.micro_batch_size > 2:
+    def with_too_many(inputs: Any, *rest: Any, **named: Any) -> Any:
+        if run.state.step == 2 and len(inputs) > 2:
             raise MemoryError
-        return accumulate(self, inputs, targets, documents, state, stop)
+        return forward(inputs, *rest, **named)
 
-    monkeypatch.setattr(type(trainer.updater), "_accumulate", with_too_many)
-    trainer.train()
+    monkeypatch.setattr(run.learner.objective, "forward", with_too_many)
+    train(run)
     (event,) = events(tmp_path / "run", "out of memory")
     assert (event["step"], event["work"], event["sequences_at_once"]) == (3, "training", 2)
 
 
 def test_an_interrupt_and_going_on_are_events(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file)
-    trainer = trainer_for(explicit)
-    step, state = trainer.train_step, trainer.state
+    run = run_for(explicit)
+    state = run.state
 
-    def then_stop(*batch: Any) -> Any:
-        update = step(*batch)
+    def stop() -> None:
         if state.step == 2:
             signal.raise_signal(signal.SIGINT)
-        return update
 
-    trainer.train_step = then_stop  # type: ignore[method-assign]
-    assert trainer.train().outcome == "interrupted"
-    del trainer
-    run(explicit)
+    on_updates(run, after=stop)
+    assert train(run).outcome == "interrupted"
+    del run
+    trained(explicit)
     told = [(line["event"], line["step"]) for line in logged(tmp_path / "run", "event")]
     assert told == [
         ("start", 0),
@@ -194,10 +194,10 @@ def test_samples_are_the_same_each_time_and_change_no_bit(tmp_path: Path, text_f
         return tracked(tmp_path / name, text_file, model__dropout=0.2)
 
     for name in ("one", "two"):
-        trainer = sampling_trainer(explicit(name))
-        trainer.train()
-        assert trainer.model.training
-    run(explicit("without"))
+        run = sampling_run(explicit(name))
+        train(run)
+        assert run.model.training
+    trained(explicit("without"))
     for name in ("two", "without"):
         assert_same_run(tmp_path / "one", tmp_path / name, steps=6)
     samples = logged(tmp_path / "one", "sample")
@@ -211,7 +211,7 @@ def test_samples_are_the_same_each_time_and_change_no_bit(tmp_path: Path, text_f
 
 
 def test_samples_begin_with_the_prompt_that_is_asked_for(tmp_path: Path, text_file: Path) -> None:
-    sampling_trainer(tracked(tmp_path / "run", text_file, tracking__sample_prompt="The river")).train()
+    train(sampling_run(tracked(tmp_path / "run", text_file, tracking__sample_prompt="The river")))
     assert {line["prompt"] for line in logged(tmp_path / "run", "sample")} == {"The river"}
 
 
@@ -222,9 +222,9 @@ def test_samples_that_cannot_be_written_are_said_once_and_given_up(
         raise MemoryError("no room")
 
     explicit = tracked(tmp_path / "run", text_file)
-    start_run(choose_start(Request(explicit)), sampler=fails).train()
+    train(start_run(choose_start(Request(explicit)), sampler=fails))
     assert capfd.readouterr().err.count("step 2: no samples from here on (tracking.samples): no room") == 1
-    run(tracked(tmp_path / "without", text_file))
+    trained(tracked(tmp_path / "without", text_file))
     assert_same_run(tmp_path / "run", tmp_path / "without", steps=6)
 
 
@@ -234,7 +234,7 @@ def test_samples_that_cannot_be_written_are_said_once_and_given_up(
 def test_tensorboard_reads_what_the_metrics_hold(tmp_path: Path, text_file: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sampling_trainer(tracked(tmp_path / "run", text_file, tracking__tensorboard=True)).train()
+    train(sampling_run(tracked(tmp_path / "run", text_file, tracking__tensorboard=True)))
     assert_tensorboard_has_what_the_metrics_have(tmp_path / "run")
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     reader.Reload()
@@ -266,26 +266,25 @@ def test_a_killed_run_that_goes_on_replaces_what_it_told_tensorboard(tmp_path: P
     process.communicate()
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold the second
     explicit["training"]["max_steps"] = 45
-    sampling_trainer(explicit, resume="auto").train()
+    train(sampling_run(explicit, resume="auto"))
     assert_tensorboard_has_what_the_metrics_have(tmp_path / "run")
 
 
 def test_a_rollback_replaces_what_tensorboard_was_told(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_for(
-        tracked(tmp_path / "run", text_file, tracking__tensorboard=True, guard__max_bad_steps=1)
-    )
-    apply, done = trainer.updater.apply, []
+    run = run_for(tracked(tmp_path / "run", text_file, tracking__tensorboard=True, guard__max_bad_steps=1))
+    forward, done = run.learner.objective.forward, []
 
-    def ruined_once(loss: torch.Tensor, state: Any, *, rate: float) -> Any:
-        if state.step == 4 and not done:
+    def ruined_once(*columns: Any, **named: Any) -> Any:
+        loss = forward(*columns, **named)
+        if run.state.step == 4 and run.model.training and not done:
             done.append(True)
             loss = loss * math.nan
-        return apply(loss, state, rate=rate)
+        return loss
 
-    monkeypatch.setattr(trainer.updater, "apply", ruined_once)
-    trainer.train()
+    monkeypatch.setattr(run.learner.objective, "forward", ruined_once)
+    train(run)
     assert len(events(tmp_path / "run", "rollback")) == 1
     assert_tensorboard_has_what_the_metrics_have(tmp_path / "run")
 
@@ -320,14 +319,14 @@ def test_a_tracker_that_raises_is_said_once_and_the_run_keeps_its_bits(
     error: BaseException, tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = Broken(error)
-    trainer = trainer_for(tracked(tmp_path / "run", text_file))
-    trainer.log.trackers.append(tracking.Tracker("tensorboard", broken, trainer.log.say))
-    trainer.train()
+    run = run_for(tracked(tmp_path / "run", text_file))
+    run.log.trackers.append(tracking.Tracker("tensorboard", broken, run.log.say))
+    train(run)
     assert len(broken.told) == 3
     said = capfd.readouterr().err
     assert said.count("tracking.tensorboard: ") == 1
     assert f"{type(error).__name__}: {error}: training goes on without it" in said
-    run(tracked(tmp_path / "without", text_file))
+    trained(tracked(tmp_path / "without", text_file))
     assert_same_run(tmp_path / "run", tmp_path / "without", steps=6)
 
 
@@ -362,7 +361,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == key else find(name))
     with pytest.raises(AtlasError, match=rf"tracking\.{written} the package .*pip install"):
-        trainer_for(layer(tmp_path / "run", text_file, **{f"tracking__{key}": value}))
+        run_for(layer(tmp_path / "run", text_file, **{f"tracking__{key}": value}))
     assert not (tmp_path / "run").exists()
 
 
@@ -419,9 +418,9 @@ def wandb_history(file: Path) -> list[dict]:
 def test_the_state_with_samples_is_the_state_without(tmp_path: Path, text_file: Path) -> None:
     """Also where the run is resumed between: what is sampled is no state."""
     explicit = tracked(tmp_path / "run", text_file, checkpoint__save_interval=3)
-    sampling_trainer(explicit).train()
+    train(sampling_run(explicit))
     whole, texts = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt"), logged(tmp_path / "run", "sample")
-    sampling_trainer(explicit, resume=str(tmp_path / "run" / "atlas_step_3.pt")).train()
+    train(sampling_run(explicit, resume=str(tmp_path / "run" / "atlas_step_3.pt")))
     again = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
     assert all(same_bits(whole[key], again[key]) for key in STATE)
     assert logged(tmp_path / "run", "sample") == texts

@@ -26,7 +26,8 @@ from atlas.training.devices.device import choose_device, seed_micro_step, setup_
 from atlas.training.loss import compute_lm_loss, linear_cross_entropy, load_loss
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.schedule import horizon_steps, learning_rate_at
-from tests.runs import layer, logged, run, trainer_for
+from atlas.training.train import train
+from tests.runs import layer, logged, run_for, trained, update
 
 # Loss.
 
@@ -166,16 +167,16 @@ def test_micro_batches_make_the_same_gradient_as_one_batch(tmp_path_factory, dat
     padded = data.draw(st.lists(st.integers(0, 16), min_size=sequences, max_size=sequences))
     gradients = []
     for size in (sequences, micro):
-        trainer = trainer_for(layer(folder / str(size), text, training__batch_size=sequences), no_resume=True)
-        trainer.state.micro_batch_size = size
-        trainer.optimizer.step = lambda: None  # keep the gradients of the first update
-        trainer.optimizer.zero_grad = lambda **how: None
-        trainer.config.training.__dict__["grad_clip"] = 0.0
-        inputs, targets = next(trainer._batches())
+        run = run_for(layer(folder / str(size), text, training__batch_size=sequences), no_resume=True)
+        run.state.micro_batch_size = size
+        run.optimizer.step = lambda: None  # keep the gradients of the first update
+        run.optimizer.zero_grad = lambda **how: None
+        run.config.training.__dict__["grad_clip"] = 0.0
+        inputs, targets = next(run.batches())
         for row, count in enumerate(padded):
             targets[row, 16 - count :] = IGNORE_INDEX
-        assert trainer.train_step(inputs, targets)
-        gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
+        assert update(run, inputs, targets)
+        gradients.append({name: p.grad for name, p in run.model.named_parameters()})
     for name, one in gradients[0].items():
         assert (one - gradients[1][name]).abs().max() <= 1e-5 * one.abs().max() + 1e-12, name
 
@@ -186,8 +187,8 @@ def half_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | 
 
 def test_a_custom_loss_is_a_mean_that_the_trainer_weights(tmp_path: Path, text_file: Path) -> None:
     options = {"training__micro_batch_size": 3, "training__grad_clip": 0}
-    run(layer(tmp_path / "a", text_file, training__loss=f"{__name__}:half_loss", **options))
-    run(layer(tmp_path / "b", text_file, **options))
+    trained(layer(tmp_path / "a", text_file, training__loss=f"{__name__}:half_loss", **options))
+    trained(layer(tmp_path / "b", text_file, **options))
     for half, whole in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
         # Adam does not see the scale of the loss, so the weights move alike.
         assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
@@ -315,7 +316,7 @@ def test_seeds_differ_by_place_and_repeat() -> None:
 
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "run"
-    trainer, result = run(
+    run, result = trained(
         layer(
             folder,
             text_file,
@@ -326,7 +327,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Pat
     )
     assert (result.outcome, result.step) == ("finished", 40)
     losses = [line["loss"] for line in logged(folder)]
-    assert losses[0] == pytest.approx(math.log(trainer.config.model.vocab_size), rel=0.1)
+    assert losses[0] == pytest.approx(math.log(run.config.model.vocab_size), rel=0.1)
     assert losses[-1] < losses[0] - 1
     assert [line["step"] for line in logged(folder)] == list(range(1, 41))
     assert [line["step"] for line in logged(folder, "validation")] == [20, 40]
@@ -337,15 +338,15 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, text_file: Pat
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path: Path, text_file: Path) -> None:
-    run(layer(tmp_path / "a", text_file, training__batch_size=8))
-    run(layer(tmp_path / "b", text_file, training__batch_size=2, training__gradient_accumulation_steps=4))
+    trained(layer(tmp_path / "a", text_file, training__batch_size=8))
+    trained(layer(tmp_path / "b", text_file, training__batch_size=2, training__gradient_accumulation_steps=4))
     for one, other in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_loss_even_with_dropout(tmp_path: Path, text_file: Path) -> None:
     for name, on in (("a", False), ("b", True)):
-        run(layer(tmp_path / name, text_file, model__dropout=0.2, training__gradient_checkpointing=on))
+        trained(layer(tmp_path / name, text_file, model__dropout=0.2, training__gradient_checkpointing=on))
     assert [line["loss"] for line in logged(tmp_path / "a")] == [
         line["loss"] for line in logged(tmp_path / "b")
     ]
@@ -356,17 +357,17 @@ def test_the_wait_for_data_is_measured(
     seconds: float, low: float, high: float, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight sequences of 0.2 s are far more than the update of a tiny model takes."""
-    trainer = trainer_for(layer(tmp_path / "run", text_file, training__batch_size=8, data__num_workers=0))
-    read = type(trainer.train_data).__getitem__
+    run = run_for(layer(tmp_path / "run", text_file, training__batch_size=8, data__num_workers=0))
+    read = type(run.data.train).__getitem__
 
     def slow(self: object, window: int) -> tuple[torch.Tensor, ...]:
         time.sleep(seconds)
         return read(self, window)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(trainer.train_data), "__getitem__", slow)
-    trainer.state.horizon = 3
-    trainer.val_data = None
-    trainer.train()
+    monkeypatch.setattr(type(run.data.train), "__getitem__", slow)
+    run.state.horizon = 3
+    run.data.val = None
+    train(run)
     # The first update also loads parts of PyTorch, for seconds.
     waits = [line["data_wait"] for line in logged(tmp_path / "run")][1:]
     assert len(waits) == 2
@@ -375,7 +376,7 @@ def test_the_wait_for_data_is_measured(
 
 def test_reading_threads_change_nothing(tmp_path: Path, text_file: Path) -> None:
     for name, workers in (("a", 0), ("b", 1)):
-        run(layer(tmp_path / name, text_file, model__dropout=0.2, data__num_workers=workers))
+        trained(layer(tmp_path / name, text_file, model__dropout=0.2, data__num_workers=workers))
     assert [line["loss"] for line in logged(tmp_path / "a")] == [
         line["loss"] for line in logged(tmp_path / "b")
     ]
@@ -383,7 +384,7 @@ def test_reading_threads_change_nothing(tmp_path: Path, text_file: Path) -> None
 
 def test_seed_decides_the_run(tmp_path: Path, text_file: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(layer(tmp_path / name, text_file, seed=seed))
+        trained(layer(tmp_path / name, text_file, seed=seed))
     a, b, c = ([line["loss"] for line in logged(tmp_path / name)] for name in "abc")
     assert a == b
     assert a != c
@@ -392,8 +393,8 @@ def test_seed_decides_the_run(tmp_path: Path, text_file: Path) -> None:
 def test_epochs_end_the_run_and_are_saved(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file, training__epochs=2, training__batch_size=64)
     del explicit["training"]["max_steps"]
-    trainer, result = run(explicit)
-    per_epoch = len(trainer.train_data)
+    run, result = trained(explicit)
+    per_epoch = len(run.data.train)
     assert result.step == math.ceil(2 * per_epoch / 64)
     first = math.ceil(per_epoch / 64)
     assert (tmp_path / "run" / f"atlas_epoch_1_step_{first}.pt").exists()
@@ -402,7 +403,7 @@ def test_epochs_end_the_run_and_are_saved(tmp_path: Path, text_file: Path) -> No
 
 def test_best_follows_validation_loss(tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "run"
-    run(
+    trained(
         layer(
             folder, text_file, training__max_steps=30, training__eval_interval=5, training__learning_rate=0.05
         )
@@ -415,7 +416,9 @@ def test_best_follows_validation_loss(tmp_path: Path, text_file: Path) -> None:
 
 def test_without_validation_data_the_best_follows_training_loss(tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "run"
-    run(layer(folder, text_file, data__val_fraction=0, training__max_steps=9, checkpoint__save_interval=3))
+    trained(
+        layer(folder, text_file, data__val_fraction=0, training__max_steps=9, checkpoint__save_interval=3)
+    )
     losses = [line["loss"] for line in logged(folder)]
     means = {step: sum(losses[step - 3 : step]) / 3 for step in (3, 6, 9)}
     assert json.loads((folder / "atlas_best.json").read_text())["step"] == min(means, key=means.get)
@@ -431,7 +434,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, text_file: 
         training__early_stopping_patience=3,
         training__learning_rate=0.3,  # jumps about
     )
-    _, result = run(explicit)
+    _, result = trained(explicit)
     losses = [line["val_loss"] for line in logged(tmp_path / "run", "validation")]
     assert result.outcome == "stopped early"
     assert min(losses) == losses[-4]  # the best, then three that were not better
@@ -452,12 +455,12 @@ def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
         training__eval_interval=10,
         model__hidden_size=64,
     )
-    run(explicit)
+    trained(explicit)
     assert "learning its text by heart" in (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
 
 
 def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, tmp_path: Path) -> None:
-    from atlas.training.profile import profile_update
+    from atlas.training.diagnostics import profile_update
 
     explicit = layer(tmp_path / "run", text_file, training__gradient_accumulation_steps=2)
     profile = profile_update(explicit, say=print)
@@ -476,7 +479,7 @@ def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, 
 def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(
     text_file: Path, tmp_path: Path
 ) -> None:
-    from atlas.training.overfit import overfit_one_batch
+    from atlas.training.diagnostics import overfit_one_batch
 
     said: list[str] = []
     explicit = layer(tmp_path / "run", text_file, model__hidden_size=64, training__learning_rate=1e-2)

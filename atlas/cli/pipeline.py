@@ -150,8 +150,6 @@ def _train(
     from atlas.training.resume import Request, choose_start
 
     request = Request(explicit, no_resume=no_resume, ask=confirm)
-    trainer = start_run(
-        choose_start(request), sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size
-    )
-    train_to_the_end(trainer)
-    print_next_commands(trainer.checkpoints.folder / "atlas_best.pt")
+    run = start_run(choose_start(request), sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size)
+    train_to_the_end(run)
+    print_next_commands(run.checkpoints.folder / "atlas_best.pt")

@@ -103,7 +103,7 @@ def _report(
     """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
     from atlas.cli.plan_output import Report
     from atlas.planning import assume_vocabulary, plan_presets, scale
-    from atlas.training.run import with_vocabulary
+    from atlas.training.run_config import with_vocabulary
 
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)

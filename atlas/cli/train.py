@@ -11,7 +11,7 @@ from atlas.cli.terminal import INTERRUPTED
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
-    from atlas.training.train import Trainer
+    from atlas.training.run import Run
 
 
 _SHOWN_OPERATIONS = 12
@@ -107,7 +107,7 @@ def train(
         return _explicit_layer(config, overrides or [], flags)
 
     if overfit_batch:
-        from atlas.training.overfit import overfit_one_batch
+        from atlas.training.diagnostics import overfit_one_batch
 
         overfit_one_batch(written(), say=lambda line: typer.echo(line, err=True))
         return
@@ -146,7 +146,7 @@ def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, s
 
 def _print_profile(explicit: Layer) -> None:
     from atlas.cli.terminal import print_table
-    from atlas.training.profile import profile_update
+    from atlas.training.diagnostics import profile_update
 
     profile = profile_update(explicit, say=lambda line: typer.echo(line, err=True))
     typer.echo(
@@ -162,21 +162,22 @@ def _print_profile(explicit: Layer) -> None:
     typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
-def train_to_the_end(trainer: Trainer) -> None:
+def train_to_the_end(run: Run) -> None:
     """Train, and say how it ended; exit with 130 if it was interrupted."""
     from atlas.cli.terminal import own_command
     from atlas.errors import AtlasError
+    from atlas.training import train as training_loop
 
-    state, folder = trainer.state, trainer.checkpoints.folder
-    if trainer.is_complete:
-        trainer.log.say(
+    state, folder = run.state, run.checkpoints.folder
+    if run.is_complete:
+        run.log.say(
             f"nothing to do: the run is complete at step {state.step}; --set training.max_steps=N with a larger N "
             "continues it"
         )
         return
-    result = trainer.train()
+    result = training_loop.train(run)
     names = ", ".join(path.name for path in result.saved)
-    if not result.saved and trainer.world.is_first:
+    if not result.saved and run.world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
             "takes the newest one that was"
@@ -184,12 +185,12 @@ def train_to_the_end(trainer: Trainer) -> None:
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
     saved = f"; saved {names} in {folder}" if names else ""
-    trainer.log.say(f"{result.outcome} at step {result.step}{loss}{validation}{saved}")
+    run.log.say(f"{result.outcome} at step {result.step}{loss}{validation}{saved}")
     if result.outcome == "interrupted":
-        if trainer.world.is_first:
-            several = trainer.world.local_size
+        if run.world.is_first:
+            several = run.world.local_size
             launcher = (
-                f"torchrun --nproc-per-node={several} -m atlas" if trainer.world.size > 1 else own_command()
+                f"torchrun --nproc-per-node={several} -m atlas" if run.world.size > 1 else own_command()
             )
-            trainer.log.say(f"resume with: {launcher} train --resume {result.saved[0]}")
+            run.log.say(f"resume with: {launcher} train --resume {result.saved[0]}")
         raise typer.Exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Carry out the decision of `resume.py`: claim the folder, build the trainer, say what will happen."""
+"""Carry out the decision of `resume.py`: claim the folder, build the run, log what it will do."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from atlas.tokenizer.chat import CHAT_FORM
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.open_saver import open_saver
 from atlas.training.checkpoint.retention import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
@@ -42,12 +43,13 @@ from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
+from atlas.training.recovery import restore_optimizer
 from atlas.training.resume import Start, base_key, is_a_restart, refuse_links
+from atlas.training.run import Learner, Run, RunData
 from atlas.training.samples import Sampler
 from atlas.training.schedule import horizon_steps
 from atlas.training.state import TrainState
-from atlas.training.summary import announce, as_yaml, record_beginning
-from atlas.training.train import Trainer
+from atlas.training.summary import as_yaml, log_summary, record_start
 
 _PART_FOR_WHOLE = 0.5
 """Of the free memory, for a state made whole."""
@@ -56,11 +58,12 @@ _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 def start_run(
     start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
-) -> Trainer:
-    """Build the trainer. What can be refused is refused first; files are written from `_claim` on, by the first rank
-    alone. `sampler` writes the texts that `tracking.samples` asks for; without one there are none. Where nobody wrote a
-    `training.batch_size`, more than that may run at once."""
+) -> Run:
+    """Build the run. What can be refused is refused first; files are written from `_claim` on, by the first rank alone.
+    `sampler` writes the samples that `tracking.samples` asks for; without one there are none. Where the user set no
+    `training.batch_size`, more than that may run per micro-batch."""
     config, folder = start.config, start.folder
+    resumes = start.mode == "resume"
     with world.in_step():
         refuse_links(folder)
         refuse_missing_trackers(config.tracking)
@@ -72,13 +75,13 @@ def start_run(
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)
+        data = RunData(start.data.tokenizer, train_data, val_data, _identity(start))
         model = _build(start, config)
         _refuse_other_optimizer_state(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
         lock = _claim(folder) if world.is_first else None
     if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
         runtime = replace(runtime, parallel="fsdp")
-    resumes = start.mode == "resume"
     resumed = _resumed_state(start, len(train_data), validates=val_data is not None) if resumes else None
     config, log, checkpoints = _open_folder(start, world)
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
@@ -86,37 +89,22 @@ def start_run(
         _take_fewer_after_a_restart(resumed, config, runtime)
     state = resumed or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
-    trainer = Trainer(
-        config,
-        model,
-        start.data.tokenizer,
-        train_data,
-        val_data,
-        data_identity=_identity(start),
-        runtime=runtime,
-        state=state,
-        checkpoints=checkpoints,
-        log=log,
-        custom_loss=custom_loss,
-        initialized_from=_origin(start),
-        saves_in_background=world.broadcast(world.is_first and _saves_in_background(config, runtime, log)),
-        sharded=world.broadcast(_saves_shards(config, runtime)),
-        sensor=sensor,
-        lock=lock,
-        sampler=sampler,
-    )
+    learner = Learner.build(model, config, runtime, custom_loss)
+    in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
+    sharded = world.broadcast(_saves_shards(config, runtime))
+    saver = open_saver(checkpoints, world, sharded=sharded, in_background=in_background, log=log)
+    run = Run(learner, data, state, log, saver, sharded, _origin(start), sampler, sensor, lock)
     if resumes:
-        trainer.restore(start.contents, start.source)
-    if not trainer.is_complete:
-        log.rewind(
-            state.step if resumes else -1
-        )  # a run that was killed before its first save left lines, too
-        announce(start, trainer, differences)
-        record_beginning(start, trainer)
+        restore_optimizer(learner, start.contents, start.source)
+    if not run.is_complete:
+        # A run that was killed before its first save left lines, too.
+        log.rewind(state.step if resumes else -1)
+        log_summary(start, run, differences)
+        record_start(start, run)
     if runtime.compiles:
-        compile_blocks(trainer.model, keeps_little=keeps_little)
+        compile_blocks(model, keeps_little=keeps_little)
     start.contents.clear()  # the loaded copy is not needed beside the model
-    return trainer
+    return run
 
 
 def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:

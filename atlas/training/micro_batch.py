@@ -1,7 +1,8 @@
-"""How many sequences run at once: tried in a process of its own, so that a failed try leaves nothing.
+"""How many sequences run per micro-batch: as many as fit into memory, found before a run and lowered during it.
 
-The estimate (`atlas.planning`) says where to look; what counts is whether an update runs. On CUDA more than
-`batch_size` may run at once, since few sequences leave a large card idle.
+Before a run a size is tried in a process of its own, so that a failed try leaves nothing behind. The estimate says
+where to look; what counts is whether an update runs. On CUDA more than `batch_size` may run, since few sequences leave
+a large card idle.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, EndedElsewhere
 from atlas.planning import (
     estimate_training_memory,
     largest_micro_batch,
@@ -24,11 +26,26 @@ from atlas.planning import (
 )
 from atlas.planning.machine import data_bytes
 from atlas.process import keep_memory
+from atlas.training.devices.compile import refuse_failed_compilation
 from atlas.training.devices.device import Runtime, setup_runtime
-from atlas.training.devices.memory import is_out_of_memory, remember_micro_batch, remembered_micro_batch
-from atlas.training.devices.signals import StopRequest
+from atlas.training.devices.memory import (
+    is_out_of_memory,
+    release_memory,
+    remember_micro_batch,
+    remembered_micro_batch,
+)
+from atlas.training.devices.parallel import wrap
+from atlas.training.devices.signals import Stopped, StopRequest
+from atlas.training.run import Learner
 from atlas.training.state import TrainState
-from atlas.training.step import fresh_updater
+from atlas.training.step import (
+    Batch,
+    Gradient,
+    accumulate_gradient,
+    apply_gradient,
+    clear_gradient,
+    fresh_learner,
+)
 
 ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without being tried."""
@@ -37,8 +54,104 @@ _COMFORTABLE = 0.6
 _FILLED = 1.05
 _LEFT_FREE = 0.05
 """Of the free memory, for what a run has and a try has not: batches read ahead, the log, fragmentation."""
+_PROVEN = 3
+"""Updates of one size after which several ranks assume that memory suffices."""
 _TOO_LARGE = 3
 _KILLED = {-6, -9, -11}  # by an allocation that failed in C++, by the system, by a thread without a stack
+
+
+class RanOutElsewhere(Exception):
+    """Another rank ran out of memory in this update."""
+
+
+def gradient_within_memory(
+    learner: Learner, batch: Batch, state: TrainState, *, stop: StopRequest, say: Callable[[str], None]
+) -> Gradient | None:
+    """`accumulate_gradient`, with fewer sequences per micro-batch from then on where memory runs out. None on a stop.
+
+    Several ranks lower the size together in the first updates of that size, unless one runs out while it adds up
+    gradients (or weights, in shards) with the others. Later they no longer ask one another, since all would wait for
+    the slowest before each backward pass. Raises `AtlasError` where not even one sequence fits.
+    """
+    world, num_sequences = learner.runtime.world, len(batch[0])
+    asked = min(state.micro_batch_size, num_sequences)
+    is_joint = False
+
+    def join_others() -> None:
+        nonlocal is_joint
+        if not is_joint and world.any(False):
+            raise RanOutElsewhere
+        is_joint = world.size > 1
+
+    while True:
+        size = state.micro_batch_size
+        is_proven = learner.proven == (size, _PROVEN)
+        is_joint = world.size > 1 and (is_proven or learner.runtime.parallel == "fsdp")
+        gradient = None
+        try:
+            with stop.at_once(enabled=learner.runtime.compiles):
+                gradient = accumulate_gradient(
+                    learner,
+                    batch,
+                    step=state.step,
+                    micro_batch_size=size,
+                    stop=stop,
+                    before_reduction=join_others,
+                )
+            break
+        except Stopped:
+            clear_gradient(learner)
+            return None
+        except RanOutElsewhere:
+            if min(size, num_sequences) == 1:
+                raise EndedElsewhere from None
+        except (RuntimeError, MemoryError) as error:
+            refuse_failed_compilation(error)
+            if not is_out_of_memory(error):
+                raise
+            if is_joint:
+                _end_all_ranks(learner, state, min(size, num_sequences))
+            world.any(True)
+        # Here and not above: the exception holds on to the tensors of what failed.
+        state.micro_batch_size = _fewer(learner, min(size, num_sequences), state.step, say=say)
+    proven_size, updates = learner.proven
+    learner.proven = size, min(_PROVEN, updates + 1) if proven_size == size else 1
+    if size < asked:
+        say(
+            f"step {state.step + 1}: out of memory with {asked} sequences at once: {size} from now on. An update still "
+            f"takes {num_sequences * world.size}. This is remembered for this machine and model; "
+            "--set training.micro_batch_size=N sets it"
+        )
+        remember_micro_batch(learner.config, learner.runtime.device, size)
+    return gradient
+
+
+def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]) -> int:
+    """Half of `size` sequences per micro-batch, with the memory of the failed try freed."""
+    config, runtime = learner.config, learner.runtime
+    learner.optimizer.zero_grad()
+    release_memory(runtime.device)
+    if size == 1:
+        for line in memory_advice(config, device=runtime.device.type):
+            say(line)
+        raise AtlasError(
+            f"step {step + 1}: out of memory with one sequence at once: see above for what would help; "
+            "the checkpoints are good"
+        )
+    if runtime.parallel == "ddp":
+        # The wrapper waits for a backward pass that will not come. The old one removes its hooks when it is freed.
+        learner.wrapped = learner.objective
+        learner.wrapped = wrap(learner.objective, config, runtime.world, runtime.parallel, runtime.device)
+    return size // 2
+
+
+def _end_all_ranks(learner: Learner, state: TrainState, size: int) -> NoReturn:
+    remember_micro_batch(learner.config, learner.runtime.device, max(1, size // 2))
+    raise AtlasError(
+        f"rank {learner.runtime.world.rank}: step {state.step + 1}: out of memory with {size} sequences at once, in "
+        f"the midst of work with other ranks: --set training.micro_batch_size={max(1, size // 2)}, which a restart "
+        "by torchrun takes by itself; the checkpoints are good"
+    )
 
 
 def fit_micro_batch(
@@ -182,14 +295,12 @@ def _try() -> int:
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
     state = TrainState(horizon=1, micro_batch_size=size, eval_batch_size=size)
     try:
-        updater = fresh_updater(config, runtime, say=_give_up)
-        documents = torch.zeros_like(tokens[:, 1:]) if config.data.document_mask else None
+        learner = fresh_learner(config, runtime)
+        documents = [torch.zeros_like(tokens[:, 1:])] if config.data.document_mask else []
+        batch = [tokens[:, :-1], tokens[:, 1:], *documents]
         for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
-            loss = updater.gradient(
-                tokens[:, :-1], tokens[:, 1:], state, stop=StopRequest(), documents=documents
-            )
-            assert loss is not None
-            updater.apply(loss, state, rate=0.0)
+            gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=StopRequest())
+            apply_gradient(learner, gradient, state, rate=0.0)
     except (
         ImportError
     ):  # of a library that PyTorch loads when it is first needed: no memory is left to map it
@@ -199,11 +310,6 @@ def _try() -> int:
             raise
         return _TOO_LARGE
     return 0
-
-
-def _give_up(line: str) -> None:
-    """The updater speaks where memory ran out and fewer would run at once: that is the answer."""
-    raise MemoryError(line)
 
 
 def _limit_memory(limit: int, device: torch.device) -> None:

@@ -6,25 +6,25 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from atlas.errors import AtlasError, EndedElsewhere
-from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.load import load_checkpoint, saved_optimizer
 from atlas.training.checkpoint.retention import move_aside
+from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.parallel import load_full_weights
 from atlas.training.evaluate import Evaluation
 from atlas.training.guard import Fault, diagnose, weights_fault
+from atlas.training.run import Learner, Run
 from atlas.training.state import MAX_ROLLBACKS
 
-if TYPE_CHECKING:
-    from atlas.training.train import Trainer
 
-
-def recover(trainer: Trainer, fault: Fault) -> bool:
+def recover(run: Run, fault: Fault) -> bool:
     """Log the fault; whether the run went back to its last save for it."""
-    state, guard, log = trainer.state, trainer.config.guard, trainer.log
+    state, guard, log = run.state, run.config.guard, run.log
     last = state.sequences_consumed - 1
-    first = last + 1 - trainer.config.training.sequences_per_update
+    first = last + 1 - run.config.training.sequences_per_update
     log.event("skipped", state.step, reason=fault.reason, first_sequence=first, last_sequence=last)
     if not fault.is_benign:
         log.say(
@@ -34,91 +34,89 @@ def recover(trainer: Trainer, fault: Fault) -> bool:
         guard.spikes == "rollback" if fault.is_spike else state.bad_in_a_row >= guard.max_bad_steps
     ) and not fault.is_benign
     if goes_back:
-        roll_back(trainer, fault)
+        roll_back(run, fault)
     return goes_back
 
 
-def save_or_go_back(trainer: Trainer, kinds: list[str], evaluation: Evaluation | None, *, wait: bool) -> bool:
-    """Save, and return True; or, if the weights are ruined, go back to the last save and return False. With `wait` this
-    is the last save of the run: no later update would show the damage. Raises `AtlasError` as `roll_back` does."""
-    fault = weights_fault(trainer.model, trainer.world)
+def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None, *, is_final: bool) -> bool:
+    """Save, and return True; or, if the weights are ruined, roll back to the last save and return False. After a final
+    save no later update would show the damage, so it needs a sound last update. Raises `AtlasError` as `roll_back`."""
+    fault = weights_fault(run.model, run.world)
     if evaluation and not math.isfinite(evaluation.loss):
         fault = fault or Fault(f"validation loss {evaluation.loss}")
-    if wait and trainer.state.bad_in_a_row and not evaluation:
+    if is_final and run.state.bad_in_a_row and not evaluation:
         fault = fault or Fault("the last update was not applied, and there is no validation loss to judge by")
     if fault:
-        roll_back(trainer, fault)
+        roll_back(run, fault)
         return False
-    trainer.save(kinds, wait=wait)
+    run.save(kinds, wait=is_final)
     return True
 
 
-def save_if_sound(trainer: Trainer, kinds: list[str]) -> bool:
+def save_if_sound(run: Run, kinds: list[str]) -> bool:
     """Save where a run was stopped, unless the weights are ruined or may be: `--resume auto` would take them. Return
     whether it was saved."""
-    state, fault = trainer.state, weights_fault(trainer.model, trainer.world)
+    state, fault = run.state, weights_fault(run.model, run.world)
     if state.bad_in_a_row:
         fault = fault or Fault(f"the last {state.bad_in_a_row} updates could not be applied")
     if fault:
-        folder = trainer.checkpoints.folder
-        trainer.log.say(
-            f"step {state.step}: not saved: {fault.reason}; the earlier checkpoints in {folder} stay"
-        )
+        folder = run.checkpoints.folder
+        run.log.say(f"step {state.step}: not saved: {fault.reason}; the earlier checkpoints in {folder} stay")
         return False
-    trainer.save(kinds, wait=True)
+    run.save(kinds, wait=True)
     return True
 
 
 @contextmanager
-def emergency_save(trainer: Trainer) -> Iterator[None]:
+def emergency_save(run: Run) -> Iterator[None]:
     """Around the loop: an exception that nobody expected leaves a checkpoint of the last complete update, and is raised
     again. Only in a run of one process: of several, the others would wait for ever for this one's part of the save."""
-    begun_at = trainer.state.step
+    begun_at = run.state.step
     try:
         yield
     except (AtlasError, EndedElsewhere):
         raise
     except Exception as error:
-        state, log = trainer.state, trainer.log
-        if trainer.world.size == 1 and not trainer.is_amid_update and state.step > begun_at:
+        state, log = run.state, run.log
+        if run.world.size == 1 and not run.is_amid_update and state.step > begun_at:
             log.say(
                 f"step {state.step}: an unexpected error ({type(error).__name__}): saving before the run ends"
             )
             is_best = state.evaluated_at == state.step and state.val_loss == state.best_loss
             try:
-                save_if_sound(trainer, ["interrupt", *(["best"] if is_best else [])])
+                save_if_sound(run, ["interrupt", *(["best"] if is_best else [])])
             except Exception as another:
                 log.say(f"step {state.step}: not saved ({another}); the earlier checkpoints stay")
         raise
 
 
-def roll_back(trainer: Trainer, fault: Fault) -> None:
+def roll_back(run: Run, fault: Fault) -> None:
     """Go back to the last save, without the data since then and at a lower rate. Raises `AtlasError` if that did
     not help before, or if there is no save."""
-    state, came_to = trainer.state, trainer.state.step
-    good = _target(trainer)
+    state, came_to = run.state, run.state.step
+    good = _target(run)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
-        _give_up(
-            trainer, fault, "there is no save to go back to" if good is None else "going back did not help"
-        )
-    load_full_weights(trainer.model, good["model_state_dict"])
+        _give_up(run, fault, "there is no save to go back to" if good is None else "going back did not help")
+    load_full_weights(run.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
-    trainer.restore({**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])})
+    restore_optimizer(
+        run.learner, {**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])}
+    )
     since = state.went_back_to if state.rollbacks else good["step"]
     state.go_back_to(good)
-    trainer.hold()  # the last save is now one that did not help
+    run.keep_snapshot()  # the last save is now one that did not help
     last = state.sequences_consumed - 1
-    first = last + 1 - (came_to - since) * trainer.config.training.sequences_per_update
-    trainer.log.rewind(state.step)
+    first = last + 1 - (came_to - since) * run.config.training.sequences_per_update
+    run.log.rewind(state.step)
     abandoned = [
         path
-        for manifest, path in trainer.checkpoints.found()
+        for manifest, path in run.checkpoints.found()
         if manifest.step > state.step and manifest.kind != "best"
     ]
-    if abandoned and trainer.world.is_first:  # else --resume auto would take what did not help
-        target = move_aside(trainer.checkpoints.folder, abandoned)
-        trainer.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
-    trainer.log.event(
+    if abandoned and run.world.is_first:  # else --resume auto would take what did not help
+        target = move_aside(run.checkpoints.folder, abandoned)
+        run.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
+    run.log.event(
         "rollback",
         state.step,
         from_step=came_to,
@@ -126,47 +124,62 @@ def roll_back(trainer: Trainer, fault: Fault) -> None:
         first_sequence=first,
         last_sequence=last,
     )
-    trainer.log.say(
+    run.log.say(
         f"step {came_to}: back to step {state.step} (rollback {state.rollbacks} of {MAX_ROLLBACKS}): sequences "
         f"{first:,} to {last:,} are skipped, the learning rate is {state.rate_scale:g} of what it was planned to be"
     )
 
 
-def _target(trainer: Trainer) -> dict[str, Any] | None:
+def _target(run: Run) -> dict[str, Any] | None:
     """The last save; and if that did not help, the one before, since weights can be ruined and still finite; where
     there is none, the same once more, past more data and at a lower rate."""
-    rollbacks, there = trainer.state.rollbacks, trainer.state.went_back_to
-    if trainer.world.size > 1:
-        return _target_of_all(trainer, [None] if rollbacks == 0 else [there, there + 1])
-    last = trainer.saver.last_good()
+    rollbacks, there = run.state.rollbacks, run.state.went_back_to
+    if run.world.size > 1:
+        return _target_of_all(run, [None] if rollbacks == 0 else [there, there + 1])
+    last = run.saver.last_good()
     if rollbacks == 0:
         return last
-    checkpoints = trainer.checkpoints
+    checkpoints = run.checkpoints
     older = checkpoints.load_latest(before=there) or checkpoints.load_latest(before=there + 1)
     return older[1] if older else last
 
 
-def _target_of_all(trainer: Trainer, befores: Sequence[int | None]) -> dict[str, Any] | None:
+def _target_of_all(run: Run, befores: Sequence[int | None]) -> dict[str, Any] | None:
     """Of several ranks only the first has a copy in memory: they go back to what is on the disk, of a step before the
     first of `befores` for which there is one."""
-    world, found = trainer.world, None
+    world, found = run.world, None
     if world.is_first:
-        trainer.saver.join()
+        run.saver.join()
         for before in befores:
-            found = found or trainer.checkpoints.load_latest(before=before)
+            found = found or run.checkpoints.load_latest(before=before)
     path = world.broadcast(str(found[0]) if found else None)
     return found[1] if found else path and load_checkpoint(path)
 
 
-def _give_up(trainer: Trainer, fault: Fault, why: str) -> NoReturn:
-    state, training = trainer.state, trainer.config.training
+def _give_up(run: Run, fault: Fault, why: str) -> NoReturn:
+    state, training = run.state, run.config.training
     first = state.sequences_consumed - max(1, state.bad_in_a_row) * training.sequences_per_update
-    rate = trainer.optimizer.param_groups[0]["lr"]
+    rate = run.optimizer.param_groups[0]["lr"]
     sequences = f"sequences {first:,} to {state.sequences_consumed - 1:,} of the run"
-    for line in diagnose(training, rate=rate, runtime=trainer.runtime, sequences=sequences):
-        trainer.log.say(line)
-    found = trainer.checkpoints.found()
+    for line in diagnose(training, rate=rate, runtime=run.runtime, sequences=sequences):
+        run.log.say(line)
+    found = run.checkpoints.found()
     then = f"go on with --resume {found[0][1]}" if found else "start anew"
     raise AtlasError(
         f"step {state.step}: {fault.reason}: {why} ({state.rollbacks} rollbacks): check the causes above, then {then}"
     )
+
+
+def restore_optimizer(learner: Learner, contents: dict[str, Any], source: Path | None = None) -> None:
+    """Load the optimizer's and the scaler's state from a checkpoint. Of the shards of `source` each rank reads its own
+    part. Raises `AtlasError` for a state that does not fit."""
+    try:
+        saved = saved_optimizer(contents, source, learner.optimizer)
+        check_optimizer_state(learner.optimizer, saved)
+        learner.load_optimizer_state(saved)
+    except (KeyError, ValueError) as error:
+        raise AtlasError(
+            f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
+        ) from None
+    if learner.scaler.is_enabled() and contents.get("scaler_state_dict"):
+        learner.scaler.load_state_dict(contents["scaler_state_dict"])

@@ -23,7 +23,7 @@ from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import read_manifest, shards_of
 from atlas.training.devices.world import ALONE, World, has_joined
-from atlas.training.run import with_data, with_written_length
+from atlas.training.run_config import with_data, with_written_length
 
 # A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}

@@ -1,89 +1,245 @@
-"""The config of a run with its data: the vocabulary, and settings that the data decides unless the user wrote them."""
+"""What a training run is made of. `step.py` computes with the learner, `train.py` moves the run along."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from atlas.config import AtlasConfig
-from atlas.config.loader import Layer
-from atlas.data import ResolvedData, resolve_data, resolve_mixture
-from atlas.errors import AtlasError
+from atlas.data.sequences.build import SequenceSource
+from atlas.data.sequences.loader import batches
+from atlas.data.sequences.mixture import order_of
+from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
+from atlas.training.checkpoint.async_saver import BackgroundSaver
+from atlas.training.checkpoint.atomic_write import tensor_bytes
+from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.manifest import FORMAT_VERSION
+from atlas.training.devices.device import Runtime, describe_machine
+from atlas.training.devices.gpu_temperature import GpuSensor
+from atlas.training.devices.parallel import gather_full, sharded_state, wrap
+from atlas.training.devices.signals import StopRequest
+from atlas.training.devices.world import World
+from atlas.training.evaluate import fixed_subset
+from atlas.training.logs.run_log import RunLog, perplexity
+from atlas.training.logs.throughput import Throughput
+from atlas.training.loss import LossFunction, SummedLoss
+from atlas.training.optimizers.build import build_optimizer
+from atlas.training.samples import Sampler
+from atlas.training.schedule import RunClock
+from atlas.training.state import TrainState
 
-CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
-"""Peak learning rate for fine-tuning on conversations at this hidden_size; wider models get proportionally less."""
-CHAT_WARMUP_STEPS = 10
+if TYPE_CHECKING:
+    from atlas.training.checkpoint.shard_saver import ShardSaver
 
 
-def with_data(
-    config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
-) -> tuple[AtlasConfig, ResolvedData]:
-    """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
-    from; on the same data it resumes that run, unless it `is_new_run`."""
-    if config.data.train_data is None and config.data.mixture is None:
-        raise AtlasError(
-            "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to go on "
-            f"with a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
+@dataclass
+class Learner:
+    """A model, its loss and its optimizer on one device: what an update computes with."""
+
+    config: AtlasConfig
+    runtime: Runtime
+    model: AtlasLM
+    objective: SummedLoss
+    wrapped: nn.Module
+    """`objective` as the ranks share it (DDP, FSDP2); in a run of one process the objective itself."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    proven: tuple[int, int] = (0, 0)
+    """Sequences per micro-batch, and how many updates of that size have fitted into memory (`micro_batch`)."""
+
+    @classmethod
+    def build(
+        cls, model: AtlasLM, config: AtlasConfig, runtime: Runtime, custom_loss: LossFunction | None = None
+    ) -> Learner:
+        """Move `model` to the device and give it a loss and a new optimizer."""
+        model = model.to(runtime.device, runtime.weights_dtype)
+        model.gradient_checkpointing = config.training.gradient_checkpointing
+        objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
+        return cls(
+            config,
+            runtime,
+            model,
+            objective,
+            wrap(objective, config, runtime.world, runtime.parallel, runtime.device),
+            build_optimizer(model, config.training),
+            runtime.grad_scaler(),
         )
-    wished = explicit.get("data", {}).get("tokenizer")
-    tokenizer: Tokenizer | None = None
-    if wished is not None:
-        tokenizer = Tokenizer.resolve(wished)
-    elif contents is not None:
-        tokenizer = Tokenizer.from_state(contents["tokenizer"])
-    val_data, val_fraction = config.data.val_data, config.data.val_fraction
-    if config.data.mixture is not None:
-        data = resolve_mixture(config.data.mixture, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
-    else:
-        assert config.data.train_data is not None
-        data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
-    if contents is not None and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
-        raise AtlasError(
-            f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
-            f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
-            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
+
+    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        """Load an optimizer's state dict of full tensors. PyTorch casts a state to the dtype of its parameter; the
+        state of bf16 weights is fp32 here, so the weights are fp32 while it is loaded."""
+        self.model.float()
+        self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
+        self.model.to(self.runtime.weights_dtype)
+
+
+@dataclass
+class RunData:
+    """The text of a run as sequences. `identity` names the shards that were read, for every checkpoint."""
+
+    tokenizer: Tokenizer
+    train: SequenceSource
+    val: SequenceSource | None
+    identity: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One training run: what it computes with, what it reads, where it stands and where it writes.
+
+    Only `state` decides what comes next, and every checkpoint holds it: an update's sequences, rate and dropout are
+    functions of it. That is why k updates, a kill and N − k updates equal N.
+    """
+
+    learner: Learner
+    data: RunData
+    state: TrainState
+    log: RunLog
+    saver: BackgroundSaver | ShardSaver
+    saves_shards: bool = False
+    initialized_from: str | None = None
+    """The checkpoint whose weights the run began with."""
+    sampler: Sampler | None = None
+    sensor: GpuSensor | None = None
+    lock: FolderLock | None = None
+    """The claim on the output folder, held as long as the run lives."""
+    is_amid_update: bool = False
+    """Whether the weights may have moved without the state that counts it."""
+    stop: StopRequest = field(init=False)
+    clock: RunClock = field(init=False)
+    throughput: Throughput = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(self.log.say, is_alone=self.world.size == 1)
+        self.clock = RunClock(self.config.training.max_hours, before=self.state.seconds)
+        self.throughput = Throughput(self.config, self.runtime)
+
+    @property
+    def config(self) -> AtlasConfig:
+        """The settings, with those that the data decides."""
+        return self.learner.config
+
+    @property
+    def runtime(self) -> Runtime:
+        """The device and its arithmetic."""
+        return self.learner.runtime
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.learner.runtime.world
+
+    @property
+    def model(self) -> AtlasLM:
+        """The model that is trained."""
+        return self.learner.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the model."""
+        return self.learner.optimizer
+
+    @property
+    def checkpoints(self) -> CheckpointManager:
+        """The checkpoints in the output folder."""
+        return self.saver.checkpoints
+
+    @property
+    def total(self) -> int | None:
+        """The updates of the run, once they are known."""
+        return self.state.horizon if self.state.is_planned else None
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the training data so far."""
+        return self.state.sequences_consumed // len(self.data.train)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the current step should have been evaluated and was not."""
+        return self.data.val is not None and self.state.owes_evaluation(self.config.training.eval_interval)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state.step >= self.state.horizon and not self.owes_evaluation
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors."""
+        return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
+
+    @cached_property
+    def val_windows(self) -> list[int]:
+        """The windows of the validation data that every evaluation reads."""
+        return fixed_subset(len(self.data.val), self.config.training.eval_sequences) if self.data.val else []
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The sequences of each update, (N, T) a column, from the current step to the horizon."""
+        return batches(
+            self.data.train,
+            order_of(self.data.train, self.config.seed),
+            start=self.state.sequences_consumed,
+            num_updates=self.state.horizon - self.state.step,
+            sequences_per_update=self.config.training.sequences_per_update,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.runtime.device.type == "cuda",
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
-    resumes = contents is not None and data.fingerprint == contents["data"].get("fingerprint")
-    if data.has_conversations and (is_new_run or not resumes):
-        config = _for_conversations(config, explicit, is_finetuning=contents is not None)
-    return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
 
-
-def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
-    """The config with what conversations need, except where the user wrote a setting: attention stays inside a
-    conversation, as in use, and fine-tuning gets a rate and a warm-up that a few dozen of them are learnt with
-    (docs/TRAINING.md#conversations), not those of the long run that made the checkpoint."""
-    settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
-    if is_finetuning:
-        settings["training"] = {
-            "learning_rate": CHAT_RATE * min(1.0, CHAT_RATE_WIDTH / config.model.hidden_size),
-            "warmup_steps": min(config.training.warmup_steps, CHAT_WARMUP_STEPS),
+    def contents(self, *, as_shards: bool = False) -> dict[str, Any]:
+        """Everything that a checkpoint holds: plain values and tensors only. Every rank must call it. Of a sharded
+        model only the first rank returns full tensors; with `as_shards` each rank returns its shards."""
+        tensors = {
+            "model_state_dict": dict(self.model.state_dict()),
+            "optimizer_state_dict": self.optimizer.state_dict(),
         }
-    for section, values in settings.items():
-        unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
-        changed = getattr(config, section).model_copy(update=unwritten)
-        config = config.model_copy(update={section: changed})
-    return config
+        return {
+            "format_version": FORMAT_VERSION,
+            **(tensors if as_shards else gather_full(tensors, keep=self.world.is_first)),
+            "scaler_state_dict": self.learner.scaler.state_dict(),
+            **asdict(self.state),
+            "epoch": self.epoch,
+            "config": self.config.model_dump(mode="json"),
+            "tokenizer": self.data.tokenizer.state(),
+            "data": self.data.identity,
+            "initialized_from": self.initialized_from,
+            "machine": describe_machine(self.runtime),
+        }
 
+    def save(self, kinds: list[str], *, wait: bool) -> None:
+        """Write one checkpoint under the names of `kinds`. Return when it is on the disk; without `wait`, when its copy
+        is in memory."""
+        state = self.state
+        state.seconds = self.clock.elapsed
+        facts = {
+            "step": state.step,
+            "epoch": self.epoch,
+            "loss": state.loss,
+            "val_loss": state.val_loss,
+            "perplexity": None if state.loss is None else perplexity(state.loss),
+            "sequences_consumed": state.sequences_consumed,
+            "model": self.config.model.model_dump(mode="json"),
+            "data_fingerprint": self.data.identity["fingerprint"],
+            "initialized_from": self.initialized_from,
+        }
+        with self.throughput.paused():
+            contents = self.contents(as_shards=self.saves_shards)
+            if self.world.is_first or self.saves_shards:
+                self.saver.save(contents, kinds, facts, wait=wait)
 
-def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
-    """The config with the `vocab_size` of the data called `data`; `AtlasError` if it states another."""
-    stated = config.model.vocab_size
-    if stated not in (None, vocab_size):
-        raise AtlasError(
-            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
-            f"preset add --set model.vocab_size={vocab_size}"
-        )
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config.model_copy(update={"model": model})
-
-
-def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """A new run is as long as the user wrote; what the checkpoint's run was limited by does not count then."""
-    lengths = {"max_steps", "epochs", "max_hours"}
-    written = lengths & explicit.get("training", {}).keys()
-    if not written:
-        return config
-    training = config.training.model_copy(update=dict.fromkeys(lengths - written))
-    return config.model_copy(update={"training": training})
+    def keep_snapshot(self) -> None:
+        """Keep the current state in memory, to roll back to before the first save."""
+        if self.saves_shards:
+            return
+        contents = self.contents()
+        if self.world.is_first:
+            self.saver.hold(contents)

@@ -1,24 +1,22 @@
-"""What the model writes on the way, so that one sees it learn."""
+"""Samples of what the model writes during training, so that one sees it learn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-from atlas.config import TrackingConfig
+from atlas.config import AtlasConfig, TrackingConfig
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
+from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import release_memory
-
-if TYPE_CHECKING:
-    from atlas.training.train import Trainer
 
 
 class Sampler(Protocol):
-    """Writes texts with a model in evaluation mode, by random numbers of its own; inference has one, and later rooms
-    hand it in."""
+    """Generates `tracking.samples` texts with a model in evaluation mode, by random numbers of its own. Inference has
+    one; whoever starts a run passes it in."""
 
     def __call__(
         self,
@@ -31,40 +29,35 @@ class Sampler(Protocol):
     ) -> list[str]: ...
 
 
-def write_samples(trainer: Trainer) -> None:
-    """Log what the model as it is writes."""
-    if texts := sample(trainer):
-        trainer.log.samples(trainer.state.step, trainer.config.tracking.sample_prompt, texts)
+class SamplingFailed(Exception):
+    """Why no samples were generated, in one line."""
 
 
-def sample(trainer: Trainer) -> list[str]:
-    """`tracking.samples` texts on the first rank, none on the others. The first failure is said, and from then on there
-    are none."""
-    model, tracking, log = trainer.model, trainer.config.tracking, trainer.log
-    if trainer.sampler is None or not tracking.samples:
+def sample(
+    sampler: Sampler,
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    config: AtlasConfig,
+    runtime: Runtime,
+    *,
+    should_stop: Callable[[], bool],
+) -> list[str]:
+    """`tracking.samples` texts on the first rank, none on the others. Raises `SamplingFailed`, whatever went wrong:
+    texts to look at are no reason to end a run."""
+    if runtime.parallel == "fsdp":
+        raise SamplingFailed("each process holds a part of the weights")
+    if not runtime.world.is_first:
         return []
-    if trainer.runtime.parallel == "fsdp":
-        log.say("no samples are written: each process holds a part of the weights (tracking.samples)")
-        trainer.sampler = None
-        return []
-    if not trainer.world.is_first:
-        return []
+    reason = ""
     model.eval()
     try:
-        # What is compiled is compiled for the shapes of training.
-        with torch.compiler.set_stance("force_eager" if trainer.runtime.compiles else "default"):
-            return trainer.sampler(
-                model,
-                trainer.tokenizer,
-                tracking,
-                seed=trainer.config.seed,  # the same each time, so that what changes is the model
-                should_stop=lambda: trainer.stop.requested,
-            )
-    except Exception as error:  # texts to look at are no reason to end a run
+        # The compiled blocks are compiled for the shapes of training.
+        with torch.compiler.set_stance("force_eager" if runtime.compiles else "default"):
+            # The same seed each time, so that only the model differs.
+            return sampler(model, tokenizer, config.tracking, seed=config.seed, should_stop=should_stop)
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        log.say(f"step {trainer.state.step}: no samples from here on (tracking.samples): {reason:.200}")
-        trainer.sampler = None
     finally:
         model.train()
-    release_memory(trainer.runtime.device)  # here: the exception holds on to the tensors of what failed
-    return []
+    release_memory(runtime.device)  # here: the exception holds on to the tensors of what failed
+    raise SamplingFailed(f"{reason:.200}")

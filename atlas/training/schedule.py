@@ -64,6 +64,10 @@ class RunClock:
         self._started = self._update_began = clock()
         self._updates: deque[float] = deque(maxlen=_FIRST + _ENOUGH)
 
+    def start(self) -> None:
+        """Count from here: what came before the loop is not training time."""
+        self._started = self._update_began = self._clock()
+
     def update_begins(self) -> None:
         self._update_began = self._clock()
 

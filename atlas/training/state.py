@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atlas.config import TrainingConfig
+
 MAX_ROLLBACKS = 3
 _KEPT_AT_ROLLBACK = (
     "horizon",
@@ -101,13 +103,35 @@ class TrainState:
     def note_evaluation(self, val_loss: float) -> None:
         """Keep a validation loss, and how often running it rose while the training loss fell."""
         train_loss = self.loss_since_evaluation.mean
-        learns_by_heart = (
-            val_loss > (self.val_loss or math.inf) and train_loss < self.train_loss_at_evaluation
-        )
-        self.val_rises = self.val_rises + 1 if learns_by_heart else 0
+        memorizes = val_loss > (self.val_loss or math.inf) and train_loss < self.train_loss_at_evaluation
+        self.val_rises = self.val_rises + 1 if memorizes else 0
         self.val_loss, self.train_loss_at_evaluation = val_loss, train_loss
         self.evaluated_at = self.step
         self.loss_since_evaluation.reset()
+
+    def update_best(self, loss: float) -> bool:
+        """Count an evaluation; return whether `loss` is the lowest so far."""
+        if loss < self.best_loss:
+            self.best_loss, self.evaluations_since_best = loss, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+    def is_out_of_patience(self, training: TrainingConfig) -> bool:
+        """Whether the last `training.early_stopping_patience` evaluations brought no new best."""
+        patience = training.early_stopping_patience
+        return patience is not None and self.evaluations_since_best >= patience
+
+    def kinds_due(self, *, is_final: bool, has_validation: bool) -> list[str]:
+        """The kinds of the save that is due at this step. In a streak of updates that were not applied there is none,
+        unless it is the final one: the run would roll back to it."""
+        kinds = ["step"] if is_final or not self.bad_in_a_row else []
+        if self.step > self.trouble_at:
+            self.rollbacks = 0
+        if not has_validation and self.loss_since_save.count and not self.bad_in_a_row:
+            kinds += ["best"] if self.update_best(self.loss_since_save.mean) else []
+            self.loss_since_save.reset()
+        return kinds
 
     def owes_evaluation(self, interval: int) -> bool:
         """Whether the step where the run stands is one that is evaluated, and was not."""

@@ -22,15 +22,16 @@ from atlas.model.documents import has_flex_attention
 from atlas.planning import checkpoint_bytes, lora_parameters, output_folder_bytes
 from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
 from atlas.training.resume import Start
+from atlas.training.run import Run
 from atlas.training.state import TrainState
-from atlas.training.train import Trainer
 
 _ENOUGH_CHAT_UPDATES = 100
 """Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, and not in 30 or 60 (docs/TRAINING.md)."""
 
 
-def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
-    config, state, say = trainer.config, trainer.state, trainer.log.say
+def log_summary(start: Start, run: Run, differences: list[str]) -> None:
+    """Log what the run starts from, its settings, its size and what deserves a warning."""
+    config, state, say = run.config, run.state, run.log.say
     if cpu_only_build_with_nvidia_driver():
         say(
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
@@ -46,37 +47,37 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
     _warn_of_short_run(start, config, state, say)
     say(as_yaml(config).rstrip())
-    data, model = trainer.train_data, trainer.model
+    data, model = run.data.train, run.model
     if config.lora.rank:
         say(f"lora: {lora_parameters(config):,} numbers beside the model's learn, its own rest")
     say(
         f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
-        f"{trainer.runtime.device.type} in {trainer.runtime.precision}"
-        f"{', compiled' if trainer.runtime.compiles else ''}"
+        f"{run.runtime.device.type} in {run.runtime.precision}"
+        f"{', compiled' if run.runtime.compiles else ''}"
     )
-    if (world := trainer.world).size > 1:
+    if (world := run.world).size > 1:
         share = share_of_update(config.training.sequences_per_update, world.size)
-        say(f"{world.size} processes, {trainer.runtime.parallel}: each takes {share} sequences of an update")
+        say(f"{world.size} processes, {run.runtime.parallel}: each takes {share} sequences of an update")
     for part in data.parts if isinstance(data, MixtureDataset) else [data]:
-        _announce_packing(part, say)
+        _log_packing(part, say)
     if isinstance(data, MixtureDataset):
-        _announce_mixture(data, trainer)
-    if config.data.document_mask and has_flex_attention(trainer.runtime.device):
-        _announce_dense_attention(config, say)
+        _log_mixture(data, run)
+    if config.data.document_mask and has_flex_attention(run.runtime.device):
+        _log_dense_attention(config, say)
     if config.model.train_only:
         say(f"model: for Atlas only, it cannot be exported: {config.model.train_only}")
     if config.training.optimizer == "adamw8bit":
         say(
             "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"
         )
-    if trainer.val_data is None:
+    if run.data.val is None:
         say("no validation data: the best checkpoint is judged by training loss")
     one, total = checkpoint_bytes(config), output_folder_bytes(config)
     free = shutil.disk_usage(start.folder).free
     say(
         f"checkpoints: {one / 1e9:.2f} GB each, up to {total / 1e9:.1f} GB in {start.folder} "
-        f"({free / 1e9:.1f} GB free); log: {trainer.log.log_path}"
+        f"({free / 1e9:.1f} GB free); log: {run.log.log_path}"
     )
     if free < total:
         say(
@@ -84,7 +85,7 @@ def announce(start: Start, trainer: Trainer, differences: list[str]) -> None:
         )
 
 
-def _announce_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
+def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
     """Where the sparse kernel is here, but not for this model."""
     size = config.model.head_size
     if config.model.dropout:
@@ -114,25 +115,25 @@ def _warn_of_short_run(
         )
 
 
-def record_beginning(start: Start, trainer: Trainer) -> None:
+def record_start(start: Start, run: Run) -> None:
     """For `metrics.jsonl`: that the run begins, or goes on, and what it runs on."""
     facts = {"source": str(start.source)} if start.source else {}
-    trainer.log.event(
+    run.log.event(
         "resumed" if start.mode == "resume" else "start",
-        trainer.state.step,
+        run.state.step,
         **facts,
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
-        parameters=trainer.model.num_parameters(),
-        data=trainer.data_identity["train_data"],
-        data_tokens=trainer.train_data.num_tokens,
-        horizon=trainer.total,
-        processes=trainer.world.size,
-        parallel=trainer.runtime.parallel,
-        machine=describe_machine(trainer.runtime),
+        parameters=run.model.num_parameters(),
+        data=run.data.identity["train_data"],
+        data_tokens=run.data.train.num_tokens,
+        horizon=run.total,
+        processes=run.world.size,
+        parallel=run.runtime.parallel,
+        machine=describe_machine(run.runtime),
     )
 
 
-def _announce_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]) -> None:
+def _log_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]) -> None:
     if isinstance(part, PackedDataset):
         say(
             f"best-fit packing: {part.stream.name}: {part.padding:.2%} of positions are padding, every token is in "
@@ -149,12 +150,12 @@ def _announce_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], 
             )
 
 
-def _announce_mixture(data: MixtureDataset, trainer: Trainer) -> None:
+def _log_mixture(data: MixtureDataset, run: Run) -> None:
     """How often the run will read each part."""
-    run = trainer.state.horizon * trainer.config.training.sequences_per_update
+    num_sequences = run.state.horizon * run.config.training.sequences_per_update
     for part, weight in zip(data.parts, data.weights, strict=True):
-        passes = f", {run * weight / len(part):.2f} passes over it" if trainer.state.is_planned else ""
-        trainer.log.say(f"mixture: {part.stream.name}: {weight:.2%} of the sequences{passes}")
+        passes = f", {num_sequences * weight / len(part):.2f} passes over it" if run.state.is_planned else ""
+        run.log.say(f"mixture: {part.stream.name}: {weight:.2%} of the sequences{passes}")
 
 
 def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> str:

@@ -1,391 +1,254 @@
-"""The loop: read it from top to bottom, nothing happens elsewhere.
-
-State that decides what comes next is in `TrainState` and in every checkpoint; everything else about a step
-(its sequences, rate, dropout) is a function of it. That is why k steps, a kill and N − k steps equal N.
-"""
+"""The training loop. `step.py` computes one update; `recovery.py` rolls back; `run.py` says what a run is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from atlas.config import AtlasConfig
-from atlas.data.sequences.build import SequenceSource
-from atlas.data.sequences.loader import batches
-from atlas.data.sequences.mixture import order_of
-from atlas.errors import AtlasError
-from atlas.model import AtlasLM
-from atlas.tokenizer import Tokenizer
-from atlas.training.checkpoint.atomic_write import tensor_bytes
-from atlas.training.checkpoint.load import saved_optimizer
-from atlas.training.checkpoint.lock import FolderLock
-from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.manifest import FORMAT_VERSION
-from atlas.training.checkpoint.open_saver import open_saver
-from atlas.training.checkpoint.validate import check_optimizer_state
-from atlas.training.devices.device import Runtime, describe_machine
-from atlas.training.devices.gpu_temperature import GpuSensor, cool_down
+from atlas.training.devices.gpu_temperature import cool_down
 from atlas.training.devices.memory import collector_spares_the_run
-from atlas.training.devices.parallel import gather_full
-from atlas.training.devices.signals import StopRequest
-from atlas.training.evaluate import Evaluation, evaluate_within_memory, fixed_subset
+from atlas.training.evaluate import Evaluation, evaluate_within_memory
 from atlas.training.guard import count
-from atlas.training.horizon import is_out_of_time, plan_horizon
-from atlas.training.logs.run_log import RunLog, perplexity
-from atlas.training.logs.throughput import Throughput
-from atlas.training.loss import LossFunction
-from atlas.training.recovery import emergency_save, recover, save_if_sound, save_or_go_back
-from atlas.training.samples import Sampler, write_samples
-from atlas.training.schedule import RunClock, learning_rate_at
-from atlas.training.state import Result, TrainState
-from atlas.training.step import Update, Updater
+from atlas.training.logs.run_log import perplexity
+from atlas.training.micro_batch import gradient_within_memory
+from atlas.training.recovery import emergency_save, recover, save_if_sound, save_or_roll_back
+from atlas.training.run import Run
+from atlas.training.samples import SamplingFailed, sample
+from atlas.training.schedule import learning_rate_at
+from atlas.training.state import Result
+from atlas.training.step import Update, apply_gradient
 
 
-class Trainer:
-    """One run on one device: model, data, optimizer, output folder, and where it stands."""
+def train(run: Run) -> Result:
+    """Train to the horizon, an early stop, the end of the time or an interrupt, and leave a checkpoint."""
+    config, state, log = run.config, run.state, run.log
+    with _running(run) as after_update:
+        run.keep_snapshot()
+        catch_up(run)
+        stream = run.batches()
+        while (outcome := ended(run)) is None:
+            epoch_before = run.epoch
+            update = train_step(run, stream)
+            if update is None:  # a stop was requested
+                continue
+            after_update()
+            if update.fault and recover(run, update.fault):
+                stream = run.batches()
+                continue
+            if not state.is_planned and run.world.broadcast(run.clock.has_measured):
+                plan_horizon(run)
+            is_last = state.step == state.horizon
+            if is_last or state.step % config.training.log_interval == 0:
+                log.train(metrics(run, update), total=run.total)
 
-    def __init__(
-        self,
-        config: AtlasConfig,
-        model: AtlasLM,
-        tokenizer: Tokenizer,
-        train_data: SequenceSource,
-        val_data: SequenceSource | None,
-        *,
-        data_identity: dict[str, Any],
-        runtime: Runtime,
-        state: TrainState,
-        checkpoints: CheckpointManager,
-        log: RunLog,
-        custom_loss: LossFunction | None = None,
-        initialized_from: str | None = None,
-        saves_in_background: bool = True,
-        sharded: bool = False,
-        sensor: GpuSensor | None = None,
-        lock: FolderLock | None = None,
-        sampler: Sampler | None = None,
-    ) -> None:
-        self.config = config
-        self.model = model.to(runtime.device, runtime.weights_dtype)
-        self.model.gradient_checkpointing = config.training.gradient_checkpointing
-        self.tokenizer = tokenizer
-        self.train_data = train_data
-        self.val_data = val_data
-        self.val_windows = fixed_subset(len(val_data), config.training.eval_sequences) if val_data else []
-        self.order = order_of(train_data, config.seed)
-        self.data_identity = data_identity
-        self.runtime = runtime
-        self.state = state
-        self.checkpoints = checkpoints
-        self.world = runtime.world
-        self.saver = open_saver(
-            checkpoints, self.world, sharded=sharded, in_background=saves_in_background, log=log
-        )
-        self._is_sharded = sharded
-        self.log = log
-        self.sensor = sensor
-        self.lock = lock
-        """Held as long as the trainer lives."""
-        self.initialized_from = initialized_from
-        self.sampler = sampler
-        self.updater = Updater(self.model, config, runtime, custom_loss, say=log.say)
-        self.optimizer = self.updater.optimizer
-        self.stop = StopRequest(log.say, is_alone=self.world.size == 1)
-        self._rate = 0.0
-        self.is_amid_update = False
-        """Whether the weights may have moved without the state that counts it."""
-        self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        self._timer = Throughput(config, runtime)
-
-    def restore(self, contents: dict[str, Any], source: Path | None = None) -> None:
-        """Take optimizer and scaler state from a checkpoint; the weights were there before. Of the shards of `source`
-        each rank reads its own part."""
-        try:
-            saved = saved_optimizer(contents, source, self.optimizer)
-            check_optimizer_state(self.optimizer, saved)
-            self.updater.load_optimizer_state(saved)
-        except (KeyError, ValueError) as error:
-            raise AtlasError(
-                f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
-            ) from None
-        if self.updater.scaler.is_enabled() and contents.get("scaler_state_dict"):
-            self.updater.scaler.load_state_dict(contents["scaler_state_dict"])
-
-    # The loop
-
-    def train(self) -> Result:
-        """Train to the horizon, an early stop, the end of the time or an interrupt, and leave a checkpoint."""
-        config, state = self.config, self.state
-        outcome, is_saved = "finished", True
-        self.model.train()
-        self.clock = RunClock(config.training.max_hours, before=state.seconds)
-        progress = self.log.progress(done=state.step, total=self.total)
-        spared = collector_spares_the_run(self.runtime.device)
-        with self.stop, self.log.tracked(), progress, self.saver, emergency_save(self), spared as spare:
-            self.hold()
-            self._catch_up()
-            stream = self._batches()
-            while state.step < state.horizon and not self.stop.requested:
-                if is_out_of_time(self):
-                    outcome = "stopped in time"
-                    break
-                epoch_before = self.epoch
-                self.clock.update_begins()
-                with self._timer.waiting_for_data():
-                    batch = next(stream)
-                update = self.train_step(*batch)
-                if update is None:
-                    break
-                self.clock.update_ends()
-                spare()
-                if update.fault and recover(self, update.fault):
-                    stream = self._batches()
+            kinds = ["epoch"] if run.epoch > epoch_before and not state.bad_in_a_row else []
+            evaluation = None
+            if run.data.val and (is_last or state.step % config.training.eval_interval == 0):
+                evaluation = evaluate(run)
+                if evaluation is None:  # a stop was requested
                     continue
-                if not state.is_planned and self.world.broadcast(self.clock.has_measured):
-                    self._plan_horizon()
-                last = state.step == state.horizon
-                if last or state.step % config.training.log_interval == 0:
-                    self.log.train(self._metrics(update), total=self.total)
+                kinds += ["best"] if state.update_best(evaluation.loss) else []
+            stops_early = state.is_out_of_patience(config.training) and not is_last
+            is_final = is_last or stops_early
+            if is_final or state.step % config.checkpoint.save_interval == 0:
+                kinds += state.kinds_due(is_final=is_final, has_validation=run.data.val is not None)
+            if kinds and not save_or_roll_back(run, kinds, evaluation, is_final=is_final):
+                stream = run.batches()
+                continue
+            if stops_early:
+                outcome = "stopped early"
+                break
+            _cool_down(run)
+        is_saved = True
+        if outcome in ("interrupted", "stopped in time"):
+            is_saved = save_if_sound(run, ["interrupt" if outcome == "interrupted" else "step"])
+        log.event(outcome, state.step)
+    log.flush_to_disk()
+    saved = run.saver.written if is_saved else []
+    return Result(outcome, state.step, state.loss, state.val_loss, saved)
 
-                kinds = ["epoch"] if self.epoch > epoch_before and not state.bad_in_a_row else []
-                evaluation = None
-                if self.val_data and (last or state.step % config.training.eval_interval == 0):
-                    evaluation = self._evaluate()
-                    if evaluation is None:
-                        break
-                    kinds += self._judge(evaluation.loss)
-                stops_early = self._out_of_patience() and not last
-                if last or stops_early or state.step % config.checkpoint.save_interval == 0:
-                    kinds += self._due_kinds(must=last or stops_early)
-                if kinds and not save_or_go_back(self, kinds, evaluation, wait=last or stops_early):
-                    stream = self._batches()
-                    continue
-                if stops_early:
-                    outcome = "stopped early"
-                    break
-                self._cool_down()
-            if self.stop.requested and not self.is_complete:
-                outcome = "interrupted"
-            if outcome in ("interrupted", "stopped in time"):
-                is_saved = save_if_sound(self, ["interrupt" if outcome == "interrupted" else "step"])
-            self.log.event(outcome, state.step)
-        self.log.flush_to_disk()
-        saved = self.saver.written if is_saved else []
-        return Result(outcome, state.step, state.loss, state.val_loss, saved)
 
-    def train_step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Update | None:
-        """One update from (N, T) sequences; None, and no update, when a stop was requested meanwhile."""
-        state, at_once = self.state, self.state.micro_batch_size
-        loss = self.updater.gradient(inputs, targets, state, stop=self.stop, documents=documents)
-        if loss is None:
-            return None
-        self._rate = state.rate_scale * learning_rate_at(state.step, self.config.training, state.horizon)
-        self.is_amid_update = True
-        update = self.updater.apply(loss, state, rate=self._rate)
-        state.step += 1
-        state.sequences_consumed += self.config.training.sequences_per_update
-        count(state, update.loss, update.grad_norm, update.fault, guard=self.config.guard)
-        self.is_amid_update = False
-        self._note_memory("training", at_once, state.micro_batch_size)
-        self._timer.count(inputs.numel() * self.world.size)
-        self.log.advance(state.step)
-        return update
+@contextmanager
+def _running(run: Run) -> Iterator[Callable[[], None]]:
+    """Around the loop: signals stop the run, trackers and the progress bar are open, saves are complete at the end, and
+    an unexpected error leaves a checkpoint. Yields what is to be called after each update."""
+    run.model.train()
+    run.clock.start()
+    progress = run.log.progress(done=run.state.step, total=run.total)
+    with ExitStack() as stack:
+        for context in (run.stop, run.log.tracked(), progress, run.saver, emergency_save(run)):
+            stack.enter_context(context)
+        yield stack.enter_context(collector_spares_the_run(run.runtime.device))
 
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The updates' sequences, from where the run stands to its horizon."""
-        per_update = self.config.training.sequences_per_update
-        return batches(
-            self.train_data,
-            self.order,
-            start=self.state.sequences_consumed,
-            num_updates=self.state.horizon - self.state.step,
-            sequences_per_update=per_update,
-            num_workers=self.config.data.num_workers,
-            pin_memory=self.runtime.device.type == "cuda",
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
 
-    @property
-    def total(self) -> int | None:
-        """The updates of the whole run, once they are known."""
-        return self.state.horizon if self.state.is_planned else None
+def ended(run: Run) -> str | None:
+    """How the run ended; None as long as another update is due. Every rank must call it."""
+    state, clock, log = run.state, run.clock, run.log
+    if run.stop.requested and not run.is_complete:
+        return "interrupted"
+    if run.stop.requested or state.step >= state.horizon:
+        return "finished"
+    if clock.limit is None:
+        return None
+    at_the_end = run.saver.expected_seconds(run.num_bytes)
+    if not run.world.broadcast(clock.is_over(at_the_end=at_the_end)):
+        return None
+    slow = f" of {run.total} planned: updates took longer than when they were measured" if run.total else ""
+    log.say(
+        f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; a larger --max-hours continues"
+    )
+    return "stopped in time"
 
-    @property
-    def epoch(self) -> int:
-        """Whole passes over the training data so far."""
-        return self.state.sequences_consumed // len(self.train_data)
 
-    def _metrics(self, update: Update) -> dict[str, Any]:
-        state = self.state
-        metrics = {
+def train_step(run: Run, stream: Iterator[tuple[Tensor, ...]]) -> Update | None:
+    """One update from the next sequences of `stream`; None, and no update, when a stop was requested meanwhile."""
+    state, per_update = run.state, run.config.training.sequences_per_update
+    run.clock.update_begins()
+    with run.throughput.waiting_for_data():
+        batch = next(stream)
+    size = state.micro_batch_size
+    gradient = gradient_within_memory(run.learner, batch, state, stop=run.stop, say=run.log.say)
+    if gradient is None:
+        return None
+    rate = state.rate_scale * learning_rate_at(state.step, run.config.training, state.horizon)
+    run.is_amid_update = True
+    update = apply_gradient(run.learner, gradient, state, rate=rate)
+    state.step += 1
+    state.sequences_consumed += per_update
+    count(state, update.loss, update.grad_norm, update.fault, guard=run.config.guard)
+    run.is_amid_update = False
+    _log_out_of_memory(run, "training", size, state.micro_batch_size)
+    run.throughput.count(batch[0].numel() * run.world.size)
+    run.log.advance(state.step)
+    run.clock.update_ends()
+    return update
+
+
+def metrics(run: Run, update: Update) -> dict[str, Any]:
+    """A line of `metrics.jsonl` about an update."""
+    state = run.state
+    return {
+        "step": state.step,
+        "epoch": run.epoch,
+        "loss": update.loss,
+        "perplexity": perplexity(update.loss),
+        "learning_rate": update.learning_rate,
+        "grad_norm": update.grad_norm,
+        "sequences_consumed": state.sequences_consumed,
+        "tokens": state.sequences_consumed * run.config.model.max_seq_len,
+        "seconds": run.clock.elapsed,
+        **run.throughput.metrics(),
+        **(run.sensor.read().metrics() if run.sensor else {}),
+    }
+
+
+def catch_up(run: Run) -> None:
+    """Do the evaluation that an interrupt cut short, so that a resumed run equals one that was never stopped."""
+    if run.owes_evaluation and (evaluation := evaluate(run)):
+        is_final = run.state.step == run.state.horizon
+        kinds = ["best"] if run.state.update_best(evaluation.loss) else []
+        if kinds := kinds + (["step"] if is_final else []):
+            save_or_roll_back(run, kinds, evaluation, is_final=is_final)
+
+
+def evaluate(run: Run) -> Evaluation | None:
+    """Evaluate on the fixed windows, log it and write samples; None if a stop was requested meanwhile."""
+    state, size = run.state, run.state.eval_batch_size
+    with run.throughput.paused():
+        evaluation = _validation_loss(run, run.val_windows)
+    _log_out_of_memory(run, "evaluation", size, state.eval_batch_size)
+    if evaluation is None:
+        return None
+    run.log.validation(
+        {
             "step": state.step,
-            "epoch": self.epoch,
-            "loss": update.loss,
-            "perplexity": perplexity(update.loss),
-            "learning_rate": self._rate,
-            "grad_norm": update.grad_norm,
-            "sequences_consumed": state.sequences_consumed,
-            "tokens": state.sequences_consumed * self.config.model.max_seq_len,
-            "seconds": self.clock.elapsed,
-            **self._timer.metrics(),
-        }
-        return metrics | (self.sensor.read().metrics() if self.sensor else {})
-
-    # Between updates
-
-    def _plan_horizon(self) -> None:
-        plan_horizon(self)
-
-    def _note_memory(self, work: str, before: int, sequences_at_once: int) -> None:
-        """Log that memory ran out, if fewer sequences run at once than before."""
-        if sequences_at_once < before:
-            self.log.event("out of memory", self.state.step, work=work, sequences_at_once=sequences_at_once)
-
-    def _cool_down(self) -> None:
-        if self.sensor:
-            limit = self.config.guard.max_gpu_temp
-            with self._timer.paused():
-                cool_down(self.sensor, limit=limit, should_stop=lambda: self.stop.requested, say=self.log.say)
-
-    # Judging and keeping
-
-    def _catch_up(self) -> None:
-        """Do the evaluation that an interrupt cut short, so that the run is the one without the interrupt."""
-        if not self.owes_evaluation:
-            return
-        if evaluation := self._evaluate():
-            last = self.state.step == self.state.horizon
-            if kinds := self._judge(evaluation.loss) + (["step"] if last else []):
-                save_or_go_back(self, kinds, evaluation, wait=last)
-
-    @property
-    def owes_evaluation(self) -> bool:
-        """Whether the step that the run stands at should have been evaluated, and was not."""
-        return self.val_data is not None and self.state.owes_evaluation(self.config.training.eval_interval)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.state.step >= self.state.horizon and not self.owes_evaluation
-
-    def loss_on(self, windows: list[int]) -> Evaluation | None:
-        assert self.val_data is not None
-        return evaluate_within_memory(
-            self.updater.wrapped if self.runtime.parallel == "fsdp" else self.updater.objective,
-            self.val_data,
-            windows,
-            state=self.state,
-            runtime=self.runtime,
-            stop=self.stop,
-            say=self.log.say,
+            "tokens": state.sequences_consumed * run.config.model.max_seq_len,
+            "seconds": run.clock.elapsed,
+            "val_loss": evaluation.loss,
+            "val_perplexity": evaluation.perplexity,
+            "bits_per_byte": evaluation.bits_per_byte,
+        },
+        note=" (best)" if evaluation.loss < state.best_loss else "",
+    )
+    state.note_evaluation(evaluation.loss)
+    with run.throughput.paused():
+        if samples := _samples(run):
+            run.log.samples(state.step, run.config.tracking.sample_prompt, samples)
+    if state.val_rises == 2:
+        run.log.say(
+            "warning: validation loss rises while training loss falls: the model memorizes its text; more text, a "
+            "smaller model, dropout or an earlier stop (training.early_stopping_patience) help"
         )
+    return evaluation
 
-    def _evaluate(self) -> Evaluation | None:
-        """Validation loss on the fixed subset, logged; None if a stop was requested meanwhile."""
-        state, at_once = self.state, self.state.eval_batch_size
-        with self._timer.paused():
-            evaluation = self.loss_on(self.val_windows)
-        self._note_memory("evaluation", at_once, state.eval_batch_size)
-        if evaluation is None:
-            return None
-        self.log.validation(
-            {
-                "step": state.step,
-                "tokens": state.sequences_consumed * self.config.model.max_seq_len,
-                "seconds": self.clock.elapsed,
-                "val_loss": evaluation.loss,
-                "val_perplexity": evaluation.perplexity,
-                "bits_per_byte": evaluation.bits_per_byte,
-            },
-            note=" (best)" if evaluation.loss < state.best_loss else "",
+
+def plan_horizon(run: Run) -> None:
+    """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""
+    training, state, saver = run.config.training, run.state, run.saver
+    evaluation = 0.0
+    if run.data.val:
+        start = time.perf_counter()
+        some = run.val_windows[: state.eval_batch_size]
+        _validation_loss(run, some)
+        measured = time.perf_counter()
+        _samples(run)
+        evaluation = (measured - start) * len(run.val_windows) / len(some) + time.perf_counter() - measured
+    extra = evaluation / training.eval_interval + saver.stall / run.config.checkpoint.save_interval
+    at_the_end = evaluation + saver.expected_seconds(run.num_bytes)
+    left = run.clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
+    state.horizon = run.world.broadcast(min(state.horizon, state.step + left))
+    state.is_planned = True
+    run.log.total(state.horizon)
+    run.log.say(
+        f"an update takes {run.clock.seconds_per_update:.3g} s: the run is planned to end at step {state.horizon:,}, "
+        f"within {training.max_hours:g} h"
+    )
+
+
+def _validation_loss(run: Run, windows: list[int]) -> Evaluation | None:
+    assert run.data.val is not None
+    learner = run.learner
+    return evaluate_within_memory(
+        learner.wrapped if run.runtime.parallel == "fsdp" else learner.objective,
+        run.data.val,
+        windows,
+        state=run.state,
+        runtime=run.runtime,
+        stop=run.stop,
+        say=run.log.say,
+    )
+
+
+def _samples(run: Run) -> list[str]:
+    """What the model writes now. The first failure is logged, and from then on there are no samples."""
+    if run.sampler is None or not run.config.tracking.samples:
+        return []
+    try:
+        return sample(
+            run.sampler,
+            run.model,
+            run.data.tokenizer,
+            run.config,
+            run.runtime,
+            should_stop=lambda: run.stop.requested,
         )
-        state.note_evaluation(evaluation.loss)
-        with self._timer.paused():
-            write_samples(self)
-        if state.val_rises == 2:
-            self.log.say(
-                "warning: validation loss rises while training loss falls: the model is learning its text by heart; "
-                "more text, a smaller model, dropout or an earlier stop (training.early_stopping_patience) help"
-            )
-        return evaluation
-
-    def _judge(self, loss: float) -> list[str]:
-        """["best"] if `loss` is the lowest so far."""
-        if loss < self.state.best_loss:
-            self.state.best_loss, self.state.evaluations_since_best = loss, 0
-            return ["best"]
-        self.state.evaluations_since_best += 1
+    except SamplingFailed as reason:
+        run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason}")
+        run.sampler = None
         return []
 
-    def _out_of_patience(self) -> bool:
-        patience = self.config.training.early_stopping_patience
-        return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _due_kinds(self, *, must: bool) -> list[str]:
-        """What a save at this step is to be called. In a streak of updates that were not applied there is none:
-        it would be what the run goes back to."""
-        state = self.state
-        kinds = ["step"] if must or not state.bad_in_a_row else []
-        if state.step > state.trouble_at:
-            state.rollbacks = 0
-        if not self.val_data and state.loss_since_save.count and not state.bad_in_a_row:
-            kinds += self._judge(state.loss_since_save.mean)
-            state.loss_since_save.reset()
-        return kinds
+def _log_out_of_memory(run: Run, work: str, before: int, sequences: int) -> None:
+    if sequences < before:
+        run.log.event("out of memory", run.state.step, work=work, sequences_at_once=sequences)
 
-    def save(self, kinds: list[str], *, wait: bool) -> None:
-        """Write one checkpoint under the names of `kinds`; return when it is on the disk; without `wait`, copied."""
-        state = self.state
-        state.seconds = self.clock.elapsed
-        facts = {
-            "step": state.step,
-            "epoch": self.epoch,
-            "loss": state.loss,
-            "val_loss": state.val_loss,
-            "perplexity": None if state.loss is None else perplexity(state.loss),
-            "sequences_consumed": state.sequences_consumed,
-            "model": self.config.model.model_dump(mode="json"),
-            "data_fingerprint": self.data_identity["fingerprint"],
-            "initialized_from": self.initialized_from,
-        }
-        with self._timer.paused():
-            contents = self.contents(as_shards=self._is_sharded)
-            if self.world.is_first or self._is_sharded:
-                self.saver.save(contents, kinds, facts, wait=wait)
 
-    def hold(self) -> None:
-        """Keep the state as it is to go back to."""
-        if self._is_sharded:
-            return
-        contents = self.contents()
-        if self.world.is_first:
-            self.saver.hold(contents)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of a checkpoint's tensors."""
-        return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
-
-    def contents(self, *, as_shards: bool = False) -> dict[str, Any]:
-        """Everything a checkpoint holds: plain values and tensors only. Every rank must call it; where the model is in
-        shards, only the first has them whole afterwards, and none `as_shards`."""
-        tensors = {
-            "model_state_dict": dict(self.model.state_dict()),
-            "optimizer_state_dict": self.optimizer.state_dict(),
-        }
-        return {
-            "format_version": FORMAT_VERSION,
-            **(tensors if as_shards else gather_full(tensors, keep=self.world.is_first)),
-            "scaler_state_dict": self.updater.scaler.state_dict(),
-            **asdict(self.state),
-            "epoch": self.epoch,
-            "config": self.config.model_dump(mode="json"),
-            "tokenizer": self.tokenizer.state(),
-            "data": self.data_identity,
-            "initialized_from": self.initialized_from,
-            "machine": describe_machine(self.runtime),
-        }
+def _cool_down(run: Run) -> None:
+    if run.sensor:
+        limit = run.config.guard.max_gpu_temp
+        with run.throughput.paused():
+            cool_down(run.sensor, limit=limit, should_stop=lambda: run.stop.requested, say=run.log.say)

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 TO_DEVICE = "H2D async kv_cache.long_tensor"
-UPDATE = {"H2D async step._to_device": 4, "WAIT step.apply": 1}
+UPDATE = {"H2D async step._to_device": 4, "WAIT step.apply_gradient": 1}
 """Of two micro-batches: inputs and targets go to the device, one wait reads the loss and the norm."""
-WITH_DOCUMENTS = {"H2D async step._to_device": 6, "WAIT step.apply": 1}
+WITH_DOCUMENTS = {"H2D async step._to_device": 6, "WAIT step.apply_gradient": 1}
 GRAPH = "GRAPH decoder.replay"
 NUMBERS = "H2D async sampling.draw"
 TOKEN = {GRAPH: 1, "WAIT generate.generate": 1}
@@ -203,7 +203,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_wait_too_many_is_found(faulty: dict[str, Any]) -> None:
-    assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT step.apply"]
+    assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT step.apply_gradient"]
 
 
 def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
@@ -212,4 +212,4 @@ def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
 
 
 def test_a_wait_too_few_is_found() -> None:
-    assert differences({}, {"WAIT step.apply": 1}) == ["1 fewer: WAIT step.apply"]
+    assert differences({}, {"WAIT step.apply_gradient": 1}) == ["1 fewer: WAIT step.apply_gradient"]

@@ -34,7 +34,7 @@ from atlas.training.evaluate import evaluate, token_losses
 from atlas.training.guard import weights_fault
 from atlas.training.micro_batch import _limit_memory
 from atlas.training.state import TrainState
-from atlas.training.step import Updater, fresh_updater
+from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 from benchmarks.fake_cuda import FakeCuda
 from tests.toy import tokenizer
 
@@ -102,13 +102,13 @@ def config_of(settings: dict[str, Any]) -> AtlasConfig:
 
 
 class Run:
-    """A run's updater, its state, and its updates."""
+    """A learner, its state, and its updates."""
 
     def __init__(self, settings: dict[str, Any], *, compiles: bool = False) -> None:
         self.config = config_of(settings)
         runtime = setup_runtime(self.config)
         self.runtime = Runtime(runtime.device, runtime.precision, compiles=compiles)
-        self.updater: Updater = fresh_updater(self.config, self.runtime, say=fail)
+        self.learner = fresh_learner(self.config, self.runtime)
         size = self.config.training.micro_batch_size
         size = size if isinstance(size, int) else self.config.training.batch_size
         self.state = TrainState(horizon=100, micro_batch_size=size, eval_batch_size=size)
@@ -116,28 +116,31 @@ class Run:
 
     def update(self) -> None:
         tokens = torch.randint(0, VOCABULARY, (self.config.training.sequences_per_update, LENGTH + 1))
-        documents = torch.zeros_like(tokens[:, 1:]) if self.config.data.document_mask else None
-        loss = self.updater.gradient(
-            tokens[:, :-1], tokens[:, 1:], self.state, stop=self.stop, documents=documents
+        documents = [torch.zeros_like(tokens[:, 1:])] if self.config.data.document_mask else []
+        gradient = accumulate_gradient(
+            self.learner,
+            [tokens[:, :-1], tokens[:, 1:], *documents],
+            step=self.state.step,
+            micro_batch_size=self.state.micro_batch_size,
+            stop=self.stop,
         )
-        assert loss is not None
-        update = self.updater.apply(loss, self.state, rate=1e-3)
+        update = apply_gradient(self.learner, gradient, self.state, rate=1e-3)
         assert update.fault is None
         self.state.step += 1
 
     def check_devices(self) -> None:
         """All weights, and all that an optimizer keeps of them but its count of steps, are on the GPU."""
-        tensors: dict[str, Tensor] = dict(self.updater.model.state_dict())
-        for number, state in self.updater.optimizer.state_dict()["state"].items():
+        tensors: dict[str, Tensor] = dict(self.learner.model.state_dict())
+        for number, state in self.learner.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
         elsewhere = {name for name, tensor in tensors.items() if tensor.dim() and not tensor.is_cuda}
         assert not elsewhere, f"not on the GPU: {sorted(elsewhere)}"
 
     def contents(self) -> dict[str, Any]:
         return {
-            "model_state_dict": dict(self.updater.model.state_dict()),
-            "optimizer_state_dict": self.updater.optimizer.state_dict(),
-            "scaler_state_dict": self.updater.scaler.state_dict(),
+            "model_state_dict": dict(self.learner.model.state_dict()),
+            "optimizer_state_dict": self.learner.optimizer.state_dict(),
+            "scaler_state_dict": self.learner.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -161,7 +164,7 @@ def save(settings: dict[str, Any], seen: Seen) -> None:
     run.update()
     for _ in range(2):
         seen.clear()
-        assert weights_fault(run.updater.model, run.runtime.world) is None
+        assert weights_fault(run.learner.model, run.runtime.world) is None
         contents = snapshot.take(run.contents())
     assert {tensor.device.type for tensor in contents["model_state_dict"].values()} == {"cpu"}
 
@@ -173,10 +176,10 @@ def resume(settings: dict[str, Any], seen: Seen) -> None:
     first.update()
     contents = Snapshot().take(first.contents())
     run = Run(settings)
-    load_weights(run.updater.model, contents, None)
-    run.updater.load_optimizer_state(contents["optimizer_state_dict"])
-    if run.updater.scaler.is_enabled():
-        run.updater.scaler.load_state_dict(contents["scaler_state_dict"])
+    load_weights(run.learner.model, contents, None)
+    run.learner.load_optimizer_state(contents["optimizer_state_dict"])
+    if run.learner.scaler.is_enabled():
+        run.learner.scaler.load_state_dict(contents["scaler_state_dict"])
     run.check_devices()
     seen.clear()
     run.update()
@@ -203,8 +206,8 @@ def evaluation(settings: dict[str, Any], seen: Seen) -> None:
     run = Run(settings)
     data: Any = Windows(documents=run.config.data.document_mask)
     seen.clear()
-    assert evaluate(run.updater.objective, data, [0, 1, 2], batch_size=2, runtime=run.runtime)
-    token_losses(run.updater.model, data, 0, runtime=run.runtime)
+    assert evaluate(run.learner.objective, data, [0, 1, 2], batch_size=2, runtime=run.runtime)
+    token_losses(run.learner.model, data, 0, runtime=run.runtime)
 
 
 def model_of(settings: dict[str, Any]) -> AtlasLM:
@@ -330,7 +333,7 @@ def graphs(device: FakeCuda, seen: Seen) -> dict[str, dict[str, int]]:
         data: Any = Windows()
         for name in ("evaluation of 2 + 1", "second evaluation"):
             with phase(name):
-                evaluate(run.updater.objective, data, [0, 1, 2], batch_size=2, runtime=run.runtime)
+                evaluate(run.learner.objective, data, [0, 1, 2], batch_size=2, runtime=run.runtime)
         seen.clear()
         with phase("third update"):
             run.update()

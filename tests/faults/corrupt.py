@@ -23,8 +23,9 @@ import yaml
 from atlas.cli import main as atlas
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.train import train
 from tests.faults.runs import Broken, Run, command, hard_run, options, resumed_step, shown
-from tests.runs import assert_same_run, same_bits, trainer_for
+from tests.runs import assert_same_run, on_updates, run_for, same_bits
 
 STEPS, STOPPED_AT = 12, 8
 PROCESS_EVERY = 50
@@ -162,18 +163,15 @@ def _make_scene(folder: Path) -> Scene:
     }
     run = hard_run(folder, words=150, **settings)
     with contextlib.redirect_stderr(io.StringIO()):
-        trainer = trainer_for(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
-    train_step = trainer.train_step
+        stopped = run_for(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
 
-    def step_and_stop(*batch: object) -> object:
-        update = train_step(*batch)
-        trainer.stop.requested = trainer.state.step == STOPPED_AT
-        return update
+    def stop() -> None:
+        stopped.stop.requested = stopped.state.step == STOPPED_AT
 
-    trainer.train_step = step_and_stop  # type: ignore[method-assign, assignment]
+    on_updates(stopped, after=stop)
     with contextlib.redirect_stderr(io.StringIO()):
-        assert trainer.train().outcome == "interrupted"
-    trainer.lock.release()
+        assert train(stopped).outcome == "interrupted"
+    stopped.lock.release()
     whole = {path.name: path.read_bytes() for path in run.output.iterdir()}
     contents = [load_checkpoint(path) for path in sorted(run.output.glob("*.pt"))]
     code, said = _atlas_train(run)

@@ -18,20 +18,22 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from atlas.training.loss import compute_lm_loss
-from atlas.training.train import Trainer
+from atlas.training.run import Run
+from atlas.training.train import train
 from tests.conftest import corpus
 from tests.faults.runs import Broken, command, options, shown
-from tests.runs import layer, logged, same_bits, trainer_for
+from tests.runs import layer, logged, on_updates, run_for, same_bits
 
 STEPS = 12
 WRONG = ("loss nan", "loss inf", "gradient nan", "gradient inf")
 
 
-def random_trainer(folder: Path, chance: random.Random) -> Trainer:
+def random_trainer(folder: Path, chance: random.Random) -> Run:
     """A fresh run of random batch, accumulation and micro-batch."""
     os.environ["ATLAS_CACHE_DIR"] = str(folder / "cache")
     text = folder / "text.txt"
@@ -48,46 +50,62 @@ def random_trainer(folder: Path, chance: random.Random) -> Trainer:
         seed=chance.randint(0, 1000),
     )
     with contextlib.redirect_stderr(io.StringIO()):
-        return trainer_for(explicit)
+        return run_for(explicit)
 
 
-def go_wrong(trainer: Trainer, wrong: dict[int, str]) -> None:
-    """Let these steps be wrong in their way, and hold the trainer to moving nothing by them."""
-    gradient, whole_step = trainer.updater.gradient, trainer.train_step
+def go_wrong(run: Run, wrong: dict[int, str]) -> None:
+    """Let these steps be wrong in their way, and hold the run to moving nothing by them."""
+    forward, before = run.learner.objective.forward, []
 
-    def spoilt(*batch: object, **how: object) -> torch.Tensor | None:
-        loss = gradient(*batch, **how)
-        what, value = wrong.get(trainer.state.step + 1, "- 0").split()
-        if what == "loss":
+    def spoilt(*columns: torch.Tensor, **named: object) -> torch.Tensor:
+        loss = forward(*columns, **named)
+        what, value = wrong.get(run.state.step + 1, "- 0").split()
+        if what == "loss" and run.model.training:
             return loss * float(value)
-        if what == "gradient":
-            next(trainer.model.parameters()).grad.view(-1)[3] = float(value)
+        if what == "gradient" and run.model.training:
+            # Sound on the way forward; the gradient of one weight is not.
+            first = next(run.model.parameters()).view(-1)[3]
+            return loss + _Spoil.apply(first, float(value))
         return loss
 
-    def checked(inputs: torch.Tensor, targets: torch.Tensor) -> object:
-        before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
-        update = whole_step(inputs, targets)
-        after = (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"])
-        is_wrong = trainer.state.step in wrong
+    def remember() -> None:
+        before[:] = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()["state"]])
+
+    def check() -> None:
+        after = (run.model.state_dict(), run.optimizer.state_dict()["state"])
+        is_wrong = run.state.step in wrong
         moved = not same_bits(before[0], after[0]) or (before[1] and not same_bits(before[1], after[1]))
         if bool(moved) is is_wrong:
-            raise Broken(f"step {trainer.state.step}: {'moved' if moved else 'did not move'} the weights")
-        return update
+            raise Broken(f"step {run.state.step}: {'moved' if moved else 'did not move'} the weights")
 
-    trainer.updater.gradient, trainer.train_step = spoilt, checked
+    run.learner.objective.forward = spoilt
+    on_updates(run, before=remember, after=check)
+
+
+class _Spoil(torch.autograd.Function):
+    """Zero, with a gradient of `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, value: float) -> torch.Tensor:
+        ctx.value = value
+        return torch.zeros_like(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.full_like(grads[0], ctx.value), None
 
 
 def wrong_numbers(folder: Path, *, rounds: int, seed: int) -> list[str]:
     """Random updates are wrong, never five in a row; what was counted."""
     chance, made = random.Random(seed), 0
     for number in shown(rounds, "numbers"):
-        trainer = random_trainer(folder / str(number), chance)
+        run = random_trainer(folder / str(number), chance)
         steps = [step for step in range(1, STEPS + 1) if chance.random() < 0.3 and step % 5]
         wrong = {step: chance.choice(WRONG) for step in steps}
-        go_wrong(trainer, wrong)
+        go_wrong(run, wrong)
         with contextlib.redirect_stderr(io.StringIO()):
-            trainer.train()
-        size = trainer.config.training.sequences_per_update
+            train(run)
+        size = run.config.training.sequences_per_update
         events = [
             (line["step"], line["first_sequence"], line["last_sequence"])
             for line in logged(folder / str(number) / "run", "event")
@@ -111,9 +129,9 @@ def short_memory(folder: Path, *, rounds: int, seed: int) -> list[str]:
         state = chance.getstate()
         enough = random_trainer(place / "enough", chance)
         with contextlib.redirect_stderr(io.StringIO()):
-            enough.train()
+            train(enough)
         chance.setstate(state)
-        trainer = random_trainer(place / "short", chance)
+        run = random_trainer(place / "short", chance)
         limits = sorted((chance.randint(1, 30), chance.randint(1, 5)) for _ in range(3))
         calls = 0
 
@@ -131,9 +149,9 @@ def short_memory(folder: Path, *, rounds: int, seed: int) -> list[str]:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate it all")
             return compute_lm_loss(logits, targets, mask)
 
-        trainer.updater.objective.custom_loss = allocate
+        run.learner.objective.custom_loss = allocate
         with contextlib.redirect_stderr(io.StringIO()):
-            trainer.train()
+            train(run)
         for one, other in zip(logged(place / "enough" / "run"), logged(place / "short" / "run"), strict=True):
             same = math.isclose(one["loss"], other["loss"], rel_tol=1e-5)
             if not same or one["sequences_consumed"] != other["sequences_consumed"]:

@@ -13,7 +13,7 @@ from atlas.errors import Interrupted
 
 
 class Stopped(BaseException):
-    """Raised within `StopRequest.at_once`."""
+    """A stop was requested: raised by `StopRequest.check`, and anywhere within `StopRequest.at_once`."""
 
 
 class StopRequest:
@@ -60,8 +60,15 @@ class StopRequest:
         if self._raises:
             raise Stopped
 
+    def check(self, *, of_others: bool = False) -> None:
+        """Raise `Stopped` if a stop was requested, here or, as the caller found out, on another rank."""
+        if of_others and not self.requested:
+            self.agree()
+        if self.requested:
+            raise Stopped
+
     def agree(self) -> None:
-        """Some rank was asked, and all know."""
+        """Stop: some rank was asked, and all ranks know."""
         self.requested = True
         self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
 

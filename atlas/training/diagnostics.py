@@ -1,0 +1,157 @@
+"""A few updates outside a run: can the model learn one batch, and where does the time of an update go?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import Layer, resolve
+from atlas.data import ResolvedData, training_sequences
+from atlas.data.sequences.loader import batches
+from atlas.data.sequences.mixture import order_of
+from atlas.errors import AtlasError
+from atlas.training.devices.compile import choose_compile
+from atlas.training.devices.device import setup_runtime
+from atlas.training.devices.signals import StopRequest
+from atlas.training.micro_batch import gradient_within_memory
+from atlas.training.run import Learner
+from atlas.training.run_config import with_data
+from atlas.training.state import TrainState
+from atlas.training.step import Batch, Update, apply_gradient, fresh_learner
+
+OVERFIT_UPDATES = 300
+LEARNED = 0.05
+"""A mean loss below this many nats per token counts as memorized."""
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`seconds` of an update while nothing was recorded. `operations` of the update that was recorded: (name, calls,
+    seconds of its own), the longest first, on the device that computes."""
+
+    seconds: float
+    tokens: int
+    operations: list[tuple[str, int, float]]
+    trace: Path
+
+
+def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: int = OVERFIT_UPDATES) -> bool:
+    """Train on the run's first sequences at a constant rate, dropout off; return whether the model memorized them.
+
+    The first check when "the loss is not decreasing". If it fails, the fault is in the settings, the loss or the code.
+    If it succeeds, look at the data or the schedule.
+    """
+    config, data = with_data(resolve(explicit), explicit, None)
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dropout": 0.0}),
+            "training": config.training.model_copy(update={"weight_decay": 0.0}),
+            "guard": config.guard.model_copy(update={"spikes": "off"}),
+        }
+    )
+    learner = fresh_learner(config, setup_runtime(config))
+    batch = next(_batches(data, config, num_updates=1, most=config.training.batch_size))
+    size, asked, rate = len(batch[0]), config.training.micro_batch_size, config.training.learning_rate
+    state = _state(size if asked == "auto" else min(asked, size), updates)
+    say(
+        f"one batch of {size} × {config.model.max_seq_len} tokens, up to {updates} updates at a rate of {rate:g}"
+    )
+    best, stop = math.inf, StopRequest(say)  # not entered: Ctrl-C ends it at once
+    for number in range(1, updates + 1):
+        loss = _update(learner, batch, state, stop, say).loss
+        best = min(best, loss)
+        if number % 20 == 0 or loss < LEARNED:
+            say(f"update {number}: loss {loss:.4f}")
+        if loss < LEARNED:
+            say(
+                "the loss goes to zero: model, loss and optimizer work; look at the data, the schedule or the length "
+                "of the run"
+            )
+            return True
+    say(
+        f"the loss does not go to zero ({best:.3f} after {updates} updates): try another --learning-rate and check a "
+        "custom loss; a model that cannot learn one batch learns nothing"
+    )
+    return False
+
+
+def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
+    """Take some updates of the run that `explicit` describes, record the last one, and write the record as a Chrome
+    trace (chrome://tracing, ui.perfetto.dev) to `profile.json` in the output folder. Saves nothing else.
+
+    Raises `AtlasError` as training does, and where the folder cannot be written.
+    """
+    config, data = with_data(resolve(explicit), explicit, None)
+    trace = Path(config.checkpoint.output_dir) / "profile.json"
+    _refuse_unwritable(trace)
+    runtime = setup_runtime(config)
+    runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=say))
+    on_gpu = runtime.device.type == "cuda"
+    most = config.training.sequences_per_update
+    stream = _batches(data, config, num_updates=WARM_UP + 2, most=most, pin_memory=on_gpu)
+    learner = fresh_learner(config, runtime)
+    state, stop = _state(config.training.sequences_at_once, WARM_UP + 2), StopRequest()
+    for _ in range(WARM_UP):
+        _update(learner, next(stream), state, stop, say)
+    start = time.perf_counter()
+    batch = next(stream)
+    _update(learner, batch, state, stop, say)  # waits for the device, since the figures are read
+    seconds = time.perf_counter() - start
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities, record_shapes=True) as recorded:
+        _update(learner, next(stream), state, stop, say)
+    recorded.export_chrome_trace(str(trace))
+    rows = [
+        (row.key, row.count, (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6)
+        for row in recorded.key_averages()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    return Profile(seconds, batch[0].numel(), rows, trace)
+
+
+def _batches(
+    data: ResolvedData, config: AtlasConfig, *, num_updates: int, most: int, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
+    """The run's first sequences, `most` an update."""
+    dataset = training_sequences(data, config)
+    return batches(
+        dataset,
+        order_of(dataset, config.seed),
+        start=0,
+        num_updates=num_updates,
+        sequences_per_update=min(most, len(dataset)) if num_updates == 1 else most,
+        pin_memory=pin_memory,
+    )
+
+
+def _state(micro_batch_size: int, updates: int) -> TrainState:
+    return TrainState(horizon=updates, micro_batch_size=micro_batch_size, eval_batch_size=micro_batch_size)
+
+
+def _update(
+    learner: Learner, batch: Batch, state: TrainState, stop: StopRequest, say: Callable[[str], None]
+) -> Update:
+    gradient = gradient_within_memory(learner, batch, state, stop=stop, say=say)
+    assert gradient is not None
+    update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)
+    state.step += 1
+    return update
+
+
+def _refuse_unwritable(trace: Path) -> None:
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.touch()
+    except OSError as error:
+        raise AtlasError(
+            f"{trace}: cannot be written ({error.strerror}): choose another --output-dir"
+        ) from None

@@ -1,0 +1,89 @@
+"""The config of a run with its data: the vocabulary, and settings that the data decides unless the user wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from atlas.config import AtlasConfig
+from atlas.config.loader import Layer
+from atlas.data import ResolvedData, resolve_data, resolve_mixture
+from atlas.errors import AtlasError
+from atlas.tokenizer import Tokenizer
+
+CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
+"""Peak learning rate for fine-tuning on conversations at this hidden_size; wider models get proportionally less."""
+CHAT_WARMUP_STEPS = 10
+
+
+def with_data(
+    config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
+) -> tuple[AtlasConfig, ResolvedData]:
+    """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
+    from; on the same data it resumes that run, unless it `is_new_run`."""
+    if config.data.train_data is None and config.data.mixture is None:
+        raise AtlasError(
+            "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to go on "
+            f"with a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
+        )
+    wished = explicit.get("data", {}).get("tokenizer")
+    tokenizer: Tokenizer | None = None
+    if wished is not None:
+        tokenizer = Tokenizer.resolve(wished)
+    elif contents is not None:
+        tokenizer = Tokenizer.from_state(contents["tokenizer"])
+    val_data, val_fraction = config.data.val_data, config.data.val_fraction
+    if config.data.mixture is not None:
+        data = resolve_mixture(config.data.mixture, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
+    else:
+        assert config.data.train_data is not None
+        data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
+    if contents is not None and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
+        raise AtlasError(
+            f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
+            f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
+            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
+        )
+    resumes = contents is not None and data.fingerprint == contents["data"].get("fingerprint")
+    if data.has_conversations and (is_new_run or not resumes):
+        config = _for_conversations(config, explicit, is_finetuning=contents is not None)
+    return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
+
+
+def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
+    """The config with what conversations need, except where the user wrote a setting: attention stays inside a
+    conversation, as in use, and fine-tuning gets a rate and a warm-up that a few dozen of them are learnt with
+    (docs/TRAINING.md#conversations), not those of the long run that made the checkpoint."""
+    settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
+    if is_finetuning:
+        settings["training"] = {
+            "learning_rate": CHAT_RATE * min(1.0, CHAT_RATE_WIDTH / config.model.hidden_size),
+            "warmup_steps": min(config.training.warmup_steps, CHAT_WARMUP_STEPS),
+        }
+    for section, values in settings.items():
+        unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
+        changed = getattr(config, section).model_copy(update=unwritten)
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
+    """The config with the `vocab_size` of the data called `data`; `AtlasError` if it states another."""
+    stated = config.model.vocab_size
+    if stated not in (None, vocab_size):
+        raise AtlasError(
+            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
+            f"preset add --set model.vocab_size={vocab_size}"
+        )
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
+    """A new run is as long as the user wrote; what the checkpoint's run was limited by does not count then."""
+    lengths = {"max_steps", "epochs", "max_hours"}
+    written = lengths & explicit.get("training", {}).keys()
+    if not written:
+        return config
+    training = config.training.model_copy(update=dict.fromkeys(lengths - written))
+    return config.model_copy(update={"training": training})
