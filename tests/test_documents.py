@@ -16,7 +16,7 @@ from atlas.data.sequences.dataset import documents_of
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
 from atlas.planning.estimate import estimate_training_memory
-from atlas.training.summary import _announce_dense_attention
+from atlas.training.summary import _log_dense_attention
 from atlas.training.train import train
 from tests.runs import assert_same_run, layer, on_updates, run_for, trained
 
@@ -118,7 +118,7 @@ def test_flex_attention_is_for_cuda_without_dropout_and_for_heads_wide_enough(
 def test_the_start_says_why_attention_is_dense_on_cuda(settings: dict[str, Any], says: str | None) -> None:
     said: list[str] = []
     config = AtlasConfig(model=ModelConfig(hidden_size=32, **settings), data=DataConfig(document_mask=True))
-    _announce_dense_attention(config, said.append)
+    _log_dense_attention(config, said.append)
     assert len(said) == (says is not None)
     assert all(says in line for line in said)
 

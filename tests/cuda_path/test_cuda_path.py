@@ -176,7 +176,7 @@ def test_as_many_graphs_are_compiled_as_listed(results: dict[str, Any]) -> None:
 
 
 FAULTS = (
-    ("training/step.py", "figures = torch.stack(", "loss.item(); figures = torch.stack("),
+    ("training/step.py", "figures = torch.stack(", "gradient.loss.item(); figures = torch.stack("),
     (
         "model/rope.py",
         "torch.arange(0, head_size, 2, device=positions.device)",
