@@ -284,7 +284,7 @@ def test_a_rank_that_fails_ends_all_and_a_restart_goes_on(
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     expected = {
         "hang": "rank 0: no answer from another rank within 20 s",
-        "memory-late": "rank 1: step 5: out of memory with 3 sequences at once",
+        "memory-late": "rank 1: step 5: out of memory with 3 sequences per micro-batch",
     }.get(fault.split("@")[0])
     assert len(errors) == (expected is not None)
     assert expected is None or expected in errors[0]
@@ -304,7 +304,10 @@ def test_out_of_memory_before_the_ranks_meet_is_lived_with(tmp_path: Path, text_
     explicit = hard(tmp_path / "one", text_file, training__parallel="ddp")
     code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="memory@1:1"))
     assert code == 0, said
-    assert "step 2: out of memory with 3 sequences at once: 1 from now on. An update still takes 8" in said
+    assert (
+        "step 2: out of memory with 3 sequences per micro-batch: 1 from now on. An update still has 8 sequences"
+        in said
+    )
     assert load_checkpoint(tmp_path / "one/atlas_step_6.pt")["micro_batch_size"] == 1
     trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(tmp_path / "alone", tmp_path / "one")
@@ -342,7 +345,7 @@ def test_numbers_that_go_wrong_on_one_rank_send_all_back(
     explicit["guard"] = {"max_bad_steps": 2}
     code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="nan@1:4"))
     assert code == 0, said
-    back = "step 6: back to step 4 (rollback 1 of 3): sequences 32 to 47 are skipped"
+    back = "step 6: rolled back to step 4 (rollback 1 of 3): sequences 32 to 47 are skipped"
     assert said.count(back) == 1
     assert back in (tmp_path / "one/training.rank-1.log").read_text()
     events = [line["event"] for line in logged(tmp_path / "one", "event")]

@@ -112,7 +112,7 @@ def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
     explicit = layer(folder, text_file, training__max_steps=40, checkpoint__save_interval=8, **settings)
     run = run_for(explicit)
     wrong_at(run, lambda step: step >= 20)
-    with pytest.raises(AtlasError, match=r"loss nan: going back did not help \(3 rollbacks\)"):
+    with pytest.raises(AtlasError, match=r"loss nan: rolling back did not help \(3 rollbacks\)"):
         train(run)
     rollbacks = events(folder, "rollback")
     # First to 16, whose event was cut with the log when that did not help; then to the save before it, twice.
@@ -192,7 +192,7 @@ def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
 def test_without_a_save_to_go_back_to_the_run_ends(tmp_path: Path, text_file: Path) -> None:
     run = run_for(layer(tmp_path / "run", text_file))  # no save before the end, no copy in memory
     wrong_at(run, lambda step: True)
-    with pytest.raises(AtlasError, match="no save to go back to"):
+    with pytest.raises(AtlasError, match="no save to roll back to"):
         train(run)
     assert not list((tmp_path / "run").glob("*.pt"))
 

@@ -103,7 +103,7 @@ def test_a_run_with_updates_goes_on_and_its_model_is_used_as_any_other(
     base = save_imported(sharp_model(bpe), bpe, tmp_path / "base", source="a test")
     start = ["--init-from", str(base), "--set", f"training.optimizer={optimizer}"]
     assert train(tmp_path, *start, "--max-steps", "6") == 0
-    assert "numbers beside the model's learn" in capsys.readouterr().err
+    assert "trainable parameters beside the model's" in capsys.readouterr().err
     whole = load_checkpoint(tmp_path / "tuned" / "atlas_step_6.pt")["model_state_dict"]
     rest = load_checkpoint(base)["model_state_dict"]
     assert all(torch.equal(whole[name], tensor) for name, tensor in rest.items())

@@ -75,7 +75,10 @@ def test_the_losses_are_those_of_a_run_with_enough_memory(
     assert [line["sequences_consumed"] for line in lines[1]] == [16 * step for step in range(1, 9)]
     log = (tmp_path / "short" / "training.log").read_text()
     assert log.count("out of memory") == 1
-    assert "step 2: out of memory with 8 sequences at once: 2 from now on. An update still takes 16" in log
+    assert (
+        "step 2: out of memory with 8 sequences per micro-batch: 2 from now on. An update still has 16 sequences"
+        in log
+    )
 
 
 def test_what_fitted_is_remembered_for_the_machine_and_the_model(tmp_path: Path, text_file: Path) -> None:
@@ -86,7 +89,7 @@ def test_what_fitted_is_remembered_for_the_machine_and_the_model(tmp_path: Path,
     again = run_for(layer(tmp_path / "again", text_file, **settings))
     assert again.state.micro_batch_size == 2
     assert again.config.training.micro_batch_size == "auto"  # runtime state, not a setting
-    assert "2 sequences run at once" in (tmp_path / "again" / "training.log").read_text()
+    assert "2 sequences run per micro-batch" in (tmp_path / "again" / "training.log").read_text()
     asked = run_for(layer(tmp_path / "asked", text_file, training__micro_batch_size=8, **settings))
     assert asked.state.micro_batch_size == 8
     other = layer(tmp_path / "other", text_file, **{**settings, "model__hidden_size": 32})
@@ -100,7 +103,7 @@ def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
 ) -> None:
     run = run_for(layer(tmp_path / "run", text_file, model__hidden_size=40))
     short_of_memory(run, 0, lambda: RuntimeError(CPU_MESSAGE))
-    with pytest.raises(AtlasError, match="step 3: out of memory with one sequence at once"):
+    with pytest.raises(AtlasError, match="step 3: out of memory with one sequence per micro-batch"):
         train(run)
     log = (tmp_path / "run" / "training.log").read_text()
     places = [
@@ -181,7 +184,7 @@ def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "out of memory with 64 sequences at once" in ended.stderr
+    assert "out of memory with 64 sequences per micro-batch" in ended.stderr
     assert [line["sequences_consumed"] for line in logged(tmp_path / "run")] == [64, 128]
 
 
@@ -218,7 +221,7 @@ def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
         return ended.stderr, [line["loss"] for line in logged(tmp_path / name)]
 
     said, losses = train("auto")
-    found = re.search(r"(\d+) of \d+ sequences run at once", said)
+    found = re.search(r"(\d+) of \d+ sequences run per micro-batch", said)
     assert found, said
     assert "out of memory" not in said
     fits = int(found[1])
@@ -229,7 +232,7 @@ def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
     assert losses == by_hand
     too_many = fits + max(2, fits // 8)
     said, _ = train("more", micro_batch_size=too_many, max_steps=1)
-    assert f"out of memory with {too_many} sequences at once" in said
+    assert f"out of memory with {too_many} sequences per micro-batch" in said
 
 
 @given(most=st.integers(1, 300), limit=st.integers(0, 400), guess=st.integers(1, 300))

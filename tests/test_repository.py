@@ -60,8 +60,8 @@ INSIDE = {
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build",
     "training.logs": "throughput trackers < run_log",
-    "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run < recovery step summary "
-    "< micro_batch < diagnostics launch train",
+    "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run "
+    "< recovery step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate "
     "< retention shard_format < load < manager < async_saver convert shard_saver verify < open_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",

@@ -456,7 +456,7 @@ def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
         model__hidden_size=64,
     )
     trained(explicit)
-    assert "learning its text by heart" in (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
+    assert "memorizes its text" in (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
 
 
 def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loss of a model on held-out text, with everything but the sums thrown away."""
+"""Loss of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Evaluation:
 
 
 def fixed_subset(num_sequences: int, size: int) -> list[int]:
-    """`size` window numbers spread evenly over a dataset: the same ones at every evaluation."""
+    """`size` window numbers spread evenly over a dataset: the same at every evaluation."""
     return [int(i) for i in np.unique(np.linspace(0, num_sequences - 1, min(size, num_sequences)).round())]
 
 
@@ -57,12 +57,11 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Evaluation | None:
-    """The loss by `objective`, a `SummedLoss`, on `windows` of `dataset`, dropout off; None if `should_stop` said so
-    between batches.
+    """The loss by `objective`, a `SummedLoss`, on `windows` of `dataset`, with dropout off; None if `should_stop`
+    returns true between batches.
 
-    Only sums are kept: the logits of a batch are gone before the next is read. `track` may draw a
-    progress bar around the batches, of which a GPU has not run the last ones yet. Several ranks take every so many
-    windows each.
+    Only sums are kept: the logits of a batch are freed before the next is read. `track` may draw a progress bar
+    around the batches; a GPU may still be running the last ones. Of R ranks each evaluates every R-th window.
     """
     was_training = objective.training
     objective.eval()
@@ -74,7 +73,7 @@ def evaluate(
             if should_stop():
                 return None
             own = mine[start : start + batch_size]
-            # A rank without windows left runs along where the others need its part of the weights.
+            # A rank without windows left runs too: the others may need its part of the weights.
             rows = [dataset[window] for window in own or windows[:1]]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             if runtime.compiles:
@@ -116,7 +115,7 @@ def evaluate_within_memory(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Evaluation | None:
-    """`evaluate` by `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
+    """`evaluate` in batches of `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
     asked = min(state.eval_batch_size, len(windows))
     while True:
         try:
@@ -141,13 +140,13 @@ def evaluate_within_memory(
         running = min(state.eval_batch_size, len(windows))
         if running == 1 or runtime.parallel == "fsdp":
             raise AtlasError(
-                f"step {state.step}: out of memory while evaluating {running} sequences at once: a lower "
+                f"step {state.step}: out of memory while evaluating {running} sequences in a batch: a lower "
                 "training.eval_batch_size, a shorter model.max_seq_len or a smaller model helps"
             )
         state.eval_batch_size = running // 2
     if state.eval_batch_size < asked:
         say(
-            f"step {state.step}: out of memory while evaluating {asked} sequences at once: {state.eval_batch_size} "
+            f"step {state.step}: out of memory while evaluating {asked} sequences in a batch: {state.eval_batch_size} "
             "from now on (training.eval_batch_size)"
         )
     return evaluation

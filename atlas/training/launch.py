@@ -52,7 +52,7 @@ from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
 
 _PART_FOR_WHOLE = 0.5
-"""Of the free memory, for a state made whole."""
+"""The part of the free memory that a gathered state may use."""
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
 
@@ -161,7 +161,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
         load_weights(model, start.contents, start.source)
     elif config.lora.rank:
         raise AtlasError(
-            f"lora.rank: {config.lora.rank}: updates beside weights that rest need a trained model: name it with "
+            f"lora.rank: {config.lora.rank}: updates beside frozen weights need a trained model: name it with "
             "--init-from, or set lora.rank to 0"
         )
     if config.lora.rank:
@@ -180,7 +180,7 @@ def _fresh_state(
 ) -> TrainState:
     micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
-        if runtime.parallel == "fsdp":  # a try in a process of its own would take the whole model
+        if runtime.parallel == "fsdp":  # a trial in a process of its own would need the full model
             micro_batch = min(micro_batch, remembered_micro_batch(config, runtime.device) or micro_batch)
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
@@ -254,7 +254,7 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
         return True
     log.say(
         f"checkpoints are written while training waits: a copy of {copy / 1e9:.2f} GB beside the {step / 1e9:.2f} GB "
-        f"that a step takes does not fit into the {free / 1e9:.2f} GB of memory that are free"
+        f"that a step needs does not fit into the {free / 1e9:.2f} GB of memory that are free"
     )
     return False
 
@@ -289,24 +289,24 @@ def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
 
 
 def _refuse_too_large(config: AtlasConfig) -> None:
-    """What cannot be in memory whatever runs at once: the weights, and the sequences of an update."""
+    """Refuse what cannot fit into memory with any micro-batch: the weights, and the sequences of an update."""
     weights = _FP32 * count_parameters(config.model).total
     sequences, length = config.training.sequences_per_update, config.model.max_seq_len
     batch, free = sequences * length * _TOKEN, measure_memory("cpu")
     if weights > free:
         raise AtlasError(
-            f"model: {weights // _FP32:,} parameters take {weights / 1e9:,.1f} GB, {free / 1e9:.1f} GB of memory are "
+            f"model: {weights // _FP32:,} parameters need {weights / 1e9:,.1f} GB, {free / 1e9:.1f} GB of memory are "
             "free: atlas plan shows which presets fit"
         )
     if batch > free:
         raise AtlasError(
-            f"training: an update of batch_size × gradient_accumulation_steps = {sequences:,} sequences takes "
+            f"training: an update of batch_size × gradient_accumulation_steps = {sequences:,} sequences needs "
             f"{batch / 1e9:,.1f} GB for its tokens alone, {free / 1e9:.1f} GB of memory are free: lower one of them"
         )
 
 
 def _refuse_retention(config: AtlasConfig) -> None:
-    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced; shards stay whole."""
+    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced."""
     if config.checkpoint.slim_old and config.checkpoint.format == "sharded":
         raise AtlasError(
             "checkpoint.slim_old: true: is for checkpoints of one file: leave it out, or set checkpoint.format=single"
@@ -314,7 +314,7 @@ def _refuse_retention(config: AtlasConfig) -> None:
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
     if most is not None and most < 4 * one:
         raise AtlasError(
-            f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint takes {one / 1e6:,.1f} MB, and four must fit "
+            f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint needs {one / 1e6:,.1f} MB, and four must fit "
             f"(the best, the newest, and both being replaced): give at least {math.ceil(4 * one / 1e6):,}MB, or "
             "leave it out"
         )

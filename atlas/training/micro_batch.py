@@ -50,7 +50,7 @@ from atlas.training.step import (
 ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without being tried."""
 _COMFORTABLE = 0.6
-"""The part of a GPU's free memory that more than `batch_size` at once may take."""
+"""The part of a GPU's free memory that micro-batches larger than `batch_size` may use."""
 _FILLED = 1.05
 _LEFT_FREE = 0.05
 """Of the free memory, for what a run has and a try has not: batches read ahead, the log, fragmentation."""
@@ -118,8 +118,8 @@ def gradient_within_memory(
     learner.proven = size, min(_PROVEN, updates + 1) if proven_size == size else 1
     if size < asked:
         say(
-            f"step {state.step + 1}: out of memory with {asked} sequences at once: {size} from now on. An update still "
-            f"takes {num_sequences * world.size}. This is remembered for this machine and model; "
+            f"step {state.step + 1}: out of memory with {asked} sequences per micro-batch: {size} from now on. An "
+            f"update still has {num_sequences * world.size} sequences. This is remembered for this machine and model; "
             "--set training.micro_batch_size=N sets it"
         )
         remember_micro_batch(learner.config, learner.runtime.device, size)
@@ -135,8 +135,8 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
         for line in memory_advice(config, device=runtime.device.type):
             say(line)
         raise AtlasError(
-            f"step {step + 1}: out of memory with one sequence at once: see above for what would help; "
-            "the checkpoints are good"
+            f"step {step + 1}: out of memory with one sequence per micro-batch: see above for what would help; "
+            "the checkpoints are intact"
         )
     if runtime.parallel == "ddp":
         # The wrapper waits for a backward pass that will not come. The old one removes its hooks when it is freed.
@@ -148,9 +148,10 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
 def _end_all_ranks(learner: Learner, state: TrainState, size: int) -> NoReturn:
     remember_micro_batch(learner.config, learner.runtime.device, max(1, size // 2))
     raise AtlasError(
-        f"rank {learner.runtime.world.rank}: step {state.step + 1}: out of memory with {size} sequences at once, in "
-        f"the midst of work with other ranks: --set training.micro_batch_size={max(1, size // 2)}, which a restart "
-        "by torchrun takes by itself; the checkpoints are good"
+        f"rank {learner.runtime.world.rank}: step {state.step + 1}: out of memory with {size} sequences per "
+        "micro-batch, while it worked with other ranks: --set "
+        f"training.micro_batch_size={max(1, size // 2)}; a restart by torchrun "
+        "sets it by itself. The checkpoints are intact"
     )
 
 
@@ -171,13 +172,13 @@ def fit_micro_batch(
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
         if known < most:
             say(
-                f"{known} sequences run at once: more did not fit this machine's memory before; "
+                f"{known} sequences run per micro-batch: more did not fit into this machine's memory before; "
                 f"--set training.micro_batch_size={most} tries again"
             )
         return min(known, most)
     if _estimate(config, most, runtime) <= ROOMY * free:
         return most
-    say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB at once")
+    say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB")
     guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
     limit = int((1 - _LEFT_FREE) * free) + (data_bytes() if runtime.device.type == "cpu" else 0)
     found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
@@ -190,13 +191,13 @@ def fit_micro_batch(
         )
     remember_micro_batch(config, runtime.device, found)
     say(
-        f"{found} of {most} sequences run at once: an update still takes {config.training.sequences_per_update}"
+        f"{found} of {most} sequences run per micro-batch: an update still has {config.training.sequences_per_update}"
     )
     return found
 
 
 def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
-    """Whether `size` sequences at once leave too little memory for compiled blocks that make nothing again."""
+    """Whether `size` sequences per micro-batch leave too little memory for compiled blocks that recompute nothing."""
     return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
 
 
@@ -220,7 +221,7 @@ def _beyond(config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str
             continue
         if known == size or _runs(config, size, runtime, room, say):
             remember_micro_batch(config, runtime.device, size)
-            say(f"{size} sequences run at once: an update takes {sequences}, and memory is ample")
+            say(f"{size} sequences run per micro-batch: an update has {sequences}, and memory is ample")
             return size
     return None
 
@@ -278,14 +279,14 @@ def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Cal
         raise AtlasError(
             f"training.micro_batch_size: auto: an update could not be tried ({reason:.200}): give a number"
         )
-    say(f"  {size} at once: {'fits' if fits else 'does not fit'}")
+    say(f"  {size} per micro-batch: {'fits' if fits else 'does not fit'}")
     return fits
 
 
 def _try() -> int:
     """In the child: two micro-batches where an update has several, since the second meets the first's gradient."""
     trial = json.load(sys.stdin)
-    keep_memory()  # as the run itself, which therefore takes a little more
+    keep_memory()  # as the run itself, which therefore uses a little more
     config = resolve(trial["config"])
     torch.set_num_threads(trial["threads"])
     runtime = setup_runtime(config)

@@ -1,4 +1,4 @@
-"""After an update that was not applied: count it, go back, or end the run with what to check."""
+"""After an update that was not applied: log it, roll back, or end the run with what to check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atlas.training.state import MAX_ROLLBACKS
 
 
 def recover(run: Run, fault: Fault) -> bool:
-    """Log the fault; whether the run went back to its last save for it."""
+    """Log the fault; return whether the run rolled back to its last save."""
     state, guard, log = run.state, run.config.guard, run.log
     last = state.sequences_consumed - 1
     first = last + 1 - run.config.training.sequences_per_update
@@ -45,7 +45,7 @@ def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None,
     if evaluation and not math.isfinite(evaluation.loss):
         fault = fault or Fault(f"validation loss {evaluation.loss}")
     if is_final and run.state.bad_in_a_row and not evaluation:
-        fault = fault or Fault("the last update was not applied, and there is no validation loss to judge by")
+        fault = fault or Fault("the last update was not applied, and there is no validation loss to check it")
     if fault:
         roll_back(run, fault)
         return False
@@ -54,7 +54,7 @@ def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None,
 
 
 def save_if_sound(run: Run, kinds: list[str]) -> bool:
-    """Save where a run was stopped, unless the weights are ruined or may be: `--resume auto` would take them. Return
+    """Save where a run was stopped, unless the weights are or may be ruined: `--resume auto` would load them. Return
     whether it was saved."""
     state, fault = run.state, weights_fault(run.model, run.world)
     if state.bad_in_a_row:
@@ -69,8 +69,8 @@ def save_if_sound(run: Run, kinds: list[str]) -> bool:
 
 @contextmanager
 def emergency_save(run: Run) -> Iterator[None]:
-    """Around the loop: an exception that nobody expected leaves a checkpoint of the last complete update, and is raised
-    again. Only in a run of one process: of several, the others would wait for ever for this one's part of the save."""
+    """Around the loop: an unexpected exception leaves a checkpoint of the last complete update and is raised again.
+    Only in a run of one process: of several, the others would wait for ever for this one's part of the save."""
     begun_at = run.state.step
     try:
         yield
@@ -91,12 +91,14 @@ def emergency_save(run: Run) -> Iterator[None]:
 
 
 def roll_back(run: Run, fault: Fault) -> None:
-    """Go back to the last save, without the data since then and at a lower rate. Raises `AtlasError` if that did
-    not help before, or if there is no save."""
+    """Return to the last save, skip the data since then and lower the rate. Raises `AtlasError` if that did not help
+    before, or if there is no save."""
     state, came_to = run.state, run.state.step
     good = _target(run)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
-        _give_up(run, fault, "there is no save to go back to" if good is None else "going back did not help")
+        _give_up(
+            run, fault, "there is no save to roll back to" if good is None else "rolling back did not help"
+        )
     load_full_weights(run.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
     restore_optimizer(
@@ -125,14 +127,14 @@ def roll_back(run: Run, fault: Fault) -> None:
         last_sequence=last,
     )
     run.log.say(
-        f"step {came_to}: back to step {state.step} (rollback {state.rollbacks} of {MAX_ROLLBACKS}): sequences "
-        f"{first:,} to {last:,} are skipped, the learning rate is {state.rate_scale:g} of what it was planned to be"
+        f"step {came_to}: rolled back to step {state.step} (rollback {state.rollbacks} of {MAX_ROLLBACKS}): sequences "
+        f"{first:,} to {last:,} are skipped, the learning rate is {state.rate_scale:g} of the planned one"
     )
 
 
 def _target(run: Run) -> dict[str, Any] | None:
-    """The last save; and if that did not help, the one before, since weights can be ruined and still finite; where
-    there is none, the same once more, past more data and at a lower rate."""
+    """The contents of the save to roll back to: the last one, and if that did not help, the one before, since weights
+    can be ruined and still finite. If there is none before, the same once more, past more data and at a lower rate."""
     rollbacks, there = run.state.rollbacks, run.state.went_back_to
     if run.world.size > 1:
         return _target_of_all(run, [None] if rollbacks == 0 else [there, there + 1])
@@ -145,8 +147,8 @@ def _target(run: Run) -> dict[str, Any] | None:
 
 
 def _target_of_all(run: Run, befores: Sequence[int | None]) -> dict[str, Any] | None:
-    """Of several ranks only the first has a copy in memory: they go back to what is on the disk, of a step before the
-    first of `befores` for which there is one."""
+    """`_target` for several ranks. Only the first has a copy in memory, so all load a checkpoint from the disk: the
+    newest before the first of `befores` that has one."""
     world, found = run.world, None
     if world.is_first:
         run.saver.join()
@@ -164,7 +166,7 @@ def _give_up(run: Run, fault: Fault, why: str) -> NoReturn:
     for line in diagnose(training, rate=rate, runtime=run.runtime, sequences=sequences):
         run.log.say(line)
     found = run.checkpoints.found()
-    then = f"go on with --resume {found[0][1]}" if found else "start anew"
+    then = f"resume with --resume {found[0][1]}" if found else "start again"
     raise AtlasError(
         f"step {state.step}: {fault.reason}: {why} ({state.rollbacks} rollbacks): check the causes above, then {then}"
     )

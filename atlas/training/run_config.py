@@ -23,8 +23,8 @@ def with_data(
     from; on the same data it resumes that run, unless it `is_new_run`."""
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
-            "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to go on "
-            f"with a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
+            "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to resume "
+            f"a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
         )
     wished = explicit.get("data", {}).get("tokenizer")
     tokenizer: Tokenizer | None = None

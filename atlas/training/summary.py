@@ -1,4 +1,4 @@
-"""What a run says before its first update."""
+"""What a run logs before its first update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atlas.training.run import Run
 from atlas.training.state import TrainState
 
 _ENOUGH_CHAT_UPDATES = 100
-"""Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, and not in 30 or 60 (docs/TRAINING.md)."""
+"""Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, but not in 30 or 60 (docs/TRAINING.md)."""
 
 
 def log_summary(start: Start, run: Run, differences: list[str]) -> None:
@@ -37,7 +37,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
         )
     if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        say(f"torchrun started the run again ({restart} times so far): a process failed, see above")
+        say(f"torchrun restarted the run ({restart} times so far): a process failed, see above")
     if start.mode == "resume":
         of_all = f" of {state.horizon}" if state.is_planned else ""
         say(f"resuming {start.source} at step {state.step}{of_all}")
@@ -49,7 +49,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
     say(as_yaml(config).rstrip())
     data, model = run.data.train, run.model
     if config.lora.rank:
-        say(f"lora: {lora_parameters(config):,} numbers beside the model's learn, its own rest")
+        say(f"lora: {lora_parameters(config):,} trainable parameters beside the model's, which are frozen")
     say(
         f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
@@ -58,7 +58,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
     )
     if (world := run.world).size > 1:
         share = share_of_update(config.training.sequences_per_update, world.size)
-        say(f"{world.size} processes, {run.runtime.parallel}: each takes {share} sequences of an update")
+        say(f"{world.size} processes, {run.runtime.parallel}: each computes {share} sequences of an update")
     for part in data.parts if isinstance(data, MixtureDataset) else [data]:
         _log_packing(part, say)
     if isinstance(data, MixtureDataset):
@@ -72,7 +72,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
             "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"
         )
     if run.data.val is None:
-        say("no validation data: the best checkpoint is judged by training loss")
+        say("no validation data: the best checkpoint is selected by training loss")
     one, total = checkpoint_bytes(config), output_folder_bytes(config)
     free = shutil.disk_usage(start.folder).free
     say(
@@ -86,7 +86,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
 
 
 def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
-    """Where the sparse kernel is here, but not for this model."""
+    """Log why the sparse kernel, which is available, does not serve this model."""
     size = config.model.head_size
     if config.model.dropout:
         reason, remedy = "has no dropout", "model.dropout 0 is faster"
@@ -116,7 +116,7 @@ def _warn_of_short_run(
 
 
 def record_start(start: Start, run: Run) -> None:
-    """For `metrics.jsonl`: that the run begins, or goes on, and what it runs on."""
+    """Write to `metrics.jsonl` that the run starts or resumes, and on which machine."""
     facts = {"source": str(start.source)} if start.source else {}
     run.log.event(
         "resumed" if start.mode == "resume" else "start",
@@ -141,17 +141,17 @@ def _log_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]
         )
     if isinstance(part, ChatDataset):
         say(
-            f"{part.stream.name}: {part.num_conversations:,} conversations packed whole into {len(part):,} sequences"
+            f"{part.stream.name}: {part.num_conversations:,} complete conversations packed into {len(part):,} sequences"
         )
         if part.num_cut or part.num_left_out:
             say(
                 f"{part.stream.name}: longer than {part.max_seq_len} tokens: {part.num_cut:,} conversations lose their "
-                f"end, {part.num_left_out:,} more are left out, since their first answer would begin beyond it"
+                f"end, {part.num_left_out:,} more are left out, since their first answer would start beyond it"
             )
 
 
 def _log_mixture(data: MixtureDataset, run: Run) -> None:
-    """How often the run will read each part."""
+    """Log the share of each part, and how often the run will read it."""
     num_sequences = run.state.horizon * run.config.training.sequences_per_update
     for part, weight in zip(data.parts, data.weights, strict=True):
         passes = f", {num_sequences * weight / len(part):.2f} passes over it" if run.state.is_planned else ""
@@ -167,7 +167,7 @@ def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> 
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
-    """What differs from the checkpoint's config, a line each. What an older one does not name has its default."""
+    """What differs from the checkpoint's config, a line each. A setting that an older one lacks has its default."""
     before, new = resolve(old).model_dump(mode="json"), config.model_dump(mode="json")
     pairs = []
     for key, value in new.items():
