@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from atlas.errors import AtlasError
 from atlas.training.devices.memory import collector_spares_the_run, is_out_of_memory
 from atlas.training.loss import compute_lm_loss
-from atlas.training.micro_batch import _largest, _runs
+from atlas.training.micro_batch import _largest, _trial_fits
 from atlas.training.run import Run
 from atlas.training.train import train
 from tests.runs import REPOSITORY, layer, logged, on_updates, run_for, trained, write_config
@@ -258,14 +258,14 @@ def test_a_try_that_fails_leaves_nothing_and_is_remembered(
 
     def runs(config: object, size: int, runtime: object, limit: int, say: object) -> bool:
         sizes.append(size)
-        return _runs(config, size, runtime, 60 * 10**6 if size > 1 else 4 * 10**9, say)
+        return _trial_fits(config, size, runtime, 60 * 10**6 if size > 1 else 4 * 10**9, say)
 
-    monkeypatch.setattr("atlas.training.micro_batch._runs", runs)
+    monkeypatch.setattr("atlas.training.micro_batch._trial_fits", runs)
     settings = {"training__batch_size": 2, "training__max_steps": 2}
     run = run_for(layer(tmp_path / "run", text_file, **settings))
     assert run.state.micro_batch_size == 1
     assert sizes == [2, 1]
-    monkeypatch.setattr("atlas.training.micro_batch._runs", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr("atlas.training.micro_batch._trial_fits", lambda *_: pytest.fail("tried again"))
     assert run_for(layer(tmp_path / "next", text_file, **settings)).state.micro_batch_size == 1
 
 

@@ -51,7 +51,7 @@ from atlas.training.schedule import horizon_steps
 from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
 
-_PART_FOR_WHOLE = 0.5
+_GATHERED_PART = 0.5
 """The part of the free memory that a gathered state may use."""
 _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 
@@ -86,7 +86,7 @@ def start_run(
     config, log, checkpoints = _open_folder(start, world)
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
     if resumed:
-        _take_fewer_after_a_restart(resumed, config, runtime)
+        _lower_micro_batch_after_restart(resumed, config, runtime)
     state = resumed or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     learner = Learner.build(model, config, runtime, custom_loss)
@@ -108,7 +108,7 @@ def start_run(
 
 
 def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
-    """The config with the folder it runs in, the log there, and what is in charge of its checkpoints."""
+    """The config with its output folder, the log and the checkpoints there."""
     with world.in_step():  # the others' logs go to the folder, which is there now
         if world.is_first:
             _set_aside(start)
@@ -131,7 +131,7 @@ def _origin(start: Start) -> str | None:
 
 
 def _identity(start: Start) -> dict[str, Any]:
-    """What the run is made of besides its config. `base` is the checkpoint whose weights it began with."""
+    """The data of the run, for every checkpoint. `base` identifies the checkpoint whose weights it began with."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity = {
@@ -199,7 +199,7 @@ def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
 
 
 def _resumed_state(start: Start, sequences_per_epoch: int, *, validates: bool) -> TrainState:
-    """The checkpoint's state; the horizon and micro-batch move only if the settings behind them did."""
+    """The checkpoint's state; horizon and micro-batch change only if the settings behind them did."""
     state = TrainState.of(start.contents)
     old = resolve(start.contents["config"]).training
     new = start.config.training
@@ -218,12 +218,12 @@ def _resumed_state(start: Start, sequences_per_epoch: int, *, validates: bool) -
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
     if state.step >= state.horizon and not (validates and state.owes_evaluation(new.eval_interval)):
-        start.set_aside.clear()  # nothing will be done, and newer checkpoints are in nobody's way
+        start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
     return state
 
 
-def _take_fewer_after_a_restart(state: TrainState, config: AtlasConfig, runtime: Runtime) -> None:
-    """What a rank that ran out of memory found before torchrun started the run again."""
+def _lower_micro_batch_after_restart(state: TrainState, config: AtlasConfig, runtime: Runtime) -> None:
+    """After a restart by torchrun, use the size that the rank which ran out of memory remembered."""
     fewer = state.micro_batch_size
     if is_a_restart():
         fewer = min(fewer, remembered_micro_batch(config, runtime.device) or fewer)
@@ -238,14 +238,14 @@ def _length(training: TrainingConfig) -> tuple[object, ...]:
 def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
     asked = config.checkpoint.format
     if asked == "auto":
-        return runtime.parallel == "fsdp" and checkpoint_bytes(config) > _PART_FOR_WHOLE * measure_memory(
+        return runtime.parallel == "fsdp" and checkpoint_bytes(config) > _GATHERED_PART * measure_memory(
             "cpu"
         )
     return asked == "sharded"
 
 
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
-    """Whether the copy that is saved from fits into memory beside all that a step will take."""
+    """Whether the copy that a save writes from fits into memory beside all that a step needs."""
     if not config.checkpoint.background:
         return False
     copy, free = snapshot_bytes(config), measure_memory("cpu")

@@ -48,12 +48,12 @@ from atlas.training.step import (
 )
 
 ROOMY = 0.75
-"""An update whose estimate is below this part of the free memory fits without being tried."""
+"""An update whose estimate is below this part of the free memory fits without a trial."""
 _COMFORTABLE = 0.6
 """The part of a GPU's free memory that micro-batches larger than `batch_size` may use."""
 _FILLED = 1.05
 _LEFT_FREE = 0.05
-"""Of the free memory, for what a run has and a try has not: batches read ahead, the log, fragmentation."""
+"""The part of the free memory for what a run has and a trial has not: batches read ahead, the log, fragmentation."""
 _PROVEN = 3
 """Updates of one size after which several ranks assume that memory suffices."""
 _TOO_LARGE = 3
@@ -166,7 +166,11 @@ def fit_micro_batch(
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
-    if may_exceed and runtime.device.type == "cuda" and (found := _beyond(config, runtime, free, say)):
+    if (
+        may_exceed
+        and runtime.device.type == "cuda"
+        and (found := _more_than_batch_size(config, runtime, free, say))
+    ):
         return found
     known = remembered_micro_batch(config, runtime.device)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
@@ -181,7 +185,7 @@ def fit_micro_batch(
     say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB")
     guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
     limit = int((1 - _LEFT_FREE) * free) + (data_bytes() if runtime.device.type == "cpu" else 0)
-    found = _largest(most, guess, lambda size: _runs(config, size, runtime, limit, say))
+    found = _largest(most, guess, lambda size: _trial_fits(config, size, runtime, limit, say))
     if found == 0:
         for line in memory_advice(config, device=runtime.device.type, available=free):
             say(line)
@@ -201,25 +205,28 @@ def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool
     return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
 
 
-def _beyond(config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str], None]) -> int | None:
-    """An update in as few equal parts as are comfortable for a GPU, if that is fewer than `batch_size` makes."""
+def _more_than_batch_size(
+    config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str], None]
+) -> int | None:
+    """The size of micro-batches if an update is split into as few equal ones as leave a GPU's memory ample; None if
+    that is not more than `batch_size`."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
     known = remembered_micro_batch(config, runtime.device)
-    for parts in range(1, config.training.gradient_accumulation_steps):
-        size = -(-sequences // parts)
+    for num_micro_batches in range(1, config.training.gradient_accumulation_steps):
+        size = -(-sequences // num_micro_batches)
         if size <= config.training.batch_size:
             break
         if (
-            size * parts > _FILLED * sequences
-        ):  # the last one would be filled up with too many that do not count
+            size * num_micro_batches > _FILLED * sequences
+        ):  # too many rows of the last one would only fill it up
             continue
-        # What compiled blocks keep on top of what the try does, which compiles nothing.
+        # What compiled blocks keep and the trial does not, since it compiles nothing.
         more = _estimate(config, size, runtime, keeps_all=True) - _estimate(config, size, runtime)
         more = more if runtime.compiles else 0
-        room = int(_COMFORTABLE * free) - more
-        if _estimate(config, size, runtime) > room or (known is not None and known < size):
+        limit = int(_COMFORTABLE * free) - more
+        if _estimate(config, size, runtime) > limit or (known is not None and known < size):
             continue
-        if known == size or _runs(config, size, runtime, room, say):
+        if known == size or _trial_fits(config, size, runtime, limit, say):
             remember_micro_batch(config, runtime.device, size)
             say(f"{size} sequences run per micro-batch: an update has {sequences}, and memory is ample")
             return size
@@ -234,30 +241,20 @@ def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bo
 
 
 def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` for which `fits`, which holds up to some number and not beyond; 0 if
-    for none. Steps away from `guess` that double, then halves."""
-    low, high = 0, most + 1  # fits, does not
-    step = max(1, guess // 16)
-    size = min(guess, most)
+    """The largest number from 1 to `most` for which `fits`, by bisection that starts at `guess`; 0 if there is none.
+    `fits` holds up to some number and not beyond it."""
+    low, high, size = 0, most + 1, min(guess, most)
     while high - low > 1:
-        if fits(size):
-            low = size
-        else:
-            high = size
-        if low == 0:
-            size = max(1, high - step)
-        elif high > most:
-            size = min(most, low + step)
-        else:
-            size = (low + high) // 2
-        step *= 2
+        low, high = (size, high) if fits(size) else (low, size)
+        size = (low + high) // 2
     return low
 
 
-def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]) -> bool:
-    """Whether an update of micro-batches of `size` runs, in a child that may have `limit` bytes, on a CPU with all that
-    a process takes. It compiles nothing,
-    which would take a minute each time."""
+def _trial_fits(
+    config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]
+) -> bool:
+    """Whether an update with micro-batches of `size` runs in a child process that may use `limit` bytes, on a CPU
+    everything included. The child compiles nothing, which would take a minute each time."""
     trial = {
         "config": config.model_dump(mode="json"),
         "size": size,
@@ -283,8 +280,9 @@ def _runs(config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Cal
     return fits
 
 
-def _try() -> int:
-    """In the child: two micro-batches where an update has several, since the second meets the first's gradient."""
+def _run_trial() -> int:
+    """In the child: two micro-batches if an update has several, since the second meets the first's gradient. Return the
+    exit code."""
     trial = json.load(sys.stdin)
     keep_memory()  # as the run itself, which therefore uses a little more
     config = resolve(trial["config"])
@@ -302,9 +300,7 @@ def _try() -> int:
         for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
             gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=StopRequest())
             apply_gradient(learner, gradient, state, rate=0.0)
-    except (
-        ImportError
-    ):  # of a library that PyTorch loads when it is first needed: no memory is left to map it
+    except ImportError:  # no memory is left to map a library that PyTorch loads when it first needs it
         return _TOO_LARGE
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -314,7 +310,7 @@ def _try() -> int:
 
 
 def _limit_memory(limit: int, device: torch.device) -> None:
-    """Where PyTorch or the system knows such a limit, an allocation beyond it fails; elsewhere the system decides."""
+    """Make an allocation beyond `limit` bytes fail, where PyTorch or the system has such a limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU, which it is
@@ -330,4 +326,4 @@ def _limit_memory(limit: int, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_try())
+    sys.exit(_run_trial())
