@@ -1,4 +1,4 @@
-"""`atlas` as one rank of several, with something that goes wrong on one of them in its first life.
+"""`atlas` as one rank of several, with a fault on one of them before its first restart.
 
     torchrun … tests/ranks.py FAULT@RANK:STEP train …
 
@@ -28,7 +28,7 @@ from atlas.training.run import Learner
 
 
 def before_update(step: int, fault: str) -> None:
-    whole = training.accumulate_gradient
+    original = training.accumulate_gradient
     done = []
 
     def accumulate(learner: Learner, batch: Any, **named: Any) -> Any:
@@ -44,17 +44,17 @@ def before_update(step: int, fault: str) -> None:
                 _poison(learner)
             if fault.startswith("memory"):
                 _run_out(learner, in_backward=fault == "memory-late")
-        return whole(learner, batch, **named)
+        return original(learner, batch, **named)
 
     training.accumulate_gradient = accumulate
 
 
 def _poison(learner: Learner) -> None:
-    whole, begun = learner.objective.forward, []
+    original, begun = learner.objective.forward, []
 
     def forward(*arguments: Any, **named: Any) -> torch.Tensor:
         begun.append(True)
-        loss = whole(*arguments, **named)
+        loss = original(*arguments, **named)
         return loss * float("nan") if len(begun) <= 4 else loss  # each update has two micro-batches
 
     learner.objective.forward = forward  # type: ignore[method-assign]

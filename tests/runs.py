@@ -135,14 +135,14 @@ def same_bits(one: object, other: object) -> bool:
 def resumes_with_the_same_bits(explicit: dict, folder: Path) -> dict:
     """Six updates, saved after the third, then again from there: the same checkpoint, whose contents are returned."""
     trained(explicit)
-    whole = load_checkpoint(folder / "atlas_step_6.pt")
+    complete = load_checkpoint(folder / "atlas_step_6.pt")
     losses = [line["loss"] for line in logged(folder)]
     trained(explicit, resume=str(folder / "atlas_step_3.pt"))
     again = load_checkpoint(folder / "atlas_step_6.pt")
     for key in STATE:
-        assert same_bits(whole[key], again[key]), key
+        assert same_bits(complete[key], again[key]), key
     assert [line["loss"] for line in logged(folder)] == losses
-    return whole
+    return complete
 
 
 STATE = (

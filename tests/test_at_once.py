@@ -1,4 +1,4 @@
-"""How many sequences run at once on a GPU, as far as it is decided without one, and in equal parts where compiled."""
+"""How many sequences run per micro-batch on a GPU, as far as it is decided without one; equal ones where compiled."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fitted(config: AtlasConfig, *, may_exceed: bool = True, runtime: Runtime = O
 
 
 @pytest.mark.parametrize("gpu", [(80, 1000)], indirect=True)
-def test_a_large_gpu_takes_a_whole_update_at_once(gpu: Gpu) -> None:
+def test_a_large_gpu_runs_an_update_as_one_micro_batch(gpu: Gpu) -> None:
     """`small` is 2 × 16 sequences."""
     assert fitted(preset("small")) == 32
     assert fitted(preset("small")) == 32
@@ -126,7 +126,7 @@ def test_a_presets_batch_size_is_not_the_users(config: str | None, written: dict
     assert leaves_batch_size_open(config, written) is is_open
 
 
-def test_a_file_of_ones_own_says_what_the_user_means(tmp_path: Path) -> None:
+def test_a_config_file_of_the_user_decides(tmp_path: Path) -> None:
     own = tmp_path / "small.yaml"
     own.write_text(preset_path("small").read_text(encoding="utf-8"), encoding="utf-8")
     assert not leaves_batch_size_open(own, {})

@@ -30,7 +30,7 @@ def test_a_cpu_is_not_compiled_for_unless_asked(value: str, monkeypatch: pytest.
     assert not choose_compile(asked(value), CPU, say=lambda line: pytest.fail(line))
 
 
-def test_without_a_compiler_on_is_refused_and_auto_goes_on_and_says_why(
+def test_without_a_compiler_on_is_refused_and_auto_continues_with_a_note(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(function: object) -> object:
@@ -64,9 +64,9 @@ def test_a_missing_compiler_is_one_line_before_anything_is_written(tmp_path: Pat
 
 WAYS = {
     "compiled": {"training__compile": "on"},
-    "all logits at once": {"training__loss": "atlas.training.loss:compute_lm_loss"},
+    "all logits in memory": {"training__loss": "atlas.training.loss:compute_lm_loss"},
     "checkpointing": {"training__gradient_checkpointing": True},
-    "one at once": {"training__micro_batch_size": 1},
+    "one sequence per micro-batch": {"training__micro_batch_size": 1},
 }
 
 

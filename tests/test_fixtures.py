@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote load, go on and export, for ever."""
+"""Checkpoints that earlier versions wrote load, resume and export, for ever."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_there_is_one_for_every_version() -> None:
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.parent.name)
-def test_it_still_judges_as_it_did(path: Path) -> None:
+def test_its_loss_is_still_the_same(path: Path) -> None:
     loaded = load_model(path)
     ids = torch.tensor([loaded.tokenizer.encode("The river runs past the old mill and under the bridge.")])
     loss = compute_lm_loss(loaded.model(ids[:, :-1]), ids[:, 1:])
@@ -40,7 +40,7 @@ def test_it_still_judges_as_it_did(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.parent.name)
-def test_it_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(path.parent, "checkpoints")
     contents = load_checkpoint(path)

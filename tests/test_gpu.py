@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def layer(folder: Path, text: Path, **settings: object) -> dict:
-    """A small run on the GPU, unless `settings` say otherwise."""
+    """A small run on the GPU, with these `settings`."""
     shape = {"device": "cuda", "model__hidden_size": 32, "model__num_heads": 2, "training__compile": "off"}
     return runs.layer(folder, text, **shape | settings)
 
@@ -75,7 +75,7 @@ def test_a_gpu_checkpoint_speaks_and_resumes_on_the_cpu(tmp_path: Path, text_fil
 
 
 @pytest.mark.parametrize("dtype", ["f16", "auto"])
-def test_half_precision_weights_say_nearly_the_same(tmp_path: Path, text_file: Path, dtype: str) -> None:
+def test_half_precision_weights_give_nearly_the_same(tmp_path: Path, text_file: Path, dtype: str) -> None:
     trained(layer(tmp_path / "run", text_file, training__max_steps=10))
     log_probs = []
     for kind in ("f32", dtype):
@@ -107,7 +107,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, te
             assert same_bits(load_checkpoint(path)["model_state_dict"], state), f"step {step}"
 
 
-def test_the_copy_lies_in_pinned_memory_and_is_whole() -> None:
+def test_the_copy_is_in_pinned_memory_and_complete() -> None:
     state = {"weight": torch.randn(1000, 1000, device="cuda"), "step": torch.tensor(3.0)}
     copied = Snapshot().take(state)
     assert copied["weight"].is_pinned()
@@ -125,8 +125,8 @@ def test_an_update_that_is_not_finite_moves_nothing_on_the_device(tmp_path: Path
     assert same_bits(before, (run.model.state_dict(), run.optimizer.state_dict()["state"]))
 
 
-def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
-    """No injected error: the allocator may have 2 GB, and 256 sequences at once take several times that."""
+def test_a_run_adapts_to_a_full_gpu(tmp_path: Path, text_file: Path) -> None:
+    """No injected error: the allocator may have 2 GB, and a micro-batch of 256 sequences needs several times that."""
     explicit = layer(tmp_path / "run", text_file, training__batch_size=256, training__max_steps=2)
     explicit["model"].update(hidden_size=256, num_layers=8, max_seq_len=256)
     explicit["training"].update(eval_sequences=2, precision="fp32")
@@ -141,7 +141,7 @@ def test_a_full_gpu_is_lived_with(tmp_path: Path, text_file: Path) -> None:
     assert run.state.sequences_consumed == 512
 
 
-def test_the_card_says_how_warm_it_is() -> None:
+def test_the_temperature_of_the_card_is_read() -> None:
     sensor = open_sensor(torch.device("cuda"), GuardConfig(max_gpu_temp=83), say=pytest.fail)
     assert sensor is not None
     metrics = sensor.read().metrics()

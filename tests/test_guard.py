@@ -1,4 +1,4 @@
-"""Numbers gone wrong: which updates are left out, that nothing moves by them, when a run goes back, when it ends."""
+"""Unsound numbers: which updates are skipped, that nothing changes by them, when a run rolls back and when it ends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_two_updates_gone_wrong_move_nothing_and_are_logged(
+def test_two_unsound_updates_change_nothing_and_are_logged(
     tmp_path: Path, text_file: Path, accumulation: int, factor: float
 ) -> None:
     folder = tmp_path / "run"
@@ -132,8 +132,8 @@ def test_numbers_that_stay_wrong_lead_back_three_times_and_then_to_an_account(
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model_state_dict"].values())
 
 
-def test_a_save_that_was_ruined_already_is_gone_back_past(tmp_path: Path, text_file: Path) -> None:
-    """Weights can be far gone and still finite: the save before them is the good one, for --resume auto, too."""
+def test_a_run_rolls_back_past_a_save_that_was_already_ruined(tmp_path: Path, text_file: Path) -> None:
+    """Weights can be ruined and still finite: the save before them is the good one, for --resume auto too."""
     folder = tmp_path / "run"
     explicit = layer(folder, text_file, training__max_steps=30, checkpoint__save_interval=5)
     run = run_for(explicit)
@@ -152,7 +152,7 @@ def test_a_save_that_was_ruined_already_is_gone_back_past(tmp_path: Path, text_f
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
+def test_rolling_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
     tmp_path: Path, text_file: Path, in_background: bool
 ) -> None:
     folder = tmp_path / "run"
@@ -180,12 +180,12 @@ def test_going_back_past_bad_data_lets_the_run_finish_at_half_the_rate(
     lines = logged(folder)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(math.isfinite(line["loss"]) for line in lines)
-    whole = trained(layer(tmp_path / "whole", text_file, training__max_steps=20))[0]
-    rates = [line["learning_rate"] for line in logged(tmp_path / "whole")]
+    complete = trained(layer(tmp_path / "complete", text_file, training__max_steps=20))[0]
+    rates = [line["learning_rate"] for line in logged(tmp_path / "complete")]
     assert [line["learning_rate"] for line in lines] == pytest.approx(
         rates[:6] + [rate / 2 for rate in rates[6:]]
     )
-    assert whole.state.rate_scale == 1
+    assert complete.state.rate_scale == 1
     assert run.state.rollbacks == 0  # the run got past its trouble
 
 
@@ -197,7 +197,7 @@ def test_without_a_save_to_go_back_to_the_run_ends(tmp_path: Path, text_file: Pa
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
-def test_a_gradient_gone_wrong_under_a_sound_loss_is_seen(tmp_path: Path, text_file: Path) -> None:
+def test_an_unsound_gradient_under_a_sound_loss_is_found(tmp_path: Path, text_file: Path) -> None:
     run = run_for(layer(tmp_path / "run", text_file))
     before = copy.deepcopy(run.model.state_dict())
 
@@ -233,7 +233,7 @@ def test_a_micro_batch_without_a_valid_token_gives_no_nan(tmp_path: Path, text_f
 
 
 @pytest.mark.parametrize(("scale", "benign"), [(65536.0, True), (1.0, False)])
-def test_fp16_overflow_is_told_apart_from_divergence(
+def test_fp16_overflow_is_distinguished_from_divergence(
     tmp_path: Path, text_file: Path, scale: float, benign: bool
 ) -> None:
     run = run_for(layer(tmp_path / "run", text_file))
@@ -260,7 +260,7 @@ def test_z_score_is_the_definition(recent: list[float], value: float) -> None:
         assert z_score(value, recent) == pytest.approx(
             (value - statistics.mean(recent)) / deviation, abs=1e-6
         )
-    assert z_score(value, recent[:31]) == 0  # too few to judge by
+    assert z_score(value, recent[:31]) == 0  # too few for statistics
 
 
 @pytest.mark.parametrize("mode", ["skip", "rollback"])
@@ -324,7 +324,7 @@ def test_a_rate_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(
 
 
 @pytest.mark.parametrize("with_validation", [True, False])
-def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_goes_back(
+def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_rolls_back(
     tmp_path: Path, text_file: Path, with_validation: bool
 ) -> None:
     fraction = {} if with_validation else {"data__val_fraction": 0}
@@ -363,7 +363,9 @@ def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_fi
     assert "step 3: not saved: weights that are not finite" in (tmp_path / "run/training.log").read_text()
 
 
-def test_a_run_that_was_extended_keeps_its_new_end_when_it_goes_back(tmp_path: Path, text_file: Path) -> None:
+def test_a_run_that_was_extended_keeps_its_new_end_when_it_rolls_back(
+    tmp_path: Path, text_file: Path
+) -> None:
     """Also to a checkpoint of before, whose end was another."""
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2)
     trained(explicit)

@@ -29,7 +29,7 @@ def wait_for(process: subprocess.Popen[str], words: str) -> list[str]:
 
 
 def terminate(process: subprocess.Popen[str]) -> tuple[float, str]:
-    """Send SIGTERM; the seconds until the process ended, and what it said."""
+    """Send SIGTERM; the seconds until the process ended, and its standard error."""
     begin = time.perf_counter()
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Out of memory: the same update by fewer sequences at once, remembered; and what is said when nothing is left."""
+"""Out of memory: the same update with fewer sequences per micro-batch, remembered; and the advice when none fits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def short_of_memory(run: Run, fits: int, error: Callable[[], Exception]) -> list[int]:
-    """From the third micro-batch on, no more than `fits` sequences at once; the sizes that were tried."""
+    """From the third micro-batch on, let no more than `fits` sequences run; return the sizes that were tried."""
     tried: list[int] = []
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,13 +63,13 @@ def test_the_losses_are_those_of_a_run_with_enough_memory(
         "training__max_steps": 8,
         "training__gradient_accumulation_steps": 2,
     }
-    trained(layer(tmp_path / "whole", text_file, **settings))
+    trained(layer(tmp_path / "complete", text_file, **settings))
     run = run_for(layer(tmp_path / "short", text_file, **settings))
     tried = short_of_memory(run, 3, error)
     assert train(run).outcome == "finished"
     assert tried[:8] == [8, 8, 8, 4, 2, 2, 2, 2]  # the second update, begun again until it fits
     assert run.state.micro_batch_size == 2
-    lines = [logged(tmp_path / name) for name in ("whole", "short")]
+    lines = [logged(tmp_path / name) for name in ("complete", "short")]
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in lines[1]] == pytest.approx([line[key] for line in lines[0]], rel=1e-5)
     assert [line["sequences_consumed"] for line in lines[1]] == [16 * step for step in range(1, 9)]
@@ -98,9 +98,7 @@ def test_what_fitted_is_remembered_for_the_machine_and_the_model(tmp_path: Path,
     assert resumed.state.micro_batch_size == 2  # from the checkpoint
 
 
-def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
-    tmp_path: Path, text_file: Path
-) -> None:
+def test_with_one_sequence_per_micro_batch_advice_is_listed_in_order(tmp_path: Path, text_file: Path) -> None:
     run = run_for(layer(tmp_path / "run", text_file, model__hidden_size=40))
     short_of_memory(run, 0, lambda: RuntimeError(CPU_MESSAGE))
     with pytest.raises(AtlasError, match="step 3: out of memory with one sequence per micro-batch"):
@@ -119,7 +117,7 @@ def test_with_one_sequence_at_once_what_would_help_is_listed_in_order(
     assert "GB less" in log
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path, text_file: Path) -> None:
+def test_another_error_is_not_mistaken_for_a_lack_of_memory(tmp_path: Path, text_file: Path) -> None:
     run = run_for(layer(tmp_path / "run", text_file))
     tried = short_of_memory(run, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
@@ -132,7 +130,7 @@ def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"training__eval_interval": 2, "training__eval_sequences": 13}
-    whole, _ = trained(layer(tmp_path / "whole", text_file, **settings))
+    complete, _ = trained(layer(tmp_path / "complete", text_file, **settings))
     run = run_for(layer(tmp_path / "short", text_file, training__eval_batch_size=7, **settings))
     forward, sizes = run.model.hidden_states, []
 
@@ -148,26 +146,26 @@ def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
     assert sizes[:3] == [7, 3, 3]
     assert (run.state.micro_batch_size, run.state.eval_batch_size) == (4, 3)
     losses = [
-        [line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("whole", "short")
+        [line["val_loss"] for line in logged(tmp_path / name, "validation")] for name in ("complete", "short")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert whole.state.eval_batch_size == 4
+    assert complete.state.eval_batch_size == 4
 
 
 CAPPED = """
 import resource, sys
 from atlas.cli import main
 import torch, atlas.training.launch
-taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]), -1))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), -1))
 sys.exit(main(sys.argv[2:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of address space is Linux's")
-def test_a_true_limit_of_memory_is_lived_with(tmp_path: Path, text_file: Path) -> None:
-    """No injected error: the process may have 500 MB more, and 64 sequences at once take 3 times that."""
+def test_a_run_adapts_to_a_true_limit_of_memory(tmp_path: Path, text_file: Path) -> None:
+    """No injected error: the process may have 500 MB more, and 64 sequences need 3 times that."""
     explicit = layer(
         tmp_path / "run", text_file, training__batch_size=64, training__max_steps=2, model__max_seq_len=512
     )

@@ -1,4 +1,4 @@
-"""Stopping and going on: bit for bit after `kill -9`, and every way a run may begin."""
+"""Stopping and resuming: bit for bit after `kill -9`, and every way a run may start."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def short_text(tmp_path: Path) -> Path:
 
 
 def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) -> None:
-    whole = write_config(tmp_path / "whole.yaml", hard_config(tmp_path / "whole", short_text))
+    complete = write_config(tmp_path / "complete.yaml", hard_config(tmp_path / "uninterrupted", short_text))
     killed = write_config(tmp_path / "killed.yaml", hard_config(tmp_path / "killed", short_text))
-    finish(start_process(whole))
+    finish(start_process(complete))
     # Update 26, second of three micro-batches, is the (25 · 3 + 2)-th call: 25 updates are done.
     process = stalled(tmp_path, killed, 25 * 3 + 2)
     assert logged(tmp_path / "killed")[-1]["step"] == 25
@@ -83,13 +83,15 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) 
     assert 6 <= saved <= 24  # where the disk is slow, the last saves may not have got there
     errors = finish(start_process(killed))  # the same command once more, without a terminal
     assert f"at step {saved} of 40" in errors
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=40)
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "killed", steps=40)
     lost = [
         json.loads(line) for line in (tmp_path / "killed" / "metrics.lost.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lost if line["kind"] == "train"] == list(range(saved + 1, 26))
-    assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["epoch"] == 1  # an epoch ended on the way
-    assert load_checkpoint(tmp_path / "whole" / "atlas_step_40.pt")["machine"]["threads"] == 2
+    assert (
+        load_checkpoint(tmp_path / "uninterrupted" / "atlas_step_40.pt")["epoch"] == 1
+    )  # an epoch ended on the way
+    assert load_checkpoint(tmp_path / "uninterrupted" / "atlas_step_40.pt")["machine"]["threads"] == 2
 
 
 @pytest.mark.skipif(
@@ -99,7 +101,7 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path, short_text: Path) 
 def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     tmp_path: Path, short_text: Path, number: signal.Signals
 ) -> None:
-    trained(overlay(hard_config(tmp_path / "whole", short_text), nested("training.max_steps", 12)))
+    trained(overlay(hard_config(tmp_path / "uninterrupted", short_text), nested("training.max_steps", 12)))
     config = hard_config(tmp_path / "stopped", short_text)
     path = write_config(tmp_path / "stopped.yaml", overlay(config, nested("training.max_steps", 12)))
     process = stalled(tmp_path, path, 8 * 3 + 1)  # in update 9
@@ -111,7 +113,7 @@ def test_an_interrupt_saves_exits_130_and_resumes_with_the_same_bits(
     assert load_checkpoint(tmp_path / "stopped" / "atlas_interrupt_step_8.pt")["step"] == 8
     trained(yaml.safe_load(path.read_text()), resume="auto")
     # One thread here, two there: the bits of another thread count are other bits, the run is the same.
-    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("whole", "stopped")]
+    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("uninterrupted", "stopped")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -138,7 +140,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_command_without_a_terminal_goes_on(done: tuple[dict, Path]) -> None:
+def test_the_same_command_without_a_terminal_resumes(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     _trainer, result = trained(longer(explicit))
     assert result.step == 8
@@ -226,7 +228,7 @@ def test_with_a_terminal_it_asks(done: tuple[dict, Path], answer: bool) -> None:
     assert bool(start.set_aside) is not answer
 
 
-def test_resume_auto_in_an_empty_folder_starts_and_says_so(tmp_path: Path, text_file: Path) -> None:
+def test_resume_auto_in_an_empty_folder_starts_and_a_note_says_so(tmp_path: Path, text_file: Path) -> None:
     trained(layer(tmp_path / "run", text_file), resume="auto")
     assert "no checkpoint to resume from" in log_of(tmp_path / "run")
 
@@ -270,7 +272,7 @@ def test_resume_on_other_data_is_fine_tuning_into_a_folder_of_its_own(
     assert run.checkpoints.folder == Path("checkpoints/finetune-other")
     assert "fine-tuning from the weights" in log_of(tmp_path / "checkpoints" / "finetune-other")
     assert snapshot(folder) == before
-    # The same command again goes on with the fine-tuning that it began.
+    # The same command again resumes the fine-tuning that it began.
     assert (
         choose_start(Request(longer(request), resume=str(folder / "atlas_step_6.pt"))).contents["step"] == 3
     )
@@ -365,7 +367,7 @@ def test_a_resumed_run_keeps_its_context(
     assert (start.mode, start.config.model.max_seq_len) == ("finetune", 8)
 
 
-def test_a_changed_batch_size_goes_on_from_the_sequences_consumed(done: tuple[dict, Path]) -> None:
+def test_a_changed_batch_size_resumes_from_the_sequences_consumed(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     changed = overlay(longer(explicit), nested("training.batch_size", 2))
     run, _ = trained(changed)
@@ -456,11 +458,13 @@ def test_an_interrupt_before_the_first_update_is_a_checkpoint_too(
     assert (folder / "atlas_interrupt_step_0.pt").exists()
     run, result = trained(explicit, resume="auto")
     assert (result.outcome, result.step) == ("finished", 6)
-    trained(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "whole"))))
-    assert [line["loss"] for line in logged(folder)] == [line["loss"] for line in logged(tmp_path / "whole")]
+    trained(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "uninterrupted"))))
+    assert [line["loss"] for line in logged(folder)] == [
+        line["loss"] for line in logged(tmp_path / "uninterrupted")
+    ]
 
 
-def test_a_foreign_checkpoint_does_not_say_where_this_run_writes(
+def test_a_foreign_checkpoint_does_not_decide_where_this_run_writes(
     done: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _explicit, folder = done
@@ -506,7 +510,7 @@ def test_optimizer_state_of_another_size_is_refused(done: tuple[dict, Path], tmp
         ("model.hidden_size", 2**18, "atlas plan shows which presets fit"),
     ],
 )
-def test_what_no_memory_holds_is_refused_before_it_is_taken(
+def test_what_no_memory_holds_is_refused_before_it_is_allocated(
     tmp_path: Path, text_file: Path, key: str, value: int, words: str
 ) -> None:
     with pytest.raises(AtlasError, match=words):

@@ -85,14 +85,14 @@ def test_loss_in_chunks_is_the_loss_on_all_logits(
         chunked = differentiated(
             lambda h, w: linear_cross_entropy(h, w, targets, vocabulary=vocabulary), hidden, weight
         )
-    whole = differentiated(
+    complete = differentiated(
         lambda h, w: F.cross_entropy(
             (h @ w[:vocabulary].T).flatten(0, 1), targets.flatten(), reduction="sum"
         ),
         hidden,
         weight,
     )
-    for ours, reference in zip(chunked, whole, strict=True):
+    for ours, reference in zip(chunked, complete, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_loss_in_chunks_never_holds_the_logits() -> None:
         run = [sys.executable, "-c", PEAK_OF_LOSS, kind]
         return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 
-    assert peak("whole") > 2
+    assert peak("complete") > 2
     assert peak("chunks") < 0.5
 
 
@@ -185,13 +185,13 @@ def half_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | 
     return 0.5 * compute_lm_loss(logits, targets, mask)
 
 
-def test_a_custom_loss_is_a_mean_that_the_trainer_weights(tmp_path: Path, text_file: Path) -> None:
+def test_a_custom_loss_is_a_mean_that_the_loop_weights_by_tokens(tmp_path: Path, text_file: Path) -> None:
     options = {"training__micro_batch_size": 3, "training__grad_clip": 0}
     trained(layer(tmp_path / "a", text_file, training__loss=f"{__name__}:half_loss", **options))
     trained(layer(tmp_path / "b", text_file, **options))
-    for half, whole in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
+    for half, complete in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
         # Adam does not see the scale of the loss, so the weights move alike.
-        assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
+        assert half["loss"] == pytest.approx(complete["loss"] / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, text_file: 
 
 
 @pytest.mark.slow
-def test_learning_by_heart_is_warned_of(tmp_path: Path) -> None:
+def test_memorizing_the_text_gives_a_warning(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text(
         "abcdefghij klmnop qrstuv wxyz " * 12 + "zyxw vuts rqpo nmlk jihg fedc ba " * 3, encoding="utf-8"
@@ -476,7 +476,7 @@ def test_a_profile_is_a_trace_of_an_update_and_changes_nothing(text_file: Path, 
 
 
 @pytest.mark.slow
-def test_overfit_batch_tells_a_model_that_learns_from_one_that_cannot(
+def test_overfit_batch_distinguishes_a_model_that_learns_from_one_that_cannot(
     text_file: Path, tmp_path: Path
 ) -> None:
     from atlas.training.diagnostics import overfit_one_batch

@@ -20,16 +20,16 @@ def with_data(
     config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
 ) -> tuple[AtlasConfig, ResolvedData]:
     """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
-    from; on the same data it resumes that run, unless it `is_new_run`."""
+    from. On the same data the run resumes it, unless it `is_new_run`."""
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
             "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to resume "
             f"a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
         )
-    wished = explicit.get("data", {}).get("tokenizer")
+    asked = explicit.get("data", {}).get("tokenizer")
     tokenizer: Tokenizer | None = None
-    if wished is not None:
-        tokenizer = Tokenizer.resolve(wished)
+    if asked is not None:
+        tokenizer = Tokenizer.resolve(asked)
     elif contents is not None:
         tokenizer = Tokenizer.from_state(contents["tokenizer"])
     val_data, val_fraction = config.data.val_data, config.data.val_fraction
@@ -52,7 +52,7 @@ def with_data(
 
 def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
     """The config with what conversations need, except where the user wrote a setting: attention stays inside a
-    conversation, as in use, and fine-tuning gets a rate and a warm-up that a few dozen of them are learnt with
+    conversation, as in use; fine-tuning gets a rate and a warm-up that suit a few dozen conversations
     (docs/TRAINING.md#conversations), not those of the long run that made the checkpoint."""
     settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
     if is_finetuning:
@@ -80,7 +80,7 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """A new run is as long as the user wrote; what the checkpoint's run was limited by does not count then."""
+    """The config of a new run with the length that the user set, if any, instead of that of the checkpoint's run."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
     if not written:

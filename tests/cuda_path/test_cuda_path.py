@@ -156,9 +156,9 @@ def seen_in(result: dict[str, Any]) -> dict[str, int]:
 
 def differences(seen: dict[str, int], listed: dict[str, int]) -> list[str]:
     """A line for each kind and place that is not as listed."""
-    come, gone = Counter(seen) - Counter(listed), Counter(listed) - Counter(seen)
-    return [f"{count} more: {place}" for place, count in come.items()] + [
-        f"{count} fewer: {place}" for place, count in gone.items()
+    added, removed = Counter(seen) - Counter(listed), Counter(listed) - Counter(seen)
+    return [f"{count} more: {place}" for place, count in added.items()] + [
+        f"{count} fewer: {place}" for place, count in removed.items()
     ]
 
 

@@ -81,7 +81,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "custom loss": {"training.loss": "tests.toy:stalling_loss"},
     "spikes": {"guard.spikes": "skip"},
 }
-"""Settings of two updates of two micro-batches each, bf16 autocast where nothing else is said."""
+"""Settings of two updates of two micro-batches each, in bf16 autocast by default."""
 
 
 def config_of(settings: dict[str, Any]) -> AtlasConfig:
