@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals a
 
 # The terminal becomes the session's own, so that closing it sends SIGHUP as closing a window does.
 TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-IGNORE_HANGUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+HANGUP = "import signal; signal.signal(signal.SIGHUP, signal.{})"
 RUN = "import sys; from atlas.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -38,13 +38,14 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def at_a_terminal(
-    config: Path, environment: dict[str, str], *first: str
+    config: Path, environment: dict[str, str], *, hangup: str = "SIG_DFL"
 ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
-    """`atlas train --resume auto` at a terminal, after the Python statements `first`; and what closes the terminal."""
+    """`atlas train --resume auto` at a terminal, and what closes the terminal. `hangup` is how the process starts to
+    handle SIGHUP; the tests themselves may run under nohup."""
     import pty
 
     master, slave = pty.openpty()
-    code = "; ".join([*first, TAKE_TERMINAL, RUN])
+    code = "; ".join([HANGUP.format(hangup), TAKE_TERMINAL, RUN])
     command = [sys.executable, "-c", code, "train", "--config", str(config), "--resume", "auto"]
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
@@ -111,7 +112,7 @@ def test_a_closed_terminal_saves_the_run_and_the_next_call_resumes_it(
 def test_under_nohup_the_run_finishes_without_its_terminal(
     config: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    with at_a_terminal(config, environment, IGNORE_HANGUP) as (process, close):
+    with at_a_terminal(config, environment, hangup="SIG_IGN") as (process, close):
         close()
         assert process.wait(60) == 0
     log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
