@@ -54,7 +54,7 @@ INSIDE = {
     "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split "
     "< batching tokenize train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
-    "model": "documents kv_cache norm recompute rope < attention mlp < transformer < lora",
+    "model": "documents kv_cache recompute rope < norm < attention mlp < transformer < lora",
     "planning": "cards communication machine probe shapes < doctor estimate flops < advice presets speed < fit run "
     "< scaling summary < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory network_check",

@@ -171,7 +171,7 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
     blocks: Any = loaded.model.blocks
     streams, rotation = _streams(loaded, ids)
     patterns = {
-        layer: block.attention.weights(x, block.attention_norm, rotation)[0].cpu()
+        layer: block.attention.weights(block.attention_norm(x), rotation)[0].cpu()
         for layer, (block, x) in enumerate(zip(blocks, streams, strict=False))
         if layer in wanted
     }

@@ -16,7 +16,7 @@ from atlas.config import ModelConfig
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
 from atlas.model.norm import RMSNorm
-from atlas.model.recompute import checkpointed
+from atlas.model.recompute import Linear, checkpointed
 from atlas.model.rope import Rotation, rotate
 
 
@@ -32,7 +32,7 @@ class CausalSelfAttention(nn.Module):
         ]
         self.shares_keys = config.kv_heads != config.num_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
+        self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.bias)
         self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
         # Keep the products of queries and keys from growing (Henry et al. 2020, arXiv:2010.04245).
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
@@ -41,18 +41,19 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        norm: nn.Module,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C), of norm(x), which is not kept. `mask` (B, 1, T, S) says what is seen, all that came
-        before where it is left out; with a cache `positions` (B, T) says where the tokens stand; `rotation` turns
-        queries and keys. Where K < H, each head of keys and values serves H / K of queries (Ainslie et al. 2023,
-        arXiv:2305.13245)."""
+        """(B, T, C) → (B, T, C).
+
+        `mask` (B, 1, T, S) selects the tokens that each query sees; default: all earlier ones. With a cache,
+        `positions` (B, T) are those of the new tokens. `rotation` is applied to queries and keys. Where K < H, each
+        head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
+        """
         B, T, _ = x.shape
-        q_BHTD, k_BKTD, v_BKTD = self._project(x, norm, rotation)
+        q_BHTD, k_BKTD, v_BKTD = self._project(x, rotation)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             assert positions is not None
@@ -86,24 +87,21 @@ class CausalSelfAttention(nn.Module):
             )
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
-    def weights(self, x: Tensor, norm: nn.Module, rotation: Rotation | None = None) -> Tensor:
-        """(B, T, C) → (B, H, T, T) in fp32: the part that each token, a row, takes of each up to itself. For those who
-        look: `forward` never makes these numbers, whose memory grows with T²."""
-        q_BHTD, k_BKTD, _ = self._project(x, norm, rotation)
+    def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and earlier ones.
+        For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
+        q_BHTD, k_BKTD, _ = self._project(x, rotation)
         k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
         scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
 
-    def _project(
-        self, x: Tensor, norm: nn.Module, rotation: Rotation | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D) of norm(x), where they meet."""
+    def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D), with norms and rotation applied."""
         B, T, _ = x.shape
-        qkv: Tensor = checkpointed(lambda x: self.qkv(norm(x)), x)
+        qkv = self.qkv(x)
         q_BTHD, k_BTKD, v_BTKD = (
-            part.view(B, T, -1, self.head_size)
-            for part in qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
+            part.view(B, T, -1, self.head_size) for part in qkv.split(self.widths, dim=-1)
         )
         q_BHTD = _norm_and_rope(q_BTHD, self.q_norm, rotation).transpose(1, 2)
         k_BKTD = _norm_and_rope(k_BTKD, self.k_norm, rotation).transpose(1, 2)

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import LoraConfig
+from atlas.model.recompute import linear
 from atlas.model.transformer import AtlasLM
 
 _ROOMS = {"qkv": "attention", "output": "attention", "up": "mlp", "down": "mlp"}
@@ -34,8 +34,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        update = linear(linear(x, self.lora_a), self.lora_b)
+        return linear(x, self.weight, self.bias) + self.scale * update
 
 
 def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import ModelConfig
-from atlas.model.recompute import checkpointed
+from atlas.model.recompute import Linear, checkpointed
 
 
 class MLP(nn.Module):
@@ -22,13 +22,12 @@ class MLP(nn.Module):
         self.is_gated = config.mlp == "swiglu"
         self.gelu_form = "none" if config.mlp == "gelu_exact" else "tanh"
         inside = 2 * config.mlp_width if self.is_gated else config.mlp_width
-        self.up = nn.Linear(config.hidden_size, inside, bias=config.bias)
+        self.up = Linear(config.hidden_size, inside, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """(B, T, C) → (B, T, C), of norm(x). Neither the norm's output nor what `down` takes is kept."""
-        inside = checkpointed(lambda x: self.up(norm(x)), x)
-        return checkpointed(lambda x: self.down(self._activate(x)), inside)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C). The activation's output is recomputed in the backward pass."""
+        return checkpointed(lambda inside: self.down(self._activate(inside)), self.up(x))
 
     def _activate(self, inside: Tensor) -> Tensor:
         if not self.is_gated:

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from atlas.config import ModelConfig
+from atlas.model.recompute import checkpointed, recomputable
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last dimension (Ba et al. 2016, arXiv:1607.06450); its output is recomputed in the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        return recomputable(super().forward, input)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -16,11 +25,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
-        # On a CPU PyTorch has no kernel for it, but makes it of a dozen steps.
+        return recomputable(self._normalize, x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        # PyTorch has no CPU kernel for it and runs a dozen operators instead.
         if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
             result: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return result
-        return super().forward(x)
+        # Other devices may run it operator by operator as well: none of the intermediate results is kept.
+        return checkpointed(super().forward, x)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
@@ -45,7 +58,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    """Over the width of the model: LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm."""
+    """The norm that `config.norm` names, over the model's width."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)

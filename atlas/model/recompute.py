@@ -1,4 +1,4 @@
-"""What is cheap to make again is not kept for the gradients."""
+"""Outputs that are cheap to compute again are not kept for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,77 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
 def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, of which only `x` is kept for the gradients (Chen et al. 2016, arXiv:1604.06174).
+    """`function(x)`, of which only `x` is kept for the gradients.
 
-    For a cheap operation before a matrix product: recomputing ends where the product would keep its input, before it is
-    multiplied again. `function` must be the same each time: no dropout.
+    For a cheap operation before a matrix product: recomputation stops at the product's input and does not repeat the
+    product. `function` must be deterministic: no dropout.
 
-    Compiled it is `function` alone: what is kept, the compiler decides (`training.compilation`). Told to recompute, it
-    would take the matrix product a second time as well.
+    Under torch.compile this is `function` alone: the compiler decides what is kept (`training.compile`). Asked to
+    recompute, it would repeat the matrix product too.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     result: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return result  # type: ignore[no-any-return]
+
+
+def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, marked so that `linear` keeps `x` in its place. `function` must be cheap and deterministic."""
+    result = function(x)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        result.recompute_from = (function, x)  # type: ignore[attr-defined]
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, (…, in) → (…, out). Of a `recomputable` x it keeps what x was computed from."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(x, "recompute_from"):
+        return F.linear(x, weight, bias)
+    result: Tensor = _LinearOfRecomputed.apply(x, weight, bias, *x.recompute_from)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by the `linear` of this module: for layers whose input is a norm's output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return linear(input, self.weight, self.bias)
+
+
+class _LinearOfRecomputed(torch.autograd.Function):
+    """PyTorch's linear layer and its gradients, with x = function(source) computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[..., Any], source: Tensor
+    ) -> Tensor:
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.function = function
+        ctx.save_for_backward(source, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        source, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows = gradient.flatten(0, -2)
+        by_x = by_weight = None
+        if needs_x:
+            by_x = (rows @ weight.to(rows.dtype)).view(*gradient.shape[:-1], -1)
+        if needs_weight:
+            with torch.autocast(**ctx.autocast):
+                x = ctx.function(source)
+            by_weight = rows.t() @ x.flatten(0, -2).to(rows.dtype)
+        return by_x, by_weight, rows.sum(0) if needs_bias else None, None, None

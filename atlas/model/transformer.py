@@ -43,8 +43,8 @@ class Block(nn.Module):
         mask: Tensor | BlockMask | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(x, self.attention_norm, cache, positions, mask, rotation))
-        return x + self.dropout(self.mlp(x, self.mlp_norm))  # type: ignore[no-any-return]
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, positions, mask, rotation))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
 
 class AtlasLM(nn.Module):
