@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.cli.export import Type
 from atlas.config import AtlasConfig, ModelConfig
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, ExportError
 from atlas.export import gguf as module
 from atlas.export import llama_cpp, verify
 from atlas.export.gguf import export_gguf, file_tensors, read_gguf
+from atlas.export.huggingface import export_hf
 from atlas.export.llama_cpp import Answer, Step, ask_llama_cpp
 from atlas.export.quantize import QUANTIZATIONS
 from atlas.export.verify import Proof, verify_gguf
@@ -244,6 +245,27 @@ def test_a_model_that_a_gguf_file_cannot_hold_is_refused_with_the_reason(
     with torch.no_grad():
         model.blocks[1].mlp_norm.bias[3] = float("nan")
     assert "blk.1.ffn_norm.bias" in refused(tmp_path, model, bpe, quantize="f32")
+
+
+def test_a_setting_that_no_table_names_makes_the_model_train_only(
+    tmp_path: Path, bpe: ByteLevelTokenizer
+) -> None:
+    """A new field cannot be exported as if it were not there, not even at its default."""
+
+    class Capped(ModelConfig):
+        logit_cap: float = 0.0
+
+    for changes in ({}, *MODERN.values()):
+        model = sharp_model(bpe, **changes)
+        assert model.config.train_only is None
+        model.config = Capped(**model.config.model_dump())
+        assert model.config.gguf_architecture is None
+        reason = "the table of llama.cpp's architectures does not name model.logit_cap: remove this setting"
+        assert model.config.train_only == reason
+        assert reason in refused(tmp_path, model, bpe)
+        with pytest.raises(ExportError, match=re.escape(reason)):
+            export_hf(model, bpe, tmp_path / "hf")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_disk_is_said_before_anything_is_written(

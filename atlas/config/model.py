@@ -16,13 +16,23 @@ FLEX_HEAD_SIZE = 16
 """The narrowest head that FlexAttention's kernel on CUDA takes."""
 _ROPE_THETA = 10_000.0
 
-_ROTATED = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
-_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False},
-    "llama": {**_ROTATED, "qk_norm": False},
-    "qwen3": {**_ROTATED, "qk_norm": True},
+_SIZES = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "vocab_size"}
+_EVERY_VALUE = _SIZES | {"max_seq_len", "rope_theta", "norm_eps", "dropout", "bias", "tie_embeddings", "init"}
+"""Fields that llama.cpp's architectures compute at every value, or that change only how a model is trained."""
+_ROTATED = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,)}
+_ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    # llama.cpp computes gelu_exact by the tanh form.
+    "gpt2": {
+        "position": ("learned",),
+        "norm": ("layernorm",),
+        "mlp": ("gelu", "gelu_exact"),
+        "qk_norm": (False,),
+    },
+    "llama": {**_ROTATED, "qk_norm": (False,)},
+    "qwen3": {**_ROTATED, "qk_norm": (True,)},
 }
-"""llama.cpp's architectures that a model can be exported as, and what each of them wants."""
+"""The architectures of llama.cpp that a model can be exported as: the values that each computes, by field. A field that
+stands neither here nor above makes the model train-only, at any value."""
 
 
 class ModelConfig(Section):
@@ -146,6 +156,8 @@ class ModelConfig(Section):
     @property
     def gguf_architecture(self) -> str | None:
         """The llama.cpp architecture that computes what this model computes, if there is one."""
+        if self._unknown_fields:
+            return None
         return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
 
     @property
@@ -153,6 +165,8 @@ class ModelConfig(Section):
         """Why the model cannot leave Atlas, with what to change; None where it can."""
         if self.gguf_architecture:
             return None
+        if unknown := self._unknown_fields:
+            return f"the table of llama.cpp's architectures does not name model.{unknown[0]}: remove this setting"
         nearest = min(_ARCHITECTURES, key=lambda name: len(self._changes_for(name)))
         changes = " and ".join(
             f"model.{setting} to {str(value).lower()}"
@@ -160,13 +174,19 @@ class ModelConfig(Section):
         )
         return f"no architecture of llama.cpp computes this model: for {nearest}, set {changes}"
 
+    @property
+    def _unknown_fields(self) -> list[str]:
+        """Fields that the table of architectures does not name: an exported file would leave them out in silence."""
+        return [
+            name
+            for name in type(self).model_fields
+            if name not in _EVERY_VALUE and not all(name in values for values in _ARCHITECTURES.values())
+        ]
+
     def _changes_for(self, architecture: str) -> dict[str, Any]:
-        """The settings that stand between this model and a llama.cpp architecture, with the values it wants."""
-        wanted = _ARCHITECTURES[architecture]
-        own = self.model_dump(include=set(wanted))
-        if own["mlp"] == "gelu_exact":  # llama.cpp computes its tanh form under the same architecture
-            own["mlp"] = "gelu"
-        changes = {name: value for name, value in wanted.items() if own[name] != value}
+        """The settings that differ from a llama.cpp architecture, with the values that it needs."""
+        computed = _ARCHITECTURES[architecture]
+        changes = {name: values[0] for name, values in computed.items() if getattr(self, name) not in values}
         if architecture == "gpt2":  # its heads are as wide together as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads

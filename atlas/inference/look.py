@@ -18,7 +18,7 @@ from torch import Tensor
 from atlas.errors import AtlasError
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, filters, penalize_repetition
-from atlas.model.rope import Rotation
+from atlas.model.attention import Context
 from atlas.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 128
@@ -169,9 +169,9 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
     if wrong := [layer for layer in wanted if not 0 <= layer < num_layers]:
         raise AtlasError(f"layer {wrong[0]}: the model has layers 0 to {num_layers - 1}")
     blocks: Any = loaded.model.blocks
-    streams, rotation = _streams(loaded, ids)
+    streams, context = _streams(loaded, ids)
     patterns = {
-        layer: block.attention.weights(block.attention_norm(x), rotation)[0].cpu()
+        layer: block.attention.weights(block.attention_norm(x), context)[0].cpu()
         for layer, (block, x) in enumerate(zip(blocks, streams, strict=False))
         if layer in wanted
     }
@@ -202,14 +202,13 @@ def lens(
     return [Depth(layer, *row) for layer, row in zip(layers, zip(*columns, strict=True), strict=True)]
 
 
-def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Rotation | None]:
-    """The residual stream, (1, T, C), before the first block and after each; and how queries and keys are turned."""
-    tokens = _tensor(loaded, ids)
-    x, rotation = loaded.model.embed(tokens, torch.arange(len(ids), device=tokens.device))
+def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:
+    """The residual stream, (1, T, C), before the first block and after each; and what attention takes beside it."""
+    x, context = loaded.model.embed(_tensor(loaded, ids))
     streams = [x]
     for block in loaded.model.blocks:
-        streams.append(block(streams[-1], rotation=rotation))
-    return streams, rotation
+        streams.append(block(streams[-1], None, *context))
+    return streams, context
 
 
 def _tensor(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:

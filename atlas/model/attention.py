@@ -6,6 +6,7 @@ Shapes: B batch, T new tokens, S tokens seen, H heads, K heads of keys and value
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,17 @@ from atlas.model.kv_cache import KVCache
 from atlas.model.norm import RMSNorm
 from atlas.model.recompute import Linear, checkpointed
 from atlas.model.rope import Rotation, rotate
+
+
+class Context(NamedTuple):
+    """What the attention of every block takes beside the residual stream."""
+
+    positions: Tensor
+    """(T,) or (B, T): of the new tokens."""
+    mask: Tensor | BlockMask | None = None
+    """(B, 1, T, S): the tokens that each query sees; None: all earlier ones."""
+    rotation: Rotation | None = None
+    """Applied to queries and keys."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -54,43 +66,33 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, _ = x.shape
         q_BHTD, k_BKTD, v_BKTD = self._project(x, rotation)
-        dropout = self.dropout if self.training else 0.0
-        if cache is not None:
-            assert positions is not None
-            assert not isinstance(mask, BlockMask)
-            k_BKSD, v_BKSD = cache.update(self.layer, positions, k_BKTD, v_BKTD)
-            if T == 1 and self.shares_keys:
-                # The queries that share a head of keys, as rows: on CUDA a kernel that takes a mask may share none.
-                rows = q_BHTD.reshape(B, k_BKSD.shape[1], -1, self.head_size)
-                out_BHTD = F.scaled_dot_product_attention(rows, k_BKSD, v_BKSD, attn_mask=mask)
-                out_BHTD = out_BHTD.reshape(B, -1, T, self.head_size)
-            else:
-                out_BHTD = F.scaled_dot_product_attention(
-                    q_BHTD,
-                    k_BKSD,
-                    v_BKSD,
-                    attn_mask=mask,
-                    is_causal=mask is None and T > 1,
-                    enable_gqa=self.shares_keys,
-                )
-        elif isinstance(mask, BlockMask):
+        if isinstance(mask, BlockMask):
+            assert cache is None
             out_BHTD = attend_sparsely(q_BHTD, k_BKTD, v_BKTD, mask)
         else:
+            if cache is not None:
+                assert positions is not None
+                k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
+            # One query a row: those that share a head of keys become rows, since on CUDA no kernel takes a mask and
+            # shared heads together.
+            as_rows = self.shares_keys and cache is not None and T == 1
+            if as_rows:
+                q_BHTD = q_BHTD.reshape(B, k_BKTD.shape[1], -1, self.head_size)
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,
                 k_BKTD,
                 v_BKTD,
                 attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                enable_gqa=self.shares_keys,
-            )
+                dropout_p=self.dropout if self.training and cache is None else 0.0,
+                is_causal=mask is None and (cache is None or T > 1),
+                enable_gqa=self.shares_keys and not as_rows,
+            ).reshape(B, -1, T, self.head_size)
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
-    def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def weights(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and earlier ones.
         For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
-        q_BHTD, k_BKTD, _ = self._project(x, rotation)
+        q_BHTD, k_BKTD, _ = self._project(x, context.rotation)
         k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
         scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)

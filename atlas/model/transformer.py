@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from atlas.config import ModelConfig
-from atlas.model.attention import CausalSelfAttention
+from atlas.model.attention import CausalSelfAttention, Context
 from atlas.model.documents import document_mask, document_positions
 from atlas.model.kv_cache import KVCache
 from atlas.model.mlp import MLP
@@ -27,7 +27,7 @@ from atlas.model.rope import Rotation, rotation_at
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
         self.attention = CausalSelfAttention(config, layer)
@@ -89,10 +89,10 @@ class AtlasLM(nn.Module):
                 if name.endswith(("attention.output", "mlp.down")):
                     std *= residual_scale
                 nn.init.normal_(module.weight, std=std)
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                nn.init.ones_(module.weight)
-            if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
         self.token_embedding.weight[self.config.vocabulary :] = 0
         if not self.config.tie_embeddings:
             self.lm_head.weight[self.config.vocabulary :] = 0
@@ -111,35 +111,45 @@ class AtlasLM(nn.Module):
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
         """(B, T) ids → (B, T, C) after the final norm; what `head` turns into logits."""
-        T = tokens.shape[1]
-        if cache is None:
-            if self.config.max_seq_len < T:
-                raise ValueError(f"{T} tokens do not fit a context of {self.config.max_seq_len}")
-            positions, mask = self._positions_and_mask(T, tokens.device, documents)
-        elif documents is not None:
-            raise ValueError("a cache holds one document a row: documents cannot be given with it")
-        else:
-            positions = cache.positions(T)
-            mask = cache.visible(positions)
-        x, rotation = self.embed(tokens, positions)
+        x, context = self.embed(tokens, cache, documents)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cache, positions, mask, rotation, use_reentrant=False)
+                x = checkpoint(block, x, cache, *context, use_reentrant=False)
             else:
-                x = block(x, cache, positions, mask, rotation)
+                x = block(x, cache, *context)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(tokens.shape[1])
         return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
-        """What blocks take, of tokens (B, T) at `positions`, (T,) or (B, T): the first one the residual stream
-        (B, T, C), and all the angles by which they turn queries and keys."""
-        x, rotation = self._look_up(tokens), None
+    def embed(
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """(B, T) ids → the residual stream (B, T, C) before the first block, and what every block takes beside it."""
+        context = self._context(tokens, cache, documents)
+        x = self._look_up(tokens)
+        if self.config.position == "learned":
+            x = x + self.position_embedding(context.positions)
+        return self.dropout(x), context
+
+    def _context(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Context:
+        """Computed once for all blocks. A single document needs no mask: attention's own kernel is causal."""
+        T, mask, rotation = tokens.shape[1], None, None
+        if cache is not None:
+            if documents is not None:
+                raise ValueError("a cache holds one document a row: documents cannot be given with it")
+            positions = cache.positions(T)
+            mask = cache.visible(positions)
+        else:
+            if self.config.max_seq_len < T:
+                raise ValueError(f"{T} tokens do not fit a context of {self.config.max_seq_len}")
+            positions = torch.arange(T, device=tokens.device)
+            if documents is not None:
+                positions = document_positions(documents)
+                dropout = self.config.dropout if self.training else 0.0
+                mask = document_mask(documents, head_size=self.config.head_size, dropout=dropout)
         if self.config.position == "rope":
             rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
-        else:
-            x = x + self.position_embedding(positions)
-        return self.dropout(x), rotation
+        return Context(positions, mask, rotation)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, C)."""
@@ -148,16 +158,6 @@ class AtlasLM(nn.Module):
         if self.config.tie_embeddings and tokens.device.type == "cpu" and torch.is_grad_enabled():
             return F.embedding(tokens, self.token_embedding.weight, sparse=True)
         return self.token_embedding(tokens)  # type: ignore[no-any-return]
-
-    def _positions_and_mask(
-        self, num_tokens: int, device: torch.device, documents: Tensor | None
-    ) -> tuple[Tensor, Tensor | BlockMask | None]:
-        """Made once for all blocks; the mask of a single document is left to attention's own kernel."""
-        if documents is None:
-            return torch.arange(num_tokens, device=device), None
-        dropout = self.config.dropout if self.training else 0.0
-        mask = document_mask(documents, head_size=self.config.head_size, dropout=dropout)
-        return document_positions(documents), mask
 
     @property
     def head_table(self) -> Tensor:
