@@ -133,7 +133,8 @@ class AtlasLM(nn.Module):
 
     def _context(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Context:
         """Computed once for all blocks. A single document needs no mask: attention's own kernel is causal."""
-        T, mask, rotation = tokens.shape[1], None, None
+        T, rotation = tokens.shape[1], None
+        mask: Tensor | BlockMask | None = None
         if cache is not None:
             if documents is not None:
                 raise ValueError("a cache holds one document a row: documents cannot be given with it")

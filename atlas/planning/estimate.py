@@ -165,7 +165,9 @@ def _step_temporaries(model: ModelConfig, training: TrainingConfig, *, device: s
     # The weights of `bf16-true` are updated one parameter after the other.
     layers = model.num_layers if _weight_bytes(training) == _FP32 else 1
     muon = max(_muon_bytes(matrix, count, device=device) for matrix, count in _muon_parts(model, layers))
-    own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest, "muon": muon}[training.optimizer]
+    own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest, "muon": muon}.get(
+        training.optimizer, 0
+    )
     if _weight_bytes(training) == _FP32:
         return own
     return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from atlas.training.optimizers.adamw import build_adamw
 from atlas.training.optimizers.adamw8bit import build_adamw8bit, shapes_8bit
 from atlas.training.optimizers.muon import MuonWithAdamW
 
+_BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.optim.Optimizer]] = {
+    "adamw": build_adamw,
+    "adamw8bit": build_adamw8bit,
+    "adafactor": build_adafactor,
+}
+
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The one that `training.optimizer` names. Matrices and embeddings decay, biases and norms do not, and a rate means
@@ -21,13 +28,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        return build_adafactor([matrices, vectors], config)
-    if config.optimizer == "adamw8bit":
-        return build_adamw8bit([matrices, vectors], config)
-    if config.optimizer == "muon":
+    if config.optimizer == "muon":  # for matrices of some names
         return MuonWithAdamW(model, config)
-    return build_adamw([matrices, vectors], config)
+    return _BUILDERS[config.optimizer]([matrices, vectors], config)
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
