@@ -64,7 +64,7 @@ class ModelConfig(Section):
     )
     max_seq_len: Int = Field(1024, ge=1, le=2**32, description="Context length in tokens.")
     position: Literal["learned", "rope"] = Field(
-        "learned", description="How a token knows its place: a learned vector, or rotated queries and keys."
+        "learned", description="Position encoding: learned vectors, or rope, which rotates queries and keys."
     )
     rope_theta: Float = Field(
         _ROPE_THETA, gt=1, description="The longest wave of rope is about 2π times so many tokens."

@@ -287,8 +287,8 @@ def _refuse_other_shape(
 ) -> list[str]:
     """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`; return what the user should know.
 
-    A new run may have a context of another length: no weight depends on it with `position: rope`, and of learned
-    positions a shorter context takes the first. A resumed run may not, since it counts what it has read in sequences
+    A new run may have a context of another length: only learned positions depend on it, and of these
+    a shorter context takes the first. A resumed run may not, since it counts what it has read in sequences
     of that length.
     """
     # Resolved: an older checkpoint does not know of every setting.
@@ -301,7 +301,7 @@ def _refuse_other_shape(
     }
     other_context = changed.pop("max_seq_len", None) if is_new_run else None
     length, is_longer = old["max_seq_len"], new["max_seq_len"] > old["max_seq_len"]
-    fits = new["position"] == "rope" or not is_longer
+    fits = new["position"] != "learned" or not is_longer
     if changed:
         remedy = "leave these settings as they were"
         if fits and list(changed) == ["max_seq_len"]:
