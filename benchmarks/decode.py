@@ -218,7 +218,7 @@ def bytes_per_second(device: str) -> float:
     """How fast memory is read: the better of a copy, its writing counted too, and of adding up."""
     import torch
 
-    from atlas.planning.probe import measure_copy
+    from atlas.machine import measure_copy
 
     numbers = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
     seconds = []
@@ -231,7 +231,7 @@ def bytes_per_second(device: str) -> float:
 
 def bytes_per_token(model: Any) -> int:
     """Of the weights, all of which a step reads; of the positions it reads a row."""
-    from atlas.planning import count_parameters
+    from atlas.model.cost import count_parameters
 
     parameters = count_parameters(model.config)
     return int(model.head_table.element_size()) * (parameters.total - parameters.position_embedding)
@@ -360,7 +360,7 @@ def main() -> None:
 
     import torch
 
-    from atlas.planning import count_parameters
+    from atlas.model.cost import count_parameters
 
     threads = arguments.threads or torch.get_num_threads()
     shape = Shape(arguments.preset, arguments.device, threads, gguf="", dtype=arguments.dtype)

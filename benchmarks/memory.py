@@ -36,7 +36,7 @@ def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool 
     """The preset, with at most two micro-batches an update."""
     from atlas.config.loader import overlay, read_yaml, resolve
     from atlas.config.presets import preset_path
-    from atlas.planning import assume_vocabulary
+    from atlas.training.memory.presets import assume_vocabulary
 
     layer = read_yaml(preset_path(preset))
     training: dict[str, Any] = {
@@ -55,7 +55,7 @@ def child(preset: str, micro_batch: int | None, device: str, compiled: bool, fre
     set_up_process()  # as the command does
     import torch
 
-    from atlas.planning import measure_memory
+    from atlas.machine import measure_memory
 
     step = atlas_step(config_of(preset, micro_batch, device, compiled), keeps_little=True)
     for _ in range(2):
@@ -83,7 +83,8 @@ def measure(
 
 
 def compare_with_estimates(presets: list[str], arguments: argparse.Namespace) -> None:
-    from atlas.planning import estimate_training_memory, measure_memory
+    from atlas.machine import measure_memory
+    from atlas.training.memory.estimate import estimate_training_memory
 
     device = arguments.device
     print("| | micro-batch | measured | estimated | error | within 10 % |\n|---|---:|---:|---:|---:|---|")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kernel_costs import Kernel, KernelLog
 
     from atlas.config import AtlasConfig
-    from atlas.planning import Card
+    from atlas.planning.cards import Card
 
 PARTS = ("blocks forward", "blocks backward", "loss", "optimizer", "clip", "rest")
 GPUS = ("H100", "H200", "RTX 4090", "RTX 3060")
@@ -70,7 +70,7 @@ class Update(NamedTuple):
 def count_update(name: str, step: Callable[[int], None], log: KernelLog, config: AtlasConfig) -> Update:
     """Count `step(n)`, an update of n micro-batches. The first call compiles and creates states. An update of one
     micro-batch and one of two then give any number of them."""
-    from atlas.planning import training_flops_per_token
+    from atlas.model.cost import training_flops_per_token
 
     counted = []
     for micro_batches in (2, 1, 2):
@@ -209,7 +209,7 @@ def simulate(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, 
 
     from atlas.config.loader import overlay, parse_overrides, read_yaml, resolve
     from atlas.config.presets import find_config
-    from atlas.planning import assume_vocabulary
+    from atlas.training.memory.presets import assume_vocabulary
 
     log = KernelLog(vocabulary=0)
     device.backend = log.backend()
@@ -348,7 +348,7 @@ def main() -> None:
         )
     device = fake_cuda.FakeCuda()  # before anything imports PyTorch
     from atlas.errors import AtlasError
-    from atlas.planning import find_card
+    from atlas.planning.cards import find_card
 
     try:
         run(arguments, device, [find_card(name) for name in arguments.gpu or GPUS])

@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from contenders import Contender, take_turns
@@ -87,11 +87,14 @@ Step = Callable[[], None]
 def atlas(task: Task, world: World) -> Step:
     from atlas.training.devices.device import setup_runtime
     from atlas.training.devices.signals import StopRequest
+    from atlas.training.memory.parallel import choose_parallel
     from atlas.training.state import TrainState
     from atlas.training.step import accumulate_gradient, apply_gradient, fresh_learner
 
     config = task.config(world.size)
-    learner = fresh_learner(config, setup_runtime(config, world))
+    runtime = setup_runtime(config, world)
+    runtime = replace(runtime, parallel=choose_parallel(config, world, runtime.device))
+    learner = fresh_learner(config, runtime)
     state = TrainState(horizon=10**9, micro_batch_size=task.batch_size, eval_batch_size=task.batch_size)
     stop = StopRequest(print, is_alone=world.size == 1)
 

@@ -18,7 +18,7 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
-from atlas.planning import training_flops_per_token
+from atlas.model.cost import training_flops_per_token
 from atlas.planning.run import utilisation
 from atlas.process import keep_memory
 from atlas.training.devices.device import setup_runtime

@@ -12,12 +12,12 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import leaves_batch_size_open, preset_path
 from atlas.errors import AtlasError
-from atlas.planning import estimate_training_memory
 from atlas.training import micro_batch
 from atlas.training.devices.compile import filled_up
 from atlas.training.devices.device import Runtime
 from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import evaluate
+from atlas.training.memory.estimate import estimate_training_memory
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.run import Learner
 from atlas.training.step import accumulate_gradient, fresh_learner

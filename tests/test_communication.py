@@ -26,34 +26,28 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import overlay, resolve
 from atlas.errors import AtlasError
 from atlas.model import build_model
-from atlas.planning import (
-    LINKS,
-    Cluster,
-    Link,
-    Machine,
-    Scaling,
-    cluster_of,
-    estimate_training_memory,
-    find_card,
-    machine_with,
-    plan_run,
-    scale,
-    seconds_of_update,
-    tables,
-)
 from atlas.planning import scaling as planned
+from atlas.planning import tables
+from atlas.planning.cards import find_card
 from atlas.planning.communication import (
     LINK_EFFICIENCY,
+    LINKS,
     OVERLAP,
+    Cluster,
+    Link,
     Pass,
     Sizes,
     all_reduce,
+    cluster_of,
     communicate,
     gather,
 )
+from atlas.planning.run import Machine, machine_with, plan_run, seconds_of_update
+from atlas.planning.scaling import Scaling, scale
 from atlas.training.devices.parallel import no_sync_except_last, wrap
 from atlas.training.devices.world import World
 from atlas.training.loss import SummedLoss
+from atlas.training.memory.estimate import estimate_training_memory
 
 SHAPE = {"hidden_size": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 250, "max_seq_len": 32}
 FAST = Link("fast", 100.0)

@@ -19,10 +19,10 @@ from atlas.config.loader import nested, overlay, resolve
 from atlas.data.sequences.loader import share_of_update
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training.checkpoint.load import load_checkpoint
-from atlas.training.devices import parallel as sharing
 from atlas.training.devices import world as distributed
-from atlas.training.devices.parallel import choose_parallel
 from atlas.training.devices.world import World
+from atlas.training.memory import parallel as sharing
+from atlas.training.memory.parallel import choose_parallel
 from tests.runs import REPOSITORY, layer, logged, run_for, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's gloo and these signals are not Windows'")

@@ -33,13 +33,9 @@ from atlas.config.loader import check_keys, fields, nested, read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
 from atlas.inference.sampling import Sampling, penalize_repetition, probabilities
 from atlas.model import AtlasLM
-from atlas.planning import (
-    assume_vocabulary,
-    checkpoint_bytes,
-    estimate_training_memory,
-    output_folder_bytes,
-)
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
+from atlas.training.memory.estimate import checkpoint_bytes, estimate_training_memory, output_folder_bytes
+from atlas.training.memory.presets import assume_vocabulary
 from tests.archive import kaggle_files, write_zip
 from tests.conftest import SENTENCES, corpus
 

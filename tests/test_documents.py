@@ -15,7 +15,7 @@ from atlas.config import AtlasConfig, DataConfig, ModelConfig, TrainingConfig
 from atlas.data.sequences.dataset import documents_of
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
-from atlas.planning.estimate import estimate_training_memory
+from atlas.training.memory.estimate import estimate_training_memory
 from atlas.training.summary import _log_dense_attention
 from atlas.training.train import train
 from tests.runs import assert_same_run, layer, on_updates, run_for, trained

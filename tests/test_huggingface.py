@@ -29,7 +29,7 @@ from atlas.export import llama_cpp
 from atlas.export.huggingface import export_hf
 from atlas.export.import_hf import import_hf
 from atlas.inference.load import load_model
-from atlas.planning import count_parameters
+from atlas.model.cost import count_parameters
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from tests.conftest import corpus
 from tests.test_export import MODERN, save_checkpoint, sharp_model

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from atlas.config import ModelConfig, TrainingConfig
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.model import AtlasLM, KVCache, build_model
+from atlas.model.cost import count_parameters
 from atlas.model.norm import RMSNorm
-from atlas.planning import count_parameters
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
 from atlas.training.optimizers.build import build_optimizer
 from tests.test_model import difference, sharp_model

@@ -15,7 +15,7 @@ from atlas.export.peft import export_adapter
 from atlas.export.save_imported import save_imported
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, add_lora, has_lora, merged
-from atlas.planning import lora_parameters
+from atlas.model.cost import lora_parameters
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.training.checkpoint.load import load_checkpoint
 from tests.conftest import corpus

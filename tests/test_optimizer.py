@@ -17,10 +17,10 @@ from atlas.config import LoraConfig, ModelConfig, TrainingConfig
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, add_lora, build_model
-from atlas.planning import checkpoint_bytes
 from atlas.training.checkpoint.atomic_write import tensor_bytes
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.validate import check_optimizer_state
+from atlas.training.memory.estimate import checkpoint_bytes
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.step import apply_gradient
 from atlas.training.train import train

@@ -21,25 +21,15 @@ from atlas.config.presets import preset_names
 from atlas.data import open_dataset
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM, build_model
-from atlas.planning import (
-    CARDS,
-    Machine,
-    card_named,
-    card_speed,
-    describe_duration,
-    estimate_training_memory,
-    find_card,
-    largest_micro_batch,
-    machine_with,
-    memory_advice,
-    plan_presets,
-    plan_run,
-    tables,
-    training_flops_per_token,
-    update_seconds,
-)
-from atlas.planning.run import SPREAD
+from atlas.model.cost import training_flops_per_token
+from atlas.planning import tables
+from atlas.planning.cards import CARDS, card_named, find_card
+from atlas.planning.run import SPREAD, Machine, describe_duration, machine_with, plan_run
+from atlas.planning.speed import card_speed, update_seconds
 from atlas.training.loss import compute_lm_loss
+from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.fit import largest_micro_batch, memory_advice
+from atlas.training.memory.presets import plan_presets
 from tests.conftest import corpus
 
 SHAPE = {"hidden_size": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 130, "max_seq_len": 32}

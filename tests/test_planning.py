@@ -16,20 +16,13 @@ from atlas.cli import main
 from atlas.config import AtlasConfig, ModelConfig
 from atlas.config.loader import overlay, resolve
 from atlas.config.presets import preset_names
+from atlas.machine import _left_in_container, measure_memory
 from atlas.model import AtlasLM, build_model
-from atlas.planning import (
-    assume_vocabulary,
-    checkpoint_bytes,
-    count_parameters,
-    estimate_inference_memory,
-    estimate_training_memory,
-    largest_that_fits,
-    measure_memory,
-    output_folder_bytes,
-    plan_presets,
-)
-from atlas.planning.machine import _left_in_container
+from atlas.model.cost import count_parameters
+from atlas.planning.inference import estimate_inference_memory
 from atlas.training.loss import compute_lm_loss
+from atlas.training.memory.estimate import checkpoint_bytes, estimate_training_memory, output_folder_bytes
+from atlas.training.memory.presets import assume_vocabulary, largest_that_fits, plan_presets
 from atlas.training.optimizers.build import build_optimizer
 
 SHAPE = {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "vocab_size": 300, "max_seq_len": 64}

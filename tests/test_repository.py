@@ -30,23 +30,25 @@ ROOMS = {
     "data.sequences": "errors files progress config tokenizer data data.text data.prepare",
     "config": "errors files",
     "model": "errors config",
-    "planning": "errors process config model",
-    "training.devices": "errors files version config data.sequences model planning",
+    "training.devices": "errors files machine version config data.sequences model",
     "training.optimizers": "errors config model training.devices",
-    "training.logs": "errors config planning training.devices",
-    "training.checkpoint": "errors files config planning model tokenizer training.devices training.optimizers "
+    "training.logs": "errors machine config model training.devices",
+    "training.memory": "errors machine process config model training.devices training.optimizers",
+    "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
     "training.logs",
-    "training": "errors process config tokenizer data data.sequences model planning training.devices "
-    "training.optimizers training.logs training.checkpoint",
-    "inference": "errors config tokenizer model planning training.devices training.checkpoint",
+    "training": "errors machine process config tokenizer data data.sequences model training.devices "
+    "training.optimizers training.logs training.memory training.checkpoint",
+    "planning": "errors machine config model training.optimizers training.memory",
+    "inference": "errors config tokenizer model training.devices training.checkpoint",
     "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
     "reporting": "errors files version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
-    "cli": "errors process progress version config tokenizer data data.text data.prepare data.sequences model planning "
-    "training.devices training.logs training.checkpoint training inference export reporting serving",
+    "cli": "errors machine process progress version config tokenizer data data.text data.prepare data.sequences model "
+    "planning training.devices training.logs training.memory training.checkpoint training inference export reporting "
+    "serving",
 }
 INSIDE = {
-    "": "errors process progress version < files",
+    "": "errors machine process progress version < files",
     "config": "fields renamed < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
@@ -54,11 +56,11 @@ INSIDE = {
     "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split "
     "< batching tokenize train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
-    "model": "documents kv_cache recompute rope < norm < attention mlp < transformer < lora",
-    "planning": "cards communication machine probe shapes < doctor estimate flops < advice presets speed < fit run "
-    "< scaling summary < tables",
+    "model": "documents kv_cache recompute rope < norm < attention mlp < transformer < lora < cost",
+    "planning": "advice cards communication doctor inference < speed < run < scaling summary < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory network_check",
-    "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build",
+    "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
+    "training.memory": "estimate < parallel presets < fit",
     "training.logs": "throughput trackers < run_log",
     "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run "
     "< recovery step summary < micro_batch < diagnostics launch train",

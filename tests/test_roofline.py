@@ -18,14 +18,10 @@ import pytest
 from atlas.config import AtlasConfig
 from atlas.config.loader import overlay, parse_overrides, read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
-from atlas.planning import (
-    CARDS,
-    assume_vocabulary,
-    card_speed,
-    find_card,
-    training_flops_per_token,
-    update_seconds,
-)
+from atlas.model.cost import training_flops_per_token
+from atlas.planning.cards import CARDS, find_card
+from atlas.planning.speed import card_speed, update_seconds
+from atlas.training.memory.presets import assume_vocabulary
 
 ROOT = Path(__file__).parents[1]
 GPUS = ("H100", "H200", "L4", "T4", "RTX 5090", "RTX 4090", "RTX 3060")

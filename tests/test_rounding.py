@@ -15,9 +15,9 @@ from atlas.config import ModelConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.inference.load import load_model
 from atlas.model import build_model
-from atlas.planning import checkpoint_bytes
 from atlas.training.checkpoint.atomic_write import tensor_bytes
 from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.memory.estimate import checkpoint_bytes
 from atlas.training.optimizers.bf16 import round_to_bf16, step_rounding_weights
 from atlas.training.optimizers.build import build_optimizer
 from tests.runs import layer, logged, resumes_with_the_same_bits, same_bits, trained

@@ -20,7 +20,7 @@ from atlas.cli.info_dataset import cleaning_facts
 from atlas.config.presets import preset_names
 from atlas.data import TokenStream, prepare
 from atlas.data.shards import ShardRecord, SplitRecord
-from atlas.planning import advise
+from atlas.planning.advice import advise
 from atlas.reporting.dataset_statistics import (
     STRETCH_TOKENS,
     Excerpt,

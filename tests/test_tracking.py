@@ -125,7 +125,7 @@ def test_utilisation_is_of_the_speed_that_was_measured_and_remembered(
     assert recall_peak_rate(run.runtime) == 1e15
     trained(layer(tmp_path / "again", text_file))
     assert len(measured) == 1
-    from atlas.planning import training_flops_per_token
+    from atlas.model.cost import training_flops_per_token
 
     for line in logged(tmp_path / "again"):
         flops = line["tokens_per_second"] * training_flops_per_token(run.config)

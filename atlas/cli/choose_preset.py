@@ -11,7 +11,8 @@ import typer
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from atlas.planning import Machine, PresetPlan
+    from atlas.planning.run import Machine
+    from atlas.training.memory.presets import PresetPlan
 
 VOCABULARY = 1024
 """Entries of the vocabulary that is learnt from the text, for the presets that leave theirs open."""
@@ -26,7 +27,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
     """
     from atlas.cli.plan import this_machine
     from atlas.config.loader import resolve
-    from atlas.planning import plan_presets
+    from atlas.training.memory.presets import plan_presets
 
     machine = this_machine(resolve({"device": device}))
     plans = plan_presets(
@@ -48,7 +49,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
 
 def _default(plans: Sequence[PresetPlan], machine: Machine) -> str:
     """The largest preset that fits a GPU. A CPU has the memory for large models, but not the speed."""
-    from atlas.planning import largest_that_fits
+    from atlas.training.memory.presets import largest_that_fits
 
     largest = largest_that_fits(plans)
     if largest is None:
@@ -59,7 +60,7 @@ def _default(plans: Sequence[PresetPlan], machine: Machine) -> str:
 
 
 def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> None:
-    from atlas.planning import describe_duration, plan_run
+    from atlas.planning.run import describe_duration, plan_run
 
     typer.echo(f"\n{machine.name}: {machine.memory / 1e9:.1f} GB of memory free\n", err=True)
     header = f"   {'preset':<12}{'parameters':>13}{'vocabulary':>12}{'context':>9}{'memory':>10}  training time here"

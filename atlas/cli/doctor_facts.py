@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from atlas.config import AtlasConfig
+from atlas.machine import COPIED, measure_copy, measure_matrix_products, measure_memory
 from atlas.model import AtlasLM
-from atlas.planning import largest_that_fits, measure_memory, plan_presets
 from atlas.planning.doctor import (
     Effort,
     check_step,
@@ -32,7 +32,6 @@ from atlas.planning.doctor import (
     try_compile,
     working_attention,
 )
-from atlas.planning.probe import COPIED, measure_copy, measure_matrix_products
 from atlas.training.devices.compile import choose_compile
 from atlas.training.devices.device import (
     Runtime,
@@ -43,6 +42,7 @@ from atlas.training.devices.device import (
     why_not_in,
 )
 from atlas.training.loss import linear_cross_entropy
+from atlas.training.memory.presets import largest_that_fits, plan_presets
 from atlas.version import __version__
 
 Facts = dict[str, Any]

@@ -160,7 +160,7 @@ def _consolidate(path: Path, target: Path) -> None:
 
 
 def _model(config: Any) -> Facts:
-    from atlas.planning import count_parameters
+    from atlas.model.cost import count_parameters
 
     yield "parameters", f"{count_parameters(config).total:,}"
     yield (

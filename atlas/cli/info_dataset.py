@@ -122,8 +122,8 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
 
 
 def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
-    from atlas.planning import ASSUMED_VOCABULARY
     from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
+    from atlas.training.memory.presets import ASSUMED_VOCABULARY
 
     smallest, *_ = advise(num_tokens, vocab_size=vocab_size)
     own, *_ = advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)

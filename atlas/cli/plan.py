@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from atlas.cli.plan_output import Report
     from atlas.config import AtlasConfig
     from atlas.data import TokenStream
-    from atlas.planning import Cluster, Machine, Summary
+    from atlas.planning.communication import Cluster
+    from atlas.planning.run import Machine
+    from atlas.planning.summary import Summary
 
 
 def plan(
@@ -79,7 +81,7 @@ def _cluster(
 ) -> Cluster | None:
     """None without `--gpus`."""
     from atlas.errors import AtlasError
-    from atlas.planning import cluster_of
+    from atlas.planning.communication import cluster_of
 
     if gpus is None:
         for flag, value in (("--nodes", nodes), ("--interconnect", interconnect)):
@@ -102,7 +104,8 @@ def _report(
 ) -> Report:
     """`is_asked`: the config is one that somebody wrote, and to be planned besides the presets."""
     from atlas.cli.plan_output import Report
-    from atlas.planning import assume_vocabulary, plan_presets, scale
+    from atlas.planning.scaling import scale
+    from atlas.training.memory.presets import assume_vocabulary, plan_presets
     from atlas.training.run_config import with_vocabulary
 
     if text is not None:
@@ -123,7 +126,7 @@ def _report(
 
 def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
     from atlas.data.sequences.build import training_windows
-    from atlas.planning import summarize
+    from atlas.planning.summary import summarize
     from atlas.training.schedule import NO_LIMIT, horizon_steps
 
     if text is None:
@@ -141,7 +144,7 @@ def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) 
 
 def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
     """Without a look at the text, which may be shorter than the preset's context."""
-    from atlas.planning import summarize
+    from atlas.planning.summary import summarize
 
     tokens = text.num_tokens if text else None
     windows = (tokens - 1) // config.model.max_seq_len if tokens else 0
@@ -171,7 +174,8 @@ def _open(data: Path) -> TokenStream:
 
 
 def _choose_machine(wanted: AtlasConfig, gpu: str | None, memory: str | None) -> Machine:
-    from atlas.planning import Machine, find_card, machine_with
+    from atlas.planning.cards import find_card
+    from atlas.planning.run import Machine, machine_with
 
     size = None if memory is None else _gibibytes(memory)
     if gpu is not None:
@@ -186,8 +190,10 @@ def this_machine(wanted: AtlasConfig) -> Machine:
     """This machine as a config would use it, its speed measured in about a second."""
     import torch
 
-    from atlas.planning import Machine, Speed, card_named, card_speed, measure_memory
-    from atlas.planning.probe import measure_copy, measure_matrix_products
+    from atlas.machine import measure_copy, measure_matrix_products, measure_memory
+    from atlas.planning.cards import card_named
+    from atlas.planning.run import Machine
+    from atlas.planning.speed import Speed, card_speed
     from atlas.training.devices.device import setup_runtime
 
     # How several processes share a model is planned, not set up.

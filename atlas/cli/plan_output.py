@@ -13,19 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from atlas.cli.terminal import figure, printable
-from atlas.planning import (
-    Cluster,
-    Machine,
-    PresetPlan,
-    Run,
-    Scaling,
-    Summary,
-    describe_duration,
-    largest_that_fits,
-)
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
-from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP
-from atlas.planning.run import SPREAD
+from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP, Cluster
+from atlas.planning.run import SPREAD, Machine, Run, describe_duration
+from atlas.planning.scaling import Scaling
+from atlas.planning.summary import Summary
+from atlas.training.memory.presets import PresetPlan, largest_that_fits
 
 if TYPE_CHECKING:
     from atlas.data import TokenStream

@@ -134,7 +134,8 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) -> Backend:
     from atlas.inference.layout import lay_out_for_decoding
-    from atlas.planning import estimate_inference_memory, measure_memory
+    from atlas.machine import measure_memory
+    from atlas.planning.inference import estimate_inference_memory
     from atlas.serving.engine import Engine
 
     weights = next(model.model.parameters())

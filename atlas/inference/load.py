@@ -19,7 +19,7 @@ from atlas.inference.layout import lay_out_for_decoding
 from atlas.inference.sampling import Sampling
 from atlas.inference.text import stream_text
 from atlas.model import AtlasLM
-from atlas.planning import count_parameters
+from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import CHAT_FORM, CHAT_TEMPLATE, Message
 from atlas.training.checkpoint.load import load_checkpoint, load_weights

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from atlas.config import ModelConfig
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
-from atlas.planning.estimate import count_parameters
+from atlas.model.cost import count_parameters
 
 TOKENS_PER_PARAMETER = 20
 GOOD_PASSES = 4

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas.config import ModelConfig
+from atlas.machine import best_time
 from atlas.model import AtlasLM, build_model
-from atlas.planning.probe import best_time
 
 LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
 """`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tried."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from atlas.config import AtlasConfig, ModelConfig
 from atlas.errors import AtlasError
+from atlas.model.cost import count_parameters, training_flops_per_token
 from atlas.planning.cards import Card
-from atlas.planning.estimate import count_parameters
-from atlas.planning.flops import training_flops_per_token
 from atlas.planning.speed import Speed, card_speed, update_seconds
 
 Range = tuple[float, float]

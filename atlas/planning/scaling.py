@@ -10,23 +10,12 @@ from dataclasses import asdict, dataclass, replace
 
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
+from atlas.model.cost import block_matrices, count_parameters, lora_parameters, training_flops_per_token
 from atlas.planning.communication import Cluster, Communication, Pass, Sizes, communicate
-from atlas.planning.estimate import (
-    TrainingMemory,
-    count_parameters,
-    estimate_training_memory,
-    lora_parameters,
-)
-from atlas.planning.flops import training_flops_per_token
 from atlas.planning.run import Machine, seconds_of_update
-from atlas.planning.shapes import block_matrices
+from atlas.training.memory.estimate import TrainingMemory, estimate_training_memory
+from atlas.training.memory.parallel import share_model
 
-_ROOMY = 0.75
-"""A run whose estimate, with one sequence at once, is below this part of a device's memory needs no sharding."""
-_SHARDED = ("adamw", "muon")
-"""The optimizers that can keep a part of the state on each rank."""
-_UNSHARDED = {"fp16": "an overflow would be seen by one rank alone", "bf16-true": "weights are rounded whole"}
-"""The precisions that they cannot be kept so in."""
 _FP32 = 4
 
 
@@ -97,7 +86,7 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
         machine = replace(machine, memory=machine.memory // cluster.gpus, flops_per_second=rate)
     sequences = _share(config.training.sequences_per_update, cluster.ranks)
     at_once = min(config.training.sequences_at_once, sequences)
-    parallel, shards = choose_parallel(config, cluster.ranks, device=machine.device, memory=machine.memory)
+    parallel, shards = share_model(config, cluster.ranks, device=machine.device, memory=machine.memory)
     passes = _passes(config, machine, sequences, at_once)
     sizes = sizes_of(config, device=machine.device)
     return Scaling(
@@ -127,50 +116,6 @@ def _share(sequences: int, ranks: int) -> int:
             "training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
         )
     return sequences // ranks
-
-
-def choose_parallel(config: AtlasConfig, ranks: int, *, device: str, memory: int) -> tuple[str, int]:
-    """What `training.parallel` comes to on so many devices of so much `memory` each, and how many of the ranks share a
-    model. Raises `AtlasError` for what cannot be had."""
-    training, asked = config.training, config.training.parallel
-    if asked == "none" and ranks > 1:
-        raise AtlasError(
-            f"training.parallel: none: {ranks} processes would each train a model of their own: take auto"
-        )
-    parallel = "ddp" if asked == "auto" and _fits_one_device(config, device, memory) else asked
-    parallel = "fsdp" if parallel == "auto" else parallel
-    if ranks == 1 and asked in ("auto", "ddp"):
-        parallel = "none"
-    if parallel != "fsdp":
-        if training.shard_size is not None:
-            raise AtlasError(
-                f"training.shard_size: {training.shard_size}: is for training.parallel fsdp, this is {parallel}: set "
-                "that, or leave the size out"
-            )
-        return parallel, 1
-    why = "" if asked == "fsdp" else "; a step does not fit one device whole"
-    if training.optimizer not in _SHARDED:
-        raise AtlasError(
-            f"training.optimizer: {training.optimizer}: its state cannot be kept in shards (fsdp){why}: take "
-            f"{' or '.join(_SHARDED)}, or training.parallel ddp"
-        )
-    if training.precision in _UNSHARDED:
-        raise AtlasError(
-            f"training.precision: {training.precision}: not with training.parallel fsdp "
-            f"({_UNSHARDED[training.precision]}){why}: take bf16, or ddp"
-        )
-    shards = training.shard_size or ranks
-    if ranks % shards:
-        raise AtlasError(
-            f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: take a size that divides them"
-        )
-    return parallel, shards
-
-
-def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    one = config.model_copy(update={"training": training})
-    return estimate_training_memory(one, device=device).total <= _ROOMY * memory
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, at_once: int) -> list[Pass]:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from atlas.config import AtlasConfig
 from atlas.config.config import MUON_STACK_NUMBERS
+from atlas.model.cost import Matrix, block_matrices, count_parameters
 from atlas.planning.cards import Card
-from atlas.planning.estimate import count_parameters
-from atlas.planning.shapes import Matrix, block_matrices
 
 LAUNCH = 2.5e-6
 """Seconds of a GPU for the smallest kernel."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atlas.config import AtlasConfig
+from atlas.model.cost import Parameters, count_parameters
 from atlas.planning.advice import Advice, advise_on
-from atlas.planning.estimate import (
-    InferenceMemory,
-    Parameters,
+from atlas.planning.inference import InferenceMemory, estimate_inference_memory
+from atlas.planning.run import Machine, Run, plan_run
+from atlas.training.memory.estimate import (
     TrainingMemory,
     checkpoint_bytes,
-    count_parameters,
-    estimate_inference_memory,
     estimate_training_memory,
     output_folder_bytes,
     snapshot_bytes,
 )
-from atlas.planning.fit import largest_micro_batch, memory_advice
-from atlas.planning.run import Machine, Run, plan_run
+from atlas.training.memory.fit import largest_micro_batch, memory_advice
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
+from atlas.model.cost import count_parameters
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
-from atlas.planning.estimate import ASSUMED_VOCABULARY, count_parameters, estimate_training_memory
-from atlas.planning.presets import PresetPlan, largest_that_fits, plan_presets
 from atlas.planning.run import describe_duration, machine_with, plan_run
 from atlas.planning.scaling import scale
 from atlas.planning.summary import summarize
+from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.presets import ASSUMED_VOCABULARY, PresetPlan, largest_that_fits, plan_presets
 
 DOCS = Path(__file__).parents[2] / "docs"
 

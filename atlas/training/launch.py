@@ -14,14 +14,9 @@ from atlas.config.loader import resolve
 from atlas.data import training_sequences, validation_sequences
 from atlas.data.sequences.loader import share_of_update
 from atlas.errors import AtlasError
+from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
-from atlas.planning import (
-    checkpoint_bytes,
-    count_parameters,
-    measure_memory,
-    memory_of_a_step,
-    snapshot_bytes,
-)
+from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORM
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import FolderLock
@@ -41,6 +36,8 @@ from atlas.training.devices.world import ALONE, World
 from atlas.training.logs.run_log import RankLog, RunLog
 from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
+from atlas.training.memory.estimate import checkpoint_bytes, memory_of_a_step, snapshot_bytes
+from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.recovery import restore_optimizer
@@ -71,7 +68,11 @@ def start_run(
         _refuse_too_large(config)
         share_of_update(config.training.sequences_per_update, world.size)
         runtime = setup_runtime(config, world)
-        runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=start.notes.append))
+        runtime = replace(
+            runtime,
+            parallel=choose_parallel(config, world, runtime.device),
+            compiles=choose_compile(config, runtime.device, say=start.notes.append),
+        )
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)

@@ -18,13 +18,7 @@ import torch
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError, EndedElsewhere
-from atlas.planning import (
-    estimate_training_memory,
-    largest_micro_batch,
-    measure_memory,
-    memory_advice,
-)
-from atlas.planning.machine import data_bytes
+from atlas.machine import data_bytes, measure_memory
 from atlas.process import keep_memory
 from atlas.training.devices.compile import refuse_failed_compilation
 from atlas.training.devices.device import Runtime, setup_runtime
@@ -36,6 +30,8 @@ from atlas.training.devices.memory import (
 )
 from atlas.training.devices.parallel import wrap
 from atlas.training.devices.signals import Stopped, StopRequest
+from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.fit import largest_micro_batch, memory_advice
 from atlas.training.run import Learner
 from atlas.training.state import TrainState
 from atlas.training.step import (

@@ -18,9 +18,10 @@ from atlas.data.sequences.conversations import ChatDataset
 from atlas.data.sequences.loader import share_of_update
 from atlas.data.sequences.mixture import MixtureDataset
 from atlas.data.sequences.packing import PackedDataset
+from atlas.model.cost import lora_parameters
 from atlas.model.documents import has_flex_attention
-from atlas.planning import checkpoint_bytes, lora_parameters, output_folder_bytes
 from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
+from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
 from atlas.training.resume import Start
 from atlas.training.run import Run
 from atlas.training.state import TrainState

@@ -16,7 +16,8 @@ PRESETS = ("default", "xlarge", "ultra")
 def peak(preset: str, compiled: bool, setup: Setup, figures: Figures) -> None:
     from memory import config_of, measure
 
-    from atlas.planning import estimate_training_memory, measure_memory
+    from atlas.machine import measure_memory
+    from atlas.training.memory.estimate import estimate_training_memory
 
     real = "nano" if setup.rehearse else preset
     config = config_of(real, None, setup.device)

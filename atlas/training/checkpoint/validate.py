@@ -21,7 +21,7 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError, CheckpointError
 from atlas.files import open_zip
-from atlas.planning.estimate import count_parameters
+from atlas.model.cost import count_parameters
 from atlas.training.checkpoint.first_version import is_first_version, refusal
 from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle

@@ -16,7 +16,7 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
-from atlas.training.devices.parallel import choose_parallel
+from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import ALONE, World
 from atlas.version import __version__
 
@@ -62,8 +62,8 @@ class Runtime:
 
 
 def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
-    """The runtime that `device`, `training.precision` and `training.parallel` ask for, on this rank's own GPU;
-    `AtlasError` where it cannot be had."""
+    """Return the runtime that `device` and `training.precision` ask for, on this rank's own GPU, without how its ranks
+    share the model: see `choose_parallel`. Raises `AtlasError` for what cannot be had."""
     device = choose_device(config.device)
     if world.local_size > 1 and device.type == "cuda":
         if ":" in config.device:
@@ -78,7 +78,8 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
             )
         device = torch.device("cuda", world.local_rank)
     precision = _choose_precision(config.training.precision, device)
-    return Runtime(device, precision, world=world, parallel=choose_parallel(config, world, device))
+    refuse_parallel_alone(config)
+    return Runtime(device, precision, world=world)
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,24 +11,17 @@ from torch import Tensor, nn
 
 from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
-from atlas.planning import measure_memory, scaling
 from atlas.training.devices.world import World, has_joined
 
 
-def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
-    """What `training.parallel` comes to: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what cannot be had."""
+def refuse_parallel_alone(config: AtlasConfig) -> None:
+    """Raise `AtlasError` if the config shares the model among several processes and this process is alone."""
     asked = config.training.parallel
-    if not has_joined():
-        if asked in ("ddp", "fsdp"):
-            raise AtlasError(
-                f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "
-                "or leave it at auto"
-            )
-        return "none"
-    free = measure_memory(device.type)
-    if device.type == "cpu":
-        free //= world.local_size
-    return scaling.choose_parallel(config, world.size, device=device.type, memory=free)[0]
+    if asked in ("ddp", "fsdp") and not has_joined():
+        raise AtlasError(
+            f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "
+            "or leave it at auto"
+        )
 
 
 def wrap(

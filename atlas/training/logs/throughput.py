@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from atlas.config import AtlasConfig
-from atlas.planning import training_flops_per_token
-from atlas.planning.machine import peak_resident
-from atlas.planning.probe import measure_matrix_products
+from atlas.machine import measure_matrix_products, peak_resident
+from atlas.model.cost import training_flops_per_token
 from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import is_out_of_memory, recall_peak_rate, remember_peak_rate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,8 +34,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        inside = [(name, p) for name, p in named if name.startswith("blocks.") and p.dim() == 2]
-        inside = [(name, p) for name, p in inside if not is_lora(name)]
+        inside = _matrices_of_blocks(model)
         tables = [p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2]
         common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         matrices = [
@@ -96,6 +95,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
             return group
         factor = _WIDTH / group["params"][0].shape[1]
         return group | {"lr": group["lr"] * factor, "weight_decay": group["weight_decay"] / factor}
+
+
+def _matrices_of_blocks(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith("blocks.") and p.dim() == 2 and not is_lora(name)
+    ]
+
+
+def count_matrices(model: nn.Module) -> Counter[tuple[bool, int, int]]:
+    """Count the matrices that Muon stacks: (whether they are of q, k and v, rows, columns) → number."""
+    return Counter(
+        (name.endswith("qkv.weight"), rows, p.shape[1])
+        for name, p in _matrices_of_blocks(model)
+        for rows in _rows_of_parts(name, model)
+    )
 
 
 def _rows_of_parts(name: str, model: nn.Module) -> list[int]:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from atlas.config import AtlasConfig
 from atlas.config.loader import read_yaml, resolve
 from atlas.config.presets import preset_names, preset_path
-from atlas.planning.estimate import ASSUMED_VOCABULARY, count_parameters, estimate_training_memory
+from atlas.model.cost import count_parameters
+from atlas.training.memory.estimate import estimate_training_memory
+
+ASSUMED_VOCABULARY = 2048
+"""For a config that leaves `vocab_size` to the dataset: the size of the demo's own byte-level BPE."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,14 @@ class PresetPlan:
     parameters: int
     memory: int
     fits: bool
+
+
+def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
+    """Return the config with a `vocab_size`: `ASSUMED_VOCABULARY` where it leaves it to the dataset."""
+    if config.model.vocab_size is not None:
+        return config
+    model = config.model.model_copy(update={"vocab_size": ASSUMED_VOCABULARY})
+    return config.model_copy(update={"model": model})
 
 
 def plan_presets(

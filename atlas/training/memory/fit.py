@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 
 from atlas.config import AtlasConfig
-from atlas.planning.estimate import count_parameters, estimate_training_memory
-from atlas.planning.presets import largest_that_fits, plan_presets
+from atlas.model.cost import count_parameters
+from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.presets import largest_that_fits, plan_presets
 
 
 def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> int:

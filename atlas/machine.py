@@ -1,0 +1,117 @@
+"""What this machine has: memory, and the two rates that no model can exceed, of matrix products and of copies.
+
+A training step cannot be faster than its floating-point operations at the first rate, nor can writing a token be faster
+than reading the weights at the second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+_SECONDS = 0.5
+_SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
+COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
+"""Bytes, too many for any cache."""
+
+
+def measure_memory(device: str) -> int:
+    """Bytes that a run on `device` (`cpu`, `cuda` or `mps`) can have now."""
+    if device == "cuda":
+        free, _total = torch.cuda.mem_get_info()
+        return int(free)
+    available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP), left_of_data_limit())
+    if device == "mps":  # the same memory, of which the driver lets a process have a part
+        return min(available, torch.mps.recommended_max_memory())
+    return available
+
+
+def left_of_data_limit() -> int:
+    """What `ulimit -d` leaves this process, as Linux counts: private memory that can be written to, touched or not.
+    Without a limit, everything."""
+    try:
+        import resource
+
+        limit, _hard = resource.getrlimit(resource.RLIMIT_DATA)
+    except ImportError:  # Windows
+        return psutil.virtual_memory().total
+    if limit == resource.RLIM_INFINITY:
+        return psutil.virtual_memory().total
+    return max(0, limit - data_bytes())
+
+
+def data_bytes() -> int:
+    """The memory of this process that `ulimit -d` counts."""
+    return (
+        int(psutil.Process().memory_info().data) if psutil.LINUX else int(psutil.Process().memory_info().rss)
+    )
+
+
+def _left_in_container(cgroup: Path) -> int:
+    """What a container's limit leaves, which the system's own figures do not show; without one, everything."""
+    try:
+        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
+        return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return psutil.virtual_memory().total
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held so far. Linux counts from the start of the program, Windows
+    too; where the system does not say, what it holds now."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def measure_matrix_products(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: int | None = None,
+    seconds: float = _SECONDS,
+) -> float:
+    """FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ for each, the best of many. Of the
+    global random numbers, which may be a run's, it takes none."""
+    size = size or _SIZE[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / best_time(lambda: torch.mm(left, right, out=out), device, seconds=seconds)
+
+
+def measure_copy(device: torch.device, *, copied: int | None = None, seconds: float = _SECONDS) -> float:
+    """Bytes/s that are read and written together while a tensor of `copied` bytes is copied on `device`, the best of
+    many."""
+    source = torch.zeros(copied or COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / best_time(lambda: target.copy_(source), device, seconds=seconds)
+
+
+def best_time(work: Callable[[], object], device: torch.device, *, seconds: float) -> float:
+    """Seconds of the fastest call in about `seconds`, after a first that does not count; others share the machine, and
+    they only ever make it slower."""
+    work()
+    _wait_for(device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        _wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,372 @@
+"""What a model needs: parameters, FLOPs, and the bytes that autograd saves for the backward pass.
+
+Nothing here repeats the architecture. Everything is read from a real `AtlasLM` with one block, on fake tensors, which
+have a shape and a dtype but no memory; a model has that block `num_layers` times. Two rules stand for what only a GPU
+does, and tests/cuda_path checks both:
+
+- On a GPU the fused attention kernel saves q, k, v, its output and a logarithm per head and token (Dao et al. 2022,
+  arXiv:2205.14135), and on CUDA dropout saves a mask of one byte a number.
+- A compiled block saves its input, the outputs of its matrix products except the last, and attention's output; all else
+  is recomputed. If memory is ample, it also saves the inputs of these products, q, k and v, and the weights in half
+  precision.
+
+Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from atlas.config import AtlasConfig, LoraConfig, ModelConfig
+from atlas.model.lora import add_lora
+from atlas.model.transformer import AtlasLM
+
+_NO_LORA = LoraConfig()
+_FORWARD, _FORWARD_AND_BACKWARD = 2, 6
+_TRACED = (2, 16), (4, 64)
+"""B and T of the two traces: they differ by factors of 2 and 4, so that the growth of a tensor tells its exponents."""
+_GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
+
+
+# Parameters and FLOPs
+
+
+class _ModelShape(AtlasLM):
+    """The model without initial values."""
+
+    def init_weights(self) -> None:
+        pass
+
+
+class _NoValues(TorchFunctionMode):
+    """Skip the initial values of embeddings, for which PyTorch would load its compiler even on `meta`."""
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        options = options or {}
+        return options["tensor"] if function is nn.init.normal_ else function(*arguments, **options)
+
+
+def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
+    """Return the model with a single block and, where `lora.rank` asks for them, low-rank updates, on `meta`."""
+    with torch.device("meta"), _NoValues():
+        one = _ModelShape(model.model_copy(update={"num_layers": 1}))
+        if lora.rank:
+            add_lora(one, lora)
+    return one.train()
+
+
+def is_in_block(name: str) -> bool:
+    """Whether the model has the parameter of this name once per layer."""
+    return name.startswith("blocks.")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the model, or the same one in every block."""
+
+    name: str
+    """In the first block."""
+    shape: tuple[int, ...]
+    copies: int
+    is_trainable: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers in all copies."""
+        return self.copies * torch.Size(self.shape).numel()
+
+
+def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weight, ...]:
+    """Return all parameters, with the rows that only pad the vocabulary. The model may have 10,000 layers."""
+    one = model.model_copy(update={"num_layers": 1})
+    return tuple(
+        Weight(name, shape, model.num_layers if is_in_block(name) else 1, is_trainable)
+        for name, shape, is_trainable in _shapes(one, lora)
+    )
+
+
+@functools.lru_cache(maxsize=128)
+def _shapes(model: ModelConfig, lora: LoraConfig) -> list[tuple[str, tuple[int, ...], bool]]:
+    parameters = one_block_model(model, lora).named_parameters()
+    return [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in parameters]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of the model by part, without the rows that only pad the vocabulary."""
+
+    token_embedding: int
+    position_embedding: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Count the parameters of each part."""
+    parts = dict.fromkeys(Parameters.__dataclass_fields__, 0)
+    padding = (model.padded_vocab_size - model.vocabulary) * model.hidden_size
+    for weight in list_weights(model):
+        names = weight.name.split(".")
+        is_norm = any("norm" in name for name in names)
+        part = "norms" if is_norm else names[2] if is_in_block(weight.name) else names[0]
+        is_table = part in ("token_embedding", "lm_head")
+        parts["head" if part == "lm_head" else part] += weight.size - padding * is_table
+    return Parameters(**parts)
+
+
+def stored_parameters(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> int:
+    """Count the numbers in the model's tensors: padding rows and low-rank updates included."""
+    return sum(weight.size for weight in list_weights(model, lora))
+
+
+def lora_parameters(config: AtlasConfig) -> int:
+    """Count the numbers in the low-rank updates, (r, in) and (out, r) each; 0 without them."""
+    if not config.lora.rank:
+        return 0
+    return sum(weight.size for weight in list_weights(config.model, config.lora) if weight.is_trainable)
+
+
+class Matrix(NamedTuple):
+    """The shape of a linear layer: numbers out and in."""
+
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+def block_matrices(model: ModelConfig) -> dict[str, Matrix]:
+    """Return the matrices of a block: `qkv` and `output` of attention, `up` and `down` of the MLP."""
+    weights = (weight for weight in list_weights(model) if is_in_block(weight.name))
+    return {weight.name.split(".")[-2]: Matrix(*weight.shape) for weight in weights if len(weight.shape) == 2}
+
+
+def training_flops_per_token(config: AtlasConfig) -> int:
+    """Floating-point operations for a token of an update, forward and backward: those of matrix products, which take
+    nearly all of the time. Evaluations are not counted.
+
+    As in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311), each weight of a matrix needs 6: a multiplication
+    and an addition in the forward pass, and twice that in the backward pass. Embeddings multiply nothing. Attention's
+    two products need 12 · T · (width of all queries) per layer if each token is compared with all T; fused kernels skip
+    those after it, which halves that.
+
+    Gradient checkpointing repeats each block's forward pass, up to the last tensor that the backward pass needs: with
+    dropout that is its output, without it the input of the MLP's last product.
+    """
+    model = config.model
+    matrices = block_matrices(model)
+    weights = sum(matrix.size for matrix in matrices.values())
+    attention = model.max_seq_len * model.num_heads * model.head_size
+    block = _FORWARD_AND_BACKWARD * (weights + attention)
+    if config.training.gradient_checkpointing:
+        block += _FORWARD * (weights + attention - (0 if model.dropout else matrices["down"].size))
+    return model.num_layers * block + _FORWARD_AND_BACKWARD * model.vocabulary * model.hidden_size
+
+
+# Saved tensors
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is saved for the backward pass: `factor` · Bⁱ · Tʲ bytes."""
+
+    factor: int
+    sequences: int
+    """i: 1, or 0 for the copy of a weight in half precision."""
+    tokens: int
+    """j."""
+
+    def bytes(self, sequences: int, context: int) -> int:
+        return self.factor * sequences**self.sequences * context**self.tokens  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """What the forward pass saves, each storage once, weights left out."""
+
+    block: tuple[Saved, ...]
+    """Of one block. The first is its input, the residual stream."""
+    rest: tuple[Saved, ...]
+    """Outside the blocks, without the loss and the table's copy in half precision."""
+
+
+def trace_saved_tensors(
+    model: ModelConfig,
+    lora: LoraConfig = _NO_LORA,
+    *,
+    device: str,
+    half: bool = False,
+    half_weights: bool = False,
+    dense_mask: bool = False,
+    compiled: str | None = None,
+) -> SavedTensors:
+    """Run the forward pass of one block on fake tensors and return what it saves.
+
+    `half`: matrix products in half precision; `half_weights`: weights and residual stream as well; `dense_mask`: with
+    a mask of documents for attention. A `compiled` block saves `little` or `all`.
+    """
+    shape = {"num_layers": 1, "max_seq_len": 1, "vocab_size": 1}
+    return _trace(model.model_copy(update=shape), lora, device, half, half_weights, dense_mask, compiled)
+
+
+@functools.lru_cache(maxsize=128)
+def _trace(
+    model: ModelConfig,
+    lora: LoraConfig,
+    device: str,
+    half: bool,
+    half_weights: bool,
+    dense_mask: bool,
+    compiled: str | None,
+) -> SavedTensors:
+    sizes = []
+    for sequences, context in _TRACED:
+        one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
+        dtype = torch.bfloat16 if half_weights else torch.float32
+        recorder = _Recorder(one, device, half=half)
+        with (
+            warnings.catch_warnings(),
+            FakeTensorMode(),
+            recorder.hooks(),
+            torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False),
+        ):
+            warnings.simplefilter("ignore")  # about kernels that a CPU lacks
+            weights = {
+                name: torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad)
+                for name, p in one.named_parameters()
+            }
+            tokens = torch.zeros(sequences, context, dtype=torch.long)
+            documents = tokens if dense_mask else None
+            recorder.shared |= {recorder.hold(weight) for weight in weights.values()}
+            torch.func.functional_call(one, weights, (tokens,), {"documents": documents})
+        sizes.append((recorder.block(compiled), [*recorder.outside.values()]))
+    (block, rest), (large_block, large_rest) = sizes
+    grown = [_growth(*pair) for pair in zip(rest, large_rest, strict=True)]
+    return SavedTensors(
+        tuple(_growth(*pair) for pair in zip(block, large_block, strict=True)),
+        tuple(saved for saved in grown if saved.sequences),
+    )
+
+
+def _growth(small: int, large: int) -> Saved:
+    i, j = _GROWTHS[large // small]
+    sequences, context = _TRACED[0]
+    return Saved(small // (sequences**i * context**j), i, j)
+
+
+class _Recorder(TorchFunctionMode):
+    """Record the bytes of the storages that autograd saves inside and outside the block."""
+
+    def __init__(self, model: AtlasLM, device: str, *, half: bool) -> None:
+        super().__init__()
+        self.device, self.width = device, 2 if half else 4
+        self.shared: set[int] = set()
+        """Storages that are not counted: weights, and what all blocks use."""
+        self.inside: dict[int, int] = {}
+        self.outside: dict[int, int] = {}
+        self.saved = self.outside
+        self.inputs: dict[int, int] = {}
+        self.outputs: dict[int, int] = {}
+        """Of the block's matrix products."""
+        self.of_kernels: dict[int, int] = {}
+        """What attention and dropout save of their own."""
+        self.attended: dict[int, int] = {}
+        """Queries, keys and values."""
+        self._alive: list[Tensor] = []
+        [block] = model.blocks
+        block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+        block.register_forward_hook(self._leave_block)
+        for module in block.modules():
+            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2:
+                module.register_forward_hook(self._record_product)
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        """A context in which everything is recorded."""
+        stack = ExitStack()
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor))
+        stack.enter_context(self)
+        return stack
+
+    def block(self, compiled: str | None) -> list[int]:
+        """Return the bytes of each storage, the block's input first."""
+        if compiled is None:
+            return [*self.inside.values()]
+        *outputs, _ = self.outputs.items()
+        kept = dict([next(iter(self.inside.items())), *self.of_kernels.items(), *outputs])
+        if compiled == "all":
+            kept = kept | self.attended | {key: size for key, size in self.inputs.items() if key not in kept}
+        return [*kept.values()]
+
+    def _enter_block(self, block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        self.saved = self.inside
+        x, *others = arguments
+        self.shared |= {
+            self.hold(other) for other in tree_leaves((others, options)) if isinstance(other, Tensor)
+        }
+        return (x.detach().requires_grad_(), *others), options  # LoRA trains nothing before the first block
+
+    def _leave_block(self, *_: Any) -> None:
+        self.saved = self.outside
+
+    def _record_product(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        [x] = arguments
+        self.inputs.setdefault(self.hold(x), x.numel() * self.width)
+        self.outputs[self.hold(output)] = output.untyped_storage().nbytes()
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        if (key := self.hold(tensor)) not in self.shared and tensor.dtype != torch.long:
+            self.saved.setdefault(key, tensor.untyped_storage().nbytes())
+        return tensor
+
+    def hold(self, tensor: Tensor) -> int:
+        """Return the key of a tensor's storage, which is kept alive: another would get the key of a freed one."""
+        self._alive.append(tensor)
+        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        options = dict(options or {})
+        is_attention, is_dropout = function is F.scaled_dot_product_attention, function is F.dropout
+        before = {*self.saved}
+        if is_attention:
+            qkv = {self.hold(tensor): tensor.untyped_storage().nbytes() for tensor in arguments[:3]}
+            self.attended, before = qkv, before | qkv.keys()
+            if self.device != "cpu":
+                options["dropout_p"] = 0.0
+        if is_dropout and self.device == "cuda" and options["p"] > 0:
+            result = torch.native_dropout(arguments[0], options["p"], options["training"])[0]
+        else:
+            result = function(*arguments, **options)
+        if (is_attention or is_dropout) and self.saved is self.inside:
+            self.of_kernels |= {key: size for key, size in self.saved.items() if key not in before}
+        return result

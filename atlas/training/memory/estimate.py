@@ -1,0 +1,193 @@
+"""Memory and disk of a run, from its config alone.
+
+The peak of an update is at the start of the backward pass, when most activations are alive: what autograd saves there
+is traced from one real block (`atlas.model.cost`), what the loss needs is counted here.
+
+Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small` with an allocator that keeps
+freed memory (`atlas.process`); the estimates were 1 to 5 % below. No GPU was measured yet.
+
+Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from atlas.config import AtlasConfig, TrainingConfig
+from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS
+from atlas.config.model import FLEX_HEAD_SIZE
+from atlas.model.cost import (
+    SavedTensors,
+    block_matrices,
+    list_weights,
+    stored_parameters,
+    trace_saved_tensors,
+)
+from atlas.process import KEPT_BELOW
+from atlas.training.optimizers.memory import state_bytes, step_bytes
+
+_FP32, _HALF = 4, 2  # bytes
+PROCESS_BYTES = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
+"""Interpreter, PyTorch and its libraries on a CPU (measured); a CUDA context and its library workspaces (stated)."""
+_CPU_SLACK = 0.8
+"""Freed activations that glibc keeps between allocations of other sizes, as a part of the activations of all blocks,
+recomputed ones included. It returns larger tensors."""
+_DENSE_MASK = 5
+"""Bytes for each pair of tokens: as bool, and in fp32."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes at the peak of an update; the parts add up to `total`.
+
+    `gradients` are those of earlier micro-batches of the same update. An update of a single micro-batch has none when
+    activations peak: then the part counts only what gradients need beyond the space that activations and loss free.
+    `half_precision_weights` are the copies that matrix products keep at that moment. `allocator` is freed memory that
+    it keeps.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    half_precision_weights: int
+    activations: int
+    allocator: int
+    loss: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def weight_bytes(training: TrainingConfig) -> int:
+    """Bytes of a weight, and of a number in the residual stream."""
+    return _HALF if training.precision == "bf16-true" else _FP32
+
+
+def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: bool = False) -> TrainingMemory:
+    """Estimate the peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config.
+
+    With `keeps_all`, for compiled blocks that recompute nothing, which a run uses only where memory is ample.
+    """
+    model, training = config.model, config.training
+    half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
+    micro_batch = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
+    micro_batch = min(micro_batch, training.sequences_per_update)
+    T, L, tokens = model.max_seq_len, model.num_layers, micro_batch * model.max_seq_len
+    weights, width = list_weights(model, config.lora), weight_bytes(training)
+    trainable = width * sum(weight.size for weight in weights if weight.is_trainable)
+    is_dense = config.data.document_mask and (
+        device != "cuda" or model.dropout > 0 or model.head_size < FLEX_HEAD_SIZE
+    )
+    compiles = device == "cuda" and training.compile != "off"
+    saved = trace_saved_tensors(
+        model,
+        config.lora,
+        device=device,
+        half=half,
+        half_weights=width == _HALF,
+        dense_mask=is_dense,
+        compiled="all" if keeps_all else "little" if compiles else None,
+    )
+    tensors = [tensor.bytes(micro_batch, T) for tensor in saved.block if tensor.sequences]
+    block, at_loss = sum(tensors), _at_the_loss(config, tokens, half=half, device=device)
+    if training.gradient_checkpointing:
+        kept = L * tensors[0]
+        at_loss = max(at_loss, block + _recomputed(config, tokens, half=half) + _table_gradient(config))
+    else:
+        kept = L * block
+    kept += sum(tensor.bytes(micro_batch, T) for tensor in saved.rest) + is_dense * _DENSE_MASK * tokens * T
+
+    half_weights = 0
+    if half and width == _FP32:
+        half_weights = _half_copies(config, saved, keeps_all=keeps_all)
+    step = step_bytes(model, config.lora, training, device=device)
+    if training.sequences_per_update > micro_batch:
+        gradients = trainable
+        at_loss = max(at_loss, step - kept - half_weights)
+    else:
+        gradients = max(0, trainable + max(2 * _table_gradient(config), step) - kept - at_loss)
+    return TrainingMemory(
+        weights=width * sum(weight.size for weight in weights),
+        optimizer=state_bytes(model, config.lora, training),
+        gradients=gradients,
+        half_precision_weights=half_weights,
+        activations=kept,
+        allocator=int(_CPU_SLACK * L * sum(size for size in tensors if size < KEPT_BELOW))
+        if device == "cpu"
+        else 0,
+        loss=at_loss,
+        process=PROCESS_BYTES[device],
+    )
+
+
+def _table_gradient(config: AtlasConfig) -> int:
+    """Bytes of the gradient of the head's table in fp32."""
+    return 0 if config.lora.rank else config.model.padded_vocab_size * config.model.hidden_size * _FP32
+
+
+def _recomputed(config: AtlasConfig, tokens: int, *, half: bool) -> int:
+    """Bytes that the backward pass of a block computes again beside its saved tensors: GELU's output, or SwiGLU's gates
+    and what they let through."""
+    tensors = 2 if config.model.mlp == "swiglu" else 1
+    return tensors * tokens * config.model.mlp_width * (_HALF if half else _FP32)
+
+
+def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -> int:
+    """Bytes of the weights' copies in half precision at the peak.
+
+    A block keeps those that were traced. The copies of the other matrices are computed again, the largest is one of
+    these. With gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
+    """
+    model = config.model
+    matrices = [_HALF * matrix.size for matrix in block_matrices(model).values()]
+    head = _HALF * model.padded_vocab_size * model.hidden_size
+    kept = sum(tensor.factor for tensor in saved.block if not tensor.sequences)
+    if config.training.gradient_checkpointing:
+        return max(kept + max(matrices), head)
+    if keeps_all:
+        return model.num_layers * sum(matrices) + head
+    return model.num_layers * kept + max(matrices) + head
+
+
+def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -> int:
+    """Bytes that the loss needs beside the activations: see `atlas.training.loss`."""
+    model, table, width = config.model, _table_gradient(config), _HALF if half else _FP32
+    if config.training.loss:
+        # The forward's, log_softmax's and the backward's copy of the logits in fp32; then one of them, and the
+        # head's gradient before and after it is padded.
+        logits = tokens * model.vocabulary * _FP32
+        return max(3 * logits, logits + 2 * table)
+    # The gradients by the last hidden states and by the head; and a chunk's logits, which become their own gradient.
+    gradients = tokens * model.hidden_size * width + table
+    if device == "cuda":  # where no kernel is compiled, with two copies in fp32
+        logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
+        return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
+    # In half precision the head's gradient a second time, and a chunk's logits, logarithms and gradient.
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
+    return gradients + (table // 2 + 2 * chunk if half else chunk)
+
+
+def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
+    """Estimate what the first step needs beyond the weights, which are in memory before it."""
+    memory = estimate_training_memory(config, device=device)
+    return memory.total - memory.weights - memory.process
+
+
+def checkpoint_bytes(config: AtlasConfig) -> int:
+    """Bytes of one checkpoint: weights and optimizer state."""
+    weights = weight_bytes(config.training) * stored_parameters(config.model, config.lora)
+    return weights + state_bytes(config.model, config.lora, config.training)
+
+
+def snapshot_bytes(config: AtlasConfig) -> int:
+    """Bytes of main memory for the copy that checkpoints are written from while training continues."""
+    return checkpoint_bytes(config) if config.checkpoint.background else 0
+
+
+def output_folder_bytes(config: AtlasConfig) -> int:
+    """The most bytes that checkpoints ever need: those kept of steps, epochs and interrupts, the best, and one that is
+    being written."""
+    most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
+    return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -1,0 +1,75 @@
+"""How several ranks share a model: `none`, `ddp` or `fsdp`."""
+
+from __future__ import annotations
+
+import torch
+
+from atlas.config import AtlasConfig
+from atlas.errors import AtlasError
+from atlas.machine import measure_memory
+from atlas.training.devices.parallel import refuse_parallel_alone
+from atlas.training.devices.world import World, has_joined
+from atlas.training.memory.estimate import estimate_training_memory
+
+_ROOMY = 0.75
+"""A run whose estimate, with one sequence at once, is below this part of a device's memory needs no sharding."""
+_SHARDED = ("adamw", "muon")
+"""The optimizers that can keep a part of the state on each rank."""
+_UNSHARDED = {"fp16": "an overflow would be seen by one rank alone", "bf16-true": "weights are rounded whole"}
+"""The precisions that they cannot be kept so in."""
+
+
+def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
+    """Return what `training.parallel` means on these ranks: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what
+    cannot be had."""
+    if not has_joined():
+        refuse_parallel_alone(config)
+        return "none"
+    free = measure_memory(device.type)
+    if device.type == "cpu":
+        free //= world.local_size
+    return share_model(config, world.size, device=device.type, memory=free)[0]
+
+
+def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) -> tuple[str, int]:
+    """What `training.parallel` comes to on so many devices of so much `memory` each, and how many of the ranks share a
+    model. Raises `AtlasError` for what cannot be had."""
+    training, asked = config.training, config.training.parallel
+    if asked == "none" and ranks > 1:
+        raise AtlasError(
+            f"training.parallel: none: {ranks} processes would each train a model of their own: take auto"
+        )
+    parallel = "ddp" if asked == "auto" and _fits_one_device(config, device, memory) else asked
+    parallel = "fsdp" if parallel == "auto" else parallel
+    if ranks == 1 and asked in ("auto", "ddp"):
+        parallel = "none"
+    if parallel != "fsdp":
+        if training.shard_size is not None:
+            raise AtlasError(
+                f"training.shard_size: {training.shard_size}: is for training.parallel fsdp, this is {parallel}: set "
+                "that, or leave the size out"
+            )
+        return parallel, 1
+    why = "" if asked == "fsdp" else "; a step does not fit one device whole"
+    if training.optimizer not in _SHARDED:
+        raise AtlasError(
+            f"training.optimizer: {training.optimizer}: its state cannot be kept in shards (fsdp){why}: take "
+            f"{' or '.join(_SHARDED)}, or training.parallel ddp"
+        )
+    if training.precision in _UNSHARDED:
+        raise AtlasError(
+            f"training.precision: {training.precision}: not with training.parallel fsdp "
+            f"({_UNSHARDED[training.precision]}){why}: take bf16, or ddp"
+        )
+    shards = training.shard_size or ranks
+    if ranks % shards:
+        raise AtlasError(
+            f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: take a size that divides them"
+        )
+    return parallel, shards
+
+
+def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
+    training = config.training.model_copy(update={"micro_batch_size": 1})
+    one = config.model_copy(update={"training": training})
+    return estimate_training_memory(one, device=device).total <= _ROOMY * memory

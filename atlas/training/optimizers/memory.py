@@ -1,0 +1,75 @@
+"""How many bytes an optimizer keeps, and how many its step needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from atlas.config import LoraConfig, ModelConfig, TrainingConfig
+from atlas.config.config import MUON_STACK_NUMBERS
+from atlas.model.cost import is_in_block, list_weights, one_block_model
+from atlas.training.optimizers.build import build_optimizer, state_shapes
+from atlas.training.optimizers.muon import count_matrices
+
+_FP32, _CODE = 4, 1  # bytes
+
+
+def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) -> int:
+    """Bytes that `training.optimizer` keeps, in memory and in a checkpoint; its counts of steps are left out."""
+    one = one_block_model(model, lora)
+    copies = {p: model.num_layers if is_in_block(name) else 1 for name, p in one.named_parameters()}
+    return sum(
+        copies[parameter] * _bytes(state_shapes(group, parameter))
+        for group in _groups(one, training)
+        for parameter in group["params"]
+    )
+
+
+def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    if training.optimizer == "adamw8bit":  # is planned where torchao is missing, too
+        return [{"is_8bit": True, "params": [p for p in model.parameters() if p.requires_grad]}]
+    return build_optimizer(model, training).param_groups
+
+
+def _bytes(shapes: dict[str, Any]) -> int:
+    total = 0
+    for name, shape in shapes.items():
+        if isinstance(shape, dict):
+            total += _bytes(shape)
+        elif shape != torch.Size():
+            total += shape.numel() * (_CODE if name == "codes" else _FP32)
+    return total
+
+
+def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *, device: str) -> int:
+    """Bytes that the optimizer's step needs on `device` beside weights, gradients and state."""
+    trainable = [weight.size for weight in list_weights(model, lora) if weight.is_trainable]
+    largest = _FP32 * max(
+        weight.size // weight.copies for weight in list_weights(model, lora) if weight.is_trainable
+    )
+    is_rounded = training.precision == "bf16-true"  # such weights are updated one after the other
+    if training.optimizer == "muon":
+        matrices = count_matrices(one_block_model(model, lora))
+        layers = 1 if is_rounded else model.num_layers
+        own = max(
+            (_muon_bytes(rows, columns, n * layers, device) for (_, rows, columns), n in matrices.items()),
+            default=0,
+        )
+    else:
+        # PyTorch's optimizers make a temporary copy of all parameters where they have no fused step.
+        own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}.get(
+            training.optimizer, largest if is_rounded else _FP32 * sum(trainable)
+        )
+    if not is_rounded:
+        return own
+    return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them
+
+
+def _muon_bytes(rows: int, columns: int, count: int, device: str) -> int:
+    """Of as many of `count` matrices as Muon orthogonalizes together: their mean gradients, the stack before and after
+    an iteration, and two products of the shorter side."""
+    width, short, size = (_FP32 if device == "cpu" else 2), min(rows, columns), rows * columns
+    stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // size))
+    return stacked * (size * (_FP32 + 2 * width) + 2 * short * short * width)
