@@ -65,7 +65,7 @@ INSIDE = {
     "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run "
     "< recovery step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate "
-    "< retention shard_format < load < manager < async_saver convert shard_saver verify < open_saver",
+    "< retention shard_format < load < manager < async_saver convert verify < shard_saver < open_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
     "export": "architectures gguf_header import_first_version llama_cpp quantize save_imported < gguf hf_format judge "
     "< huggingface import_hf peft verify",

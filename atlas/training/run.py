@@ -242,4 +242,4 @@ class Run:
             return
         contents = self.contents()
         if self.world.is_first:
-            self.saver.hold(contents)
+            self.saver.keep_snapshot(contents)

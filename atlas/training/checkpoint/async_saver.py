@@ -1,7 +1,7 @@
-"""Saving without waiting: the training thread copies its state, another thread writes the copy.
+"""Save checkpoints in the background: the training thread copies its state, another thread writes the copy.
 
-The copy lives in main memory (pinned, where the state is on a GPU) and is used again for the next save, so
-that it costs its size once. It is also what a run rolls back to.
+The copy is in main memory (pinned if the state is on a GPU). Each save reuses that memory, so it is allocated once. A
+run also rolls back to this copy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +22,13 @@ from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, ten
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.pinned import pinned_like
 
-if TYPE_CHECKING:
-    pass
-
-_SLOW_DISK = 100e6  # bytes a second
-_MUCH_TIME = 20.0  # seconds between saves
-_LONGEST_REST, _SHORTEST_REST = 8.0, 0.005  # seconds to a second of work; seconds
+_SLOW_DISK = 100e6  # bytes per second
+_LONG_INTERVAL = 20.0  # seconds between saves
+_LONGEST_PAUSE, _SHORTEST_PAUSE = 8.0, 0.005  # seconds per second of work; seconds
 
 
 class Snapshot:
-    """A copy of nested dicts, lists and tensors on the CPU, its memory kept for the next one."""
+    """A copy of nested dicts, lists and tensors on the CPU. The next copy reuses its memory."""
 
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self._say = say
@@ -41,16 +37,16 @@ class Snapshot:
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy `contents` over the last copy. Returns when every byte is here."""
+        """Copy `contents` over the last copy. Returns when every byte is in main memory."""
         self._allocate_pinned(contents)
         copied = self._copy("", dict(contents))
         if self._from_gpu:
-            torch.cuda.synchronize()  # these copies run on their own
+            torch.cuda.synchronize()  # the copies are asynchronous
         self.contents = copied
         return copied  # type: ignore[no-any-return]
 
     def _allocate_pinned(self, contents: Mapping[str, Any]) -> None:
-        """One block for all tensors on a GPU that have no memory here yet: the weights at the start of a run, the
+        """Allocate one pinned block for all GPU tensors that have no buffer yet: the weights at the start of a run, the
         optimizer's state at its first save."""
         tensors = {key: tensor for key, tensor in named_tensors(contents) if tensor.is_cuda}
         missing = {key: tensor for key, tensor in tensors.items() if not self._has_buffer(key, tensor)}
@@ -63,7 +59,7 @@ class Snapshot:
         return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
 
     def _copy(self, key: str, value: Any) -> Any:
-        """`key` as `named_tensors` has it."""
+        """Copy `value`, whose name in `named_tensors` is `key`."""
         if isinstance(value, Tensor):
             if not self._has_buffer(key, value):
                 self._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
@@ -76,40 +72,41 @@ class Snapshot:
 
 
 class Pacer:
-    """Lets a save rest between pieces, so that training on a CPU keeps its cores: up to eight seconds for one of
-    work, as far as the save still takes less than half of the time until the next one is due."""
+    """Pauses a save between pieces, so that training on a CPU keeps its cores: up to eight seconds per second of work,
+    provided that the save still takes less than half of the time until the next one is due."""
 
     def __init__(self) -> None:
         self.hurry = threading.Event()
-        """Set when the save is waited for: it rests no more."""
+        """Set when training waits for the save: it no longer pauses."""
         self.is_abandoned = False
         self.has_time = False
-        self._work = self._rest = self._debt = 0.0
+        self._work = self._pause = self._debt = 0.0
 
     def begin(self, interval: float, *, num_bytes: int) -> None:
-        """A save of `num_bytes` begins, `interval` seconds after the one before; 0 to write at once."""
+        """Begin a save of `num_bytes`, `interval` seconds after the previous one. With 0 it never pauses."""
         work = self._work or num_bytes / _SLOW_DISK  # as long as the last one worked
-        self._rest = min(_LONGEST_REST, max(0.0, interval / 2 / work - 1))
+        self._pause = min(_LONGEST_PAUSE, max(0.0, interval / 2 / work - 1))
         self._work = self._debt = 0.0
-        self.has_time = interval >= _MUCH_TIME
+        self.has_time = interval >= _LONG_INTERVAL
         self.hurry.clear()
 
     def __call__(self, seconds: float) -> None:
-        """After `seconds` of work: rest, if it is time. Raises `Abandoned` if that was asked for."""
+        """Pause, if a pause is due after another `seconds` of work. Raises `Abandoned` if the save is abandoned."""
         if self.is_abandoned:
             raise Abandoned
         self._work += seconds
-        self._debt += seconds * self._rest
-        if self._debt > _SHORTEST_REST:
+        self._debt += seconds * self._pause
+        if self._debt > _SHORTEST_PAUSE:
             self.hurry.wait(self._debt)
             self._debt = 0.0
 
 
 class BackgroundSaver:
-    """Saves checkpoints from a snapshot, one at a time.
+    """Saves checkpoints, one at a time: each as one file, written from a snapshot.
 
-    With `in_background` false every save is written before `save` returns, straight from the state. `before` is
-    called before each is written, `after` when it is, with the paths, the step and the seconds that it took.
+    With `in_background` false every save is written before `save` returns, directly from the state. `before` is called
+    before each is written, `after` when it is, with the paths, the step and the seconds that it took. A subclass that
+    writes in another way replaces `_prepare`.
     """
 
     def __init__(
@@ -121,50 +118,52 @@ class BackgroundSaver:
         after: Callable[[list[Path], int, float], None] = lambda written, step, seconds: None,
     ) -> None:
         self.checkpoints = checkpoints
-        self.before = before
-        self.after = after
         self.in_background = in_background
-        self.snapshot = Snapshot(checkpoints.say)
         self.written: list[Path] = []
-        """What the last save that has ended wrote."""
-        self.seconds = 0.0
-        """How long the last save took to reach the disk, and for how much of it training stood still:"""
-        self.stall = 0.0
+        """The paths that the last finished save wrote."""
+        self.seconds = self.stall = 0.0
+        """How long the last save took to reach the disk, and how long training waited for it."""
+        self._before, self._after = before, after
+        self._snapshot = Snapshot(checkpoints.say)
+        self._pacer = Pacer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._pacer = Pacer()
-        self._due_at = time.perf_counter()
-        self._began = 0.0
-        self._said_dropped = False
+        self._due_at = self._began = time.perf_counter()
+        self._reported_skip = False
 
     def __enter__(self) -> BackgroundSaver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Wait for the save in flight; a second Ctrl-C does not."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._abandon()
-        else:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait for the save in progress. After a second Ctrl-C, end it unfinished; what it has written is removed."""
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.join()
+        elif self._thread is not None:
+            self._pacer.is_abandoned = True
+            self._pacer.hurry.set()
+            self._thread.join()
 
     @property
     def is_writing(self) -> bool:
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
-    def hold(self, contents: Mapping[str, Any]) -> None:
-        """Keep the state that a run begins with, so that there is one to go back to before the first save."""
+    def keep_snapshot(self, contents: Mapping[str, Any]) -> None:
+        """Keep the state at the start of a run: a state to roll back to before the first save."""
         if self.in_background:
-            self.snapshot.take(contents)
+            self._snapshot.take(contents)
 
     def last_good(self) -> dict[str, Any] | None:
-        """What the run can go back to: the state of the last save, else the latest checkpoint that is whole."""
+        """The state to roll back to: that of the last save, else of the latest intact checkpoint."""
         self.join()
-        if self.snapshot.contents is not None:
-            return self.snapshot.contents
+        if self._snapshot.contents is not None:
+            return self._snapshot.contents
         latest = self.checkpoints.load_latest()
         return latest and latest[1]
+
+    def expected_seconds(self, num_bytes: int) -> float:
+        """How long a save takes: as long as the last one, or for `num_bytes` at the rate of a slow disk."""
+        return self.seconds or num_bytes / _SLOW_DISK
 
     def save(
         self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], *, wait: bool
@@ -174,48 +173,68 @@ class BackgroundSaver:
         If the previous save is still being written, this one waits for it, unless it is only a regular step save:
         that one is skipped, and a note says so once. A new best or the end of an epoch would not come again.
         """
-        if self.is_writing and kinds == ["step"] and not wait:
-            self._say_dropped(contents, manifest["step"])
+        if self._is_busy() and kinds == ["step"] and not wait:
+            self._report_skip(contents, manifest["step"])
             return
         begin = time.perf_counter()
         interval, self._due_at = begin - self._due_at, begin
         self.join()
+        write = self._prepare(contents, kinds, manifest, interval)
+        if write is None:
+            return
+        self._began = time.perf_counter()
         if self.in_background:
-            copied = self.snapshot.take(contents)
-            needs_cores = not any(weight.is_cuda for weight in contents["model_state_dict"].values())
-            self._pacer.begin(interval if needs_cores else 0.0, num_bytes=tensor_bytes(contents))
             self._thread = threading.Thread(
-                target=self._write, args=(copied, kinds, manifest), name="atlas-save"
+                target=self._write_or_keep_error,
+                args=(write, manifest["step"]),
+                name="atlas-save",
+                daemon=self._needs_other_ranks,
             )
-            self._began = time.perf_counter()
             self._thread.start()
             if wait:
                 self.join()
         else:
-            self._began = begin
-            self.before()
-            self.written = self.checkpoints.save(contents, kinds, manifest)
-            self.seconds = time.perf_counter() - begin
-            self.after(self.written, manifest["step"], self.seconds)
+            self._write(write, manifest["step"])
         self.stall = time.perf_counter() - begin
 
-    def _write(self, contents: dict[str, Any], kinds: list[str], manifest: dict[str, Any]) -> None:
-        try:
+    _needs_other_ranks = False
+    """Whether the end of the process leaves a save unfinished, since the ranks that it needs may be gone."""
+
+    def _is_busy(self) -> bool:
+        return self.is_writing
+
+    def _prepare(
+        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], interval: float
+    ) -> Callable[[], list[Path]] | None:
+        """Copy `contents`, if the save is in the background. Return the function that writes the copy and returns the
+        paths, or None if nothing can be saved."""
+        if not self.in_background:
+            return lambda: self.checkpoints.save(contents, kinds, manifest)
+        copied = self._snapshot.take(contents)
+        needs_cores = not any(weight.is_cuda for weight in contents["model_state_dict"].values())
+        self._pacer.begin(interval if needs_cores else 0.0, num_bytes=tensor_bytes(contents))
+
+        def write() -> list[Path]:
             if self._pacer.has_time:
                 _yield_the_cores()
-            self.before()
-            self.written = self.checkpoints.save(contents, kinds, manifest, pace=self._pacer)
-            self.seconds = time.perf_counter() - self._began
-            self.after(self.written, manifest["step"], self.seconds)
-        except BaseException as error:  # a bug; it belongs to the training thread, which raises it
+            return self.checkpoints.save(copied, kinds, manifest, pace=self._pacer)
+
+        return write
+
+    def _write(self, write: Callable[[], list[Path]], step: int) -> None:
+        self._before()
+        self.written = write()
+        self.seconds = time.perf_counter() - self._began
+        self._after(self.written, step, self.seconds)
+
+    def _write_or_keep_error(self, write: Callable[[], list[Path]], step: int) -> None:
+        try:
+            self._write(write, step)
+        except BaseException as error:  # a bug: `join` raises it in the training thread
             self._error = error
 
-    def expected_seconds(self, num_bytes: int) -> float:
-        """How long a save takes: as long as the last one, or for `num_bytes` at the rate of a slow disk."""
-        return self.seconds or num_bytes / _SLOW_DISK
-
     def join(self) -> None:
-        """Wait for the save in flight, which makes haste from here on."""
+        """Wait for the save in progress, which no longer pauses from here on."""
         self._pacer.hurry.set()
         if self._thread is not None:
             self._thread.join()
@@ -224,29 +243,25 @@ class BackgroundSaver:
             error, self._error = self._error, None
             raise error
 
-    def _abandon(self) -> None:
-        """End the save in flight without finishing it: what it has written so far is removed."""
-        self._pacer.is_abandoned = True
-        self._pacer.hurry.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _say_dropped(self, contents: Mapping[str, Any], step: int) -> None:
-        if self._said_dropped:
+    def _report_skip(self, contents: Mapping[str, Any], step: int) -> None:
+        if self._reported_skip:
             return
-        self._said_dropped = True
+        self._reported_skip = True
         size, seconds = tensor_bytes(contents), time.perf_counter() - self._began
         self.checkpoints.say(
-            f"step {step}: no checkpoint saved: the one before is still being written: {size / 1e9:.3f} GB in more "
-            f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), "
-            f"and this one falls due after {seconds:.1f} s. If that is usual, raise checkpoint.save_interval or set "
-            "checkpoint.background=false. Said once"
+            f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB in more "
+            f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), and this one falls due after "
+            f"{seconds:.1f} s. If that is usual, raise checkpoint.save_interval or set checkpoint.background=false. "
+            "This is reported once"
         )
 
 
 def _yield_the_cores() -> None:
-    """Let training go first where both want a core. A small save then takes seconds, however fast the disk is, which
-    matters only where the next one is near. Linux alone sets the priority of one thread."""
+    """Lower this thread's priority, so that training goes first where both need a core. Linux alone sets the priority
+    of one thread.
+
+    A small save then takes seconds, however fast the disk is, which matters only if the next one is soon.
+    """
     if sys.platform == "linux":
-        with suppress(OSError):  # a container may forbid it; then the save only rests
+        with suppress(OSError):  # a container may forbid it; then the save only pauses
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -1,23 +1,19 @@
-"""Choose what writes a run's checkpoints."""
+"""Open the saver that writes a run's checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.world import World
 from atlas.training.logs.run_log import RunLog
 
-if TYPE_CHECKING:
-    from atlas.training.checkpoint.shard_saver import ShardSaver
-
 
 def open_saver(
     checkpoints: CheckpointManager, world: World, *, sharded: bool, in_background: bool, log: RunLog
-) -> BackgroundSaver | ShardSaver:
-    """What writes a run's checkpoints: every rank its shards, or the first rank all."""
+) -> BackgroundSaver:
+    """The saver of a run: each rank writes its shards, or the first rank writes everything to one file."""
 
     def after(written: list[Path], step: int, seconds: float) -> None:
         if written:
@@ -26,6 +22,8 @@ def open_saver(
     before = log.flush_to_disk
     if not sharded:
         return BackgroundSaver(checkpoints, in_background=in_background, before=before, after=after)
-    from atlas.training.checkpoint.shard_saver import ShardSaver  # it takes PyTorch half a second
+    from atlas.training.checkpoint.shard_saver import (
+        ShardSaver,
+    )  # importing PyTorch's part takes half a second
 
     return ShardSaver(checkpoints, world, in_background=in_background, before=before, after=after)
