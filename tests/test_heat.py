@@ -1,4 +1,4 @@
-"""The GPU's temperature, with an NVML made of Python: what is read, what is said, and when training waits."""
+"""The GPU's temperature, with a fake NVML: what is read, what is reported, and when training waits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml:
-    """NVML's functions for one card; what is in `missing` raises, and everything does once it is `gone`."""
+    """NVML's functions for one card. Those in `missing` raise, and all of them do once the card is `gone`."""
 
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
@@ -108,13 +108,13 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def never(line: str) -> None:
-    raise AssertionError(f"nothing should be said, not {line!r}")
+    raise AssertionError(f"nothing should be reported, not {line!r}")
 
 
 # Reading
 
 
-def test_a_card_is_read_in_degrees_watts_and_words() -> None:
+def test_a_reading_has_degrees_watts_and_reasons() -> None:
     fake = FakeNvml()
     fake.reasons = 0x20 | 0x04
     assert GpuSensor(fake, "card").read().metrics() == {
@@ -126,8 +126,8 @@ def test_a_card_is_read_in_degrees_watts_and_words() -> None:
     }
 
 
-def test_the_words_are_those_of_nvidias_constants() -> None:
-    """And an idle card, chosen clocks, a group's clocks and a display's are not worth a word."""
+def test_throttle_reasons_match_nvidias_constants() -> None:
+    """An idle card, chosen clocks, a group's clocks and a display's are not reported."""
     pynvml = pytest.importorskip("pynvml")
     words = {
         "SwPowerCap": "power limit",
@@ -145,7 +145,7 @@ def test_the_words_are_those_of_nvidias_constants() -> None:
         assert GpuSensor(fake, "card").read().throttle == ((words[name],) if name in words else ())
 
 
-def test_the_functions_asked_for_exist_in_nvidias_package() -> None:
+def test_the_functions_exist_in_nvidias_package() -> None:
     pynvml = pytest.importorskip("pynvml")
     functions = [name for name in vars(FakeNvml) if name.startswith("nvml")]
     assert len(functions) == 10
@@ -165,7 +165,7 @@ def test_the_functions_asked_for_exist_in_nvidias_package() -> None:
         (("event reasons", "throttle reasons"), {"gpu_throttle"}),
     ],
 )
-def test_what_a_card_lacks_leaves_the_rest(missing: tuple[str, ...], lost: set[str]) -> None:
+def test_a_missing_reading_leaves_the_others(missing: tuple[str, ...], lost: set[str]) -> None:
     everything = set(GpuSensor(FakeNvml(), "card").read().metrics())
     sensor = GpuSensor(FakeNvml(missing=missing), "card")
     assert set(sensor.read().metrics()) == everything - lost
@@ -179,7 +179,7 @@ def test_an_older_package_without_the_newer_functions_is_enough(monkeypatch: pyt
     assert (reading.temperature, reading.throttle) == (71, ())
 
 
-def test_a_card_is_asked_at_most_once_a_second() -> None:
+def test_a_card_is_read_at_most_once_a_second() -> None:
     fake, clock = FakeNvml(), Clock()
     sensor = GpuSensor(fake, "card", clock=clock)
     before = fake.calls
@@ -192,15 +192,15 @@ def test_a_card_is_asked_at_most_once_a_second() -> None:
     assert fake.calls - before == 10
 
 
-def test_nvml_that_stops_answering_is_said_once_and_not_asked_again() -> None:
+def test_nvml_that_stops_answering_is_reported_once_and_not_called_again() -> None:
     fake, clock, said = FakeNvml(), Clock(), []
     sensor = GpuSensor(fake, "card", clock=clock)
     fake.gone = True
     for _ in range(5):
-        cool_down(sensor, limit=70, should_stop=lambda: False, say=said.append, clock=clock)
+        cool_down(sensor, limit=70, should_stop=lambda: False, say=said.append)
         clock.now += 10
     assert said == [
-        "warning: the GPU's sensors no longer answer (NVML: Uninitialized): training goes on, "
+        "warning: the GPU's sensors no longer answer (NVML: Uninitialized): training continues, "
         "and guard.max_gpu_temp 70 is no longer watched"
     ]
     assert sensor.read() == Reading()
@@ -235,7 +235,7 @@ def no_card(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_place(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PyTorch that does not tell where a card is."""
+    """A PyTorch that does not report where a card is."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="slice"))
 
 
@@ -272,12 +272,12 @@ def test_a_limit_needs_a_temperature(nvml: FakeNvml) -> None:
     assert sensor is not None
     assert sensor.read().power == 215.3
     cool_down(sensor, limit=None, should_stop=lambda: False, say=never)
-    with pytest.raises(AtlasError, match="83: this GPU does not tell its temperature"):
+    with pytest.raises(AtlasError, match="83: this GPU does not report its temperature"):
         open_sensor(CUDA, GuardConfig(max_gpu_temp=83), say=never)
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_elsewhere_nothing_is_opened_and_a_limit_is_said_to_do_nothing(
+def test_on_other_devices_nothing_is_opened_and_a_limit_has_no_effect(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
@@ -296,18 +296,18 @@ def test_elsewhere_nothing_is_opened_and_a_limit_is_said_to_do_nothing(
 # Waiting
 
 
-def test_a_hot_card_is_waited_for_and_both_ends_are_said() -> None:
+def test_training_waits_for_a_hot_card_and_reports_both_ends() -> None:
     fake, said = FakeNvml(), []
     fake.temperature = 84
     clock = Clock()
     clock.each = lambda: setattr(fake, "temperature", 84 - int(clock.now / 7))
     sensor = GpuSensor(fake, "card", clock=clock)
-    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep, clock=clock)
+    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep)
     assert said == [
         "GPU at 84 °C, limit 83 (guard.max_gpu_temp): waiting until 78 °C",
-        f"GPU at 78 °C after {clock.now:.0f} s: training goes on",
+        f"GPU at 78 °C after {clock.now:.0f} s: training resumes",
     ]
-    assert 42 <= clock.now <= 43.3  # it cools to 78 °C at 42 s and is looked at once a second
+    assert 42 <= clock.now <= 43.3  # it cools to 78 °C at 42 s and is read once a second
 
 
 @given(
@@ -316,7 +316,7 @@ def test_a_hot_card_is_waited_for_and_both_ends_are_said() -> None:
     stop_at=st.none() | st.integers(0, 200),
 )
 @example(limit=83, temperatures=[90], stop_at=0)
-def test_it_waits_only_at_the_limit_and_goes_on_only_well_below_or_at_a_stop(
+def test_it_waits_only_at_the_limit_and_resumes_only_well_below_or_at_a_stop(
     limit: int, temperatures: list[int], stop_at: int | None
 ) -> None:
     """Against the definition, on any course of temperatures (a second each, then the card cools down)."""
@@ -338,7 +338,6 @@ def test_it_waits_only_at_the_limit_and_goes_on_only_well_below_or_at_a_stop(
         should_stop=lambda: stop_at is not None and looks >= stop_at,
         say=said.append,
         sleep=clock.sleep,
-        clock=clock,
     )
     if course[0] < limit or stop_at == 0:
         assert (clock.now, said) == (0, [])
@@ -354,7 +353,7 @@ def test_it_waits_only_at_the_limit_and_goes_on_only_well_below_or_at_a_stop(
     assert clock.now >= cool - 1e-9
 
 
-def test_a_stop_ends_the_wait_within_a_look() -> None:
+def test_a_stop_ends_the_wait_within_one_check() -> None:
     fake, clock, said = FakeNvml(), Clock(), []
     fake.temperature = 90
     sensor = GpuSensor(fake, "card", clock=clock)
@@ -364,13 +363,12 @@ def test_a_stop_ends_the_wait_within_a_look() -> None:
         should_stop=lambda: clock.now >= 20,
         say=said.append,
         sleep=clock.sleep,
-        clock=clock,
     )
     assert 20 <= clock.now <= 20.5
-    assert len(said) == 1  # the stop has been said by what asked for it
+    assert len(said) == 1  # whoever requested the stop has reported it
 
 
-def test_a_card_that_stays_warm_is_reminded_of_every_ten_minutes() -> None:
+def test_a_card_that_stays_warm_is_reported_every_ten_minutes() -> None:
     fake, clock, said = FakeNvml(), Clock(), []
     fake.temperature = 90
     sensor = GpuSensor(fake, "card", clock=clock)
@@ -380,7 +378,6 @@ def test_a_card_that_stays_warm_is_reminded_of_every_ten_minutes() -> None:
         should_stop=lambda: clock.now >= 1900,
         say=said.append,
         sleep=clock.sleep,
-        clock=clock,
     )
     assert [line[:25] for line in said[1:]] == ["GPU still at 90 °C after "] * 3
     assert "after 600 s" in said[1]
@@ -391,19 +388,19 @@ def test_a_sensor_lost_while_waiting_ends_the_wait() -> None:
     fake.temperature = 90
     clock = Clock(each=lambda: setattr(fake, "gone", True))
     sensor = GpuSensor(fake, "card", clock=clock)
-    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep, clock=clock)
+    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep)
     assert clock.now < 2
     assert [line.split(" ")[0] for line in said] == ["GPU", "warning:"]
     assert "guard.max_gpu_temp 83 is no longer watched" in said[1]
 
 
 @pytest.mark.parametrize(("temperature", "times"), [(84, 0), (85, 1), (97, 1)])
-def test_a_card_that_is_too_hot_is_told_of_once_where_no_limit_is_set(temperature: int, times: int) -> None:
+def test_a_card_that_is_too_hot_is_reported_once_without_a_limit(temperature: int, times: int) -> None:
     fake, clock, said = FakeNvml(), Clock(), []
     fake.temperature = temperature
     sensor = GpuSensor(fake, "card", clock=clock)
     for _ in range(4):
-        cool_down(sensor, limit=None, should_stop=lambda: False, say=said.append, clock=clock)
+        cool_down(sensor, limit=None, should_stop=lambda: False, say=said.append)
         clock.now += 5
     assert len(said) == times
     assert all(f"GPU at {temperature} °C" in line and "guard.max_gpu_temp" in line for line in said)
