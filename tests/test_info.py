@@ -80,12 +80,14 @@ def reshape(path: Path) -> None:
     path.with_suffix(".json").unlink()
 
 
-def test_a_whole_checkpoint_is_said_to_be_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_checkpoint_is_reported_as_intact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "atlas_step_6.pt"
     tensors = count_tensors(torch.load(path, weights_only=True))
     code, output, _ = info(capsys, path, "--verify")
     assert code == 0
-    assert f"whole: {path.stat().st_size:,} bytes, sha256 as saved; {tensors} tensors, all finite\n" in output
+    assert (
+        f"intact: {path.stat().st_size:,} bytes, sha256 as saved; {tensors} tensors, all finite\n" in output
+    )
     renamed = path.rename(folder / "mine.pt")
     code, output, _ = info(capsys, renamed, "--verify")
     assert code == 0
@@ -96,15 +98,15 @@ def test_a_whole_checkpoint_is_said_to_be_whole(folder: Path, capsys: pytest.Cap
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (
         flip,
-        "damaged: its bytes are not those that were saved (sha256 differs from atlas_step_6.json)",
+        "is not the file that was saved (damaged: sha256 differs from atlas_step_6.json)",
     ),
     "cut off": (
         lambda path: path.write_bytes(path.read_bytes()[:-9]),
-        "not the file that atlas_step_6.json describes",
+        "is not the file that was saved (atlas_step_6.json does not describe its ",
     ),
     "empty sidecar": (
         lambda path: path.with_suffix(".json").write_text(""),
-        "not the file that atlas_step_6.json",
+        "is not the file that was saved (atlas_step_6.json does not describe its ",
     ),
     "flipped, no sidecar": (
         lambda path: (flip(path), path.with_suffix(".json").unlink()),
@@ -131,10 +133,10 @@ def test_a_broken_one_is_refused_with_the_one_to_take(
     assert (code, output) == (2, "")
     assert errors.startswith(f"error: {path}: ")
     assert reason in errors
-    assert errors.endswith(f"take {folder / 'atlas_step_2.pt'} instead, which is whole\n")
+    assert errors.endswith(f"take {folder / 'atlas_step_2.pt'} instead, which is intact\n")
     assert errors.count("\n") == 1
     flip(folder / "atlas_step_2.pt")
-    assert info(capsys, path, "--verify")[2].endswith("no other checkpoint beside it is whole\n")
+    assert info(capsys, path, "--verify")[2].endswith("no other checkpoint beside it is intact\n")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -151,14 +153,14 @@ def test_a_folder_is_a_table_and_names_what_resume_auto_takes(
     states = {row.split()[0]: row[header.index("state") :] for row in rows}
     assert states.keys() == {path.name for path in folder.glob("*.pt")}
     assert reason in states.pop("atlas_step_6.pt")
-    assert all(state.startswith("whole: ") for state in states.values())
+    assert all(state.startswith("intact: ") for state in states.values())
     manager = CheckpointManager(folder)
     latest = manager.load_latest()
     assert latest
     assert last == f"--resume auto takes {latest[0].name}"
     row = next(row for row in rows if row.startswith("atlas_step_4.pt"))
     facts = json.loads((folder / "atlas_step_4.json").read_text(encoding="utf-8"))
-    assert re.search(rf" 4  step +{facts['loss']:.4f} .* 0\.\d MB  whole", row)
+    assert re.search(rf" 4  step +{facts['loss']:.4f} .* 0\.\d MB  intact", row)
 
 
 def test_a_folder_is_listed_at_once_without_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +188,7 @@ def test_a_folder_without_a_whole_checkpoint_is_refused(
     code, output, errors = info(capsys, folder, "--verify")
     assert code == 2
     assert output.count("damaged: ") == 4
-    assert re.fullmatch(r"error: .*: none of its checkpoints is whole: .*\n", errors)
+    assert re.fullmatch(r"error: .*: none of its checkpoints is intact: .*\n", errors)
 
 
 def test_a_dataset_is_compared_with_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.retention import slim
+from atlas.training.checkpoint.retention import drop_optimizer_state
 from atlas.training.resume import Request, choose_start
 from atlas.training.run import Run
 from atlas.training.train import train
@@ -535,7 +535,7 @@ def test_resuming_an_older_checkpoint_keeps_a_best_that_came_before_it(
 
 def test_a_slim_checkpoint_is_refused_before_anything_moves(done: tuple[dict, Path]) -> None:
     explicit, folder = done
-    slim(folder / "atlas_step_2.pt")
+    drop_optimizer_state(folder / "atlas_step_2.pt")
     before = snapshot(folder)
     with pytest.raises(AtlasError, match="slim_old"):
         run_for(explicit, resume=str(folder / "atlas_step_2.pt"))

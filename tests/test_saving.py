@@ -255,7 +255,7 @@ def test_a_nearly_full_disk_gives_up_old_steps_beyond_the_newest_two(
         assert names(tmp_path) == before
         save(manager, 7)
         assert len(said) == 1
-        assert "Training goes on; the newest is atlas_step_5.pt" in said[0]
+        assert "Training continues; the newest is atlas_step_5.pt" in said[0]
 
 
 # One run to a folder.

@@ -176,18 +176,18 @@ def _rounded(loss: float | None) -> str | None:
 
 
 def _verified(path: Path) -> str:
-    """`whole: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
+    """`intact: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
     from atlas.progress import byte_progress
     from atlas.training.checkpoint.manifest import checkpoint_size
-    from atlas.training.checkpoint.verify import verify_checkpoint, whole_alternative
+    from atlas.training.checkpoint.verify import intact_alternative, verify_checkpoint
 
     with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
     if not verdict.problem:
         return str(verdict)
-    instead = whole_alternative(path)
+    instead = intact_alternative(path)
     remedy = (
-        f"take {instead} instead, which is whole" if instead else "no other checkpoint beside it is whole"
+        f"take {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
     )
     raise AtlasError(f"{path}: {verdict}: {remedy}")
 
@@ -211,7 +211,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
     _print_checkpoints([(path, manifests.get(path), verdicts.get(path)) for path in files])
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):
-        raise AtlasError(f"{folder}: none of its checkpoints is whole: take a copy of one, or train again")
+        raise AtlasError(f"{folder}: none of its checkpoints is intact: take a copy of one, or train again")
     resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
     takes = f"takes {resumable[0].name}" if resumable else "finds none to go on from"
     typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))

@@ -452,7 +452,7 @@ CONTENTS = {
     ),
     "context of 2^31": (reconfigured(max_seq_len=2**31), "do not fit its config"),
     "no vocabulary": (reconfigured(vocab_size=None), "a vocabulary of None"),
-    "a config with another setting": (reconfigured(exec="rm"), "is not a whole Atlas checkpoint"),
+    "a config with another setting": (reconfigured(exec="rm"), "is not a complete Atlas checkpoint"),
     "a layer too many": (changed(model_state_dict={**WEIGHTS, "x": torch.zeros(1)}), "do not fit its config"),
     "weights that are text": (changed(model_state_dict=dict.fromkeys(WEIGHTS, "x")), "do not fit its config"),
     "2^62 updates": (changed(step=2**62), "step is wrong"),

@@ -1,4 +1,4 @@
-"""Read a checkpoint: no damaged one is believed, and no code in it is run."""
+"""Read a checkpoint. A damaged one is refused, and no code in it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from atlas.config import LoraConfig
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
-from atlas.training.checkpoint.manifest import read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.manifest import (
+    Manifest,
+    checkpoint_size,
+    read_manifest,
+    shards_of,
+    sidecar_of,
+)
 from atlas.training.checkpoint.validate import check_zip, read_plain, refuse_first_version
 
 
@@ -24,80 +30,96 @@ def load_checkpoint(
     remedy: str | None = None,
     without: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: bytes checked against its sidecar, or, where there is none (a renamed
-    or downloaded file), against the zip's own CRCs, which is said. No code in it is ever run.
+    """Read a checkpoint onto the CPU, after its bytes were checked, see `compare_bytes`. No code in it runs.
 
-    What the keys `without` name is left out and takes no memory: with AdamW two thirds of a checkpoint
-    are the optimizer's, which only training needs.
+    The keys in `without` are left out and need no memory: with AdamW two thirds of a checkpoint are the optimizer's
+    state, which only training needs. `say` gets a note if there is no sidecar, as for a renamed or downloaded file.
 
     Raises `CheckpointError`, which ends with `remedy`, by default with another checkpoint to take.
     """
     path = find_checkpoint(path)
-    has_sidecar = sidecar_of(path).exists()
     remedy = remedy or f"take another checkpoint{_alternatives(path)}"
-    shards = shards_of(path)
-    if not has_sidecar and shards is None:
-        check_zip(path, remedy=remedy)
-    elif has_sidecar and read_manifest(path, check_hash=True) is None:
-        refuse_first_version(path)
-        raise CheckpointError(
-            f"{path}: is not the file that was saved (size or sha256 differ from {sidecar_of(path).name}): {remedy}"
-        )
+    how, manifest = compare_bytes(path, remedy=remedy)
     contents = read_contents(path, remedy=remedy, without=without)
-    if not has_sidecar:
-        instead = (
-            "checked by the checksums inside the file instead"
-            if shards is None
-            else "its bytes are not checked"
-        )
-        say(f"{path}: no sidecar beside it; {instead}")
+    if manifest is None:
+        say(f"{path}: no sidecar to check its bytes against: {how}")
     return contents
 
 
+def compare_bytes(
+    path: Path, *, remedy: str, advance: Callable[[int], None] = lambda done: None
+) -> tuple[str, Manifest | None]:
+    """Compare a checkpoint with its sidecar's sha256, or without a sidecar with the checksums inside the file (CRC-32).
+
+    Return how the bytes were compared, and the manifest. `advance` gets the number of bytes of each read. Raises
+    `CheckpointError` if the bytes differ.
+    """
+    sidecar, shards = sidecar_of(path), shards_of(path)
+    if not sidecar.exists():
+        if shards is None:
+            check_zip(path, remedy=remedy)
+        advance(checkpoint_size(path))
+        how = "checksums inside the file as saved" if shards is None else "its bytes not compared"
+        return f"{how} (no {sidecar.name} beside it)", None
+    if manifest := read_manifest(path, check_hash=True, advance=advance):
+        return "sha256 as saved", manifest
+    refuse_first_version(path)
+    if read_manifest(path, check_hash=False):
+        reason = f"damaged: sha256 differs from {sidecar.name}"
+    elif shards is None:
+        reason = f"{sidecar.name} does not describe its {checkpoint_size(path):,} bytes"
+    else:
+        reason = f"{sidecar.name} does not describe its files"
+    raise CheckpointError(f"{path}: is not the file that was saved ({reason}): {remedy}")
+
+
 def left_in_shards(path: Path) -> tuple[str, ...]:
-    """What a run that resumes from `path` does not read at first: of a sharded checkpoint the optimizer's state, of
-    which each rank takes its own part when it has an optimizer."""
+    """The keys that a run does not read at first when it resumes from `path`: the optimizer's state in a sharded
+    checkpoint. Each rank reads its own part later, when it has an optimizer."""
     return ("optimizer_state_dict",) if shards_of(path) else ()
 
 
 def saved_optimizer(
     contents: Mapping[str, Any], source: Path | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The optimizer's state: from `contents`, or where it was left in the shards of `source`, each rank's own part."""
+    """The optimizer's state from `contents`, or, if `left_in_shards` left it out, this rank's part from `source`."""
     shards = shards_of(source) if source else None
     if "optimizer_state_dict" in contents or shards is None:
         return dict(contents.get("optimizer_state_dict") or {})
-    from atlas.training.checkpoint.shard_format import read_optimizer  # it takes PyTorch half a second
+    from atlas.training.checkpoint.shard_format import (
+        read_optimizer,
+    )  # importing PyTorch's part takes half a second
 
     return read_optimizer(shards, optimizer)
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint, a file or in shards; its sidecar is not looked at. Raises `CheckpointError`."""
+    """The contents of a checkpoint, in one file or in shards. The sidecar is not read. Raises `CheckpointError`."""
     shards = shards_of(path)
     if shards is None:
         return read_plain(path, remedy=remedy, without=without)
-    from atlas.training.checkpoint.shard_format import read_shards  # it takes PyTorch half a second
+    from atlas.training.checkpoint.shard_format import (
+        read_shards,
+    )  # importing PyTorch's part takes half a second
 
     return read_shards(shards, remedy=remedy, without=without)
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Put a checkpoint's weights into `model`, its low-rank updates added to them unless the model has such updates
-    itself. Raises `CheckpointError` if they are another shape's.
+    """Load a checkpoint's weights into `model`. Its low-rank updates are merged, unless the model has its own.
 
-    They are copied; a model on the meta device, which has no memory yet, takes the tensors themselves (in
-    fp32), so that they are in memory once.
+    The weights are copied. A model on the meta device, which has no memory yet, takes the tensors themselves (in fp32),
+    so that they are in memory once. Raises `CheckpointError` if a shape differs.
     """
     weights = contents["model_state_dict"]
     lora = LoraConfig(**contents["config"].get("lora", {}))
     if lora.rank and not has_lora(model):
         weights = merged(weights, lora)
-    is_hollow = any(parameter.is_meta for parameter in model.parameters())
-    if is_hollow:
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if is_meta:
         weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     try:
-        model.load_state_dict(weights, assign=is_hollow)
+        model.load_state_dict(weights, assign=is_meta)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path}: its weights do not fit its config: {reason}") from None

@@ -1,7 +1,7 @@
-"""Checkpoints: written so that no kill loses one, read so that no broken one is believed.
+"""The checkpoints of a run: written so that no kill loses one, read so that no damaged one is used.
 
-A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled code) and its sidecar, see
-`manifest.py`. Contents, all plain: `format_version`, `model_state_dict`, `optimizer_state_dict`,
+A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled code) and its sidecar, see `manifest.py`.
+Its keys: `format_version`, `model_state_dict`, `optimizer_state_dict`,
 `scaler_state_dict`, `step`, `epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`,
 `micro_batch_size`, `best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`.
 """
@@ -36,10 +36,15 @@ from atlas.training.checkpoint.manifest import (
     sidecar_of,
     write_manifest,
 )
-from atlas.training.checkpoint.retention import RESUMABLE, find_room, remove, remove_folder, slim, surplus
-from atlas.training.checkpoint.validate import (
-    holds_first_version,
+from atlas.training.checkpoint.retention import (
+    RESUMABLE,
+    drop_optimizer_state,
+    find_space,
+    remove,
+    remove_folder,
+    surplus,
 )
+from atlas.training.checkpoint.validate import holds_first_version
 
 _SPARE_BYTES = 8 << 20
 
@@ -47,8 +52,7 @@ _SPARE_BYTES = 8 << 20
 class CheckpointManager:
     """The checkpoints of one output folder.
 
-    Nothing is touched on construction, so that a manager may be made only to read. `say` receives the
-    lines a user should see.
+    The constructor touches no file, so a manager may also be used only to read. `say` gets the lines for the user.
     """
 
     def __init__(
@@ -65,18 +69,13 @@ class CheckpointManager:
         self.max_total = max_total
         self.slim_old = slim_old
         self.say = say
-        self._said_no_room = False
+        self._reported_no_space = False
 
     @classmethod
     def of(cls, config: CheckpointConfig, folder: Path, *, say: Callable[[str], None]) -> CheckpointManager:
         """The manager of a run with these settings."""
-        return cls(
-            folder,
-            keep_checkpoints=config.keep_checkpoints,
-            max_total=config.max_total,
-            slim_old=config.slim_old,
-            say=say,
-        )
+        settings = config.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
+        return cls(folder, say=say, **settings)
 
     # Reading
 
@@ -91,11 +90,11 @@ class CheckpointManager:
     def load_latest(
         self, *, before: int | None = None, to_resume: bool = False
     ) -> tuple[Path, dict[str, Any]] | None:
-        """The latest checkpoint that can be gone on from, and its contents; of a step before `before`, if given. To
-        resume from shards, without what each rank will read for itself (`left_in_shards`).
+        """The latest checkpoint that a run can resume from, and its contents; of a step before `before`, if given. With
+        `to_resume`, what each rank reads later from shards is left out (`left_in_shards`).
 
-        Those that are broken are named and passed over: by their bytes, by their contents, or because they hold no
-        optimizer state any more.
+        Checkpoints with damaged bytes or contents, or without optimizer state, are skipped, each with a line for the
+        user.
         """
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
@@ -103,19 +102,19 @@ class CheckpointManager:
                 reason = "is not the file that its sidecar describes"
                 if holds_first_version(path):
                     reason = "is of the first Atlas (1.x), which atlas import converts"
-                self.say(f"{path}: {reason}: passed over")
+                self.say(f"{path}: {reason}: skipped")
         for manifest, path in found:
             if before is not None and manifest.step >= before:
                 continue
             if manifest.slim:
-                self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): passed over")
+                self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): skipped")
                 continue
             try:
                 without = left_in_shards(path) if to_resume else ()
-                contents = load_checkpoint(path, remedy="passed over", without=without)
+                contents = load_checkpoint(path, remedy="skipped", without=without)
                 if contents["step"] == manifest.step:
                     return path, contents
-                self.say(f"{path}: holds step {contents['step']}, not {manifest.step}: passed over")
+                self.say(f"{path}: holds step {contents['step']}, not {manifest.step}: skipped")
             except AtlasError as error:
                 self.say(str(error))
         return None
@@ -130,15 +129,15 @@ class CheckpointManager:
         *,
         pace: Pace = at_once,
     ) -> list[Path]:
-        """Write `contents` once and commit it under the name of each kind; the paths written.
+        """Write `contents` once and commit it under the name of each kind. Return the paths.
 
-        Too little disk is said in one line and nothing is written: training goes on, the checkpoints that
-        are there stay. `manifest` holds the sidecar's fields but for kind and files.
+        If the disk is too small, nothing is written, one line says so, training continues, and the existing checkpoints
+        stay. `manifest` holds the sidecar's fields except kind and files.
         """
         written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._make_room(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
+            if self._make_space(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
                 self._write(contents, kinds, manifest, written, pace)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
@@ -169,19 +168,19 @@ class CheckpointManager:
                     copy_file(temporary, staged, pace=pace)
                 commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
                 written.append(path)
-            except OSError as error:  # the other names may fare better
+            except OSError as error:  # another name may still succeed
                 self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
         self._remove_surplus(kinds)
         if self.slim_old:
             for path in surplus(self.found(), "step", RESUMABLE):
-                slim(path)
+                drop_optimizer_state(path)
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
-        """Whether there is room for a sharded checkpoint of `needed` bytes, which the ranks may write to `staged`."""
+        """Whether there is space for a sharded checkpoint of `needed` bytes. If so, make the folder `staged` for it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            if not self._make_room(needed + _SPARE_BYTES, step):
+            if not self._make_space(needed + _SPARE_BYTES, step):
                 return False
             staged.mkdir()
         except OSError as error:
@@ -196,9 +195,9 @@ class CheckpointManager:
         manifest: dict[str, Any],
         files: tuple[FileEntry, ...],
     ) -> list[Path]:
-        """Give the folder that the ranks wrote a name, and each kind a sidecar that names it; what they are called.
+        """Rename the folder that the ranks wrote, and write a sidecar that names it for each kind. Return the names.
 
-        The bytes are there before a sidecar is, and a sidecar is replaced at once: a kill leaves the old or the new.
+        The bytes exist before a sidecar does, and a sidecar is replaced atomically: a kill leaves the old or the new.
         """
         written: list[Path] = []
         previous = {shards_of(self._path(kind, manifest).with_suffix("")) for kind in kinds}
@@ -216,13 +215,13 @@ class CheckpointManager:
         return written
 
     def _free_folder(self, step: int) -> Path:
-        """`atlas_step_100`; where a sidecar names that, since a step is saved again, `atlas_step_100-2`, and so on."""
+        """`atlas_step_100`, or, if a sidecar names that one already, `atlas_step_100-2`, and so on."""
         named, number = {shards_of(path) for _, path in self.found()}, 1
         folder = self.folder / f"atlas_step_{step}"
         while folder in named:
             number += 1
             folder = self.folder / f"atlas_step_{step}-{number}"
-        remove_folder(folder)  # what a kill left before its sidecar
+        remove_folder(folder)  # left by a kill before its sidecar was written
         return folder
 
     def _path(self, kind: str, manifest: Mapping[str, Any]) -> Path:
@@ -233,28 +232,28 @@ class CheckpointManager:
             for path in surplus(self.found(), kind, self.keep_checkpoints):
                 remove(path)
 
-    def _make_room(self, needed: int, step: int) -> bool:
-        """Whether `needed` bytes are there now, older checkpoints having gone if that is what it took."""
+    def _make_space(self, needed: int, step: int) -> bool:
+        """Whether there is space for `needed` bytes; older checkpoints are removed if that is necessary."""
         found = self.found()
-        room = find_room(self.folder, found, needed, max_total=self.max_total)
-        if not room.is_enough:
-            if not self._said_no_room:
+        space = find_space(self.folder, found, needed, max_total=self.max_total)
+        if not space.is_enough:
+            if not self._reported_no_space:
                 newest = f"; the newest is {found[0][1].name}" if found else ""
                 self.say(
                     f"step {step}: no checkpoint saved: it needs {needed / 1e9:.2f} GB, "
-                    f"{max(0, room.free) / 1e9:.2f} GB are {room.limit} ({self.folder}). Training goes on{newest}. "
-                    "This is said once; free some space"
+                    f"{max(0, space.free) / 1e9:.2f} GB are {space.limit} ({self.folder}). Training continues{newest}. "
+                    "This is reported once; free some space"
                 )
-            self._said_no_room = True
+            self._reported_no_space = True
             return False
-        for path in room.victims:
+        for path in space.victims:
             self.say(f"{path.name}: removed to make room for step {step}")
             remove(path)
-        self._said_no_room = False
+        self._reported_no_space = False
         return True
 
     def clean(self) -> None:
-        """Remove what a broken save left behind; only the run that owns the folder may call this."""
+        """Remove what an interrupted save left behind. Only the run that owns the folder may call this."""
         for leftover in self.folder.glob("atlas_*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

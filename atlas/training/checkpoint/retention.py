@@ -1,11 +1,11 @@
-"""Which checkpoints go: by number, by bytes, and when the disk is nearly full. The best never does."""
+"""Remove old checkpoints: by number, by bytes, and when the disk is nearly full. The best is never removed."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atlas.training.checkpoint.atomic_write import commit, write_tensors
@@ -16,12 +16,12 @@ Found = Sequence[tuple[Manifest, Path]]
 """Checkpoints with their manifests, the latest step first."""
 
 RESUMABLE = 2
-"""So many of the newest step checkpoints are never given up for space, and never slimmed."""
+"""This many of the newest step checkpoints are never removed for space, and keep their optimizer state."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """Whether `needed` bytes may be written, and what has to go first."""
+class Space:
+    """Whether `needed` bytes may be written, and which checkpoints must be removed first."""
 
     needed: int
     free: int
@@ -30,35 +30,35 @@ class Room:
 
     @property
     def is_enough(self) -> bool:
+        """Whether the space suffices once the victims are removed."""
         return self.free >= self.needed
 
 
-def find_room(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Room:
+def find_space(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Space:
     """How to get `needed` bytes: on the disk, and within `max_total` bytes of checkpoints.
 
-    For the disk, step checkpoints beyond the newest two go, oldest first; for `max_total` every one may go but
-    the newest and the best. Nothing goes if that would not suffice.
+    For the disk, step checkpoints beyond the newest two are removed, the oldest first. For `max_total` every one may be
+    removed but the newest and the best. None is removed if that would not suffice.
     """
     disk = shutil.disk_usage(folder).free
     steps = [entry for entry in found if entry[0].kind == "step"]
-    room = _give_up(Room(needed, disk, "free on the disk"), steps[RESUMABLE:])
-    if max_total is None or not room.is_enough:
-        return room
-    gone = sum(_size(path) for path in room.victims)
-    allowed = max_total - sum(_size(path) for _, path in found) + gone
-    others = [entry for entry in found[1:] if entry[0].kind != "best" and entry[1] not in room.victims]
-    within = _give_up(Room(needed, allowed, "left of checkpoint.max_total"), others)
-    return Room(needed, within.free, within.limit, (*room.victims, *within.victims))
+    space = _choose_victims(Space(needed, disk, "free on the disk"), steps[RESUMABLE:])
+    if max_total is None or not space.is_enough:
+        return space
+    allowed = max_total - sum(_size(path) for _, path in found if path not in space.victims)
+    others = [entry for entry in found[1:] if entry[0].kind != "best" and entry[1] not in space.victims]
+    within = _choose_victims(Space(needed, allowed, "left of checkpoint.max_total"), others)
+    return replace(within, victims=(*space.victims, *within.victims))
 
 
-def _give_up(room: Room, candidates: Found) -> Room:
-    free, victims = room.free, []
+def _choose_victims(space: Space, candidates: Found) -> Space:
+    free, victims = space.free, []
     for _, path in reversed(candidates):  # the oldest first
-        if free >= room.needed:
+        if free >= space.needed:
             break
         victims.append(path)
         free += _size(path)
-    return Room(room.needed, free, room.limit, tuple(victims)) if free >= room.needed else room
+    return replace(space, free=free, victims=tuple(victims)) if free >= space.needed else space
 
 
 def surplus(found: Found, kind: str, keep: int) -> list[Path]:
@@ -67,8 +67,8 @@ def surplus(found: Found, kind: str, keep: int) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """The file first: a sidecar without one is nothing, a file without a sidecar would be a riddle. A folder that
-    another name shares stays."""
+    """Remove a checkpoint: the file before its sidecar, since a sidecar alone means nothing, but a file alone looks
+    like a checkpoint from elsewhere. A folder that another name shares stays."""
     shards = shards_of(path)
     if shards is None:
         path.unlink(missing_ok=True)
@@ -78,12 +78,12 @@ def remove(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Under another name first, so that no kill leaves a part of a folder that looks whole."""
-    gone = folder.with_name(folder.name + ".old.tmp")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Rename the folder, then remove it, so that no kill leaves a part of a folder that looks complete."""
+    renamed = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(renamed, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _is_shared(shards: Path, path: Path) -> bool:
@@ -93,7 +93,7 @@ def _is_shared(shards: Path, path: Path) -> bool:
 
 
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
-    """Move checkpoints (and what else is named) to a new `previous-N` in `folder`, each with its sidecar."""
+    """Move checkpoints, each with its sidecar, and other `files` to a new `previous-N` in `folder`; return its path."""
     number = 1
     while (folder / f"previous-{number}").exists():
         number += 1
@@ -110,8 +110,8 @@ def move_aside(folder: Path, files: Sequence[Path]) -> Path:
     return target
 
 
-def slim(path: Path) -> None:
-    """Leave a checkpoint without its optimizer state, with AdamW two thirds of its bytes. Raises `OSError`."""
+def drop_optimizer_state(path: Path) -> None:
+    """Rewrite a checkpoint without its optimizer state, with AdamW two thirds of its bytes. Raises `OSError`."""
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return
@@ -124,7 +124,7 @@ def slim(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """What is free once it is removed."""
+    """The bytes that are free once it is removed."""
     shards = shards_of(path)
     if shards is None:
         return path.stat().st_size if path.exists() else 0

@@ -1,10 +1,13 @@
-"""The plain values that a pickle describes, read without running it.
+"""Read the plain values in a pickle without running it.
 
 A pickle is a program for a stack machine, and `torch.save` writes one that calls a function for each tensor.
-`torch.load(..., weights_only=True)` calls only those on a list of its own, but among them are `bytearray` and
-`torch.Tensor`, so that a file of a hundred bytes can ask it for any amount of memory, or for 2^60 numbers
-in a storage of one. This machine knows the instructions that plain values and tensors need, and can call
-nothing: a tensor stays what it claims to be until the claim was checked.
+`torch.load(..., weights_only=True)` calls only functions of a fixed list. But `bytearray` and `torch.Tensor` are among
+them, so a file of a hundred bytes can make it allocate any amount of memory, or return 2^60 numbers in a storage of
+one. Behind the checks of the zip, it still loads, or allocates memory for, 11 of the hostile pickles in
+`tests/faults/attacks.py`. It also cannot leave out the optimizer state, which generation does not need.
+
+The machine here has the instructions that plain values and tensors need, and it calls nothing: a tensor is only a claim
+until the claim is checked.
 
 The instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 
 MOST_VALUES = 3_000_000
-"""Each takes about 100 bytes. A model of 1,000 layers, with AdamW's moments, has about 2 million."""
+"""Each needs about 100 bytes. A model of 1,000 layers, with AdamW's moments, has about 2 million."""
 DEEPEST = 32
 _MOST_DIMENSIONS = 8
 
@@ -33,9 +36,8 @@ _DTYPES = {
     "torch IntStorage": torch.int32,
     "torch ByteStorage": torch.uint8,
 }
-_DICT = "collections OrderedDict"
-_TENSOR = "torch._utils _rebuild_tensor_v2"
-_MADE: dict[str, Callable[[], Any]] = {
+_DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+_CONSTRUCTED: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -43,11 +45,11 @@ _MADE: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
 }
-_WRITTEN_OUT = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 
 
 class NotPlainError(ValueError):
-    """What a pickle holds besides plain values and tensors."""
+    """A pickle holds more than plain values and tensors."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TensorClaim:
 
     @property
     def is_inside(self) -> bool:
-        """Whether it has no more elements than its storage, all of them inside."""
+        """Whether the view has no more elements than its storage, all of them inside."""
         if math.prod(self.size) == 0:
             return self.offset <= self.storage.numel and math.prod(n for n in self.size if n) < 2**48
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
@@ -83,7 +85,7 @@ class TensorClaim:
 
 @dataclass(frozen=True)
 class _Name:
-    """`module name` of something that would be imported. It never is."""
+    """`module name` of something that a pickle would import. It is never imported."""
 
     name: str
 
@@ -91,9 +93,10 @@ class _Name:
 def read_pickle(
     program: bytes, build: Callable[[TensorClaim], torch.Tensor], *, without: Collection[str] = ()
 ) -> Any:
-    """The value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers, and tensors as
-    `build` makes them. Raises `NotPlainError` for anything else, whatever it is. Of a dict at the top, what
-    the keys `without` name is left out, and not built."""
+    """Return the value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers, and tensors, which
+    `build` makes. If it is a dict, the keys in `without` are left out and their tensors are not built.
+
+    Raises `NotPlainError` for anything else."""
     try:
         value = _run(program)
     except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -103,8 +106,8 @@ def read_pickle(
     count = 0
 
     def plain(value: Any, depth: int = 0) -> Any:
-        """A copy in which nothing is shared: lists of lists of the same list would otherwise cost whoever
-        walks through them far more than they cost the file."""
+        """Copy `value` so that nothing is shared. Otherwise a small file could hold lists of lists of the same list,
+        and a walk through them would never end."""
         nonlocal count
         count += 1
         if count > MOST_VALUES or depth > DEEPEST:
@@ -138,10 +141,10 @@ def _run(program: bytes) -> Any:
                 pass
             case "STOP":
                 return stack.pop()
-            case name if name in _WRITTEN_OUT:
+            case name if name in _LITERALS:
                 stack.append(argument)
-            case name if name in _MADE:
-                stack.append(_MADE[name]())
+            case name if name in _CONSTRUCTED:
+                stack.append(_CONSTRUCTED[name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(opcode.name[-1])
                 stack[-size:] = [tuple(stack[i] for i in range(-size, 0))]
@@ -154,11 +157,11 @@ def _run(program: bytes) -> Any:
             case "APPEND" | "APPENDS":
                 stack, entries = (stack, [stack.pop()]) if opcode.name == "APPEND" else (below.pop(), stack)
                 _expect(list, stack[-1]).extend(entries)
-            case "SETITEM":
-                entry, key = stack.pop(), stack.pop()
-                _expect(dict, stack[-1])[_expect((str, int), key)] = entry
-            case "SETITEMS":
-                stack, entries = below.pop(), stack
+            case "SETITEM" | "SETITEMS":
+                if opcode.name == "SETITEM":
+                    entries = [stack.pop(-2), stack.pop()]
+                else:
+                    stack, entries = below.pop(), stack
                 for key, entry in zip(entries[::2], entries[1::2], strict=True):
                     _expect(dict, stack[-1])[_expect((str, int), key)] = entry
             case "BINPUT" | "LONG_BINPUT":
@@ -174,7 +177,7 @@ def _run(program: bytes) -> Any:
             case "REDUCE":
                 arguments, function = stack.pop(), _expect(_Name, stack.pop())
                 stack.append(_dict_or_tensor(function.name, arguments))
-            case "BUILD":  # a state dict's version numbers, which PyTorch hangs on it as an attribute
+            case "BUILD":  # the version numbers of a state dict, which PyTorch stores as its attribute
                 stack.pop()
                 _expect(dict, stack[-1])
             case name:
@@ -184,7 +187,7 @@ def _run(program: bytes) -> Any:
 
 def _expect(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in a wrong place")  # its text might have no end
+        raise TypeError(f"{type(value).__name__} in a wrong place")  # the value may have no finite text
     return value
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint file may come from anywhere: what is checked before its tensors are believed.
+"""Check a checkpoint file, which may come from anywhere, before Atlas uses its tensors.
 
-Nothing in a file is run, and no memory is taken on its word: it is a zip of uncompressed records that lie
-apart, so that all of them together are no larger than the file; its pickle is read by `safe_unpickle.py`; a
-tensor must fit its record; and a config cannot describe a larger model than the one whose weights are there.
+No code in the file runs, and no memory is allocated for a size that the file only claims. It is a zip of uncompressed
+records that do not overlap, so together they are no larger than the file. `safe_unpickle.py` reads its pickle. A tensor
+must fit its record, and a config cannot describe a larger model than the one whose weights are there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
-_LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, where that is a BPE of one's own
+_LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, if that is a BPE that Atlas trained
 _LARGEST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
@@ -37,9 +37,9 @@ _Number = bool | _Count | float | None
 
 
 class _Contents(BaseModel):
-    """What a checkpoint holds, apart from what is in its tensors, config and tokenizer.
+    """The contents of a checkpoint. Tensors, config and tokenizer are checked elsewhere.
 
-    A value that is not named here is a number, a text, or a list or dict of numbers.
+    A value that is not named here is a number, a string, or a list or dict of numbers.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
@@ -63,10 +63,10 @@ class _Contents(BaseModel):
 
 
 def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint file on the CPU: plain values and tensors. Raises `CheckpointError`.
+    """The contents of a checkpoint file on the CPU: plain values and tensors.
 
-    `remedy` ends the message: which file to take instead. What the keys `without` name is left out, and
-    no memory is taken for it.
+    The keys in `without` are left out and need no memory. Raises `CheckpointError`, whose message ends with `remedy`:
+    which file to take instead.
     """
     return check_contents(read_values(path, remedy=remedy, without=without), path, remedy)
 
@@ -86,7 +86,7 @@ def refuse_first_version(path: Path) -> None:
 
 
 def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
-    """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not; with
+    """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not. With
     `names_only` the tensors are empty. Raises `CheckpointError`."""
     archive = _open(path, remedy)
     storages: dict[Storage, Tensor] = {}
@@ -98,8 +98,8 @@ def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names
             raise NotPlainError(f"a tensor of shape {claim.size} does not fit its storage")
         if claim.storage not in storages:
             storages[claim.storage] = _read_storage(archive, folder, claim.storage)
-        whole = storages[claim.storage].untyped_storage()
-        return torch.empty(0, dtype=claim.storage.dtype).set_(whole, claim.offset, claim.size, claim.stride)
+        storage = storages[claim.storage].untyped_storage()
+        return torch.empty(0, dtype=claim.storage.dtype).set_(storage, claim.offset, claim.size, claim.stride)
 
     try:
         folder = _folder_of(archive)
@@ -114,11 +114,11 @@ def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names
         raise CheckpointError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     finally:
         archive.close()
-        storages.clear()  # the closures form a cycle, which would keep every tensor until the collector comes
+        storages.clear()  # the closures form a cycle, which would keep every tensor until garbage collection
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
-    """Refuse a file that is no zip, or whose bytes are not those that its own checksums (CRC-32) name."""
+    """Refuse a file that is no zip, or whose bytes do not match its own checksums (CRC-32)."""
     with _open(path, remedy) as archive:
         try:
             broken = archive.testzip()
@@ -129,7 +129,7 @@ def check_zip(path: Path, *, remedy: str) -> None:
 
 
 def _open(path: Path, remedy: str) -> zipfile.ZipFile:
-    """The zip, if every record in it is as long as it takes room in the file."""
+    """The zip, if each record in it is stored uncompressed: as long as its bytes in the file."""
     try:
         archive = open_zip(path, directory_limit=_LARGEST_DIRECTORY)
         for member in archive.infolist():
@@ -140,17 +140,15 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
             raise zipfile.BadZipFile("it has two records of the same name")
     except _BROKEN as error:
         if path.suffix == ".gguf":
-            raise CheckpointError(
-                f"{path}: is a GGUF file and no checkpoint: atlas serve --gguf takes it"
-            ) from None
-        raise CheckpointError(
-            f"{path}: is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
-        ) from None
+            reason = "is a GGUF file and no checkpoint: atlas serve --gguf takes it"
+            raise CheckpointError(f"{path}: {reason}") from None
+        reason = f"is not an Atlas checkpoint, or is cut off ({error!s:.200})"
+        raise CheckpointError(f"{path}: {reason}: {remedy}") from None
     return archive
 
 
 def _folder_of(archive: zipfile.ZipFile) -> str:
-    """The folder that `torch.save` put everything into, its name being the caller's choice."""
+    """The folder in the zip that `torch.save` wrote everything to. The caller of `torch.save` chose its name."""
     programs = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(programs) != 1:
         raise NotPlainError("it has no data.pkl, or more than one")
@@ -170,7 +168,7 @@ def _read_record(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
 
 
 def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Tensor:
-    """The bytes of a record, read in pieces into the memory they stay in; the zip's checksum is compared."""
+    """The bytes of a record, read in pieces into their final memory. `zipfile` compares the checksum."""
     record = archive.getinfo(f"{folder}/data/{storage.key}")
     if record.file_size != storage.num_bytes:
         raise NotPlainError(f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,}")
@@ -185,7 +183,7 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
 
 
 def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
-    """`contents`, if they are a checkpoint's. Raises `CheckpointError`."""
+    """Return `contents` if they are those of a checkpoint. Raises `CheckpointError` otherwise."""
     if is_first_version(contents) and "format_version" not in contents:
         raise CheckpointError(refusal(path))
     if not isinstance(contents, dict) or "format_version" not in contents:
@@ -206,7 +204,7 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
         place = ".".join(str(part)[:40] for part in first["loc"]) or "config.model"
         problem = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg']:.200}"
         raise CheckpointError(
-            f"{path}: is not a whole Atlas checkpoint ({place} {problem}): {remedy}"
+            f"{path}: is not a complete Atlas checkpoint ({place} {problem}): {remedy}"
         ) from None
     if model is not None:
         _refuse_missing_weights(model, contents["model_state_dict"], path, remedy)
@@ -214,7 +212,7 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
-    """Before memory is taken for the model that a config describes, its numbers must be there."""
+    """Refuse a config that describes more parameters than the file holds, before memory is allocated for them."""
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.itemsize
@@ -227,9 +225,9 @@ def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: P
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Raises `ValueError` if what a checkpoint has of an optimizer is not what this one would have saved.
+    """Raise `ValueError` if a saved optimizer state is not of the form that this optimizer saves.
 
-    PyTorch takes it as it is, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
+    PyTorch loads it unchecked, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
     """
     own = optimizer.state_dict()["param_groups"]
     groups, states = saved.get("param_groups"), saved.get("state")
@@ -237,7 +235,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
         raise ValueError("it has no groups")
     if len(groups) != len(own) or not all(map(_alike, groups, own)):
         raise ValueError("its groups are others")
-    numbers = _parameters(groups)
+    numbers = [number for group in groups for number in group["params"]]
     if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
         raise ValueError("its parameters are not numbered")
     shapes = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
@@ -254,20 +252,14 @@ def _check_state(number: int, state: Any, expected: dict[str, Any]) -> None:
         if isinstance(shape, dict):
             _check_state(number, value, shape)
             continue
-        is_kind = isinstance(value, Tensor) and (
-            value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()
-        )
-        if not is_kind or value.shape != shape:
+        fits = isinstance(value, Tensor) and value.shape == shape
+        if not fits or not (value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()):
             raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
 
 
-def _parameters(groups: list[dict[str, Any]]) -> list[Any]:
-    return [parameter for group in groups for parameter in group["params"]]
-
-
 def _alike(group: Any, own: dict[str, Any]) -> bool:
-    """Whether a group is for as many parameters, and the settings that both know are of the same kind: switches
-    the same, numbers perhaps others. (Another version of PyTorch has some more, or some less.)"""
+    """Whether a group has as many parameters, and the settings in both groups agree: switches are equal, numbers may
+    differ. (Another version of PyTorch has other settings.)"""
     if not isinstance(group, dict) or not isinstance(group.get("params"), list):
         return False
     settings = group.keys() & own.keys() - {"params"}
