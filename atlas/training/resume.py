@@ -19,9 +19,9 @@ from atlas.config.loader import Layer, overlay, resolve
 from atlas.data import ResolvedData
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
-from atlas.training.checkpoint.locate import find_checkpoint
+from atlas.training.checkpoint.locate import checkpoint_paths, find_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.manifest import read_manifest, shards_of
+from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.run_config import with_data, with_written_length
 
@@ -345,13 +345,8 @@ def _explicit_folder(explicit: Layer) -> Path | None:
 
 
 def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Path]:
-    """Checkpoints of a run in `folder`; with `own_names_only`, those that have a sidecar."""
-    if not folder.is_dir():
-        return []
-    files = sorted(folder.glob("atlas_*.pt"))
-    sharded = [path.with_suffix("") for path in sorted(folder.glob("atlas_*.json"))]
-    files += [path for path in sharded if shards_of(path)]
-    return [path for path in files if path.with_suffix(".json").exists()] if own_names_only else files
+    """The checkpoints of a run in `folder`; with `own_names_only`, those that have a sidecar."""
+    return [path for path in checkpoint_paths(folder) if not own_names_only or sidecar_of(path).exists()]
 
 
 def refuse_links(folder: Path) -> None:

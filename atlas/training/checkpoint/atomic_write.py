@@ -1,4 +1,4 @@
-"""Writing a checkpoint: the bytes once, hashed as they go, then committed under each of its names."""
+"""Write a checkpoint: its bytes once, hashed while they are written, then committed under each of its names."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import IO, Any
 import torch
 
 from atlas.files import flush_folder, flush_to_disk
-from atlas.training.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from atlas.training.checkpoint.manifest import FileEntry, Manifest, read_manifest, write_manifest
 
 _PIECE = 4 << 20
 
 Pace = Callable[[float], None]
-"""Called after every few megabytes with the seconds they took. May sleep, so that training gets the cores, or
-raise `Abandoned`."""
+"""A function that is called after every few megabytes with the seconds they took. It may sleep, so that training gets
+the cores, or raise `Abandoned`."""
 
 
 class Abandoned(Exception):
-    """A save that was told to end before it was done."""
+    """A save was ended before it was complete."""
 
 
-def at_once(seconds: float) -> None:
-    """Write as fast as it goes."""
+def no_pause(seconds: float) -> None:
+    """Write as fast as possible."""
 
 
 def tensor_bytes(value: Any) -> int:
@@ -34,21 +34,37 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(value))
 
 
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dicts and lists, with the keys that lead to it."""
+def named_tensors(value: Any, name: str = "", *, separator: str = ".") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists. Its name is the keys that lead to it."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from named_tensors(entry, f"{name}.{key}".lstrip("."))
+            yield from named_tensors(entry, f"{name}{separator}{key}".lstrip(separator), separator=separator)
     elif isinstance(value, (list, tuple)):
         for place, entry in enumerate(value):
-            yield from named_tensors(entry, f"{name}.{place}")
+            yield from named_tensors(entry, f"{name}{separator}{place}", separator=separator)
+
+
+def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manifest | None) -> int:
+    """Write `contents` to `path`, with `manifest` as its sidecar, or with none. Return the bytes. Raises `OSError`."""
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        size, sha256 = write_tensors(staged, contents)
+        if manifest:
+            entry = FileEntry(name=path.name, size=size, sha256=sha256)
+            commit(staged, path, manifest.model_copy(update={"folder": None, "files": (entry,)}))
+        else:
+            os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    return size
 
 
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:
-    """Give the staged bytes their name. The order of these lines is what survives a kill: from the first on, the
-    sidecar accepts the new bytes, and the old ones as well if there are any; the rename decides."""
+    """Rename the staged bytes to `path`. The order of these lines is safe against a kill: from the first on, the
+    sidecar accepts the new bytes, and the old ones as well if there are any. The rename decides."""
     old = read_manifest(path, check_hash=False)
     write_manifest(
         path, manifest.model_copy(update={"replaces": old and old.model_copy(update={"replaces": None})})
@@ -60,7 +76,7 @@ def commit(staged: Path, path: Path, manifest: Manifest) -> None:
 
 
 class _HashingWriter:
-    """A file that knows the sha256 and size of what went through it, so that nothing is read twice."""
+    """A file that computes the sha256 and size of what is written to it, so that nothing is read again."""
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file
@@ -77,7 +93,7 @@ class _HashingWriter:
                 self._file.write(piece)
                 self.size += len(piece)
                 self._pace(time.perf_counter() - begin)
-        except (OSError, Abandoned) as error:  # torch.save makes a RuntimeError of it, without the reason
+        except (OSError, Abandoned) as error:  # torch.save raises a RuntimeError without the reason instead
             self.error = error
             raise
         return len(data)
@@ -90,8 +106,11 @@ class _HashingWriter:
         return self._digest.hexdigest()
 
 
-def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = at_once) -> tuple[int, str]:
-    """Write `contents` to `path`, durably; its size and sha256. Raises `OSError`, and `Abandoned` if `pace` does."""
+def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pause) -> tuple[int, str]:
+    """Write `contents` to `path` and flush it to the disk. Return its size and sha256.
+
+    Raises `OSError`, and `Abandoned` if `pace` does.
+    """
     with open(path, "wb") as file:
         writer = _HashingWriter(file, pace)
         try:
@@ -105,9 +124,11 @@ def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = at_on
     return writer.size, writer.sha256
 
 
-def copy_file(source: Path, target: Path, *, pace: Pace = at_once) -> None:
-    """Each name gets bytes of its own: a hard link would be faster, and one bad block would then take the
-    best model along with the latest."""
+def copy_file(source: Path, target: Path, *, pace: Pace = no_pause) -> None:
+    """Copy the bytes of a file and flush them to the disk.
+
+    A hard link would be faster, but one bad block would then destroy the best model along with the latest.
+    """
     with open(source, "rb") as reading, open(target, "wb") as writing:
         begin = time.perf_counter()
         while piece := reading.read(_PIECE):

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: their names, those of a folder, and the one that a user means."""
+"""Find checkpoints: their names, those in a folder, and the one that a user means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\
 
 
 def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
-    """The file name the FAQ gives each kind."""
+    """The file name of a checkpoint of this kind."""
     return {
         "step": f"atlas_step_{step}.pt",
         "epoch": f"atlas_epoch_{epoch}_step_{step}.pt",
@@ -22,13 +22,17 @@ def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
 
 
 def kind_of(path: Path) -> str | None:
+    """The kind of a checkpoint by its file name; None for another name."""
     match = _NAME.fullmatch(path.name)
     return match[match.lastindex or 0] if match else None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file a user means: `best_model.pt` is also understood as `atlas_best.pt`, the real name first. Or the name of
-    a sharded checkpoint, which is that of its sidecar. `.pt` may be left out, and `.json` stand in its place."""
+    """The checkpoint file that a user means, or the name of a sharded checkpoint, which is that of its sidecar.
+
+    `best_model.pt` is also understood as `atlas_best.pt`, if no file has that name. `.pt` may be left out, or be
+    `.json` instead. Raises `CheckpointError` if there is no such checkpoint.
+    """
     path = Path(path)
     if path.suffix == ".json" and path.with_suffix(".pt").is_file():
         path = path.with_suffix(".pt")
@@ -55,14 +59,18 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: no such checkpoint; {hint}")
 
 
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The files and the names of sharded checkpoints in `folder`, sorted, whether they are intact or not."""
+    sharded = (path.with_suffix("") for path in sorted(folder.glob("atlas_*.json")))
+    return [*sorted(folder.glob("atlas_*.pt")), *(path for path in sharded if shards_of(path))]
+
+
 def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:
-    """The checkpoints whose sidecars fit by size, the latest step first; of one step, the fullest kind."""
+    """The checkpoints whose sizes match their sidecars, the latest step first; within a step, by kind."""
     order = {"step": 0, "epoch": 1, "interrupt": 2, "best": 3}
-    sharded = (path.with_suffix("") for path in folder.glob("atlas_*.json"))
-    paths = [*folder.glob("atlas_*.pt"), *(path for path in sharded if shards_of(path))]
     pairs = [
         (manifest, path)
-        for path in paths
+        for path in checkpoint_paths(folder)
         if kind_of(path) and (manifest := read_manifest(path, check_hash=False))
     ]
     return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))

@@ -1,4 +1,4 @@
-"""One run at a time writes to an output folder. The lock dies with its process, however that ends."""
+"""A lock on an output folder, so that one run at a time writes to it. It ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from atlas.files import read_limited, try_to_lock
 
 
 class FolderLock:
-    """Held from construction until `release` or the end of the process. Raises `CheckpointError` if it is taken."""
+    """Held from construction until `release` or the end of the process.
+
+    Raises `CheckpointError` if another process holds it.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / "atlas.lock"
@@ -25,12 +28,13 @@ class FolderLock:
             )
         self._file = file
         owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # a full disk: the lock holds without its words
+        with suppress(OSError):  # on a full disk the lock holds without this note
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))
             file.flush()
 
     def release(self) -> None:
+        """Let another run use the folder."""
         self._file.close()
 
 

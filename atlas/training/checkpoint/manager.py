@@ -21,9 +21,9 @@ from atlas.files import flush_folder
 from atlas.training.checkpoint.atomic_write import (
     Abandoned,
     Pace,
-    at_once,
     commit,
     copy_file,
+    no_pause,
     tensor_bytes,
     write_tensors,
 )
@@ -127,7 +127,7 @@ class CheckpointManager:
         kinds: list[str],
         manifest: dict[str, Any],
         *,
-        pace: Pace = at_once,
+        pace: Pace = no_pause,
     ) -> list[Path]:
         """Write `contents` once and commit it under the name of each kind. Return the paths.
 
@@ -137,43 +137,34 @@ class CheckpointManager:
         written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._make_space(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
-                self._write(contents, kinds, manifest, written, pace)
+            if not self._make_space(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
+                return written
+            temporary = self.folder / "atlas_writing.tmp"
+            size, sha256 = write_tensors(temporary, contents, pace=pace)
+            for kind in kinds:
+                path = self._path(kind, manifest)
+                staged = path.with_name(path.name + ".tmp")
+                entry = FileEntry(name=path.name, size=size, sha256=sha256)
+                try:
+                    if kind == kinds[-1]:
+                        os.replace(temporary, staged)
+                    else:
+                        copy_file(temporary, staged, pace=pace)
+                    commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
+                    written.append(path)
+                except OSError as error:  # another name may still succeed
+                    self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
+            self._remove_surplus(kinds)
+            for path in surplus(self.found(), "step", RESUMABLE) if self.slim_old else ():
+                drop_optimizer_state(path)
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
         except Abandoned:
             pass
-        with suppress(OSError):
-            self.clean()
+        finally:
+            with suppress(OSError):
+                self.clean()
         return written
-
-    def _write(
-        self,
-        contents: Mapping[str, Any],
-        kinds: list[str],
-        manifest: dict[str, Any],
-        written: list[Path],
-        pace: Pace,
-    ) -> None:
-        temporary = self.folder / "atlas_writing.tmp"
-        size, sha256 = write_tensors(temporary, contents, pace=pace)
-        for kind in kinds:
-            path = self._path(kind, manifest)
-            staged = path.with_name(path.name + ".tmp")
-            entry = FileEntry(name=path.name, size=size, sha256=sha256)
-            try:
-                if kind == kinds[-1]:
-                    os.replace(temporary, staged)
-                else:
-                    copy_file(temporary, staged, pace=pace)
-                commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
-                written.append(path)
-            except OSError as error:  # another name may still succeed
-                self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
-        self._remove_surplus(kinds)
-        if self.slim_old:
-            for path in surplus(self.found(), "step", RESUMABLE):
-                drop_optimizer_state(path)
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Whether there is space for a sharded checkpoint of `needed` bytes. If so, make the folder `staged` for it."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from atlas.training.checkpoint.atomic_write import commit, write_tensors
-from atlas.training.checkpoint.manifest import FileEntry, Manifest, read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.atomic_write import replace_checkpoint
+from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of, sidecar_of
 from atlas.training.checkpoint.validate import read_plain
 
 Found = Sequence[tuple[Manifest, Path]]
@@ -94,19 +95,17 @@ def _is_shared(shards: Path, path: Path) -> bool:
 
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
     """Move checkpoints, each with its sidecar, and other `files` to a new `previous-N` in `folder`; return its path."""
-    number = 1
-    while (folder / f"previous-{number}").exists():
-        number += 1
-    target = folder / f"previous-{number}"
+    numbered = (folder / f"previous-{number}" for number in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
     target.mkdir()
     for path in files:
         shards = shards_of(path)
-        parts = {path, sidecar_of(path)} if path.suffix == ".pt" else {path}
+        belonging = {path, sidecar_of(path)} if path.suffix == ".pt" else {path}
         if shards is not None:
-            parts = {sidecar_of(path)} if _is_shared(shards, path) else {sidecar_of(path), shards}
-        for part in parts:
-            if part.exists():
-                shutil.move(part, target / part.name)
+            belonging = {sidecar_of(path)} if _is_shared(shards, path) else {sidecar_of(path), shards}
+        for file in belonging:
+            if file.exists():
+                shutil.move(file, target / file.name)
     return target
 
 
@@ -115,12 +114,9 @@ def drop_optimizer_state(path: Path) -> None:
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return
-    without = ("optimizer_state_dict",)
-    contents = read_plain(path, remedy="it stays as it is", without=without) | {without[0]: {}}
-    staged = path.with_name(path.name + ".tmp")
-    size, sha256 = write_tensors(staged, contents)
-    entry = FileEntry(name=path.name, size=size, sha256=sha256)
-    commit(staged, path, manifest.model_copy(update={"slim": True, "files": (entry,)}))
+    key = "optimizer_state_dict"
+    contents = read_plain(path, remedy="it stays as it is", without=(key,)) | {key: {}}
+    replace_checkpoint(path, contents, manifest.model_copy(update={"slim": True}))
 
 
 def _size(path: Path) -> int:

@@ -1,9 +1,9 @@
-"""Sharded checkpoints: a folder in which each rank writes its own part, for states that no rank holds whole.
+"""Sharded checkpoints: a folder in which each rank writes its own part, for states that do not fit on one rank.
 
-`atlas_step_100/` holds the tensors as PyTorch's Distributed Checkpoint writes them, in safetensors files (its usual
-format keeps a pickle beside them, and Atlas reads none), and `state.json` with everything else. It is a checkpoint if a
-sidecar, `atlas_step_100.json` beside it, names the folder and each file with its size and sha256; `atlas_best.json` may
-name the same folder.
+`atlas_step_100/` holds the tensors in safetensors files, as PyTorch's Distributed Checkpoint writes them, and
+`state.json` with everything else. (The usual format of Distributed Checkpoint keeps a pickle beside the tensors, and
+Atlas reads none.) The folder is a checkpoint if a sidecar, `atlas_step_100.json` beside it, names the folder and each
+file with its size and sha256. `atlas_best.json` may name the same folder.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from atlas.errors import CheckpointError
 from atlas.files import read_limited
+from atlas.training.checkpoint.atomic_write import named_tensors
 from atlas.training.checkpoint.manifest import STATE_FILE
 from atlas.training.checkpoint.validate import check_contents
 from atlas.training.devices.parallel import gather_full
 from atlas.training.devices.world import has_joined
 
-# One process may save and read shards, too, and PyTorch need not say each time that there are no others.
+# One process may save and read shards, too, and PyTorch need not warn each time that there are no others.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _LARGEST_STATE = 160 << 20
 
 
-def split(contents: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Nested dicts and lists → the same for JSON, each tensor being `{"tensor": its name}`, and the tensors by name.
-    Those of a single number, such as an optimizer's count of steps, are written out."""
-    if isinstance(contents, Tensor):
-        if contents.dim():
-            return {"tensor": name}, {name: contents}
-        number = gather_full(contents)
-        return {"number": number.item(), "dtype": str(number.dtype).removeprefix("torch.")}, {}
-    tensors: dict[str, Tensor] = {}
-    if isinstance(contents, Mapping):
-        pairs = {}
-        for key, value in contents.items():
-            pairs[f"#{key}" if isinstance(key, int) else key], found = split(
-                value, f"{name}/{key}".lstrip("/")
-            )
-            tensors |= found
-        return {"dict": pairs}, tensors
-    if isinstance(contents, (list, tuple)):
-        items = []
-        for place, value in enumerate(contents):
-            item, found = split(value, f"{name}/{place}")
-            items.append(item)
-            tensors |= found
-        return {"list": items}, tensors
-    return {"value": contents}, tensors
+def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Nested dicts and lists → the same for JSON, with `{"tensor": its name}` for each tensor; and the tensors by name.
+    A tensor of a single number, such as an optimizer's count of steps, is written to the JSON."""
+    named = named_tensors(contents, separator="/")
+    return _for_json(contents, ""), {name: tensor for name, tensor in named if tensor.dim()}
+
+
+def _for_json(value: Any, name: str) -> Any:
+    match value:
+        case Tensor() if value.dim():
+            return {"tensor": name}
+        case Tensor():
+            number = gather_full(value)
+            return {"number": number.item(), "dtype": str(number.dtype).removeprefix("torch.")}
+        case Mapping():
+            keys = {key: f"#{key}" if isinstance(key, int) else key for key in value}
+            return {
+                "dict": {
+                    keys[key]: _for_json(entry, f"{name}/{key}".lstrip("/")) for key, entry in value.items()
+                }
+            }
+        case list() | tuple():
+            return {"list": [_for_json(entry, f"{name}/{place}") for place, entry in enumerate(value)]}
+    return {"value": value}
 
 
 def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `split` took apart. Raises `ValueError` for what it did not write."""
+    """The inverse of `split`. Raises `ValueError` for JSON that `split` does not write."""
     match plain:
         case {"value": value} if value is None or isinstance(value, (bool, int, float, str)):
             return value
@@ -79,9 +79,9 @@ def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a sharded checkpoint, its tensors whole and on the CPU. Raises `CheckpointError`.
+    """The contents of a sharded checkpoint, its tensors full and on the CPU. Raises `CheckpointError`.
 
-    What the keys `without` name is left out, and no memory is taken for it.
+    The keys in `without` are left out and need no memory.
     """
     try:
         plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))
@@ -105,8 +105,10 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's part of a sharded checkpoint, each tensor sharded as its parameter is; every rank must call it.
-    Raises `ValueError` for a state that is not there, or another optimizer's."""
+    """The optimizer's state in a sharded checkpoint, each tensor sharded like its parameter. Every rank must call it.
+
+    Raises `ValueError` if the state is missing or belongs to another optimizer.
+    """
     key = "optimizer_state_dict"
     plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))["dict"].get(key, {"dict": {}})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

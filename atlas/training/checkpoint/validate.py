@@ -238,23 +238,24 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
     numbers = [number for group in groups for number in group["params"]]
     if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
         raise ValueError("its parameters are not numbered")
-    shapes = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
-    for number, expected in zip(numbers, shapes, strict=True):
-        if states.get(number, {}) != {}:
-            _check_state(number, states[number], expected)
+    expected = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for number, shapes in zip(numbers, expected, strict=True):
+        if states.get(number, {}) != {} and _shapes(states[number]) != shapes:
+            raise ValueError(f"parameter {number} does not have {_text(shapes)}")
 
 
-def _check_state(number: int, state: Any, expected: dict[str, Any]) -> None:
-    if not isinstance(state, dict) or state.keys() != expected.keys():
-        raise ValueError(f"parameter {number} has not {', '.join(sorted(expected))}")
-    for key, shape in expected.items():
-        value = state[key]
-        if isinstance(shape, dict):
-            _check_state(number, value, shape)
-            continue
-        fits = isinstance(value, Tensor) and value.shape == shape
-        if not fits or not (value.dtype == torch.uint8 if key == "codes" else value.is_floating_point()):
-            raise ValueError(f"{key!s:.40} of parameter {number} is not of shape {tuple(shape)}")
+def _shapes(state: Any, key: object = "") -> Any:
+    """Nested dicts of tensors → of their shapes; None for any other value, or for a tensor of the wrong kind."""
+    if isinstance(state, dict):
+        return {key: _shapes(value, key) for key, value in state.items()}
+    is_kind = isinstance(state, Tensor) and (
+        state.dtype == torch.uint8 if key == "codes" else state.is_floating_point()
+    )
+    return state.shape if is_kind else None
+
+
+def _text(shapes: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {tuple(shape)}" for key, shape in sorted(shapes.items()))
 
 
 def _alike(group: Any, own: dict[str, Any]) -> bool:
