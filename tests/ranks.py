@@ -62,14 +62,14 @@ def _poison(learner: Learner) -> None:
 
 def _run_out(learner: Learner, *, in_backward: bool) -> None:
     """In a backward pass: once this rank adds up sums with the others, which begins with the loss."""
-    add_up, is_joint = World.add_up_soon, []
+    add_up, is_joint = World.all_reduce_async, []
 
     def joining(world: World, tensor: torch.Tensor) -> Any:
         if not in_backward or tensor.dtype == torch.float32:
             is_joint.append(True)
         return add_up(world, tensor)
 
-    World.add_up_soon = joining  # type: ignore[method-assign]
+    World.all_reduce_async = joining  # type: ignore[method-assign]
 
     def fail(*args: Any) -> None:
         if in_backward and not is_joint:

@@ -17,7 +17,7 @@ import torch
 from atlas.errors import AtlasError
 from atlas.inference.samples import sample_texts
 from atlas.training.checkpoint.load import load_checkpoint
-from atlas.training.devices.memory import recall_peak_rate
+from atlas.training.devices.memory import remembered_peak_rate
 from atlas.training.launch import start_run
 from atlas.training.logs import throughput
 from atlas.training.logs import trackers as tracking
@@ -122,7 +122,7 @@ def test_utilisation_is_of_the_speed_that_was_measured_and_remembered(
 
     monkeypatch.setattr(throughput, "measure_matrix_products", measure)
     run, _ = trained(layer(tmp_path / "run", text_file))
-    assert recall_peak_rate(run.runtime) == 1e15
+    assert remembered_peak_rate(run.runtime) == 1e15
     trained(layer(tmp_path / "again", text_file))
     assert len(measured) == 1
     from atlas.model.cost import training_flops_per_token
@@ -325,7 +325,7 @@ def test_a_tracker_that_raises_is_said_once_and_the_run_keeps_its_bits(
     assert len(broken.told) == 3
     said = capfd.readouterr().err
     assert said.count("tracking.tensorboard: ") == 1
-    assert f"{type(error).__name__}: {error}: training goes on without it" in said
+    assert f"{type(error).__name__}: {error}: training continues without it" in said
     trained(tracked(tmp_path / "without", text_file))
     assert_same_run(tmp_path / "run", tmp_path / "without", steps=6)
 
@@ -347,7 +347,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(capfd: pytest.CaptureFixture[str]
         slow.record("train", {"step": number})
     slow.close(0.1)
     assert said[1:] == [
-        "tracking.wandb: has not finished within 0.1 s: training goes on without it; metrics.jsonl has everything"
+        "tracking.wandb: has not finished within 0.1 s: training continues without it; metrics.jsonl has everything"
     ]
 
 

@@ -79,7 +79,7 @@ def accumulate_gradient(
     num_sequences = len(targets)
     size = even_split(num_sequences, micro_batch_size) if runtime.compiles else micro_batch_size
     clear_gradient(learner)
-    counts = functools.cache(world.sums_soon(_num_valid(targets), stop.asked))
+    counts = functools.cache(world.sums_async(_num_valid(targets), stop.asked))
     total = torch.zeros((), device=runtime.device)
     wait: Callable[[], object] = counts
     for start in range(0, num_sequences, size):
@@ -102,7 +102,7 @@ def accumulate_gradient(
             total += loss.detach()
             if is_last:
                 before_reduction()
-                wait = world.add_up_soon(total)
+                wait = world.all_reduce_async(total)
             # PyTorch takes the mean over ranks, and this loss is a share of a sum.
             learner.scaler.scale(loss * world.size).backward()
     wait()

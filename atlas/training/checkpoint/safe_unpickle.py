@@ -62,6 +62,7 @@ class Storage:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the storage."""
         return self.numel * self.dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""torch.compile: whether this run is compiled, and what to say where it cannot be."""
+"""torch.compile: whether a run is compiled, and the message if it cannot be."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _INSTALL = "install a C++ compiler (and Triton, on a GPU)"
 
 
 def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[str], None]) -> bool:
-    """What `training.compile` comes to on `device`.
+    """Whether the blocks are compiled on `device`, by `training.compile`.
 
-    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 of its eager speed, since there the
-    matrix products are most of the time (benchmarks/RESULTS.md).
-    Raises `AtlasError` where `on` cannot be had; `auto` says so and goes on without.
+    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 of its eager speed, since matrix
+    products take most of the time there (benchmarks/RESULTS.md).
+    If this machine cannot compile, `on` raises `AtlasError`, and `auto` logs a line and trains without.
     """
     asked = config.training.compile
     if asked == "off" or (asked == "auto" and device.type != "cuda"):
@@ -39,7 +39,7 @@ def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """A step of one weight, compiled on `device`, forward and backward; what is missing, or None."""
+    """Compile a step of one weight on `device`, forward and backward. Return what is missing, or None."""
     torch._dynamo.reset()
     weight = torch.ones(8, device=device, requires_grad=True)
     try:
@@ -56,31 +56,29 @@ def _step(weight: torch.Tensor) -> torch.Tensor:
 
 
 def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:
-    """Compile each block in place: state-dict keys stay as they are, and equal blocks compile once, for each shape.
+    """Compile each block in place. State-dict keys stay as they are, and equal blocks compile once for each shape.
 
-    Left to itself the compiler keeps the outputs of norms and of the MLP's activation for the backward pass. With
-    `keeps_little` it makes them again from what the matrix products gave, which keeps two thirds and takes 3 % more
-    memory traffic; products are taken once either way.
+    By default the compiler saves the outputs of norms and of the MLP's activation for the backward pass. With
+    `keeps_little` it recomputes them from the outputs of the matrix products. That saves a third of the memory and
+    costs 3 % more memory traffic; matrix products are computed once either way.
     """
     torch._functorch.config.aggressive_recomputation = keeps_little
-    torch._dynamo.config.optimize_ddp = (
-        False  # it would split blocks to send gradients sooner, which blocks do anyway
-    )
+    # It would split blocks to send gradients earlier, which separate blocks do anyway.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def filled_up(columns: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Inputs, targets and, where there are any, documents, (N, T) each, as (`size`, T): the rows added do not count.
-    For another number of rows what is compiled would be compiled once more."""
+    """Pad inputs, targets and documents, if any, from (N, T) each to (`size`, T). The added rows do not count.
+
+    For another number of rows, the blocks would be compiled again.
+    """
     missing = size - len(columns[0])
     if missing == 0:
         return list(columns)  # `F.pad` would copy them out of pinned memory
-    fillings = (0, IGNORE_INDEX, 0)
-    return [
-        F.pad(column, (0, 0, 0, missing), value=filling)
-        for column, filling in zip(columns, fillings, strict=False)
-    ]
+    pairs = zip(columns, (0, IGNORE_INDEX, 0), strict=False)
+    return [F.pad(column, (0, 0, 0, missing), value=filling) for column, filling in pairs]
 
 
 def refuse_failed_compilation(
@@ -89,17 +87,16 @@ def refuse_failed_compilation(
     what: str = "training.compile: the model",
     instead: str = "--set training.compile=off",
 ) -> None:
-    """A compiler that fails on what a run needs is the user's to fix; other errors are not this function's."""
+    """Raise `AtlasError` if `error` comes from the compiler, which the user has to fix; otherwise do nothing."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         if "flex_attention" in str(error):  # compiled whatever training.compile says
             what = "data.document_mask: FlexAttention"
             instead = "--set data.document_mask=false"
-        raise AtlasError(
-            f"{what} cannot be compiled here ({_first_line(error)}): {_INSTALL}, or {instead}"
-        ) from error
+        reason = f"cannot be compiled here ({_first_line(error)})"
+        raise AtlasError(f"{what} {reason}: {_INSTALL}, or {instead}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    """That has a reason: PyTorch begins with the name of the backend that raised."""
+    """The first line with a reason, since PyTorch's message begins with the name of the backend."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     return (lines or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The machine under a run: device, arithmetic, threads, random numbers. Set once, in one place."""
+"""What a run computes on: device, precision, threads, random numbers. Set once, in one place."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the precision of its matrix products. Weights are fp32, in `bf16-true` bf16 as well; what the
-    optimizer keeps is fp32 in all of them."""
+    """A device and the precision of its matrix products. Weights are fp32, but bf16 in `bf16-true`. The optimizer's
+    state is fp32 in every precision."""
 
     device: torch.device
     precision: str
@@ -39,25 +39,28 @@ class Runtime:
     """Whether the model's blocks are compiled."""
     world: World = ALONE
     parallel: str = "none"
-    """How its processes share the model, see `choose_parallel`."""
+    """How the processes share the model, see `choose_parallel`."""
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of matrix products."""
         return _DTYPES[self.precision]
 
     @property
     def weights_dtype(self) -> torch.dtype:
+        """Of the weights."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """PyTorch's context for matrix products in the run's precision."""
         if self.precision == "fp32":
             return nullcontext()
-        # Each weight is used once a forward pass: the cache would only keep its copy alive until the end, which with
-        # gradient checkpointing nothing else does.
+        # Each weight is used once per forward pass. The cache would only keep its copy alive until the end, and with
+        # gradient checkpointing nothing else keeps it.
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where fp16 would lose small gradients; otherwise passes everything through."""
+        """Scales the loss in fp16, which would lose small gradients otherwise; changes nothing in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
@@ -84,7 +87,7 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 
 def choose_device(name: str) -> torch.device:
     """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
-    PyTorch's current GPU. Raises `AtlasError` for a device that is not there."""
+    PyTorch's current GPU. Raises `AtlasError` for a device that does not exist."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
@@ -100,12 +103,13 @@ def choose_device(name: str) -> torch.device:
     if int(number) >= torch.cuda.device_count():
         there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
         raise AtlasError(f"device: {name}: is not there; this machine has {there}")
-    torch.cuda.set_device(int(number))  # memory and names are asked of the current GPU
+    torch.cuda.set_device(int(number))  # queries for memory and names go to the current GPU
     return torch.device(kind, int(number))
 
 
 def cpu_only_build_with_nvidia_driver() -> bool:
-    """An NVIDIA card that this PyTorch cannot use: a wrong wheel, which costs users days unnoticed."""
+    """Whether there is an NVIDIA card that this PyTorch cannot use: a wrong wheel, which costs users days if
+    unnoticed."""
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     return has_driver and torch.version.cuda is None and torch.version.hip is None
 
@@ -117,7 +121,7 @@ def _why_no_cuda() -> str:
 
 
 def why_not_in(precision: str, device: torch.device) -> str | None:
-    """Why nothing is computed in a precision of `training.precision` on `device`; None if it can be."""
+    """Why `device` does not compute in a precision of `training.precision`; None if it does."""
     precision = precision.removesuffix("-true")
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
@@ -139,16 +143,18 @@ def _choose_precision(asked: str, device: torch.device) -> str:
 
 
 def _own_precision(device: torch.device) -> str:
-    """What `auto` comes to."""
+    """The precision that `auto` selects."""
     if device.type != "cuda":
         return "fp32"
     return "bf16" if _gpu_has_bf16() else "fp16"
 
 
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """In what a model that only writes keeps its weights and cache on `device`: `f32`, `bf16` or `f16` as asked, or for
-    `auto` half precision on CUDA, the kind that training takes there, and f32 elsewhere. Raises `AtlasError` for what
-    the device does not compute in."""
+    """The dtype of weights and KV cache for inference on `device`: `f32`, `bf16` or `f16` as asked. `auto` selects half
+    precision on CUDA, the kind that training selects there, and f32 on other devices.
+
+    Raises `AtlasError` for a dtype that the device does not compute in.
+    """
     names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked == "auto":
         return _DTYPES[_own_precision(device)]
@@ -160,7 +166,7 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def _gpu_has_bf16() -> bool:
-    # Without `including_emulation=False` older cards claim bf16 and compute it in slow motion.
+    # Without `including_emulation=False` older cards claim bf16 and compute it very slowly.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -176,7 +182,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
-    """Make dropout a pure function of where it happens, so that a resumed run needs no generator state.
+    """Seed PyTorch, so that dropout is a pure function of its place and a resumed run needs no generator state.
 
     `position` is the index, within the update of all ranks, of the micro-batch's first sequence.
     """
@@ -184,7 +190,7 @@ def seed_micro_step(seed: int, update: int, position: int) -> None:
 
 
 def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
-    """Of the random numbers by which an update's new weights are rounded: they too follow from where it happens."""
+    """The generator for rounding an update's new weights: a pure function of the update, as in `seed_micro_step`."""
     return torch.Generator(device).manual_seed(_seed_of(seed, update, "rounding"))
 
 
@@ -194,7 +200,8 @@ def _seed_of(*place: int | str) -> int:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """What bits depend on: equal here and in a checkpoint, a resumed run repeats them exactly (CPU)."""
+    """What the bits of a result depend on. If it is equal here and in a checkpoint, a resumed run on a CPU repeats
+    them."""
     device = runtime.device
     return {
         "atlas": __version__,
@@ -219,13 +226,13 @@ def _cpu_name() -> str:
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
-    """Set the thread count that a checkpoint was trained with; return what still differs, as lines to say."""
+    """Set the thread count that a checkpoint was trained with. Return a line for each other difference."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)
     here = describe_machine(runtime)
     return [
-        f"{key}: {saved[key]} when saved, {here[key]} here: the run goes on, but not with the same bits"
+        f"{key}: {saved[key]} when saved, {here[key]} here: the run continues, but not with the same bits"
         for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision", "compiled")
         if key in saved and saved[key] != here[key]
     ]

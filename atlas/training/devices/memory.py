@@ -1,5 +1,5 @@
-"""Out of memory: recognised, answered with fewer sequences at once, and remembered for this machine; so is speed. And
-the garbage collector."""
+"""Recognise that memory ran out, remember what fits on this machine and how fast it is, and control the garbage
+collector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,25 @@ _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of me
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's allocator has a class for it, the CPU's a `RuntimeError` with its name in it."""
+    """Whether memory ran out. A GPU's allocator raises its own class, the CPU's a `RuntimeError` with its name."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what PyTorch's allocator keeps of freed tensors."""
+    """Return the memory of freed tensors that PyTorch's allocator keeps."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None]]:
-    """A function to call after each update. On a GPU its first call exempts all objects that exist by then from
-    Python's garbage collection, until the run ends: they live as long as it does, and a full collection looks at all
-    of them, which stops training for some 0.2 s with PyTorch's compiler loaded. Later objects are collected as usual.
+    """Yield a function to call after each update. On a GPU its first call exempts all objects that exist by then from
+    Python's garbage collection, until the run ends.
+
+    They live as long as the run, and a full collection visits all of them, which stops training for some 0.2 s with
+    PyTorch's compiler loaded. Later objects are collected as usual.
     """
     is_frozen = device.type == "cpu"
 
@@ -58,23 +60,25 @@ def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None
 
 
 def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
-    """How many sequences fit at once on this machine, as was found for this config; None if nobody tried."""
-    value = _read(_note(config, device), "micro_batch_size")
+    """The micro-batch that a trial found to fit on this machine with this config; None without a trial."""
+    value = _read(_fit_note(config, device), "micro_batch_size")
     return value if isinstance(value, int) and value >= 1 else None
 
 
 def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
-    _keep(_note(config, device), "micro_batch_size", size)
+    """Store the micro-batch that fits, for later runs."""
+    _write(_fit_note(config, device), "micro_batch_size", size)
 
 
-def recall_peak_rate(runtime: Runtime) -> float | None:
-    """FLOP/s that matrix products reach on this machine in the run's precision; None if nobody measured it."""
+def remembered_peak_rate(runtime: Runtime) -> float | None:
+    """The FLOP/s of matrix products on this machine in the run's precision; None if they were not measured yet."""
     value = _read(_speed_note(runtime), "flops_per_second")
     return value if isinstance(value, float) and 0 < value < math.inf else None
 
 
 def remember_peak_rate(runtime: Runtime, rate: float) -> None:
-    _keep(_speed_note(runtime), "flops_per_second", rate)
+    """Store the FLOP/s of matrix products, for later runs."""
+    _write(_speed_note(runtime), "flops_per_second", rate)
 
 
 def _read(note: Path, key: str) -> Any:
@@ -84,26 +88,25 @@ def _read(note: Path, key: str) -> Any:
         return None
 
 
-def _keep(note: Path, key: str, value: float) -> None:
-    """In Atlas's cache folder. A cache that cannot be written costs the next run one more try."""
-    try:
+def _write(note: Path, key: str, value: float) -> None:
+    """Write to Atlas's cache folder. If that fails, the next run measures again."""
+    with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary = note.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({key: value}), encoding="utf-8")
         os.replace(temporary, note)
-    except OSError:
-        pass
 
 
 def _speed_note(runtime: Runtime) -> Path:
-    """Named by all that decides how fast products are."""
+    """The file for the speed, named by everything that decides how fast products are."""
     machine = describe_machine(runtime)
     facts = [machine[key] for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")]
     return cache_folder() / "speed" / f"{_key(facts)}.json"
 
 
-def _note(config: AtlasConfig, device: torch.device) -> Path:
-    """Named by all that decides how much fits: the model, the arithmetic, the device and its memory."""
+def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
+    """The file for the micro-batch, named by everything that decides how much fits: the model, the precision, the
+    device and its memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine = [properties.name, properties.total_memory]

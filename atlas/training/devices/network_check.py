@@ -1,6 +1,6 @@
-"""The connection between the ranks of a run, tried before the run: who is there, whether sums come out right, how fast.
+"""Test the connection between ranks before a run: which hosts take part, whether sums are right, and how fast they are.
 
-What fails is answered with the settings of gloo and NCCL that help.
+A failure is reported with the settings of gloo and NCCL that help.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ Facts = dict[str, Any]
 DEFAULT_TIMEOUT = 60.0
 """Seconds."""
 ROUNDS = {1_000: 20, 1_000_000: 10, 64_000_000: 5}
-"""All-reduces of so many bytes that are measured, after one that is not."""
+"""Bytes → how many all-reduces of this size are measured, after one that is not."""
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _HOST_NAME = 255
 _MARGIN = 5.0
-"""Seconds that a backend has for saying itself that it waited too long."""
+"""Seconds after the timeout in which a backend may report by itself that it waited too long."""
 
 
 def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Facts | None:
-    """Join the ranks that torchrun started, and let them add up: on the CPU by gloo, and by NCCL where each rank has a
-    GPU of its own. The facts on the first rank, None on the others; seconds, bytes and bytes/s.
+    """Join the ranks that torchrun started, and let them sum numbers: on the CPU with gloo, and with NCCL if each rank
+    has its own GPU. Return the results on the first rank, None on the others; seconds, bytes and bytes/s.
 
-    Raises `AtlasError` for a wrong sum, and where another rank does not answer within `timeout` seconds.
+    Raises `AtlasError` for a wrong sum, and if another rank does not answer within `timeout` seconds.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         raise AtlasError(
-            "--distributed: tries what is between several processes, and this is one: torchrun --nproc-per-node=2 -m "
-            "atlas doctor --distributed; of several machines, with the options that training will be started with"
+            "--distributed: tests the connection between several processes, and this is one: torchrun "
+            "--nproc-per-node=2 -m atlas doctor --distributed; on several machines, with the options of the training"
         )
-    # NCCL would otherwise end the process by itself after the timeout, with a page of its own words.
+    # Without it, NCCL itself ends the process after the timeout, with a page of its own messages.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     world = _join(timeout)
     with together(world):
@@ -76,12 +76,12 @@ def _join(timeout: float) -> World:
     try:
         return join_world(timeout)
     except AtlasError as error:
-        reason = f"the others could not be reached within {timeout:g} s ({_first_words(error.__context__ or error)})"
+        reason = f"the others could not be reached within {timeout:g} s ({_first_line(error.__context__ or error)})"
         raise _refusal(os.environ["RANK"], os.environ["WORLD_SIZE"], "gloo", reason) from None
 
 
 def _hosts(world: World) -> list[str]:
-    """The name of each rank's host."""
+    """The host name of each rank."""
     name = socket.gethostname().encode()[:_HOST_NAME]
     own = torch.frombuffer(bytearray(name.ljust(_HOST_NAME, b"\0")), dtype=torch.uint8)
     gathered = [torch.empty_like(own) for _ in range(world.size)]
@@ -90,62 +90,59 @@ def _hosts(world: World) -> list[str]:
 
 
 def _measure(world: World, device: torch.device) -> list[Facts]:
-    """For each size the median of its all-reduces on `device`."""
+    """The median time of the all-reduces on `device`, for each size."""
     backend = _BACKENDS[device.type]
     seconds = defaultdict(list)
     try:
         for size, took in _answers(_all_reduces(world, device), world.timeout):
             seconds[size].append(took)
     except (RuntimeError, Empty) as error:
-        reason = _first_words(error) or f"no answer within {world.timeout:g} s"
+        reason = _first_line(error) or f"no answer within {world.timeout:g} s"
         raise _refusal(world.rank, world.size, backend, f"{backend}: {reason}") from None
-    travels = 2 * (world.size - 1) / world.size  # of each rank's bytes, each way, in a ring
+    traffic = 2 * (world.size - 1) / world.size  # of each rank's bytes, in each direction of a ring
     medians = {size: statistics.median(rounds) for size, rounds in seconds.items()}
     common = {"backend": backend, "device": device.type}
     return [
-        {**common, "bytes": size, "seconds": median, "bus_bandwidth": travels * size / median}
+        {**common, "bytes": size, "seconds": median, "bus_bandwidth": traffic * size / median}
         for size, median in medians.items()
     ]
 
 
 def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
-    """What `work` yields, each within `timeout` seconds, else `queue.Empty`.
+    """Yield what `work` yields. Raises `queue.Empty` if one takes longer than `timeout` seconds.
 
-    It runs in a thread: while NCCL connects it knows no timeout, and where it waits Ctrl-C would not be heard.
+    `work` runs in a thread, since NCCL has no timeout while it connects, and ignores Ctrl-C while it waits.
     """
-    found: Queue[tuple[Any, BaseException | None]] = Queue()
+    found: Queue[Any] = Queue()
 
     def run() -> None:
         try:
             for answer in work:
-                found.put((answer, None))
-            found.put((None, None))
+                found.put(answer)
+            found.put(None)
         except Exception as error:  # raised again below
-            found.put((None, error))
+            found.put(error)
 
     Thread(target=run, daemon=True).start()
-    while True:
-        answer, error = found.get(timeout=timeout + _MARGIN)
-        if error:
-            raise error
-        if answer is None:
-            return
+    while (answer := found.get(timeout=timeout + _MARGIN)) is not None:
+        if isinstance(answer, Exception):
+            raise answer
         yield answer
 
 
 def _all_reduces(world: World, device: torch.device) -> Iterator[tuple[int, float]]:
-    """(bytes, seconds) of one all-reduce after the other."""
+    """Run one all-reduce after the other; (bytes, seconds) of each."""
     one = torch.empty(1, device=device)
     for size, rounds in ROUNDS.items():
         numbers = torch.empty(size // 4, device=device)
-        _add_up(world, numbers)
+        _sum_and_check(world, numbers)
         for _ in range(rounds):
-            _add_up(world, one)  # so that all begin at once
-            yield size, _add_up(world, numbers)
+            _sum_and_check(world, one)  # so that all ranks begin together
+            yield size, _sum_and_check(world, numbers)
 
 
-def _add_up(world: World, numbers: torch.Tensor) -> float:
-    """Sum the ranks' own numbers, 1 on the first and one more on each, and see that it is right; the seconds."""
+def _sum_and_check(world: World, numbers: torch.Tensor) -> float:
+    """Sum each rank's number (its rank + 1) over the ranks and check the result. Return the seconds."""
     numbers.fill_(world.rank + 1)
     start = _now(numbers.device)
     work = dist.all_reduce(numbers, async_op=True)
@@ -168,13 +165,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _first_words(error: BaseException) -> str:
-    """Of its message, without the place in PyTorch's source that gloo puts before it."""
+def _first_line(error: BaseException) -> str:
+    """The first line of its message, without the place in PyTorch's source that gloo puts in front."""
     return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0][:200]
 
 
 def _refusal(rank: int | str, size: int | str, backend: str, reason: str) -> AtlasError:
-    """With what helps: as much as this rank knows of where it is."""
+    """The error for a failed connection, with the settings that help."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     first = f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {address}"
     if backend == "nccl":
@@ -190,7 +187,7 @@ def _refusal(rank: int | str, size: int | str, backend: str, reason: str) -> Atl
 
 
 def _interfaces() -> list[str]:
-    """This host's, with the first address of each."""
+    """This host's network interfaces, each with its first address."""
     found = {
         name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
         for name, entries in psutil.net_if_addrs().items()

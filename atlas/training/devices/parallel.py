@@ -27,11 +27,12 @@ def refuse_parallel_alone(config: AtlasConfig) -> None:
 def wrap(
     objective: nn.Module, config: AtlasConfig, world: World, parallel: str, device: torch.device
 ) -> nn.Module:
-    """`objective`, the module from tokens to loss, for several ranks; its `model` has a list of `blocks`.
+    """Wrap `objective`, the module from tokens to loss, for several ranks. Its `model` has a list of `blocks`.
 
-    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds all, gradients are averaged. `fsdp` (Zhao et al. 2023,
-    arXiv:2304.11277; `fully_shard`): each holds a part of weights, gradients and optimizer state, and has those of a
-    block whole only while it runs; of `training.shard_size` ranks a group holds all, and the groups are alike.
+    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds the full model, and gradients are averaged. `fsdp` (Zhao
+    et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of weights, gradients and optimizer state, and
+    gathers the full weights of a block only while it runs. A group of `training.shard_size` ranks holds the full model,
+    and every group the same.
     """
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(
@@ -54,22 +55,25 @@ def wrap(
 
 
 def no_sync_except_last(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-    """Around a micro-batch: only the last of an update has its gradient summed over the ranks that hold the same."""
+    """The context of a micro-batch: only after the last one of an update are gradients summed over equal replicas."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
     sharded: Any = wrapped
-    if hasattr(sharded, "set_requires_all_reduce"):  # FSDP's; the shards' own sums keep memory small
+    if hasattr(
+        sharded, "set_requires_all_reduce"
+    ):  # of FSDP; the reduction to shards still runs, which keeps memory small
         sharded.set_requires_all_reduce(is_last)
     return nullcontext()
 
 
 def is_sharded(tensor: Any) -> bool:
+    """Whether `tensor` is a DTensor, of which each rank holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
-    """Nested dicts and lists with every sharded tensor made whole; every rank must call it. With `keep` false the whole
-    tensors are dropped one by one: the rank is only there for the others' sake."""
+    """Nested dicts and lists with every sharded tensor gathered to its full shape. Every rank must call it. With `keep`
+    false the full tensors are dropped one by one: this rank takes part only because the others need it."""
     if is_sharded(value):
         full = value.full_tensor()
         return (full.cpu() if to_cpu else full) if keep else None
@@ -81,7 +85,7 @@ def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
 
 
 def shard_like(tensor: Tensor, other: Any) -> Tensor:
-    """The whole `tensor`, which every rank has, sharded as `other` is."""
+    """Shard the full `tensor`, which every rank has, like `other`."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -91,7 +95,7 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state dict of whole tensors, each sharded as its parameter is."""
+    """An optimizer's state dict of full tensors, with each sharded like its parameter."""
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         number: {
@@ -106,7 +110,7 @@ def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
 
 
 def load_full_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put whole weights, which every rank has, into a model that may be sharded."""
+    """Load full weights, which every rank has, into a model that may be sharded."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(shard_like(weights[name].to(parameter.dtype), parameter))

@@ -1,7 +1,7 @@
-"""Page-locked (pinned) main memory, which a GPU copies into at full speed while the host does something else.
+"""Page-locked (pinned) main memory, which a GPU copies into at full speed while the host continues.
 
-PyTorch's own allocator rounds each pinned tensor up to a power of two: of a checkpoint's 6 GB it may make 8. Here the
-tensors lie one after the other in ordinary memory, which CUDA is then asked to lock.
+PyTorch's own allocator rounds each pinned tensor up to a power of two: a checkpoint of 6 GB may need 8. Here the
+tensors are in one block of ordinary memory, one after the other, and CUDA locks that block.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 _PAGE = 4096
-_ALIGNED = 64  # bytes that a tensor's first one is a multiple of
+_ALIGNED = 64  # each tensor begins at a multiple of this many bytes
 _PORTABLE = 1
-"""`cudaHostRegisterPortable`: for all CUDA contexts of the process."""
+"""`cudaHostRegisterPortable`: pinned for all CUDA contexts of the process."""
 
 
 def pinned_like(tensors: Sequence[Tensor], *, say: Callable[[str], None]) -> list[Tensor]:
-    """Uninitialized CPU tensors of these shapes and dtypes in one pinned block, each with a storage of its own. The
-    block is freed with the last of them. Where CUDA does not lock it, it is ordinary memory, and `say` gets a line."""
+    """Uninitialized CPU tensors of these shapes and dtypes in one pinned block, each with its own storage. The block is
+    freed with the last of them. If CUDA does not lock it, it stays ordinary memory, and `say` gets a line."""
     size = sum(_rounded(tensor.nbytes, _ALIGNED) for tensor in tensors)
-    # Full pages of its own: CUDA locks pages, and those of another block may be locked already.
+    # The block has its own pages: CUDA locks full pages, and those of another block may be locked already.
     block = numpy.empty(_rounded(size, _PAGE) + _PAGE, dtype=numpy.uint8)
     offset = -block.ctypes.data % _PAGE
     _lock(block, block.ctypes.data + offset, _rounded(size, _PAGE), say)
@@ -45,11 +45,11 @@ def _lock(block: numpy.ndarray, address: int, size: int, say: Callable[[str], No
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if (error := int(cuda.cudaHostRegister(address, size, _PORTABLE))) == 0:
-        # Unlocked before it is freed, or CUDA would regard whatever is allocated there next as locked. Not at the exit
-        # of the process: CUDA may have shut down by then.
+        # Unlock it before it is freed, or CUDA would regard the next allocation there as locked. Not at the exit of the
+        # process, when CUDA may have shut down already.
         weakref.finalize(block, cuda.cudaHostUnregister, address).atexit = False
         return
-    with suppress(RuntimeError):  # PyTorch's next kernel would raise the error that has just been handled
+    with suppress(RuntimeError):  # the next kernel raises the error that is handled here
         torch.ones(1, device="cuda")
     say(
         f"CUDA cannot pin {size / 1e9:.2f} GB of main memory for the copy that checkpoints are written from (error "

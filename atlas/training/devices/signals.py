@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a flag that the loop reads between micro-steps; a second one ends at once."""
+"""Ctrl-C, SIGTERM and SIGHUP set a flag that the loop reads between micro-batches; a second one ends the process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from atlas.errors import Interrupted
@@ -20,9 +20,9 @@ class StopRequest:
     """While entered, the first SIGINT, SIGTERM or SIGHUP (SIGBREAK on Windows) sets `requested` instead of ending the
     process. Under `nohup` SIGHUP stays ignored.
 
-    `say` tells the user. Handlers are put back on exit. Outside the main thread Python allows no handlers;
-    nothing is changed. Of several ranks (`is_alone` false) each only notes that it was `asked`; they stop when they
-    have told one another, at the same update.
+    `say` gets a line for the user. The exit restores the handlers. Outside the main thread Python allows no handlers,
+    so nothing changes there. With several ranks (`is_alone` false) a signal only sets `asked`. The ranks exchange it
+    and all call `agree` at the same update.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, *, is_alone: bool = True) -> None:
@@ -35,7 +35,8 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, *, enabled: bool = True) -> Iterator[None]:
-        """Within, a request raises `Stopped`, for work that does not come by to look at the flag (a compiler's)."""
+        """Within this context a request raises `Stopped`, for work that does not read the flag, such as a
+        compiler's."""
         self._raises = enabled and self._is_alone
         try:
             yield
@@ -68,16 +69,16 @@ class StopRequest:
             raise Stopped
 
     def agree(self) -> None:
-        """Stop: some rank was asked, and all ranks know."""
+        """Stop, since this process or, as all ranks know, some rank was asked to."""
         self.requested = True
-        self._say("stopping after this micro-batch, then saving; once more ends at once, without saving")
+        self._say(
+            "stopping after this micro-batch, then saving; a second request ends at once, without saving"
+        )
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()

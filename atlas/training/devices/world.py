@@ -1,7 +1,7 @@
-"""Several processes as one run: their places, what they tell one another, and what PyTorch wraps the model in.
+"""Several processes (ranks) as one run: the place of each, and the values that they exchange.
 
-torchrun starts the processes and puts their places into their environment. All of them hold the same numbers in
-`TrainState` and take the same decisions, since what a decision rests on is summed, or told by the first, before. The
+torchrun starts the processes and sets their places in the environment. All ranks have the same numbers in `TrainState`
+and make the same decisions, since the inputs of a decision are summed, or broadcast by the first rank, before. The
 model's files know nothing of this.
 """
 
@@ -25,14 +25,14 @@ from atlas.errors import AtlasError, EndedElsewhere
 DEFAULT_TIMEOUT = 600.0
 """Seconds."""
 _GRACE = 30.0
-"""Seconds in which torchrun ends what is left of a run after one rank ended."""
+"""Seconds in which torchrun ends the other ranks after one rank ended."""
 _LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "nccl")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and this one's place among them. In a run of one process every method is quick and
-    returns what it was given."""
+    """The processes of a run and this one's place among them. In a run of one process every method returns its argument
+    and costs nothing."""
 
     rank: int = 0
     size: int = 1
@@ -42,16 +42,17 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which writes the files."""
         return self.rank == 0
 
     def sums(self, *numbers: float) -> tuple[float, ...]:
         """Each number summed over the ranks, in fp64."""
-        return self.sums_soon(*numbers)()
+        return self.sums_async(*numbers)()
 
-    def sums_soon(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
-        """The same, to be asked for later: the ranks need not wait for one another here."""
+    def sums_async(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
+        """Start `sums` and return a function for the result, so that the ranks need not wait for one another here."""
         together = torch.tensor(numbers, dtype=torch.float64)
-        wait = self.add_up_soon(together)
+        wait = self.all_reduce_async(together)
 
         def sums() -> tuple[float, ...]:
             wait()
@@ -84,15 +85,15 @@ class World:
         dist.broadcast(data, src=0)
         return json.loads(data.numpy().tobytes())
 
-    def add_up_soon(self, tensor: Tensor) -> Callable[[], Any]:
-        """Sum `tensor`, on its device, over the ranks in place; what is returned waits until it is done."""
+    def all_reduce_async(self, tensor: Tensor) -> Callable[[], Any]:
+        """Start to sum `tensor` over the ranks, in place on its device. Return a function that waits for the result."""
         work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
         return work.wait if work else lambda: None
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Within, every rank does the same without the others. What is refused on some is raised on the first of these;
-        the rest end without a word (`EndedElsewhere`)."""
+        """Within this context every rank does the same on its own. If some ranks raise `AtlasError`, only the first of
+        these raises it in the end; all others raise `EndedElsewhere`, which logs nothing."""
         error: AtlasError | None = None
         try:
             yield
@@ -110,9 +111,9 @@ ALONE = World()
 
 
 def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
-    """The world that torchrun (or Slurm, with the same names) put into the environment; else one process.
+    """Join the ranks that torchrun (or Slurm, with the same names) set in the environment; without any, one process.
 
-    `timeout`, in seconds, is how long ranks wait for one another. Raises `AtlasError` where the others do not come.
+    `timeout` is the seconds that ranks wait for one another. Raises `AtlasError` if the others do not come.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(timeout=timeout)
@@ -131,8 +132,8 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun may keep its store when it starts the ranks again, and in it the addresses of those that died.
-            # Of several machines each counts restarts of its own; there --rdzv-backend c10d makes a new store.
+            # torchrun may keep its store when it restarts the ranks, with the addresses of those that died. Several
+            # machines count restarts separately; there --rdzv-backend c10d makes a new store.
             store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
@@ -140,20 +141,21 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
         reason = str(error).splitlines()[0]
         raise AtlasError(
             f"the other ranks could not be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-            f"({reason:.200}): look at the address and the firewall; atlas doctor --distributed tries it"
+            f"({reason:.200}): check the address and the firewall; atlas doctor --distributed tests it"
         ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
 
 
 def has_joined() -> bool:
+    """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Within, a rank that is lost ends this one: quietly where the other has told why, and with a line where it only
-    stopped answering."""
+    """Within this context the loss of another rank ends this one: without a message if the other rank has reported the
+    reason, and with one line if it only stopped answering."""
     if not has_joined():
         yield
         return
@@ -167,8 +169,8 @@ def together(world: World) -> Iterator[None]:
         if "timed out" in text or "timeout" in text:
             silence = AtlasError(
                 f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: it hangs, or is slower "
-                "than that; its own log says how far it came. --timeout gives it longer; atlas doctor --distributed "
-                "tries the connection"
+                "than that; its own log shows how far it came. --timeout gives it longer; atlas doctor --distributed "
+                "tests the connection"
             )
             _record(silence)
             raise silence from None
@@ -181,7 +183,7 @@ def together(world: World) -> Iterator[None]:
 
 
 def _record(error: AtlasError) -> None:
-    """For torchrun's report, which names the rank that failed first and what it says."""
+    """Record the error for torchrun's report, which names the rank that failed first and its message."""
     if dist.is_torchelastic_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -189,7 +191,7 @@ def _record(error: AtlasError) -> None:
 
 
 def _wait_for_the_end() -> None:
-    """Leave it to torchrun to end this rank, so that its report names the one that failed first."""
+    """Wait until torchrun ends this rank, so that its report names the rank that failed first."""
     if dist.is_torchelastic_launched():
         with suppress(KeyboardInterrupt):
             time.sleep(_GRACE)

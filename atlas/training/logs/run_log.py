@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal, lines elsewhere, `training.log` and `metrics.jsonl` always."""
+"""The logs of a run: a progress bar on a terminal, else lines; always `training.log` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def perplexity(loss: float) -> float:
 
 
 _WAIT_WORTH_SHOWING = 0.01
-"""Of the time of a step."""
+"""The share of a step's time from which on waiting for data is shown."""
 
 
 class _RunConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Rich would end the process here."""
+        """Raise instead of ending the process, as Rich does."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class RunLog:
-    """The console, `training.log` (only ever appended to) and `metrics.jsonl` of one output folder; and `trackers`,
-    which are given the very records of `metrics.jsonl`."""
+    """The console, `training.log` (which is only appended to) and `metrics.jsonl` of one output folder. `trackers` get
+    the same records as `metrics.jsonl`."""
 
     def __init__(
         self, folder: Path, *, console: Console | None = None, log_name: str = "training.log"
@@ -47,48 +47,49 @@ class RunLog:
         self.console = console or _RunConsole(stderr=True, highlight=False, soft_wrap=True)
         self.log_path = folder / log_name
         self.metrics_path = folder / "metrics.jsonl"
-        self._files = {
-            path: _AppendedFile(path, self._console_only) for path in (self.log_path, self.metrics_path)
-        }
+        self._log = _AppendedFile(self.log_path, self._print)
+        self._metrics = _AppendedFile(self.metrics_path, self._print)
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def say(self, line: str) -> None:
         """One line for the user, on the console and in `training.log`."""
-        self._console_only(line)
-        self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        self._print(line)
+        self._write_to_log(line)
 
-    def _console_only(self, line: str) -> None:
-        with self._outliving_the_console():
+    def _print(self, line: str) -> None:
+        with self._survives_the_console():
             self.console.print(line, markup=False)
 
+    def _write_to_log(self, line: str) -> None:
+        self._log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
     @contextmanager
-    def _outliving_the_console(self) -> Iterator[None]:
-        """Around what is written to the console. When its terminal is closed, or `head` has read enough, the run
-        continues without it, and `training.log` says so."""
+    def _survives_the_console(self) -> Iterator[None]:
+        """A context for writing to the console. If its terminal is closed, or `head` has read enough, the run continues
+        without it, and `training.log` has a line about it."""
         try:
             yield
         except OSError as error:
             with suppress(OSError, ValueError):
-                # What else writes there, such as the progress bar, must not fail either.
+                # Other writers there, such as the progress bar, must not fail either.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.console.file.fileno())
                 os.close(nowhere)
             self.console = Console(quiet=True)
             reason = error.strerror or type(error).__name__
-            line = (
+            self._write_to_log(
                 f"the console cannot be written to any more ({reason}): the run continues, and is logged here"
             )
-            self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def rewind(self, step: int) -> None:
-        """Cut `metrics.jsonl` back to `step`; what is cut is appended to `metrics.lost.jsonl`.
+        """Cut `metrics.jsonl` back to `step`. The lines that are cut are appended to `metrics.lost.jsonl`.
 
-        A killed run has logged steps that no checkpoint holds; they will be trained, and logged, again.
+        A killed run has logged steps that are in no checkpoint. They will be trained, and logged, again.
         """
         for tracker in self.trackers:
             tracker.rewind(step)
-        self._files[self.metrics_path].write_waiting()
+        self._metrics.write_waiting()
         if not self.metrics_path.exists():
             return
         kept: list[str] = []
@@ -112,30 +113,29 @@ class RunLog:
         os.replace(temporary, self.metrics_path)
 
     def flush_to_disk(self) -> None:
-        """Before a checkpoint is written: a power cut must not leave one whose steps the log does not hold."""
-        self._files[self.metrics_path].write_waiting()
+        """Flush `metrics.jsonl` before a checkpoint is written. After a power cut the log must hold the checkpoint's
+        steps."""
+        self._metrics.write_waiting()
         with suppress(OSError), open(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """Around a run: at its end the trackers are given a moment to finish, unless it ends at once."""
+        """The context of a run: at its end the trackers get some time to finish, unless a Ctrl-C ends it
+        immediately."""
+        waits = True
         try:
             yield
         except KeyboardInterrupt:
+            waits = False
             raise
-        except BaseException:
-            self._close_trackers()
-            raise
-        self._close_trackers()
-
-    def _close_trackers(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        finally:
+            for tracker in self.trackers if waits else ():
+                tracker.close()
 
     @contextmanager
     def progress(self, *, done: int, total: int | None) -> Iterator[None]:
-        """A bar over the updates while on a terminal; elsewhere `train` prints lines instead."""
+        """A progress bar over the updates on a terminal. Without one, `train` prints lines instead."""
         if not self.console.is_terminal:
             yield
             return
@@ -146,29 +146,31 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
-        # expand: the bar takes what the figures leave, whatever the terminal's width
+        # expand: the bar uses the width that the figures leave
         progress = self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = progress.add_task("training", total=total, completed=done, status="")
-        with self._outliving_the_console():
+        with self._survives_the_console():
             progress.start()
         try:
             yield
         finally:
-            with self._outliving_the_console():
+            with self._survives_the_console():
                 progress.stop()
             self._progress = None
 
     def total(self, total: int) -> None:
+        """Set the number of updates of the run."""
         if self._progress:
             self._progress.update(self._task, total=total)
 
     def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def train(self, metrics: dict[str, Any], *, total: int | None) -> None:
-        """One training record: to `metrics.jsonl`, the bar or the console, and `training.log`. `total` is the number
-        of updates of the whole run, if it is known."""
+        """Log a training record to `metrics.jsonl`, the bar or the console, and `training.log`. `total` is the number
+        of updates of the run, if it is known."""
         self._record("train", metrics)
         status = (
             f"loss {metrics['loss']:.4f}  ppl {_large(metrics['perplexity'])}  {metrics['steps_per_second']:.2f} it/s  "
@@ -180,13 +182,13 @@ class RunLog:
         line = f"step {place}  {status}"
         if self._progress:
             self._progress.update(self._task, status=status)
-            self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+            self._write_to_log(line)
         else:
             left = None if total is None else (total - metrics["step"]) / metrics["steps_per_second"]
             self.say(line if left is None else f"{line}  ETA {_duration(left)}")
 
     def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
-        """One evaluation record."""
+        """Log an evaluation record."""
         self._record("validation", metrics)
         self.say(
             f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
@@ -194,58 +196,55 @@ class RunLog:
         )
 
     def event(self, event: str, step: int, **facts: Any) -> None:
-        """Something that is not an update or an evaluation, for `metrics.jsonl`."""
+        """Log an event that is no update and no evaluation to `metrics.jsonl`."""
         self._record("event", {"event": event, "step": step, **facts})
 
     def samples(self, step: int, prompt: str, texts: Sequence[str]) -> None:
-        """What the model wrote after `prompt`, a record a text."""
+        """Log the completions of `prompt`, one record for each."""
         for number, text in enumerate(texts):
             self._record("sample", {"step": step, "number": number, "prompt": prompt, "text": text})
 
     def _record(self, kind: str, facts: dict[str, Any]) -> None:
         record = finite(facts)
-        self._append(self.metrics_path, json.dumps({"kind": kind, **record}, ensure_ascii=False))
+        self._metrics.append(json.dumps({"kind": kind, **record}, ensure_ascii=False))
         for tracker in self.trackers:
             tracker.record(kind, record)
 
-    def _append(self, path: Path, line: str) -> None:
-        self._files[path].append(line)
-
 
 class RankLog(RunLog):
-    """Of a rank that is not the first: all that it would say goes to a log of its own, `training.rank-1.log`."""
+    """The log of a rank that is not the first: lines go to its own file, `training.rank-1.log`, records to none."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(folder, console=Console(quiet=True), log_name=f"training.rank-{rank}.log")
 
     def rewind(self, step: int) -> None:
-        pass
+        """Do nothing: the first rank has the metrics."""
 
     def flush_to_disk(self) -> None:
-        pass
+        """Do nothing: the first rank has the metrics."""
 
-    def _append(self, path: Path, line: str) -> None:
-        if path == self.log_path:
-            super()._append(path, line)
+    def _record(self, kind: str, facts: dict[str, Any]) -> None:
+        """Do nothing: the first rank has the metrics."""
 
 
 class _AppendedFile:
-    """Lines at the end of a file. On a full disk they wait here, and training goes on."""
+    """Appends lines to a file. On a full disk they wait in memory, and training continues."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
         self._say = say
         self._waiting: list[str] = []
         self._is_full = False
-        self._lock = threading.Lock()  # saving in the background has lines to say, too
+        self._lock = threading.Lock()  # the thread that saves in the background logs lines, too
 
     def append(self, line: str) -> None:
+        """Append a line, or keep it until it can be written."""
         with self._lock:
             self._waiting.append(line + "\n")
         self.write_waiting()
 
     def write_waiting(self) -> None:
-        """Write what could not be written before, in order."""
+        """Write the lines that could not be written before, in order."""
         with self._lock:
             if not self._waiting:
                 return
@@ -266,7 +265,7 @@ class _AppendedFile:
 
 
 def finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no word for a number that is not finite: null."""
+    """Replace numbers that are not finite by None, since JSON has none of them."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in facts.items()
@@ -274,7 +273,7 @@ def finite(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for one that a kill cut in half, so that it is dropped."""
+    """The step of a metrics line; infinite for an incomplete one after a kill, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -282,7 +281,7 @@ def _step_of(line: str) -> float:
 
 
 def _large(number: float) -> str:
-    """A perplexity; that of a model gone wrong has hundreds of digits."""
+    """Format a perplexity; that of a diverged model has hundreds of digits."""
     return f"{number:,.1f}" if number < 1e9 else f"{number:.1e}"
 
 

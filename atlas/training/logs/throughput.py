@@ -1,4 +1,4 @@
-"""How fast a run is, how much of the machine's speed that is, and what memory it took."""
+"""How fast a run is, how much of the machine's speed that is, and how much memory it uses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from atlas.config import AtlasConfig
 from atlas.machine import measure_matrix_products, peak_resident
 from atlas.model.cost import training_flops_per_token
 from atlas.training.devices.device import Runtime
-from atlas.training.devices.memory import is_out_of_memory, recall_peak_rate, remember_peak_rate
+from atlas.training.devices.memory import is_out_of_memory, remember_peak_rate, remembered_peak_rate
 
 _SECONDS = 0.2
-"""Of measuring."""
+"""How long the peak rate is measured."""
 _SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
-"""Of the matrices: a run needs the rest of the memory."""
+"""Rows of the matrices in the measurement. They are small, since the run needs the rest of the memory."""
 
 
 class Throughput:
-    """Steps and tokens per second since the last reading, time in evaluation and saving left out; and the share of
+    """Steps and tokens per second since the last reading, without the time for evaluation and saving, and the share of
     that time in which training waited for its data."""
 
     def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
@@ -34,26 +34,29 @@ class Throughput:
         self._steps, self._tokens, self._waited, self._start = 0, 0, 0.0, time.perf_counter()
 
     def count(self, tokens: int) -> None:
+        """Count an update of `tokens` tokens."""
         self._steps += 1
         self._tokens += tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """A context whose time does not count."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """A context whose time counts as waiting for data."""
         before = time.perf_counter()
         yield
         self._waited += time.perf_counter() - before
 
     def metrics(self) -> dict[str, float | int]:
-        """What was counted since the last call, as entries of a line of `metrics.jsonl`.
+        """The rates since the last call, as entries of a line of `metrics.jsonl`.
 
-        `utilisation`: the FLOPs of training over what matrix products alone reach on as many devices, which is measured
-        once and remembered for the machine. `memory`: the most bytes so far, of the GPU's allocator or of the process.
+        `utilisation`: the FLOP/s of training over those of matrix products alone on as many devices, which are measured
+        once and stored for the machine. `memory`: the peak bytes so far, of the GPU's allocator or of the process.
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
         rate = self._tokens / seconds
@@ -71,15 +74,17 @@ class Throughput:
     def _utilisation(self, tokens_per_second: float) -> float:
         flops = tokens_per_second * self._flops_per_token / self._runtime.world.size
         if self._peak_rate is None:
-            self._peak_rate = recall_peak_rate(self._runtime)
-        if self._peak_rate is None or flops > self._peak_rate:  # never measured, or on a busy machine
+            self._peak_rate = remembered_peak_rate(self._runtime)
+        if (
+            self._peak_rate is None or flops > self._peak_rate
+        ):  # not measured yet, or measured on a busy machine
             self._peak_rate = max(self._peak_rate or 0.0, _measured_peak_rate(self._runtime))
             remember_peak_rate(self._runtime, self._peak_rate)
         return flops / self._peak_rate if self._peak_rate else float("nan")
 
 
 def _measured_peak_rate(runtime: Runtime) -> float:
-    """FLOP/s of matrix products in the run's precision; 0 where there is no memory to measure in."""
+    """FLOP/s of matrix products in the run's precision; 0 if there is no memory for the measurement."""
     device = runtime.device
     try:
         return measure_matrix_products(device, runtime.dtype, size=_SIZE[device.type], seconds=_SECONDS)

@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases: each is told what `metrics.jsonl` holds, in a thread of its own.
+"""TensorBoard and Weights & Biases: each gets the records of `metrics.jsonl`, in its own thread.
 
-Training never waits for them: a record is put into a queue. What goes wrong with one of them is said once, and that one
-is told nothing more.
+Training never waits for them: it puts a record into a queue. If a tracker fails, one line reports it, and that tracker
+gets nothing more.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from atlas.config import AtlasConfig, TrackingConfig
 from atlas.errors import AtlasError
 
 _MOST_WAITING = 1000
-"""Records; a run that logs each of its milliseconds makes so many in seconds."""
+"""Records. A run with an update per millisecond, each of them logged, makes as many in a second."""
 _SECONDS_TO_FINISH = 30.0
 
 Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Where records go. Called from one thread; may raise whatever it likes."""
+    """A destination of records. It is called from one thread and may raise any exception."""
 
     def record(self, kind: str, record: Record) -> None:
-        """`kind` is train, validation, sample or event; `record` as in `metrics.jsonl`, null for what is not finite."""
+        """Take a record as in `metrics.jsonl`, with None for numbers that are not finite. `kind` is train, validation,
+        sample or event."""
 
     def rewind(self, step: int) -> None:
-        """What comes next follows `step`; later steps that were told of are told anew."""
+        """Go back to `step`: the next records repeat later steps."""
 
     def close(self) -> None:
-        """Write what is left. A record may follow, when the run goes on in the same process."""
+        """Write what is left. A record may follow, if the run resumes in the same process."""
 
 
 class Tracker:
-    """A sink, and the thread in which it works."""
+    """A sink and the thread in which it works."""
 
     def __init__(self, name: str, sink: Sink, say: Callable[[str], None]) -> None:
         self._name = name
@@ -48,16 +49,18 @@ class Tracker:
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._is_dropped = False
-        self._lock = threading.Lock()  # saving in the background has events to tell, too
+        self._lock = threading.Lock()  # the thread that saves in the background logs events, too
 
     def record(self, kind: str, record: Record) -> None:
+        """Queue a record."""
         self._put(lambda: self._sink.record(kind, record))
 
     def rewind(self, step: int) -> None:
+        """Queue a return to `step`."""
         self._put(lambda: self._sink.rewind(step))
 
     def close(self, seconds: float = _SECONDS_TO_FINISH) -> None:
-        """Wait until everything is written, but not longer than `seconds`."""
+        """Wait until everything is written, at most `seconds`."""
         thread = self._thread
         if thread is None:
             return
@@ -87,7 +90,7 @@ class Tracker:
                 self._tasks.get()()
             except _Finished:
                 return
-            except BaseException as error:  # whatever a package of somebody else's raises, training goes on
+            except BaseException as error:  # whatever another package raises, training continues
                 reason = (str(error).strip().splitlines() or [""])[0]
                 self._drop(f"{type(error).__name__}: {reason:.200}")
 
@@ -100,16 +103,16 @@ class Tracker:
             was_dropped, self._is_dropped = self._is_dropped, True
         if not was_dropped:
             self._say(
-                f"tracking.{self._name}: {reason}: training goes on without it; metrics.jsonl has everything"
+                f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has everything"
             )
 
 
 class _Finished(Exception):
-    """The thread's work is done."""
+    """The thread has nothing left to do."""
 
 
 def refuse_missing_trackers(config: TrackingConfig) -> None:
-    """Raises `AtlasError` for a tracker that is asked for and not installed; imports nothing."""
+    """Raise `AtlasError` for a tracker that the config asks for and that is not installed. Imports nothing."""
     for name, asked, is_wanted, extra in (
         ("tensorboard", str(config.tensorboard).lower(), config.tensorboard, "tracking"),
         ("wandb", config.wandb, config.wandb != "off", "wandb"),
@@ -123,7 +126,7 @@ def refuse_missing_trackers(config: TrackingConfig) -> None:
 
 
 def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
-    """Those that the config asks for. They begin to work, and are imported, when they are first told something."""
+    """The trackers that the config asks for. Each is imported and starts with its first record."""
     trackers, asked = [], config.tracking
     if asked.tensorboard:
         trackers.append(Tracker("tensorboard", TensorBoard(folder / "tensorboard"), say))
@@ -133,7 +136,8 @@ def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None])
 
 
 class TensorBoard:
-    """Event files in `folder`: scalars such as `train/loss` and `validation/val_loss`, texts for samples and events."""
+    """Writes event files to `folder`: scalars such as `train/loss` and `validation/val_loss`, texts for samples and
+    events."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -141,18 +145,20 @@ class TensorBoard:
         self._purged: int | None = None
 
     def rewind(self, step: int) -> None:
+        """Go back to `step`: older files stay, but their later steps are ignored."""
         self.close()
-        # TensorBoard then forgets what older files hold of this step and later ones.
+        # TensorBoard then ignores this step and later ones in older files.
         self._purged = step + 1
 
     def record(self, kind: str, record: Record) -> None:
+        """Write a record, see `Sink`."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # it takes a second
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purged)
         step = record["step"]
         if kind == "sample":
-            # Markdown: four spaces keep a text as it is
+            # in Markdown, four spaces keep a text as it is
             text = "    " + (record["prompt"] + record["text"]).replace("\n", "\n    ")
             self._writer.add_text(f"samples/{record['number']}", text, step)
         elif kind == "event":
@@ -161,13 +167,15 @@ class TensorBoard:
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        """Write what is left."""
         if self._writer is not None:
             self._writer.close()
         self._writer, self._purged = None, None
 
 
 class WeightsAndBiases:
-    """A run in `wandb/` of the output folder, one for each process that trains; those of a folder are one group."""
+    """Logs to a run in `wandb/` of the output folder, one for each process that trains. The runs of a folder are one
+    group."""
 
     def __init__(self, config: AtlasConfig, folder: Path) -> None:
         self._config = config
@@ -175,10 +183,12 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def rewind(self, step: int) -> None:
-        """Nothing: its charts are drawn over the steps that it is told, see `_opened`."""
+        """Do nothing: its charts use the steps in the records, see `_opened`."""
 
     def _opened(self) -> Any:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would tell its makers of crashes, online
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # else it reports crashes to its makers, online
         import wandb
 
         run = wandb.init(
@@ -203,6 +213,7 @@ class WeightsAndBiases:
         return run
 
     def record(self, kind: str, record: Record) -> None:
+        """Write a record, see `Sink`."""
         self._run = self._run or self._opened()
         facts: Record = {f"{kind}/{name}": value for name, value in numbers(kind, record).items()}
         if kind == "sample":
@@ -212,13 +223,14 @@ class WeightsAndBiases:
         self._run.log({"step": record["step"], **facts})
 
     def close(self) -> None:
+        """Write what is left."""
         if self._run is not None:
             self._run.finish()
         self._run = None
 
 
 def numbers(kind: str, record: Record) -> dict[str, float]:
-    """What of a record of training or validation can be drawn."""
+    """The numbers in a record of training or validation, for charts."""
     if kind not in ("train", "validation"):
         return {}
     return {
