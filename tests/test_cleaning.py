@@ -6,18 +6,16 @@ import json
 import random
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas.data import PreparedDataset, prepare
 from atlas.data.prepare.cleaning import Cleaning
-from atlas.data.prepare.dedup import SeenTexts
+from atlas.data.prepare.dedup import SeenDigests
 from atlas.data.text import decode as text
 from atlas.errors import AtlasError
 from tests.archive import write_zip
@@ -199,34 +197,46 @@ def test_a_digest_is_met_first_once(
     """Compared with a Python set; with runs on the disk, and after a stop whose last batches are forgotten."""
     log = tmp_path_factory.mktemp("seen") / "seen.bin"
     digest = {n: bytes([n % 3]) * 8 + n.to_bytes(8, "big") for n in range(61)}  # many share a first half
-    seen, known = SeenTexts(log, memory_limit=limit), set[int]()
+    seen, known = SeenDigests(log, cache_bytes=limit), set[int]()
     for place, batch in enumerate(batches):
         if place == stop:
             count = seen.sync()
-            seen.first_met(digest[0] + digest[60])  # not committed
+            seen.add(digest[0] + digest[60])  # not committed
             seen.close()
-            seen = SeenTexts(log, count=count, memory_limit=limit)
+            seen = SeenDigests(log, count=count, cache_bytes=limit)
         expected = []
         for number in batch:
             expected.append(number not in known)
             known.add(number)
-        assert seen.first_met(b"".join(digest[number] for number in batch)).tolist() == expected
+        assert seen.add(b"".join(digest[number] for number in batch)).tolist() == expected
     assert seen.count == len(known)
     seen.close()
 
 
-def test_a_digest_takes_sixteen_bytes(tmp_path: Path) -> None:
-    count = 200_000
-    content = np.random.default_rng(0).bytes(16 * count)
-    tracemalloc.start()
-    seen = SeenTexts(tmp_path / "seen.bin")
-    for start in range(0, len(content), 16 * 4000):
-        assert seen.first_met(content[start : start + 16 * 4000]).all()
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert held < 18 * count
-    assert not seen.first_met(content[: 16 * 1000]).any()
-    seen.close()
+def test_digests_need_constant_memory(tmp_path: Path) -> None:
+    """A million digests, in a process of their own: the memory stays near the cache's limit, whatever allocates it."""
+    program = """
+import sys, psutil, numpy as np
+from pathlib import Path
+from atlas.data.prepare.dedup import SeenDigests
+seen = SeenDigests(Path(sys.argv[1]), cache_bytes=2 << 20)
+random = np.random.default_rng(0)
+first = random.bytes(16 * 4000)
+assert seen.add(first).all()
+before = psutil.Process().memory_info().rss
+for _ in range(249):
+    assert seen.add(random.bytes(16 * 4000)).all()
+assert not seen.add(first).any() and seen.count == 1_000_000
+print(psutil.Process().memory_info().rss - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "seen.bin")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert int(run.stdout) < 8 << 20, run.stderr
+    assert (tmp_path / "seen.bin").stat().st_size <= 16 * 1_000_000
 
 
 def test_datasketch_is_asked_for_by_name() -> None:

@@ -150,7 +150,7 @@ def _print_summary(summary: Summary) -> None:
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
         typer.echo(
-            f"cleaning: {kept:,} documents were told apart by 16 bytes each, {16 * kept / 1e6:,.2f} MB of memory",
+            f"cleaning: {kept:,} documents are distinguished by a hash of 16 bytes each, {16 * kept / 1e6:,.2f} MB",
             err=True,
         )
     typer.echo(f"{folder}: {_tokenizer(manifest)}")

@@ -1,12 +1,15 @@
-"""Documents that were met before: exactly, by 16 bytes each, and nearly, by MinHash.
+"""Finds documents that came before: exact copies by a hash of 16 bytes, near copies by MinHash.
 
-Both remember in files beside the shards as well, so that a killed preparation goes on with what it knew.
+Both keep a log beside the shards, so that an interrupted preparation resumes with what it knew.
 """
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,115 +20,87 @@ from atlas.errors import DataError
 from atlas.files import flush_to_disk
 
 DIGEST_BYTES = 16
-MEMORY_LIMIT = 1 << 29
-"""Bytes of digests in memory, those of 33 million documents; what is beyond lies in sorted files."""
+CACHE_BYTES = 1 << 29
+"""Memory for the index of digests, enough for 17 million documents. SQLite keeps a larger index in its file."""
+_LOADED_PER_STEP = 1 << 20
 
 SIMILARITY = 0.8
-"""Jaccard similarity of two documents' shingles from which on the second is dropped."""
+"""Documents whose shingles have at least this Jaccard similarity are near copies."""
 NUM_PERMUTATIONS = 128
 _SHINGLE_WORDS = 5
 _SEED, _SCHEME = 1, "affine32"
 
-Digests = NDArray[np.uint64]
-"""(n, 2): the halves of n digests."""
+
+def fractions(digests: bytes) -> NDArray[np.float64]:
+    """(n, 2): both halves of n digests as numbers from 0 to 1, evenly spread and independent of each other."""
+    return np.frombuffer(digests, dtype=">u8").reshape(-1, 2) / 2.0**64
 
 
-def as_digests(content: bytes) -> Digests:
-    return np.frombuffer(content, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+class SeenDigests:
+    """A growing set of digests. `log` holds them in the order of arrival, an SQLite file beside it is their index.
 
-
-def fractions(digests: Digests) -> NDArray[np.float64]:
-    """Each half as a number from 0 to 1; both are evenly spread, and one says nothing of the other."""
-    return digests / 2.0**64
-
-
-class SeenTexts:
-    """A set of digests that grows: sorted runs, of which equally long ones are merged (a log-structured merge
-    tree, O'Neil et al. 1996). `log` is the file that holds them in the order in which they came.
+    Only the log survives a kill: to commit an index of random keys would rewrite most of its pages each time.
+    Raises `OSError` where the disk is full.
     """
 
-    def __init__(self, log: Path, *, count: int = 0, memory_limit: int = MEMORY_LIMIT) -> None:
-        """`count` digests of an older `log` are known from the start; what lies behind them is cut off."""
-        self._memory_limit = memory_limit
-        self._runs: list[Digests] = []
-        """In memory, the longest first."""
-        self._spilled: list[Digests] = []
-        """Memory-mapped, each as long as `memory_limit` allows."""
+    def __init__(self, log: Path, *, count: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
+        """Take over the first `count` digests of an older `log`, and cut off the others."""
+        index = log.with_suffix(".sqlite")
+        index.unlink(missing_ok=True)
+        with _disk_errors(index):
+            self._index = sqlite3.connect(index, isolation_level=None)
+            self._index.executescript(
+                f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{cache_bytes >> 10};"
+                "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
+            )
+        self.count, self._log = 0, log
         self._file = log.open("r+b" if count else "wb")
-        self._folder = log.parent
-        for stale in self._folder.glob("seen-*.npy"):
-            stale.unlink()
-        self.count = 0
-        step = max(1, memory_limit // (4 * DIGEST_BYTES))
-        for start in range(0, count, step):
-            content = self._file.read(min(step, count - start) * DIGEST_BYTES)
-            self._remember(as_digests(content))
+        for start in range(0, count, _LOADED_PER_STEP):
+            size = min(count - start, _LOADED_PER_STEP) * DIGEST_BYTES
+            self._add(sorted(_split(self._file.read(size))))
         self._file.truncate(count * DIGEST_BYTES)
-        self._file.seek(count * DIGEST_BYTES)
 
-    def first_met(self, content: bytes) -> NDArray[np.bool_]:
-        """Of the digests that `content` holds one after the other, which are met for the first time; they are
-        remembered."""
-        digests = as_digests(content)
-        order = np.lexsort((digests[:, 1], digests[:, 0]))
-        ordered = digests[order]
-        again = np.zeros(len(digests), dtype=bool)
-        again[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
-        for run in (*self._runs, *self._spilled):
-            again |= _among(ordered, run)
-        first = np.empty(len(digests), dtype=bool)
-        first[order] = ~again
-        self._file.write(np.frombuffer(content, dtype=f"V{DIGEST_BYTES}")[first].tobytes())
-        self._remember(ordered[~again])
-        return first
+    def add(self, digests: bytes) -> NDArray[np.bool_]:
+        """Add n digests that follow one another. Returns (n,): True for each that was not in the set before."""
+        new = self._add(_split(digests))
+        self._file.write(np.frombuffer(digests, dtype=f"V{DIGEST_BYTES}")[new].tobytes())
+        return new
 
     def sync(self) -> int:
-        """Bring the log to the disk; how many digests it holds."""
+        """Flush the log to the disk, and return the number of its digests."""
         flush_to_disk(self._file)
         return self.count
 
     def close(self) -> None:
+        """Close the files."""
+        self._index.close()
         self._file.close()
 
-    @property
-    def memory_bytes(self) -> int:
-        return sum(run.nbytes for run in self._runs)
-
-    def _remember(self, digests: Digests) -> None:
-        if not len(digests):
-            return
-        self.count += len(digests)
-        self._runs.append(_sorted(digests))
-        while len(self._runs) > 1 and 2 * len(self._runs[-1]) > len(self._runs[-2]):
-            self._runs[-2:] = [_sorted(np.concatenate(self._runs[-2:]))]
-        if self.memory_bytes > self._memory_limit:
-            path = self._folder / f"seen-{len(self._spilled)}.npy"
-            np.save(path, _sorted(np.concatenate(self._runs)), allow_pickle=False)
-            self._runs = []
-            self._spilled.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    def _add(self, digests: Sequence[bytes]) -> NDArray[np.bool_]:
+        insert = "INSERT OR IGNORE INTO seen VALUES (?)"
+        with _disk_errors(self._log):
+            added = [self._index.execute(insert, (digest,)).rowcount for digest in digests]
+        self.count += sum(added)
+        return np.array(added, dtype=np.bool_)
 
 
-def _sorted(digests: Digests) -> Digests:
-    """By their first halves."""
-    return digests[np.argsort(digests[:, 0], kind="stable")]
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # "database or disk is full"
+        raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
-def _among(wanted: Digests, run: Digests) -> NDArray[np.bool_]:
-    """Which of `wanted` stand in a sorted `run`."""
-    found = np.zeros(len(wanted), dtype=bool)
-    place = np.searchsorted(run[:, 0], wanted[:, 0])
-    rest = np.arange(len(wanted))
-    while len(rest := rest[place[rest] < len(run)]):  # as a rule once: two texts seldom share 64 bits
-        met = run[place[rest]]
-        found[rest] = (met == wanted[rest]).all(axis=1)
-        rest = rest[(met[:, 0] == wanted[rest, 0]) & ~found[rest]]
-        place[rest] += 1
-    return found
+def _split(digests: bytes) -> list[bytes]:
+    return [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
 
 
 def minhash_of(text: str) -> NDArray[np.uint32]:
-    """(NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of a text's runs of five words. The signature of
-    a document is the minimum of its pieces'."""
+    """(NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of the shingles of a text, its runs of five words.
+
+    The signature of a document is the minimum of its pieces' signatures.
+    """
     from datasketch import MinHash
 
     words = text.split()
@@ -138,55 +113,57 @@ def minhash_of(text: str) -> NDArray[np.uint32]:
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 
-class SimilarTexts:
-    """The signatures met so far, searched by locality-sensitive hashing: about 3 KB of memory a document."""
+class SeenSignatures:
+    """A growing set of signatures, searched by locality-sensitive hashing. It needs about 3 KB per document."""
 
     def __init__(self, log: Path, *, count: int = 0) -> None:
-        """`count` signatures of an older `log` are known from the start."""
+        """Take over the first `count` signatures of an older `log`, and cut off the others."""
         from datasketch import MinHashLSH
 
         self._index = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
         self._file = log.open("r+b" if count else "w+b")
         self._row_bytes = NUM_PERMUTATIONS * np.dtype(np.uint32).itemsize
-        self._log, self.count = log, 0
+        self.count = 0
         for _ in range(count):
-            self._insert(np.frombuffer(self._file.read(self._row_bytes), np.uint32))
+            self._insert(self._read())
         self._file.truncate(count * self._row_bytes)
 
-    def first_met(self, signature: NDArray[np.uint32]) -> bool:
-        """Whether none that is known is as similar as `SIMILARITY`; then it is remembered."""
-        if any(self._similarity(key, signature) >= SIMILARITY for key in self._index.query(_lean(signature))):
-            return False
+    def add(self, signature: NDArray[np.uint32]) -> bool:
+        """Add a signature unless a known one is at least `SIMILARITY` similar. Returns whether it was added."""
+        for key in self._index.query(_lean(signature)):
+            self._file.seek(key * self._row_bytes)
+            if (self._read() == signature).mean() >= SIMILARITY:
+                return False
         self._file.seek(0, io.SEEK_END)
         self._file.write(signature.tobytes())
         self._insert(signature)
         return True
 
     def sync(self) -> int:
+        """Flush the log to the disk, and return the number of its signatures."""
         flush_to_disk(self._file)
         return self.count
 
     def close(self) -> None:
+        """Close the log."""
         self._file.close()
 
     def _insert(self, signature: NDArray[np.uint32]) -> None:
         self._index.insert(self.count, _lean(signature))
         self.count += 1
 
-    def _similarity(self, key: int, signature: NDArray[np.uint32]) -> float:
-        self._file.seek(key * self._row_bytes)
-        known = np.frombuffer(self._file.read(self._row_bytes), np.uint32)
-        return float((known == signature).mean())
+    def _read(self) -> NDArray[np.uint32]:
+        return np.frombuffer(self._file.read(self._row_bytes), np.uint32)
 
 
-def _lean(signature: Sequence[int] | NDArray[np.uint32]) -> Any:
+def _lean(signature: NDArray[np.uint32]) -> Any:
     from datasketch import LeanMinHash
 
-    return LeanMinHash(seed=_SEED, hashvalues=np.asarray(signature, dtype=np.uint64), scheme=_SCHEME)
+    return LeanMinHash(seed=_SEED, hashvalues=signature.astype(np.uint64), scheme=_SCHEME)
 
 
 def require_datasketch() -> None:
-    """Raises `DataError` where near-duplicates cannot be found."""
+    """Raise `DataError` where the package that finds near copies is not installed."""
     try:
         import datasketch  # noqa: F401
     except ImportError:

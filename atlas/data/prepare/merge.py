@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from atlas.data.prepare.batching import Batch
 from atlas.data.prepare.cleaning import Cleaning, digest_of
-from atlas.data.prepare.dedup import SeenTexts, SimilarTexts, as_digests
+from atlas.data.prepare.dedup import SeenDigests, SeenSignatures
 from atlas.data.prepare.shard_writer import Extent, SplitWriter
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded
@@ -70,9 +70,11 @@ class Merger:
             name: SplitWriter(folder, work, name, dtype, shard_tokens, **_resumed(splits.get(name)))
             for name in SPLITS
         }
-        self.seen = SeenTexts(work / "seen.bin", count=state.get("seen", 0))
+        self.seen = SeenDigests(work / "seen.bin", count=state.get("seen", 0))
         self.similar = (
-            SimilarTexts(work / "similar.bin", count=state.get("similar", 0)) if cleaning.near_dedup else None
+            SeenSignatures(work / "similar.bin", count=state.get("similar", 0))
+            if cleaning.near_dedup
+            else None
         )
         document = state.get("document")
         self._document = _OpenDocument(**document) if document else None
@@ -138,15 +140,15 @@ class Merger:
         digests = np.frombuffer(encoded.digests, dtype="V16")
         if self.cleaning.drops_duplicates:
             candidates = np.flatnonzero(keep)
-            again = candidates[~self.seen.first_met(digests[candidates].tobytes())]
+            again = candidates[~self.seen.add(digests[candidates].tobytes())]
             keep[again] = False
             self._leave_out("duplicates", encoded, again)
         if self.similar and encoded.signatures:
-            near = [i for i in np.flatnonzero(keep) if not self.similar.first_met(encoded.signatures[i])]
+            near = [i for i in np.flatnonzero(keep) if not self.similar.add(encoded.signatures[i])]
             keep[near] = False
             self._leave_out("near_duplicates", encoded, np.array(near, dtype=np.int64))
         if self.rule.cut_at is None:
-            held_out = self.rule.holds_out(as_digests(encoded.digests))
+            held_out = self.rule.holds_out(encoded.digests)
         else:
             held_out = np.array([part.split == "val" for part in parts], dtype=bool)
         for name, chosen in (("train", keep & ~held_out), ("val", keep & held_out)):
@@ -157,7 +159,7 @@ class Merger:
 
     def _add_part(self, part: Part, encoded: Encoded) -> None:
         if part.starts_document or self._document is None:
-            held_out = bool(self.rule.holds_out(as_digests(encoded.digests))[0])
+            held_out = bool(self.rule.holds_out(encoded.digests)[0])
             split = part.split or ("val" if held_out else "train")
             before = {name: writer.extent for name, writer in self.writers.items()}
             self._document = _OpenDocument(before, split, encoded.digests.hex())
@@ -185,10 +187,10 @@ class Merger:
     def _reason_to_leave_out(self, document: _OpenDocument) -> str | None:
         if document.num_chars < self._min_chars:
             return "short"
-        if self.cleaning.drops_duplicates and not self.seen.first_met(bytes.fromhex(document.digest))[0]:
+        if self.cleaning.drops_duplicates and not self.seen.add(bytes.fromhex(document.digest))[0]:
             return "duplicates"
         signature = np.array(document.signature or (), dtype=np.uint32)
-        if self.similar and not self.similar.first_met(signature):
+        if self.similar and not self.similar.add(signature):
             return "near_duplicates"
         return None
 

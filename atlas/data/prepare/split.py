@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas.data.prepare.cleaning import Cleaning
-from atlas.data.prepare.dedup import Digests, fractions
+from atlas.data.prepare.dedup import fractions
 from atlas.data.text.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
@@ -87,9 +87,9 @@ class SplitRule:
             yield Part(piece.text, None, starts, piece.ends_document)
             starts = piece.ends_document
 
-    def holds_out(self, digests: Digests) -> NDArray[np.bool_]:
-        """(n,): which of the documents with these digests are for validation. It depends on the text alone, so
-        that neither other documents nor a second copy move one."""
+    def holds_out(self, digests: bytes) -> NDArray[np.bool_]:
+        """(n,): which of the documents with these n digests are for validation. That depends on a document's text
+        alone, so other documents and copies do not change it."""
         return fractions(digests)[:, 0] < self.val_fraction
 
     def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:

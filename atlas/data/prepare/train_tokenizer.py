@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 from atlas.data.prepare.cleaning import Cleaning, digest_of
-from atlas.data.prepare.dedup import as_digests, fractions
+from atlas.data.prepare.dedup import fractions
 from atlas.data.prepare.split import SplitRule
 from atlas.data.text.sources import Advance, Sources
 from atlas.progress import byte_progress
@@ -30,7 +30,7 @@ def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advan
     for part in rule.parts(sources.documents(advance=advance)):
         text, _ = cleaning.clean(part.text, starts_document=part.starts_document)
         if part.starts_document:
-            digest = as_digests(digest_of(text.strip().encode()))
+            digest = digest_of(text.strip().encode())
             held_out = part.split == "val" if part.split else rule.holds_out(digest)[0]
             is_wanted = not held_out and fractions(digest)[0, 1] <= share
         if is_wanted:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atlas.data.prepare.dedup import as_digests, fractions
+from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import best_fit_decreasing
 from atlas.data.text.decode import replace_undecodable
@@ -106,7 +106,7 @@ def read_conversations(
             parts = iter(tokenizer.encode_arrays([part for chat in turns for turn in chat for part in turn]))
             ids += [[next(parts) for _ in range(2 * len(chat))] for chat in turns]
             texts += turns
-    held_out = fractions(as_digests(b"".join(digests)))[:, 0] < val_fraction
+    held_out = fractions(b"".join(digests))[:, 0] < val_fraction
     if not FEWEST_HELD_OUT <= held_out.sum() < len(texts):
         held_out[:] = False
     parts_of = [
