@@ -1,9 +1,25 @@
 """The errors that the user can fix.
 
-An `AtlasError` carries one line that names the value, the reason and the remedy; the command line prints it and exits
-with 2. Its subclasses say which part of Atlas refused, for code that calls Atlas from Python. Any other exception is a
-bug in Atlas and shows its traceback.
+An `AtlasError` carries one line that names the value, the reason and the remedy. The command line prints it and exits
+with 2. Its subclasses say which part of Atlas refused, for code that calls Atlas from Python. `explain` makes such a
+line of an error that Atlas did not expect and that the user's files or machine caused. Any other exception is a bug in
+Atlas and shows its traceback.
 """
+
+from __future__ import annotations
+
+import errno
+import os
+import traceback
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+_FAULTS_OF_A_DISK = {
+    getattr(errno, name, None) for name in ("EDQUOT", "EFBIG", "EIO", "ENOSPC", "EROFS", "ESTALE")
+}
+"""A read or write that fails for one of these has no file name."""
+_DEEPEST_CALL = 100
+"""Frames of Atlas in a traceback. Where there are more, Atlas itself recurses without end."""
 
 
 class AtlasError(Exception):
@@ -31,7 +47,7 @@ class ExportError(AtlasError):
 
 
 class EndedElsewhere(Exception):
-    """A run of several processes ends by what another of them has said."""
+    """Ends this process of a run because another one has failed and has printed why."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,3 +57,32 @@ class Interrupted(KeyboardInterrupt):
     from a text, may end by SIGINT whatever exit code was asked for: seen in 4 of 16 runs that were interrupted
     while modules were loaded.
     """
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line with value, reason and remedy for an error that the user's files or machine caused, else None.
+
+    These are: `MemoryError`; `RecursionError` in a parser, which Atlas called, but not in Atlas itself; `OSError` for a
+    file outside the package, or for a disk that is full or fails.
+    """
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if frame.is_relative_to(_PACKAGE)]
+    place = f" (in {own[-1].relative_to(_PACKAGE.parent).as_posix()})" if own else ""
+    if isinstance(error, MemoryError):
+        detail = f": {error}" if str(error) else ""
+        return (
+            f"out of memory{place}{detail}; give a smaller file or model, or use a machine with more memory"
+        )
+    if isinstance(error, RecursionError) and frames and len(own) < _DEEPEST_CALL:
+        return (
+            f"a file that was given is nested too deeply{place}: {error}; check the files and simplify them"
+        )
+    if isinstance(error, OSError):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+        if name is not None and not Path(name).absolute().is_relative_to(_PACKAGE):
+            return (
+                f"{name:.200}: {error.strerror or error}{place}; check the path, its permissions and the disk"
+            )
+        if name is None and error.errno in _FAULTS_OF_A_DISK:
+            return f"a disk fails: {error.strerror}{place}; free some space, or check the disk"
+    return None

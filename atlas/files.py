@@ -62,12 +62,16 @@ def read_limited(path: Path, *, limit: int) -> bytes:
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
-    """In hex; `advance` is told how many bytes more were read."""
+    """The hash in hex. `advance` receives the number of bytes read, piece by piece."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        error.filename = str(path)  # a read that fails does not name its file
+        raise
     return digest.hexdigest()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import re
 import shlex
@@ -16,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import atlas.errors
 from atlas.cli import main
+from atlas.errors import explain
 from tests.conftest import corpus
 
 ROOT = Path(__file__).parents[1]
@@ -481,3 +485,135 @@ def test_a_true_process_says_the_same(workshop: Path) -> None:
     )
     assert_one_line(done.stderr, "nowhere.pt: no such checkpoint; train a model first")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+# Errors that no room expected, at the last net in `main`
+
+LONG = "x" * 300  # a name may have 255 bytes
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --train-data own --config LONG",
+        "train --config small.yaml --train-data LONG",
+        "train --config small.yaml --train-data own --output-dir LONG",
+        "train --config small.yaml --train-data own --resume LONG",
+        "generate --prompt Once --checkpoint LONG",
+        "export --checkpoint LONG",
+        "evaluate --data own --checkpoint LONG",
+        "prepare --input LONG",
+        "prepare --input river.txt --output LONG",
+        "prepare --input river.txt --tokenizer LONG",
+        "plan --config LONG",
+        "info LONG",
+        "report LONG",
+        "import LONG",
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="there a path may be this long")
+def test_a_name_that_is_too_long_is_one_line(
+    command: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workshop)
+    refuses(command.replace("LONG", LONG), "xxx: File name too long … check", workshop, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train --train-data own --config deep.json", "deep.json line 1: nested deeper than 20 levels"),
+        (
+            "prepare --input deep.jsonl --output new",
+            "deep.jsonl line 1: is not JSON … must be one JSON object",
+        ),
+        ("prepare --input river.txt --tokenizer deep.json", "deep.json: is not a tokenizer.json … give gpt2"),
+        ("info deep.json", "deep.json: is not a tokenizer.json … give gpt2"),
+        ("prepare --input river.txt --tokenizer net:nested", "nested too deeply … check the files"),
+        (
+            "prepare --input river.txt --tokenizer net:huge",
+            "out of memory (in atlas/tokenizer/load.py): Unable to allocate 8.00 PiB … with more memory",
+        ),
+    ],
+)
+def test_too_deep_or_too_large_is_one_line(
+    command: str,
+    expected: str,
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """JSON of 100,000 brackets where Atlas expects it; a parser's recursion and an allocation where it does not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(workshop / "own", "own")
+    shutil.copy(workshop / "river.txt", ".")
+    nested = "[" * 100_000 + "]" * 100_000
+    Path("deep.json").write_text(nested, encoding="utf-8")
+    Path("deep.jsonl").write_text(f'{{"text": {nested}}}\n', encoding="utf-8")
+    Path("net.py").write_text(
+        "import json, numpy\n"
+        "def nested(): return json.load(open('deep.json'))\n"
+        "def huge(): return numpy.empty(2**50)\n",
+        encoding="utf-8",
+    )
+    assert main(shlex.split(command)) == 2
+    output, errors = capsys.readouterr()
+    assert_one_line(errors, expected)
+    assert output == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails")
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading the first byte of a process's memory gives EIO, as a broken disk does, without a file name."""
+    monkeypatch.chdir(tmp_path)
+    Path("broken.txt").symlink_to("/proc/self/mem")
+    assert main(["prepare", "--input", "broken.txt", "--output", "new"]) == 2
+    assert_one_line(capsys.readouterr().err, "/mem: Input/output error; check")
+    assert not Path("new").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit to the size of files")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """A file system that takes no more than 100 KB in a file, as a full one; nothing is left behind."""
+    text = " ".join(f"word{n}" for n in range(60_000))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from atlas.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "prepare", "--input", "long.txt", "--output", "new"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ATLAS_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert_one_line(done.stderr, "new: File too large; check its permissions and the free space")
+    assert done.returncode == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "long.txt"]
+
+
+def test_a_bug_still_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Atlas recursing without end, a file of the package that is missing, an error that no file caused."""
+    source = Path(atlas.errors.__file__)
+    scope: dict[str, Callable[[], None]] = {}
+    exec(compile("def recurse(): recurse()", str(source), "exec"), scope)  # as if it stood there
+    with pytest.raises(RecursionError) as caught:
+        scope["recurse"]()
+    assert explain(caught.value) is None
+    assert (
+        explain(FileNotFoundError(errno.ENOENT, "No such file", str(source.parent / "missing.bpe"))) is None
+    )
+    assert explain(OSError(errno.EBADF, "Bad file descriptor")) is None
+    assert explain(ValueError("too large")) is None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atlas.cli.info.info", lambda: os.close(-1))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main(["info"])

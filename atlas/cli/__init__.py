@@ -22,7 +22,7 @@ import typer
 
 from atlas.cli.old_flags import hint
 from atlas.cli.terminal import INTERRUPTED, USER_MISTAKE, printable
-from atlas.errors import AtlasError, EndedElsewhere, Interrupted
+from atlas.errors import AtlasError, EndedElsewhere, Interrupted, explain
 from atlas.process import set_up_process
 from atlas.version import __version__
 
@@ -67,7 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end); before the command ran
         typer.echo("interrupted", err=True)
         return INTERRUPTED
+    except (OSError, RecursionError, MemoryError) as error:
+        if (line := explain(error)) is None:
+            raise
+        _print_error(line)
+        return USER_MISTAKE
     return code or 0
+
+
+def _print_error(line: str) -> None:
+    typer.echo(f"error: {printable(' '.join(line.splitlines()))}", err=True)
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
@@ -131,7 +140,7 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except AtlasError as error:
-            typer.echo(f"error: {printable(' '.join(str(error).splitlines()))}", err=True)
+            _print_error(str(error))
             raise typer.Exit(USER_MISTAKE) from None
         except EndedElsewhere:
             raise typer.Exit(USER_MISTAKE) from None

@@ -38,9 +38,9 @@ def refuse_foreign(output: Path) -> None:
         raise DataError(
             f"{output}: is not empty and no prepared dataset; choose another folder with --output"
         )
-    in_the_way = next((place for place in (output, *output.parents) if place.is_file()), None)
-    if in_the_way:
-        raise DataError(f"{in_the_way}: is a file; choose a folder with --output")
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise DataError(f"{place}: is a file; choose a folder with --output")
 
 
 @contextmanager
