@@ -1,4 +1,4 @@
-"""What the user sees meanwhile, on standard error: a line, and on a terminal a progress bar in bytes."""
+"""What the user sees during the work, on standard error: lines, and on a terminal a progress bar in bytes."""
 
 from __future__ import annotations
 
@@ -6,33 +6,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 
-def say(line: str) -> None:
-    """One line, at once."""
+def notify(line: str) -> None:
+    """Print one line to standard error, and flush it."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def byte_progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Yields the function that is told how many bytes more are done."""
+    """Show a bar for `total` bytes. Yields the function to call with the number of bytes that were done."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    kinds = (progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *(kind() for kind in kinds))
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)

@@ -539,5 +539,5 @@ def test_an_interrupt_in_the_middle_of_a_first_commit_keeps_it(
     monkeypatch.setattr(workspace_module, "flush_folder", interrupt)
     with pytest.raises(KeyboardInterrupt), building(tmp_path / "set", "key") as workspace:
         workspace.commit({"position": 3})
-    assert "the same command goes on with it" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err
     assert Workspace(tmp_path / ".set.preparing", "key").state == {"position": 3}

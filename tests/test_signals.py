@@ -119,7 +119,7 @@ def test_sigterm_in_prepare_and_the_next_call_makes_the_same(moment: str, place:
         assert errors == "interrupted\n"
         assert not folder.exists()
     else:  # the vocabulary is kept
-        assert errors.endswith("the same command goes on with it\ninterrupted\n")
+        assert errors.endswith("the same command resumes it\ninterrupted\n")
         assert not (folder / "set").exists()
     here(*PREPARE, folder / "set", cwd=place)
     assert content(folder) == content(place / "whole")

@@ -190,7 +190,7 @@ def test_an_interrupt_keeps_what_is_done(
         patch.setattr(Merger, "add", Interrupting()(Merger.add))
         with pytest.raises(KeyboardInterrupt):
             prepare([source], tmp_path / "out", val_fraction=0.2)
-    assert "the same command goes on with it" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err
     prepare([source], tmp_path / "out", val_fraction=0.2)
     assert "tokens were done before" in capsys.readouterr().err
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
@@ -250,7 +250,7 @@ def die_halfway(pipe, message, *_):
     os.write(pipe.fileno(), bytes(message)[:3000])
     os.kill(os.getpid(), signal.SIGKILL)
 
-workers._LOOK_SECONDS = 0.3
+workers._CHECK_SECONDS = 0.3
 try:
     for batch, encoded in workers._encode_here((SimpleNamespace(parts=[n]) for n in range(20)), Encoder(), 2):
         print(batch.parts[0])
@@ -353,18 +353,18 @@ def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.Captu
     prepare([folder], out, val_fraction=0.1)
     error = capsys.readouterr().err
     for line in ("new.txt is new", "4.txt is gone", "3.txt changed", "val_fraction was 0.05, is 0.1"):
-        assert f"{out} is to be made anew: {line}\n" in error
+        assert f"{out} is rebuilt: {line}\n" in error
     prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
-    assert "the tokenizer was gpt2, is to be learnt with 270 tokens" in capsys.readouterr().err
+    assert "the tokenizer was gpt2, is trained with 270 tokens" in capsys.readouterr().err
     prepare([folder], out, val_fraction=0.1, cleaning=Cleaning(("nfc", "control"), min_chars=3))
     error = capsys.readouterr().err
-    assert f"{out} is to be made anew: clean was nfc,control,whitespace,duplicates, is nfc,control\n" in error
-    assert f"{out} is to be made anew: min_chars was 1, is 3\n" in error
-    assert error.count("made anew") == 3  # and the tokenizer
+    assert f"{out} is rebuilt: clean was nfc,control,whitespace,duplicates, is nfc,control\n" in error
+    assert f"{out} is rebuilt: min_chars was 1, is 3\n" in error
+    assert error.count("is rebuilt: ") == 3  # and the tokenizer
     prepare([folder], out, val_fraction=0.1, train_tokenizer=270)
     capsys.readouterr()
     prepare([folder], out, val_fraction=0.1)
-    assert "the tokenizer was one of 270 tokens, learnt from the text, is" in capsys.readouterr().err
+    assert "the tokenizer was one of 270 tokens, trained on the text, is" in capsys.readouterr().err
 
 
 def test_preparing_needs_no_pytorch() -> None:

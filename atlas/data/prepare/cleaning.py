@@ -1,13 +1,13 @@
-"""What is done to a document before it becomes tokens. Each step has a name, is counted, and can be left out.
+"""Cleaning of a document before it becomes tokens. Each step has a name, is counted, and can be left out.
 
     nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
-    control      control characters other than tab and line ends go
-    whitespace   line ends become \\n; blanks at a line's end go; a run of blanks inside a line becomes one blank
-                 (indentation stays); more than two empty lines become two
+    control      control characters other than tab and line ends are removed
+    whitespace   line ends become \\n; blanks at a line's end are removed; a run of blanks inside a line becomes one
+                 blank (indentation stays); more than two empty lines become two
     duplicates   of documents with the same text the first is kept (`atlas.data.prepare.dedup`)
 
-What no step names is kept to the byte. Then a document of fewer than `min_chars` characters goes, and with
-`near_dedup` one that is nearly another.
+Everything else is kept to the byte. Then documents of fewer than `min_chars` characters are left out, and with
+`near_dedup` near copies of earlier ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = ("nfc", "control", "whitespace", "duplicates")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")
-# Each begins at one place of a run only, so that a run of any length is walked once.
+# Each matches at one place of a run only, so a run of any length is scanned once.
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 _BLANKS_INSIDE_LINE = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _EMPTY_LINES = re.compile(r"\n{4,}")
@@ -34,7 +34,7 @@ _BEFORE = "\ufffc"  # is no white space, and combines with nothing
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Which steps are taken."""
+    """The cleaning steps to take."""
 
     steps: tuple[str, ...] = STEPS
     min_chars: int = 1
@@ -49,18 +49,19 @@ class Cleaning:
 
     @staticmethod
     def parse(names: str) -> tuple[str, ...]:
-        """The steps of `nfc,control`, in the order in which they are taken; `none` is none of them."""
-        wished = [name.strip() for name in names.split(",") if name.strip()]
-        if wished == ["none"]:
+        """Return the steps in `nfc,control` in the order in which they are taken, and none for `none`."""
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        if wanted == ["none"]:
             return ()
-        return Cleaning(tuple(sorted(wished, key=(*STEPS, *wished).index))).steps
+        return Cleaning(tuple(sorted(wanted, key=(*STEPS, *wanted).index))).steps
 
     @property
     def drops_duplicates(self) -> bool:
+        """Whether exact copies are left out."""
         return "duplicates" in self.steps
 
     def clean(self, text: str, *, starts_document: bool = True) -> tuple[str, dict[str, int]]:
-        """The cleaned text, and by how many characters each step that changed it made it shorter."""
+        """Return the cleaned text, and for each step that changed it the number of characters fewer."""
         changes: dict[str, int] = {}
         for name, step in _TEXT_STEPS.items():
             if name in self.steps:
@@ -71,6 +72,7 @@ class Cleaning:
         return text, changes
 
     def to_json(self) -> dict[str, Any]:
+        """The settings as `dataset.json` keeps them."""
         return asdict(self) | {"steps": list(self.steps)}
 
 
@@ -81,14 +83,14 @@ def _compose(text: str) -> str:
 
 
 def _drop_control(text: str) -> str:
-    content = text.encode()  # asked of bytes, the question costs a tenth
+    content = text.encode()  # a test of bytes takes a tenth of the time
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
         return text
     return _CONTROL.sub("", text)
 
 
 def _tidy_whitespace(text: str) -> str:
-    # The questions cost little, the substitutions much.
+    # The tests are cheap, the substitutions expensive.
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     has_tabs = "\t" in text
@@ -109,5 +111,5 @@ _TEXT_STEPS: dict[str, Callable[[str], str]] = {
 
 
 def digest_of(content: bytes) -> bytes:
-    """16 bytes that name a text; whether it is held out for validation is read from them, too."""
+    """16 bytes that identify a text. They also decide whether it is held out for validation."""
     return hashlib.blake2b(content, digest_size=16, person=b"atlas-text").digest()

@@ -1,4 +1,4 @@
-"""What data lies in `data/`: prepared datasets under `processed`, text to prepare under `raw`."""
+"""The data in `data/`: prepared datasets under `processed`, text to prepare under `raw`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atlas.errors import AtlasError
 
 @dataclass(frozen=True)
 class Listed:
-    """A dataset, or text: then without a manifest. `problem` says why a dataset cannot be used."""
+    """A dataset, or text, which has no manifest. `problem` is why a dataset cannot be used."""
 
     path: Path
     num_bytes: int

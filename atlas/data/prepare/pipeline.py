@@ -1,4 +1,4 @@
-"""Documents → token shards: cleaned, split into train and validation, tokenized, written, described."""
+"""Documents → token shards: clean, split into train and validation, tokenize, write, describe."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from atlas.data.prepare.merge import Merger
 from atlas.data.prepare.split import FEWEST_DOCUMENTS, SplitRule
 from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
-from atlas.data.prepare.train_tokenizer import learn_tokenizer
+from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
-from atlas.data.prepare.workspace import Workspace, alone, building, refuse_foreign
+from atlas.data.prepare.workspace import Workspace, building, locked, refuse_foreign
 from atlas.data.shards import (
     FORMAT_VERSION,
     Manifest,
@@ -35,34 +36,34 @@ from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder
-from atlas.progress import byte_progress, say
-from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
+from atlas.progress import byte_progress, notify
+from atlas.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
-"""So much work a kill may cost; a finished shard is never done again."""
-_WORTH_SAYING = 1_000_000
-"""Bytes on the disk."""
+"""A kill loses at most so many seconds of work, and never a finished shard."""
+_WORTH_PRINTING = 1_000_000
+"""Bytes on the disk from which the need for space is printed."""
 _PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
-"""Of the beginning so much is read, and so much tokenized, to know what the whole will take."""
+"""How much of the beginning is read, and how much of that is tokenized, to estimate the size of the dataset."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `prepare` made, or found made already."""
+    """What `prepare` made, or found to be made already."""
 
     dataset: PreparedDataset
     unchanged: bool
 
     @property
     def notes(self) -> list[str]:
-        """What was found and decided on the way, one line each."""
+        """What was found and decided during the preparation, one line each."""
         return self.dataset.manifest.notes
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What besides text and tokenizer decides the shards."""
+    """What decides the shards besides text and tokenizer."""
 
     val_fraction: float
     shard_tokens: int = SHARD_TOKENS
@@ -76,15 +77,6 @@ class _Options:
             raise DataError(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if self.cleaning.near_dedup:
             require_datasketch()
-
-    def to_json(self, sources: Sources) -> dict[str, Any]:
-        return vars(self) | {"cleaning": self.cleaning.to_json(), "text_field": sources.text_field}
-
-    def key(self, sources: Sources, tokenizer: Tokenizer | None) -> str:
-        """sha256 that two preparations share only if they make the same dataset."""
-        fingerprint = tokenizer.fingerprint if tokenizer else None
-        identity = [FORMAT_VERSION, sources.content_key, fingerprint, self.to_json(sources)]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def prepare(
@@ -101,14 +93,15 @@ def prepare(
     engine: str = "local",
     trust_archives: bool = False,
 ) -> Summary:
-    """Make a dataset folder of the text in `inputs`; `output` defaults to `default_output`.
+    """Make a dataset folder of the text in `inputs`. `output` defaults to `default_output`.
 
-    The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens learnt from the training part, or
-    GPT-2's. `workers` processes tokenize (default: one for each core), here or, with `engine="ray"`, on a Ray
-    cluster; the shards are the same, bit for bit. A folder that holds exactly this already is left as it is, an
-    older dataset is replaced, and what a killed call had done is gone on with.
-    Raises `DataError` for input that cannot be read, an output folder that holds something else, a text of
-    which nothing is left to train on, and, unless `trust_archives`, for a zip as large as only bombs are.
+    The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens trained on the training split, or GPT-2's.
+    `workers` processes tokenize (default: one per core), on this machine or, with `engine="ray"`, on a Ray cluster; the
+    shards are the same, bit for bit. A folder that holds exactly this dataset stays as it is, an older dataset is
+    replaced, and an interrupted preparation is resumed.
+
+    Raises `DataError` for input that cannot be read, an output folder that holds something else, a text of which
+    cleaning leaves nothing, and, unless `trust_archives`, for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
@@ -120,28 +113,25 @@ def prepare(
     with _file_errors(), spooled_standard_input(inputs, output) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
         target = default_output(sources) if output is None else Path(output)
-        with _file_errors(target):
-            return _prepare(sources, target, tokenizer, options, WorkerPool(workers, engine))
+        return _Preparation(sources, tokenizer, options, WorkerPool(workers, engine)).run(target)
 
 
 def prepare_text_cached(
     paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float, *, text_field: str = "text"
 ) -> Path:
-    """The dataset folder of plain text, prepared once for the same content, tokenizer and options.
+    """Return the dataset folder of plain text, prepared once for the same content, tokenizer and options.
 
     It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
     """
-    options = _Options(val_fraction)
     with _file_errors():
         sources = Sources(paths, text_field=text_field)
-        folder = cache_folder() / "datasets" / options.key(sources, tokenizer)[:32]
-    with _file_errors(folder):
-        return _prepare(sources, folder, tokenizer, options, WorkerPool()).dataset.folder
+        preparation = _Preparation(sources, tokenizer, _Options(val_fraction), WorkerPool())
+        return preparation.run(cache_folder() / "datasets" / preparation.key[:32]).dataset.folder
 
 
 @contextmanager
 def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
-    """A file that cannot be read, a folder that cannot be written, a full disk: the user's to mend."""
+    """Make `DataError`s of a file that cannot be read, a folder that cannot be written and a full disk."""
     try:
         yield
     except OSError as error:
@@ -155,122 +145,149 @@ def default_output(sources: Sources) -> Path:
     return Path("data", "processed", "wikipedia" if sources.is_kaggle else sources.stem)
 
 
-def _prepare(
-    sources: Sources, output: Path, tokenizer: Tokenizer | None, options: _Options, pool: WorkerPool
-) -> Summary:
-    refuse_foreign(output)
-    key = options.key(sources, tokenizer)
-    if existing := _existing(output, key):
-        return Summary(existing, unchanged=True)
-    if next(sources.documents(), None) is None:
-        raise DataError(f"{sources.names}: holds no text to train on; give some that does")
-    with alone(output):
-        if existing := _existing(output, key):  # made meanwhile, by the one that this one waited for
-            return Summary(existing, unchanged=True)
-        for line in what_changed(output, sources, tokenizer, options.to_json(sources)):
-            say(line)
-        with building(output, key) as workspace:
-            _make(sources, output, tokenizer, options, pool, workspace)
-        return Summary(open_dataset(output), unchanged=False)
+@dataclass(frozen=True)
+class _Preparation:
+    """What a dataset is made of and by whom. Without a `tokenizer` one is trained."""
 
+    sources: Sources
+    tokenizer: Tokenizer | None
+    options: _Options
+    pool: WorkerPool
 
-def _make(
-    sources: Sources,
-    output: Path,
-    tokenizer: Tokenizer | None,
-    options: _Options,
-    pool: WorkerPool,
-    workspace: Workspace,
-) -> None:
-    """Read everything once, write the shards, and describe them; or go on where a killed call was."""
-    state, folder = workspace.state or {}, workspace.dataset
-    if state:
-        rule = SplitRule(**state["rule"])
-        tokenizer = tokenizer or Tokenizer.load(folder)
-    else:
-        rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
-        if tokenizer is None:
-            assert options.train_tokenizer is not None
-            tokenizer = learn_tokenizer(sources, rule, options.cleaning, options.train_tokenizer)
-        if is_own := isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.kind == "bpe":
-            tokenizer.save(folder / "tokenizer.json")
-        if is_own and options.train_tokenizer:
-            workspace.commit({"rule": vars(rule)})
-    dtype = token_dtype(tokenizer.vocab_size)
-    merger = Merger(
-        folder,
-        workspace.folder,
-        rule,
-        options.cleaning,
-        dtype,
-        options.shard_tokens,
-        state=state.get("assembly"),
-    )
-    _require_space(sources, tokenizer, output, done=merger.tokens)
-    if merger.tokens:
-        say(f"{output}: {merger.tokens:,} tokens were done before; going on behind them")
-    try:
-        report = _tokenize(sources, merger, Encoder(tokenizer, options.cleaning, dtype.str), pool, workspace)
-        splits = merger.finish()
-    finally:
-        merger.close()
-    gone = [f"{record.documents:,} by {step}" for step, record in merger.left_out.items()]
-    if not splits and gone:
-        shortest = options.cleaning.min_chars
-        less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
-        raise DataError(
-            f"{sources.names}: cleaning leaves no text to train on: every document is left out "
-            f"({', '.join(gone)}); give more text{less}"
+    @cached_property
+    def option_values(self) -> dict[str, Any]:
+        """The options as `dataset.json` keeps them."""
+        values = {"cleaning": self.options.cleaning.to_json(), "text_field": self.sources.text_field}
+        return vars(self.options) | values
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 that two preparations share only if they make the same dataset."""
+        fingerprint = self.tokenizer.fingerprint if self.tokenizer else None
+        identity = [FORMAT_VERSION, self.sources.content_key, fingerprint, self.option_values]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def run(self, output: Path) -> Summary:
+        """Make the dataset `output`, or find that it is there."""
+        with _file_errors(output):
+            refuse_foreign(output)
+            if existing := self._existing(output):
+                return Summary(existing, unchanged=True)
+            if next(self.sources.documents(), None) is None:
+                raise DataError(f"{self.sources.names}: holds no text to train on; give some that does")
+            with locked(output):
+                if existing := self._existing(output):  # made by the process that this one waited for
+                    return Summary(existing, unchanged=True)
+                for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
+                    notify(line)
+                with building(output, self.key) as workspace:
+                    self._make(output, workspace)
+                return Summary(open_dataset(output), unchanged=False)
+
+    def _existing(self, output: Path) -> PreparedDataset | None:
+        """The dataset in `output`, if it is intact and the wanted one."""
+        try:
+            dataset = open_dataset(output) if is_prepared(output) else None
+        except (AtlasError, OSError):
+            return None  # damaged, or just being replaced by another process: it is prepared again
+        return dataset if dataset and dataset.manifest.key == self.key else None
+
+    def _make(self, output: Path, workspace: Workspace) -> None:
+        """Read every document once, write the shards and describe them; or resume an interrupted call's work."""
+        options, sources, folder = self.options, self.sources, workspace.dataset
+        state = workspace.state or {}
+        if state:
+            rule, tokenizer = SplitRule(**state["rule"]), self.tokenizer or Tokenizer.load(folder)
+        else:
+            rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
+            wanted = options.train_tokenizer or 0
+            tokenizer = self.tokenizer or train_tokenizer_on(sources, rule, options.cleaning, wanted)
+            if getattr(tokenizer, "kind", None) == "bpe":
+                tokenizer.save(folder / "tokenizer.json")
+            if self.tokenizer is None:
+                workspace.commit({"rule": vars(rule)})
+        dtype = token_dtype(tokenizer.vocab_size)
+        merger = Merger(
+            folder,
+            workspace.folder,
+            rule,
+            options.cleaning,
+            dtype,
+            options.shard_tokens,
+            state.get("assembly"),
         )
-    if "train" not in splits:
-        raise DataError(
-            f"{sources.names}: val_fraction {options.val_fraction} leaves no text to train on; "
-            "give more text, or a smaller fraction"
-        )
-    Manifest(
-        version=FORMAT_VERSION,
-        key=workspace.key,
-        tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
-        dtype=dtype.str,
-        splits=splits,
-        options=options.to_json(sources),
-        source=sources.description(report)
-        | {"content_key": sources.content_key, "roots": roots_to_keep(sources)},
-        notes=[*sources.notes(report), *_notes(splits, rule, tokenizer, options)],
-        cleaning=merger.cleaned,
-    ).write(folder)
+        _require_space(sources, tokenizer, output, done=merger.tokens)
+        if merger.tokens:
+            notify(f"{output}: {merger.tokens:,} tokens were done before; resuming behind them")
+        try:
+            report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
+            splits = merger.finish()
+        finally:
+            merger.close()
+        self._require_text(splits, merger)
+        facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
+        Manifest(
+            version=FORMAT_VERSION,
+            key=self.key,
+            tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
+            dtype=dtype.str,
+            splits=splits,
+            options=self.option_values,
+            source=sources.description(report) | facts,
+            notes=[*sources.notes(report), *self._notes(splits, rule, tokenizer)],
+            cleaning=merger.cleaned,
+        ).write(folder)
 
+    def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
+        """Merge every batch, with a commit after each finished shard and every few seconds."""
+        state = workspace.state or {}
+        report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
+        start = Position(*state.get("position", ()))
+        committed, shown = time.monotonic(), 0
+        with byte_progress(self.sources.total_bytes, "tokenizing") as advance:
+            for batch, encoded in self.pool.encode(self.sources, merger.rule, start, encoder):
+                finished_shard = merger.add(batch, encoded)
+                report.merge(batch.report)
+                advance(batch.bytes_read - shown)
+                shown = batch.bytes_read
+                if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
+                    progress = {"position": batch.end, "report": report.to_json(), "assembly": merger.sync()}
+                    workspace.commit({"rule": vars(merger.rule)} | progress)
+                    committed = time.monotonic()
+        return report
 
-def _tokenize(
-    sources: Sources, merger: Merger, encoder: Encoder, pool: WorkerPool, workspace: Workspace
-) -> SourceReport:
-    """Every batch into the assembly, with a commit after each finished shard and every few seconds."""
-    state = workspace.state or {}
-    report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
-    start = Position(*state.get("position", ()))
-    committed = time.monotonic()
-    with byte_progress(sources.total_bytes, "tokenizing") as advance:
-        shown = 0
-        for batch, encoded in pool.encode(sources, merger.rule, start, encoder):
-            finished_shard = merger.add(batch, encoded)
-            report.merge(batch.report)
-            advance(batch.bytes_read - shown)
-            shown = batch.bytes_read
-            if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                workspace.commit(
-                    {
-                        "rule": vars(merger.rule),
-                        "position": batch.end,
-                        "report": report.to_json(),
-                        "assembly": merger.sync(),
-                    }
-                )
-                committed = time.monotonic()
-    return report
+    def _require_text(self, splits: Mapping[str, SplitRecord], merger: Merger) -> None:
+        left_out = [f"{record.documents:,} by {step}" for step, record in merger.left_out.items()]
+        if not splits and left_out:
+            shortest = self.options.cleaning.min_chars
+            less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
+            raise DataError(
+                f"{self.sources.names}: cleaning leaves no text to train on: every document is left out "
+                f"({', '.join(left_out)}); give more text{less}"
+            )
+        if "train" not in splits:
+            raise DataError(
+                f"{self.sources.names}: val_fraction {self.options.val_fraction} leaves no text to train on; "
+                "give more text, or a smaller fraction"
+            )
+
+    def _notes(
+        self, splits: Mapping[str, SplitRecord], rule: SplitRule, tokenizer: Tokenizer
+    ) -> Iterator[str]:
+        wanted = self.options.train_tokenizer
+        if wanted and tokenizer.vocab_size < wanted:
+            yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
+        if rule.cut_at is not None:
+            yield (
+                f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
+                f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
+            )
+        if rule.val_fraction and "val" not in splits:
+            yield "nothing was held out for validation: too little text for this --val-fraction"
 
 
 def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:
-    """Say what the tokens will take if the rest of the text is like its beginning; refuse a disk too small."""
+    """Print how much space the tokens need if all text is like its beginning. Refuse a disk that is too small."""
     bytes_read: list[int] = []
     tokens = encoded_chars = chars = 0
     for piece in sources.documents(advance=bytes_read.append):
@@ -286,36 +303,8 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise DataError(
-            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} take about "
+            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} need about "
             f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
         )
-    if needed >= _WORTH_SAYING:
-        say(f"{output}: will take about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")
-
-
-def _existing(output: Path, key: str) -> PreparedDataset | None:
-    """The dataset that `output` holds, if it is the wanted one and whole."""
-    try:
-        dataset = open_dataset(output) if is_prepared(output) else None
-    except (AtlasError, OSError):
-        return None  # a damaged one, or one that another process just replaces, is made again
-    return dataset if dataset and dataset.manifest.key == key else None
-
-
-def _notes(
-    splits: dict[str, SplitRecord], rule: SplitRule, tokenizer: Tokenizer, options: _Options
-) -> list[str]:
-    notes = []
-    wished = options.train_tokenizer
-    if wished and tokenizer.vocab_size < wished:
-        notes.append(
-            f"the text is too small for {wished:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
-        )
-    if rule.cut_at is not None:
-        notes.append(
-            f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
-            f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
-        )
-    if rule.val_fraction and "val" not in splits:
-        notes.append("nothing was held out for validation: too little text for this --val-fraction")
-    return notes
+    if needed >= _WORTH_PRINTING:
+        notify(f"{output}: needs about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")

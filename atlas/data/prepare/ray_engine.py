@@ -1,7 +1,7 @@
-"""Preparation on a Ray cluster: the machines read the sources themselves and tokenize, this one puts the shards
-together. Batches and results come back in order, so that the shards are those of one machine, bit for bit.
+"""Preparation on a Ray cluster: its machines read the sources and tokenize, this machine writes the shards.
 
-The sources must be found under the same paths, or URLs, on every machine.
+Batches and results come back in order, so the shards are those of one machine, bit for bit. The sources must have the
+same paths, or URLs, on every machine.
 """
 
 from __future__ import annotations
@@ -20,31 +20,27 @@ from atlas.data.text.sources import Group
 from atlas.errors import AtlasError, DataError
 
 _BUNDLE_BYTES = 64 << 20
-"""Small files are read together: a task has a price of its own."""
+"""Small files are read together, since each task has a cost of its own."""
 _AHEAD = 3
 
 
 def encode_on_ray(
     groups: Sequence[Group], rule: SplitRule, start: Position, encoder: Encoder, workers: int | None
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Each batch behind `start` with its tokens, in order; `workers` defaults to the cluster's CPUs."""
+    """Each batch behind `start` with its tokens, in order. `workers` defaults to the cluster's CPUs."""
     ray = _connected()
     workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     read = ray.remote(num_cpus=0, num_returns="streaming", _generator_backpressure_num_objects=2 * _AHEAD)(
         _read_bundle
     )
-    pool = itertools.cycle(
-        [
-            ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker).remote(encoder)
-            for _ in range(workers)
-        ]
-    )
+    worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
+    pool = itertools.cycle([worker.remote(encoder) for _ in range(workers)])
     bundles = iter(_bundles(groups, rule, start))
     readers: deque[Any] = deque()
-    under_way: deque[tuple[Any, Any]] = deque()
+    under_way: deque[Any] = deque()
 
     def batches() -> Iterator[Any]:
-        """References to batches in order, while some readers are ahead of it."""
+        """References to batches in order, while some readers work ahead."""
         while True:
             while len(readers) < 2 * _AHEAD and (bundle := next(bundles, None)):
                 readers.append(read.remote(*bundle))
@@ -53,7 +49,7 @@ def encode_on_ray(
             yield from readers.popleft()
 
     for batch in batches():
-        under_way.append((batch, next(pool).encode.remote(batch)))
+        under_way.append(next(pool).encode.remote(batch))
         if len(under_way) >= _AHEAD * workers:
             yield _fetch(ray, under_way.popleft())
     while under_way:
@@ -65,7 +61,7 @@ class _Worker:
         self._encoder = encoder
 
     def encode(self, batch: Batch) -> tuple[Batch, Encoded]:
-        """The batch without its texts, which nobody needs any more, and the tokens."""
+        """The batch without its text, which is no longer needed, and the tokens."""
         bare = [Part("", part.split, part.starts_document, part.ends_document) for part in batch.parts]
         return replace(batch, parts=bare), self._encoder(batch.parts)
 
@@ -73,7 +69,7 @@ class _Worker:
 def _read_bundle(
     groups: Sequence[Group], rule: SplitRule, start: Position, first: int, bytes_before: int
 ) -> Iterator[Batch]:
-    """Batches of `groups`, the first of which is the `first`-th of all."""
+    """Batches of `groups`, which begin with group number `first` of all."""
     for batch in read_batches(groups, rule, start):
         end = Position(batch.end.group + first, batch.end.part)
         yield replace(batch, end=end, bytes_read=batch.bytes_read + bytes_before)
@@ -90,19 +86,14 @@ def _bundles(groups: Sequence[Group], rule: SplitRule, start: Position) -> Itera
         while stop < len(groups) and (stop == first or size + groups[stop].size <= _BUNDLE_BYTES):
             size += groups[stop].size
             stop += 1
-        yield (
-            groups[first:stop],
-            rule,
-            Position(0, start.part if first == start.group else 0),
-            first,
-            bytes_before,
-        )
+        begin = Position(0, start.part if first == start.group else 0)
+        yield groups[first:stop], rule, begin, first, bytes_before
         first, bytes_before = stop, bytes_before + size
 
 
-def _fetch(ray: Any, pair: tuple[Any, Any]) -> tuple[Batch, Encoded]:
+def _fetch(ray: Any, result: Any) -> tuple[Batch, Encoded]:
     try:
-        batch, encoded = ray.get(pair[1])
+        batch, encoded = ray.get(result)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AtlasError):
             raise error.cause from None
@@ -116,5 +107,5 @@ def _connected() -> Any:
     except ImportError:
         raise DataError('--engine ray: needs the package ray; pip install "atlas-llm[ray]"') from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)  # of RAY_ADDRESS, else of this machine
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)  # at RAY_ADDRESS, else on this machine
     return ray

@@ -1,7 +1,7 @@
 """Writes the shards that `atlas.data.shards` reads.
 
-A split is one long list of tokens that is only appended to, or cut back to where it was; the shards are equal
-lengths of it. So what a killed process wrote is gone on with by its lengths alone.
+A split is one long list of tokens, which is only appended to or truncated. Its shards are equal lengths of that list,
+so the lengths alone are enough to resume what a killed process wrote.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class Extent(NamedTuple):
 
 
 class SplitWriter:
-    """One split, in shards of `shard_tokens` tokens in `folder`; memory stays flat.
+    """One split, in shards of `shard_tokens` tokens in `folder`, in constant memory.
 
-    `work` is a folder for what is needed until the end: `<split>.starts`, where each document begins.
+    `work` is a folder for what is needed until the end: `<split>.starts`, the places where documents begin. `state` is
+    what `sync` returned: the writer resumes there and cuts off what was written later.
     """
 
     def __init__(
@@ -39,59 +40,57 @@ class SplitWriter:
         split: Split,
         dtype: np.dtype[Any],
         shard_tokens: int,
-        *,
-        extent: Extent = Extent(),  # noqa: B008, a tuple
-        shards: list[ShardRecord] | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        """With `extent` and `shards` it goes on with what is there, and cuts off what lies behind them."""
-        self.extent = extent
-        self.shards = list(shards or [])
-        """Those that are finished. Nothing in them is cut back any more."""
+        state = state or {"extent": (), "shards": []}
+        self.extent = Extent(*state["extent"])
+        self.shards = [ShardRecord(**shard) for shard in state["shards"]]
+        """The finished ones. Nothing in them is ever truncated."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._header_bytes = len(self._header(0))
         self._file: IO[bytes] | None = None
         self._shard = 0
-        """The one that `_file` is."""
+        """Number of the shard that `_file` is."""
         starts = work / f"{split}.starts"
         self._starts = starts.open("r+b" if starts.exists() else "w+b")
-        self._cut()
+        self._truncate_files()
 
     def append(self, tokens: NDArray[Any], starts: NDArray[np.int64], num_bytes: int) -> None:
-        """Tokens that stand for `num_bytes` bytes of text; a document begins at each of `starts`, places in them."""
-        held = self.extent.tokens
-        self._starts.write((starts + held).astype("<i8").tobytes())
+        """Append tokens that stand for `num_bytes` bytes of text. `starts` are the places in them where a document
+        begins."""
+        end = self.extent.tokens
+        self._starts.write((starts + end).astype("<i8").tobytes())
         content = memoryview(tokens.astype(self._dtype).tobytes())
         size = self._dtype.itemsize
         while content:
-            room = (self._shard_tokens - held % self._shard_tokens) * size
-            file = self._open(held // self._shard_tokens)
-            file.write(content[:room])
-            held += min(room, len(content)) // size
-            content = content[room:]
-        documents, all_bytes = self.extent.documents + len(starts), self.extent.num_bytes + num_bytes
-        self.extent = Extent(held, documents, all_bytes)
+            space = (self._shard_tokens - end % self._shard_tokens) * size
+            self._open(end // self._shard_tokens).write(content[:space])
+            end += min(space, len(content)) // size
+            content = content[space:]
+        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.num_bytes + num_bytes)
 
-    def cut_back(self, extent: Extent) -> None:
-        """Forget what was appended since `extent`."""
+    def truncate(self, extent: Extent) -> None:
+        """Remove what was appended since `extent`."""
         if extent != self.extent:
             self.extent = extent
-            self._cut()
+            self._truncate_files()
 
     def finish_full_shards(self) -> bool:
-        """Finish the shards that are full, so that nothing before them can be cut back; whether there was one."""
+        """Finish the full shards, which can then not be truncated. Returns whether there was one."""
         before = len(self.shards)
         while (len(self.shards) + 1) * self._shard_tokens <= self.extent.tokens:
             self._finish(self._shard_tokens)
         return len(self.shards) > before
 
-    def sync(self) -> None:
-        """Bring all that was appended to the disk."""
+    def sync(self) -> dict[str, Any]:
+        """Flush everything to the disk. Returns the state that stands for it."""
         for file in (self._starts, self._file):
             if file is not None:
                 flush_to_disk(file)
+        return {"extent": self.extent, "shards": [shard.model_dump() for shard in self.shards]}
 
     def finish(self) -> SplitRecord | None:
-        """Finish the last shard; None, and no file, if nothing was written."""
+        """Finish the last shard. Returns None, and leaves no file, if nothing was written."""
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
@@ -102,7 +101,7 @@ class SplitWriter:
         return SplitRecord(documents=documents, tokens=tokens, bytes=num_bytes, shards=self.shards)
 
     def close(self) -> None:
-        """Close the files; a disk that is full keeps what it has."""
+        """Close the files. On a full disk what is not yet written is lost."""
         for file in (self._starts, self._file):
             if file is not None:
                 with contextlib.suppress(OSError):
@@ -113,7 +112,7 @@ class SplitWriter:
         return self._folder / f"{self._split}-{shard:05d}.npy"
 
     def _header(self, tokens: int) -> bytes:
-        # NumPy leaves room in the header for the count to grow, so that it can be set at the end.
+        # NumPy leaves space in the header for a larger count, so it can be set at the end.
         header = io.BytesIO()
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": (tokens,)}
         np.lib.format.write_array_header_1_0(header, description)
@@ -131,7 +130,7 @@ class SplitWriter:
                 self._file.write(self._header(0))
         return self._file
 
-    def _cut(self) -> None:
+    def _truncate_files(self) -> None:
         """Make the files as long as `extent` says."""
         self._starts.truncate(8 * self.extent.documents)
         self._starts.seek(0, io.SEEK_END)
@@ -159,7 +158,7 @@ class SplitWriter:
         flush_to_disk(file)
         documents = path.with_suffix(".docs.npy")
         starts = self._starts_before(shard * self._shard_tokens + tokens)
-        # By way of memory: what NumPy writes to a full disk itself ends in an error without its reason.
+        # Through memory: when NumPy itself writes to a full disk, its error does not have the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
         documents.write_bytes(content.getvalue())
@@ -175,7 +174,7 @@ class SplitWriter:
         )
 
     def _starts_before(self, end: int) -> NDArray[np.int64]:
-        """Those that are in no shard yet, up to `end`."""
+        """The starts up to `end` that are in no shard yet."""
         done = sum(shard.documents for shard in self.shards)
         self._starts.seek(8 * done)
         starts = np.frombuffer(self._starts.read(8 * (self.extent.documents - done)), dtype="<i8")

@@ -1,4 +1,4 @@
-"""Which text is trained on and which is held out."""
+"""Which text is for training and which is held out for validation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from atlas.data.prepare.dedup import fractions
 from atlas.data.text.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
-"""With fewer documents than this a split by document would be luck."""
+"""With fewer documents a split by document would depend on chance."""
 
 
 class Part(NamedTuple):
-    """A piece of a document. `split` is None where the document's hash is to decide."""
+    """A piece of a document. `split` is None where the document's hash decides."""
 
     text: str
     split: str | None
@@ -29,56 +29,58 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitRule:
-    """By the hash of each document; or, with `cut_at`, by place: what stands behind that many characters
-    is held out. Copies and short documents are left out before that cut, which could go through one of them."""
+    """Splits by the hash of each document, or, with `cut_at`, by place: what follows so many characters is held out.
+
+    Copies and short documents are left out before such a cut, which could otherwise go through one of them.
+    """
 
     val_fraction: float
     cut_at: int | None = None
     copies: tuple[int, ...] = ()
-    """Of the few documents those, by their places, that say what one before them says."""
+    """Numbers of the documents that repeat an earlier one."""
     copied_chars: int = 0
     short: tuple[int, ...] = ()
-    """And those with fewer characters than `Cleaning.min_chars`."""
+    """Numbers of the documents with fewer characters than `Cleaning.min_chars`."""
     short_chars: int = 0
 
     @staticmethod
     def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
-        """Reads `documents` until it is clear that there are enough of them."""
+        """Choose the rule. Reads `documents` until it is clear that there are enough of them."""
         if val_fraction == 0:
             return SplitRule(0.0)
         seen: set[bytes] = set()
         copies: list[int] = []
         short: list[int] = []
         count = chars = cleaned = total = copied_chars = short_chars = 0
-        starts, blanks, whole = True, "", hashlib.blake2b(digest_size=16)
+        starts, blanks, digest = True, "", hashlib.blake2b(digest_size=16)
         for piece in documents:
             text, _ = cleaning.clean(piece.text, starts_document=starts)
             cleaned += len(text)
             text = text.lstrip() if starts else blanks + text
             starts = piece.ends_document
             body = text.rstrip()
-            blanks = text[len(body) :]  # of the document's end, if nothing follows
-            whole.update(body.encode())
+            blanks = text[len(body) :]  # at the document's end, if nothing follows
+            digest.update(body.encode())
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
             if cleaned < max(1, cleaning.min_chars):
                 short.append(count)
                 short_chars += cleaned
-            elif cleaning.drops_duplicates and whole.digest() in seen:
+            elif cleaning.drops_duplicates and digest.digest() in seen:
                 copies.append(count)
                 copied_chars += chars
             else:
-                seen.add(whole.digest())
+                seen.add(digest.digest())
                 total += chars
-            count, chars, cleaned, whole = count + 1, 0, 0, hashlib.blake2b(digest_size=16)
+            count, chars, cleaned, digest = count + 1, 0, 0, hashlib.blake2b(digest_size=16)
             if count == FEWEST_DOCUMENTS:
                 return SplitRule(val_fraction)
         cut_at = total - int(total * val_fraction)
         return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
-        """Each piece as a part; a cut at a place between two words makes two of one."""
+        """Each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
         if self.cut_at is not None:
             yield from self._cut(pieces, self.cut_at)
             return

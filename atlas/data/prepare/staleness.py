@@ -1,4 +1,4 @@
-"""Why a dataset is made anew: what is other than when it was prepared."""
+"""Why a dataset is rebuilt: what differs from the time when it was prepared."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 MOST_ROOTS = 1000
-"""Files whose hashes a manifest keeps one by one; of more it keeps the hash of all."""
+"""A manifest keeps the hashes of up to so many files one by one, else one hash of all."""
 _SHOWN = 3
 
 
 def what_changed(
     output: Path, sources: Sources, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """A line for each difference between the dataset in `output` and the one that is wanted; none without one."""
+    """A line for each difference between the dataset in `output` and the wanted one. Empty if there is no dataset."""
     if not is_prepared(output):
         return []
     try:
         manifest = read_manifest(output / MANIFEST)
     except AtlasError as error:
-        return [f"{output} is to be made anew: {error}"]
+        return [f"{output} is rebuilt: {error}"]
     differences = [
         *_text_differences(manifest, sources),
         *_tokenizer_difference(manifest, tokenizer, options),
         *_option_differences(manifest.options, options),
     ]
-    return [f"{output} is to be made anew: {difference}" for difference in differences or ["it is damaged"]]
+    return [f"{output} is rebuilt: {difference}" for difference in differences or ["it is damaged"]]
 
 
 def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of cleaning under names of their own, and what they hold as a user writes it."""
+    """The options, with those of cleaning beside the others and as a user writes them."""
     cleaning = options.get("cleaning") or {}
     named = {"clean" if name == "steps" else name: value for name, value in cleaning.items()}
     if "clean" in named:
@@ -51,7 +51,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:
-    """Name → hash of each file that was given, for a manifest to compare with later."""
+    """Name → hash of each given file, which a manifest keeps for a later comparison."""
     return sources.roots if len(sources.roots) <= MOST_ROOTS else {}
 
 
@@ -73,12 +73,10 @@ def _tokenizer_difference(
     manifest: Manifest, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> list[str]:
     before = manifest.options.get("train_tokenizer")
-    was = f"one of {before:,} tokens, learnt from the text" if before else str(manifest.tokenizer["name"])
+    was = f"one of {before:,} tokens, trained on the text" if before else str(manifest.tokenizer["name"])
     if tokenizer is None:
-        wished = options["train_tokenizer"]
-        return (
-            [] if before == wished else [f"the tokenizer was {was}, is to be learnt with {wished:,} tokens"]
-        )
+        wanted = options["train_tokenizer"]
+        return [] if before == wanted else [f"the tokenizer was {was}, is trained with {wanted:,} tokens"]
     if before is None and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
         return []
     return [f"the tokenizer was {was}, is {tokenizer!r}"]

@@ -1,4 +1,4 @@
-"""A batch of documents → its tokens: what a worker does. It depends on the batch alone, never on another."""
+"""A batch of documents → its tokens: the work of a worker. It depends on that batch alone."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from atlas.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """The n parts of a batch after cleaning, column by column."""
+    """The n parts of a batch after cleaning, as columns."""
 
     tokens: NDArray[Any]
-    """Of all parts, one after the other; end of text where a document ends."""
+    """All parts one after the other, with the end of text where a document ends."""
     lengths: NDArray[np.int64]
-    """(n,) tokens of each."""
+    """(n,) number of tokens."""
     num_bytes: NDArray[np.int64]
-    """(n,) in UTF-8."""
+    """(n,) bytes of UTF-8."""
     num_chars: NDArray[np.int64]
-    """(n,) without the white space around."""
+    """(n,) characters without the white space around the text."""
     digests: bytes
-    """16 bytes for each, of its text without the white space around."""
+    """16 bytes for each part, of its text without the white space around."""
     signatures: list[NDArray[np.uint32]] | None
-    """Of each the MinHash, where near-duplicates are looked for."""
+    """MinHash of each part, if near copies are left out."""
     changes: dict[str, list[int]] = field(default_factory=dict)
-    """By cleaning step: parts that it changed, characters by which it made them shorter."""
+    """For each cleaning step: the number of parts it changed, and of characters it removed."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Cleans and tokenizes; may be sent to another process."""
+    """Cleans and tokenizes. It can be sent to another process."""
 
     tokenizer: Tokenizer
     cleaning: Cleaning

@@ -1,11 +1,11 @@
-"""A vocabulary of one's own, learnt from the text that will be trained on."""
+"""Train a tokenizer on the text that the model will be trained on."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 from atlas.data.prepare.cleaning import Cleaning, digest_of
 from atlas.data.prepare.dedup import fractions
@@ -15,13 +15,13 @@ from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1 << 30
-"""Of a larger text so much is learnt from, spread over all of it: word counts of more change no merge worth having."""
+"""Of a larger text a sample of this size, spread over all of it, is used: more changes no frequent merge."""
 
 
-def learn_tokenizer(sources: Sources, rule: SplitRule, cleaning: Cleaning, vocab_size: int) -> Tokenizer:
-    """A BPE learnt from the training part alone: validation text must be as new to it as to the model."""
-    with byte_progress(sources.total_bytes, "learning the vocabulary") as advance:
-        return _learn(_training_texts(sources, rule, cleaning, advance), vocab_size)
+def train_tokenizer_on(sources: Sources, rule: SplitRule, cleaning: Cleaning, vocab_size: int) -> Tokenizer:
+    """Train a BPE on the training split alone: validation text must be as new to it as to the model."""
+    with byte_progress(sources.total_bytes, "training the tokenizer") as advance:
+        return _train(_training_texts(sources, rule, cleaning, advance), vocab_size)
 
 
 def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advance: Advance) -> Iterator[str]:
@@ -37,24 +37,25 @@ def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advan
             yield text
 
 
-def _learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """`Tokenizer.train` in a thread beside this one: it is compiled code that would hear no signal for as
-    long as it takes, minutes for a large text. An interrupt here leaves it without more text to read."""
-    result: Future[Tokenizer] = Future()
-    given_up = threading.Event()
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """`Tokenizer.train` in a thread. It is compiled code, which would react to no signal for minutes.
 
-    def learn() -> None:
+    An interrupt of this thread gives it no more text to read.
+    """
+    result: Future[Tokenizer] = Future()
+    stopped = threading.Event()
+
+    def train() -> None:
         try:
-            unless_given_up = itertools.takewhile(lambda _: not given_up.is_set(), texts)
-            result.set_result(Tokenizer.train(unless_given_up, vocab_size))
+            until_stopped = itertools.takewhile(lambda _: not stopped.is_set(), texts)
+            result.set_result(Tokenizer.train(until_stopped, vocab_size))
         except BaseException as error:
             result.set_exception(error)
 
-    thread = threading.Thread(target=learn, daemon=True)
-    thread.start()
+    threading.Thread(target=train, daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)  # Windows hears Ctrl-C only between two waits
+        while not wait([result], timeout=0.2).done:  # Windows reacts to Ctrl-C only between two waits
+            pass
     finally:
-        given_up.set()
+        stopped.set()
     return result.result()

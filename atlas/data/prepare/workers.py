@@ -1,7 +1,7 @@
 """Where batches are tokenized: in this process, in others on this machine, or on a Ray cluster.
 
-All give the same results in the same order; only so many batches are under way at once, so that memory stays
-flat however large the text.
+All give the same results in the same order. The number of batches under way is limited, so the memory is constant
+however large the text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,26 +25,26 @@ from atlas.data.prepare.tokenize import Encoded, Encoder
 from atlas.data.prepare.workspace import WorkerKilled
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
-from atlas.progress import say
+from atlas.progress import notify
 from atlas.tokenizer import CustomTokenizer
 
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
 _AHEAD = 3
-"""Batches under way for each worker: one in work, the others waiting."""
+"""Batches under way per worker: one in work, the others waiting."""
 _WORTH_A_WORKER = 4_000_000
 """Bytes of text below which starting a process costs more than it saves."""
-_LOOK_SECONDS = 5.0
-"""How long a result is waited for before it is looked whether a worker is gone."""
+_CHECK_SECONDS = 5.0
+"""How long to wait for a result before checking whether a worker has died."""
 
 _encoder: Encoder | None = None
-"""In a worker process: what its initializer was given."""
+"""In a worker process: the encoder that its initializer received."""
 
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """Who tokenizes: `workers` processes (None: one for each core, none for a small text)."""
+    """`workers` processes that tokenize. None means one per core, and no process besides this one for a small text."""
 
     workers: int | None = None
     engine: str = "local"
@@ -63,16 +63,13 @@ class WorkerPool:
             from atlas.data.prepare.ray_engine import encode_on_ray
 
             return encode_on_ray(sources.groups, rule, start, encoder, self.workers)
-        return _encode_here(
-            read_batches(sources.groups, rule, start), encoder, self._processes(sources, encoder)
-        )
-
-    def _processes(self, sources: Sources, encoder: Encoder) -> int:
+        batches = read_batches(sources.groups, rule, start)
         workers = self.workers or min(_cores(), max(1, sources.total_bytes // _WORTH_A_WORKER))
         if workers > 1 and (reason := _cannot_travel(encoder)):
-            say(f"tokenizer {encoder.tokenizer.name}: stays in this process, one core tokenizes ({reason})")
-            return 1
-        return workers
+            name = encoder.tokenizer.name
+            notify(f"tokenizer {name}: cannot be sent to other processes ({reason}); one core tokenizes")
+            workers = 1
+        return _encode_here(batches, encoder, workers)
 
 
 def _cores() -> int:
@@ -80,7 +77,7 @@ def _cores() -> int:
 
 
 def _cannot_travel(encoder: Encoder) -> str | None:
-    """Why a tokenizer of one's own cannot be sent to another process."""
+    """Why a custom tokenizer cannot be sent to another process."""
     if not isinstance(encoder.tokenizer, CustomTokenizer):
         return None
     from loky.backend.reduction import dumps
@@ -93,26 +90,32 @@ def _cannot_travel(encoder: Encoder) -> str | None:
 
 
 def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
-    """By one worker: in this process itself."""
+    """On this machine, by `workers` processes; a single one is this process."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder(batch.parts)
         return
-    with _pool(encoder, workers) as submit:
-        under_way: deque[tuple[Batch, Callable[[], Encoded]]] = deque()
+    with _pool(encoder, workers) as pool:
+        under_way: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
-            under_way.append((batch, submit(batch.parts)))
+            with (
+                _signals_blocked()
+            ):  # this may start processes, which must not receive Ctrl-C before they ignore it
+                under_way.append((batch, pool.submit(_encode, batch.parts)))
             if len(under_way) >= _AHEAD * workers:
-                batch, result = under_way.popleft()
-                yield batch, result()
-        for batch, result in under_way:
-            yield batch, result()
+                batch, future = under_way.popleft()
+                yield batch, _result(future, pool)
+        for batch, future in under_way:
+            yield batch, _result(future, pool)
 
 
 @contextmanager
-def _pool(encoder: Encoder, workers: int) -> Iterator[Callable[[list[Part]], Callable[[], Encoded]]]:
-    """Processes that are gone when this is left, however it is left. Loky's, since they do not run the user's
-    script again, start without what this process has loaded, and say so when one is killed."""
+def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, which end however this context is left.
+
+    The pool is loky's: its processes do not run the user's script again, start without what this process has loaded,
+    and report when one of them is killed.
+    """
     import loky
 
     pool = loky.ProcessPoolExecutor(
@@ -122,49 +125,39 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[Callable[[list[Part]], Cal
         env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
     )
     finished = False
-
-    def submit(parts: list[Part]) -> Callable[[], Encoded]:
-        with _signals_held_back():  # it may start processes, and they are born deaf to Ctrl-C
-            future = pool.submit(_encode, parts)
-        return lambda: _result(future, pool)
-
     try:
-        yield submit
+        yield pool
         finished = True
     except loky.process_executor.TerminatedWorkerError:
         raise WorkerKilled(
-            "a worker process was killed, as where memory runs out: run the same command again with fewer --workers; "
-            "it goes on from what is done"
+            "a worker process was killed, as happens where memory runs out: run the same command again with fewer "
+            "--workers; it resumes behind what is done"
         ) from None
     finally:
-        if not finished:
-            _kill(pool)
+        if not finished:  # dead workers and a closed pipe: nobody waits for a result that is half sent
+            for worker in [*pool._processes.values()]:
+                worker.terminate()
+            pool._result_queue._writer.close()
         pool.shutdown(wait=True, kill_workers=not finished)
 
 
 def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:
-    """A worker that is killed while it sends leaves half a result in the pipe, and loky would wait for the other
-    half for ever: one that was gone at two looks, and still no result, is taken for that."""
+    """Wait for a result. A worker that is killed while it sends leaves half a result in the pipe, and loky would wait
+    for the other half for ever. A worker that is dead at two checks in a row counts as such a one."""
     from loky.process_executor import TerminatedWorkerError
 
-    gone: set[int] = set()
-    while not wait([future], timeout=_LOOK_SECONDS).done:
-        gone_before, gone = gone, {pid for pid, worker in [*pool._processes.items()] if not worker.is_alive()}
-        if gone & gone_before:
+    dead: set[int] = set()
+    while not wait([future], timeout=_CHECK_SECONDS).done:
+        dead_before, dead = dead, {pid for pid, worker in [*pool._processes.items()] if not worker.is_alive()}
+        if dead & dead_before:
             raise TerminatedWorkerError
     return future.result()
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """With the workers dead and this process's own end of their pipe closed, nobody waits for what they send."""
-    for worker in [*pool._processes.values()]:
-        worker.terminate()
-    pool._result_queue._writer.close()
-
-
 def _begin(encoder: Encoder, parent: int) -> None:
+    """Prepare a worker process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _encoder = encoder
@@ -172,7 +165,7 @@ def _begin(encoder: Encoder, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A parent that was killed leaves its workers waiting for it for ever."""
+    """End this process when its parent has ended. A killed parent would leave its workers waiting for ever."""
     while os.getppid() == parent and psutil.pid_exists(parent):  # the second is for Windows
         time.sleep(0.5)
     os._exit(1)
@@ -184,7 +177,7 @@ def _encode(parts: list[Part]) -> Encoded:
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,4 +1,4 @@
-"""A dataset folder that appears whole or not at all, and never in place of something else; the cache folder."""
+"""A dataset folder that appears complete or not at all, and never in place of something else."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import psutil
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
 from atlas.files import flush_folder, flush_to_disk, try_to_lock
-from atlas.progress import say
+from atlas.progress import notify
 
 
 class WorkerKilled(DataError):
-    """A process that tokenizes was killed: the work so far is sound."""
+    """A process that tokenizes was killed. The work so far is intact."""
 
 
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises `DataError` unless `output` is free, empty, or an older dataset and nothing besides."""
+    """Raise `DataError` unless `output` is free, empty, or an older dataset and nothing else."""
     names = sorted(os.listdir(output)) if output.is_dir() else []
     foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
     if foreign:
@@ -44,21 +44,21 @@ def refuse_foreign(output: Path) -> None:
 
 
 @contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Waits until no other process prepares `output`, and keeps others waiting until it is left.
+def locked(output: Path) -> Iterator[None]:
+    """Wait until no other process prepares `output`, and let others wait meanwhile.
 
-    The lock dies with its process. Its file is removed, and so are the folders above `output` that were
-    made for it, unless `output` is there in the end.
+    The lock ends with its process. Its file is removed at the end, and so are the folders above `output` that were made
+    for it, unless they hold the dataset.
     """
     output = output.absolute()
     made = [folder for folder in output.parents if not folder.exists()]
     path = output.with_name(f".{output.name}.lock")
-    lock, said = None, False
+    lock, waits = None, False
     try:
         while (lock := try_to_lock(path)) is None:
-            if not said:
-                say(f"{output}: another process prepares it; waiting for that to end")
-                said = True
+            if not waits:
+                notify(f"{output}: another process prepares it; waiting for its end")
+            waits = True
             time.sleep(0.1)
         yield
     finally:
@@ -73,16 +73,16 @@ def alone(output: Path) -> Iterator[None]:
 
 
 class Workspace:
-    """Where a dataset is made: a folder beside its place, which a killed process leaves to the next one.
+    """A folder beside a dataset's place, where the dataset is made. A killed process leaves it to the next one.
 
-    `dataset` is what will take the place; `journal.json` says how far it is, and for which key.
+    `dataset` will be moved to the place. `journal.json` holds the key of the dataset and the state of the work.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self._journal = key, folder / "journal.json"
         self.state: dict[str, Any] | None = None
-        """What `commit` was given last, by whichever process; None when there is nothing to go on with."""
+        """What was last committed, by whichever process; None if there is nothing to resume."""
         with suppress(OSError, ValueError):
             content = json.loads(self._journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
@@ -92,12 +92,12 @@ class Workspace:
             self.dataset.mkdir(parents=True)
 
     @property
-    def can_go_on(self) -> bool:
-        """By what is on the disk: an interrupt may come in the middle of a commit."""
+    def can_resume(self) -> bool:
+        """Whether the journal is on the disk: an interrupt may come in the middle of a commit."""
         return self._journal.exists()
 
     def commit(self, state: dict[str, Any]) -> None:
-        """From here on the next process goes on. All that `state` tells of must be on the disk."""
+        """Let the next process resume here. All that `state` stands for must be on the disk."""
         new = self._journal.with_suffix(".new")
         with new.open("w", encoding="utf-8", newline="\n") as file:
             json.dump({"key": self.key, "state": state}, file)
@@ -109,10 +109,10 @@ class Workspace:
 
 @contextmanager
 def building(output: Path, key: str) -> Iterator[Workspace]:
-    """A workspace whose dataset takes the place of `output` at the end.
+    """A workspace whose dataset replaces `output` at the end. The caller must have `locked` the output.
 
-    What is committed stays for the next call with the same `key` if this one is killed or interrupted, or runs
-    out of disk or memory; any other failure leaves nothing. Only who is `alone` with `output` may call this.
+    If this process is killed or interrupted, or runs out of disk or memory, what is committed stays for the next call
+    with the same `key`. Any other failure leaves nothing.
     """
     output = output.absolute()
     clean_up(output)
@@ -127,9 +127,9 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
             output.rename(replaced)
         workspace.dataset.rename(output)
     except (KeyboardInterrupt, OSError, WorkerKilled):
-        keep = workspace.can_go_on
+        keep = workspace.can_resume
         if keep:
-            say(f"{output}: what is done so far is kept; the same command goes on with it")
+            notify(f"{output}: what is done so far is kept; the same command resumes it")
         raise
     finally:
         if replaced.exists() and not output.exists():
@@ -140,7 +140,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed process left, except a workspace; put back what it had only just moved out of the way."""
+    """Remove what a killed process left, except a workspace. Put back a dataset that it had moved out of the way."""
     own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)
@@ -154,7 +154,7 @@ def clean_up(output: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Bring every file to the disk, so that the folder's new name means all of it after a power cut too."""
+    """Flush every file to the disk, so the folder is complete under its new name after a power cut too."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             flush_to_disk(file)

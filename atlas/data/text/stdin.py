@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atlas.errors import DataError
-from atlas.progress import say
+from atlas.progress import notify
 
 STANDARD_INPUT = "-"
 DEFAULT_OUTPUT = Path("data", "processed", "stdin")
@@ -37,7 +37,7 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
     try:
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
-            say(
+            notify(
                 f"standard input: {file.tell() / 1e6:,.1f} MB, read from its start, are kept in {path} meanwhile"
             )
         yield path
