@@ -344,7 +344,7 @@ def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.Captu
     folder = write_folder(tmp_path / "in", {f"{n}.txt": f"Text number {n}." for n in range(30)})
     out = tmp_path / "out"
     prepare([folder], out)
-    assert "made anew" not in capsys.readouterr().err
+    assert "is rebuilt" not in capsys.readouterr().err
     assert prepare([folder], out).unchanged
     assert capsys.readouterr().err == ""
     (folder / "3.txt").write_text("Another text.", encoding="utf-8")
