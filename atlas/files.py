@@ -1,7 +1,7 @@
-"""Files, for every room: those that may come from anybody are opened only if they are files, and read only as far as a
-limit; hashing, flushing and locking.
+"""Files, for every room: opening and reading what may come from a stranger; hashing, flushing and locking.
 
-A pipe or a device would be waited for without end, and what a header says about sizes may be a lie.
+Only regular files are opened, since a pipe or a device would block for ever. They are read up to a limit, since the
+sizes in a header may be false.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import platformdirs
 
 from atlas.errors import AtlasError
 
-# Record locks rather than flock: the forks that read data ahead would hold a flock for seconds after their parent was
-# killed. They work over NFS, too. On Windows the locked byte lies behind the text, which others may then read.
+# Record locks rather than flock: forks that read data ahead would hold a flock for seconds after their parent was
+# killed. They work over NFS, too. On Windows the locked byte lies behind the text, so others can read that.
 if sys.platform == "win32":
     import msvcrt
 
@@ -44,7 +44,7 @@ _LOCAL_HEADER_BYTES = 30
 
 
 def check_regular(path: Path) -> int:
-    """The size of a file, links followed. Raises `OSError` for what is no regular file."""
+    """Return the size of a file; links are followed. Raises `OSError` for what is no regular file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -52,13 +52,13 @@ def check_regular(path: Path) -> int:
 
 
 def read_limited(path: Path, *, limit: int) -> bytes:
-    """All bytes of a regular file. Raises `OSError`, before reading, for one of more than `limit` bytes."""
+    """Return the content of a regular file. Raises `OSError`, before reading, for one of more than `limit` bytes."""
     size = check_regular(path)
     if size > limit:
         reason = f"is {size:,} bytes long, where {limit:,} are the most that make sense"
         raise OSError(errno.EFBIG, reason, str(path))
     with path.open("rb") as file:
-        return file.read(size)  # not the limit: Python makes room for all that it is asked for
+        return file.read(size)  # not the limit: Python allocates all that it is asked for
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
@@ -76,6 +76,7 @@ def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) ->
 
 
 def flush_to_disk(file: IO[Any]) -> None:
+    """Flush Python's buffer and the system's."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -92,8 +93,11 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
-    """Let `write` make the files called `names` in a folder that then appears as `folder`, whole or not at all. One
-    that holds nothing else is replaced. Raises `AtlasError` for one that does, and where it cannot be written."""
+    """Let `write` make the files `names` in a folder that then appears as `folder`, complete or not at all.
+
+    An existing folder that holds nothing else is replaced. Raises `AtlasError` for a folder with other files, and where
+    it cannot be written.
+    """
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
     temporary = folder.with_name(folder.name + ".tmp")
@@ -109,24 +113,23 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
         temporary.rename(folder)
         flush_folder(folder.parent)
     except OSError as error:
-        raise AtlasError(
-            f"{folder}: cannot be written: {error.strerror or error}; choose another place"
-        ) from None
+        reason = error.strerror or error
+        raise AtlasError(f"{folder}: cannot be written: {reason}; choose another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:
-    """The file, made if need be, open and locked until it is closed or the process ends, however it ends.
+    """Return the file, created if needed, open and locked until it is closed or the process ends in any way.
 
-    None while another process holds the lock, or if it removed the file meanwhile. Raises `OSError`.
+    Returns None while another process holds the lock, or if that removed the file meanwhile. Raises `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("ab")
     except PermissionError:
-        if os.name == "nt" and path.exists():  # there a file that is being removed answers so
+        if os.name == "nt" and path.exists():  # there a file that is just being removed gives this
             return None
         raise
     try:
@@ -136,7 +139,7 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
     except (BlockingIOError, FileNotFoundError):
         pass
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EDEADLK):  # a lock that is held, by another name
+        if error.errno not in (errno.EACCES, errno.EDEADLK):  # other codes for a lock that is held
             file.close()
             raise
     file.close()
@@ -144,13 +147,13 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
 
 
 def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
-    """A zip whose directory has at most `directory_limit` bytes, and whose members lie apart inside the file.
+    """Open a zip whose directory has at most `directory_limit` bytes and whose members do not overlap.
 
     Raises `zipfile.BadZipFile`, `ValueError` or `OSError`.
     """
     size = check_regular(path)
     try:
-        archive = zipfile.ZipFile(_LimitedReads(path, directory_limit))
+        archive = zipfile.ZipFile(cast(IO[bytes], LimitedReads(path.open("rb"), directory_limit, size)))
     except (NotImplementedError, EOFError, UnicodeError) as error:
         raise zipfile.BadZipFile(str(error)) from None
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
@@ -161,26 +164,46 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
     return archive
 
 
-class _LimitedReads(io.FileIO):
-    """A file of which nobody can read more than `limit` bytes at once, as `zipfile` does with a directory."""
+class LimitedReads(io.RawIOBase):
+    """A seekable stream that refuses any single read of more than `limit` bytes.
 
-    def __init__(self, path: Path, limit: int) -> None:
-        super().__init__(path, "rb")
-        self._limit = limit
-        self._size = path.stat().st_size
+    `zipfile` reads a directory and `tarfile` a header in one read, of the size that the file itself gives. `size` is
+    the stream's length, for `zipfile`, which searches the rest of the stream for the directory.
+    """
+
+    def __init__(self, stream: IO[bytes], limit: int, size: int = 0) -> None:
+        self._stream, self._limit, self._size = stream, limit, size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:  # of the last 64 KiB, where the end of the directory is searched for
-            # What is left and not the limit: memory for all that is asked for is taken first.
+        """Raises `ValueError` for a read that is too large."""
+        if size is None or size < 0:
             size = max(0, self._size - self.tell())
         if size > self._limit:
-            raise zipfile.BadZipFile(f"its directory has more than {self._limit:,} bytes")
-        return super().read(size) or b""
+            raise ValueError(f"its directory, or a header in it, has more than {self._limit:,} bytes")
+        return self._stream.read(size)
 
-    def __del__(self) -> None:
-        self.close()
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Seek in the stream."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The position in the stream."""
+        return self._stream.tell()
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def close(self) -> None:
+        """Close the stream as well."""
+        self._stream.close()
+        super().close()
 
 
 def cache_folder() -> Path:
-    """The user's cache of Atlas, or the folder that `ATLAS_CACHE_DIR` names."""
+    """The user's cache folder of Atlas, or the folder that `ATLAS_CACHE_DIR` names."""
     return Path(os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False))

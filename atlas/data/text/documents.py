@@ -6,16 +6,15 @@ import functools
 import io
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from atlas.data.text.archives import MAX_RATIO, RATIO_FREE_BYTES
+from atlas.data.text.archives import bomb, unpack_limit
 from atlas.data.text.decode import Piece, as_document, read_text, replace_undecodable, utf16_of
-from atlas.data.text.files import Advance, TextFile, bomb, open_root
+from atlas.data.text.files import Advance, TextFile, open_root
 from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
 from atlas.errors import DataError
 
@@ -232,7 +231,7 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
         with open_root(file.root) as stream:
             table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
             _check_column(file, table, text_field)
-            left = sys.maxsize if file.trusted else max(RATIO_FREE_BYTES, MAX_RATIO * file.size)
+            left = unpack_limit(file.size, trusted=file.trusted)
             if _claimed_bytes(table, text_field) > left:
                 raise bomb(file.name, file.size)
             done = 0
