@@ -1,7 +1,7 @@
-"""Bytes → text → documents, all as streams: nothing here holds more than a few megabytes.
+"""Bytes → text → documents, as streams of a few megabytes.
 
-A document is handed on in pieces. They are cut where a word ends and a blank begins: GPT-2's split never
-joins across such a place, so that the pieces' tokens are the document's tokens.
+A document comes in pieces. They are cut where a word ends and a blank begins: GPT-2's split never joins across such a
+place, so the pieces' tokens are the document's tokens.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Piece(NamedTuple):
 
 
 def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str:
-    """`text` with lone surrogates, the mark of bytes that were not UTF-8, as U+FFFD; their number is told."""
+    """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` gets their number."""
     try:
-        text.encode()  # ten times as fast as looking for them
+        text.encode()  # ten times as fast as a search
         return text
     except UnicodeEncodeError:
         pass
@@ -52,9 +52,9 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
 
 
 def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
-    """UTF-8, with or without a byte-order mark, or UTF-16 with one, as chunks of text; line ends stay as they are.
+    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with one. Yields chunks; line ends are kept.
 
-    Raises `DataError` for what begins like a binary file.
+    Raises `DataError` for a file that begins like a binary one.
     """
     first = b""
     while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
@@ -76,7 +76,7 @@ def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], No
 
 
 def utf16_of(beginning: bytes) -> str | None:
-    """The codec of a text that begins with a UTF-16 byte-order mark."""
+    """Return the codec of a text that begins with a UTF-16 byte-order mark, else None."""
     if beginning.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return None
     marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -84,14 +84,14 @@ def utf16_of(beginning: bytes) -> str | None:
 
 
 def refuse_binary(beginning: bytes, name: str) -> None:
-    """Raises `DataError` for a zero byte near the beginning, which no text has (git judges so, too)."""
+    """Raise `DataError` for a zero byte near the beginning, which no text has (git decides so, too)."""
     if b"\0" in beginning[:_BINARY_BYTES]:
         shown = next((what for mark, what in _BINARY.items() if beginning.startswith(mark)), "a binary file")
         raise DataError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
 
 
 def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:
-    """All of `chunks` as one document, or, with `is_open`, as the rest of one. One of nothing but blanks is none."""
+    """All `chunks` as one document, or, with `is_open`, as the rest of one. Blanks alone are no document."""
     rest, started = "", is_open
     for chunk in chunks:
         rest += chunk
@@ -104,7 +104,7 @@ def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Pie
 
 
 def last_word_end(text: str) -> int:
-    """The last place in `text` where it may be cut without changing a token; its end, if there is none."""
+    """Return the last place where `text` can be cut without changing a token; its end, if there is none."""
     for window in (1 << 12, len(text)):
         start = max(0, len(text) - window)
         ends = [match.end() for match in _WORD_END.finditer(text, start)]

@@ -1,7 +1,7 @@
-"""A corpus that lies on every machine with Python: the documentation inside its standard library.
+"""A corpus that is on every machine with Python: the documentation inside its standard library.
 
-About 2 MB of English by many hands: the docstrings of the library's source, read without importing it, and
-the language reference that `help()` shows.
+About 2 MB of English by many authors: the docstrings of the library's source, read without importing it, and the
+language reference that `help()` shows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 from atlas.errors import DataError
 
 _SHORTEST = 80
-"""Characters below which a docstring says too little to be a document."""
+"""A docstring of fewer characters is no document."""
 _ENOUGH_BYTES = 200_000
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) -> Path:
-    """Write the documentation of `library` (default: this Python's) to `path`, a JSONL file with a document
-    a line, each exactly once and in the same order at every call.
+    """Write the documentation of `library` (default: this Python's) to `path`, as JSONL with one document per line.
+
+    Each document occurs once, in the same order at every call.
 
     Raises `DataError` if this Python carries too little documentation.
     """
@@ -69,7 +70,7 @@ def _strings(source: Path) -> Iterator[str]:
 
 
 def _parsed(source: Path) -> ast.AST:
-    """The syntax tree of a file; an empty one for what this Python cannot parse (templates lie about)."""
+    """The syntax tree of a file; an empty one if this Python cannot parse it, as with templates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
@@ -21,24 +20,24 @@ from atlas.errors import DataError
 _LONGEST_ROW = 64 << 20
 _NAMES_SHOWN = 8
 _PARQUET_ROWS = 32
-"""Decoded at once. In a column's dictionary a few bytes may stand for a long text in every row."""
+"""Rows decoded per step. In a column's dictionary a few bytes may stand for a long text in every row."""
 _BUFFER = 1 << 20
 
 
 @dataclass
 class SourceReport:
-    """What was met on the way through the sources."""
+    """What was found while reading the sources."""
 
     undecodable: Counter[str] = field(default_factory=Counter)
-    """Replaced bytes by file."""
+    """Number of replaced bytes by file."""
     empty_rows: Counter[str] = field(default_factory=Counter)
-    """Parquet rows without a text, by file."""
+    """Number of rows without text, by file."""
     articles: ArticleReport | None = None
     untitled: int = 0
-    """Files that are named like those of the Kaggle archive, but hold no title."""
+    """Number of files that are named like those of the Kaggle archive but hold no title."""
 
     def merge(self, other: SourceReport) -> None:
-        """Add what was met behind this."""
+        """Add what was found in the text that follows."""
         self.undecodable.update(other.undecodable)
         self.empty_rows.update(other.empty_rows)
         self.untitled += other.untitled
@@ -48,26 +47,28 @@ class SourceReport:
             self.articles.merge(other.articles)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for the journal of a preparation."""
         articles = vars(self.articles) if self.articles else None
         counts = {"undecodable": self.undecodable, "empty_rows": self.empty_rows, "untitled": self.untitled}
         return counts | {"articles": articles}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> SourceReport:
+        """The report that `to_json` described."""
         articles = content["articles"]
         return SourceReport(
             Counter(content["undecodable"]),
             Counter(content["empty_rows"]),
             ArticleReport(**articles) if articles else None,
-            content.get("untitled", 0),  # an interrupted preparation may be of an older version
+            content.get("untitled", 0),  # missing in what an older version left
         )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Files that are read as one text: the parts of an archive, since an article may run over; else one file.
+    """Files that are read as one text: the parts of an archive, since an article may span two of them; else one file.
 
-    It may be sent to another process.
+    It can be sent to another process.
     """
 
     files: tuple[TextFile, ...]
@@ -75,10 +76,11 @@ class Group:
 
     @property
     def size(self) -> int:
+        """Bytes to read."""
         return sum(file.size for file in self.files)
 
     def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """The documents, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
+        """The documents, in pieces. Fills `report`; `advance` receives the number of bytes read."""
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)
@@ -90,22 +92,17 @@ class Group:
             yield from as_document(_text(first, report, advance))
 
     def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """The articles of all files as one text or, where no title is found, each file as a document."""
-        texts = functools.partial(_text, report=report, advance=advance)
-        if has_titles(
-            itertools.chain.from_iterable(_text(file, SourceReport(), _ignore) for file in self.files)
-        ):
+        """The articles of all files as one text. If no title is found, each file is a document."""
+        beginning = (_text(file, SourceReport(), lambda _: None) for file in self.files)
+        texts = (_text(file, report, advance) for file in self.files)
+        if has_titles(itertools.chain.from_iterable(beginning)):
             articles = ArticleReport()
-            yield from split_articles(itertools.chain.from_iterable(map(texts, self.files)), articles)
+            yield from split_articles(itertools.chain.from_iterable(texts), articles)
             report.merge(SourceReport(articles=articles))
             return
         report.untitled += len(self.files)
-        for file in self.files:
-            yield from as_document(texts(file))
-
-
-def _ignore(_: int) -> None:
-    """Where nobody waits for progress."""
+        for text in texts:
+            yield from as_document(text)
 
 
 def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[str]:
@@ -131,7 +128,7 @@ def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advanc
 
 
 def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file, each with what errors call its place; `like` is what they say a row should be."""
+    """The rows of a JSONL file, each with its place for error messages. `like` is the example of a row in them."""
     with file.open(advance) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
@@ -162,7 +159,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """In UTF-8. One that is too long comes with a byte more than the longest allowed."""
+    """The lines in UTF-8. One that is too long is cut to a byte more than the longest allowed."""
     beginning = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
     if codec := utf16_of(beginning):
         text = io.TextIOWrapper(stream, codec, errors="replace", newline="\n")
@@ -178,11 +175,9 @@ def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error.msg.removesuffix(' at')} at character {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else error
-        )
+        reason: object = error
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
         raise DataError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
@@ -190,10 +185,10 @@ def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
 
 
 def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
-    """None where the field is null."""
+    """The text of a row; None where the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise DataError(
-            f"{place}: is a conversation, which is not prepared: give a file of nothing but conversations to "
+            f"{place}: is a conversation, which is not prepared: give a file of conversations alone to "
             "atlas train --train-data"
         )
     if text_field not in row:
@@ -211,7 +206,7 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
 
 
 def json_name(value: object) -> str:
-    """What a parsed value is called in JSON."""
+    """The name of a parsed value's type in JSON."""
     if value is None:
         return "null"
     names: dict[type, str] = {str: "a string", list: "an array", dict: "an object", bool: "true or false"}
@@ -256,7 +251,7 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{file.name}: is not whole Parquet ({reason:.200}); download or write it again"
+            f"{file.name}: is not a complete Parquet file ({reason:.200}); download or write it again"
         ) from None
 
 

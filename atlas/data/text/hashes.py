@@ -1,4 +1,4 @@
-"""What a file's content hashes to, remembered for as long as nothing about the file has changed."""
+"""Hashes of files, cached for as long as a file has not changed."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from pathlib import Path
 from atlas.files import cache_folder, sha256_of
 
 _SETTLED_SECONDS = 2.0
-"""A file that was changed so shortly before it is hashed could change again within the same tick of its clock."""
+"""A file that changed less than this before it is hashed could change again without another time stamp."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
 
 
 def hashes_of(paths: Iterable[Path]) -> list[str]:
-    """sha256 of each file. Size, times and inode decide whether one is read again, as in git's index; a copy with
-    the times of the original has another change time."""
+    """sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A copy that
+    keeps the times of the original has another change time.)"""
     hashes, new = [], []
-    with _memory() as memory:
+    with _cache() as cache:
         try:
             for path in paths:
                 key, stamp, begun = os.fsencode(path.resolve()), _stamp(path), time.time()
-                row = memory.execute(
+                row = cache.execute(
                     "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?", (key, stamp)
                 ).fetchone()
                 hashes.append(row[0] if row else sha256_of(path))
                 if row is None and _was_settled(path, begun) and _stamp(path) == stamp:
                     new.append((key, stamp, hashes[-1]))
-        finally:  # an interrupt loses none of them
-            with suppress(sqlite3.Error), memory:
-                memory.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
+        finally:  # an interrupt loses no hash
+            with suppress(sqlite3.Error), cache:
+                cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
     return hashes
 
 
 @contextmanager
-def _memory() -> Iterator[sqlite3.Connection]:
-    """The remembered ones; none of them where the cache folder cannot be used."""
+def _cache() -> Iterator[sqlite3.Connection]:
+    """The cached hashes, or an empty table where the cache folder cannot be used."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        memory = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
-        memory.execute(_TABLE)
+        cache = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
+        cache.execute(_TABLE)
     except (OSError, sqlite3.Error):
-        memory = sqlite3.connect(":memory:")
-        memory.execute(_TABLE)
-    with closing(memory):
-        yield memory
+        cache = sqlite3.connect(":memory:")
+        cache.execute(_TABLE)
+    with closing(cache):
+        yield cache
 
 
 def _stamp(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Paths → files of text in a fixed order: files, archives, folders, patterns, URLs, the Kaggle archive.
 
-Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in
-`AllCombined.txt` and in parts (`1of2/wiki_00` …); where the first is there, the parts are left out.
+Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in `AllCombined.txt`
+and in parts (`1of2/wiki_00` …). If the former is there, the parts are left out.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _KINDS = (
 
 
 class Sources:
-    """The text that some paths hold, as documents in a fixed order.
+    """The text in the given paths, as documents in a fixed order.
 
-    Raises `DataError` for a path that is missing, of a kind Atlas does not read, or without any text.
+    Raises `DataError` for a path that is missing, of a kind that Atlas does not read, or without any text.
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class Sources:
         trust_archives: bool = False,
         stdin: Path | None = None,
     ) -> None:
-        """`stdin` is the file that holds what came from standard input, which `-` among `paths` stands for."""
+        """`stdin` is the file with the text from standard input, for which `-` stands in `paths`."""
         self.paths = [str(path) for path in paths]
         self.text_field = text_field
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
-        """Files that are of no kind Atlas reads."""
+        """Files of kinds that Atlas does not read."""
         self.left_out: list[str] = []
-        """Parts whose text also stands in `AllCombined.txt`."""
+        """Parts whose text is also in `AllCombined.txt`."""
         self.links_out: list[str] = []
-        """Links in a folder to what lies outside it. The folder may be a stranger's, the files at home private."""
+        """Links in a folder that lead out of it. The folder may be a stranger's, the other files private."""
         self.in_own_order: list[str] = []
-        """Compressed tars whose members do not come in the order in which they would be read from a folder."""
+        """Compressed tars whose members are not in the order in which a folder's files would be read."""
         self._roots: dict[str, str] = {}
-        """Path or URL of each file that is read, or is an archive of such → its name below the given path."""
+        """Path or URL of each file or archive that is read → its name below the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
@@ -89,13 +89,14 @@ class Sources:
 
     @property
     def names(self) -> str:
+        """The given paths, for messages."""
         return printable(
             ", ".join("standard input" if path == STANDARD_INPUT else path for path in self.paths)
         )
 
     @property
     def stem(self) -> str:
-        """What a dataset of these is called: the first path's name without its ending."""
+        """The name of a dataset of this text: the first path's name without its ending."""
         if self.paths[0] == STANDARD_INPUT:
             return "stdin"
         path = Path(self.paths[0].rstrip("/")) if is_url(self.paths[0]) else Path(self.paths[0]).resolve()
@@ -107,16 +108,17 @@ class Sources:
 
     @property
     def is_kaggle(self) -> bool:
-        """Whether this is the archive that the documentation starts from."""
+        """Whether this is the Kaggle archive, which the documentation uses."""
         return any(file.is_part or file.is_combined for file in self.files)
 
     @cached_property
     def total_bytes(self) -> int:
+        """Bytes to read."""
         return sum(file.size for file in self.files)
 
     @cached_property
     def roots(self) -> dict[str, str]:
-        """Hash of each file that was given, by its name below the given path, or by its path if two share a name."""
+        """Hash of each given file, by its name below the given path, or by its path if two files share a name."""
         on_disk = [root for root in self._roots if not is_url(root)]
         hashes = dict(zip(on_disk, hashes_of(map(Path, on_disk)), strict=True))
         named: dict[str, str] = {}
@@ -127,13 +129,13 @@ class Sources:
 
     @cached_property
     def content_key(self) -> str:
-        """sha256 of what is read: names below the given paths, and content."""
+        """sha256 of the names below the given paths, and of the content."""
         identity = [self.text_field, [[name, key] for name, key in self.roots.items()]]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @cached_property
     def groups(self) -> list[Group]:
-        """What is read as one text, in reading order."""
+        """The groups of files that are read as one text, in reading order."""
         groups: list[list[TextFile]] = []
         for file in self.files:
             last = groups[-1][-1] if groups else None
@@ -146,12 +148,12 @@ class Sources:
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
-        """Every document, in pieces. `report` is filled on the way; `advance` is told the bytes read."""
+        """Every document, in pieces. Fills `report`; `advance` receives the number of bytes read."""
         filled = SourceReport() if report is None else report
         return itertools.chain.from_iterable(group.pieces(filled, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
-        """What a dataset keeps about where it came from."""
+        """What a dataset keeps about its origin."""
         return {
             "paths": [printable(path) for path in self.paths],
             "files": len(self.files),
@@ -161,7 +163,7 @@ class Sources:
         }
 
     def notes(self, report: SourceReport) -> list[str]:
-        """What the user should know about what was read, one line each."""
+        """What the user should know about the text, one line each."""
         notes = []
         if self.left_out:
             notes.append(
@@ -208,7 +210,7 @@ class Sources:
     # Paths → files
 
     def _files_of(self, given: str) -> Iterator[TextFile]:
-        """The files that a given path stands for, in the order in which they are read."""
+        """The files of a given path, in reading order."""
         path = Path(given)
         if given == STANDARD_INPUT and self._stdin:
             kind = "rows" if looks_like_rows(self._stdin) else "text"
@@ -298,7 +300,7 @@ class Sources:
                 raise DataError(f"{url}: an archive is read on the disk only; download {name}")
             full, kind = filesystem.unstrip_protocol(name), format_of(name)
             file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
-            # Files that a pattern names are not looked into: each look would download the beginning of one.
+            # Files that match a pattern are not opened: that would download the beginning of each.
             if kind is None or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
@@ -307,23 +309,23 @@ class Sources:
 
     def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
         combined = [file for file in files if file.is_combined]
-        kept = []
-        for file in files:
-            if file.is_part and any(_holds(whole, file) for whole in combined):
-                self.left_out.append(file.name)
-            else:
-                kept.append(file)
-        return kept
+        doubled = [file for file in files if file.is_part and any(_holds(other, file) for other in combined)]
+        self.left_out = [file.name for file in doubled]
+        dropped = set(doubled)
+        return [file for file in files if file not in dropped]
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
-    """Return whether `file` holds what its name says. A single JSON object is a row in a file that the user named; in
-    one that was found in a folder it may also be the settings of some program."""
+    """Return whether the content of `file` is what its name says.
+
+    A single JSON object is a row in a file that the user named. In a file that was found in a folder it may also be the
+    settings of some program.
+    """
     return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
 
 
 def _why_missing(given: str) -> str:
-    """The reason and the remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
+    """Reason and remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
     parts = [part.strip() for part in given.split(",")]
     if len(parts) > 1 and all(part and Path(part, "dataset.json").exists() for part in parts):
         mixture = ", ".join(f"{{path: {part}, weight: 1}}" for part in parts)
@@ -338,7 +340,7 @@ def _why_missing(given: str) -> str:
 
 
 def is_text_or_archive(path: Path) -> bool:
-    """Whether a file has a name that Atlas reads and, of a `.json` file, whether it holds rows."""
+    """Whether Atlas reads a file with this name, and for a `.json` file, whether it holds rows."""
     kind = format_of(path.name)
     if not path.suffix or kind is None:
         return bool(path.suffix) and is_archive(path.name)
@@ -348,24 +350,24 @@ def is_text_or_archive(path: Path) -> bool:
 
 
 def _url_key(url: str) -> str:
-    """What tells whether the content behind a URL changed: an ETag, a version, or size and time."""
+    """A value that changes with the content behind a URL: an ETag, a version, or size and time."""
     filesystem, path = filesystem_of(url)
     try:
-        facts = filesystem.info(path)  # HTTP's `ukey` takes whatever is there for unchanging
+        facts = filesystem.info(path)  # HTTP's `ukey` does not depend on the content
         return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
     except Exception as error:  # whatever a backend raises
         raise DataError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
-    """What a part belongs to: its archive, or the folder that holds `1of2` and `2of2`."""
+    """The archive of a part, or the folder that holds `1of2` and `2of2`."""
     return (part.root if part.member else None, part.place.parent.parent)
 
 
-def _holds(whole: TextFile, part: TextFile) -> bool:
-    """Whether `AllCombined.txt` stands in the same archive or folder as a part below it."""
-    same = whole.root == part.root if whole.member or part.member else True
-    return same and part.place.is_relative_to(whole.place.parent)
+def _holds(combined: TextFile, part: TextFile) -> bool:
+    """Whether `AllCombined.txt` is in the same archive as a part, or in a folder above it."""
+    same = combined.root == part.root if combined.member or part.member else True
+    return same and part.place.is_relative_to(combined.place.parent)
 
 
 def _is_hidden(path: Path | PurePosixPath) -> bool:
@@ -373,7 +375,7 @@ def _is_hidden(path: Path | PurePosixPath) -> bool:
 
 
 def _natural(name: str) -> list[list[str | int]]:
-    """Sorts `wiki_9` before `wiki_10`, and a folder's files together."""
+    """A key that sorts `wiki_9` before `wiki_10`, and keeps a folder's files together."""
     parts = name.split("/")
     return [
         [int(run) if place % 2 else run for place, run in enumerate(_DIGITS.split(part))] for part in parts

@@ -1,4 +1,4 @@
-"""Standard input as a source: kept in a file until it is prepared, since it can be read once only."""
+"""Standard input as a source: kept in a file until it is prepared, since it can be read only once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | None) -> Iterator[Path | None]:
-    """The file that holds what came from standard input, beside `output`; None if `inputs` do not name it.
+    """The file, beside `output`, that holds what came from standard input; None if `inputs` do not name it.
 
-    It cannot be read a second time, as choosing the split and learning a vocabulary need, and nobody keeps it for
-    a call that goes on after a kill: that call reads standard input from its start.
+    Choosing the split and training a tokenizer read it a second time. It is not kept for a call that resumes after a
+    kill: that call reads standard input from its start.
     """
     if STANDARD_INPUT not in map(str, inputs):
         yield None
@@ -38,7 +38,7 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
             notify(
-                f"standard input: {file.tell() / 1e6:,.1f} MB, read from its start, are kept in {path} meanwhile"
+                f"standard input: {file.tell() / 1e6:,.1f} MB, read from its start, are kept in {path} during the work"
             )
         yield path
     finally:

@@ -1,9 +1,8 @@
 """Articles in the plain text of Simple English Wikipedia (Kaggle: plaintext-wikipedia-simpleenglish).
 
-An article is a title line, an empty line, then paragraphs. What sets articles apart is a run of two or
-more empty lines, where the text has such runs, else the form of the title: a short line of its own
-without closing punctuation. Headings and lists have that form, too; what gives them away is used, and what
-stays doubtful is said.
+An article is a title line, an empty line, then paragraphs. A run of two or more empty lines separates articles, if the
+text has such runs. Otherwise the form of the title does: a short line of its own without closing punctuation. Headings
+and lists have that form, too. What distinguishes them is used, and the remaining doubts are reported.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from dataclasses import dataclass, field
 from atlas.data.text.decode import PIECE_CHARS, Piece, as_document
 
 TITLE_CHARS = 150
-# The real archive, as it is described where it is published.
+# The real archive, as its publisher describes it.
 WIKIPEDIA_CHARS, WIKIPEDIA_ARTICLES = 168_085_788, 249_396
 
 _SAMPLE_CHARS = 4 * PIECE_CHARS
 _LONGEST_MEAN_ARTICLE = 50_000
 _HEADING_TIMES = 3
-"""A short line that stands so often in the sample is a heading inside articles, such as "History"."""
+"""A short line that occurs this often in the sample is a heading inside articles, such as "History"."""
 _DOUBTFUL_SHARE = 0.02
 _UNNAMED_SHARE, _NAMED_WITHIN = 0.3, 300
 _SHOWN = 3
 
 _BLANKS = " \t\r\n"
 _CLOSING = tuple(".!?:;,…")
-# Both begin with a character that is rare, so that the search runs at the speed of memory.
+# Both begin with a rare character, so the search runs at the speed of memory.
 _EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 _BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
 _SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
 _CONTEXT = 1000
-"""So many characters before and behind a place are enough to decide about it."""
+"""This many characters before and behind a place are enough to decide about it."""
 
 
 @dataclass
 class ArticleReport:
-    """How articles were told apart, for the user to judge."""
+    """How articles were separated, for the user to check."""
 
     rule: str = ""
     articles: int = 0
@@ -48,11 +47,11 @@ class ArticleReport:
     boundaries: list[str] = field(default_factory=list)
     """The first three, as `… last words ⏎⏎⏎ Title`."""
     doubt: str | None = None
-    """What speaks against the rule in the beginning of the text."""
+    """What speaks against the rule, in the beginning of the text."""
 
     @property
     def warning(self) -> str | None:
-        """Set when this is the real archive by its size, but not by the number of its articles."""
+        """A warning if this is the real archive by its size, but not by the number of its articles."""
         like_wikipedia = abs(self.chars / WIKIPEDIA_CHARS - 1) < 0.02
         if not like_wikipedia or abs(self.articles / WIKIPEDIA_ARTICLES - 1) < 0.05:
             return None
@@ -62,7 +61,7 @@ class ArticleReport:
         )
 
     def merge(self, other: ArticleReport) -> None:
-        """Add what was met behind this."""
+        """Add what was found in the text that follows."""
         self.rule, self.doubt = self.rule or other.rule, self.doubt or other.doubt
         self.articles += other.articles
         self.chars += other.chars
@@ -71,7 +70,7 @@ class ArticleReport:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Where an article begins: behind a run of empty lines, or with `by_title` at a short line of its own."""
+    """Where an article begins: behind a run of empty lines, or, with `by_title`, at a short line of its own."""
 
     by_title: bool
     headings: frozenset[str] = frozenset()
@@ -79,17 +78,18 @@ class _Rule:
 
     @property
     def name(self) -> str:
+        """The rule in words."""
         if self.by_title:
             return "the title's form: a short line of its own without closing punctuation"
         return "two or more empty lines before a title"
 
     def gaps(self, text: str, *, at_beginning: bool) -> Iterator[re.Match[str]]:
-        """What lies between two articles of `text`, which begins with one or, else, in the middle of one."""
+        """The gaps between the articles of `text`, which begins with an article or in the middle of one."""
         if not self.by_title:
             yield from _EMPTY_LINES.finditer(text)
             return
-        # A short line right below another belongs to it: a heading under a title, an entry of a list. Not so below
-        # a known heading: a last section is often empty, and the next article's title follows it.
+        # A short line right below another belongs to it: a heading under a title, an entry of a list. Below a known
+        # heading this does not hold: a last section is often empty, and the next article's title follows it.
         first = _SHORT_LINE.match(text) if at_beginning else None
         end_of_short_line = first.end(1) if first and _is_title(first[1]) else -1
         for gap in _BEFORE_SHORT_LINE.finditer(text):
@@ -105,14 +105,14 @@ class _Rule:
 
 
 def has_titles(chunks: Iterable[str]) -> bool:
-    """Return whether the beginning of a text has a title, without which it has no articles to tell apart."""
+    """Return whether the beginning of a text has a title. Without one it has no articles to separate."""
     sample = "".join(_take_sample(iter(chunks))).lstrip("\r\n")
     rule, _ = _choose_rule(sample)
     return not rule.by_title or bool(_titles(sample, list(rule.gaps(sample, at_beginning=True))))
 
 
 def _take_sample(chunks: Iterator[str]) -> list[str]:
-    """Return the first chunks, to decide from; `chunks` then yields the ones after them."""
+    """Return the first chunks, as a sample. `chunks` then yields the later ones."""
     sample, size = [], 0
     for chunk in chunks:
         sample.append(chunk)
@@ -123,56 +123,53 @@ def _take_sample(chunks: Iterator[str]) -> list[str]:
 
 
 def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
-    """The articles of a text, each without the empty lines around it; `report` is filled on the way."""
+    """The articles of a text, each without the empty lines around it. Fills `report`."""
     chunks = iter(chunks)
     sample = _take_sample(chunks)
     rule, report.doubt = _choose_rule("".join(sample).lstrip("\r\n"))
     report.rule = rule.name
-    is_open, rest, judged = (
-        False,
-        "",
-        0,
-    )  # an article of which pieces are out; what follows; how much has no gap
+    is_open, rest = False, ""  # whether pieces of an article are out, and the text that follows them
+    searched = 0  # length of the text in which all gaps are known
     all_chunks = ((chunk, False) for chunk in itertools.chain(sample, chunks))
     for chunk, at_end in itertools.chain(all_chunks, [("", True)]):
         report.chars += len(chunk)
         rest += chunk if rest or is_open else chunk.lstrip("\r\n")
         if not at_end and len(rest) < PIECE_CHARS:
             continue
-        known, judged = judged, len(rest) if at_end else len(rest) - _CONTEXT
+        known, searched = searched, len(rest) if at_end else len(rest) - _CONTEXT
         start = 0
         for gap in rule.gaps(rest, at_beginning=not is_open):
-            if gap.end() > judged:
+            if gap.end() > searched:
                 break
-            if gap.end() <= known:  # judged when what stands before it was still here
+            if gap.end() <= known:  # found when the text before it was still here
                 continue
             _show(report, rest, gap)
             yield from _article(rest[start : gap.start()], report, is_open=is_open)
             is_open, start = False, gap.end()
-        rest, judged = rest[start:], judged - start
+        rest, searched = rest[start:], searched - start
         if at_end:
             yield from _article(rest, report, is_open=is_open)
-        elif judged - _CONTEXT > 2 * PIECE_CHARS:
-            settled = judged - _CONTEXT
+        elif searched - _CONTEXT > 2 * PIECE_CHARS:
+            settled = searched - _CONTEXT
             *pieces, last = as_document([rest[:settled]], is_open=True)
             yield from pieces
-            judged -= settled - len(last.text)
+            searched -= settled - len(last.text)
             is_open, rest = is_open or bool(pieces), last.text + rest[settled:]
 
 
 def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Piece]:
     text = text.rstrip(_BLANKS)
-    if len(text) <= PIECE_CHARS:
-        if text or is_open:
-            report.articles += 1
-            yield Piece(text)
+    if not (text or is_open):
         return
     report.articles += 1
-    yield from as_document([text], is_open=is_open)
+    if len(text) <= PIECE_CHARS:
+        yield Piece(text)
+    else:
+        yield from as_document([text], is_open=is_open)
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
-    """Empty lines, if in the sample their runs come often and a title follows most of them; and the doubt."""
+    """Choose empty lines if runs of them are frequent in the sample and a title follows most. Returns doubts as well."""
     runs = [_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample)]
     titles = sum(bool(line and _is_title(line[1])) for line in runs)
     if runs and len(sample) / (len(runs) + 1) <= _LONGEST_MEAN_ARTICLE and titles >= 0.8 * len(runs):
@@ -190,7 +187,7 @@ def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
 
 
 def _doubt_about_runs(lines: list[str]) -> str | None:
-    """What speaks against an article after each run of empty lines; `lines` are the first ones behind them."""
+    """What speaks against an article after each run of empty lines. `lines` are the first ones behind the runs."""
     doubts = []
     others = sum(not _is_title(line) for line in lines)
     if others > _DOUBTFUL_SHARE * len(lines):
@@ -205,13 +202,13 @@ def _doubt_about_runs(lines: list[str]) -> str | None:
 
 
 def _titles(sample: str, gaps: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The matches that hold a title: the first line, if it is one, and the line after each of `gaps`."""
+    """The matches that hold a title: the first line, if it is one, and the line after each gap."""
     first = _SHORT_LINE.match(sample)
     return ([first] if first and _is_title(first[1]) else []) + gaps
 
 
 def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
-    """What many of the titles that `rule` finds have in common with lists, headings and sentences."""
+    """What many titles that `rule` finds have in common with lists, headings and sentences."""
     gaps = list(rule.gaps(sample, at_beginning=True))
     found = _titles(sample, gaps)
     if not found:
@@ -247,7 +244,7 @@ def _is_followed_by_short_line(text: str, end: int) -> bool:
 
 
 def _is_named_in(beginning: str, title: str) -> bool:
-    """Whether a word of the title stands there, as it does in an encyclopedia."""
+    """Whether a word of the title occurs there, as it does in an encyclopedia."""
     words = re.findall(r"\w{3,}|\d+", title.casefold()) or [title.strip().casefold()]
     return any(word in beginning.casefold() for word in words)
 
