@@ -1,11 +1,11 @@
-# From text to a model that writes and a GGUF file; the twin of run_pipeline.sh, with the same flags:
+# From text to a trained model and a GGUF file; the twin of run_pipeline.sh, with the same flags:
 #   ./scripts/run_pipeline.ps1 --demo
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 . (Join-Path $PSScriptRoot 'venv.ps1')
 
 $root = Split-Path -Parent $PSScriptRoot
-# Before minutes of installing: is there a text?
+# Check for a text before minutes of installing.
 $env:PYTHONUTF8 = '1'
 [Console]::OutputEncoding = [System.Text.Encoding]::UTF8
 $words = @($args)
@@ -18,7 +18,7 @@ try {
     $python = Initialize-Venv -Extras 'llama,serve' -UseActive
 }
 finally {
-    Pop-Location # paths that are given are the caller's
+    Pop-Location # relative paths are relative to the caller's folder
 }
 & $python -m atlas pipeline @words
 exit $LASTEXITCODE

@@ -1,4 +1,4 @@
-# Everything that must hold before a change is merged; the twin of test.sh. Arguments go to pytest:
+# All checks that a change must pass; the twin of test.sh. Arguments go to pytest:
 #   ./scripts/test.ps1 -m slow
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'

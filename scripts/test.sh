@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change is merged: ruff, types, tests, in a .venv that is made if need be.
-# The first failure ends it. What is given here goes to pytest:
-#   ./scripts/test.sh               the default suite, a process a core
+# All checks that a change must pass: ruff, types, tests. They run in a .venv, which the script makes if needed.
+# The first failure ends the script. Arguments go to pytest:
+#   ./scripts/test.sh               the default suite, one process per core
 #   ./scripts/test.sh -m slow       the long tests
 #   ./scripts/test.sh -k resume -x  some tests, up to the first failure
 set -euo pipefail
@@ -14,7 +14,7 @@ prepare_venv dev
 
 SECONDS=0
 trap 'echo "scripts/test.sh: $SECONDS s after installation, exit $?" >&2' EXIT
-# Hundreds of tests start a Python of their own, which would compile the package anew each time.
+# Hundreds of tests start a new Python, which would otherwise compile the package each time.
 unset PYTHONDONTWRITEBYTECODE
 run() {
   echo "+ $*" >&2

@@ -1,4 +1,4 @@
-# Dot-sourced; the twin of venv.sh.
+# Dot-source this file; the twin of venv.sh.
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 
@@ -13,14 +13,14 @@ function Find-Python {
 }
 
 function Invoke-Checked {
-    # Runs a program with its arguments and ends the script with its exit code if that is not 0.
+    # Run a program with its arguments. If its exit code is not 0, exit with that code.
     $program, $arguments = $args
     & $program @arguments | Out-Host
     if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }
 }
 
 function Get-EnvironmentPython {
-    # The Python of an environment's folder, if it is new enough and can install packages; else nothing.
+    # Return the path of the Python in an environment's folder, if it is new enough and can install packages; else nothing.
     param([Parameter(Mandatory)][string]$Folder)
 
     foreach ($name in @('Scripts/python.exe', 'python.exe', 'bin/python')) {
@@ -32,14 +32,14 @@ function Get-EnvironmentPython {
 }
 
 function Get-ActiveEnvironment {
-    # The folder of the active environment, or nothing. Conda's base is everybody's, and is left alone.
+    # Return the folder of the active environment, or nothing. Conda's base environment is shared, so it does not count.
     if ($env:VIRTUAL_ENV) { return $env:VIRTUAL_ENV }
     if ($env:CONDA_PREFIX -and $env:CONDA_DEFAULT_ENV -and $env:CONDA_DEFAULT_ENV -ne 'base') { return $env:CONDA_PREFIX }
 }
 
 function Initialize-Venv {
-    # Leaves Atlas installed with these extras in .venv, or in the active environment if that is wanted, and returns the
-    # path of its Python.
+    # Install Atlas with these extras into .venv, or with -UseActive into the active environment, and return the path of its
+    # Python.
     param([Parameter(Mandatory)][string]$Extras, [switch]$UseActive)
 
     $environment = Join-Path (Get-Location) '.venv'
@@ -54,11 +54,11 @@ function Initialize-Venv {
         $python = Get-EnvironmentPython $environment
     }
     $stamp = Join-Path $environment "atlas-installed-$Extras.txt"
-    # The folder, too: the environment may have another clone's Atlas.
+    # Compare the folder too: the environment may contain the Atlas of another clone.
     $wanted = (Get-Location).Path + "`n" + (Get-Content -Raw -Encoding utf8 pyproject.toml) + (Get-Content -Raw -Encoding utf8 requirements.txt)
     if (-not (Test-Path $stamp) -or (Get-Content -Raw -Encoding utf8 $stamp) -ne $wanted) {
-        [Console]::Error.WriteLine("installing what is missing of Atlas and what it needs into $environment (PyTorch takes minutes)")
-        # First the pin: it decides which PyTorch everything else is resolved against.
+        [Console]::Error.WriteLine("installing Atlas and the missing packages into $environment (PyTorch takes minutes)")
+        # Install the pinned PyTorch first: pip resolves all other packages against it.
         Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
         Invoke-Checked $python -m pip install --quiet --disable-pip-version-check --no-input -e ".[$Extras]"
         Set-Content -NoNewline -Encoding utf8 -Path $stamp -Value $wanted

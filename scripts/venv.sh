@@ -1,6 +1,6 @@
-# Sourced. `prepare_venv EXTRAS`, called in the repository's root, leaves Atlas installed with these extras in .venv, and
-# the path of the environment's Python in $venv_python. With `prepare_venv EXTRAS active` an environment that is already
-# active is used instead. Quick when nothing has changed since the last time.
+# Source this file. In the repository's root, `prepare_venv EXTRAS` installs Atlas with these extras into .venv, and sets
+# $venv_python to the path of the environment's Python. `prepare_venv EXTRAS active` uses the active environment, if there
+# is one. It is quick if nothing has changed since the last call.
 
 find_python() {
   local candidate
@@ -14,7 +14,7 @@ find_python() {
   return 1
 }
 
-# Prints the Python of an environment's folder, if it is new enough and can install packages.
+# Print the path of the Python in an environment's folder, if it is new enough and can install packages.
 python_of() {
   local candidate
   for candidate in "$1/bin/python" "$1/Scripts/python.exe" "$1/python.exe"; do
@@ -26,7 +26,7 @@ python_of() {
   return 1
 }
 
-# Prints the folder of the active environment. Conda's base is everybody's, and is left alone.
+# Print the folder of the active environment. Conda's base environment is shared, so it does not count.
 active_environment() {
   if [ -n "${VIRTUAL_ENV-}" ]; then
     echo "$VIRTUAL_ENV"
@@ -53,11 +53,11 @@ prepare_venv() {
       { echo "error: .venv has no working Python and pip: remove it and try again" >&2; return 1; }
   fi
   local stamp="$environment/atlas-installed-$extras.txt"
-  # The folder, too: the environment may have another clone's Atlas.
+  # Compare the folder too: the environment may contain the Atlas of another clone.
   if ! { pwd; cat pyproject.toml requirements.txt; } | cmp -s - "$stamp"; then
-    echo "installing what is missing of Atlas and what it needs into $environment (PyTorch takes minutes)" >&2
+    echo "installing Atlas and the missing packages into $environment (PyTorch takes minutes)" >&2
     rm -f "$stamp"
-    # First the pin: it decides which PyTorch everything else is resolved against.
+    # Install the pinned PyTorch first: pip resolves all other packages against it.
     "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
     "$venv_python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$extras]"
     { pwd; cat pyproject.toml requirements.txt; } >"$stamp"
