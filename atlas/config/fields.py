@@ -67,6 +67,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Frozen, no unknown keys, no unread ones."""
+    """A part of the config: frozen, unknown keys are refused, and a field's docstring is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )

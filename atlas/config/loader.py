@@ -206,7 +206,7 @@ _KNOWN_PARTS = {part for key in _FIELDS for part in key.split(".")}
 
 def describe(dotted: str) -> str:
     """The description of one setting, for `--help`."""
-    return str(_FIELDS[dotted].description)
+    return " ".join(str(_FIELDS[dotted].description).split())
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:

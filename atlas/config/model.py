@@ -38,55 +38,45 @@ stands neither here nor above makes the model train-only, at any value."""
 class ModelConfig(Section):
     """The shape of the network: enough, with the weights, to rebuild it."""
 
-    hidden_size: Int = Field(
-        768, ge=1, le=2**24, description="Width of the residual stream; divisible by num_heads."
-    )
-    num_layers: Int = Field(12, ge=1, le=10_000, description="Number of transformer blocks.")
-    num_heads: Int = Field(12, ge=1, le=2**24, description="Attention heads per block.")
-    num_kv_heads: Int | None = Field(
-        None,
-        ge=1,
-        le=2**24,
-        description="Heads of keys and values, each shared by num_heads / num_kv_heads queries; left out, num_heads.",
-    )
-    head_dim: Int | None = Field(
-        None, ge=1, le=2**24, description="Width of a head; left out, hidden_size / num_heads."
-    )
-    mlp_size: Int | None = Field(
-        None,
-        ge=1,
-        le=2**26,
-        description="Width inside the MLP; left out, 4 × hidden_size for gelu, and for swiglu, which has a third "
-        "matrix, 8/3 of it, rounded up to a multiple of 64.",
-    )
-    vocab_size: Int | None = Field(
-        None, ge=1, le=2**24, description="Tokens in the vocabulary; left out, the dataset's is taken."
-    )
-    max_seq_len: Int = Field(1024, ge=1, le=2**32, description="Context length in tokens.")
-    position: Literal["learned", "rope"] = Field(
-        "learned", description="Position encoding: learned vectors, or rope, which rotates queries and keys."
-    )
-    rope_theta: Float = Field(
-        _ROPE_THETA, gt=1, description="The longest wave of rope is about 2π times so many tokens."
-    )
-    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Norm before attention and MLP.")
-    norm_eps: Float = Field(1e-5, gt=0, lt=1, description="Added to what a norm divides by.")
-    mlp: Literal["gelu", "gelu_exact", "swiglu"] = Field(
-        "gelu",
-        description="The activation of the MLP. gelu: GELU's tanh form, as in GPT-2. gelu_exact: GELU itself, as in "
-        "Atlas 1.x; llama.cpp computes the tanh form of it. swiglu: a gate beside the values, as in Llama.",
-    )
-    qk_norm: bool = Field(False, description="RMS norms of queries and keys, per head.")
-    dropout: Float = Field(
-        0.0, ge=0, lt=1, description="Dropout after embeddings, attention and MLP while training."
-    )
-    bias: bool = Field(True, description="Biases in linear layers and layer norms, as in GPT-2.")
-    tie_embeddings: bool = Field(True, description="The output head shares the token embedding's weights.")
-    init: Literal["gpt2", "scaled"] = Field(
-        "gpt2",
-        description="Weights at the start. gpt2: one deviation for all. scaled: in the blocks one that falls with "
-        "width, and zero for those that write to the residual stream.",
-    )
+    hidden_size: Int = Field(768, ge=1, le=2**24)
+    """Width of the residual stream; divisible by num_heads."""
+    num_layers: Int = Field(12, ge=1, le=10_000)
+    """Number of transformer blocks."""
+    num_heads: Int = Field(12, ge=1, le=2**24)
+    """Attention heads per block."""
+    num_kv_heads: Int | None = Field(None, ge=1, le=2**24)
+    """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries. Default: num_heads."""
+    head_dim: Int | None = Field(None, ge=1, le=2**24)
+    """Width of a head. Default: hidden_size / num_heads."""
+    mlp_size: Int | None = Field(None, ge=1, le=2**26)
+    """Width inside the MLP. Default: 4 × hidden_size for gelu; for swiglu, which has a third matrix, 8/3 of it, rounded
+    up to a multiple of 64."""
+    vocab_size: Int | None = Field(None, ge=1, le=2**24)
+    """Tokens in the vocabulary. Default: the dataset's."""
+    max_seq_len: Int = Field(1024, ge=1, le=2**32)
+    """Context length in tokens."""
+    position: Literal["learned", "rope"] = "learned"
+    """Position encoding. learned: learned vectors. rope: rotated queries and keys."""
+    rope_theta: Float = Field(_ROPE_THETA, gt=1)
+    """Base of rope's wavelengths: the longest is about 2π times as many tokens."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Norm before attention and MLP."""
+    norm_eps: Float = Field(1e-5, gt=0, lt=1)
+    """ε, added to the variance or the mean square in a norm."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
+    """Activation of the MLP. gelu: GELU's tanh form, as in GPT-2. gelu_exact: exact GELU, as in Atlas 1.x; llama.cpp
+    computes its tanh form. swiglu: values multiplied by a gate, as in Llama."""
+    qk_norm: bool = False
+    """RMS norms of queries and keys, per head."""
+    dropout: Float = Field(0.0, ge=0, lt=1)
+    """Dropout after embeddings, attention and MLP during training."""
+    bias: bool = True
+    """Biases in linear layers and layer norms, as in GPT-2."""
+    tie_embeddings: bool = True
+    """The output head shares the token embedding's weights."""
+    init: Literal["gpt2", "scaled"] = "gpt2"
+    """Initial weights. gpt2: one standard deviation for all. scaled: in the blocks one that falls with the width, and
+    zero for the projections that write to the residual stream."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelConfig:

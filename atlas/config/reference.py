@@ -96,6 +96,8 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     """Without references and titles, and with the limits that pydantic leaves in its own words in a union."""
     if isinstance(node, list):
         return [_inlined(entry, definitions) for entry in node]
+    if isinstance(node, str):
+        return " ".join(node.split())  # a docstring of several lines
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
