@@ -323,7 +323,7 @@ def test_a_file_cut_off_anywhere_is_refused(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "m.gguf"
     path.write_bytes(whole_file[: data.draw(st.integers(0, len(whole_file) - 64))])
-    with pytest.raises(AtlasError, match="is not a whole GGUF file"):
+    with pytest.raises(AtlasError, match="is not a complete GGUF file"):
         read_gguf(path)
 
 

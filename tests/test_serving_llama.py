@@ -115,7 +115,7 @@ def test_whoever_goes_away_frees_llama_cpp(file: Path) -> None:
 def test_broken_file_is_a_users_mistake(file: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(AtlasError, match="is not a whole GGUF file"):
+    with pytest.raises(AtlasError, match="is not a complete GGUF file"):
         Llama(str(cut), parallel=1, queue=1, threads=1)
     with pytest.raises(AtlasError, match="no such file"):
         Llama(str(tmp_path / "none.gguf"), parallel=1, queue=1, threads=1)

@@ -1,4 +1,4 @@
-"""`atlas export`: a checkpoint as a GGUF file, with its proof in llama.cpp, or in Hugging Face's format."""
+"""`atlas export`: write a checkpoint as a GGUF file, proved in llama.cpp, or in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,14 +15,13 @@ from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from atlas.export.gguf import ExportedFile
-    from atlas.export.huggingface import HFType
     from atlas.export.judge import Sample
     from atlas.export.quantize import Quantization
     from atlas.inference.load import LoadedModel
 
 
 class Type(str, Enum):
-    """The types `--quantize` takes, the largest file first."""
+    """The types that `--quantize` takes, the largest file first."""
 
     f32 = "f32"
     f16 = "f16"
@@ -38,7 +37,7 @@ class Type(str, Enum):
 
 
 class Format(str, Enum):
-    """The forms `--format` takes."""
+    """The formats that `--format` takes."""
 
     gguf = "gguf"
     hf = "hf"
@@ -58,13 +57,13 @@ def export(
         Format,
         typer.Option(
             help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers. "
-            "peft: the updates of lora alone."
+            "peft: only the updates of lora."
         ),
     ] = Format.gguf,
     quantize: Annotated[
         Type | None,
         typer.Option(
-            help="Type of the matrices: f32 is exact, f16 or bf16 half the size, q8_0 a quarter, q4_k_m a fifth.",
+            help="Type of the matrices: f32 is exact, f16 and bf16 are half the size, q8_0 a quarter, q4_k_m a fifth.",
             show_default="gguf f16, hf f32",
         ),
     ] = None,
@@ -81,7 +80,7 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="gguf: judge the file by this text, plain or prepared: bits per byte in llama.cpp and in PyTorch."
+            help="gguf: evaluate the file on this text, plain or prepared: bits per byte in llama.cpp and in PyTorch."
         ),
     ] = None,
 ) -> None:
@@ -90,12 +89,7 @@ def export(
     from atlas.training.checkpoint.load import load_checkpoint
     from atlas.training.checkpoint.locate import find_checkpoint
 
-    if data is not None and format is not Format.gguf:
-        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")
-    if data is not None and not verify:
-        raise AtlasError(
-            "--data: judges the file in llama.cpp, and --no-verify leaves that out; drop one of them"
-        )
+    _check_options(format, quantize, modelfile, verify, data)
     path = find_checkpoint(checkpoint)
     contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
@@ -104,40 +98,70 @@ def export(
             "file can hold; train with gpt2 or a tokenizer.json to export"
         )
     if format is Format.peft:
-        if quantize or modelfile:
-            raise AtlasError("--format peft: takes no --quantize and no --modelfile")
-        _export_adapter(contents, path, Path(output or "atlas_model"))
+        from atlas.config.loader import resolve
+        from atlas.export.peft import export_adapter
+
+        config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
+        weights, folder = contents["model_state_dict"], Path(output or "atlas_model")
+        _list_files(export_adapter(weights, config.model, config.lora, folder, base=base))
         return
     loaded = model_of(contents, path)
     if format is Format.hf:
-        kind = quantize or Type.f32
-        if kind not in (Type.f32, Type.f16, Type.bf16):
-            raise AtlasError(f"--quantize {kind.value}: is for GGUF; --format hf takes f32, f16 or bf16")
-        if modelfile:
-            raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
-        _export_hf(loaded, Path(output or "atlas_model"), kind.value, license)
+        from atlas.export.huggingface import export_hf
+
+        folder = export_hf(
+            loaded.model,
+            loaded.tokenizer,
+            output or "atlas_model",
+            dtype="f32" if quantize is None else quantize.value,  # type: ignore[arg-type]
+            name=Path(output or "atlas_model").name,
+            facts=loaded.facts,
+            license=license,
+            chat_template=loaded.chat_template,
+        )
+        _list_files(folder)
         return
     if modelfile and loaded.chat_template and not loaded.learnt_to_answer:
         raise AtlasError(
-            "--modelfile: the model was imported with a chat template of its own, which Ollama wants in another "
+            "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
         )
     kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
-    sample = _sample(loaded, data) if data is not None else None
+    sample = None
+    if data is not None:
+        from atlas.export.judge import sample_of
+
+        sample = sample_of(data, loaded.tokenizer, loaded.config.model.max_seq_len)
     export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license, sample=sample)
     if modelfile:
         _write_modelfile(target, loaded)
+
+
+def _check_options(
+    format: Format, quantize: Type | None, modelfile: bool, verify: bool, data: str | None
+) -> None:
+    """Raise `AtlasError` for options that exclude each other."""
+    if data is not None and format is not Format.gguf:
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")
+    if data is not None and not verify:
+        raise AtlasError("--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of them")
+    if format is Format.peft and (quantize or modelfile):
+        raise AtlasError("--format peft: takes no --quantize and no --modelfile")
+    if format is Format.hf and quantize not in (None, Type.f32, Type.f16, Type.bf16):
+        raise AtlasError(f"--quantize {quantize.value}: is for GGUF; --format hf takes f32, f16 or bf16")
+    if format is Format.hf and modelfile:
+        raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
 
 
 _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|endoftext|>
 {{ end }}<|assistant|>
 \"\"\""""
-"""`CHAT_TEMPLATE` as Ollama writes it, but that it keeps blanks around what is said."""
+"""`CHAT_TEMPLATE` in Ollama's template language, except that it keeps white space around a message."""
 
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
-    """For Ollama, which is told the form of a conversation, or to pass the prompt on as it is."""
+    """Write a Modelfile for Ollama: with the chat template, or one that passes the prompt on unchanged."""
     context = loaded.config.model.max_seq_len
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
@@ -152,35 +176,10 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     typer.echo(target)
 
 
-def _export_adapter(contents: dict[str, Any], path: Path, folder: Path) -> None:
-    from atlas.config.loader import resolve
-    from atlas.export.peft import export_adapter
-
-    config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
-    export_adapter(contents["model_state_dict"], config.model, config.lora, folder, base=base)
-    _list_files(folder)
-
-
 def _list_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         _say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
     typer.echo(folder)
-
-
-def _export_hf(loaded: LoadedModel, folder: Path, dtype: HFType, license: str | None) -> None:
-    from atlas.export.huggingface import export_hf
-
-    export_hf(
-        loaded.model,
-        loaded.tokenizer,
-        folder,
-        dtype=dtype,
-        name=folder.name,
-        facts=loaded.facts,
-        license=license,
-        chat_template=loaded.chat_template,
-    )
-    _list_files(folder)
 
 
 def export_and_prove(
@@ -193,10 +192,10 @@ def export_and_prove(
     license: str | None = None,
     sample: Sample | None = None,
 ) -> None:
-    """Write `output`, and unless `verify` is off, compare it in llama.cpp, and tell how well it predicts `sample`; its
-    path goes to standard output.
+    """Write `output` and print its path. Unless `verify` is off, compare the file in llama.cpp with the model, and
+    report how well it predicts `sample`.
 
-    Raises `AtlasError` for a file that fails the proof; it is left for a look.
+    Raises `AtlasError` for a file that fails the proof; the file stays for inspection.
     """
     from atlas.export.gguf import export_gguf
 
@@ -234,35 +233,23 @@ def _prove(
     from atlas.export.verify import verify_gguf
 
     if not is_available():
-        _say(
-            'NOT VERIFIED: llama.cpp is not here to run it; pip install "atlas-llm[llama]", then export again'
-        )
+        _say('NOT VERIFIED: llama.cpp is not installed; pip install "atlas-llm[llama]", then export again')
         return
     proof = verify_gguf(output, loaded.model, loaded.tokenizer, quantize=quantize, texts=texts)
     _say(str(proof))
     if not proof.holds:
         failed = ", ".join(name for name, agrees, _ in proof.checks if not agrees)
         remedy = "do not use this file" if quantize == "f32" else "try --quantize f32"
-        raise AtlasError(f"{output}: llama.cpp does not say what the model says ({failed}); {remedy}")
-    _say("proved: llama.cpp says what the model says")
+        raise AtlasError(f"{output}: llama.cpp's results differ from the model's ({failed}); {remedy}")
+    _say("proved: llama.cpp's results equal the model's")
     if sample:
-        _judge(loaded, output, sample)
+        from atlas.export.judge import llama_cpp_logprobs, pytorch_logprobs
 
-
-def _sample(loaded: LoadedModel, data: str) -> Sample:
-    from atlas.export.judge import sample_of
-
-    return sample_of(data, loaded.tokenizer, loaded.config.model.max_seq_len)
-
-
-def _judge(loaded: LoadedModel, output: Path, sample: Sample) -> None:
-    from atlas.export.judge import llama_cpp_logprobs, pytorch_logprobs
-
-    theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
-    _say(
-        f"bits per byte  {sample.bits_per_byte(theirs):.4f} in llama.cpp, {sample.bits_per_byte(ours):.4f} in PyTorch "
-        f"with the checkpoint's own weights, on {sample.num_tokens:,} tokens of {sample.name}"
-    )
+        theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
+        _say(
+            f"bits per byte  {sample.bits_per_byte(theirs):.4f} in llama.cpp, {sample.bits_per_byte(ours):.4f} in "
+            f"PyTorch with the checkpoint's own weights, on {sample.num_tokens:,} tokens of {sample.name}"
+        )
 
 
 def _table(written: ExportedFile) -> str:
@@ -280,7 +267,7 @@ def _table(written: ExportedFile) -> str:
 
 
 def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
-    """The type of each matrix; where blocks differ, which of them have which."""
+    """The type of each matrix; where blocks differ, the blocks of each type."""
     blocks: dict[str, dict[str, list[str]]] = {}
     for name, kind in types.items():
         block = re.match(r"blk\.(\d+)\.", name)

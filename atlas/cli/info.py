@@ -263,21 +263,13 @@ def _gguf(path: Path) -> Facts:
     """Any GGUF file, also one that Atlas did not write."""
     from collections import Counter
 
-    import gguf
+    from atlas.export.gguf import open_gguf
 
-    from atlas.export.gguf_header import check_header
-
-    try:
-        check_header(path)
-        reader = gguf.GGUFReader(path)
+    with open_gguf(path) as reader:
         small = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
         fields = {name: field.contents() for name, field in small.items()}
         vocabulary = reader.fields.get("tokenizer.ggml.tokens")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise AtlasError(
-            f"{path}: is not a whole GGUF file: {reason:.200}; download or export it again"
-        ) from None
+        types = Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors)
     yield "GGUF file", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"
     architecture = fields.get("general.architecture")
     for label, key in (
@@ -292,7 +284,6 @@ def _gguf(path: Path) -> Facts:
     ):
         yield label, fields.get(key)
     yield "vocabulary", f"{len(vocabulary.data):,} tokens" if vocabulary else None
-    types = Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors)
     yield "tensors", ", ".join(f"{count} {name}" for name, count in types.items())
 
 

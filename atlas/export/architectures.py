@@ -1,6 +1,6 @@
-"""What can leave Atlas, what llama.cpp calls each tensor, and in which parts and order of rows it wants them.
+"""Which models can be exported, the names of their tensors in other programs, and the split and order of their rows.
 
-Names and orders are those of llama.cpp's own converter, `convert_hf_to_gguf.py`.
+Names and orders for llama.cpp are those of its own converter, `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -15,47 +15,57 @@ from atlas.errors import ExportError
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 
-_LLAMA = {
-    "token_embedding.weight": "token_embd.weight",
-    "blocks.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-    "blocks.{}.attention.q.weight": "blk.{}.attn_q.weight",
-    "blocks.{}.attention.k.weight": "blk.{}.attn_k.weight",
-    "blocks.{}.attention.v.weight": "blk.{}.attn_v.weight",
-    "blocks.{}.attention.output.weight": "blk.{}.attn_output.weight",
-    "blocks.{}.mlp_norm.weight": "blk.{}.ffn_norm.weight",
-    "blocks.{}.mlp.gate.weight": "blk.{}.ffn_gate.weight",
-    "blocks.{}.mlp.value.weight": "blk.{}.ffn_up.weight",
-    "blocks.{}.mlp.down.weight": "blk.{}.ffn_down.weight",
-    "final_norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+_LAYER = "model.layers.{}."
+MODULES = {
+    # Atlas: llama.cpp, GPT-2 at Hugging Face, Llama and Qwen3 there
+    "token_embedding": ("token_embd", "transformer.wte", "model.embed_tokens"),
+    "position_embedding": ("position_embd", "transformer.wpe", ""),
+    "blocks.{}.attention_norm": ("blk.{}.attn_norm", "transformer.h.{}.ln_1", _LAYER + "input_layernorm"),
+    "blocks.{}.attention.qkv": ("blk.{}.attn_qkv", "transformer.h.{}.attn.c_attn", ""),
+    "blocks.{}.attention.q": ("blk.{}.attn_q", "", _LAYER + "self_attn.q_proj"),
+    "blocks.{}.attention.k": ("blk.{}.attn_k", "", _LAYER + "self_attn.k_proj"),
+    "blocks.{}.attention.v": ("blk.{}.attn_v", "", _LAYER + "self_attn.v_proj"),
+    "blocks.{}.attention.output": (
+        "blk.{}.attn_output",
+        "transformer.h.{}.attn.c_proj",
+        _LAYER + "self_attn.o_proj",
+    ),
+    "blocks.{}.mlp_norm": ("blk.{}.ffn_norm", "transformer.h.{}.ln_2", _LAYER + "post_attention_layernorm"),
+    "blocks.{}.mlp.up": ("blk.{}.ffn_up", "transformer.h.{}.mlp.c_fc", ""),
+    "blocks.{}.mlp.gate": ("blk.{}.ffn_gate", "", _LAYER + "mlp.gate_proj"),
+    "blocks.{}.mlp.value": ("blk.{}.ffn_up", "", _LAYER + "mlp.up_proj"),
+    "blocks.{}.mlp.down": ("blk.{}.ffn_down", "transformer.h.{}.mlp.c_proj", _LAYER + "mlp.down_proj"),
+    "final_norm": ("output_norm", "transformer.ln_f", "model.norm"),
+    "lm_head": ("output", "lm_head", "lm_head"),
+    "blocks.{}.attention.q_norm": ("blk.{}.attn_q_norm", "", _LAYER + "self_attn.q_norm"),
+    "blocks.{}.attention.k_norm": ("blk.{}.attn_k_norm", "", _LAYER + "self_attn.k_norm"),
 }
-TENSOR_NAMES = {
-    "gpt2": {
-        "token_embedding.weight": "token_embd.weight",
-        "position_embedding.weight": "position_embd.weight",
-        "blocks.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-        "blocks.{}.attention_norm.bias": "blk.{}.attn_norm.bias",
-        "blocks.{}.attention.qkv.weight": "blk.{}.attn_qkv.weight",
-        "blocks.{}.attention.qkv.bias": "blk.{}.attn_qkv.bias",
-        "blocks.{}.attention.output.weight": "blk.{}.attn_output.weight",
-        "blocks.{}.attention.output.bias": "blk.{}.attn_output.bias",
-        "blocks.{}.mlp_norm.weight": "blk.{}.ffn_norm.weight",
-        "blocks.{}.mlp_norm.bias": "blk.{}.ffn_norm.bias",
-        "blocks.{}.mlp.up.weight": "blk.{}.ffn_up.weight",
-        "blocks.{}.mlp.up.bias": "blk.{}.ffn_up.bias",
-        "blocks.{}.mlp.down.weight": "blk.{}.ffn_down.weight",
-        "blocks.{}.mlp.down.bias": "blk.{}.ffn_down.bias",
-        "final_norm.weight": "output_norm.weight",
-        "final_norm.bias": "output_norm.bias",
-        "lm_head.weight": "output.weight",
-    },
-    "llama": _LLAMA,
-    "qwen3": {
-        **_LLAMA,
-        "blocks.{}.attention.q_norm.weight": "blk.{}.attn_q_norm.weight",
-        "blocks.{}.attention.k_norm.weight": "blk.{}.attn_k_norm.weight",
-    },
-}
+"""Atlas's name of a module → that of other programs, `{}` being the block, and nothing where they have none."""
+
+
+def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
+    """The names of the tensors of `modules`, Atlas's → other ones: embeddings and head have no bias, all others do."""
+    return {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+        if kind == "weight" or not ours.endswith(("embedding", "lm_head"))
+    }
+
+
+def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
+    """Per architecture: Atlas's name of a tensor → that of another program, by its columns in `MODULES`."""
+    of_qwen3 = {f"{ours}.weight": f"{theirs[llama]}.weight" for ours, theirs in MODULES.items() if theirs[2]}
+    return {
+        "gpt2": with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]}),
+        "llama": {
+            ours: theirs for ours, theirs in of_qwen3.items() if "q_norm" not in ours and "k_norm" not in ours
+        },
+        "qwen3": of_qwen3,
+    }
+
+
+TENSOR_NAMES = tables(gpt2=0, llama=0)
 """Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's, `{}` being the block."""
 
 
@@ -91,9 +101,9 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
     return names_in(TENSOR_NAMES, config)
 
 
-def names_in(tables: Mapping[str, Mapping[str, str]], config: ModelConfig) -> dict[str, str]:
-    """The names that a table of these, by architecture, gives to the tensors of a model of this shape."""
-    table = tables[architecture_of(config)]
+def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConfig) -> dict[str, str]:
+    """The names that the table of the model's architecture gives to the tensors of a model of this shape."""
+    table = by_architecture[architecture_of(config)]
     names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
     if config.tie_embeddings:
         del names["lm_head.weight"]
@@ -101,8 +111,8 @@ def names_in(tables: Mapping[str, Mapping[str, str]], config: ModelConfig) -> di
 
 
 def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict in the parts that other programs want, still by Atlas's names. GPT-2 adds every bias there, so those
-    that the model goes without are zeros."""
+    """A state dict split as other programs need it, still by Atlas's names. GPT-2 has all biases there, so those that
+    the model lacks are zeros."""
     if architecture_of(config) != "gpt2":
         return separated(state, config)
     state = dict(state)
@@ -113,68 +123,58 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same, with the rows in llama.cpp's order."""
-    parts = exportable_state(state, config)
-    if config.gguf_architecture == "llama":
-        parts = {name: _pairs_as_neighbours(name, tensor, config) for name, tensor in parts.items()}
-    return parts
+    """The same, with the rows in llama.cpp's order: its `llama` rotates neighbouring rows of q and k, Atlas the rows i
+    and i + D/2 of a head. Their products stay the same."""
+    splits = exportable_state(state, config)
+    return _with_rows(splits, config, from_shape=(2, config.head_size // 2))
 
 
 def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way round: the state dict that a model of ours loads."""
-    if config.gguf_architecture == "llama":
-        state = {name: _pairs_as_halves(name, tensor, config) for name, tensor in state.items()}
-    return joined(state, config)
+    """The inverse: the state dict that an `AtlasLM` loads."""
+    return joined(_with_rows(state, config, from_shape=(config.head_size // 2, 2)), config)
+
+
+def _with_rows(
+    state: Mapping[str, Tensor], config: ModelConfig, *, from_shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """For `llama`: the rows of each head of q and k, seen as a matrix of `from_shape`, transposed."""
+    result = dict(state)
+    for name, tensor in state.items() if config.gguf_architecture == "llama" else ():
+        if name.endswith(("attention.q.weight", "attention.k.weight")):
+            heads = tensor.view(-1, *from_shape, tensor.shape[1])
+            result[name] = heads.transpose(1, 2).reshape(tensor.shape)
+    return result
 
 
 def separated(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """`qkv` as `q`, `k` and `v`, and SwiGLU's `up` as `gate` and `value`: of weights, and of biases where there are."""
-    parts = {}
+    """`qkv` as `q`, `k` and `v`, and SwiGLU's `up` as `gate` and `value`: weights, and biases where there are any."""
+    separate = {}
     for name, tensor in state.items():
-        room, _, kind = name.rpartition(".")
-        if names := _parts_of(room, config):
-            for part, rows in zip(names, torch.split(tensor, list(names.values())), strict=True):
-                parts[f"{part}.{kind}"] = rows
-        else:
-            parts[name] = tensor
-    return parts
+        module, _, kind = name.rpartition(".")
+        splits = _splits(module, config) or {module: len(tensor)}
+        for split, rows in zip(splits, torch.split(tensor, list(splits.values())), strict=True):
+            separate[f"{split}.{kind}"] = rows
+    return separate
 
 
 def joined(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way round."""
+    """The inverse of `separated`."""
     state = dict(state)
     for block in range(config.num_layers):
-        for room in (f"blocks.{block}.attention.qkv", f"blocks.{block}.mlp.up"):
-            names = _parts_of(room, config)
+        for module in (f"blocks.{block}.attention.qkv", f"blocks.{block}.mlp.up"):
+            splits = _splits(module, config)
             for kind in ("weight", "bias"):
-                if names and f"{next(iter(names))}.{kind}" in state:
-                    state[f"{room}.{kind}"] = torch.cat([state.pop(f"{part}.{kind}") for part in names])
+                if splits and f"{next(iter(splits))}.{kind}" in state:
+                    state[f"{module}.{kind}"] = torch.cat([state.pop(f"{split}.{kind}") for split in splits])
     return state
 
 
-def _parts_of(room: str, config: ModelConfig) -> dict[str, int]:
-    """What a linear layer is made of, with the rows of each part; nothing where it is of one piece."""
-    if room.endswith("attention.qkv"):
-        place = room.removesuffix("qkv")
+def _splits(module: str, config: ModelConfig) -> dict[str, int]:
+    """The matrices that a linear layer joins, with the rows of each; empty for a layer of one matrix."""
+    parent = module.rpartition(".")[0]
+    if module.endswith("attention.qkv"):
         queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
-        return {f"{place}q": queries, f"{place}k": keys, f"{place}v": keys}
-    if room.endswith("mlp.up") and config.mlp == "swiglu":
-        place = room.removesuffix("up")
-        return {f"{place}gate": config.mlp_width, f"{place}value": config.mlp_width}
+        return {f"{parent}.q": queries, f"{parent}.k": keys, f"{parent}.v": keys}
+    if module.endswith("mlp.up") and config.mlp == "swiglu":
+        return {f"{parent}.gate": config.mlp_width, f"{parent}.value": config.mlp_width}
     return {}
-
-
-def _pairs_as_neighbours(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Rows of q and k so that rope's pairs (i, i + D/2) of a head come to lie side by side, as llama.cpp's `llama`
-    wants them. Their products stay the same."""
-    if not name.endswith(("attention.q.weight", "attention.k.weight")):
-        return tensor
-    heads = tensor.view(-1, 2, config.head_size // 2, tensor.shape[1])
-    return heads.transpose(1, 2).reshape(tensor.shape)
-
-
-def _pairs_as_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    if not name.endswith(("attention.q.weight", "attention.k.weight")):
-        return tensor
-    heads = tensor.view(-1, config.head_size // 2, 2, tensor.shape[1])
-    return heads.transpose(1, 2).reshape(tensor.shape)

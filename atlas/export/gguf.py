@@ -1,7 +1,7 @@
-"""GGUF out and in: an `AtlasLM` and its tokenizer as one file that llama.cpp runs, and back.
+"""Write an `AtlasLM` and its tokenizer as one GGUF file, which llama.cpp runs, and read it back.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What the file says of the model and which tensors
-stay in 32 bits is as in llama.cpp's own converter, `convert_hf_to_gguf.py`.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The metadata of the model and
+the choice of tensors that stay in 32 bits follow llama.cpp's own converter, `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
+from gguf import GGUFValueType as Kind
 from torch import Tensor, nn
 
 from atlas.config import ModelConfig
@@ -40,11 +41,12 @@ VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
 """Tensors with one row a token; the rows that only pad the vocabulary are not exported."""
 
 LARGEST_F16 = 65504.0
+_KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """What was written: the type of each tensor by its name in the file, and the file's size."""
+    """A file that was written. `tensor_types` are by the tensor's name in the file."""
 
     path: Path
     architecture: str
@@ -62,11 +64,11 @@ def export_gguf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> ExportedFile:
-    """Write `model` with `tokenizer` inside to `output`, which appears whole or not at all.
+    """Write `model` with `tokenizer` inside to `output`, which appears complete or not at all.
 
-    `name` is what programs that list models will call it, `license` an SPDX identifier such as `mit`, `chat_template`
-    the form of a conversation in Jinja. Raises `ExportError` for a tokenizer or weights that the file cannot hold and
-    where it cannot be written, `ValueError` if the name table and the model's state dict differ.
+    `name` is the model's name in lists of models, `license` an SPDX identifier such as `mit`, `chat_template` a Jinja
+    template. Raises `ExportError` for a tokenizer or weights that the file cannot hold and where it cannot be written,
+    `ValueError` if the name table and the model's state dict differ.
     """
     output = Path(output)
     vocabulary = exportable_tokenizer(tokenizer, model.config)
@@ -86,7 +88,8 @@ def export_gguf(
     if chat_template:
         writer.add_chat_template(chat_template)
     for key, value in metadata_of(model, vocabulary, quantize).items():
-        _add(writer, key, value)
+        if value != []:
+            writer.add_key_value(key, value, _KINDS[type(value)])
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
@@ -116,7 +119,7 @@ def export_gguf(
 
 
 def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
-    """llama.cpp's name → fp32 tensor on the CPU, for all that its graph reads.
+    """llama.cpp's name → fp32 tensor on the CPU, of every tensor that its graph reads.
 
     Covers the state dict exactly, or raises `ValueError`.
     """
@@ -130,7 +133,7 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
 
 
 def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantization) -> dict[str, Any]:
-    """Everything the file says besides its tensors and the model's name."""
+    """All metadata but the model's name, licence and chat template."""
     config, eos_id = model.config, tokenizer.eos_id
     tokens = tokenizer.token_strings()
     token_types = [int(gguf.TokenType.NORMAL)] * len(tokens)
@@ -152,7 +155,7 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
 
 
 def _size_label(parameters: int) -> str:
-    """`124M`, as models are called."""
+    """The number of parameters as in names of models: `124M`."""
     for unit, suffix in ((1e9, "B"), (1e6, "M")):
         if parameters >= unit:
             return f"{parameters / unit:.3g}{suffix}"
@@ -160,7 +163,7 @@ def _size_label(parameters: int) -> str:
 
 
 def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
-    """What the file says of the architecture, each key behind its name."""
+    """The metadata of the model's shape, without the architecture's name that precedes each key."""
     shape: dict[str, Any] = {
         "context_length": config.max_seq_len,
         "embedding_length": config.hidden_size,
@@ -195,12 +198,12 @@ def tensor_types(
 
 
 def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
-    """The model that a GGUF file of ours holds, in fp32 and evaluation mode, and the file's metadata.
+    """The model in a GGUF file of Atlas, in fp32 and evaluation mode, and the file's metadata.
 
     Everything comes from the file: shape, norm epsilon, and the weights as their type has rounded them.
-    Raises `ExportError` for a file that is not whole or of another architecture.
+    Raises `ExportError` for a file that is not complete or of another architecture.
     """
-    with _whole_file(path) as reader:
+    with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if metadata["general.architecture"] not in TENSOR_NAMES:
             known, found = ", ".join(TENSOR_NAMES), metadata["general.architecture"]
@@ -213,13 +216,14 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What any GGUF file says of itself, its tensors left alone. Raises `ExportError`."""
-    with _whole_file(path) as reader:
+    """The metadata of any GGUF file; its tensors are not read. Raises `ExportError`."""
+    with open_gguf(path) as reader:
         return {name: field.contents() for name, field in reader.fields.items()}
 
 
 @contextmanager
-def _whole_file(path: str | Path) -> Iterator[gguf.GGUFReader]:
+def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
+    """A reader of any GGUF file. Raises `ExportError` if the file is missing, cut off or damaged."""
     try:
         check_header(Path(path))
         yield gguf.GGUFReader(path)
@@ -231,7 +235,9 @@ def _whole_file(path: str | Path) -> Iterator[gguf.GGUFReader]:
                 f"{path}: is a checkpoint and no GGUF file: atlas export makes one of it"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise ExportError(f"{path}: is not a whole GGUF file: {reason:.200}; export it again") from None
+        raise ExportError(
+            f"{path}: is not a complete GGUF file: {reason:.200}; download or export it again"
+        ) from None
 
 
 def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
@@ -239,7 +245,7 @@ def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM
     padding = config.padded_vocab_size - config.vocabulary
     state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
     if tensors:
-        raise ValueError(f"holds tensors that {config.gguf_architecture} has not: {', '.join(tensors)}")
+        raise ValueError(f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}")
     for name in VOCABULARY_ROWS & state.keys():
         state[name] = nn.functional.pad(state[name], (0, 0, 0, padding))
     with torch.device("meta"):
@@ -250,26 +256,26 @@ def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM
 
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
-    said = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    shape_in_file = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
     shape = {
-        "hidden_size": said["embedding_length"],
-        "num_layers": said["block_count"],
-        "num_heads": said["attention.head_count"],
-        "mlp_size": said["feed_forward_length"],
+        "hidden_size": shape_in_file["embedding_length"],
+        "num_layers": shape_in_file["block_count"],
+        "num_heads": shape_in_file["attention.head_count"],
+        "mlp_size": shape_in_file["feed_forward_length"],
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "max_seq_len": said["context_length"],
+        "max_seq_len": shape_in_file["context_length"],
         "tie_embeddings": tied,
     }
     if architecture == "gpt2":
-        return ModelConfig(**shape, norm_eps=said["attention.layer_norm_epsilon"])
+        return ModelConfig(**shape, norm_eps=shape_in_file["attention.layer_norm_epsilon"])
     return ModelConfig(
         **shape,
-        num_kv_heads=said["attention.head_count_kv"],
-        head_dim=said["attention.key_length"],
+        num_kv_heads=shape_in_file["attention.head_count_kv"],
+        head_dim=shape_in_file["attention.key_length"],
         position="rope",
-        rope_theta=said["rope.freq_base"],
+        rope_theta=shape_in_file["rope.freq_base"],
         norm="rmsnorm",
-        norm_eps=said["attention.layer_norm_rms_epsilon"],
+        norm_eps=shape_in_file["attention.layer_norm_rms_epsilon"],
         mlp="swiglu",
         qk_norm=architecture == "qwen3",
         bias=False,
@@ -287,7 +293,7 @@ def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
 
 
 def _check_target(output: Path) -> None:
-    """A slip of the hand must not put the export in the place of a checkpoint."""
+    """A typing error must not replace a checkpoint by the export."""
     if output.is_file():
         with open(output, "rb") as file:
             if file.read(4) not in (b"GGUF", b""):
@@ -301,16 +307,3 @@ def _check_space(output: Path, needed: int) -> None:
             f"{output}: needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there; "
             "free some space or choose another place"
         )
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)

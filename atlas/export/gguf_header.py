@@ -1,7 +1,7 @@
-"""What the header of a GGUF file claims, compared with the file's length before the library believes it.
+"""Compare the sizes that a GGUF file's header claims with the file's length, before the library reads it.
 
-`gguf.GGUFReader` makes two arrays for every number of a list, on the word of the header: a file of 100 MB can
-so take 50 GB, and one that counts to 2^62 any time.
+`gguf.GGUFReader` trusts the header and makes two arrays for every number of a list: a file of 100 MB can need 50 GB,
+and one that claims 2^62 entries never ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gguf import GGUFValueType as Kind
 from atlas.files import check_regular
 
 MOST_VALUES = 4_000_000
-"""In the metadata; a vocabulary of 256,000 tokens with its merges has about 1.3 million."""
+"""Most values in the metadata; a vocabulary of 256,000 tokens with its merges has about 1.3 million."""
 _MOST_ENTRIES = 1 << 17
 _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
@@ -30,7 +30,7 @@ _SIZES = {
 
 
 def check_header(path: Path) -> None:
-    """Raises `ValueError` or `OSError` for a file whose header claims what the file cannot hold."""
+    """Raise `ValueError` or `OSError` for a file whose header claims more than the file can hold."""
     size = check_regular(path)
     with path.open("rb") as file:
         _Header(file, size).check()

@@ -13,51 +13,11 @@ from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.errors import ExportError
-from atlas.export.architectures import architecture_of, exportable_state, joined, names_in
+from atlas.export.architectures import architecture_of, exportable_state, joined, names_in, tables
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-_LLAMA = {
-    "token_embedding.weight": "model.embed_tokens.weight",
-    "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blocks.{}.attention.q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks.{}.attention.k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks.{}.attention.v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks.{}.attention.output.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks.{}.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "blocks.{}.mlp.value.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blocks.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_NAMES = {
-    "gpt2": {
-        "token_embedding.weight": "transformer.wte.weight",
-        "position_embedding.weight": "transformer.wpe.weight",
-        "blocks.{}.attention_norm.weight": "transformer.h.{}.ln_1.weight",
-        "blocks.{}.attention_norm.bias": "transformer.h.{}.ln_1.bias",
-        "blocks.{}.attention.qkv.weight": "transformer.h.{}.attn.c_attn.weight",
-        "blocks.{}.attention.qkv.bias": "transformer.h.{}.attn.c_attn.bias",
-        "blocks.{}.attention.output.weight": "transformer.h.{}.attn.c_proj.weight",
-        "blocks.{}.attention.output.bias": "transformer.h.{}.attn.c_proj.bias",
-        "blocks.{}.mlp_norm.weight": "transformer.h.{}.ln_2.weight",
-        "blocks.{}.mlp_norm.bias": "transformer.h.{}.ln_2.bias",
-        "blocks.{}.mlp.up.weight": "transformer.h.{}.mlp.c_fc.weight",
-        "blocks.{}.mlp.up.bias": "transformer.h.{}.mlp.c_fc.bias",
-        "blocks.{}.mlp.down.weight": "transformer.h.{}.mlp.c_proj.weight",
-        "blocks.{}.mlp.down.bias": "transformer.h.{}.mlp.c_proj.bias",
-        "final_norm.weight": "transformer.ln_f.weight",
-        "final_norm.bias": "transformer.ln_f.bias",
-        "lm_head.weight": "lm_head.weight",
-    },
-    "llama": _LLAMA,
-    "qwen3": {
-        **_LLAMA,
-        "blocks.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
-        "blocks.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
-    },
-}
+_NAMES = tables(gpt2=1, llama=2)
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What older versions saved beside the weights: masks and RoPE's speeds."""
 

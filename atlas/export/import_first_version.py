@@ -19,30 +19,26 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.config.loader import read_sections
 from atlas.errors import AtlasError, ExportError
+from atlas.export.architectures import with_biases
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
 from atlas.training.checkpoint.validate import read_values
 
-TENSOR_NAMES = {
-    "token_embedding.weight": TOKEN_EMBEDDING,
-    "position_embedding.weight": POSITION_EMBEDDING,
-    "blocks.{}.attention_norm.weight": "blocks.{}.ln1.weight",
-    "blocks.{}.attention_norm.bias": "blocks.{}.ln1.bias",
-    "blocks.{}.attention.qkv.weight": "blocks.{}.attn.qkv_proj.weight",
-    "blocks.{}.attention.qkv.bias": "blocks.{}.attn.qkv_proj.bias",
-    "blocks.{}.attention.output.weight": "blocks.{}.attn.out_proj.weight",
-    "blocks.{}.attention.output.bias": "blocks.{}.attn.out_proj.bias",
-    "blocks.{}.mlp_norm.weight": "blocks.{}.ln2.weight",
-    "blocks.{}.mlp_norm.bias": "blocks.{}.ln2.bias",
-    "blocks.{}.mlp.up.weight": "blocks.{}.mlp.fc1.weight",
-    "blocks.{}.mlp.up.bias": "blocks.{}.mlp.fc1.bias",
-    "blocks.{}.mlp.down.weight": "blocks.{}.mlp.fc2.weight",
-    "blocks.{}.mlp.down.bias": "blocks.{}.mlp.fc2.bias",
-    "final_norm.weight": "ln_f.weight",
-    "final_norm.bias": "ln_f.bias",
-    "lm_head.weight": "lm_head.weight",
-}
+TENSOR_NAMES = with_biases(
+    {
+        "token_embedding": TOKEN_EMBEDDING.removesuffix(".weight"),
+        "position_embedding": POSITION_EMBEDDING.removesuffix(".weight"),
+        "blocks.{}.attention_norm": "blocks.{}.ln1",
+        "blocks.{}.attention.qkv": "blocks.{}.attn.qkv_proj",
+        "blocks.{}.attention.output": "blocks.{}.attn.out_proj",
+        "blocks.{}.mlp_norm": "blocks.{}.ln2",
+        "blocks.{}.mlp.up": "blocks.{}.mlp.fc1",
+        "blocks.{}.mlp.down": "blocks.{}.mlp.fc2",
+        "final_norm": "ln_f",
+        "lm_head": "lm_head",
+    }
+)
 """Atlas's name of a tensor → that of Atlas 1.x, `{}` being the block."""
 
 _LINEAR_BIASES = re.compile(r"blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])\.bias")

@@ -954,7 +954,7 @@ for label, make, answer in [
         "its tensors claim",
     ),
     ("type that does not exist", gguf_of(TENSOR, u32(1), 1, u32(999), 0, entries=0, tensors=1), "999"),
-    ("no entries", gguf_of(entries=0), "is not a whole GGUF file"),
+    ("no entries", gguf_of(entries=0), "is not a complete GGUF file"),
 ]:
     attack("gguf", label, answer)(make)
 
@@ -974,9 +974,19 @@ def uint32_entry(key: str, value: int) -> bytes:
 
 
 for label, old, new, answer in [
-    ("10^9 layers", ("gpt2.block_count", 2), ("gpt2.block_count", 10**9), "is not a whole GGUF file"),
-    ("9,999 layers", ("gpt2.block_count", 2), ("gpt2.block_count", 9999), "is not a whole GGUF file"),
-    ("width of 2^24", ("gpt2.embedding_length", 16), ("gpt2.embedding_length", 2**24), "is not a whole GGUF"),
-    ("context of 2^31", ("gpt2.context_length", 32), ("gpt2.context_length", 2**31), "is not a whole GGUF"),
+    ("10^9 layers", ("gpt2.block_count", 2), ("gpt2.block_count", 10**9), "is not a complete GGUF file"),
+    ("9,999 layers", ("gpt2.block_count", 2), ("gpt2.block_count", 9999), "is not a complete GGUF file"),
+    (
+        "width of 2^24",
+        ("gpt2.embedding_length", 16),
+        ("gpt2.embedding_length", 2**24),
+        "is not a complete GGUF",
+    ),
+    (
+        "context of 2^31",
+        ("gpt2.context_length", 32),
+        ("gpt2.context_length", 2**31),
+        "is not a complete GGUF",
+    ),
 ]:
     attack("gguf", label, answer)(gguf_with(uint32_entry(*old), uint32_entry(*new)))
