@@ -282,8 +282,8 @@ def test_muon_takes_the_parts_of_a_tensor_for_matrices_of_their_own(name: str) -
     ("changes", "reason"),
     [
         ({"num_kv_heads": 3}, "num_heads 4 is not divisible by num_kv_heads 3: use one of 1, 2, 4"),
-        ({"head_dim": 15}, "head_dim 15 is odd, and position rope turns pairs: use head_dim 16"),
-        ({"position": "learned", "rope_theta": 500}, "rope_theta 500 does nothing with position learned"),
+        ({"head_dim": 15}, "head_dim 15 is odd, and position rope rotates pairs: use head_dim 16"),
+        ({"position": "learned", "rope_theta": 500}, "rope_theta 500 has no effect with position learned"),
         ({"position": "alibi"}, "Input should be 'learned' or 'rope'"),
         ({"rope_theta": 0.5}, "greater than 1"),
     ],

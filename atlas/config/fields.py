@@ -1,4 +1,4 @@
-"""Numbers, sizes and words as people write them in YAML and on the command line."""
+"""Numbers, sizes and words as users write them in YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `3e-4` as a string and `yes` as a bool: take the first, refuse the second."""
+    """A number. YAML 1.1 reads `3e-4` as a string, which is accepted, and `yes` as a bool, which is not."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true/false")
     if isinstance(value, str):
@@ -22,7 +22,7 @@ def _number(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """As `_number`, and `1e5` is the integer 100000."""
+    """An integer; `1e5` is 100000."""
     value = _number(value)
     if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
@@ -34,6 +34,7 @@ def whole_number(value: Any) -> Any:
 
 
 def count_or_auto(value: Any) -> Any:
+    """`auto`, or an integer from 1."""
     if value == "auto":
         return value
     value = whole_number(value)
@@ -43,11 +44,12 @@ def count_or_auto(value: Any) -> Any:
 
 
 def off_on(value: Any) -> Any:
-    """YAML 1.1 reads `off` and `on` as booleans."""
+    """`off` and `on`, which YAML 1.1 reads as booleans."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 def size(value: Any) -> Any:
+    """A number of bytes such as 20GB."""
     if isinstance(value, str) and not re.fullmatch(
         r"\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE
     ):
@@ -56,6 +58,7 @@ def size(value: Any) -> Any:
 
 
 def device_name(value: str) -> str:
+    """A device that `device` accepts."""
     if not re.fullmatch(DEVICE, value):
         raise ValueError("must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     return value

@@ -1,7 +1,7 @@
-"""YAML files, `--set key=value` and flags, all through one decoder.
+"""Read YAML files, `--set key=value` and flags through one decoder.
 
-A *layer* is a nested dict of the keys that somebody wrote. Layers are laid over each other, the later
-one winning: default < checkpoint < YAML < `--set` < flag. Every layer is checked alike.
+A *layer* is a nested dict of the settings from one source. Layers are merged, and the later one wins:
+default < checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atlas.files import read_limited
 
 Layer = dict[str, Any]
 
-# A file from a stranger may hold values whose full text would fill the memory (nested aliases).
+# A hostile file may hold values whose full text would fill the memory (nested aliases).
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 
@@ -32,16 +32,16 @@ _MOST_ALIASES = 64
 _DEEPEST = 20
 _MOST_SHOWN = 40
 
-# PyYAML lets these escape from impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
+# What PyYAML raises on impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Where the FAQ's authors put a key, and where it lives.
+# Where the FAQ places a key, and its section.
 ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML silently takes the last, and aliases of aliases, ten
-    lines of which can stand for more values than any memory holds (`<<` copies them)."""
+    """YAML without keys given twice, of which PyYAML silently takes the last, and without aliases of aliases: ten lines
+    of those can expand to more values than any memory holds (`<<` copies them)."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -55,7 +55,7 @@ class _StrictLoader(yaml.SafeLoader):
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
                 raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
             return super().compose_node(parent, index)
-        if self._depth == _DEEPEST:  # which PyYAML takes quadratic time for
+        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for it
             problem = f"nested deeper than {_DEEPEST} levels"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         anchored = getattr(event, "anchor", None) is not None
@@ -68,7 +68,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if abs(number) >= 2**64:  # Python itself refuses to print one of 5,000 digits
+        if abs(number) >= 2**64:  # Python refuses to print one of 5,000 digits
             problem = "a whole number beyond 2^64 is no setting"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return number
@@ -110,12 +110,12 @@ def _decode_yaml(text: str, origin: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Layer:
-    """The keys that a config file writes. Raises `ConfigError` if it is missing or malformed, or names no setting."""
+    """The settings in a config file. Raises `ConfigError` if it is missing or malformed, or has unknown settings."""
     return check_keys(read_sections(path), str(path))
 
 
 def read_sections(path: str | Path) -> dict[Any, Any]:
-    """The same of any Atlas, with the keys as they are written. Raises `ConfigError` if it is missing or malformed."""
+    """The keys of a config file of any version of Atlas. Raises `ConfigError` if it is missing or malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
@@ -140,7 +140,7 @@ def read_sections(path: str | Path) -> dict[Any, Any]:
 
 
 def parse_overrides(assignments: Iterable[str]) -> Layer:
-    """The layer written by `--set training.learning_rate=1e-4 --set …`."""
+    """The layer of `--set training.learning_rate=1e-4 --set …`."""
     layer: Layer = {}
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
@@ -158,7 +158,7 @@ def nested(dotted: str, value: Any) -> Layer:
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """A layer with the keys of both, `above` winning."""
+    """A layer with the keys of both; `above` wins."""
     result = dict(below)
     for key, value in above.items():
         mine = result.get(key)
@@ -167,7 +167,7 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
 
 
 def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
-    """The config that the layers, lowest first, make together."""
+    """Merge the layers, lowest precedence first, into a config. Raises `ConfigError` for wrong values."""
     merged: Layer = {}
     for layer in layers:
         merged = overlay(merged, layer)
@@ -178,11 +178,11 @@ def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
 
 
 def _problem(detail: Any) -> str:
-    """One pydantic finding as `training.batch_size: -5: must be greater than or equal to 1`."""
+    """One of pydantic's errors as `training.batch_size: -5: must be greater than or equal to 1`."""
     place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
-        return f"{place}: {message}"  # a rule over several fields names its own values
+        return f"{place}: {message}"  # a rule over several fields names the values itself
     message = message.replace("Input should be", "must be")
     return f"{place}: {_BRIEF.repr(detail['input'])}: {message}"
 
@@ -210,8 +210,8 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Return the layer that `values` write. Raises `ConfigError` if some keys are no settings: one message names them
-    all, with what was probably meant."""
+    """Return `values` as a layer. Raises `ConfigError` for unknown settings: one message names them all, with what was
+    probably meant."""
     layer: Layer = {}
     unknown: list[str] = []
     wrong: list[str] = []
@@ -237,7 +237,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
 
 
 def _add_entry(layer: Layer, dotted: str, entry: Any, unknown: list[str], wrong: list[str]) -> None:
-    """Add one key of a section to `layer`, or to `unknown`; a second, different value is added to `wrong` as well."""
+    """Add one key of a section to `layer`, or to `unknown`; report a second, different value in `wrong`."""
     key = ALSO_ACCEPTED.get(dotted, dotted)
     if key not in _FIELDS:
         unknown.append(dotted)

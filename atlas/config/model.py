@@ -1,4 +1,4 @@
-"""The shape of the network, and which of llama.cpp's architectures computes it."""
+"""The shape of the network, and the llama.cpp architecture that computes it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from atlas.config.fields import Float, Int, Section
 
 MAX_PARAMETERS = 10**13
-"""Their weights alone take 40 TB."""
+"""Their weights alone need 40 TB."""
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
 FLEX_HEAD_SIZE = 16
-"""The narrowest head that FlexAttention's kernel on CUDA takes."""
+"""The narrowest head that FlexAttention's CUDA kernel supports."""
 _ROPE_THETA = 10_000.0
 
 _SIZES = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "vocab_size"}
@@ -98,11 +98,11 @@ class ModelConfig(Section):
     def _rope_can_rotate(self) -> ModelConfig:
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(
-                f"head_dim {self.head_size} is odd, and position rope turns pairs: use head_dim {self.head_size + 1}"
+                f"head_dim {self.head_size} is odd, and position rope rotates pairs: use head_dim {self.head_size + 1}"
             )
         if self.position != "rope" and self.rope_theta != _ROPE_THETA:
             raise ValueError(
-                f"rope_theta {self.rope_theta:g} does nothing with position {self.position}: set position to rope"
+                f"rope_theta {self.rope_theta:g} has no effect with position {self.position}: set position to rope"
             )
         return self
 
@@ -120,39 +120,43 @@ class ModelConfig(Section):
 
     @property
     def kv_heads(self) -> int:
+        """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_size(self) -> int:
+        """Width of a head."""
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def mlp_width(self) -> int:
+        """Width inside the MLP, after the activation."""
         if self.mlp_size is not None:
             return self.mlp_size
         return -(-8 * self.hidden_size // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.hidden_size
 
     @property
     def vocabulary(self) -> int:
-        """`vocab_size`, once it is known. A model is only ever built from a config that knows it."""
+        """`vocab_size`, which must be set before a model is built. Raises `ValueError` if it is not."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         return self.vocab_size
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head."""
         return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def gguf_architecture(self) -> str | None:
-        """The llama.cpp architecture that computes what this model computes, if there is one."""
+        """The llama.cpp architecture that computes this model, if there is one."""
         if self._unknown_fields:
             return None
         return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
 
     @property
     def train_only(self) -> str | None:
-        """Why the model cannot leave Atlas, with what to change; None where it can."""
+        """Why the model cannot be exported, and what to change; None if it can."""
         if self.gguf_architecture:
             return None
         if unknown := self._unknown_fields:
@@ -177,7 +181,7 @@ class ModelConfig(Section):
         """The settings that differ from a llama.cpp architecture, with the values that it needs."""
         computed = _ARCHITECTURES[architecture]
         changes = {name: values[0] for name, values in computed.items() if getattr(self, name) not in values}
-        if architecture == "gpt2":  # its heads are as wide together as the model
+        if architecture == "gpt2":  # its heads together are as wide as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads
             if self.head_size * self.num_heads != self.hidden_size:

@@ -1,4 +1,4 @@
-"""The configs that Atlas brings, found by name in a checkout and in an installed wheel alike."""
+"""The configs that come with Atlas, found by name in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atlas.errors import ConfigError
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
-# A wheel carries the presets inside the package; a checkout has them beside it.
+# A wheel holds the presets inside the package; a checkout has them beside it.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
 
@@ -20,7 +20,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> Path:
-    """The config file of a preset, its name in any case. Raises `ConfigError` if there is none of that name."""
+    """The config file of a preset; case does not matter. Raises `ConfigError` if there is no such preset."""
     name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
         close = difflib.get_close_matches(name, _NAMES, n=1)
@@ -30,7 +30,7 @@ def preset_path(name: str) -> Path:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file that `--config` means: a path, or the name of a preset. Raises `ConfigError` if it is neither."""
+    """The file that `--config` names: a path, or a preset. Raises `ConfigError` if it is neither."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -47,8 +47,8 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:
-    """Whether nobody wrote a `training.batch_size`, neither in `written` nor in the file that `--config` means: that of
-    a preset is not the user's."""
+    """Whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names. That
+    of a preset does not count."""
     path = None if config is None else find_config(config)
     is_own = path is not None and path.resolve() not in {preset_path(name).resolve() for name in _NAMES}
     own = read_yaml(path) if path and is_own else {}

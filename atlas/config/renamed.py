@@ -1,7 +1,7 @@
-"""Names of settings in Atlas 1.x, nanoGPT and elsewhere, and the settings of Atlas that do the same.
+"""Settings of Atlas 1.x, nanoGPT and other programs, and the settings of Atlas that replace them.
 
-Names that are spelled almost alike are not listed: `loader.py` finds them by similarity. `docs/MIGRATING.md` has
-the same tables for readers.
+Names with almost the same spelling are not listed: `loader.py` finds them by similarity. `docs/MIGRATING.md` has the
+same tables.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ VALUES = {
     "eval_steps": "in sequences: eval_steps × batch_size",
     "save_optimizer_state": "slim_old: true removes it from older checkpoints",
 }
-"""Keys whose values differ as well → what to write."""
+"""Keys whose values differ too → what to write."""
 
 REMOVED = {
     "momentum": "Atlas has no SGD, and training.beta1 is AdamW's momentum",
@@ -71,14 +71,14 @@ REMOVED = {
     "logging": "its keys have places in training and checkpoint",
     "inference": "these are options of atlas generate, such as --max-tokens and --temperature",
 }
-"""The last part of a key, a section, or a full key → why it can be removed."""
+"""The last part of a key, a section, or a full key → why to remove it."""
 
 OLD_SECTIONS = {"logging"}
 """Sections of Atlas 1.x that Atlas does not have. Each of their keys gets its own hint."""
 
 
 def hint(dotted: str) -> str | None:
-    """What to do about a key or a section of another program; None if it is in no table."""
+    """What to write instead of a key or a section of another program; None if it is in no table."""
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf in RENAMED:
         values = f" ({VALUES[leaf]})" if leaf in VALUES else ""

@@ -46,7 +46,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.bias)
         self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
-        # Keep the products of queries and keys from growing (Henry et al. 2020, arXiv:2010.04245).
+        # Bound the products of queries and keys (Henry et al. 2020, arXiv:2010.04245).
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
@@ -73,8 +73,8 @@ class CausalSelfAttention(nn.Module):
             if cache is not None:
                 assert positions is not None
                 k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
-            # One query a row: those that share a head of keys become rows, since on CUDA no kernel takes a mask and
-            # shared heads together.
+            # With one query per sequence, the heads that share a head of keys become rows: on CUDA no fused kernel
+            # supports both a mask and shared heads.
             as_rows = self.shares_keys and cache is not None and T == 1
             if as_rows:
                 q_BHTD = q_BHTD.reshape(B, k_BKTD.shape[1], -1, self.head_size)
@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x)
         q_BTHD, k_BTKD, v_BTKD = (
-            part.view(B, T, -1, self.head_size) for part in qkv.split(self.widths, dim=-1)
+            split.view(B, T, -1, self.head_size) for split in qkv.split(self.widths, dim=-1)
         )
         q_BHTD = _norm_and_rope(q_BTHD, self.q_norm, rotation).transpose(1, 2)
         k_BKTD = _norm_and_rope(k_BTKD, self.k_norm, rotation).transpose(1, 2)
@@ -111,10 +111,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def _norm_and_rope(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
-    """Queries or keys (B, T, H, D), normalised and turned, of which only `x` and the result are kept."""
+    """Queries or keys (B, T, H, D), normalized and rotated. For the backward pass only `x` and the result are kept."""
 
-    def place(x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         x = x if norm is None else norm(x)
         return x if rotation is None else rotate(x, rotation)
 
-    return place(x) if norm is None else checkpointed(place, x)
+    return apply(x) if norm is None else checkpointed(apply, x)

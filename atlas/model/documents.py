@@ -1,7 +1,7 @@
-"""Attention that stays inside a document, where several lie in one sequence.
+"""Attention that stays inside a document where a sequence holds several.
 
-Shapes: B batch, T tokens. `documents` (B, T) int says which document of its row a token belongs to; it starts at 0
-and never falls.
+Shapes: B batch, T tokens. `documents` (B, T) int is the number of each token's document in its row, from 0 in
+ascending order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atlas.config.model import FLEX_HEAD_SIZE
 
 
 def document_positions(documents: Tensor) -> Tensor:
-    """(B, T): how many tokens of its own document come before each token."""
+    """(B, T): the position of each token in its document."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -27,12 +27,12 @@ def document_positions(documents: Tensor) -> Tensor:
 
 
 def dense_mask(documents: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: a query sees the tokens up to itself in its own document."""
+    """(B, 1, T, T) bool: a query attends to the tokens of its own document up to itself."""
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
 def sparse_mask(documents: Tensor) -> BlockMask:
-    """The same for FlexAttention (Dong et al. 2024, arXiv:2412.05496), which skips blocks that hold nothing to see."""
+    """The same for FlexAttention (Dong et al. 2024, arXiv:2412.05496), which skips fully masked blocks."""
     B, T = documents.shape
 
     def visible(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -42,25 +42,25 @@ def sparse_mask(documents: Tensor) -> BlockMask:
 
 
 def document_mask(documents: Tensor, *, head_size: int, dropout: float) -> Tensor | BlockMask:
-    """The mask in the form that attention computes best here: sparse for FlexAttention, else dense."""
+    """The mask that attention computes fastest on this device: sparse for FlexAttention, else dense."""
     if takes_flex_attention(documents.device, head_size=head_size, dropout=dropout):
         return sparse_mask(documents)
-    # Added to the scores, in the one form that every layer shares: of a bool mask each would keep a copy like this.
+    # A float mask, which all layers share: each layer would convert a bool mask to one and keep its copy.
     return torch.zeros((), device=documents.device).where(dense_mask(documents), -torch.inf)
 
 
 def takes_flex_attention(device: torch.device, *, head_size: int, dropout: float) -> bool:
-    """Whether a model computes attention inside documents by FlexAttention, whose kernel has no dropout."""
+    """Whether attention inside documents uses FlexAttention, whose kernel has no dropout."""
     return head_size >= FLEX_HEAD_SIZE and not dropout and has_flex_attention(device)
 
 
 def has_flex_attention(device: torch.device) -> bool:
-    """Whether FlexAttention has a fused kernel here. (Without one it would make all T × T weights.)"""
+    """Whether FlexAttention has a fused kernel on `device`. (Without one it would compute all T × T weights.)"""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def attend_sparsely(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """(B, H, T, D), and keys and values of as many heads or fewer → (B, H, T, D)."""
+    """Queries (B, H, T, D), keys and values (B, K, T, D) with K ≤ H → (B, H, T, D)."""
     attend: Any = _compiled() if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
 

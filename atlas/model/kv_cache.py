@@ -1,12 +1,12 @@
-"""Keys and values of the tokens already seen, so that each new token costs one row of work.
+"""Keys and values of earlier tokens, so that each new token costs one row of computation.
 
-The cache is a value that the caller owns and hands to `AtlasLM.forward`; the model keeps nothing. Slot
-`s` of a row holds the token at position `s`, so "a query sees the slots up to its own position" is the
-whole mask: what lies beyond a row's length is never seen and is overwritten in time. That makes
-ragged batches simple: pad on the right, run, then `truncate` to the true lengths.
+The caller owns the cache and passes it to `AtlasLM.forward`; the model keeps no state. Slot `s` of a row holds the
+token at position `s`, so the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
+length are never attended to and are overwritten later. For ragged batches: pad on the right, run, then `truncate` to
+the true lengths.
 
-Texts may join and leave while others are written: the rows in use are always the first ones, so that a pass computes
-those alone.
+Sequences may be added and removed while others are generated: the rows in use are always the first ones, so a forward
+pass computes only those.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from atlas.config import ModelConfig
 def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Nested sequences of integers as an int64 tensor on `device`.
 
-    The host does not wait for the GPU, as it would in `torch.tensor(numbers, device=device)`: PyTorch copies pageable
-    memory to a buffer of its own first.
+    The host does not wait for the GPU, as it would in `torch.tensor(numbers, device=device)`: PyTorch first copies
+    pageable memory to its own buffer.
     """
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
@@ -32,8 +32,8 @@ def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
 class KVCache:
     """Preallocated keys and values, with a length per row.
 
-    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,), and B those of
-    the `batch_size` rows that are in use: all, until `truncate`, `append` or `remove` changes it.
+    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,). B is the number
+    of rows in use: all `batch_size` of them, until `truncate`, `append` or `remove` changes it.
     """
 
     def __init__(
@@ -47,23 +47,23 @@ class KVCache:
     ) -> None:
         self.max_len = max_len or config.max_seq_len
         shape = (config.num_layers, batch_size, config.kv_heads, self.max_len, config.head_size)
-        # Zeros, not empty: a masked slot still enters the softmax's product with weight 0, and 0 × NaN is NaN.
+        # Zeros, not uninitialized memory: attention multiplies masked slots by a weight of 0, and 0 × NaN is NaN.
         self._all_keys = torch.zeros(shape, device=device, dtype=dtype)
         self._all_values = torch.zeros(shape, device=device, dtype=dtype)
         self._lengths: list[int] = []
         self.truncate([0] * batch_size)
 
     def positions(self, num_new: int) -> Tensor:
-        """(B, num_new): the positions that the next `num_new` tokens of each row take."""
+        """(B, num_new): the positions of the next `num_new` tokens of each row."""
         if self.longest + num_new > self.max_len:
             raise ValueError(f"{num_new} tokens after {self.longest} do not fit a cache of {self.max_len}")
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """(B, 1, T, S) bool: which of the first S slots each of the queries at `positions` (B, T) may see.
+        """(B, 1, T, S) bool: which of the first S slots the queries at `positions` (B, T) attend to.
 
-        None where attention needs no mask for that, which is quicker: one query, which sees every slot, or queries in
-        an empty cache, which see those before them.
+        None where attention needs no mask, which is faster: for a single query that attends to every slot, and for an
+        empty cache, where attention is causal.
         """
         if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None
@@ -89,8 +89,8 @@ class KVCache:
         self._lengths = [length + num_new for length in self._lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what lies beyond `lengths`, one per row: the padding of a ragged prefill, or everything. From now on
-        so many rows are in use."""
+        """Drop the slots beyond `lengths`, one per row: the padding of a ragged prefill, or everything. Then
+        `len(lengths)` rows are in use."""
         num_rows = len(lengths)
         self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
         self.lengths = long_tensor(lengths, self.keys.device)
@@ -98,7 +98,7 @@ class KVCache:
         self._lengths = list(lengths)
 
     def append(self, other: KVCache) -> None:
-        """Put the rows of another cache behind those in use."""
+        """Append the rows of another cache to those in use."""
         first, length = len(self._lengths), other.longest
         rows = slice(first, first + len(other._lengths))
         self._all_keys[:, rows, :, :length] = other.keys[..., :length, :]
@@ -106,7 +106,7 @@ class KVCache:
         self.truncate([*self._lengths, *other._lengths])
 
     def remove(self, row: int) -> None:
-        """Free a row; the last one takes its place."""
+        """Remove a row; the last one moves to its place."""
         last = len(self._lengths) - 1
         if row != last:
             length = self._lengths[last]
@@ -117,7 +117,7 @@ class KVCache:
         self.truncate(lengths[:last])
 
     def clear(self, row: int | None = None) -> None:
-        """Zeros in the slots of a row, or of all: what is not finite in them would spoil whoever comes after."""
+        """Fill the slots of a row, or of all rows, with zeros: NaN in them would corrupt the next sequence."""
         rows = slice(None) if row is None else row
         self._all_keys[:, rows] = 0
         self._all_values[:, rows] = 0
@@ -134,10 +134,10 @@ class KVCache:
 
 
 class CacheWindow(KVCache):
-    """The rows of a cache that are in use, as a pass of one token a row takes them without asking how long they are:
-    attention reads the first `num_slots` slots of each, of which `lengths` says how many count.
+    """A view of the rows in use, for a forward pass of one token per row: attention reads the first `num_slots` slots
+    of each, and `lengths` masks those that are not filled.
 
-    No shape and no number of the host depends on the lengths, so that a CUDA graph of the pass holds for all of them.
+    No shape and no number on the host depends on the lengths, so one CUDA graph of the pass serves all lengths.
     """
 
     def __init__(self, cache: KVCache, num_slots: int) -> None:
@@ -147,16 +147,19 @@ class CacheWindow(KVCache):
         self._rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
 
     def positions(self, num_new: int) -> Tensor:
+        """(B, 1): the position of each row's next token."""
         assert num_new == 1
         return self.lengths[:, None]
 
     def visible(self, positions: Tensor) -> Tensor:
+        """(B, 1, 1, num_slots) bool: the slots up to `positions` (B, 1)."""
         return (self._slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, 1, D) at `positions` (B, 1); return all slots of the layer, (B, K, num_slots, D)."""
         self.keys[layer][self._rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self._rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer], self.values[layer]
 
     def advance(self, num_new: int) -> None:
-        """The cache itself counts."""
+        """Nothing: the caller advances the cache itself."""

@@ -1,7 +1,7 @@
-"""Low-rank updates, LoRA (Hu et al. 2021, arXiv:2106.09685): a trained model rests, and beside each chosen matrix W a
-product of two narrow ones learns what is added to it: W + α/r · B A.
+"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): the base weights are frozen, and for each target matrix
+W two small trainable matrices are added: W + α/r · B A.
 
-Shapes: r rank, A (r, in), B (out, r). A begins at random and B at zero, so that training begins at the model itself.
+Shapes: r rank, A (r, in), B (out, r). A is random at first and B zero, so training starts at the base model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from atlas.config import LoraConfig
 from atlas.model.recompute import linear
 from atlas.model.transformer import AtlasLM
 
-_ROOMS = {"qkv": "attention", "output": "attention", "up": "mlp", "down": "mlp"}
+_MODULES = {"qkv": "attention", "output": "attention", "up": "mlp", "down": "mlp"}
 _A, _B = ".lora_a", ".lora_b"
 
 
 class LoraLinear(nn.Module):
-    """A linear layer that rests, under the names that it had, and its update."""
+    """A frozen linear layer, its parameters under their old names, and a trainable low-rank update."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__()
@@ -39,27 +39,28 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> None:
-    """Let only the updates of `config.targets` learn, in every block; `seed` decides where they begin."""
+    """Freeze `model` and add trainable updates to `config.targets` in every block; `seed` decides their weights."""
     if seed is not None:
         torch.manual_seed(seed)
     model.requires_grad_(False)
     for block in model.blocks:
         for target in config.targets:
-            room = getattr(block, _ROOMS[target])
-            setattr(room, target, LoraLinear(getattr(room, target), config))
+            module = getattr(block, _MODULES[target])
+            setattr(module, target, LoraLinear(getattr(module, target), config))
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter of this name is one of a low-rank update's two."""
+    """Whether a parameter of this name belongs to a low-rank update."""
     return name.endswith((_A, _B))
 
 
 def has_lora(model: nn.Module) -> bool:
+    """Whether `model` has low-rank updates."""
     return any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """A state dict with its updates added to the matrices that they belong to."""
+    """A state dict with the low-rank updates added to their matrices."""
     result = {name: tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
     for name, a in weights.items():
         if name.endswith(_A):

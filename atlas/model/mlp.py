@@ -10,11 +10,11 @@ from atlas.model.recompute import Linear, checkpointed
 
 
 class MLP(nn.Module):
-    """C → M → C, with GELU between (Hendrycks & Gimpel 2016, arXiv:1606.08415), or SwiGLU (Shazeer 2020,
-    arXiv:2002.05202), where `up` makes both the values and the gates that they are multiplied by.
+    """C → M → C with GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), or with SwiGLU (Shazeer 2020,
+    arXiv:2002.05202), where `up` computes the values and the gates that multiply them.
 
-    GPT-2 was trained with the tanh form of GELU and llama.cpp computes it, so it is the default. The exact form
-    differs from it by at most 5e-4; models of Atlas 1.x were trained with that one.
+    The default is GELU's tanh form, which GPT-2 was trained with and llama.cpp computes. The exact form differs by at
+    most 5e-4; Atlas 1.x used it.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The norms of a block."""
+"""LayerNorm and RMSNorm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     """x / √(mean(x²) + ε) · weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467): LayerNorm without
-    subtracting the mean, and without a bias."""
+    a mean and a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
@@ -37,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """The same in few passes over memory, forward and backward: 2.3 times as fast (2,048 × 256 numbers, one thread)."""
+    """RMSNorm in fewer passes over memory, also backward: 2.3 times as fast (2,048 × 256 numbers, one thread)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""`AtlasLM`: a decoder-only transformer, in GPT-2's shape (Radford et al. 2019), in that of Llama (Touvron et al. 2023,
-arXiv:2302.13971) or Qwen3, or in between, as `ModelConfig` says.
+"""`AtlasLM`: a decoder-only transformer, as in GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023,
+arXiv:2302.13971) or Qwen3, or a mixture of them, by `ModelConfig`.
 
-Pre-norm blocks, a head that may share the token embedding's weights. The model knows nothing of training, devices or
-files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
+Its blocks are pre-norm; its head may share the token embedding's weights. The model knows nothing of training, devices
+or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atlas.model.rope import Rotation, rotation_at
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). What is recomputed in the backward pass: see `recompute`."""
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class Block(nn.Module):
         mask: Tensor | BlockMask | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
+        """(B, T, C) → (B, T, C); see `Context` for the arguments."""
         x = x + self.dropout(self.attention(self.attention_norm(x), cache, positions, mask, rotation))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
@@ -70,13 +71,15 @@ class AtlasLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero biases, gains of 1, and normal weights. Rows that only pad the vocabulary are zero.
+        """Set biases to zero, gains to 1, and weights to normal numbers. Rows that only pad the vocabulary are zero.
 
-        `gpt2`: std 0.02, and for the projections that write to the residual stream 1/√(2 · num_layers) of that, so that
-        its variance does not grow with depth (Radford et al. 2019, section 2.3). `scaled`: std 1/(2√inputs) in the
-        blocks, so that what comes out is of one size at any width (Yang et al. 2022, arXiv:2203.03466), and those
-        projections zero: every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321). Then a tied head
-        gives each token itself a logit of std · width, which is kept to 5: the model must not begin as an echo.
+        `gpt2`: std 0.02, and 0.02/√(2 · num_layers) for the projections that write to the residual stream, so that its
+        variance does not grow with depth (Radford et al. 2019, section 2.3).
+
+        `scaled`: std 1/(2√inputs) in the blocks, so that outputs have the same scale at any width (Yang et al. 2022,
+        arXiv:2203.03466). The projections that write to the residual stream are zero, so every block starts as the
+        identity (Zhang et al. 2019, arXiv:1901.09321). A tied head then gives the input token itself a logit of std ·
+        width. It is limited to 5, so that the model does not start by repeating its input.
         """
         is_scaled = self.config.init == "scaled"
         residual_scale = 0.0 if is_scaled else 1 / math.sqrt(2 * self.config.num_layers)
@@ -100,17 +103,17 @@ class AtlasLM(nn.Module):
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of `tokens` (B, T), which follow what `cache` holds, if one is given.
+        """Logits (B, T, V) of `tokens` (B, T), which follow the tokens in `cache`, if one is given.
 
-        With `documents` (B, T), the number of each token's document in its row, none sees another document, and
-        positions start again in each.
+        With `documents` (B, T), the number of each token's document in its row, attention stays inside a document and
+        positions restart in each.
         """
         return self.head(self.hidden_states(tokens, cache, documents))
 
     def hidden_states(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids → (B, T, C) after the final norm; what `head` turns into logits."""
+        """(B, T) ids → (B, T, C) after the final norm, the input of `head`."""
         x, context = self.embed(tokens, cache, documents)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
@@ -124,7 +127,7 @@ class AtlasLM(nn.Module):
     def embed(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> tuple[Tensor, Context]:
-        """(B, T) ids → the residual stream (B, T, C) before the first block, and what every block takes beside it."""
+        """(B, T) ids → the residual stream (B, T, C) before the first block, and the context of every attention."""
         context = self._context(tokens, cache, documents)
         x = self._look_up(tokens)
         if self.config.position == "learned":
@@ -154,20 +157,20 @@ class AtlasLM(nn.Module):
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, C)."""
-        # A tied table has the head's gradient already when that of these rows comes. A sparse one is added to it row by
-        # row; a dense one is first made, which on a CPU took 4 % of an update of `tiny`, and the table's memory.
+        # A tied table already holds the head's gradient when that of these rows arrives. A sparse gradient is added
+        # row by row; a dense one needs the table's memory, and on a CPU took 4 % of an update of `tiny`.
         if self.config.tie_embeddings and tokens.device.type == "cpu" and torch.is_grad_enabled():
             return F.embedding(tokens, self.token_embedding.weight, sparse=True)
         return self.token_embedding(tokens)  # type: ignore[no-any-return]
 
     @property
     def head_table(self) -> Tensor:
-        """(padded V, C): the head's parameter, with the rows that only pad the vocabulary."""
+        """(padded V, C): the head's parameter, including the rows that pad the vocabulary."""
         return self.token_embedding.weight if self.config.tie_embeddings else self.lm_head.weight
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the head's rows without the padding, a view."""
+        """(V, C): the head's rows without the padding, as a view."""
         return self.head_table[: self.config.vocabulary]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ class AtlasLM(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def num_parameters(self) -> int:
-        """Parameters that can ever be other than zero: without the rows that pad the vocabulary."""
+        """Number of parameters without the rows that pad the vocabulary, which are always zero."""
         total = sum(parameter.numel() for parameter in self.parameters())
         tables = 1 if self.config.tie_embeddings else 2
         padding = self.config.padded_vocab_size - self.config.vocabulary
@@ -183,7 +186,7 @@ class AtlasLM(nn.Module):
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> AtlasLM:
-    """A freshly initialised model on the CPU, its weights decided by `seed`."""
+    """A newly initialized model on the CPU; `seed` decides its weights."""
     if seed is not None:
         torch.manual_seed(seed)
     return AtlasLM(config)
