@@ -44,12 +44,12 @@ class Row:
 
 def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
     """A number of tokens to write → tokens a second."""
-    from atlas.export.llama_cpp import door, load
+    from atlas.export.llama_cpp import connect, load
 
     server = load(file, context, threads)
 
     def tokens_per_second(tokens: int) -> float:
-        post = door(server)  # a new one for each turn: the server closes what is idle for seconds
+        post = connect(server)  # a new one for each turn: the server closes what is idle for seconds
         request = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
         timings = post("/completion", request | {"cache_prompt": False})["timings"]
         if timings["predicted_n"] != tokens:
@@ -129,8 +129,8 @@ def main() -> None:
         return
 
     from atlas.export.gguf import export_gguf
-    from atlas.export.judge import llama_cpp_logprobs, pytorch_logprobs, sample_of
     from atlas.export.quantize import QUANTIZATIONS
+    from atlas.export.score import llama_cpp_logprobs, pytorch_logprobs, sample_of
     from atlas.inference.load import load_model
 
     loaded = load_model(arguments.checkpoint)

@@ -214,7 +214,7 @@ def test_a_foreign_tokenizer_is_kept_as_it_is(
     capsys.readouterr()
     command = ["export", "--checkpoint", "checkpoints/public/atlas_best.pt"]
     assert main(command) == 2
-    assert "is another model's, whose split a GGUF file has no word for" in capsys.readouterr().err
+    assert "is another model's, and GGUF has no name for its split" in capsys.readouterr().err
     assert main([*command, "--format", "hf", "--output", "back"]) == 0
     theirs = AutoTokenizer.from_pretrained("back")
     assert (theirs.eos_token, theirs.eos_token_id) == ("</s>", 1)
@@ -285,7 +285,7 @@ def broken(folder: Path, what: str) -> None:
         ("other width", "config.json does not fit the weights"),
         ("strange numbers", "config.json: "),
         ("missing tensor", "lacks 1 tensors, such as model.norm.weight"),
-        ("unknown tensor", "no place for, such as model.layers.0.extra.weight"),
+        ("unknown tensor", "does not know, such as model.layers.0.extra.weight"),
         ("missing shard", "model-00001-of-00002.safetensors is missing"),
         ("path in index", "names no files of this folder"),
         ("pickled", "pickled weights, which can run code"),

@@ -13,7 +13,7 @@ from atlas.cli import main
 from atlas.config import AtlasConfig
 from atlas.data import SequenceDataset, open_dataset, prepare, resolve_data
 from atlas.export.gguf import export_gguf
-from atlas.export.judge import Sample, llama_cpp_logprobs, pytorch_logprobs, sample_of
+from atlas.export.score import Sample, llama_cpp_logprobs, pytorch_logprobs, sample_of
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.training.devices.device import setup_runtime
 from atlas.training.evaluate import evaluate
@@ -118,7 +118,7 @@ def test_export_prints_bits_per_byte_beside_pytorch_s_and_the_drift(
     found = re.search(line, said)
     assert found
     assert float(found[1]) == pytest.approx(float(found[2]), rel=0.02)
-    assert re.search(r"told +drift +log-probabilities moved by \S+ on average, \S+ at most", said)
+    assert re.search(r"note +drift +log-probabilities moved by \S+ on average, \S+ at most", said)
 
 
 @pytest.mark.parametrize(

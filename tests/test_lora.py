@@ -147,7 +147,7 @@ def test_what_cannot_be_is_one_line(
     assert "was trained with lora.rank 4" in capsys.readouterr().err
     command = ["export", "--checkpoint", str(base), "--format", "peft", "--output", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "all weights of this model learnt" in capsys.readouterr().err
+    assert "all weights of this model were trained" in capsys.readouterr().err
     assert main([*command, "--quantize", "f16"]) == 2
     assert "takes no --quantize" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -207,7 +207,7 @@ def test_k_quants_without_ggml_are_refused(
 
     monkeypatch.setattr(ctypes, "CDLL", Without)
     if module.importlib.util.find_spec("xllamacpp"):
-        with pytest.raises(AtlasError, match="does not let it out"):
+        with pytest.raises(AtlasError, match="does not export it"):
             module.check_available("q6_k")
     module._ggml.cache_clear()
 

@@ -67,7 +67,7 @@ INSIDE = {
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate "
     "< retention shard_format < load < manager < async_saver convert verify < shard_saver < open_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
-    "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format import_first_version judge "
+    "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format import_first_version score "
     "< huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics < dataset_figure runs < figure report",
     "serving": "errors files runs schema server stream text < answers engine limits llama meter < dispatcher "

@@ -37,7 +37,7 @@ COMMANDS = {
     "report": "One page of the curves and results of runs, which opens without network.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
     "import": "Make a checkpoint of a public model in Hugging Face's format, or of one of Atlas 1.x.",
-    "info": "Say what a checkpoint, dataset, tokenizer, GGUF or config file is.",
+    "info": "Describe a checkpoint, dataset, tokenizer, GGUF or config file.",
     "plan": "Memory, disk, tokens and time of a config, before any work.",
     "doctor": "What this machine can do, and what to fix.",
     "pipeline": "The whole road in one command, with questions or without.",

@@ -15,8 +15,8 @@ from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from atlas.export.gguf import ExportedFile
-    from atlas.export.judge import Sample
     from atlas.export.quantize import Quantization
+    from atlas.export.score import Sample
     from atlas.inference.load import LoadedModel
 
 
@@ -129,7 +129,7 @@ def export(
     kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
     sample = None
     if data is not None:
-        from atlas.export.judge import sample_of
+        from atlas.export.score import sample_of
 
         sample = sample_of(data, loaded.tokenizer, loaded.config.model.max_seq_len)
     export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license, sample=sample)
@@ -243,7 +243,7 @@ def _prove(
         raise AtlasError(f"{output}: llama.cpp's results differ from the model's ({failed}); {remedy}")
     _say("proved: llama.cpp's results equal the model's")
     if sample:
-        from atlas.export.judge import llama_cpp_logprobs, pytorch_logprobs
+        from atlas.export.score import llama_cpp_logprobs, pytorch_logprobs
 
         theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
         _say(

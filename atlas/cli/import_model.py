@@ -1,4 +1,4 @@
-"""`atlas import`: make a checkpoint from a model in Hugging Face's format or a checkpoint of Atlas 1.x."""
+"""`atlas import`: convert a model in Hugging Face's format or a checkpoint of Atlas 1.x to a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def import_model(
     output_dir: Annotated[
         str | None,
         typer.Option(
-            help="Where the checkpoint goes.",
+            help="The folder to write the checkpoint to.",
             show_default="checkpoints/<name of the folder>, or checkpoints/imported-<name of the .pt>",
         ),
     ] = None,
@@ -43,8 +43,8 @@ def import_model(
         ),
     ] = None,
 ) -> None:
-    """Make a checkpoint of a model in Hugging Face's format (GPT-2, Llama, Qwen3), or of one of Atlas 1.x, to generate
-    with or to fine-tune."""
+    """Convert a model in Hugging Face's format (GPT-2, Llama, Qwen3), or a checkpoint of Atlas 1.x, to a checkpoint, to
+    generate with or to fine-tune."""
     from atlas.export.import_first_version import import_first_version
     from atlas.export.import_hf import import_hf, read_chat_template
     from atlas.export.save_imported import save_imported
@@ -55,7 +55,7 @@ def import_model(
             f"{path}: no such file or folder; give a folder with config.json, or a .pt of Atlas 1.x"
         )
     is_file = path.is_file()
-    # The prefix keeps the folder apart from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
+    # The prefix distinguishes the folder from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
     name = f"imported-{path.stem}" if is_file else path.resolve().name
     output = Path(output_dir) if output_dir else Path("checkpoints") / name
     _check_output(output)
@@ -80,7 +80,7 @@ def import_model(
 
 
 def _check_output(output: Path) -> None:
-    """Raises `AtlasError` where something would be overwritten."""
+    """Raise `AtlasError` if something would be overwritten."""
     if output.exists() and not output.is_dir():
         raise AtlasError(f"{output}: is a file; choose another --output-dir")
     if output.exists() and any(output.iterdir()):

@@ -1,4 +1,4 @@
-"""`atlas info`: what a file or folder is, in one screen."""
+"""`atlas info`: describe a file or folder on one screen."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def info(
         bool,
         typer.Option(
             "--verify",
-            help="Read a checkpoint, a folder of them, or a dataset to the last byte: compare it with the checksums "
-            "that were saved, and look for numbers that are not finite.",
+            help="Read every byte of a checkpoint, a folder of checkpoints or a dataset: compare it with the saved "
+            "checksums, and look for numbers that are not finite.",
         ),
     ] = False,
     consolidate: Annotated[
         Path | None,
         typer.Option(
-            help="Make one file of a sharded checkpoint, for everything that takes a .pt.",
+            help="Convert a sharded checkpoint to one file, for every command that takes a .pt.",
             metavar="FILE.pt",
             show_default=False,
         ),
@@ -52,7 +52,7 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Say what a checkpoint, dataset, tokenizer, GGUF or config file is."""
+    """Describe a checkpoint, dataset, tokenizer, GGUF or config file."""
     from atlas.cli.terminal import print_facts
     from atlas.config.presets import preset_names
 
@@ -61,7 +61,7 @@ def info(
     if consolidate:
         if not is_checkpoint:
             raise AtlasError(
-                f"--consolidate: makes one file of a sharded checkpoint; {path} is none: leave it out"
+                f"--consolidate: converts a sharded checkpoint to one file; {path} is none: leave it out"
             )
         return _consolidate(file, consolidate)
     if not file.exists() and not is_checkpoint and path not in preset_names():
@@ -140,7 +140,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 
 def _is_checkpoint(file: Path) -> bool:
-    """By its name, which need not be that of a file: `find_checkpoint` knows what is meant."""
+    """Whether the name is that of a checkpoint; `find_checkpoint` also accepts names without a suffix."""
     from atlas.training.checkpoint.manifest import shards_of
 
     if file.suffix == ".pt":
@@ -176,7 +176,7 @@ def _rounded(loss: float | None) -> str | None:
 
 
 def _verified(path: Path) -> str:
-    """`intact: …`. Raises `AtlasError` with what is wrong, and which file to take instead."""
+    """The verdict on an intact file. Raises `AtlasError` with the problem, and the file to use instead."""
     from atlas.progress import byte_progress
     from atlas.training.checkpoint.manifest import checkpoint_size
     from atlas.training.checkpoint.verify import intact_alternative, verify_checkpoint
@@ -193,7 +193,7 @@ def _verified(path: Path) -> str:
 
 
 def _output_folder(folder: Path, verify: bool) -> None:
-    """A row for each checkpoint, the latest step first, and the one that --resume auto takes."""
+    """Print a row for each checkpoint, the latest step first, and the one that --resume auto uses."""
     from atlas.progress import byte_progress
     from atlas.training.checkpoint.manager import CheckpointManager
     from atlas.training.checkpoint.manifest import checkpoint_size
@@ -213,7 +213,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
     if broken == set(files):
         raise AtlasError(f"{folder}: none of its checkpoints is intact: take a copy of one, or train again")
     resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
-    takes = f"takes {resumable[0].name}" if resumable else "finds none to go on from"
+    takes = f"takes {resumable[0].name}" if resumable else "finds none to resume from"
     typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))
     if unsound := [path.name for path, verdict in verdicts.items() if verdict.problem]:
         raise AtlasError(
@@ -238,7 +238,7 @@ def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | 
 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
-    """What can be said of a checkpoint without reading it."""
+    """The state of a checkpoint as far as it is known without reading the file."""
     from atlas.training.checkpoint.manifest import sidecar_of
     from atlas.training.checkpoint.validate import holds_first_version
 
@@ -260,7 +260,7 @@ def _tokenizer(path: Path) -> Facts:
 
 
 def _gguf(path: Path) -> Facts:
-    """Any GGUF file, also one that Atlas did not write."""
+    """Describe any GGUF file, also one that Atlas did not write."""
     from collections import Counter
 
     from atlas.export.gguf import open_gguf

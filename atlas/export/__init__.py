@@ -1,1 +1,1 @@
-"""A trained model as a file that others run, and the proof that it says what the model says."""
+"""Write a trained model as a file that other programs run, prove that they compute the same, and import such files."""

@@ -40,7 +40,7 @@ MODULES = {
     "blocks.{}.attention.q_norm": ("blk.{}.attn_q_norm", "", _LAYER + "self_attn.q_norm"),
     "blocks.{}.attention.k_norm": ("blk.{}.attn_k_norm", "", _LAYER + "self_attn.k_norm"),
 }
-"""Atlas's name of a module → that of other programs, `{}` being the block, and nothing where they have none."""
+"""Atlas's name of a module → its names in other programs: `{}` is the block; empty where they have no such module."""
 
 
 def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
@@ -70,18 +70,18 @@ TENSOR_NAMES = tables(gpt2=0, llama=0)
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's name for what this model computes. Raises `ExportError` where it has none."""
+    """llama.cpp's architecture that computes this model. Raises `ExportError` if there is none."""
     if config.gguf_architecture is None:
         raise ExportError(f"the model is for Atlas only: {config.train_only}, and train again to export")
     return config.gguf_architecture
 
 
 def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """`tokenizer`, if a file can hold it and the model, and its vocabulary is the model's; else `AtlasError`."""
+    """`tokenizer`, if a file can hold it and the model, and both have one vocabulary. Raises `ExportError` if not."""
     architecture_of(config)
     if isinstance(tokenizer, ForeignTokenizer):
         raise ExportError(
-            f"tokenizer {tokenizer.name}: is another model's, whose split a GGUF file has no word for; take --format hf"
+            f"tokenizer {tokenizer.name}: is another model's, and GGUF has no name for its split; use --format hf"
         )
     if not isinstance(tokenizer, ByteLevelTokenizer):
         raise ExportError(
@@ -91,13 +91,13 @@ def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevel
     if tokenizer.vocab_size != config.vocabulary:
         raise ExportError(
             f"model.vocab_size {config.vocabulary}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-            "tokens, and other programs want one row for each; train with the tokenizer's size to export"
+            "tokens, and other programs need one row for each; train with the tokenizer's size to export"
         )
     return tokenizer
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → llama.cpp's, of each tensor of a model of this shape."""
+    """Atlas's name → llama.cpp's, for each tensor of a model of this shape."""
     return names_in(TENSOR_NAMES, config)
 
 

@@ -1,6 +1,6 @@
-"""How Hugging Face's `transformers` writes down a model: its config.json and its names of tensors, out and in.
+"""The format of Hugging Face's `transformers`: convert config.json and the names of tensors, out and in.
 
-The three model types are those whose computation Atlas has: `gpt2`, `llama`, `qwen3`.
+The model types are those that Atlas computes: `gpt2`, `llama`, `qwen3`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwe
 
 _NAMES = tables(gpt2=1, llama=2)
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""What older versions saved beside the weights: masks and RoPE's speeds."""
+"""What older versions saved besides the weights: masks and RoPE's frequencies."""
 
 
 def names_of(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → Hugging Face's, of each tensor."""
+    """Atlas's name → Hugging Face's, for each tensor."""
     return names_in(_NAMES, config)
 
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict of Atlas's by Hugging Face's names, without the rows that only pad the vocabulary."""
+    """A state dict of Atlas by Hugging Face's names, without the rows that only pad the vocabulary."""
     parts, tensors = exportable_state(state, config), {}
     for ours, theirs in names_of(config).items():
         tensor = parts[ours]
@@ -39,7 +39,7 @@ def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way round, in fp32. Raises `ExportError` for tensors that are missing, too many or of another shape."""
+    """The inverse, in fp32. Raises `ExportError` for tensors that are missing, unknown or of another shape."""
     found = {
         _full_name(name, config): tensor
         for name, tensor in tensors.items()
@@ -51,7 +51,7 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     if missing := sorted(set(names.values()) - found.keys()):
         raise ExportError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the download complete?")
     if unknown := sorted(found.keys() - set(names.values())):
-        raise ExportError(f"holds {len(unknown)} tensors that Atlas has no place for, such as {unknown[0]}")
+        raise ExportError(f"holds {len(unknown)} tensors that Atlas does not know, such as {unknown[0]}")
     state = {}
     for ours, theirs in names.items():
         tensor = found[theirs].float()
@@ -68,7 +68,7 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _full_name(name: str, config: ModelConfig) -> str:
-    """Files of a bare model, as OpenAI's GPT-2 is published, leave out the first part."""
+    """The full name of a tensor: files without a head, such as OpenAI's GPT-2, omit the prefix."""
     if name.startswith("lm_head."):
         return name
     prefix = "transformer." if config.gguf_architecture == "gpt2" else "model."
@@ -76,7 +76,7 @@ def _full_name(name: str, config: ModelConfig) -> str:
 
 
 def _is_transposed(config: ModelConfig, name: str) -> bool:
-    """GPT-2's linear layers are stored as (in, out) there."""
+    """Whether a matrix is stored as (in, out): GPT-2's linear layers are."""
     return (
         config.gguf_architecture == "gpt2"
         and name.startswith("blocks.")
@@ -85,7 +85,7 @@ def _is_transposed(config: ModelConfig, name: str) -> bool:
 
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
-    """config.json."""
+    """The content of config.json."""
     architecture = architecture_of(config)
     common = {
         "architectures": [CLASSES[architecture]],
@@ -123,8 +123,8 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
 
 
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json states, defaults being those of `transformers`. Raises `ExportError` for what Atlas
-    does not compute."""
+    """The shape in a config.json, with the defaults of `transformers`. Raises `ExportError` for values that Atlas does
+    not compute."""
     family = stated.get("model_type")
     if family not in CLASSES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")

@@ -1,4 +1,4 @@
-"""A folder that `transformers`, vLLM and their like load: safetensors, config.json, tokenizer.json and a model card.
+"""Write a folder that `transformers`, vLLM and others load: safetensors, config.json, tokenizer.json, a model card.
 
 The formats: https://huggingface.co/docs/safetensors and https://huggingface.co/docs/transformers/main_classes/configuration.
 """
@@ -44,12 +44,12 @@ def export_hf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `model` with `tokenizer` into `folder`, which appears whole or not at all; an earlier export there is
-    replaced, anything else is not.
+    """Write `model` with `tokenizer` into `folder`, which appears complete or not at all. An earlier export there is
+    replaced; other files are not.
 
-    `facts` is what the checkpoint says of its training, for the model card, `license` an SPDX identifier,
-    `chat_template` the form of a conversation in Jinja. Raises `ExportError` for a tokenizer or a shape that has no
-    place there, for weights that `dtype` cannot hold, and where the folder cannot be written.
+    `facts` is the checkpoint's record of its training, for the model card, `license` an SPDX identifier,
+    `chat_template` a Jinja template. Raises `ExportError` for a tokenizer or a shape that the format cannot hold, for
+    weights that `dtype` cannot hold, and if the folder cannot be written.
     """
     try:
         from safetensors.torch import save_file

@@ -1,8 +1,8 @@
-"""A checkpoint of Atlas 1.x as an `AtlasLM` and its tokenizer.
+"""Import a checkpoint of Atlas 1.x.
 
-Nothing in the file is run: see `atlas/training/checkpoint/safe_unpickle.py`. Its shape follows from its tensors.
-The number of heads, the activation and the epsilon of the norms are not in it; they come from flags, from the config
-that it was trained with, or are that version's defaults.
+No code in the file is run: see `atlas/training/checkpoint/safe_unpickle.py`. Its shape follows from its tensors. The
+file does not hold the number of heads, the activation and the epsilon of the norms. They come from flags, from the
+config that it was trained with, or are the defaults of Atlas 1.x.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def import_first_version(
     config: str | Path | None = None,
     tokenizer: str | None = None,
 ) -> tuple[AtlasLM, Tokenizer, list[str]]:
-    """The model of `path`, in fp32 on the CPU, its tokenizer, and notes on what was assumed and left out.
+    """The model of `path`, in fp32 on the CPU, its tokenizer, and notes on what was assumed and omitted.
 
-    `num_heads` wins over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` for a file
-    that is no checkpoint of Atlas 1.x, or is not complete, and where the number of heads is not known.
+    `num_heads` has precedence over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` for
+    a file that is no checkpoint of Atlas 1.x or is not complete, and if the number of heads is unknown.
     """
     path = Path(path)
     contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
@@ -101,7 +101,7 @@ def import_first_version(
 
 
 def _model_section(config: Any) -> Layer:
-    """The numbers and words in the `model` section of a config, or in a config that is this section itself."""
+    """The numbers and strings of a config's `model` section, or of a config that is this section itself."""
     section = config.get("model", config) if isinstance(config, Mapping) else {}
     entries = section.items() if isinstance(section, Mapping) else ()
     return {key: value for key, value in entries if isinstance(value, (int, float, str))}
@@ -115,7 +115,8 @@ def _what_is_left_out(contents: Layer) -> str:
 
 
 def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors, if they are exactly those of the table for some number of blocks, each with its own numbers."""
+    """The tensors. Raises `ExportError` unless they are exactly those of the table, for some number of blocks, and
+    share no memory but that of tied embeddings."""
     for name, tensor in weights.items():
         is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
         if not is_plain or not tensor.is_floating_point() or not tensor.is_contiguous():
@@ -144,8 +145,8 @@ def _is_tied(weights: Mapping[str, Tensor]) -> bool:
 
 
 def _choose_tokenizer(named: str | None, rows: int) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer, whose vocabulary must be the model's. Atlas 1.x trained with GPT-2's, and gave the model rows for
-    4 more tokens, which it never put into a text."""
+    """The tokenizer, which must have the model's vocabulary, and notes. Atlas 1.x trained with GPT-2's tokenizer and
+    gave the model rows for 4 more tokens, which its data never contained."""
     own = Tokenizer.resolve(named or "gpt2")
     if own.name == "gpt2" and rows > own.vocab_size:
         return own, [
@@ -192,7 +193,7 @@ def _shape_of(
 
 
 def _ask_for_heads(hidden_size: int) -> int:
-    """Raises `ExportError` with the numbers that are possible."""
+    """Raise `ExportError` with the possible numbers of heads."""
     most = max(1, hidden_size // _NARROWEST_HEAD)
     possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
     preset = _PRESETS.get(hidden_size)
@@ -204,7 +205,7 @@ def _ask_for_heads(hidden_size: int) -> int:
 
 
 def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state dict by our names, in fp32; linear layers without biases get zeros."""
+    """The state dict by Atlas's names, in fp32. Linear layers without biases get zeros."""
     state = {}
     for ours, theirs in TENSOR_NAMES.items():
         if ours == "lm_head.weight" and config.tie_embeddings:

@@ -1,6 +1,6 @@
-"""A model in Hugging Face's format as an `AtlasLM` and its tokenizer: GPT-2, Llama and Qwen3, from a local folder.
+"""Import a model in Hugging Face's format, GPT-2, Llama or Qwen3, from a local folder.
 
-Nothing in it is run: tensors come from safetensors, everything else is JSON.
+No code in it is run: tensors come from safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LARGEST_TEMPLATE = 1 << 20
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
     """The model, in fp32 on the CPU, and the tokenizer of `folder`, or the one that `tokenizer` names.
 
-    Raises `ExportError` for a family that Atlas does not compute, for files that are missing, damaged or do not belong
-    together, and for weights that are pickled.
+    Raises `ExportError` for a family that Atlas does not compute, for missing, damaged or mismatched files, and for
+    pickled weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,8 +52,8 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The form of a conversation in Jinja, which is not run here but kept for exports; None where there is none. Of
-    several that have names, the one called default."""
+    """The folder's chat template, in Jinja, or None. It is not run here but kept for exports. Of several named
+    templates it is the one called default."""
     try:
         if (folder / "chat_template.jinja").is_file():
             template: Any = read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode()
@@ -72,7 +72,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Of model.safetensors, or of the shards that its index names."""
+    """The tensors of model.safetensors, or of the shards that its index names."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

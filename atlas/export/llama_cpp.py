@@ -1,9 +1,9 @@
-"""llama.cpp's own word on a GGUF file, through the package `xllamacpp`, in a process of its own.
+"""Run a GGUF file in llama.cpp, through the package `xllamacpp`, in a separate process.
 
-Its own process, because llama.cpp ends the process that gives it a file it cannot compute, writes to the
-standard output and takes over Ctrl-C. That process is this module: one JSON request on standard input,
-one JSON answer as the last line of standard output. What llama.cpp is asked goes over its HTTP server on
-the loopback interface, the only door that tokenizes.
+A separate process, because llama.cpp ends the process that gives it a file it cannot compute, writes to standard
+output and handles Ctrl-C itself. That process runs this module: one JSON request on standard input, one JSON answer as
+the last line of standard output. It sends its requests to llama.cpp's HTTP server on the loopback interface, the only
+interface of the package that can tokenize.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from urllib.parse import urlsplit
 from atlas.errors import ExportError
 
 NUM_CANDIDATES = 10
-"""Most probable tokens whose log-probabilities are asked for at each step."""
+"""The most probable tokens at each step, whose log-probabilities are requested."""
 
 
 UNDERFLOW = -80.0
-"""Below this log-probability llama.cpp's fp32 softmax runs out of numbers."""
+"""Below this log-probability llama.cpp's fp32 softmax underflows."""
 
 _MANY, _ALL = 300, 10**6
-"""Candidates: where a token is nearly always, and more than any vocabulary has."""
+"""Numbers of candidates: one that nearly always includes a token, and one larger than any vocabulary."""
 
 _CERTAIN = 1000.0
-"""Added to a logit, so that its token is said whatever is likely. Log-probabilities are taken before."""
+"""Added to a logit, so that its token is generated. Log-probabilities are computed before it is added."""
 
 Post = Callable[[str, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One token of llama.cpp's greedy text, and the log-probabilities of the likeliest tokens, by id."""
+    """One token of llama.cpp's greedy text, and the log-probabilities of the most probable tokens, by id."""
 
     token: int
     logprobs: dict[int, float]
@@ -49,13 +49,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """The ids of each text, and what follows each prompt."""
+    """The token ids of each text, and the continuation of each prompt."""
 
     token_ids: list[list[int]]
     continuations: list[list[Step]]
 
 
 def is_available() -> bool:
+    """Whether xllamacpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -68,7 +69,7 @@ def ask_llama_cpp(
     context: int,
     threads: int,
 ) -> Answer:
-    """Tokenize `texts`, and continue each of `prompts` (token ids) greedily by as many tokens as `lengths` says.
+    """Tokenize `texts`, and continue each of `prompts` (token ids) greedily by its number of tokens in `lengths`.
 
     Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `ExportError`
     if llama.cpp cannot load or run the file.
@@ -90,8 +91,8 @@ def ask_llama_cpp(
 def score_in_llama_cpp(
     path: str | Path, windows: Sequence[Sequence[int]], *, context: int, threads: int
 ) -> list[list[float]]:
-    """For each of `windows` (token ids, at most `context`) the log-probability of each token but the first, after
-    those before it. Runs as `ask_llama_cpp` does, and raises as it does."""
+    """For each of `windows` (token ids, at most `context`), the log-probability of each token but the first, given the
+    tokens before it. It runs, and raises, as `ask_llama_cpp` does."""
     asked = {"texts": [], "prompts": [], "lengths": [], "windows": [list(window) for window in windows]}
     answer = _in_a_process(path, context, threads, asked)
     return [[_number(p) for p in logprobs] for logprobs in answer["logprobs"]]
@@ -99,7 +100,7 @@ def score_in_llama_cpp(
 
 def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str, Any]) -> dict[str, Any]:
     request = {"path": str(path), "context": context, "threads": threads, **asked}
-    # The child finds Atlas where this process found it, installed or not.
+    # The child imports Atlas from where this process did, installed or not.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(
         [sys.executable, "-m", "atlas.export.llama_cpp"],
@@ -115,30 +116,30 @@ def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str,
     return answer
 
 
-def _number(said: float | None) -> float:
-    """JSON has no nan: llama.cpp says null."""
-    return math.nan if said is None else said
+def _number(value: float | None) -> float:
+    """JSON has no nan: llama.cpp writes null."""
+    return math.nan if value is None else value
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    """llama.cpp's first error, which the later ones follow from; else the exception's message."""
+    """llama.cpp's first error, which causes the later ones; else the exception's message."""
     logged = [line.split(" E ", 1)[1] for line in process.stderr.splitlines() if " E " in line]
-    said = logged[:1] or process.stdout.strip().splitlines()[-1:] or process.stderr.strip().splitlines()[:1]
-    return said[0].strip() if said else f"it ended with {process.returncode}"
+    reason = logged[:1] or process.stdout.strip().splitlines()[-1:] or process.stderr.strip().splitlines()[:1]
+    return reason[0].strip() if reason else f"it ended with {process.returncode}"
 
 
 def _main() -> None:
     try:
         _answer(json.load(sys.stdin))
     except Exception as error:
-        # To standard output: a thread of llama.cpp's may be writing to standard error, a piece of a line at a time.
+        # To standard output: a thread of llama.cpp may be writing parts of a line to standard error.
         print(f"\n{error}")
         sys.exit(1)
 
 
 def _answer(request: dict[str, Any]) -> None:
     server = load(request["path"], request["context"], request["threads"])
-    post = door(server)
+    post = connect(server)
     token_ids = [
         post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
         for text in request["texts"]
@@ -153,7 +154,7 @@ def _answer(request: dict[str, Any]) -> None:
 
 
 def load(path: str, context: int, threads: int) -> Any:
-    """llama.cpp's server with a file, in this process."""
+    """Load a file into llama.cpp's server, in this process."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -171,8 +172,8 @@ def load(path: str, context: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def door(server: Any) -> Post:
-    """What asks it: a route and a request → the answer."""
+def connect(server: Any) -> Post:
+    """A function that sends a request to a route of the server and returns the answer."""
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -187,17 +188,17 @@ def door(server: Any) -> Post:
 
 
 def _continue(post: Post, prompt: list[int], length: int) -> list[Any]:
-    """[token, [[candidate, log-probability], …]] a step; the token is llama.cpp's likeliest.
+    """[token, [[candidate, log-probability], …]] per step; the token is llama.cpp's most probable one.
 
-    Each step is a request for one token more; the cache keeps what was computed. The request is made to say
-    "a", whatever is likely: over text that ends inside a character or the document llama.cpp's server stops,
+    Each step is a request for one more token; the server's cache keeps the earlier ones. The request is forced to
+    generate "a": after text that ends inside a character, or at the end of the document, llama.cpp's server stops,
     withholds the log-probabilities or, in older versions, fails.
     """
     letter = _letter(post)
     ids, steps = list(prompt), []
     for _ in range(length):
-        [said] = _say(post, ids, letter, NUM_CANDIDATES)
-        candidates = [[candidate["id"], candidate["logprob"]] for candidate in said["top_logprobs"]]
+        [record] = _force(post, ids, letter, NUM_CANDIDATES)
+        candidates = [[candidate["id"], candidate["logprob"]] for candidate in record["top_logprobs"]]
         token = candidates[0][0]
         steps.append([token, candidates])
         ids.append(token)
@@ -205,33 +206,34 @@ def _continue(post: Post, prompt: list[int], length: int) -> list[Any]:
 
 
 def _score(post: Post, window: list[int]) -> list[float | None]:
-    """log p of each token but the first."""
+    """The log-probability of each token but the first."""
     letter = _letter(post)
     return [_logprob(post, window[:place], window[place], letter) for place in range(1, len(window))]
 
 
 def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | None:
-    """That of `token` after `prompt`: the server is made to say it.
+    """The log-probability of `token` after `prompt`: the server is forced to generate it.
 
-    Of a token that ends inside a character it tells nothing. Then it is made to say "a" and to tell of many tokens, and
-    if it is none of them, of all, which takes up to a second with a large vocabulary.
+    For a token that ends inside a character the server returns nothing. It is then forced to generate "a" and asked for
+    the log-probabilities of many tokens, and if `token` is not among them, of all tokens, which takes up to a second
+    with a large vocabulary.
     """
-    said = _say(post, prompt, token, 1)
+    records = _force(post, prompt, token, 1)
     for candidates in (_MANY, _ALL):
-        if not said:
-            [told] = _say(post, prompt, letter, candidates)
-            said = [each for each in told["top_logprobs"] if each["id"] == token]
-    logprob: float | None = said[0]["logprob"]
+        if not records:
+            [record] = _force(post, prompt, letter, candidates)
+            records = [each for each in record["top_logprobs"] if each["id"] == token]
+    logprob: float | None = records[0]["logprob"]
     return logprob
 
 
-def _say(post: Post, prompt: list[int], token: int, candidates: int) -> list[dict[str, Any]]:
-    """`token`, which the server is made to say after `prompt`, its log-probability, and those of the likeliest
-    `candidates`; empty where the server withholds them."""
+def _force(post: Post, prompt: list[int], token: int, candidates: int) -> list[dict[str, Any]]:
+    """The server's record of `token`, which it is forced to generate after `prompt`: its log-probability, and those of
+    the most probable `candidates`. Empty if the server withholds them."""
     request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": candidates}
     answer = post("/completion", request | {"logit_bias": [[token, _CERTAIN]]})
-    said: list[dict[str, Any]] = answer.get("completion_probabilities", [])
-    return said
+    records: list[dict[str, Any]] = answer.get("completion_probabilities", [])
+    return records
 
 
 def _letter(post: Post) -> int:

@@ -1,4 +1,4 @@
-"""Low-rank updates in the format of Hugging Face's `peft`: adapter_config.json and adapter_model.safetensors.
+"""Write low-rank updates in the format of Hugging Face's `peft`: adapter_config.json, adapter_model.safetensors.
 
 The format: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint.
 """
@@ -30,18 +30,21 @@ def export_adapter(
     *,
     base: str = "",
 ) -> Path:
-    """Write the updates in `weights`, a training state dict, into `folder`; `base` says which model they are for.
+    """Write the updates in `weights`, a training state dict, into `folder`; `base` names the model that they were
+    trained on.
 
-    Raises `ExportError` where there are none, and as `write_folder` does.
+    Raises `ExportError` if there are none, and as `write_folder` does.
     """
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise ExportError('--format peft: needs safetensors; pip install "atlas-llm[hf]"') from None
     if not lora.rank:
-        raise ExportError("--format peft: all weights of this model learnt (lora.rank 0); take --format hf")
+        raise ExportError(
+            "--format peft: all weights of this model were trained (lora.rank 0); use --format hf"
+        )
     tensors = adapter_tensors(weights, config)
-    # With the room that each stands in: GPT-2 has two called c_proj.
+    # With the parent module's name: GPT-2 has two modules called c_proj.
     modules = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
     stated: dict[str, Any] = {
         "peft_type": "LORA",
@@ -65,17 +68,17 @@ def export_adapter(
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The updates by PEFT's names. Where one Atlas matrix is several there, A is the same for all of them."""
+    """The updates by PEFT's names. Where PEFT splits a matrix of Atlas, all of its splits share A."""
     names, tensors = names_of(config), {}
     for name, b in weights.items():
         if not name.endswith(".lora_b"):
             continue
-        place = name.removesuffix(".lora_b")
-        parts = {f"{place}.weight": b}
+        module = name.removesuffix(".lora_b")
+        splits = {f"{module}.weight": b}
         if config.gguf_architecture != "gpt2":
-            parts = separated(parts, config)
-        for part, rows in parts.items():
-            theirs = f"base_model.model.{names[part].removesuffix('.weight')}"
-            tensors[f"{theirs}.lora_A.weight"] = weights[f"{place}.lora_a"].float().clone()
+            splits = separated(splits, config)
+        for split, rows in splits.items():
+            theirs = f"base_model.model.{names[split].removesuffix('.weight')}"
+            tensors[f"{theirs}.lora_A.weight"] = weights[f"{module}.lora_a"].float().clone()
             tensors[f"{theirs}.lora_B.weight"] = rows.float().contiguous()
     return tensors

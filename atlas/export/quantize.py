@@ -1,8 +1,8 @@
-"""The types that GGUF's tensors can have, and how weights become them.
+"""The types of GGUF's tensors, and the conversion of weights to them.
 
-Which tensor gets which type is llama.cpp's own rule (`llama_tensor_get_type_impl` and `tensor_type_fallback` in its
-`src/llama-quant.cpp`, for models without experts and without an importance matrix). The simple types are written by the
-package `gguf`, K-quants, which it can only read, by ggml's own function inside the package `xllamacpp`.
+The type of each tensor follows llama.cpp's own rule (`llama_tensor_get_type_impl` and `tensor_type_fallback` in its
+`src/llama-quant.cpp`, for models without experts and without an importance matrix). The package `gguf` converts to the
+simple types. It can only read K-quants; ggml's own function, inside the package `xllamacpp`, writes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"
 ]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-"""What `--quantize` takes, the largest file first."""
+"""The values of `--quantize`, the largest file first."""
 
 _TYPES: dict[Quantization, tuple[FileType, TensorType]] = {
     "f32": (FileType.ALL_F32, TensorType.F32),
@@ -46,12 +46,12 @@ _FALLBACKS = {
     TensorType.Q5_K: TensorType.Q5_1,
     TensorType.Q6_K: TensorType.Q8_0,
 }
-"""For rows that are not whole blocks of 256."""
+"""For rows that do not divide into blocks of 256."""
 _UNQUANTIZED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
 def file_type(quantize: Quantization) -> int:
-    """What the file calls itself."""
+    """GGUF's number for the type of a file."""
     return int(_TYPES[quantize][0])
 
 
@@ -60,8 +60,8 @@ def tensor_type(
 ) -> TensorType:
     """The type of the tensor that llama.cpp calls `name`.
 
-    Vectors and positions stay in 32 bits: they cost nothing. Of quantized files the head has more bits, and in the
-    mixtures (`_k_m`) the values of attention and the end of the MLP of some layers.
+    Vectors and positions stay in 32 bits, since they are small. In quantized files the head has more bits, and in the
+    mixtures (`_k_m`) so have attention's values and the MLP's down projection in some layers.
     """
     if len(shape) == 1 or name == "position_embd.weight":
         return TensorType.F32
@@ -95,19 +95,19 @@ def _block_length(kind: TensorType) -> int:
 
 
 def num_bytes(count: int, kind: TensorType) -> int:
-    """Of `count` numbers, whole blocks."""
+    """Bytes of `count` numbers, in complete blocks."""
     length, size = gguf.GGML_QUANT_SIZES[kind]
     return count // length * size
 
 
 def check_available(quantize: Quantization) -> None:
-    """Raises `ExportError` where what writes it is missing."""
+    """Raise `ExportError` if the library that writes this type is missing."""
     if "_k" in quantize:
         _ggml(quantize)
 
 
 def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
-    """fp32 → what the file holds of it. Raises `ExportError` for K-quants without ggml."""
+    """Convert fp32 weights to the bytes in the file. Raises `ExportError` for K-quants without ggml."""
     if kind not in _FALLBACKS:
         return gguf.quantize(weights, kind)
     rows = np.ascontiguousarray(weights, dtype=np.float32)
@@ -125,7 +125,7 @@ def _ggml(quantize: str) -> Any:
     found = importlib.util.find_spec("xllamacpp")
     problem = "the package xllamacpp is not installed"
     if found is not None and found.origin is not None:
-        problem = "this xllamacpp does not let it out"
+        problem = "this xllamacpp does not export it"
         for library in sorted(Path(found.origin).parent.glob("xllamacpp*.so")) + sorted(
             Path(found.origin).parent.glob("xllamacpp*.pyd")
         ):
@@ -138,5 +138,5 @@ def _ggml(quantize: str) -> Any:
             function.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
             return function
     raise ExportError(
-        f'--quantize {quantize}: needs ggml, and {problem}; pip install "atlas-llm[llama]", or take q8_0, q5_1 or q4_1'
+        f'--quantize {quantize}: needs ggml, and {problem}; pip install "atlas-llm[llama]", or use q8_0, q5_1 or q4_1'
     )

@@ -1,4 +1,4 @@
-"""Save a model that was trained elsewhere as a checkpoint of step 0: to write with, and to fine-tune from."""
+"""Save a model that was trained elsewhere as a checkpoint of step 0, to generate with and to fine-tune."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def save_imported(
     source: str,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `atlas_best.pt` into `folder` and return its path; without optimizer state, so that no run can be
-    resumed from it. Raises `ExportError` where it cannot be written."""
+    """Write `atlas_best.pt` into `folder` and return its path. It has no optimizer state, so no run can resume from it.
+    Raises `ExportError` if it cannot be written."""
     config = AtlasConfig(model=model.config)
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
     contents = {

@@ -47,10 +47,10 @@ SMALLEST_BOUND, LARGEST_BOUND, LARGEST_QUANTIZED_BOUND = 1e-3, 0.1, 0.5
 """Nats; between them the bound follows from the model."""
 
 _ROUNDING_FACTOR, _ROUNDING_FACTOR_OF_F16 = 3.0, 10.0
-"""How many times as far from PyTorch's rounded run llama.cpp may be as the plain one is."""
+"""llama.cpp may differ from PyTorch's rounded run by this many times the difference of the plain run."""
 
 PROMPT_TOKENS = 16
-"""Length of the prompts that are beginnings of texts."""
+"""Length of the prompts that are the beginnings of texts."""
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. It's what they've said; we'll see, I'd think, you're right.",
@@ -71,12 +71,12 @@ CORPUS = (
     "\n",
     "a",
 )
-"""English, contractions, code, digits, runs of white space, scripts, marks, control characters."""
+"""English, contractions, code, digits, white space, scripts, combining marks, control characters."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared and what differed; `holds` is the verdict, `str()` the report."""
+    """What was compared and what differed. `holds` is the verdict, `str()` the report."""
 
     num_tensors: int
     quantize: Quantization
@@ -95,7 +95,7 @@ class Proof:
 
     @property
     def checks(self) -> list[tuple[str, bool, str]]:
-        """What was compared, whether it agrees, and the facts."""
+        """What was compared, whether it agrees, and details."""
         file = f"{self.num_tensors} {self.quantize} tensors, shape, vocabulary"
         texts = f"{self.num_text_tokens:,} tokens of {self.num_texts} texts"
         logprobs = f"{self.num_logprobs:,} compared, largest difference {self.largest_difference:.1e}"
@@ -110,6 +110,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
+        """Whether everything agrees."""
         return all(agrees for _, agrees, _ in self.checks)
 
     def __str__(self) -> str:
@@ -119,7 +120,7 @@ class Proof:
         ]
         if self.quantize != "f32":
             rows.append(
-                f"{'told':<10} {'drift':<18} log-probabilities moved by {self.mean_drift:.1e} on average, "
+                f"{'note':<10} {'drift':<18} log-probabilities moved by {self.mean_drift:.1e} on average, "
                 f"{self.largest_drift:.1e} at most, as the weights were rounded (f32: 0)"
             )
         return "\n".join(["llama.cpp against PyTorch with the weights read back from the file:", *rows])
@@ -134,10 +135,10 @@ def verify_gguf(
     texts: Sequence[str] = (),
     max_tokens: int = 100,
 ) -> Proof:
-    """Compare `path` with the `model` and `tokenizer` it was exported from, as `quantize` says.
+    """Compare the file `path` with the `model` and `tokenizer` that it was exported from with `quantize`.
 
-    `texts` join the corpus, and the first of them are prompts. Raises `ExportError` where the file is not a
-    GGUF file of ours, or llama.cpp cannot run it.
+    `texts` are added to the corpus, and the first of them are prompts. Raises `ExportError` if the file is no GGUF file
+    of Atlas, or llama.cpp cannot run it.
     """
     tokenizer = exportable_tokenizer(tokenizer, model.config)
     read, metadata = read_gguf(path)
@@ -154,7 +155,7 @@ def verify_gguf(
     lengths = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     threads = max(1, torch.get_num_threads() // 2)
     answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context, threads=threads)
-    told = zip(corpus, ids, answer.token_ids, strict=True)
+    tokenized = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
     has_blocks = not {TensorType.F32, TensorType.F16, TensorType.BF16}.issuperset(types.values())
@@ -169,7 +170,7 @@ def verify_gguf(
         file_differences=tuple(file_differences),
         num_texts=len(corpus),
         num_text_tokens=sum(map(len, ids)),
-        text_differences=tuple(text for text, ours, theirs in told if ours != theirs),
+        text_differences=tuple(text for text, ours, theirs in tokenized if ours != theirs),
         num_logprobs=len(differences),
         largest_difference=float(differences.max(initial=0)),
         bound=bound,
@@ -192,7 +193,7 @@ def _differing(
 
 
 def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: int) -> list[list[int]]:
-    """The start of a document, the beginnings of two texts, and as much text as leaves room to go on."""
+    """The start of a document, the beginnings of two texts, and the longest text that leaves room for `max_tokens`."""
     short = min(PROMPT_TOKENS, max(1, context // 2))
     beginnings = [text[:short] for text in ids if text][:2]
     everything = [id for text in ids for id in text]
@@ -207,9 +208,9 @@ def _compare(
     prompts: Sequence[list[int]],
     continuations: Sequence[list[Step]],
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Distances from PyTorch's log-probabilities with llama.cpp's roundings: llama.cpp's, and PyTorch's without them;
-    from the latter to those of the `model` whose weights were not rounded; and for each step how much more probable
-    PyTorch's choice is than llama.cpp's (0: they are one).
+    """Differences of log-probabilities, with PyTorch imitating llama.cpp's roundings as the reference: of llama.cpp,
+    and of PyTorch without them; from the latter to the `model`, whose weights were not rounded; and for each step how
+    much more probable PyTorch's choice is than llama.cpp's (0: they are the same).
     """
     differences, roundings, drifts, gaps = [], [], [], []
     for prompt, steps in zip(prompts, continuations, strict=True):
@@ -228,7 +229,7 @@ def _compare(
 
 @torch.inference_mode()
 def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tensor:
-    """(steps, V): what PyTorch expects at each step of llama.cpp's continuation."""
+    """(steps, V): PyTorch's log-probabilities at each step of llama.cpp's continuation."""
     tokens = [*prompt, *(step.token for step in steps)][:-1] if steps else prompt
     hidden = model.hidden_states(torch.tensor([tokens]))[0]
     return F.log_softmax(model.head(hidden[len(prompt) - 1 :][: len(steps)]), dim=-1)
@@ -236,7 +237,7 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
-    """GELU's input and output are f16, SwiGLU's are not; what is multiplied with weights is rounded as they are."""
+    """Round as llama.cpp does: GELU's input and output to f16, SwiGLU's not, inputs of matrices as their weights."""
     mlps = [module for module in model.modules() if isinstance(module, MLP) and not module.is_gated]
     hooks = [mlp.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])) for mlp in mlps]
     hooks += [mlp.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])) for mlp in mlps]
@@ -256,7 +257,7 @@ def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[N
 
 
 def _as_in_gelu_table(x: Tensor) -> Tensor:
-    """llama.cpp's table serves -10 to 10; beyond, GELU is 0 or its input."""
+    """llama.cpp's table covers -10 to 10; beyond, GELU is 0 or its input."""
     return torch.where(x.abs() < 10, _as_f16(x), x)
 
 

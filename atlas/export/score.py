@@ -1,8 +1,8 @@
-"""How well a GGUF file predicts a text, in llama.cpp, beside the model it was made from, in PyTorch.
+"""How well a GGUF file predicts a text in llama.cpp, compared with the original model in PyTorch.
 
-Both read the same windows of the text, spread evenly over it, and tell the log-probability of each token but the
-first of a window. A window is one token shorter than the model's context, which llama.cpp's server lets no prompt
-fill; documents in a window see each other, as llama.cpp knows no `data.document_mask`.
+Both read the same windows of the text, spread evenly over it, and return the log-probability of each token but the
+first of a window. A window is one token shorter than the model's context, since llama.cpp's server accepts no prompt
+that fills it. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.evaluate import Evaluation, fixed_subset
 
 NUM_TOKENS = 4000
-"""So many tokens of a text judge a file: seconds for a small model, and a few percent of uncertainty."""
+"""Tokens of a text that a file is evaluated on: seconds for a small model, an uncertainty of a few percent."""
 
 LogProbs = NDArray[np.float64]
-"""(tokens,): of each token of a sample that is predicted, in order."""
+"""(tokens,): the log-probability of each predicted token of a sample, in order."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Windows of the text that is called `name`. The first token of each is given, the others are predicted."""
+    """Windows of the text `name`. The first token of each is given, the others are predicted."""
 
     name: str
     windows: Sequence[list[int]]
@@ -42,9 +42,11 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that are predicted."""
         return sum(len(window) - 1 for window in self.windows)
 
     def bits_per_byte(self, logprobs: LogProbs) -> float:
+        """The mean cost of a byte of the sample."""
         num_bytes = self.num_tokens * self.bytes_per_token
         return Evaluation(-float(logprobs.mean()), self.num_tokens, num_bytes).bits_per_byte
 
@@ -54,7 +56,7 @@ def sample_of(
 ) -> Sample:
     """About `num_tokens` tokens of a prepared folder (its validation part, where it has one) or of plain text.
 
-    Raises `ExportError` where there is none, for conversations, and where it was prepared with another tokenizer.
+    Raises `ExportError` if there is no text, for conversations, and for data prepared with another tokenizer.
     """
     resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
     length, stream = max(1, context - 1), resolved.val or resolved.train
@@ -71,6 +73,7 @@ def sample_of(
 
 @torch.inference_mode()
 def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
+    """The log-probabilities of a sample by the model."""
     rows = []
     for window in sample.windows:
         tokens = torch.tensor(window)
@@ -80,7 +83,7 @@ def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
 
 
 def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
-    """Raises `ExportError` where llama.cpp cannot run the file."""
+    """The log-probabilities of a sample by the file. Raises `ExportError` if llama.cpp cannot run it."""
     threads = max(1, torch.get_num_threads() // 2)
     rows = score_in_llama_cpp(path, sample.windows, context=sample.context, threads=threads)
     return np.maximum([logprob for row in rows for logprob in row], UNDERFLOW)
