@@ -148,6 +148,12 @@ class ModelConfig(Section):
         return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def resolved_sizes(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields filled in."""
+        sizes = {"num_kv_heads": self.kv_heads, "head_dim": self.head_size, "mlp_size": self.mlp_width}
+        return self.model_dump() | sizes
+
+    @property
     def gguf_architecture(self) -> str | None:
         """The llama.cpp architecture that computes this model, if there is one."""
         if self._unknown_fields:

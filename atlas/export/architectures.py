@@ -6,12 +6,15 @@ Names and orders for llama.cpp are those of its own converter, `convert_hf_to_gg
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.errors import ExportError
+from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 
@@ -69,6 +72,22 @@ TENSOR_NAMES = tables(gpt2=0, llama=0)
 """Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's, `{}` being the block."""
 
 
+ROTATED: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+"""The settings of Llama and Qwen3."""
+VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
+"""Tensors with one row per token; the rows that only pad the vocabulary are not exported."""
+
+
+def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
+    """A model in evaluation mode with the fp32 weights in `state`, in which no rows pad the vocabulary."""
+    padding = config.padded_vocab_size - config.vocabulary
+    padded = {name: F.pad(state[name], (0, 0, 0, padding)) for name in VOCABULARY_ROWS & state.keys()}
+    with torch.device("meta"):
+        model = AtlasLM(config)
+    model.load_state_dict({**state, **padded}, assign=True)
+    return model.eval()
+
+
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's architecture that computes this model. Raises `ExportError` if there is none."""
     if config.gguf_architecture is None:
@@ -111,11 +130,11 @@ def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConf
 
 
 def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict split as other programs need it, still by Atlas's names. GPT-2 has all biases there, so those that
-    the model lacks are zeros."""
+    """A state dict split as other programs need it, still by Atlas's names, without the rows that pad the vocabulary.
+    GPT-2 has all biases there, so those that the model lacks are zeros."""
+    state = {**state, **{name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}}
     if architecture_of(config) != "gpt2":
         return separated(state, config)
-    state = dict(state)
     for name in () if config.bias else tensor_names(config):
         if name.endswith(".bias"):
             state[name] = torch.zeros(len(state[name.removesuffix("bias") + "weight"]))

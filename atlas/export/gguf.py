@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
 from gguf import GGUFValueType as Kind
-from torch import Tensor, nn
+from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.errors import ExportError
 from atlas.export.architectures import (
+    ROTATED,
     TENSOR_NAMES,
     architecture_of,
+    build_from,
     exportable_tokenizer,
     for_llama_cpp,
     from_llama_cpp,
@@ -37,8 +39,26 @@ from atlas.files import flush_folder, flush_to_disk
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
-VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
-"""Tensors with one row a token; the rows that only pad the vocabulary are not exported."""
+_SIZES = {
+    "max_seq_len": "context_length",
+    "hidden_size": "embedding_length",
+    "mlp_size": "feed_forward_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+}
+_ROTATED_SIZES = {
+    **_SIZES,
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_SHAPE = {
+    "gpt2": {**_SIZES, "norm_eps": "attention.layer_norm_epsilon"},
+    "llama": _ROTATED_SIZES,
+    "qwen3": _ROTATED_SIZES,
+}
+"""Per architecture: a field of `ModelConfig` → its key in the metadata, behind the architecture's name."""
 
 LARGEST_F16 = 65504.0
 _KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
@@ -127,8 +147,6 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
     names, state = tensor_names(config), for_llama_cpp(model.state_dict(), config)
     if different := names.keys() ^ state.keys():
         raise ValueError(f"{config.gguf_architecture} table and state dict differ in {sorted(different)}")
-    for name in VOCABULARY_ROWS & state.keys():
-        state[name] = state[name][: config.vocabulary]
     return {names[name]: state[name].float().cpu() for name in names}
 
 
@@ -164,24 +182,13 @@ def _size_label(parameters: int) -> str:
 
 def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
     """The metadata of the model's shape, without the architecture's name that precedes each key."""
-    shape: dict[str, Any] = {
-        "context_length": config.max_seq_len,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.mlp_width,
-        "block_count": config.num_layers,
-        "attention.head_count": config.num_heads,
-    }
-    epsilon = float(np.float32(config.norm_eps))
-    if config.gguf_architecture == "gpt2":
-        return shape | {"attention.layer_norm_epsilon": epsilon}
-    return shape | {
-        "vocab_size": config.vocabulary,
-        "attention.head_count_kv": config.kv_heads,
-        "attention.key_length": config.head_size,
-        "attention.value_length": config.head_size,
-        "attention.layer_norm_rms_epsilon": epsilon,
-        "rope.dimension_count": config.head_size,
-        "rope.freq_base": float(np.float32(config.rope_theta)),
+    sizes, architecture = config.resolved_sizes, architecture_of(config)
+    shape = {key: sizes[field] for field, key in _SHAPE[architecture].items()}
+    if architecture != "gpt2":
+        shape |= {"vocab_size": config.vocabulary, "rope.dimension_count": config.head_size}
+        shape["attention.value_length"] = config.head_size
+    return {
+        key: float(np.float32(value)) if isinstance(value, float) else value for key, value in shape.items()
     }
 
 
@@ -212,7 +219,7 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
         }
-        return _read_model(metadata, tensors).eval(), metadata
+        return _read_model(metadata, tensors), metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -242,43 +249,18 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
 
 def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
     config = _config_in_file(metadata, tied="output.weight" not in tensors)
-    padding = config.padded_vocab_size - config.vocabulary
     state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
     if tensors:
         raise ValueError(f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}")
-    for name in VOCABULARY_ROWS & state.keys():
-        state[name] = nn.functional.pad(state[name], (0, 0, 0, padding))
-    with torch.device("meta"):
-        model = AtlasLM(config)
-    model.load_state_dict(from_llama_cpp(state, config), assign=True)
-    return model
+    return build_from(from_llama_cpp(state, config), config)
 
 
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
-    shape_in_file = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    shape = {
-        "hidden_size": shape_in_file["embedding_length"],
-        "num_layers": shape_in_file["block_count"],
-        "num_heads": shape_in_file["attention.head_count"],
-        "mlp_size": shape_in_file["feed_forward_length"],
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "max_seq_len": shape_in_file["context_length"],
-        "tie_embeddings": tied,
-    }
-    if architecture == "gpt2":
-        return ModelConfig(**shape, norm_eps=shape_in_file["attention.layer_norm_epsilon"])
+    shape = {field: metadata[f"{architecture}.{key}"] for field, key in _SHAPE[architecture].items()}
+    family = {} if architecture == "gpt2" else ROTATED | {"qk_norm": architecture == "qwen3"}
     return ModelConfig(
-        **shape,
-        num_kv_heads=shape_in_file["attention.head_count_kv"],
-        head_dim=shape_in_file["attention.key_length"],
-        position="rope",
-        rope_theta=shape_in_file["rope.freq_base"],
-        norm="rmsnorm",
-        norm_eps=shape_in_file["attention.layer_norm_rms_epsilon"],
-        mlp="swiglu",
-        qk_norm=architecture == "qwen3",
-        bias=False,
+        **shape, **family, vocab_size=len(metadata["tokenizer.ggml.tokens"]), tie_embeddings=tied
     )
 
 

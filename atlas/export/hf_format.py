@@ -8,16 +8,56 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.errors import ExportError
-from atlas.export.architectures import architecture_of, exportable_state, joined, names_in, tables
+from atlas.export.architectures import (
+    ROTATED,
+    VOCABULARY_ROWS,
+    architecture_of,
+    exportable_state,
+    joined,
+    names_in,
+    tables,
+)
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 _NAMES = tables(gpt2=1, llama=2)
+_LLAMA_SIZES: dict[str, tuple[str, Any]] = {
+    "hidden_size": ("hidden_size", 4096),
+    "mlp_size": ("intermediate_size", 11008),
+    "num_layers": ("num_hidden_layers", 32),
+    "num_heads": ("num_attention_heads", 32),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
+    "vocab_size": ("vocab_size", 32000),
+    "max_seq_len": ("max_position_embeddings", 2048),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False),
+}
+_SIZES: dict[str, dict[str, tuple[str, Any]]] = {
+    "gpt2": {
+        "hidden_size": ("n_embd", 768),
+        "mlp_size": ("n_inner", None),
+        "num_layers": ("n_layer", 12),
+        "num_heads": ("n_head", 12),
+        "vocab_size": ("vocab_size", 50257),
+        "max_seq_len": ("n_positions", 1024),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    "llama": _LLAMA_SIZES,
+    "qwen3": {
+        **_LLAMA_SIZES,
+        "mlp_size": ("intermediate_size", 22016),
+        "head_dim": ("head_dim", 128),
+        "vocab_size": ("vocab_size", 151936),
+        "max_seq_len": ("max_position_embeddings", 32768),
+    },
+}
+"""Per model type: a field of `ModelConfig` → its key in config.json, and the default of `transformers`."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What older versions saved besides the weights: masks and RoPE's frequencies."""
 
@@ -32,8 +72,6 @@ def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     parts, tensors = exportable_state(state, config), {}
     for ours, theirs in names_of(config).items():
         tensor = parts[ours]
-        if ours in ("token_embedding.weight", "lm_head.weight"):
-            tensor = tensor[: config.vocabulary]
         tensors[theirs] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
     return tensors
 
@@ -55,14 +93,11 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     state = {}
     for ours, theirs in names.items():
         tensor = found[theirs].float()
-        if ours in ("token_embedding.weight", "lm_head.weight"):
-            if len(tensor) != config.vocabulary:
-                raise ExportError(
-                    f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
-                    "one of the two files is of another model"
-                )
-            padding = config.padded_vocab_size - config.vocabulary
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
+        if ours in VOCABULARY_ROWS and len(tensor) != config.vocabulary:
+            raise ExportError(
+                f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
+                "one of the two files is of another model"
+            )
         state[ours] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
     return joined(state, config)
 
@@ -86,40 +121,21 @@ def _is_transposed(config: ModelConfig, name: str) -> bool:
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
-    architecture = architecture_of(config)
-    common = {
-        "architectures": [CLASSES[architecture]],
-        "model_type": architecture,
-        "vocab_size": config.vocabulary,
-        "tie_word_embeddings": config.tie_embeddings,
+    family, sizes = architecture_of(config), config.resolved_sizes
+    content: dict[str, Any] = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
+        **{key: sizes[field] for field, (key, _) in _SIZES[family].items()},
     }
-    if architecture == "gpt2":
-        return common | {
-            "n_embd": config.hidden_size,
-            "n_layer": config.num_layers,
-            "n_head": config.num_heads,
-            "n_positions": config.max_seq_len,
-            "n_inner": config.mlp_width,
-            "activation_function": "gelu" if config.mlp == "gelu_exact" else "gelu_new",
-            "layer_norm_epsilon": config.norm_eps,
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        }
-    return common | {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    }
+    if family == "gpt2":
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+        return (
+            content | dropouts | {"activation_function": "gelu" if config.mlp == "gelu_exact" else "gelu_new"}
+        )
+    return content | {"rope_theta": config.rope_theta, "hidden_act": "silu", "attention_bias": False}
 
 
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
@@ -148,36 +164,12 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
             raise ExportError(
                 f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
             )
+    sizes = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
     if family == "gpt2":
         return ModelConfig(
-            hidden_size=stated.get("n_embd", 768),
-            num_layers=stated.get("n_layer", 12),
-            num_heads=stated.get("n_head", 12),
-            mlp_size=stated.get("n_inner"),
-            vocab_size=stated.get("vocab_size", 50257),
-            max_seq_len=stated.get("n_positions", 1024),
-            norm_eps=stated.get("layer_norm_epsilon", 1e-5),
-            mlp="gelu_exact" if stated.get("activation_function") == "gelu" else "gelu",
-            tie_embeddings=stated.get("tie_word_embeddings", True),
+            **sizes, mlp="gelu_exact" if stated.get("activation_function") == "gelu" else "gelu"
         )
-    return ModelConfig(
-        hidden_size=stated.get("hidden_size", 4096),
-        num_layers=stated.get("num_hidden_layers", 32),
-        num_heads=stated.get("num_attention_heads", 32),
-        num_kv_heads=stated.get("num_key_value_heads"),
-        head_dim=stated.get("head_dim", 128 if family == "qwen3" else None),
-        mlp_size=stated.get("intermediate_size", 11008 if family == "llama" else 22016),
-        vocab_size=stated.get("vocab_size", 32000 if family == "llama" else 151936),
-        max_seq_len=stated.get("max_position_embeddings", 2048 if family == "llama" else 32768),
-        position="rope",
-        rope_theta=_rope_theta(stated),
-        norm="rmsnorm",
-        norm_eps=stated.get("rms_norm_eps", 1e-6),
-        mlp="swiglu",
-        qk_norm=family == "qwen3",
-        bias=False,
-        tie_embeddings=stated.get("tie_word_embeddings", False),
-    )
+    return ModelConfig(**sizes, **ROTATED, rope_theta=_rope_theta(stated), qk_norm=family == "qwen3")
 
 
 def _rope_theta(stated: Mapping[str, Any]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.config.loader import read_sections
 from atlas.errors import AtlasError, ExportError
-from atlas.export.architectures import with_biases
+from atlas.export.architectures import VOCABULARY_ROWS, build_from, with_biases
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
@@ -83,9 +83,7 @@ def import_first_version(
         own, note = _choose_tokenizer(tokenizer, len(weights[TOKEN_EMBEDDING]))
         notes += note
         shape = _shape_of(weights, own.vocab_size, stated, num_heads)
-        with torch.device("meta"):
-            model = AtlasLM(shape)
-        model.load_state_dict(_converted(weights, shape), assign=True)
+        model = build_from(_converted(weights, shape), shape)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -97,7 +95,7 @@ def import_first_version(
         ) from None
     except AtlasError as error:
         raise ExportError(f"{path}: {error}") from None
-    return model.eval(), own, notes
+    return model, own, notes
 
 
 def _model_section(config: Any) -> Layer:
@@ -217,9 +215,4 @@ def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
             else:
                 outputs = len(weights[name.removesuffix("bias") + "weight"])
                 state[ours.format(block)] = torch.zeros(outputs)
-    padding = config.padded_vocab_size - config.vocabulary
-    for name in ("token_embedding.weight", "lm_head.weight"):
-        if name in state:
-            rows = state[name][: config.vocabulary]
-            state[name] = torch.nn.functional.pad(rows, (0, 0, 0, padding))
-    return state
+    return state | {name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}

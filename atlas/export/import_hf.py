@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from atlas.errors import AtlasError, ExportError
+from atlas.export.architectures import build_from
 from atlas.export.hf_format import config_in, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
@@ -37,9 +37,7 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
         )
     try:
         config = config_in(_read_json(folder / "config.json"))
-        with torch.device("meta"):
-            model = AtlasLM(config)
-        model.load_state_dict(state_in(_read_tensors(folder), config), assign=True)
+        model = build_from(state_in(_read_tensors(folder), config), config)
     except ValidationError as error:
         raise ExportError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
     except RuntimeError as error:  # PyTorch's, of tensors of other shapes
@@ -48,7 +46,7 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
         ) from None
     except AtlasError as error:
         raise ExportError(f"{folder}: {error}") from None
-    return model.eval(), _read_tokenizer(folder, tokenizer, config.vocabulary)
+    return model, _read_tokenizer(folder, tokenizer, config.vocabulary)
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -28,19 +28,6 @@ Quantization = Literal[
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 """The values of `--quantize`, the largest file first."""
 
-_TYPES: dict[Quantization, tuple[FileType, TensorType]] = {
-    "f32": (FileType.ALL_F32, TensorType.F32),
-    "f16": (FileType.MOSTLY_F16, TensorType.F16),
-    "bf16": (FileType.MOSTLY_BF16, TensorType.BF16),
-    "q8_0": (FileType.MOSTLY_Q8_0, TensorType.Q8_0),
-    "q6_k": (FileType.MOSTLY_Q6_K, TensorType.Q6_K),
-    "q5_k_m": (FileType.MOSTLY_Q5_K_M, TensorType.Q5_K),
-    "q5_1": (FileType.MOSTLY_Q5_1, TensorType.Q5_1),
-    "q5_0": (FileType.MOSTLY_Q5_0, TensorType.Q5_0),
-    "q4_k_m": (FileType.MOSTLY_Q4_K_M, TensorType.Q4_K),
-    "q4_1": (FileType.MOSTLY_Q4_1, TensorType.Q4_1),
-    "q4_0": (FileType.MOSTLY_Q4_0, TensorType.Q4_0),
-}
 _FALLBACKS = {
     TensorType.Q4_K: TensorType.Q5_0,
     TensorType.Q5_K: TensorType.Q5_1,
@@ -52,7 +39,7 @@ _UNQUANTIZED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 def file_type(quantize: Quantization) -> int:
     """GGUF's number for the type of a file."""
-    return int(_TYPES[quantize][0])
+    return int(FileType["ALL_F32" if quantize == "f32" else f"MOSTLY_{quantize.upper()}"])
 
 
 def tensor_type(
@@ -65,7 +52,7 @@ def tensor_type(
     """
     if len(shape) == 1 or name == "position_embd.weight":
         return TensorType.F32
-    kind = _TYPES[quantize][1]
+    kind = TensorType[quantize.removesuffix("_m").upper()]
     if kind in _UNQUANTIZED:
         return kind
     columns = shape[-1]
