@@ -30,7 +30,7 @@ def test_a_cpu_is_not_compiled_for_unless_asked(value: str, monkeypatch: pytest.
     assert not choose_compile(asked(value), CPU, say=lambda line: pytest.fail(line))
 
 
-def test_without_a_compiler_on_is_refused_and_auto_continues_with_a_note(
+def test_without_a_compiler_on_is_refused_and_auto_continues_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(function: object) -> object:

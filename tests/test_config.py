@@ -73,7 +73,7 @@ def test_the_example_of_the_faq_works_as_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "read"), [("1e5", 100_000), ("1E5", 100_000), ("100_000", 100_000), ("2.0", 2)]
 )
-def test_whole_numbers_may_be_written_as_people_write_them(written: str, read: int, tmp_path: Path) -> None:
+def test_integers_are_read_in_every_usual_spelling(written: str, read: int, tmp_path: Path) -> None:
     max_steps = config_of(f"training: {{max_steps: {written}}}", tmp_path).training.max_steps
     assert max_steps == read
     assert isinstance(max_steps, int)
@@ -219,7 +219,7 @@ def test_mistakes_are_answered_in_one_line(text: str, message: str, tmp_path: Pa
     assert refusal(text, tmp_path) == message
 
 
-def test_all_mistakes_of_a_file_are_said_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_file_are_reported_together(tmp_path: Path) -> None:
     message = refusal("training: {batch_size: 0}\nmodel: {dropout: 2}", tmp_path)
     assert "model.dropout: 2" in message
     assert "training.batch_size: 0" in message
@@ -238,7 +238,7 @@ def test_every_layer_is_checked_alike() -> None:
         resolve(nested("training.batch_size", "x"))
 
 
-def test_a_missing_or_unreadable_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="no such config file"):
         read_yaml(tmp_path / "nothing.yaml")
     with pytest.raises(AtlasError, match="cannot be read as a config file"):

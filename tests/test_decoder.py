@@ -128,7 +128,7 @@ def test_the_text_is_the_same(sampling: Sampling, recording: list[int]) -> None:
 
 
 @torch.inference_mode()
-def test_where_nothing_can_be_recorded_it_is_said_once(
+def test_if_nothing_can_be_recorded_it_is_reported_once(
     recording: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(self: Decoder, one_pass: Callable[[], Tensor]) -> None:
@@ -154,7 +154,7 @@ def test_where_nothing_can_be_recorded_it_is_said_once(
 # Choosing without a wait
 
 
-def test_logits_that_are_not_finite_are_told(tiny_model: AtlasLM) -> None:
+def test_logits_that_are_not_finite_are_reported(tiny_model: AtlasLM) -> None:
     logits = torch.randn(3, 20)
     logits[1, 4] = float("nan")
     for sampling in (Sampling(), Sampling(temperature=0)):

@@ -131,7 +131,7 @@ def test_every_tensor_in_the_file_is_the_model_s(
 def test_modern_tensors_are_where_llama_cpp_looks_for_them(
     tmp_path: Path, bpe: ByteLevelTokenizer, name: str
 ) -> None:
-    """By way of their names in `transformers`; which order of rows is right, llama.cpp says below."""
+    """By their names in `transformers`. The order of rows is tested in llama.cpp below."""
     model = sharp_model(bpe, **MODERN[name])
     export_gguf(model, bpe, tmp_path / "m.gguf", quantize="f32")
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
@@ -149,7 +149,7 @@ def test_modern_tensors_are_where_llama_cpp_looks_for_them(
     assert not found
 
 
-def test_metadata_says_what_llama_cpp_needs(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+def test_metadata_is_what_llama_cpp_needs(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     model = sharp_model(bpe)
     export_gguf(model, bpe, tmp_path / "m.gguf", quantize="f16", name="river")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
@@ -268,7 +268,7 @@ def test_a_setting_that_no_table_names_makes_the_model_train_only(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_disk_is_said_before_anything_is_written(
+def test_too_little_disk_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: ByteLevelTokenizer
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -276,7 +276,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     assert "0 MB are free" in refused(tmp_path, sharp_model(bpe), bpe)
 
 
-def test_a_disk_that_fills_while_writing_leaves_the_old_file_whole(
+def test_a_disk_that_fills_while_writing_leaves_the_old_file_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: ByteLevelTokenizer
 ) -> None:
     output = tmp_path / "m.gguf"
@@ -310,7 +310,7 @@ def test_an_export_never_takes_the_place_of_something_else(tmp_path: Path, bpe: 
 
 
 @pytest.fixture(scope="module")
-def whole_file(tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer) -> bytes:
+def complete_file(tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "m.gguf"
     export_gguf(sharp_model(bpe), bpe, path)
     return path.read_bytes()
@@ -319,10 +319,10 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_a_file_cut_off_anywhere_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, whole_file: bytes, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, complete_file: bytes, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "m.gguf"
-    path.write_bytes(whole_file[: data.draw(st.integers(0, len(whole_file) - 64))])
+    path.write_bytes(complete_file[: data.draw(st.integers(0, len(complete_file) - 64))])
     with pytest.raises(AtlasError, match="is not a complete GGUF file"):
         read_gguf(path)
 
@@ -370,7 +370,7 @@ def proof_of(
         *(pytest.param("f16", shape, marks=pytest.mark.slow) for shape in MODERN.values()),
     ],
 )
-def test_llama_cpp_says_what_the_model_says(
+def test_llama_cpp_computes_what_the_model_computes(
     tmp_path: Path, bpe: ByteLevelTokenizer, quantize: str, shape: dict
 ) -> None:
     proof = proof_of(tmp_path, sharp_model(bpe, **shape), bpe, quantize, texts=["The river runs.\n\tVerse 7"])
@@ -383,7 +383,7 @@ def test_llama_cpp_says_what_the_model_says(
 
 
 @needs_llama_cpp
-def test_llama_cpp_says_what_a_model_with_gpt2_s_vocabulary_says(
+def test_llama_cpp_computes_what_a_model_with_gpt2_s_vocabulary_computes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     proof = proof_of(
@@ -407,7 +407,7 @@ def test_tokens_that_are_half_a_character_are_compared_too(tmp_path: Path, bpe: 
 
 
 @needs_llama_cpp
-def test_greedy_text_goes_on_after_an_end_of_text(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+def test_greedy_text_continues_after_an_end_of_text(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     model = sharp_model(bpe, tie_embeddings=False)
     with torch.no_grad():
         model.final_norm.bias[0] = 5
@@ -423,16 +423,16 @@ def test_greedy_text_goes_on_after_an_end_of_text(tmp_path: Path, bpe: ByteLevel
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=20, max_size=20))
 def test_llama_cpp_gives_the_ids_of_any_text(
-    tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer, whole_file: bytes, texts: list[str]
+    tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer, complete_file: bytes, texts: list[str]
 ) -> None:
     path = tmp_path_factory.mktemp("ids") / "m.gguf"
-    path.write_bytes(whole_file)
+    path.write_bytes(complete_file)
     assert ask_llama_cpp(path, texts, [], [], context=48, threads=1).token_ids == bpe.encode_batch(texts)
 
 
 @needs_llama_cpp
-def test_what_llama_cpp_refuses_is_said_in_one_line(tmp_path: Path, whole_file: bytes) -> None:
-    (tmp_path / "cut.gguf").write_bytes(whole_file[: len(whole_file) // 2])
+def test_what_llama_cpp_refuses_is_reported_in_one_line(tmp_path: Path, complete_file: bytes) -> None:
+    (tmp_path / "cut.gguf").write_bytes(complete_file[: len(complete_file) // 2])
     with pytest.raises(
         AtlasError, match=r"llama\.cpp cannot run it: .*not within the file bounds"
     ) as refusal:
@@ -496,7 +496,7 @@ def test_shuffled_merges_fail_in_the_file_and_in_llama_cpp(tmp_path: Path, bpe: 
 def test_another_computation_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: ByteLevelTokenizer, quantize: str
 ) -> None:
-    """The file is right, but PyTorch splits heads otherwise than llama.cpp: only running both can tell."""
+    """The file is right, but PyTorch splits heads differently from llama.cpp: only running both shows it."""
 
     def read_wrongly(path: Path) -> tuple[AtlasLM, dict]:
         model, metadata = read_gguf(path)
@@ -643,7 +643,7 @@ def test_export_writes_the_file_and_prints_the_proof(
     assert gguf.GGUFReader(output).fields["general.name"].contents() == "river"
 
 
-def test_no_verify_and_a_missing_llama_cpp_are_said(
+def test_no_verify_and_a_missing_llama_cpp_are_reported(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "m.gguf")]

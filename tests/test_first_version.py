@@ -107,7 +107,7 @@ def test_a_file_of_thousands_of_unknown_keys_is_still_a_short_line(tmp_path: Pat
     assert len(str(caught.value)) < 4000
 
 
-def test_a_wrong_section_and_an_unknown_key_are_told_together() -> None:
+def test_a_wrong_section_and_an_unknown_key_are_reported_together() -> None:
     with pytest.raises(AtlasError) as caught:
         parse_overrides(["model=12", "training.lr=1"])
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote load, resume and export, for ever."""
+"""Checkpoints of earlier versions can always be loaded, resumed and exported."""
 
 from __future__ import annotations
 

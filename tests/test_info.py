@@ -1,4 +1,4 @@
-"""`atlas info --verify`: whole, or what is wrong, and which file to take."""
+"""`atlas info --verify`: intact, or what is wrong and which file to use instead."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def reshape(path: Path) -> None:
     path.with_suffix(".json").unlink()
 
 
-def test_an_intact_checkpoint_is_reported_as_intact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_checkpoint_is_reported_as_such(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "atlas_step_6.pt"
     tensors = count_tensors(torch.load(path, weights_only=True))
     code, output, _ = info(capsys, path, "--verify")
@@ -180,7 +180,7 @@ def test_a_folder_is_listed_at_once_without_verify(folder: Path, capsys: pytest.
     assert output.endswith("--resume auto takes atlas_step_6.pt; --verify compares every byte\n")
 
 
-def test_a_folder_without_a_whole_checkpoint_is_refused(
+def test_a_folder_without_an_intact_checkpoint_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in folder.glob("*.pt"):

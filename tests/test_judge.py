@@ -114,7 +114,7 @@ def test_export_prints_bits_per_byte_beside_pytorch_s_and_the_drift(
 ) -> None:
     assert export(tmp_path, bpe, "--quantize", "q8_0", "--data", text) == 0
     said = capsys.readouterr().err
-    line = r"bits per byte  (\S+) in llama\.cpp, (\S+) in PyTorch .* on [\d,]+ tokens of .*text\.txt \(whole text\)"
+    line = r"bits per byte  (\S+) in llama\.cpp, (\S+) in PyTorch .* on [\d,]+ tokens of .*text\.txt \(full text\)"
     found = re.search(line, said)
     assert found
     assert float(found[1]) == pytest.approx(float(found[2]), rel=0.02)

@@ -315,7 +315,7 @@ def test_each_shape_has_its_architecture(name: str) -> None:
         ),
     ],
 )
-def test_what_llama_cpp_lacks_is_for_training_only_and_says_what_to_change(
+def test_what_llama_cpp_lacks_is_train_only_and_the_reason_names_what_to_change(
     changes: dict[str, object], remedy: str
 ) -> None:
     config = ModelConfig(**(LLAMA.model_dump() | changes))

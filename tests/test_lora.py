@@ -1,4 +1,4 @@
-"""Low-rank updates: against PEFT, merged and not, and what learns."""
+"""Low-rank updates: against PEFT, merged and not, and what is trainable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bpe() -> ByteLevelTokenizer:
 
 
 def with_updates(model: AtlasLM, lora: LoraConfig) -> AtlasLM:
-    """Updates as if they had learnt much."""
+    """Updates as after long training."""
     add_lora(model, lora, seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,7 +45,7 @@ def with_updates(model: AtlasLM, lora: LoraConfig) -> AtlasLM:
     "targets", [("qkv", "output", "up", "down"), ("output",), ("qkv", "up")], ids=",".join
 )
 @pytest.mark.parametrize("name", SHAPES)
-def test_peft_and_merged_weights_say_what_the_model_says(
+def test_peft_and_merged_weights_compute_what_the_model_computes(
     tmp_path: Path, bpe: ByteLevelTokenizer, name: str, targets: tuple
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -71,7 +71,7 @@ def test_peft_and_merged_weights_say_what_the_model_says(
     assert float((theirs(tokens).logits - expected).detach().abs().max()) <= 1e-5 * largest
 
 
-def test_updates_begin_at_the_model_itself_and_only_they_learn(bpe: ByteLevelTokenizer) -> None:
+def test_updates_start_at_the_base_model_and_only_they_are_trained(bpe: ByteLevelTokenizer) -> None:
     model = sharp_model(bpe)
     tokens = torch.arange(20)[None]
     before = model(tokens)
@@ -96,7 +96,7 @@ def train(tmp_path: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_with_updates_goes_on_and_its_model_is_used_as_any_other(
+def test_a_run_with_updates_resumes_and_its_model_is_used_as_any_other(
     tmp_path: Path, bpe: ByteLevelTokenizer, optimizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")

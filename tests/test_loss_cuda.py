@@ -1,4 +1,4 @@
-"""The loss that CUDA takes, on a CPU against all logits at once: its arithmetic is the same there."""
+"""The loss for CUDA, compared on a CPU with one over all logits: its arithmetic is the same there."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 @pytest.fixture(params=["compiled", "eager"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The kernel for the compiler runs as it stands: what the compiler makes of it, a slow test says."""
+    """The kernel runs without being compiled; a slow test runs it compiled."""
     monkeypatch.setattr(loss_cuda, "_compiled_kernel", lambda: softmax_gradient_)
     return bool(request.param == "compiled")
 

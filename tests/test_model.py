@@ -1,4 +1,4 @@
-"""The network against an independent implementation, against itself with a cache, and against what causality says."""
+"""The network against an independent implementation, against itself with a cache, and against causality."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def types_of(
 
 
 def test_types_are_those_of_llama_quantize() -> None:
-    """As its source says, worked out by hand for 12 layers: more bits in 0, 3, 6, 9, 10 and 11."""
+    """As in its source, computed by hand for 12 layers: more bits in 0, 3, 6, 9, 10 and 11."""
     mixture = types_of("q4_k_m")
     assert [mixture[f"blk.{n}.ffn_down"] for n in range(12)] == [
         *("Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K", "Q6_K")
@@ -77,7 +77,7 @@ def test_types_are_those_of_llama_quantize() -> None:
     assert types_of("bf16")["blk.0.attn_q"] == "BF16"
 
 
-def test_rows_that_are_no_whole_blocks_fall_back_as_there() -> None:
+def test_rows_of_incomplete_blocks_fall_back_as_in_llama_cpp() -> None:
     narrow = types_of("q4_k_m", columns=96, is_tied=False)
     assert (narrow["blk.1.ffn_down"], narrow["blk.0.ffn_down"], narrow["output"]) == ("Q5_0", "Q8_0", "Q8_0")
     assert types_of("q5_k_m", columns=96)["blk.1.ffn_down"] == "Q5_1"
@@ -113,7 +113,7 @@ def test_ggml_and_gguf_agree_on_the_bytes(name: str) -> None:
         pytest.param("qwen3", marks=pytest.mark.slow),
     ],
 )
-def test_llama_cpp_says_what_the_model_says(
+def test_llama_cpp_computes_what_the_model_computes(
     tmp_path: Path, bpe: ByteLevelTokenizer, name: str, quantize: str
 ) -> None:
     """Of 256 numbers a row, and in gpt2 of 64, for which K-quants fall back."""
@@ -159,7 +159,7 @@ def test_rows_that_32_does_not_divide_are_proved_in_llama_cpp(
 
 @needs_llama_cpp
 @pytest.mark.parametrize("quantize", ["q8_0", "q4_0", "q4_k_m"])
-def test_the_command_exports_any_width_and_says_which_matrices_are_f16(
+def test_the_command_exports_any_width_and_lists_matrices_in_f16(
     tmp_path: Path, bpe: ByteLevelTokenizer, quantize: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoints", bpe, hidden_size=40)

@@ -113,9 +113,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         state = f"no {sidecar_of(path).name} beside it, so that its bytes cannot be compared"
     else:
         state = f"no {sidecar_of(path).name} beside it; --verify reads the checksums inside the file"
-    contents = read_contents(
-        path, remedy="atlas info --verify says which to take instead", without=NOT_NEEDED
-    )
+    contents = read_contents(path, remedy="atlas info --verify finds one to use instead", without=NOT_NEEDED)
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
         raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")

@@ -69,9 +69,9 @@ def names_of(config: ModelConfig) -> dict[str, str]:
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A state dict of Atlas by Hugging Face's names, without the rows that only pad the vocabulary."""
-    parts, tensors = exportable_state(state, config), {}
+    split, tensors = exportable_state(state, config), {}
     for ours, theirs in names_of(config).items():
-        tensor = parts[ours]
+        tensor = split[ours]
         tensors[theirs] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
     return tensors
 

@@ -76,7 +76,7 @@ def import_first_version(
     if not stated:
         notes.append(
             "the file does not record the activation and norm_eps: taken as gelu and 1e-5, the defaults of Atlas 1.x; "
-            "if your config says otherwise, name it with --config"
+            "if your config differs, name it with --config"
         )
     try:
         weights = _checked(contents["model_state_dict"])

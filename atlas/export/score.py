@@ -54,7 +54,7 @@ class Sample:
 def sample_of(
     data: str | Path, tokenizer: Tokenizer, context: int, *, num_tokens: int = NUM_TOKENS
 ) -> Sample:
-    """About `num_tokens` tokens of a prepared folder (its validation part, where it has one) or of plain text.
+    """About `num_tokens` tokens of a prepared folder (its validation part, if it has one) or of plain text.
 
     Raises `ExportError` if there is no text, for conversations, and for data prepared with another tokenizer.
     """
@@ -67,7 +67,7 @@ def sample_of(
     for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
         inputs, targets = dataset[number]
         windows.append([int(inputs[0]), *targets[targets != IGNORE_INDEX].tolist()])
-    part = "validation part" if resolved.val else "whole text"
+    part = "validation part" if resolved.val else "full text"
     return Sample(f"{data} ({part})", windows, dataset.bytes_per_token, context)
 
 

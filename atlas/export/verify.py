@@ -1,21 +1,21 @@
-"""The proof that a GGUF file says what the model says, in llama.cpp itself.
+"""Prove, in llama.cpp itself, that a GGUF file computes what the model computes.
 
-Four things must hold. The file: shape and vocabulary are the model's, and every tensor is the model's, rounded
-to its type. Token ids: llama.cpp gives the tokenizer's ids for a corpus of awkward texts. Log-probabilities:
-llama.cpp's are those of PyTorch running the weights *read back from the file*. Greedy text: each token of
-llama.cpp's is PyTorch's choice too, or less probable than it by less than the bound (a near-tie).
+Four things must agree. The file: shape and vocabulary are the model's, and every tensor is the model's, rounded to its
+type. Token ids: llama.cpp gives the tokenizer's ids for a corpus of difficult texts. Log-probabilities: llama.cpp's are
+those of PyTorch running the weights *read back from the file*. Greedy text: each token of llama.cpp is PyTorch's choice
+too, or less probable by less than the bound (a near-tie).
 
-PyTorch is fed llama.cpp's own text, so that a near-tie does not end the comparison, and one prompt reaches
-to the end of the context, so that no position stays unread. How far the rounding of the weights itself has moved the
-log-probabilities (the drift) is told too, and is no part of the verdict.
+PyTorch gets the text that llama.cpp generated, so that a near-tie does not end the comparison. One prompt reaches to
+the end of the context, so that every position is tested. The report also has the drift, by which rounding the weights
+changed the log-probabilities; it does not affect the verdict.
 
-The bound. llama.cpp rounds where PyTorch does not: it looks GELU up in a table of f16 numbers, and what it
-multiplies with weights of a type it first rounds to that type, or to 8 bits if the weights are quantized. So does
-PyTorch here. How far that moves a log-probability depends on the model: 1e-4 in a fresh one, 1e-3 (f32) and 2e-3
-(f16) in a trained one of 4 layers, 9e-3 and 2e-2 in one that has learnt a text by heart, so that no fixed number
-serves. Instead PyTorch runs once with these roundings and once in fp32, and the distance between the two is the
-measure. llama.cpp was at most 1.2 times as far from the rounded run in 27 proofs of random models (x86-64; the three
-architectures, 9 types), and may be 3 times as far; with f16 weights 10 times, as some CPUs also add in f16.
+The bound. llama.cpp rounds where PyTorch does not: it reads GELU from a table of f16 numbers. It also rounds the inputs
+of matrix products to the type of the weights, or to 8 bits if the weights are quantized. How far this changes a
+log-probability depends on the model: 1e-4 in a new one, 1e-3 (f32) and 2e-3 (f16) in a trained one of 4 layers, 9e-3
+and 2e-2 in one that has memorized a text. So no fixed bound fits. Instead PyTorch runs once with these roundings and
+once in fp32, and the difference between the two is the unit. In 27 proofs of random models (x86-64, the three
+architectures, 9 types) llama.cpp differed from the rounded run by at most 1.2 units. It may differ by 3; with f16
+weights by 10, as some CPUs also add in f16.
 """
 
 from __future__ import annotations

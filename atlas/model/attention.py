@@ -27,7 +27,7 @@ class Context(NamedTuple):
     positions: Tensor
     """(T,) or (B, T): of the new tokens."""
     mask: Tensor | BlockMask | None = None
-    """(B, 1, T, S): the tokens that each query sees; None: all earlier ones."""
+    """(B, 1, T, S): the tokens that each query attends to; None: itself and all earlier ones."""
     rotation: Rotation | None = None
     """Applied to queries and keys."""
 
@@ -60,9 +60,9 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """(B, T, C) → (B, T, C).
 
-        `mask` (B, 1, T, S) selects the tokens that each query sees; default: all earlier ones. With a cache,
-        `positions` (B, T) are those of the new tokens. `rotation` is applied to queries and keys. Where K < H, each
-        head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
+        `mask` (B, 1, T, S) selects the tokens that each query attends to; default: itself and all earlier ones. With a
+        cache, `positions` (B, T) are those of the new tokens. `rotation` is applied to queries and keys. Where K < H,
+        each head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
         """
         B, T, _ = x.shape
         q_BHTD, k_BKTD, v_BKTD = self._project(x, rotation)

@@ -64,9 +64,9 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tenso
     result = {name: tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
     for name, a in weights.items():
         if name.endswith(_A):
-            place = name.removesuffix(_A)
-            weight, update = result[f"{place}.weight"], weights[place + _B].float() @ a.float()
-            result[f"{place}.weight"] = (weight.float() + config.alpha / config.rank * update).to(
+            module = name.removesuffix(_A)
+            weight, update = result[f"{module}.weight"], weights[module + _B].float() @ a.float()
+            result[f"{module}.weight"] = (weight.float() + config.alpha / config.rank * update).to(
                 weight.dtype
             )
     return result
