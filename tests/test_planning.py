@@ -17,12 +17,13 @@ from atlas.config import AtlasConfig, ModelConfig
 from atlas.config.loader import overlay, resolve
 from atlas.config.presets import preset_names
 from atlas.machine import _left_in_container, measure_memory
-from atlas.model import AtlasLM, build_model
-from atlas.model.cost import count_parameters
+from atlas.model import AtlasLM, add_lora, build_model
+from atlas.model.cost import count_parameters, trace_saved_tensors
 from atlas.planning.inference import estimate_inference_memory
 from atlas.training.loss import compute_lm_loss
 from atlas.training.memory.estimate import checkpoint_bytes, estimate_training_memory, output_folder_bytes
 from atlas.training.memory.presets import assume_vocabulary, largest_that_fits, plan_presets
+from atlas.training.optimizers import memory as optimizer_memory
 from atlas.training.optimizers.build import build_optimizer
 
 SHAPE = {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "vocab_size": 300, "max_seq_len": 64}
@@ -93,6 +94,8 @@ def test_parameters_are_those_of_the_model(
 def kept_by_autograd(config: AtlasConfig) -> int:
     """Bytes that the model's forward really keeps for the backward pass, weights left out."""
     model = build_model(config.model, seed=0).train()
+    if config.lora.rank:
+        add_lora(model, config.lora)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -105,7 +108,9 @@ def kept_by_autograd(config: AtlasConfig) -> int:
         return tensor
 
     tokens = torch.zeros(config.training.batch_size, config.model.max_seq_len, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    is_half = config.training.precision == "bf16"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_half, cache_enabled=False)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.hidden_states(tokens)
         model.head(hidden)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -127,6 +132,41 @@ def test_activations_are_what_autograd_keeps(
     estimated = estimate_training_memory(config, device="cpu").activations
     # With dropout a CPU's attention copies q, k and v or does not, by their strides.
     assert estimated == pytest.approx(kept_by_autograd(config), rel=0.1 if dropout else 0.02)
+
+
+@pytest.mark.parametrize("sections", [{"lora": {"rank": 8}}, {"training": {"precision": "bf16"}}], ids=str)
+def test_activations_are_what_autograd_keeps_of_low_rank_updates_and_in_half_precision(
+    sections: dict,
+) -> None:
+    config = config_of(**overlay({"training": {"batch_size": 4}}, sections))
+    memory = estimate_training_memory(config, device="cpu")
+    copies = (
+        2 * 3 * 96 * 96 + 2 * 320 * 96 if "training" in sections else 0
+    )  # of attention's outputs, and of the head
+    # A first block saves no input for low-rank updates: nothing before it is trained.
+    assert memory.activations + copies == pytest.approx(kept_by_autograd(config), rel=0.06)
+
+
+def test_ten_thousand_layers_are_traced_as_one() -> None:
+    one, many = (config_of(model={"num_layers": layers}) for layers in (1, 10_000))
+    assert trace_saved_tensors(one.model, device="cpu") is trace_saved_tensors(many.model, device="cpu")
+    activations = [estimate_training_memory(config, device="cpu").activations for config in (one, many)]
+    block = sum(saved.bytes(1, 64) for saved in trace_saved_tensors(one.model, device="cpu").block)
+    batch = one.training.batch_size
+    assert activations[1] - activations[0] == 9_999 * batch * block
+    assert count_parameters(many.model).attention == 10_000 * count_parameters(one.model).attention
+
+
+def test_an_optimizer_that_no_table_names_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    adamw = estimate_training_memory(config_of(), device="cuda")
+    monkeypatch.setattr(
+        optimizer_memory, "build_optimizer", lambda model, training: torch.optim.NAdam(model.parameters())
+    )
+    config = config_of()
+    training = config.training.model_copy(update={"optimizer": "nadam"})
+    other = estimate_training_memory(config.model_copy(update={"training": training}), device="cuda")
+    assert other.optimizer == adamw.optimizer
+    assert other.gradients >= adamw.gradients
 
 
 def test_parts_of_training_memory_are_what_they_are_named() -> None:

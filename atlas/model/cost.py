@@ -6,9 +6,9 @@ does, and tests/cuda_path checks both:
 
 - On a GPU the fused attention kernel saves q, k, v, its output and a logarithm per head and token (Dao et al. 2022,
   arXiv:2205.14135), and on CUDA dropout saves a mask of one byte a number.
-- A compiled block saves its input, the outputs of its matrix products except the last, and attention's output; all else
-  is recomputed. If memory is ample, it also saves the inputs of these products, q, k and v, and the weights in half
-  precision.
+- A compiled block saves its input, the outputs of its matrix products except the last, and attention's output and
+  logarithms; all else is recomputed. If memory is ample, it also saves the inputs of these products, q, k and v,
+  dropout's masks, and the weights in half precision.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers.
 """
@@ -209,8 +209,10 @@ class Saved:
 class SavedTensors:
     """What the forward pass saves, each storage once, weights left out."""
 
+    input: Saved
+    """Of a block: the residual stream. It is among `block` too."""
     block: tuple[Saved, ...]
-    """Of one block. The first is its input, the residual stream."""
+    """Of one block."""
     rest: tuple[Saved, ...]
     """Outside the blocks, without the loss and the table's copy in half precision."""
 
@@ -244,7 +246,7 @@ def _trace(
     dense_mask: bool,
     compiled: str | None,
 ) -> SavedTensors:
-    sizes = []
+    sizes, inputs = [], []
     for sequences, context in _TRACED:
         one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
         dtype = torch.bfloat16 if half_weights else torch.float32
@@ -265,9 +267,11 @@ def _trace(
             recorder.shared |= {recorder.hold(weight) for weight in weights.values()}
             torch.func.functional_call(one, weights, (tokens,), {"documents": documents})
         sizes.append((recorder.block(compiled), [*recorder.outside.values()]))
+        inputs.append(next(iter(recorder.inside.values())))
     (block, rest), (large_block, large_rest) = sizes
     grown = [_growth(*pair) for pair in zip(rest, large_rest, strict=True)]
     return SavedTensors(
+        _growth(*inputs),
         tuple(_growth(*pair) for pair in zip(block, large_block, strict=True)),
         tuple(saved for saved in grown if saved.sequences),
     )
@@ -293,8 +297,10 @@ class _Recorder(TorchFunctionMode):
         self.inputs: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
         """Of the block's matrix products."""
-        self.of_kernels: dict[int, int] = {}
-        """What attention and dropout save of their own."""
+        self.of_attention: dict[int, int] = {}
+        """Its output and logarithms."""
+        self.masks: dict[int, int] = {}
+        """Of dropout."""
         self.attended: dict[int, int] = {}
         """Queries, keys and values."""
         self._alive: list[Tensor] = []
@@ -313,13 +319,13 @@ class _Recorder(TorchFunctionMode):
         return stack
 
     def block(self, compiled: str | None) -> list[int]:
-        """Return the bytes of each storage, the block's input first."""
+        """Return the bytes of each storage that the block saves."""
         if compiled is None:
             return [*self.inside.values()]
         *outputs, _ = self.outputs.items()
-        kept = dict([next(iter(self.inside.items())), *self.of_kernels.items(), *outputs])
+        kept = dict([next(iter(self.inside.items())), *self.of_attention.items(), *outputs])
         if compiled == "all":
-            kept = kept | self.attended | {key: size for key, size in self.inputs.items() if key not in kept}
+            kept = self.inputs | kept | self.attended | self.masks
         return [*kept.values()]
 
     def _enter_block(self, block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -368,5 +374,9 @@ class _Recorder(TorchFunctionMode):
         else:
             result = function(*arguments, **options)
         if (is_attention or is_dropout) and self.saved is self.inside:
-            self.of_kernels |= {key: size for key, size in self.saved.items() if key not in before}
+            own = {key: size for key, size in self.saved.items() if key not in before}
+            if is_attention:
+                self.of_attention = own
+            else:
+                self.masks |= own
         return result

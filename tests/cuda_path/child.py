@@ -31,13 +31,15 @@ def main(asked: list[str]) -> None:
     }
     work |= variants.others()
     results: dict[str, Any] = {}
-    for name in asked or [*work, "graphs"]:
+    for name in asked or [*work, "graphs", "saved"]:
         begin = time.perf_counter()
         try:
             with device, seen:
                 seen.seen.clear()
                 if name == "graphs":
                     results[name] = {"seen": variants.graphs(device, seen.seen)}
+                elif name == "saved":
+                    results[name] = {"seen": variants.saved(device)}
                 else:
                     work[name](seen.seen)
                     results[name] = {"seen": dict(seen.seen)}

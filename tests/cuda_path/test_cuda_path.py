@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from atlas.model.cost import trace_saved_tensors
 from benchmarks.fake_cuda import why_not
 
 ROOT = Path(__file__).parents[2]
@@ -168,11 +169,24 @@ def test_the_host_waits_only_where_listed(variant: str, results: dict[str, Any])
 
 
 def test_every_variant_is_listed(results: dict[str, Any]) -> None:
-    assert list(results) == [*WAITS, "graphs"]
+    assert list(results) == [*WAITS, "graphs", "saved"]
 
 
 def test_as_many_graphs_are_compiled_as_listed(results: dict[str, Any]) -> None:
     assert seen_in(results["graphs"]) == GRAPHS
+
+
+@pytest.mark.parametrize("how", ["eager", "little", "all"])
+@pytest.mark.parametrize("family", ["gpt2", "modern", "dropout"])
+def test_a_block_saves_what_the_traced_estimate_says(family: str, how: str, results: dict[str, Any]) -> None:
+    """The rules for attention, dropout and compiled blocks on CUDA; the compiler also saves the norms' statistics."""
+    from tests.cuda_path.variants import CONTEXT, SEQUENCES, block_config
+
+    model = block_config(family).model
+    compiled = None if how == "eager" else how
+    traced = trace_saved_tensors(model, device="cuda", half=True, compiled=compiled)
+    estimated = sum(tensor.bytes(SEQUENCES, CONTEXT) for tensor in traced.block if tensor.sequences)
+    assert estimated == pytest.approx(seen_in(results["saved"])[f"{family}, {how}"], rel=0.02)
 
 
 FAULTS = (

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.decomposition import select_decomp_table
 
 import atlas.model.documents
 import atlas.training.step
@@ -28,6 +33,7 @@ from atlas.serving.text import Generation
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import Snapshot
 from atlas.training.checkpoint.load import load_weights
+from atlas.training.devices.compile import compile_blocks
 from atlas.training.devices.device import Runtime, setup_runtime
 from atlas.training.devices.signals import StopRequest
 from atlas.training.evaluate import evaluate, token_losses
@@ -350,3 +356,54 @@ def patch() -> None:
     """What fake CUDA cannot have: Triton, and a generator of the device, whose numbers nobody reads."""
     atlas.model.documents.has_flex_attention = lambda device: device.type == "cuda"
     atlas.training.step.rounding_generator = lambda *place: None  # type: ignore[assignment, return-value]
+
+
+BLOCKS: dict[str, dict[str, Any]] = {"gpt2": {}, "modern": MODERN, "dropout": {"model.dropout": 0.1}}
+SAVED_BY = [f"{family}, {how}" for family in BLOCKS for how in ("eager", "little", "all")]
+SEQUENCES, CONTEXT = 2, 256
+
+
+def block_config(family: str) -> AtlasConfig:
+    return config_of({"model.hidden_size": 64, "model.max_seq_len": CONTEXT, **SHALLOW, **BLOCKS[family]})
+
+
+def saved(device: FakeCuda) -> dict[str, int]:
+    """Bytes that a block saves for the backward pass in bf16 autocast, each storage once. Weights, their copies and
+    what all blocks use are left out. `little` and `all` are compiled."""
+    found = {}
+    for name in SAVED_BY:
+        family, how = name.split(", ")
+        kept: dict[int, Tensor] = {}
+        keep = partial(_keep, kept)
+        model = build_model(block_config(family).model, seed=0).to("cuda").train()
+        if how == "eager":
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            model.blocks[0].register_forward_pre_hook(lambda *_, hooks=hooks: hooks.__enter__())
+            model.blocks[0].register_forward_hook(lambda *_, hooks=hooks: hooks.__exit__())
+        else:
+            torch._dynamo.reset()
+            device.backend = aot_autograd(
+                fw_compiler=partial(_keep_outputs, keep),
+                bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+                partition_fn=min_cut_rematerialization_partition,
+                decompositions=select_decomp_table(),
+            )
+            compile_blocks(model, keeps_little=how == "little")
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            model(torch.zeros(SEQUENCES, CONTEXT, dtype=torch.long, device="cuda"))
+        device.backend = None
+        found[name] = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return found
+
+
+def _keep(kept: dict[int, Tensor], tensor: Any) -> Any:
+    if isinstance(tensor, Tensor) and tensor.shape[:1] in ((SEQUENCES,), (SEQUENCES * CONTEXT,)):
+        kept[tensor.untyped_storage()._cdata] = tensor
+    return tensor
+
+
+def _keep_outputs(keep: Callable[[Any], Any], graph: Any, inputs: Any) -> Any:
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    for node in outputs[1:]:
+        keep(node.meta.get("val"))
+    return make_boxed_func(graph.forward)

@@ -93,7 +93,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     tensors = [tensor.bytes(micro_batch, T) for tensor in saved.block if tensor.sequences]
     block, at_loss = sum(tensors), _at_the_loss(config, tokens, half=half, device=device)
     if training.gradient_checkpointing:
-        kept = L * tensors[0]
+        kept = L * saved.input.bytes(micro_batch, T)
         at_loss = max(at_loss, block + _recomputed(config, tokens, half=half) + _table_gradient(config))
     else:
         kept = L * block
