@@ -42,7 +42,8 @@ from atlas.planning.communication import (
     communicate,
     gather,
 )
-from atlas.planning.run import Machine, machine_with, plan_run, seconds_of_update
+from atlas.planning.machine import Machine, machine_with
+from atlas.planning.run import plan_run, seconds_of_update
 from atlas.planning.scaling import Scaling, scale
 from atlas.training.devices.parallel import no_sync_except_last, wrap
 from atlas.training.devices.world import World

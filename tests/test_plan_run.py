@@ -24,7 +24,8 @@ from atlas.model import AtlasLM, build_model
 from atlas.model.cost import training_flops_per_token
 from atlas.planning import tables
 from atlas.planning.cards import CARDS, card_named, find_card
-from atlas.planning.run import SPREAD, Machine, describe_duration, machine_with, plan_run
+from atlas.planning.machine import Machine, machine_with
+from atlas.planning.run import SPREAD, describe_duration, plan_run
 from atlas.planning.speed import card_speed, update_seconds
 from atlas.training.loss import compute_lm_loss
 from atlas.training.memory.estimate import estimate_training_memory

@@ -38,7 +38,7 @@ ROOMS = {
     "training.logs",
     "training": "errors machine process config tokenizer data data.sequences model training.devices "
     "training.optimizers training.logs training.memory training.checkpoint",
-    "planning": "errors machine config model training.optimizers training.memory",
+    "planning": "errors machine config model training.devices training.optimizers training.memory",
     "inference": "errors config tokenizer model training.devices training.checkpoint",
     "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
     "reporting": "errors files version config tokenizer data",
@@ -57,7 +57,7 @@ INSIDE = {
     "< batching tokenize train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
     "model": "documents kv_cache recompute rope < norm < attention mlp < transformer < lora < cost",
-    "planning": "advice cards communication doctor inference < speed < run < scaling summary < tables",
+    "planning": "advice cards communication doctor inference < speed < machine < run < scaling summary < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
     "training.memory": "estimate < parallel presets < fit",
@@ -72,7 +72,7 @@ INSIDE = {
     "reporting": "curves dataset_statistics < dataset_figure runs < figure report",
     "serving": "errors files runs schema server stream text < answers engine limits llama meter < dispatcher "
     "< openai pages < app",
-    "cli": "choose_text doctor_facts export generate import_model old_flags report serve < terminal "
+    "cli": "choose_text doctor_facts export generate import_model old_flags plan_report report serve < terminal "
     "< doctor evaluate info_dataset look plan_output prepare train < info plan < choose_preset < demo < pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in

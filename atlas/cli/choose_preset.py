@@ -11,7 +11,7 @@ import typer
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from atlas.planning.run import Machine
+    from atlas.planning.machine import Machine
     from atlas.training.memory.presets import PresetPlan
 
 VOCABULARY = 1024
@@ -25,8 +25,8 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
 
     Raises `AtlasError` if no preset fits into memory.
     """
-    from atlas.cli.plan import this_machine
     from atlas.config.loader import resolve
+    from atlas.planning.machine import this_machine
     from atlas.training.memory.presets import plan_presets
 
     machine = this_machine(resolve({"device": device}))

@@ -1,66 +1,34 @@
-"""What `atlas plan` found, as tables for a person and as one JSON object for a program."""
+"""What `atlas plan` reports, as tables for a person and as one JSON object for a program."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from atlas.cli.terminal import figure, printable
+from atlas.cli.plan_report import Report
+from atlas.cli.terminal import figure, print_table, printable
+from atlas.model.cost import count_parameters
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
 from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP, Cluster
-from atlas.planning.run import SPREAD, Machine, Run, describe_duration
+from atlas.planning.inference import estimate_inference_memory
+from atlas.planning.machine import Machine
+from atlas.planning.run import SPREAD, describe_duration
 from atlas.planning.scaling import Scaling
 from atlas.planning.summary import Summary
-from atlas.training.memory.presets import PresetPlan, largest_that_fits
-
-if TYPE_CHECKING:
-    from atlas.data import TokenStream
-
-_NARROWEST = 100  # without a terminal: wide enough for every table
-
-
-@dataclass(frozen=True)
-class Report:
-    """`text`, `summary` and `scaling` are None where none was named; the presets' summaries stand in the order of the
-    presets."""
-
-    machine: Machine
-    text: TokenStream | None
-    assumes_vocabulary: bool
-    summary: Summary | None
-    scaling: Scaling | None
-    presets: list[PresetPlan]
-    preset_summaries: list[Summary]
-
-    @property
-    def largest_that_fits(self) -> str | None:
-        """The preset."""
-        found = largest_that_fits(self.presets)
-        return found.name if found else None
-
-    @property
-    def largest_for_text(self) -> str | None:
-        """The largest preset that fits the machine and for which the text is enough."""
-        pairs = zip(self.presets, self.preset_summaries, strict=True)
-        enough = [preset for preset, summary in pairs if summary.advice and summary.advice.fits]
-        found = largest_that_fits(enough)
-        return found.name if found else None
+from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes, snapshot_bytes
 
 
 def print_json(report: Report) -> None:
     """Numbers in bytes, seconds, FLOPs and kWh; null where one is not known."""
-    machine, text = report.machine, report.text
+    machine, text, device = report.machine, report.text, report.machine.device
     content = {
         "machine": {
             "name": machine.name,
-            "device": machine.device,
+            "device": device,
             "memory_bytes": machine.memory,
             "flops_per_second": machine.flops_per_second,
             "flops_per_second_is": machine.rate_is,
@@ -75,35 +43,32 @@ def print_json(report: Report) -> None:
             "tokens": text.num_tokens,
             "vocab_size": text.vocab_size,
         },
-        "config": report.summary and _as_json(report.summary),
+        "config": report.summary and _as_json(report.summary, device),
         "scaling": report.scaling and _scaling_as_json(report.scaling),
-        "presets": {
-            preset.name: _as_json(summary)
-            for preset, summary in zip(report.presets, report.preset_summaries, strict=True)
-        },
+        "presets": {preset.name: _as_json(summary, device) for preset, summary in report.presets},
         "largest_preset_that_fits": report.largest_that_fits,
         "largest_preset_for_the_data": report.largest_for_text,
     }
     typer.echo(json.dumps(content, indent=2))
 
 
-def _as_json(summary: Summary) -> dict[str, Any]:
-    model, training = summary.config.model, summary.config.training
+def _as_json(summary: Summary, device: str) -> dict[str, Any]:
+    config, advice = summary.config, summary.advice
     return {
-        "vocab_size": model.vocab_size,
-        "max_seq_len": model.max_seq_len,
-        "parameters": _with_total(summary.parameters),
-        "training_memory_bytes": _with_total(summary.training),
-        "saving_memory_bytes": summary.snapshot,
-        "generating_memory_bytes": _with_total(summary.generating),
-        "checkpoint_bytes": summary.checkpoint,
-        "output_folder_bytes": summary.output_folder,
+        "vocab_size": config.model.vocab_size,
+        "max_seq_len": config.model.max_seq_len,
+        "parameters": _with_total(count_parameters(config.model)),
+        "training_memory_bytes": _with_total(summary.memory),
+        "saving_memory_bytes": snapshot_bytes(config),
+        "generating_memory_bytes": _with_total(estimate_inference_memory(config.model, device=device)),
+        "checkpoint_bytes": checkpoint_bytes(config),
+        "output_folder_bytes": output_folder_bytes(config),
         "fits": summary.fits,
-        "micro_batch_size": training.sequences_at_once,
+        "micro_batch_size": config.training.sequences_at_once,
         "largest_micro_batch_size": summary.largest_micro_batch,
         **asdict(summary.run),
-        "passes": summary.advice and summary.advice.passes,
-        "verdict": summary.advice and summary.advice.verdict,
+        "passes": advice and advice.passes,
+        "verdict": advice and advice.verdict,
         "what_would_help": summary.remedies,
     }
 
@@ -134,93 +99,80 @@ def _with_total(parts: Any) -> dict[str, int]:
 
 
 def print_report(report: Report) -> None:
-    """On standard output, as wide as the terminal."""
-    console = Console(width=None if sys.stdout.isatty() else _NARROWEST, highlight=False, markup=False)
+    """Tables and notes on standard output."""
     if report.summary:
-        _print_summary(console, report, report.summary)
+        _print_summary(report, report.summary)
         if report.scaling:
-            _print_scaling(console, report.scaling, report.summary, report.machine.device)
-    _print_presets(console, report)
-    console.print(*_notes(report), sep="\n", soft_wrap=True)
+            _print_scaling(report.scaling, report.summary, report.machine.device)
+    _print_presets(report)
+    for note in _notes(report):
+        typer.echo(note)
 
 
-def _print_summary(console: Console, report: Report, summary: Summary) -> None:
-    machine, training = report.machine, summary.config.training
-    _print_rows(console, "Parameters", _parts(summary.parameters, "{:,}".format))
-    at_once = {
-        "sequences at once": f"{training.sequences_at_once:,}",
-        "at most, of an update": f"{summary.largest_micro_batch:,}",
-    }
-    besides = {"besides, in main memory": _gib(summary.snapshot)} if summary.snapshot else {}
-    memory = _parts(summary.training, _gib) | besides | at_once
-    _print_rows(console, f"Memory of training on {machine.device}", memory)
-    if summary.snapshot:
-        console.print(
-            "Besides: the copy that checkpoints are written from while training goes on; where it does not fit, or "
-            "with checkpoint.background=false, training waits for the disk.\n",
-            soft_wrap=True,
+def _print_summary(report: Report, summary: Summary) -> None:
+    machine, config = report.machine, summary.config
+    generating = estimate_inference_memory(config.model, device=machine.device)
+    _print_rows("Parameters", _parts(count_parameters(config.model), "{:,}".format))
+    memory = _parts(summary.memory, _gib)
+    if copy := snapshot_bytes(config):
+        memory["besides, in main memory"] = _gib(copy)
+    memory["sequences per micro-batch"] = f"{config.training.sequences_at_once:,}"
+    memory["at most, of an update"] = f"{summary.largest_micro_batch:,}"
+    _print_rows(f"Memory of training on {machine.device}", memory)
+    if copy:
+        typer.echo(
+            "Besides: the copy that checkpoints are written from while training continues. Where it does not fit, or "
+            "with checkpoint.background=false, training waits for the disk.\n"
         )
     if not summary.fits and report.scaling is None:
         there = f"Does not fit: {machine.name} has {_gib(machine.memory)}. What would help:"
-        console.print(there, *summary.remedies, "", sep="\n", soft_wrap=True)
-    _print_rows(console, f"Memory of generating on {machine.device}", _parts(summary.generating, _gib))
-    disk = {
-        "one checkpoint": _gb(summary.checkpoint),
-        "output folder, at most": _gb(summary.output_folder),
+        typer.echo("\n".join([there, *summary.remedies, ""]))
+    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, _gib))
+    sizes = {
+        "one checkpoint": checkpoint_bytes(config),
+        "output folder, at most": output_folder_bytes(config),
     }
-    _print_rows(console, "Disk", disk)
-    _print_rows(console, "The run", dict(_run_rows(report, summary)))
+    _print_rows("Disk", {name: _gb(size) for name, size in sizes.items()})
+    _print_rows("The run", dict(_run_rows(report, summary)))
 
 
 def _run_rows(report: Report, summary: Summary) -> Iterator[tuple[str, str]]:
     run, text = summary.run, report.text
     if text:
         yield "tokens of the text", f"{text.num_tokens:,} in {text.num_documents:,} documents"
-    if run.updates is None or run.tokens is None or run.flops is None:
-        yield "updates", "not known"
-    else:
-        yield "updates", f"{run.updates:,}"
+    yield "updates", "not known" if run.updates is None else f"{run.updates:,}"
+    if run.tokens is not None and run.flops is not None:
         yield "tokens", f"{run.tokens:,}"
         if run.epochs is not None:
             yield "epochs", f"{run.epochs:,.2f}"
-        yield "tokens per parameter", figure(run.tokens / summary.parameters.total)
+        yield "tokens per parameter", figure(run.tokens / count_parameters(summary.config.model).total)
         yield "FLOPs", f"{run.flops:.2e}"
-    yield from _time_rows(run)
-
-
-def _time_rows(run: Run) -> Iterator[tuple[str, str]]:
     if run.seconds:
         yield "time", describe_duration(run.seconds)
     if run.kilowatt_hours:
-        low, high = map(figure, run.kilowatt_hours)
-        yield "energy of the card", f"{low} to {high} kWh"
+        yield "energy of the card", f"{' to '.join(map(figure, run.kilowatt_hours))} kWh"
 
 
-def _print_scaling(console: Console, scaling: Scaling, summary: Summary, device: str) -> None:
-    """On several GPUs, or as several processes on a CPU; the sections before are of one."""
-    sent, cluster = scaling.communication, scaling.cluster
-    shards = {"ranks that share a model": f"{scaling.shard_size:,}"} if scaling.parallel == "fsdp" else {}
-    shared = {
-        "training.parallel": scaling.parallel,
-        **shards,
-        "sequences of an update, each": f"{scaling.sequences:,}",
-        "sequences at once": f"{scaling.sequences_at_once:,}",
-    }
-    _print_rows(console, f"On {_cluster(cluster, device)}", shared)
-    _print_rows(console, "Memory of each of them", _parts(scaling.memory, _gib))
+def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
+    """On several GPUs, or as several processes on a CPU; the sections before are about one."""
+    sent = scaling.communication
+    shared = {"training.parallel": scaling.parallel}
+    if scaling.parallel == "fsdp":
+        shared["ranks that share a model"] = f"{scaling.shard_size:,}"
+    shared["sequences of an update, each"] = f"{scaling.sequences:,}"
+    shared["sequences per micro-batch"] = f"{scaling.sequences_at_once:,}"
+    _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
+    _print_rows("Memory of each of them", _parts(scaling.memory, _gib))
     if not scaling.fits:
-        console.print(
-            f"Does not fit: each has {_gib(scaling.available)}. What would help: {_remedy(scaling, summary)}.\n",
-            soft_wrap=True,
-        )
+        remedies = ", ".join(_remedies(scaling, summary))
+        typer.echo(f"Does not fit: each has {_gib(scaling.available)}. What would help: {remedies}.\n")
     parts = {"weights": sent.weights, "gradients": sent.gradients, "total": sent.bytes}
     moved = {name: _gb(size) for name, size in parts.items() if size or name == "total"}
-    _print_rows(console, "Sent in an update by each, and received", moved)
-    hidden = sent.seconds - sent.exposed
+    _print_rows("Sent in an update by each, and received", moved)
     time = {
         "computing": _time(scaling.computing),
         "communication": _time(sent.seconds),
-        "of it hidden behind computing": _time(hidden),
+        "of it hidden behind computing": _time(sent.seconds - sent.exposed),
         "of it exposed": _time(sent.exposed),
         "total": _time(scaling.seconds),
         "efficiency": f"{scaling.efficiency:.1%}",
@@ -229,31 +181,26 @@ def _print_scaling(console: Console, scaling: Scaling, summary: Summary, device:
     if summary.run.updates is not None:
         seconds = scaling.seconds * summary.run.updates
         time["time of the run"] = describe_duration((seconds / SPREAD, seconds * SPREAD))
-    _print_rows(console, "Time of an update", time)
+    _print_rows("Time of an update", time)
 
 
 def _cluster(cluster: Cluster, device: str) -> str:
-    name = ("process", "processes") if device == "cpu" else ("GPU", "GPUs")
-    one = f"{cluster.gpus:,} {name[cluster.gpus > 1]}"
-    where = f"{one} in one node"
-    if cluster.nodes > 1:
-        where = f"{cluster.nodes:,} nodes of {one}"
-    links = [f"{cluster.inside.name} inside"] + (
-        [f"{cluster.between.name} between"] if cluster.between else []
-    )
-    return f"{where}, {', '.join(links)}"
+    one, several = ("process", "processes") if device == "cpu" else ("GPU", "GPUs")
+    ranks = f"{cluster.gpus:,} {several if cluster.gpus > 1 else one}"
+    where = f"{cluster.nodes:,} nodes of {ranks}" if cluster.nodes > 1 else f"{ranks} in one node"
+    between = f", {cluster.between.name} between" if cluster.between else ""
+    return f"{where}, {cluster.inside.name} inside{between}"
 
 
-def _remedy(scaling: Scaling, summary: Summary) -> str:
-    training = summary.config.training
-    ways = ["--set training.micro_batch_size=1"] if scaling.sequences_at_once > 1 else []
-    if not training.gradient_checkpointing:
-        ways.append("--set training.gradient_checkpointing=true")
+def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
+    if scaling.sequences_at_once > 1:
+        yield "--set training.micro_batch_size=1"
+    if not summary.config.training.gradient_checkpointing:
+        yield "--set training.gradient_checkpointing=true"
     if scaling.parallel == "fsdp":
-        ways.append("more ranks to share a model")
+        yield "more ranks to share a model"
     elif scaling.parallel == "ddp":
-        ways.append("--set training.parallel=fsdp")
-    return ", ".join(ways)
+        yield "--set training.parallel=fsdp"
 
 
 def _notes(report: Report) -> Iterator[str]:
@@ -264,15 +211,12 @@ def _notes(report: Report) -> Iterator[str]:
     if machine.flops_per_second is None:
         yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     else:
-        yield _note_on_time(machine, summary or report.preset_summaries[-1], is_one=summary is not None)
+        yield _note_on_time(machine, summary or report.presets[-1][1], is_one=summary is not None)
     if report.scaling:
         yield from _notes_on_scaling(report.scaling, machine.device)
-    if summary and summary.advice:
-        advice = summary.advice
-        yield (
-            f"Text: {figure(advice.tokens_per_parameter)} tokens per parameter in one pass; "
-            f"this model: {advice.verdict}."
-        )
+    if summary and (advice := summary.advice):
+        tokens = figure(advice.tokens_per_parameter)
+        yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
     if report.text:
         yield (
             f"Passes: over the text until a parameter has seen {TOKENS_PER_PARAMETER} tokens, which uses training "
@@ -328,45 +272,39 @@ def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
         yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect names others."
 
 
-def _print_presets(console: Console, report: Report) -> None:
-    fits, enough = report.largest_that_fits, report.largest_for_text
+def _print_presets(report: Report) -> None:
+    fits, enough, text = report.largest_that_fits, report.largest_for_text, report.text
     verdict = f"the largest that fits is {fits}" if fits else "none fits"
-    if report.text:
-        verdict += (
-            f"; the largest of them that the text is enough for is {enough}"
-            if enough
-            else ("; the text is small for every one")
-        )
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("preset", no_wrap=True)
-    passes = ["passes"] if report.text else []
-    for name in ("parameters", "memory", "fits", "at once", "at most", "time", *passes):
-        table.add_column(name, no_wrap=True, justify="right")
-    for preset, summary in zip(report.presets, report.preset_summaries, strict=True):
-        table.add_row(
-            preset.name,
+    if text:
+        largest = f"the largest of them that the text is enough for is {enough}"
+        verdict += f"; {largest if enough else 'the text is small for every one'}"
+    titles = [" preset", "parameters", "memory", "fits", "micro-batch", "at most", "time"]
+    rows = [titles + ["passes"] * bool(text)]
+    for preset, summary in report.presets:
+        cells = [
+            f" {preset.name}",
             f"{preset.parameters:,}",
             _gib(preset.memory),
             "yes" if preset.fits else "no",
             str(preset.config.training.sequences_at_once),
             str(summary.largest_micro_batch),
             describe_duration(summary.run.seconds) if summary.run.seconds and preset.fits else "",
-            *([figure(summary.advice.passes)] if summary.advice else []),
-        )
-    size = _gib(report.machine.memory)
-    console.print(f"Presets on {report.machine.name}, {size}: {verdict}", table, "", sep="\n", soft_wrap=True)
+        ]
+        rows.append(cells + ([figure(summary.advice.passes)] if summary.advice else []))
+    typer.echo(f"Presets on {report.machine.name}, {_gib(report.machine.memory)}: {verdict}")
+    print_table(rows, right=range(1, len(rows[0])))
+    typer.echo()
 
 
-def _print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    table.add_column(no_wrap=True, min_width=30)
-    table.add_column(no_wrap=True, justify="right", min_width=14)
+def _print_rows(title: str, rows: dict[str, str]) -> None:
+    typer.echo(title)
+    width = max(14, *map(len, rows.values()))
     for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(title, table, "", sep="\n")
+        typer.echo(f"  {name:<30}    {value:>{width}}")
+    typer.echo()
 
 
-def _parts(estimate: Any, show: Any) -> dict[str, str]:
+def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, str]:
     """The parts of an estimate by name, those of 0 left out, and their sum."""
     named = {name.replace("_", " "): show(size) for name, size in vars(estimate).items() if size}
     return {**named, "total": show(estimate.total)}

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atlas.config import AtlasConfig, ModelConfig
-from atlas.errors import AtlasError
 from atlas.model.cost import count_parameters, training_flops_per_token
-from atlas.planning.cards import Card
-from atlas.planning.speed import Speed, card_speed, update_seconds
+from atlas.planning.machine import Machine
+from atlas.planning.speed import update_seconds
 
 Range = tuple[float, float]
 """From, to."""
@@ -26,32 +25,6 @@ SPREAD = 1.3
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a run is planned for."""
-
-    name: str
-    device: str
-    """`cpu`, `cuda` or `mps`."""
-    memory: int
-    """Bytes."""
-    flops_per_second: float | None = None
-    """Of large matrix products in the precision of training; None where it is not known."""
-    rate_is: str | None = None
-    """Where that rate comes from."""
-    bytes_per_second: float | None = None
-    """Between the processor and its memory, where it is known."""
-    watts: int | None = None
-    """At full load, where it is known."""
-    speed: Speed | None = None
-    """What an NVIDIA or AMD GPU reaches; None for other devices, and where it is not known."""
-
-    @property
-    def time_is(self) -> str:
-        """Where the time of an update comes from."""
-        return "measured" if self.device == "cpu" else "simulated" if self.speed else "stated"
-
-
 def utilisation(model: ModelConfig, device: str) -> float:
     """The part of the rate of matrix products that training reaches on a CPU or an Apple GPU, 0 to 1.
 
@@ -61,27 +34,6 @@ def utilisation(model: ModelConfig, device: str) -> float:
     if device != "cpu":
         return MPS_UTILISATION
     return min(CPU_UTILISATION, model.hidden_size / (model.hidden_size + 200))
-
-
-def machine_with(card: Card, *, precision: str = "auto", memory: int | None = None) -> Machine:
-    """A machine with this card, and training in `training.precision` on it; `memory` bytes instead of the card's.
-
-    Raises `AtlasError` for a precision that the card does not compute in.
-    """
-    if precision.startswith("bf16") and card.precision != "bf16":
-        raise AtlasError(
-            f"training.precision: {precision}: the {card.name} does not compute in it; use fp16 or auto"
-        )
-    return Machine(
-        name=card.name,
-        device="cuda",
-        memory=card.memory if memory is None else memory,
-        flops_per_second=None if precision == "fp32" else card.tflops * 1e12,
-        rate_is=f"its peak in {card.precision if precision == 'auto' else precision} by Atlas's table of cards",
-        bytes_per_second=card.bandwidth * 1e9,
-        watts=card.watts,
-        speed=None if precision == "fp32" else card_speed(card),
-    )
 
 
 def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:

@@ -12,7 +12,8 @@ from atlas.config import AtlasConfig
 from atlas.errors import AtlasError
 from atlas.model.cost import block_matrices, count_parameters, lora_parameters, training_flops_per_token
 from atlas.planning.communication import Cluster, Communication, Pass, Sizes, communicate
-from atlas.planning.run import Machine, seconds_of_update
+from atlas.planning.machine import Machine
+from atlas.planning.run import seconds_of_update
 from atlas.training.memory.estimate import TrainingMemory, estimate_training_memory
 from atlas.training.memory.parallel import share_model
 

@@ -11,7 +11,8 @@ from atlas.config.presets import preset_names, preset_path
 from atlas.model.cost import count_parameters
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
-from atlas.planning.run import describe_duration, machine_with, plan_run
+from atlas.planning.machine import machine_with
+from atlas.planning.run import describe_duration, plan_run
 from atlas.planning.scaling import scale
 from atlas.planning.summary import summarize
 from atlas.training.memory.estimate import estimate_training_memory
