@@ -5,11 +5,9 @@ What training would choose is asked of the functions that training itself calls.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +50,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 _SMALL_PRODUCT = 256  # large enough to show what is imitated, small enough to wait for it
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something that the user should fix: value, reason, remedy."""
-
-    value: str
-    reason: str
-    remedy: str
+def _problem(value: str, reason: str, remedy: str) -> Facts:
+    """Something that the user should fix."""
+    return {"value": value, "reason": reason, "remedy": remedy}
 
 
 def examine(device_name: str, output_dir: Path | None, effort: Effort | None = None) -> Facts:
@@ -76,21 +70,21 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
         available = measure_memory(device.type)
     except RuntimeError as error:  # a full or broken GPU; what needs none is measured all the same
         remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
-        problems.append(Problem(f"device {device.type}", f"does not compute ({_first_line(error)})", remedy))
+        problems.append(_problem(f"device {device.type}", f"does not compute ({_first_line(error)})", remedy))
     else:
         facts |= _computing(device, available, effort, problems)
-    facts["compile"] = asdict(try_compile(device, seconds=effort.compile_seconds))
+    facts["compile"] = try_compile(device, seconds=effort.compile_seconds)
     facts["disk"] = _disk(output_dir, effort, problems)
     facts["train"] = _choice(device_name, device)
-    facts["problems"] = [asdict(problem) for problem in problems]
+    facts["problems"] = problems
     return facts
 
 
-def _wheel_and_driver() -> list[Problem]:
+def _wheel_and_driver() -> list[Facts]:
     """An NVIDIA card that this PyTorch cannot use."""
     if cpu_only_build_with_nvidia_driver():
         reason = "is a CPU-only build, although an NVIDIA driver is there"
-        return [Problem(f"PyTorch {torch.__version__}", reason, "install the CUDA build (README, Install)")]
+        return [_problem(f"PyTorch {torch.__version__}", reason, "install the CUDA build (README, Install)")]
     driver = nvidia_driver()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if driver is None or torch.version.cuda is None or torch.cuda.is_available() or hidden:
@@ -102,7 +96,7 @@ def _wheel_and_driver() -> list[Problem]:
     else:
         reason = "is there, but PyTorch sees no CUDA device"
         remedy = "check it with nvidia-smi; after an update of the driver restart the machine"
-    return [Problem(f"NVIDIA driver {version}", reason, remedy)]
+    return [_problem(f"NVIDIA driver {version}", reason, remedy)]
 
 
 def _versions() -> Facts:
@@ -152,7 +146,7 @@ def _gpus() -> list[Facts]:
     return gpus
 
 
-def _computing(device: torch.device, available: int, effort: Effort, problems: list[Problem]) -> Facts:
+def _computing(device: torch.device, available: int, effort: Effort, problems: list[Facts]) -> Facts:
     """What the device does, with `available` bytes of memory."""
     plans = plan_presets(available, device=device.type)
     largest = largest_that_fits(plans)
@@ -160,7 +154,7 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
         needs = min(plan.memory for plan in plans)
         value = f"{available / 2**30:.2f} GiB of memory free on {device.type}"
         reason = f"nano, the smallest preset, takes {needs / 2**30:.2f} GiB"
-        problems.append(Problem(value, reason, "close other programs that use it"))
+        problems.append(_problem(value, reason, "close other programs that use it"))
     precision = {name: _precision(device, name, effort) for name in PRECISIONS}
     computes = [name for name, step in precision.items() if "error" not in step]
     small = {name: _products(device, name, _SMALL_PRODUCT, effort.seconds / 5) for name in computes}
@@ -187,7 +181,7 @@ def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
     if device.type != "cuda":
         return None
     try:
-        return asdict(time_attention(device, _chosen(device).dtype, seconds=effort.seconds / 5))
+        return time_attention(device, _chosen(device).dtype, seconds=effort.seconds / 5)
     except torch.OutOfMemoryError:
         return None
 
@@ -206,13 +200,12 @@ def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
 
     try:
         scale = runtime.grad_scaler().get_scale()
-        check = check_step(device, runtime.dtype, loss_of, loss_scale=scale, seconds=effort.seconds / 5)
+        return step | check_step(device, runtime.dtype, loss_of, loss_scale=scale, seconds=effort.seconds / 5)
     except RuntimeError as error:
         return step | {"right": False, "error": _first_line(error)}
-    return step | {"right": check.is_right} | {key: _finite(value) for key, value in asdict(check).items()}
 
 
-def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Problem]:
+def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
     """Of a precision that training would take."""
     if step["right"] or step["refusal"] is not None:
         return []
@@ -226,7 +219,7 @@ def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Problem
             f"and {step['bound']:.0e} would be rounding"
         )
         remedy = "do not train in it (--set training.precision=…); try another version of PyTorch and of the driver"
-    return [Problem(f"precision {name}", reason, remedy)]
+    return [_problem(f"precision {name}", reason, remedy)]
 
 
 def _shown(error: float | None) -> str:
@@ -246,14 +239,14 @@ def _unless_full(measure: Callable[[], float]) -> float | None:
         return None
 
 
-def _disk(output_dir: Path, effort: Effort, problems: list[Problem]) -> Facts:
+def _disk(output_dir: Path, effort: Effort, problems: list[Facts]) -> Facts:
     folder = nearest_folder(output_dir)
     try:
-        return {"folder": str(folder), **asdict(measure_disk(folder, size=effort.disk))}
+        return {"folder": str(folder), **measure_disk(folder, size=effort.disk)}
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror})"
         remedy = "free some space or get the right to write there, or choose another --output-dir"
-        problems.append(Problem(f"--output-dir {output_dir}", reason, remedy))
+        problems.append(_problem(f"--output-dir {output_dir}", reason, remedy))
         return {"folder": str(folder), "error": error.strerror}
 
 
@@ -296,11 +289,6 @@ def _chosen(device: torch.device) -> Runtime:
 
 def _ratio(value: float | None, other: float | None) -> float | None:
     return value / other if value and other else None
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no name for the others."""
-    return number if math.isfinite(number) else None
 
 
 def _first_line(error: BaseException) -> str:

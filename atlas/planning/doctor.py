@@ -1,6 +1,6 @@
 """What `atlas doctor` tries on this machine: packages, driver, one training step, attention, the compiler, the disk.
 
-Each function measures one thing and returns it; what it means, and what to do about it, is said by the command.
+Each function measures one thing and returns it as JSON can hold it; `atlas.cli.doctor_facts` judges it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,59 +69,17 @@ except Exception as error:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: enough to trust on a person's machine; a test takes less."""
+    """How much is measured: enough to trust on a person's machine; a test needs less."""
 
-    seconds: float = 0.5  # of each rate
-    matrix_size: int | None = None  # None: what the device needs to be busy
+    seconds: float = 0.5  # for each rate
+    matrix_size: int | None = None  # None: what keeps the device busy
     copied: int | None = None  # bytes
     disk: int = 128_000_000  # bytes
     compile_seconds: float = 60.0  # at most
 
 
-@dataclass(frozen=True)
-class StepCheck:
-    """A training step beside the same in 64 bits: relative differences, what they may be, and seconds."""
-
-    loss_error: float
-    gradient_error: float
-    bound: float
-    seconds: float
-
-    @property
-    def is_right(self) -> bool:
-        """False of NaN, too."""
-        return self.loss_error <= self.bound and self.gradient_error <= self.bound
-
-
-@dataclass(frozen=True)
-class AttentionTimes:
-    """The kernel that PyTorch chooses for attention in training, None if it names none that is known here; and of each
-    kernel that computes it the seconds, forward and backward, on `shape`."""
-
-    chosen: str | None
-    seconds: dict[str, float]
-    shape: dict[str, int]
-
-
-@dataclass(frozen=True)
-class CompileCheck:
-    """How long it took to compile a function, and why it failed; None if it did not."""
-
-    seconds: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class DiskSpeed:
-    """Bytes/s. Where `read_from_memory`, the system may have kept what was written."""
-
-    write: float
-    read: float
-    read_from_memory: bool
-
-
 def optional_packages() -> dict[str, dict[str, str | None]]:
-    """By extra of Atlas's package: the versions of what it asks for, None where that is not installed."""
+    """Return, by extra of Atlas's package, the versions of its requirements; None for one that is not installed."""
     try:
         required = importlib.metadata.requires("atlas-llm") or []
     except importlib.metadata.PackageNotFoundError:  # run from a folder, never installed
@@ -129,20 +88,16 @@ def optional_packages() -> dict[str, dict[str, str | None]]:
     for requirement in required:
         named = re.match(r"([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
         if named and named[2] != "dev":
-            found.setdefault(named[2], {})[named[1]] = _version(named[1])
+            version = None
+            with suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version(named[1])
+            found.setdefault(named[2], {})[named[1]] = version
     return found
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def nvidia_driver() -> tuple[str, str] | None:
-    """The NVIDIA driver's version and the newest CUDA that it knows, such as 580.65.06 and 13.0; None without a driver
-    or a card."""
+    """Return the NVIDIA driver's version and the newest CUDA that it supports, such as 580.65.06 and 13.0; None without
+    a driver or a card."""
     import pynvml
 
     try:
@@ -162,12 +117,13 @@ def nvidia_driver() -> tuple[str, str] | None:
 
 def check_step(
     device: torch.device, dtype: torch.dtype, loss_of: LossOf, *, loss_scale: float = 1.0, seconds: float
-) -> StepCheck:
-    """Forward, loss and backward of a small model on `device`, against 64 bits on the CPU, and the best time of about
-    `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least what its norm is off by.
+) -> dict[str, Any]:
+    """Compare a training step of a small model on `device` with the same in 64 bits on the CPU.
 
-    `loss_scale` is what fp16 training multiplies the loss by, so that small gradients are not lost. What the device
-    cannot compute at all raises `RuntimeError`.
+    Returns the relative errors of loss and gradient, their `bound`, whether they are `right`, and the best time in
+    about `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm.
+    `loss_scale` is the factor of fp16 training, which keeps small gradients. Raises `RuntimeError` for what the device
+    cannot compute at all.
     """
     exact_model, inputs, targets = _example()
     exact_model.double()
@@ -186,17 +142,19 @@ def check_step(
         (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
 
     best = best_time(step, device, seconds=seconds)
-    gradient = _gradient(model) / loss_scale
-    return StepCheck(
-        loss_error=abs(loss.item() / exact_loss.item() - 1),
-        gradient_error=float((gradient - exact_gradient).norm() / exact_gradient.norm()),
-        bound=_BOUND_FP32 if dtype == torch.float32 else math.sqrt(_ROUNDINGS) * torch.finfo(dtype).eps / 2,
-        seconds=best,
-    )
+    bound = _BOUND_FP32 if dtype == torch.float32 else math.sqrt(_ROUNDINGS) * torch.finfo(dtype).eps / 2
+    difference = _gradient(model) / loss_scale - exact_gradient
+    errors = {
+        "loss_error": abs(loss.item() / exact_loss.item() - 1),
+        "gradient_error": float(difference.norm() / exact_gradient.norm()),
+    }
+    is_right = all(error <= bound for error in errors.values())  # not for NaN, which JSON lacks
+    finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return {"right": is_right, **finite, "bound": bound, "seconds": best}
 
 
 def _example() -> tuple[AtlasLM, Tensor, Tensor]:
-    """The same weights and (B, T) tokens every time."""
+    """Return the same weights and (B, T) tokens every time."""
     model = build_model(_SHAPE, seed=0)
     tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
     return model, tokens[:, :-1], tokens[:, 1:]
@@ -208,7 +166,7 @@ def _gradient(model: AtlasLM) -> Tensor:
 
 
 def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
-    """Which of PyTorch's attention kernels compute here: each forced, forward and backward, on a small example."""
+    """Return which of PyTorch's attention kernels compute here, forward and backward, on a small example."""
     return {name: _attends(backend, device, dtype) for name, backend in _BACKENDS.items()}
 
 
@@ -228,8 +186,12 @@ def _attends(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> b
         return False
 
 
-def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> AttentionTimes:
-    """Each kernel alone, in about `seconds`, on queries, keys and values that share a tensor as in the model."""
+def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> dict[str, Any]:
+    """Measure each kernel alone, forward and backward, in about `seconds`.
+
+    Returns the one `chosen` by PyTorch (None: unknown here), the `seconds` of each that computes, and the `shape`.
+    Queries, keys and values share a tensor, as in the model.
+    """
     B, H, T, D = _ATTENTION.values()
     qkv = torch.randn(B, T, 3 * H * D, device=device, dtype=dtype, requires_grad=True)
     q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in qkv.split(H * D, dim=-1))  # type: ignore[no-untyped-call]
@@ -237,38 +199,36 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
 
     def attend() -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(out, qkv, slope, retain_graph=True)  # the next call splits qkv no more
+        torch.autograd.grad(out, qkv, slope, retain_graph=True)  # the next call does not split qkv again
 
     choice: int | None = None
     times: dict[str, float] = {}
     with suppress(RuntimeError, AttributeError):  # scaled_dot_product_attention asks it, but it is not public
         choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True)
     for name, backend in _BACKENDS.items():
-        # Not there, not for this device, or no memory left: it is not among the answers.
+        # Missing, not for this device, or out of memory: the kernel gets no time.
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")
             times[name] = best_time(attend, device, seconds=seconds)
     chosen = next((name for name, backend in _BACKENDS.items() if backend.value == choice), None)
-    return AttentionTimes(chosen, times, _ATTENTION)
+    return {"chosen": chosen, "seconds": times, "shape": _ATTENTION}
 
 
-def try_compile(device: torch.device, *, seconds: float) -> CompileCheck:
-    """`torch.compile` of a small function, in a process of its own, from nothing, for at most `seconds`.
+def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
+    """Compile a small function with `torch.compile` in a process of its own, for at most `seconds`.
 
-    Its caches go into a folder that is removed: an older one would hide that the compiler is gone.
+    Returns the `seconds` that it took and the `reason` why it failed, or None. Its caches go into a folder that is
+    removed: an older cache would hide that the compiler is missing.
     """
-    start = time.perf_counter()
+    start, reason = time.perf_counter(), None
     with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:
-        # One thread: otherwise PyTorch starts a pool of processes, which outlives what is stopped.
-        caches = {
-            "TORCHINDUCTOR_CACHE_DIR": folder,
-            "TRITON_CACHE_DIR": folder,
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        }
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+        # Otherwise PyTorch starts a pool of processes, which outlives what is stopped.
+        one_thread = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         try:
             done = subprocess.run(
                 [sys.executable, "-c", _COMPILED, device.type],
-                env=os.environ | caches,
+                env=os.environ | caches | one_thread,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -276,46 +236,47 @@ def try_compile(device: torch.device, *, seconds: float) -> CompileCheck:
                 timeout=seconds,
                 check=False,
             )
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         except subprocess.TimeoutExpired:
-            return CompileCheck(time.perf_counter() - start, f"did not finish in {seconds:g} seconds")
-    lines = done.stderr.strip().splitlines()
-    reason = None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
-    return CompileCheck(time.perf_counter() - start, reason)
+            reason = f"did not finish in {seconds:g} seconds"
+    return {"seconds": time.perf_counter() - start, "reason": reason}
 
 
 def nearest_folder(path: Path) -> Path:
-    """`path`, or where it is not there yet, the nearest of its parents that is."""
+    """Return `path`, or the nearest of its parents that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
-def measure_disk(folder: Path, *, size: int) -> DiskSpeed:
-    """Write `size` bytes in `folder`, until the disk says that it has them, and read them. Raises `OSError`.
+def measure_disk(folder: Path, *, size: int) -> dict[str, Any]:
+    """Write `size` bytes in `folder`, until the disk confirms them, and read them. Raises `OSError`.
 
-    The file has lost its name before it is written, so that nothing stays however this ends.
+    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file loses its name before it
+    is written, so that nothing stays however this ends.
     """
     if shutil.disk_usage(folder).free < 2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    block = os.urandom(min(_BLOCK, size))  # a disk may pack zeros
+    block = os.urandom(min(_BLOCK, size))  # a disk may compress zeros
     blocks = math.ceil(size / len(block))
     path = folder / f".atlas-doctor-{os.getpid()}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_TEMPORARY", 0)
     descriptor = os.open(path, flags, 0o600)
-    if not hasattr(os, "O_TEMPORARY"):  # which Windows has instead: there an open file keeps its name
+    if not hasattr(os, "O_TEMPORARY"):  # Windows has this instead: there an open file keeps its name
         path.unlink()
+    drops_cache = hasattr(os, "posix_fadvise")
     with open(descriptor, "w+b", buffering=0) as file:
         start = time.perf_counter()
         for _ in range(blocks):
             file.write(block)
         os.fsync(descriptor)
-        written = time.perf_counter()
-        if hasattr(os, "posix_fadvise"):
+        writing = time.perf_counter() - start
+        if drops_cache:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
-        start_reading = time.perf_counter()
+        start = time.perf_counter()
         while file.readinto(bytearray(len(block))):
             pass
-        read = time.perf_counter()
+        reading = time.perf_counter() - start
     total = blocks * len(block)
-    from_memory = not hasattr(os, "posix_fadvise")
-    return DiskSpeed(total / (written - start), total / (read - start_reading), from_memory)
+    return {"write": total / writing, "read": total / reading, "read_from_memory": not drops_cache}

@@ -8,13 +8,13 @@ measured on a GPU. The constants in capitals are stated: they are what such GPUs
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from atlas.config import AtlasConfig
 from atlas.config.config import MUON_STACK_NUMBERS
-from atlas.model.cost import Matrix, block_matrices, count_parameters
+from atlas.model.cost import Matrix, block_matrices, count_parameters, one_block_model
 from atlas.planning.cards import Card
+from atlas.training.optimizers.muon import count_matrices
 
 LAUNCH = 2.5e-6
 """Seconds of a GPU for the smallest kernel."""
@@ -120,19 +120,13 @@ def _optimizer_work(config: AtlasConfig) -> tuple[int, int, int]:
     of three products, of which one is of the shorter side alone.
     """
     model, kind = config.model, config.training.optimizer
-    L, C, parameters = model.num_layers, model.hidden_size, count_parameters(model).total
+    L, parameters = model.num_layers, count_parameters(model).total
     if kind == "adafactor":
         return 76 * parameters, 0, 144 * L
     if kind != "muon":
         return (16 if kind == "adamw8bit" else 28) * parameters, 0, 6
-    queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
-    gates = 2 if model.mlp == "swiglu" else 1
-    parts = Counter(("qkv", rows, C) for rows in (queries, keys, keys))
-    parts.update(
-        [("output", C, queries), ("down", C, model.mlp_width), *[("up", model.mlp_width, C)] * gates]
-    )
     inside = flops = operators = 0
-    for (_, *shape), number in parts.items():
+    for (_, *shape), number in count_matrices(one_block_model(model)).items():
         short, long = sorted(shape)
         inside += L * number * short * long
         flops += L * number * 10 * short**2 * (2 * long + short)

@@ -3,145 +3,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from atlas.config.loader import read_yaml, resolve
-from atlas.config.presets import preset_names, preset_path
-from atlas.model.cost import count_parameters
+from atlas.config.presets import preset_path
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
 from atlas.planning.machine import machine_with
 from atlas.planning.run import describe_duration, plan_run
 from atlas.planning.scaling import scale
-from atlas.planning.summary import summarize
-from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.fit import largest_micro_batch
 from atlas.training.memory.presets import ASSUMED_VOCABULARY, PresetPlan, largest_that_fits, plan_presets
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 _MADE_BY = "made by python -m atlas.planning.tables"
 _SHOWN = ("RTX 3060", "RTX 5060 Ti 16GB", "RTX 4090")
-_BY_MEMORY = (
-    "GTX 1060",
-    "RTX 4060",
-    "RTX 3080",
-    "RTX 3060",
-    "RTX 5060 Ti 16GB",
-    "RTX 4090",
-    "RTX 5090",
-    "A100 80GB",
-)
-_SCALED = ("small", "default", "large")
-_SCALED_ON = "H100"
-_GPUS_OF_A_NODE = 8
-_NODES = (1, 8, 64)
-_AT_ONCE, _MICRO_BATCHES = 8, 4
-"""Sequences of a GPU: in a micro-batch, and how often in an update."""
+_BY_MEMORY = ("GTX 1060", "RTX 4060", "RTX 3080", *_SHOWN, "RTX 5090", "A100 80GB")
+_SCALED, _SCALED_ON = ("small", "default", "large"), "H100"
+_GPUS_OF_A_NODE, _NODES = 8, (1, 8, 64)
+_PER_MICRO_BATCH, _MICRO_BATCHES = 8, 4
+"""Of each GPU: sequences in a micro-batch, and micro-batches in an update."""
 _SIMPLE_WIKIPEDIA = 31_000_000  # tokens of GPT-2's vocabulary
 
 
 def presets_table() -> str:
     """Each preset with its own number of updates, on a few cards."""
     cards = [find_card(name) for name in _SHOWN]
-    header = ("preset", "parameters", "training memory, estimated", "tokens", "FLOPs", *map(_title, cards))
     rows = []
-    for name, preset in _presets().items():
+    for preset in plan_presets(0, device="cuda"):
         updates = preset.config.training.max_steps
-        whole = plan_run(preset.config, machine_with(cards[0]), updates=updates)
-        memory = estimate_training_memory(preset.config, device="cuda").total
+        run = plan_run(preset.config, machine_with(cards[0]), updates=updates)
         rows.append(
-            (
-                f"`{name}`",
-                _parameters(name, preset),
-                f"{memory / 2**30:.2f} GiB",
-                f"{(whole.tokens or 0) / 1e6:,.1f} M",
-                f"{whole.flops or 0:.1e}",
-                *(_time(preset, card, updates) for card in cards),
-            )
+            f"`{preset.name}` | {_parameters(preset)} | {preset.memory / 2**30:.2f} GiB "
+            f"| {(run.tokens or 0) / 1e6:,.1f} M | {run.flops or 0:.1e} | {_times(preset, cards, updates)}"
         )
-    return _markdown(header, rows)
+    titles = f"preset | parameters | training memory, estimated | tokens | FLOPs | {_titles(cards)}"
+    return _markdown(titles, rows)
 
 
 def pass_table() -> str:
-    """One pass over Simple Wikipedia; those that take a vocabulary of their own are left out."""
-    cards = [find_card(name) for name in _SHOWN]
-    rows = []
-    for name, preset in _presets().items():
+    """One pass over Simple Wikipedia; presets that train a vocabulary of their own are left out."""
+    cards, rows = [find_card(name) for name in _SHOWN], []
+    for preset in plan_presets(0, device="cuda"):
         training, length = preset.config.training, preset.config.model.max_seq_len
         updates = _SIMPLE_WIKIPEDIA // (training.sequences_per_update * length)
-        if not name.endswith("nano"):
-            rows.append((f"`{name}`", f"{updates:,}", *(_time(preset, card, updates) for card in cards)))
-    return _markdown(("preset", "updates", *map(_title, cards)), rows)
+        if not preset.name.endswith("nano"):
+            rows.append(f"`{preset.name}` | {updates:,} | {_times(preset, cards, updates)}")
+    return _markdown(f"preset | updates | {_titles(cards)}", rows)
 
 
 def cards_table() -> str:
-    """What fits on a card, and for how long it is busy with that."""
+    """The largest preset that fits a card, and how long it trains there."""
     rows = []
     for card in map(find_card, _BY_MEMORY):
-        machine = machine_with(card)
-        preset = largest_that_fits(plan_presets(card.memory, device=machine.device))
+        preset = largest_that_fits(plan_presets(card.memory, device="cuda"))
         assert preset is not None
-        summary = summarize(preset.config, machine, updates=preset.config.training.max_steps)
-        rows.append(
-            (
-                card.name,
-                f"{card.gibibytes} GB",
-                f"`{preset.name}`",
-                str(summary.largest_micro_batch),
-                _time(preset, card, summary.run.updates),
-            )
-        )
-    header = (
-        "card",
-        "memory",
-        "largest preset that fits",
-        "sequences at once, at most",
-        "time",
+        most = largest_micro_batch(preset.config, card.memory, device="cuda")
+        times = _times(preset, [card], preset.config.training.max_steps)
+        rows.append(f"{card.name} | {card.gibibytes} GB | `{preset.name}` | {most} | {times}")
+    return _markdown(
+        "card | memory | largest preset that fits | sequences per micro-batch, at most | time", rows
     )
-    return _markdown(header, rows)
 
 
 def scaling_table() -> str:
     """Presets on 8 GPUs and more; an update grows with their number."""
-    machine = machine_with(find_card(_SCALED_ON))
-    header = (
-        "preset",
-        "GPUs",
-        "sequences an update",
-        "parallel",
-        "memory of a GPU",
-        "computing",
-        "exposed",
-        "efficiency",
-        "tokens/s",
-    )
-    rows = []
-    for name in _SCALED:
-        config = _presets()[name].config
-        for nodes in _NODES:
+    machine, rows = machine_with(find_card(_SCALED_ON)), []
+    for preset in plan_presets(0, device="cuda"):
+        for nodes in _NODES if preset.name in _SCALED else ():
             link = "nvlink4" if nodes == 1 else "nvlink4,infiniband-400"
             cluster = cluster_of(_GPUS_OF_A_NODE, nodes, link)
-            size = {
-                "batch_size": _AT_ONCE,
-                "gradient_accumulation_steps": _MICRO_BATCHES * cluster.ranks,
-            }
-            training = config.training.model_copy(update=size)
-            scaling = scale(config.model_copy(update={"training": training}), machine, cluster)
+            micro_batches = _MICRO_BATCHES * cluster.ranks
+            size = {"batch_size": _PER_MICRO_BATCH, "gradient_accumulation_steps": micro_batches}
+            training = preset.config.training.model_copy(update=size)
+            scaling = scale(preset.config.model_copy(update={"training": training}), machine, cluster)
             rows.append(
-                (
-                    f"`{name}`",
-                    f"{cluster.ranks}",
-                    f"{training.sequences_per_update:,}",
-                    scaling.parallel,
-                    f"{scaling.memory.total / 2**30:.1f} GiB",
-                    f"{scaling.computing * 1e3:,.0f} ms",
-                    f"{scaling.communication.exposed * 1e3:,.1f} ms",
-                    f"{scaling.efficiency:.1%}",
-                    f"{scaling.tokens_per_second / 1e6:,.2f} M",
-                )
+                f"`{preset.name}` | {cluster.ranks} | {training.sequences_per_update:,} | {scaling.parallel} "
+                f"| {scaling.memory.total / 2**30:.1f} GiB | {scaling.computing * 1e3:,.0f} ms "
+                f"| {scaling.communication.exposed * 1e3:,.1f} ms | {scaling.efficiency:.1%} "
+                f"| {scaling.tokens_per_second / 1e6:,.2f} M"
             )
-    return _markdown(header, rows)
+    titles = "preset | GPUs | sequences an update | parallel | memory of a GPU | computing | exposed"
+    return _markdown(f"{titles} | efficiency | tokens/s", rows)
 
 
 TABLES = {
@@ -153,7 +98,7 @@ TABLES = {
 
 
 def with_tables(name: str, page: str) -> str:
-    """The text of the page called `name` with its tables made anew, each between its marks."""
+    """Return the text of the page called `name` with its tables rebuilt, each between its marks."""
     for table, (home, make) in TABLES.items():
         if home == name:
             before, begin, rest = page.partition(f"<!-- {table}: {_MADE_BY} -->\n")
@@ -163,20 +108,19 @@ def with_tables(name: str, page: str) -> str:
     return page
 
 
-def _presets() -> dict[str, PresetPlan]:
-    plans = plan_presets(0, device="cuda")
-    return dict(zip(preset_names(), plans, strict=True))
-
-
-def _parameters(name: str, preset: PresetPlan) -> str:
+def _parameters(preset: PresetPlan) -> str:
     """The size, and with what vocabulary where the preset leaves it to the data."""
-    size = f"{count_parameters(preset.config.model).total / 1e6:.1f} M"
-    stated = resolve(read_yaml(preset_path(name))).model.vocab_size
+    size = f"{preset.parameters / 1e6:.1f} M"
+    stated = resolve(read_yaml(preset_path(preset.name))).model.vocab_size
     return size if stated else f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}"
 
 
-def _title(card: Card) -> str:
-    return f"{card.name}, {card.gibibytes} GB"
+def _titles(cards: Iterable[Card]) -> str:
+    return " | ".join(f"{card.name}, {card.gibibytes} GB" for card in cards)
+
+
+def _times(preset: PresetPlan, cards: Iterable[Card], updates: int | None) -> str:
+    return " | ".join(_time(preset, card, updates) for card in cards)
 
 
 def _time(preset: PresetPlan, card: Card, updates: int | None) -> str:
@@ -187,17 +131,16 @@ def _time(preset: PresetPlan, card: Card, updates: int | None) -> str:
     return describe_duration(seconds)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    first, *others = (f"| {' | '.join(cells)} |\n" for cells in (header, *rows))
-    return "".join([first, "|---" * len(header), "|\n", *others])
+def _markdown(titles: str, rows: Iterable[str]) -> str:
+    rule = "|---" * (titles.count("|") + 1)
+    return "\n".join([f"| {titles} |", f"{rule}|", *(f"| {row} |" for row in rows), ""])
 
 
 def main() -> None:
     """Write the tables into their pages."""
     for name in {home for home, _ in TABLES.values()}:
         page = DOCS / name
-        made = with_tables(name, page.read_text(encoding="utf-8"))
-        page.write_text(made, encoding="utf-8", newline="\n")
+        page.write_text(with_tables(name, page.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
