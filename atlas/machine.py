@@ -21,19 +21,19 @@ COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
 
 
 def measure_memory(device: str) -> int:
-    """Bytes that a run on `device` (`cpu`, `cuda` or `mps`) can have now."""
+    """Return the bytes that are free for a run on `device` (`cpu`, `cuda` or `mps`)."""
     if device == "cuda":
         free, _total = torch.cuda.mem_get_info()
         return int(free)
     available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP), left_of_data_limit())
-    if device == "mps":  # the same memory, of which the driver lets a process have a part
+    if device == "mps":  # the same memory, of which the driver allows a process a part
         return min(available, torch.mps.recommended_max_memory())
     return available
 
 
 def left_of_data_limit() -> int:
-    """What `ulimit -d` leaves this process, as Linux counts: private memory that can be written to, touched or not.
-    Without a limit, everything."""
+    """Return the bytes that `ulimit -d` leaves this process, as Linux counts: private writable memory, touched or not.
+    Without a limit, all memory."""
     try:
         import resource
 
@@ -46,14 +46,14 @@ def left_of_data_limit() -> int:
 
 
 def data_bytes() -> int:
-    """The memory of this process that `ulimit -d` counts."""
+    """Return the bytes of this process that `ulimit -d` counts."""
     return (
         int(psutil.Process().memory_info().data) if psutil.LINUX else int(psutil.Process().memory_info().rss)
     )
 
 
 def _left_in_container(cgroup: Path) -> int:
-    """What a container's limit leaves, which the system's own figures do not show; without one, everything."""
+    """Return the bytes that a container's limit leaves, which the system's figures do not show; else all memory."""
     try:
         limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
         return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
@@ -62,8 +62,8 @@ def _left_in_container(cgroup: Path) -> int:
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process has held so far. Linux counts from the start of the program, Windows
-    too; where the system does not say, what it holds now."""
+    """Return the peak resident bytes of this process. Linux and Windows count from the start of the program; elsewhere
+    it is what the process holds now."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) * 1024
@@ -79,8 +79,8 @@ def measure_matrix_products(
     size: int | None = None,
     seconds: float = _SECONDS,
 ) -> float:
-    """FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ for each, the best of many. Of the
-    global random numbers, which may be a run's, it takes none."""
+    """Measure the FLOP/s of products of `size` × `size` matrices of `dtype` on `device`: 2 N³ each, the best of many.
+    It does not touch the global random state, which may be a run's."""
     size = size or _SIZE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -89,7 +89,7 @@ def measure_matrix_products(
 
 
 def measure_copy(device: torch.device, *, copied: int | None = None, seconds: float = _SECONDS) -> float:
-    """Bytes/s that are read and written together while a tensor of `copied` bytes is copied on `device`, the best of
+    """Measure the bytes/s, read and written together, of copying a tensor of `copied` bytes on `device`, the best of
     many."""
     source = torch.zeros(copied or COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -97,8 +97,8 @@ def measure_copy(device: torch.device, *, copied: int | None = None, seconds: fl
 
 
 def best_time(work: Callable[[], object], device: torch.device, *, seconds: float) -> float:
-    """Seconds of the fastest call in about `seconds`, after a first that does not count; others share the machine, and
-    they only ever make it slower."""
+    """Return the seconds of the fastest call in about `seconds`, after a first one that does not count. Other programs
+    only ever make a call slower."""
     work()
     _wait_for(device)
     best, end = float("inf"), time.perf_counter() + seconds

@@ -125,7 +125,7 @@ def test_rings_share_what_leaves_a_node(
 def test_what_is_exposed_by_hand() -> None:
     """1 GB/s, of which 0.8 count; two micro-batches of 1 s forward and 2 s backward, and then a shorter one."""
     cluster = Cluster(2, 1, Link("slow", 1.0), None)
-    sizes = Sizes(1 << 30, 1 << 28, 1 << 30, 1 << 28, 1 << 28, made_whole=0)
+    sizes = Sizes(1 << 30, 1 << 28, 1 << 30, 1 << 28, 1 << 28, gathered=0)
     passes = [Pass(2, 1.0, 2.0), Pass(1, 0.5, 1.0)]
     second = LINK_EFFICIENCY * 1e9
     found = communicate(sizes, cluster, passes, parallel="ddp", shards=1)
@@ -220,7 +220,7 @@ def test_ddp_sends_the_gradients_of_all_that_learns_once(eight_ranks: None) -> N
     assert (sent.weights, sent.gradients) == (0, all_reduce(sum(sizes), 8))
 
 
-def test_low_rank_updates_alone_are_summed_and_muon_wants_matrices_whole() -> None:
+def test_low_rank_updates_alone_are_summed_and_muon_needs_full_matrices() -> None:
     def sent(**sections: dict[str, Any]) -> tuple[float, float]:
         found = scaled(config_of(**sections), gpus=4).communication
         return found.weights, found.gradients
@@ -431,13 +431,13 @@ def test_auto_shards_what_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("training", "says"),
     [
-        ({"parallel": "none"}, "training.parallel: none: 4 processes .* take auto"),
+        ({"parallel": "none"}, "training.parallel: none: 4 processes .* use auto"),
         ({"parallel": "fsdp", "shard_size": 3}, "training.shard_size: 3: 4 processes are not a multiple"),
         ({"parallel": "ddp", "shard_size": 2}, "training.shard_size: 2: is for training.parallel fsdp"),
-        ({"parallel": "fsdp", "precision": "fp16"}, "training.precision: fp16: .*take bf16, or ddp"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "training.precision: fp16: .*use bf16, or ddp"),
         (
             {"parallel": "fsdp", "optimizer": "adafactor"},
-            "training.optimizer: adafactor: .*take adamw or muon",
+            "training.optimizer: adafactor: .*use adamw or muon",
         ),
         ({"batch_size": 3, "gradient_accumulation_steps": 3}, "9 sequences cannot .* over 4 GPUs; choose"),
     ],

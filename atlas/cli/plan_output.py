@@ -81,7 +81,7 @@ def _scaling_as_json(scaling: Scaling) -> dict[str, Any]:
         "parallel": scaling.parallel,
         "shard_size": scaling.shard_size,
         "sequences_of_a_rank": scaling.sequences,
-        "micro_batch_size": scaling.sequences_at_once,
+        "micro_batch_size": scaling.micro_batch,
         "rank_memory_bytes": _with_total(scaling.memory),
         "fits": scaling.fits,
         "sent_bytes": {"weights": sent.weights, "gradients": sent.gradients, "total": sent.bytes},
@@ -160,7 +160,7 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
     if scaling.parallel == "fsdp":
         shared["ranks that share a model"] = f"{scaling.shard_size:,}"
     shared["sequences of an update, each"] = f"{scaling.sequences:,}"
-    shared["sequences per micro-batch"] = f"{scaling.sequences_at_once:,}"
+    shared["sequences per micro-batch"] = f"{scaling.micro_batch:,}"
     _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
     _print_rows("Memory of each of them", _parts(scaling.memory, _gib))
     if not scaling.fits:
@@ -193,7 +193,7 @@ def _cluster(cluster: Cluster, device: str) -> str:
 
 
 def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
-    if scaling.sequences_at_once > 1:
+    if scaling.micro_batch > 1:
         yield "--set training.micro_batch_size=1"
     if not summary.config.training.gradient_checkpointing:
         yield "--set training.gradient_checkpointing=true"

@@ -278,7 +278,7 @@ def _trace(
 
 
 def _growth(small: int, large: int) -> Saved:
-    i, j = _GROWTHS[large // small]
+    i, j = _GROWTHS[min(_GROWTHS, key=lambda growth: abs(growth - large / small))]
     sequences, context = _TRACED[0]
     return Saved(small // (sequences**i * context**j), i, j)
 

@@ -21,7 +21,7 @@ MOST_PASSES = 40
 
 @dataclass(frozen=True)
 class Advice:
-    """A preset beside a text."""
+    """How well a preset fits a text."""
 
     preset: str
     parameters: int
@@ -29,7 +29,7 @@ class Advice:
     tokens_per_parameter: float
     """In one pass over the text."""
     passes: float
-    """Until a parameter has seen `TOKENS_PER_PARAMETER` tokens."""
+    """Passes over the text until a parameter has seen `TOKENS_PER_PARAMETER` tokens."""
 
     @property
     def fits(self) -> bool:
@@ -47,7 +47,7 @@ class Advice:
 
 
 def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
-    """Every preset, smallest first, with a vocabulary of `vocab_size`, beside a text of `num_tokens`."""
+    """Compare every preset, smallest first, with a vocabulary of `vocab_size`, with a text of `num_tokens`."""
     models = {name: resolve(read_yaml(preset_path(name))).model for name in preset_names()}
     return [
         advise_on(model.model_copy(update={"vocab_size": vocab_size}), num_tokens, name=name)
@@ -56,7 +56,7 @@ def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
 
 
 def advise_on(model: ModelConfig, num_tokens: int, *, name: str) -> Advice:
-    """One model beside a text of `num_tokens`."""
+    """Compare one model with a text of `num_tokens`."""
     parameters = count_parameters(model).total
     return Advice(
         preset=name,

@@ -1,4 +1,4 @@
-"""Graphics cards by name: their memory, how fast they can multiply matrices, and what power they draw.
+"""Graphics cards by name: their memory, the speed of their matrix products, and their power.
 
 The figures are meant to be those of the makers' whitepapers and data sheets, which the comments name. They were
 written down from common knowledge. tests/test_plan_run.py compares the rates with units × clock. H100 and H200 were
@@ -38,7 +38,7 @@ class Card:
     bandwidth: int
     """GB/s between the chip and its memory."""
     watts: int
-    """Of the whole board."""
+    """Of the board."""
 
     @property
     def memory(self) -> int:
@@ -118,9 +118,9 @@ _NO_NAME = re.compile(r"nvidia|geforce|amd|radeon|tesla|\bgpu\b|\bsxm\d?\b|\bhbm
 
 
 def card_named(text: str) -> Card | None:
-    """The card that a person, or a driver, calls so: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`.
+    """Return the card with a name as people or drivers write it: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`.
 
-    Where a card was sold with several sizes of memory and none is named, the smallest. None if it is not known.
+    If a card was sold with several sizes of memory and the name has none, it is the smallest. None: not known.
     """
     key, gibibytes = _key(text)
     return next(
@@ -129,15 +129,15 @@ def card_named(text: str) -> Card | None:
 
 
 def find_card(text: str) -> Card:
-    """As `card_named`; raises `AtlasError` with what was probably meant."""
+    """Return `card_named`; raise `AtlasError` with the names that were probably meant."""
     card = card_named(text)
     if card is None:
-        raise AtlasError(f"--gpu {text}: is not a card that is known here; {_hint(text)}")
+        raise AtlasError(f"--gpu {text}: is not a known card; {_hint(text)}")
     return card
 
 
 def _key(text: str) -> tuple[str, int | None]:
-    """What is left of a name without maker, family and spaces, and the GiB of memory that it states."""
+    """Return a name without maker, family and spaces, and the GiB of memory that it states."""
     text = text.lower()
     stated = _MEMORY.search(text)
     bare = _NO_NAME.sub("", _MEMORY.sub("", text))

@@ -1,15 +1,15 @@
-"""What the ranks of a run send one another in an update, and how much of that computing does not hide.
+"""What the ranks of a run send one another in an update, and how much of that is not hidden behind computing.
 
-A model, not a measurement. `ddp` sums the gradients of all ranks once, while the last micro-batch's backward pass runs.
-`fsdp` gathers the weights of each block before its forward pass and again before its backward pass, those of the root
-(embeddings, final norm, head) once, and sums the gradients' shards, all in each micro-batch; where several groups of
-`shard_size` ranks hold a model, their shards' gradients are summed over the groups in the last one. Everything is in
-the weights' precision, and goes around in rings (Patarasuk & Yuan 2009): of S ranks each sends (S-1)/S of the bytes to
-gather or to reduce and scatter them, and twice that to do both, which is an all-reduce.
+This is a model, not a measurement. `ddp` sums the gradients of all ranks once, during the last micro-batch's backward
+pass. `fsdp` gathers the weights of each block before its forward pass and again before its backward pass, and those of
+the root (embeddings, final norm, head) once. It reduces the gradients' shards in each micro-batch. If several groups of
+`shard_size` ranks hold a model, the last micro-batch also sums the shards' gradients over the groups. Everything is in
+the weights' precision and passes through rings (Patarasuk & Yuan 2009). Each of S ranks sends (S-1)/S of the bytes to
+gather or to reduce-scatter them, and twice that for an all-reduce.
 
-What the root sends hides behind nothing: its weights are needed first, and its gradients are there last. So it is with
-Muon, which wants each matrix whole when all is computed. Time is bytes by speed; the wait for the first byte, some
-microseconds for each step of a ring, is left out, though hundreds of ranks make it milliseconds.
+What the root sends is never hidden: its weights are needed first, and its gradients are ready last. The same holds for
+Muon, which needs each full matrix when everything is computed. Time is bytes by speed. The latency of a ring's steps,
+some microseconds each, is left out, though it adds up to milliseconds for hundreds of ranks.
 
 Symbols: S ranks that share a model, R groups of them.
 """
@@ -24,24 +24,24 @@ from dataclasses import dataclass
 from atlas.errors import AtlasError
 
 LINK_EFFICIENCY = 0.8
-"""The part of a link's nominal speed that a ring reaches. Assumed, not measured."""
+"""Fraction of a link's nominal speed that a ring reaches: assumed, not measured."""
 OVERLAP = 0.8
-"""The part of the computing beside it that communication can hide behind. Assumed, not measured."""
+"""Fraction of the computing beside it that communication can hide behind: assumed, not measured."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What connects GPUs, or nodes."""
+    """A connection between GPUs, or between nodes."""
 
     name: str
     gigabytes: float
     """10⁹ bytes a second in one direction."""
     is_shared: bool = False
-    """One port for all GPUs of a node; otherwise each has its own."""
+    """All GPUs of a node share one port; otherwise each has its own."""
 
 
 LINKS = (
-    # Nominal, from common knowledge as atlas/planning/cards.py; nothing here was measured.
+    # Nominal speeds from common knowledge, as in atlas/planning/cards.py; nothing here was measured.
     Link("pcie3", 12.0),
     Link("pcie4", 24.0),
     Link("pcie5", 48.0),
@@ -68,24 +68,24 @@ class Cluster:
     between: Link | None
     """None where there is one node."""
     is_assumed: bool = False
-    """Nobody named the links."""
+    """The user named no links."""
 
     @property
     def ranks(self) -> int:
         return self.gpus * self.nodes
 
     def rate_of_neighbours(self, size: int) -> float:
-        """Bytes/s of each of the rings that `size` ranks in a row make."""
+        """Return the bytes/s of each ring of `size` consecutive ranks."""
         if self.gpus % size == 0:
             return self._rate(0)
         return self._rate(1 if size % self.gpus == 0 else 2)
 
     def rate_across(self, size: int) -> float:
-        """Bytes/s of each of the `size` rings that every `size`-th rank makes."""
+        """Return the bytes/s of each of the `size` rings that consist of every `size`-th rank."""
         return self._rate(min(size, self.gpus))
 
     def _rate(self, leaving: int) -> float:
-        """Of each ring, where so many leave a node, 0 where they stay inside. NCCL cuts a ring that leaves into one for
+        """Return the bytes/s of each ring, of which `leaving` leave a node. NCCL splits a ring that leaves into one for
         each port of the node, and rings share the ports."""
         slowest = self.inside.gigabytes
         if leaving and self.between is not None:
@@ -95,7 +95,7 @@ class Cluster:
 
 
 def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
-    """From what the command line says; `interconnect` left out: `ASSUMED_LINKS`. Raises `AtlasError`."""
+    """Return the cluster of the command line's options; default links: `ASSUMED_LINKS`. Raises `AtlasError`."""
     for flag, count, what in (("--gpus", gpus, "GPUs in each node"), ("--nodes", nodes, "nodes")):
         if count < 1:
             raise AtlasError(f"{flag} {count}: is the number of {what}; write 1 or more")
@@ -141,33 +141,33 @@ def _link(text: str) -> Link:
 
 
 def gather(size: float, ranks: int) -> float:
-    """Bytes that each of `ranks` sends so that all have the whole `size`, or each its part of the sum."""
+    """Return the bytes that each of `ranks` sends for an all-gather or a reduce-scatter of `size` bytes."""
     return size * (ranks - 1) / ranks
 
 
 def all_reduce(size: float, ranks: int) -> float:
-    """Bytes that each of `ranks` sends so that all have the sum of `size` bytes."""
+    """Return the bytes that each of `ranks` sends for an all-reduce of `size` bytes."""
     return 2 * gather(size, ranks)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts: weights, and the gradients of those that learn."""
+    """Bytes of a model's parts: weights, and the gradients of trainable ones."""
 
     blocks: int
     root: int
-    """All outside the blocks."""
+    """Everything outside the blocks."""
     block_gradients: int
     root_gradients: int
     embedding_gradients: int
-    """Of the root's, those of what comes before the blocks."""
-    made_whole: int
-    """Of the matrices that the optimizer wants whole."""
+    """The part of `root_gradients` that belongs to what comes before the blocks."""
+    gathered: int
+    """Matrices that the optimizer needs in full."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Micro-batches of one size: how many, and the seconds of computing in each."""
+    """Micro-batches of one size: their number, and the seconds of computing in each."""
 
     times: int
     forward: float
@@ -176,15 +176,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one rank in one update."""
+    """What one rank sends in one update."""
 
     weights: float
-    """Bytes sent, and as many received."""
+    """Bytes sent; as many are received."""
     gradients: float
     """Likewise."""
     seconds: float
     exposed: float
-    """Seconds of these in which nothing is computed."""
+    """The part of `seconds` in which nothing is computed."""
 
     @property
     def bytes(self) -> float:
@@ -194,8 +194,10 @@ class Communication:
 def communicate(
     sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], *, parallel: str, shards: int
 ) -> Communication:
-    """Of an update of `passes`, the last of which is its last micro-batch, with `parallel` `none`, `ddp` or `fsdp`; of
-    `shards` ranks that share a model."""
+    """Return the communication of an update of `passes`, the last of which is its last micro-batch.
+
+    `parallel` is `none`, `ddp` or `fsdp`; `shards` ranks share a model.
+    """
     stages: list[_Stage] = []
     if parallel == "ddp":
         stages = list(_of_ddp(sizes, cluster, passes[-1]))
@@ -211,8 +213,8 @@ def communicate(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What comes so many times in an update: bytes that a rank sends, the seconds that takes, and the seconds of
-    computing beside it."""
+    """What happens `times` times in an update: bytes that a rank sends, the seconds for that, and the seconds of
+    computing `beside` it."""
 
     times: int
     weights: float
@@ -244,5 +246,5 @@ def _of_fsdp(sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], shards: int
         seconds = (blocks + blocks_sum) / rate + blocks_copies / across
         yield _Stage(times, blocks, blocks_sum + blocks_copies, seconds, micro.backward)
         yield _Stage(times, 0.0, root_sum + root_copies, root_sum / rate + root_copies / across)
-    whole = gather(sizes.made_whole, shards)
-    yield _Stage(1, 0.0, whole, whole / rate)
+    full = gather(sizes.gathered, shards)
+    yield _Stage(1, 0.0, full, full / rate)

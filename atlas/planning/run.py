@@ -1,7 +1,8 @@
-"""How much a run reads and computes, and how long that takes.
+"""How much a run reads and computes, and how long it runs.
 
-A time is measured on a CPU, by the rate of its matrix products and the part of it that training reached in a benchmark;
-simulated on a GPU, by the bytes and FLOPs of an update (`atlas.planning.speed`); and stated for an Apple GPU.
+The time of an update is measured on a CPU: the rate of its matrix products, and the fraction of it that training
+reached in a benchmark. It is simulated for a GPU, by bytes and FLOPs (`atlas.planning.speed`), and stated for an Apple
+GPU.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ CPU_UTILISATION = 0.65
 MPS_UTILISATION = 0.35
 """Stated, not measured."""
 SPREAD = 1.3
-"""A time is given from so much less to so much more: no more than that is known."""
+"""A time is given as a range, from a `SPREAD`th to `SPREAD` times the estimate: no more than that is known."""
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
 
 
 def utilisation(model: ModelConfig, device: str) -> float:
-    """The part of the rate of matrix products that training reaches on a CPU or an Apple GPU, 0 to 1.
+    """Return the fraction of the rate of matrix products that training reaches on a CPU or an Apple GPU.
 
-    Products take time with the square of the width C, norms and activations with C: on a CPU C / (C + 200) is what
-    benchmarks/utilisation.py measured at 128, 256 and 384. Wider models are taken to reach no more than the last.
+    The time of products grows with the square of the width C, that of norms and activations with C. On a CPU,
+    benchmarks/utilisation.py measured C / (C + 200) at 128, 256 and 384. Wider models are assumed to reach no more than
+    the last.
     """
     if device != "cpu":
         return MPS_UTILISATION
@@ -37,7 +39,7 @@ def utilisation(model: ModelConfig, device: str) -> float:
 
 
 def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
-    """The seconds of one update, evaluations and saves left out; None where the speed is not known."""
+    """Return the seconds of one update without evaluations and saves; None if the speed is not known."""
     if machine.speed is not None:
         return update_seconds(config, machine.speed)
     if machine.flops_per_second is None:
@@ -49,26 +51,26 @@ def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run comes to; None where that is not known."""
+    """What a run reads, computes and needs; None for what is not known."""
 
     updates: int | None
     tokens: int | None
-    """In all, those read several times counted each time."""
+    """In total; repeated tokens count each time."""
     epochs: float | None
     tokens_per_parameter: float | None
     flops_per_token: int
     flops: int | None
     utilisation: float | None
-    """The part of the machine's FLOP/s that the updates reach."""
+    """Fraction of the machine's FLOP/s that the updates reach."""
     seconds: Range | None
-    """Of the updates alone: evaluations and saves come on top."""
+    """Of the updates alone, without evaluations and saves."""
     kilowatt_hours: Range | None
 
 
 def plan_run(
     config: AtlasConfig, machine: Machine, *, updates: int | None, sequences_per_epoch: int | None = None
 ) -> Run:
-    """A run of so many `updates` (None: not known), of which `sequences_per_epoch` sequences are one epoch."""
+    """Plan a run of `updates` (None: not known), where an epoch has `sequences_per_epoch` sequences."""
     per_token, seconds_each = training_flops_per_token(config), seconds_of_update(config, machine)
     tokens_each = config.training.sequences_per_update * config.model.max_seq_len
     reached = None
@@ -103,7 +105,7 @@ def _two_digits(value: float) -> int:
 
 
 def describe_duration(seconds: Range) -> str:
-    """`3 to 5 hours`: two digits at most, in the largest unit of which the longer time is at least two."""
+    """Return `3 to 5 hours`: two digits at most, in the largest unit in which the longer time is at least two."""
     for name, length in _UNITS.items():
         if seconds[1] >= 2 * length:
             low, high = (_two_digits(time / length) for time in seconds)

@@ -1,6 +1,6 @@
-"""A run on many GPUs: how they share the model, what each needs, and how long an update takes.
+"""A run on many GPUs: how they share the model, the memory of each, and the time of an update.
 
-What runs is in `atlas.training.devices.parallel`, what is sent in `atlas.planning.communication`. Nothing here was
+`atlas.training.devices.parallel` shares the model, `atlas.planning.communication` says what is sent. Nothing here was
 measured on several GPUs.
 """
 
@@ -22,13 +22,14 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class RankMemory(TrainingMemory):
-    """Bytes of one rank at the peak of an update; see `TrainingMemory`. Beside the peak resident memory of a process
-    whose network does nothing, as one rank of 8 or 64 on a CPU with an allocator that returns what is freed, it was 1 %
-    below to 9 % above (tests/test_communication.py). GPUs have not been measured.
+    """Bytes of one rank at the peak of an update; see `TrainingMemory`.
 
-    With `fsdp` weights, gradients and optimizer are its shards, and `gathered` what it has whole for a while: the root,
-    the block that runs and the next, and their gradients. Not all of this is there when the loss takes most, so that
-    `total` is an upper bound.
+    With `fsdp` weights, gradients and optimizer are the rank's shards. `gathered` is what it holds in full for a while:
+    the root, the block that runs and the next, and their gradients. Not all of this exists when the loss needs most, so
+    that `total` is an upper bound.
+
+    Accuracy: 1 % below to 9 % above the peak resident memory of a process whose network does nothing, as one rank of 8
+    or 64 on a CPU, with an allocator that returns freed memory (tests/test_communication.py). No GPU was measured.
     """
 
     gathered: int
@@ -42,17 +43,18 @@ class Scaling:
     parallel: str
     """`none`, `ddp` or `fsdp`."""
     shard_size: int
-    """How many ranks share a model."""
+    """Number of ranks that share a model."""
     sequences: int
-    """Of an update, each rank's."""
-    sequences_at_once: int
+    """Each rank's in an update."""
+    micro_batch: int
+    """In a micro-batch."""
     memory: RankMemory
     available: int
-    """Bytes that a rank has."""
+    """Bytes of a rank's device."""
     tokens: int
-    """Of an update, all ranks'."""
+    """All ranks' in an update."""
     computing: float
-    """Seconds."""
+    """Seconds of an update."""
     communication: Communication
 
     @property
@@ -65,7 +67,7 @@ class Scaling:
 
     @property
     def efficiency(self) -> float:
-        """The part of the time of an update in which a rank computes."""
+        """Fraction of the time of an update in which a rank computes."""
         return self.computing / self.seconds
 
     @property
@@ -75,8 +77,8 @@ class Scaling:
 
 
 def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
-    """A config whose vocabulary is known, on a cluster of nodes with such GPUs. Raises `AtlasError` for what cannot be
-    shared out so, and where the machine's speed is not known."""
+    """Plan a config with a known vocabulary on a cluster of nodes with such GPUs. Raises `AtlasError` for what cannot
+    be shared, and for a machine of unknown speed."""
     if machine.flops_per_second is None:
         raise AtlasError(
             f"--gpus {cluster.gpus}: the speed of {machine.name} in training.precision {config.training.precision} is "
@@ -86,22 +88,22 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
         rate = machine.flops_per_second / cluster.gpus
         machine = replace(machine, memory=machine.memory // cluster.gpus, flops_per_second=rate)
     sequences = _share(config.training.sequences_per_update, cluster.ranks)
-    at_once = min(config.training.sequences_at_once, sequences)
+    micro_batch = min(config.training.sequences_at_once, sequences)
     parallel, shards = share_model(config, cluster.ranks, device=machine.device, memory=machine.memory)
-    passes = _passes(config, machine, sequences, at_once)
+    passes = _passes(config, machine, sequences, micro_batch)
     sizes = sizes_of(config, device=machine.device)
     return Scaling(
         cluster=cluster,
         parallel=parallel,
         shard_size=shards,
         sequences=sequences,
-        sequences_at_once=at_once,
+        micro_batch=micro_batch,
         memory=memory_of_a_rank(
             config,
             machine.device,
             parallel=parallel,
             shards=shards,
-            at_once=at_once,
+            micro_batch=micro_batch,
         ),
         available=machine.memory,
         tokens=config.training.sequences_per_update * config.model.max_seq_len,
@@ -119,62 +121,63 @@ def _share(sequences: int, ranks: int) -> int:
     return sequences // ranks
 
 
-def _passes(config: AtlasConfig, machine: Machine, sequences: int, at_once: int) -> list[Pass]:
-    """The micro-batches of a rank's share; the last may be smaller. Their times are the shares of their FLOPs in the
-    time of an update of the rank alone."""
+def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
+    """The micro-batches of a rank's share; the last may be smaller. An update of the rank alone takes as long as all of
+    them together; each gets its share by its FLOPs."""
     training = config.training
-    share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": at_once}
+    share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": micro_batch}
     own = config.model_copy(update={"training": training.model_copy(update=share)})
     plain = config.model_copy(
         update={"training": training.model_copy(update={"gradient_checkpointing": False})}
     )
     seconds = (seconds_of_update(own, machine) or 0.0) / sequences
     forward = seconds * training_flops_per_token(plain) / training_flops_per_token(config) / 3
-    before = (sequences - 1) // at_once
-    last = sequences - before * at_once
+    before = (sequences - 1) // micro_batch
+    last = sequences - before * micro_batch
     return [
         Pass(times, size * forward, size * (seconds - forward))
-        for times, size in ((before, at_once), (1, last))
+        for times, size in ((before, micro_batch), (1, last))
     ]
 
 
 def sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
-    """The bytes of a model's parts."""
+    """Return the bytes of a model's parts."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
     width = 2 if training.precision == "bf16-true" else _FP32
     empty = count_parameters(model.model_copy(update={"num_layers": 0})).total
     blocks = width * (count_parameters(model).total - empty + low_rank)
     root = estimate_training_memory(config, device=device).weights - blocks
     if low_rank:
-        return Sizes(blocks, root, width * low_rank, 0, 0, made_whole=0)
+        return Sizes(blocks, root, width * low_rank, 0, 0, gathered=0)
     head = 0 if model.tie_embeddings else width * model.padded_vocab_size * model.hidden_size
     matrices = model.num_layers * sum(matrix.size for matrix in block_matrices(model).values())
-    made_whole = _FP32 * matrices if training.optimizer == "muon" else 0
-    return Sizes(blocks, root, blocks, root, root - head, made_whole=made_whole)
+    gathered = _FP32 * matrices if training.optimizer == "muon" else 0
+    return Sizes(blocks, root, blocks, root, root - head, gathered=gathered)
 
 
 def memory_of_a_rank(
-    config: AtlasConfig, device: str, *, parallel: str, shards: int, at_once: int
+    config: AtlasConfig, device: str, *, parallel: str, shards: int, micro_batch: int
 ) -> RankMemory:
-    """The peak of an update with so many sequences `at_once`, on one of `shards` ranks that share a model."""
+    """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
+    a model."""
     training = config.training
     if parallel != "none":
-        # Between updates DDP keeps the memory of all gradients, and FSDP comes to have a shard's: as if there had been
-        # a micro-batch before.
-        alone = {"batch_size": at_once, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
+        # Between updates DDP keeps the memory of all gradients, and FSDP that of a shard: as if there were an earlier
+        # micro-batch.
+        alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
         training = training.model_copy(update=alone)
-    whole = estimate_training_memory(config.model_copy(update={"training": training}), device=device)
+    full = estimate_training_memory(config.model_copy(update={"training": training}), device=device)
     if parallel != "fsdp":
-        # In the second update DDP makes its buckets anew, in the order in which gradients came, beside the old ones;
-        # nothing else of an update is there then.
-        beside = whole.half_precision_weights + whole.activations + whole.loss
-        anew = max(0, whole.gradients - beside) if parallel == "ddp" else 0
-        return RankMemory(**asdict(replace(whole, gradients=whole.gradients + anew)), gathered=0)
+        # In the second update DDP rebuilds its buckets in the order in which gradients came, beside the old ones;
+        # nothing else of an update exists then.
+        beside = full.half_precision_weights + full.activations + full.loss
+        rebuilt = max(0, full.gradients - beside) if parallel == "ddp" else 0
+        return RankMemory(**asdict(replace(full, gradients=full.gradients + rebuilt)), gathered=0)
     sizes, layers = sizes_of(config, device=device), config.model.num_layers
     two = min(2, layers) / layers
     # The head's gradient is in `loss`.
     table = _FP32 * config.model.padded_vocab_size * config.model.hidden_size
     gradients = two * sizes.block_gradients + max(0, sizes.root_gradients - table)
-    shares = {name: -(-getattr(whole, name) // shards) for name in ("weights", "optimizer", "gradients")}
+    shares = {name: -(-getattr(full, name) // shards) for name in ("weights", "optimizer", "gradients")}
     gathered = int(sizes.root + two * sizes.blocks + gradients)
-    return RankMemory(**asdict(replace(whole, **shares)), gathered=gathered)
+    return RankMemory(**asdict(replace(full, **shares)), gathered=gathered)

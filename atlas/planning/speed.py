@@ -41,7 +41,7 @@ class Speed:
 
 
 def card_speed(card: Card, *, products: float | None = None, bandwidth: float | None = None) -> Speed:
-    """The speed of a card: a fraction of its peaks, or what was measured.
+    """Return the speed of a card: a fraction of its peaks, or what was measured.
 
     The tensor cores of GeForce cards are held to half of their rate, which products then nearly reach. Those of other
     cards are limited by power and memory, and attention's softmax slows them down more.

@@ -1,4 +1,4 @@
-"""How many sequences fit into memory at once, and what helps where not even one does."""
+"""How many sequences fit into a micro-batch, and what helps where not even one does."""
 
 from __future__ import annotations
 
@@ -11,56 +11,62 @@ from atlas.training.memory.presets import largest_that_fits, plan_presets
 
 
 def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> int:
-    """The most sequences at once whose estimate is within `available` bytes, 0 if not even one is.
+    """Return the largest micro-batch whose estimate is within `available` bytes, 0 if not even one sequence fits.
 
-    Of an update that runs all its sequences at once no gradients wait while activations peak, so that it may fit
-    where one of fewer at once does not.
+    An update of a single micro-batch keeps no gradients while activations peak, so that it may fit where a smaller
+    micro-batch does not.
     """
     every = config.training.sequences_per_update
 
-    def memory(at_once: int) -> int:
-        training = config.training.model_copy(update={"micro_batch_size": at_once})
-        changed = config.model_copy(update={"training": training})
-        return estimate_training_memory(changed, device=device).total
+    def memory(micro_batch: int) -> int:
+        return _estimate(config, device, "training", micro_batch_size=micro_batch)
 
     if memory(every) <= available:
         return every
-    more_than_ever_fit = min(every, available + 1)  # a sequence takes more than a byte
-    return bisect.bisect_right(range(1, more_than_ever_fit), available, key=memory)
+    too_many = min(every, available + 1)  # a sequence needs more than a byte
+    return bisect.bisect_right(range(1, too_many), available, key=memory)
 
 
 def memory_advice(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
-    """When not even one sequence fits: what would, in the FAQ's order, each with its estimated saving.
+    """List what helps when not even one sequence fits, in the FAQ's order, each with its estimated saving.
 
-    `available` bytes are there for a smaller model; left out, fewer than this one takes.
+    A smaller model must fit `available` bytes; default: fewer than this one needs.
     """
     training = config.training.model_copy(update={"micro_batch_size": 1})
     config = config.model_copy(update={"training": training})
     now = estimate_training_memory(config, device=device).total
-    room = now if available is None else available
+    limit = now if available is None else available
+
+    def less(memory: int) -> str:
+        return f"{(now - memory) / 1e9:.2f} GB less"
 
     def saving(section: str, **changes: object) -> str:
-        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
-        return f"{(now - estimate_training_memory(changed, device=device).total) / 1e9:.2f} GB less"
+        return less(_estimate(config, device, section, **changes))
 
-    lines = [f"estimated need with one sequence at once: {now / 1e9:.2f} GB. In this order:"]
-    lines.append(
-        "1. batch_size: one sequence runs at once already; training.batch_size takes no memory of its own"
-    )
-    if training.gradient_checkpointing:
-        lines.append("2. gradient checkpointing: is on already")
-    else:
-        less = saving("training", gradient_checkpointing=True)
-        lines.append(f"2. --set training.gradient_checkpointing=true: {less}")
+    checkpointing = "2. gradient checkpointing: is on already"
+    if not training.gradient_checkpointing:
+        saved = saving("training", gradient_checkpointing=True)
+        checkpointing = f"2. --set training.gradient_checkpointing=true: {saved}"
     half = max(1, config.model.max_seq_len // 2)
-    lines.append(f"3. --set model.max_seq_len={half}, a new run: {saving('model', max_seq_len=half)}")
-    lines.append("4. gradient accumulation: one sequence at once is that already")
+    lines = [
+        f"estimated need of a micro-batch of one sequence: {now / 1e9:.2f} GB. In this order:",
+        "1. batch_size: the micro-batch is one sequence already; training.batch_size needs no memory of its own",
+        checkpointing,
+        f"3. --set model.max_seq_len={half}, a new run: {saving('model', max_seq_len=half)}",
+        "4. gradient accumulation: a micro-batch of one sequence is that already",
+    ]
     parameters = count_parameters(config.model).total
-    plans = plan_presets(min(now - 1, room), device=device)
+    plans = plan_presets(min(now - 1, limit), device=device)
     if smaller := largest_that_fits([plan for plan in plans if plan.parameters < parameters]):
-        less = f"{(now - smaller.memory) / 1e9:.2f} GB less"
-        lines.append(f"5. a smaller model, such as --config {smaller.name}, a new run: {less}")
+        lines.append(
+            f"5. a smaller model, such as --config {smaller.name}, a new run: {less(smaller.memory)}"
+        )
     if training.optimizer != "adafactor":
-        less = saving("training", optimizer="adafactor")
-        lines.append(f"6. --set training.optimizer=adafactor, a new run: {less}")
+        saved = saving("training", optimizer="adafactor")
+        lines.append(f"6. --set training.optimizer=adafactor, a new run: {saved}")
     return lines
+
+
+def _estimate(config: AtlasConfig, device: str, section: str, **changes: object) -> int:
+    changed = getattr(config, section).model_copy(update=changes)
+    return estimate_training_memory(config.model_copy(update={section: changed}), device=device).total

@@ -12,11 +12,11 @@ from atlas.training.devices.world import World, has_joined
 from atlas.training.memory.estimate import estimate_training_memory
 
 _ROOMY = 0.75
-"""A run whose estimate, with one sequence at once, is below this part of a device's memory needs no sharding."""
+"""A run whose estimate, for a micro-batch of one sequence, is below this part of a device's memory is not sharded."""
 _SHARDED = ("adamw", "muon")
-"""The optimizers that can keep a part of the state on each rank."""
-_UNSHARDED = {"fp16": "an overflow would be seen by one rank alone", "bf16-true": "weights are rounded whole"}
-"""The precisions that they cannot be kept so in."""
+"""The optimizers whose state can be sharded."""
+_UNSHARDED = {"fp16": "only one rank would see an overflow", "bf16-true": "full weights are rounded"}
+"""The precisions in which nothing is sharded, and why."""
 
 
 def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
@@ -32,12 +32,14 @@ def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> 
 
 
 def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) -> tuple[str, int]:
-    """What `training.parallel` comes to on so many devices of so much `memory` each, and how many of the ranks share a
-    model. Raises `AtlasError` for what cannot be had."""
+    """Return what `training.parallel` means on `ranks` devices of `memory` bytes, and how many ranks share a model.
+
+    Raises `AtlasError` for what cannot be had.
+    """
     training, asked = config.training, config.training.parallel
     if asked == "none" and ranks > 1:
         raise AtlasError(
-            f"training.parallel: none: {ranks} processes would each train a model of their own: take auto"
+            f"training.parallel: none: {ranks} processes would each train a model of their own: use auto"
         )
     parallel = "ddp" if asked == "auto" and _fits_one_device(config, device, memory) else asked
     parallel = "fsdp" if parallel == "auto" else parallel
@@ -47,24 +49,24 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
         if training.shard_size is not None:
             raise AtlasError(
                 f"training.shard_size: {training.shard_size}: is for training.parallel fsdp, this is {parallel}: set "
-                "that, or leave the size out"
+                "fsdp, or leave the size out"
             )
         return parallel, 1
-    why = "" if asked == "fsdp" else "; a step does not fit one device whole"
+    why = "" if asked == "fsdp" else "; a full step does not fit one device"
     if training.optimizer not in _SHARDED:
         raise AtlasError(
-            f"training.optimizer: {training.optimizer}: its state cannot be kept in shards (fsdp){why}: take "
+            f"training.optimizer: {training.optimizer}: its state cannot be sharded (fsdp){why}: use "
             f"{' or '.join(_SHARDED)}, or training.parallel ddp"
         )
     if training.precision in _UNSHARDED:
         raise AtlasError(
             f"training.precision: {training.precision}: not with training.parallel fsdp "
-            f"({_UNSHARDED[training.precision]}){why}: take bf16, or ddp"
+            f"({_UNSHARDED[training.precision]}){why}: use bf16, or ddp"
         )
     shards = training.shard_size or ranks
     if ranks % shards:
         raise AtlasError(
-            f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: take a size that divides them"
+            f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: use a size that divides them"
         )
     return parallel, shards
 

@@ -1,4 +1,4 @@
-"""Which of the presets this machine, or another, can train."""
+"""Which presets this machine, or another, can train."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def plan_presets(
 ) -> list[PresetPlan]:
     """Plan every preset, smallest first, for `available` bytes on `device` (`cpu`, `cuda` or `mps`).
 
-    `vocab_size` replaces the vocabulary of every preset, as a dataset's does; `open_vocab_size` is for the presets that
-    leave theirs open.
+    `vocab_size` replaces the vocabulary of every preset, as a dataset does. `open_vocab_size` is for presets that leave
+    theirs open.
     """
     plans = []
     for name in preset_names():
@@ -56,5 +56,5 @@ def plan_presets(
 
 
 def largest_that_fits(plans: Sequence[PresetPlan]) -> PresetPlan | None:
-    """The one with the most parameters, among equals the first, which trades less time for memory."""
+    """Return the one with the most parameters; among equals the first, which trades less time for memory."""
     return max((plan for plan in plans if plan.fits), key=lambda plan: plan.parameters, default=None)
