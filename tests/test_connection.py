@@ -159,7 +159,7 @@ def test_the_screen(first_of_four: Play, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[4].split("  ")[0] == "backend"
     assert lines[4].endswith("latency, 1 kB  GB/s, 1 MB")
     assert lines[5].split()[:2] == ["gloo", "cpu"]
-    assert lines[6] == "nccl was not tried: --device cpu"
+    assert lines[6] == "nccl was not tested: --device cpu"
 
 
 def test_each_rank_sends_and_receives_three_halves(

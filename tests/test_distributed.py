@@ -125,7 +125,7 @@ def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: s
     lines = (tmp_path / "two/training.log").read_text().splitlines()
     assert sum("step 6/6" in line for line in lines) == 1, "one rank speaks"
     assert any(
-        line.endswith(f"2 processes, {parallel}: each takes 4 sequences of an update") for line in lines
+        line.endswith(f"2 processes, {parallel}: each computes 4 sequences of an update") for line in lines
     )
 
     alone = overlay(explicit, {"checkpoint": {"output_dir": str(tmp_path / "two")}})

@@ -84,14 +84,14 @@ def test_the_optional_packages_are_those_of_the_extras(healthy: dict[str, Any]) 
     assert "dev" not in extras
 
 
-def test_it_says_what_a_run_takes(healthy: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
+def test_it_reports_what_a_run_uses(healthy: dict[str, Any], tmp_path: Path, text_file: Path) -> None:
     runtime = run_for(layer(tmp_path / "run", text_file, device="cpu")).runtime
     assert healthy["train"]["device"] == runtime.device.type
     assert healthy["train"]["precision"] == runtime.precision
     assert healthy["precision"][runtime.precision]["refusal"] is None
 
 
-def test_the_screen_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_screen_shows_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu"]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""
@@ -235,7 +235,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "No space left on device" in only_problem(facts)
 
 
-def test_less_memory_than_the_smallest_preset_takes(
+def test_less_memory_than_the_smallest_preset_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor_facts, "measure_memory", lambda device: 2**28)
@@ -257,7 +257,7 @@ def test_a_wheel_without_cuda_beside_a_driver(
 @pytest.mark.parametrize(
     ("newest", "hidden", "says"),
     [
-        ("11.4", None, "knows CUDA up to 11.4, and this PyTorch is built with 13.0; update the driver"),
+        ("11.4", None, "supports CUDA up to 11.4, and this PyTorch is built with 13.0; update the driver"),
         ("13.1", None, "PyTorch sees no CUDA device; check it with nvidia-smi"),
         ("11.4", "", ""),
     ],
@@ -327,7 +327,7 @@ def test_attention_is_timed_by_kernel_and_the_one_that_pytorch_chooses_is_named(
             {"flash": 1.5e-3, "cudnn": 1e-3},
             "flash, chosen by PyTorch, although cudnn is 1.5 times as fast; ",
         ),
-        (None, {"math": 9e-3}, "a kernel unknown here, chosen by PyTorch; "),
+        (None, {"math": 9e-3}, "an unknown kernel, chosen by PyTorch; "),
     ],
 )
 def test_a_kernel_that_is_clearly_faster_is_named(
@@ -341,9 +341,9 @@ def test_a_kernel_that_is_clearly_faster_is_named(
     times = {"chosen": chosen, "seconds": seconds, "shape": shape}
     monkeypatch.setattr(doctor_facts, "_attention_times", lambda device, effort: times)
     assert main(["doctor", "--device", "cpu"]) == 0
-    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  attention takes")]
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  attention time")]
     assert row.startswith(
-        f"  attention takes   {says}forward and backward of 4 × 1,024 tokens, 12 heads of 64: "
+        f"  attention time    {says}forward and backward of 4 × 1,024 tokens, 12 heads of 64: "
     )
     for name, each in seconds.items():
         assert f"{name} {each * 1e3:.2f} ms" in row

@@ -30,8 +30,8 @@ def doctor(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where the disk's speed is measured: the folder that train will write to, or where it will make it. "
-            "Left out, it is train's own default.",
+            help="Folder whose disk is measured: the one that train will write to, which need not exist. Default: that "
+            "of train.",
             metavar="DIR",
             show_default=False,
         ),
@@ -40,23 +40,23 @@ def doctor(
         bool,
         typer.Option(
             "--distributed",
-            help="Try the connection between the processes that torchrun starts, and how fast it is, instead.",
+            help="Instead, check the connection between the processes that torchrun starts, and measure its speed.",
         ),
     ] = False,
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="With --distributed: seconds that the processes wait for one another; 60 where it is left out.",
+            help="With --distributed: seconds that the processes wait for one another. Default: 60.",
             min=1,
             metavar="SECONDS",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Say what this machine can do, what train will choose, and what to fix.
+    """Report what this machine can do, what train will choose, and what to fix.
 
-    Takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see the
-    last lines, each of which names a remedy.
+    This takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see
+    the last lines, each of which names a remedy.
     """
     import json
 
@@ -68,7 +68,7 @@ def doctor(
     from atlas.cli import doctor_facts
 
     if sys.stderr.isatty():
-        typer.echo("measuring this machine, which takes about half a minute", err=True)
+        typer.echo("measuring this machine for about half a minute", err=True)
     facts = doctor_facts.examine(device, output_dir)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, allow_nan=False))
@@ -81,7 +81,7 @@ def doctor(
 def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout: float | None) -> None:
     import json
 
-    # PyTorch reads it once. Where an address is not reached, it prints pages, the last line of which is said below.
+    # PyTorch reads it once. If it cannot reach an address, it prints pages; their last line is reported below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
 
@@ -95,7 +95,7 @@ def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout
 
 
 def _print_connection(facts: dict[str, Any]) -> None:
-    """Who is there, and for each backend the time of the smallest sum and the bandwidth of the others."""
+    """The ranks of each host; for each backend the time of the smallest sum and the bandwidth of the others."""
     ranks = [("ranks", "host")]
     for host, group in itertools.groupby(enumerate(facts["hosts"]), key=lambda place: place[1]):
         numbers = [rank for rank, _ in group]
@@ -119,8 +119,8 @@ def _print_connection(facts: dict[str, Any]) -> None:
     ]
     print_table([titles, *rows], right=range(2, len(titles)))
     for backend, reason in facts["left_out"].items():
-        typer.echo(f"{backend} was not tried: {reason}")
-    typer.echo("\nEvery sum is right. GB/s: of an all-reduce over N ranks, bytes × 2 (N − 1) / N ÷ seconds")
+        typer.echo(f"{backend} was not tested: {reason}")
+    typer.echo("\nEvery sum is right. GB/s of an all-reduce over N ranks: bytes × 2 (N − 1) / N ÷ seconds")
 
 
 def _bytes(entry: dict[str, Any]) -> str:
@@ -129,13 +129,13 @@ def _bytes(entry: dict[str, Any]) -> str:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    """One screen: a group of rows for each section of the facts."""
+    """Print one screen: a group of rows for each section of the facts."""
     groups = {
         "Versions": _versions(facts["versions"]),
         "Machine": _machine(facts["machine"], facts.get("memory")),
         "Precision: a training step against 64 bits": _precision(facts.get("precision", {})),
         "Speed": _speed(facts),
-        "Train will take": _choice(facts["train"]),
+        "Train will use": _choice(facts["train"]),
     }
     for title, rows in groups.items():
         typer.echo(title)
@@ -185,7 +185,7 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
 
 
 def _precision(precision: dict[str, Any]) -> Rows:
-    """A row for each precision. One that training refuses is nothing to fix: its row says why training refuses it."""
+    """A row for each precision. If training refuses one, its row says why; that is nothing to fix."""
     for name, step in precision.items():
         unused = "" if step["refusal"] is None else f", and training does not use it ({step['refusal']})"
         if "error" in step:
@@ -195,7 +195,7 @@ def _precision(precision: dict[str, Any]) -> Rows:
             verdict = "right" if step["right"] else f"wrong{unused}" if unused else "WRONG"
             verdict += f": {off} (bound {step['bound']:.0e})"
             if (times := step["product_times_fp32"]) and times >= _SLOW:
-                verdict += f"; but a matrix product takes {times:.0f} times as long as in fp32"
+                verdict += f"; but a matrix product is {times:.0f} times slower than in fp32"
         yield name, verdict
 
 
@@ -216,7 +216,7 @@ def _speed(facts: dict[str, Any]) -> Rows:
         fails = [name for name, runs in attention.items() if not runs]
         yield "attention", ", ".join(works) + (f"; not available: {', '.join(fails)}" if fails else "")
     if times := facts.get("attention_times"):
-        yield "attention takes", _attention_times(times)
+        yield "attention time", _attention_times(times)
     compiled, disk = facts["compile"], facts["disk"]
     took = f"works; {compiled['seconds']:.0f} s for a first function"
     without = f"not available: {compiled['reason']}; training runs without it"
@@ -234,7 +234,7 @@ def _attention_times(times: dict[str, Any]) -> str:
     chosen, seconds, shape = times["chosen"], times["seconds"], times["shape"]
     by_time = sorted(seconds, key=seconds.get)
     measured = ", ".join(f"{name} {seconds[name] * 1e3:.2f} ms" for name in by_time)
-    said = f"{chosen or 'a kernel unknown here'}, chosen by PyTorch"
+    said = f"{chosen or 'an unknown kernel'}, chosen by PyTorch"
     if by_time and chosen in seconds and (ratio := seconds[chosen] / seconds[by_time[0]]) >= _CLEARLY:
         said += f", although {by_time[0]} is {ratio:.1f} times as fast"
     sizes = f"{shape['batch']} × {shape['tokens']:,} tokens, {shape['heads']} heads of {shape['head_size']}"

@@ -1,6 +1,6 @@
-"""The facts of `atlas doctor`, as one object that JSON can hold, and which of them the user should fix.
+"""The facts of `atlas doctor` as one JSON object, and what the user should fix.
 
-What training would choose is asked of the functions that training itself calls.
+The functions that training calls also answer here what training would choose.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Facts = dict[str, Any]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-_SMALL_PRODUCT = 256  # large enough to show what is imitated, small enough to wait for it
+_SMALL_PRODUCT = 256  # large enough to reveal emulation, small enough to wait for it
 
 
 def _problem(value: str, reason: str, remedy: str) -> Facts:
@@ -56,9 +56,9 @@ def _problem(value: str, reason: str, remedy: str) -> Facts:
 
 
 def examine(device_name: str, output_dir: Path | None, effort: Effort | None = None) -> Facts:
-    """Everything that `atlas doctor` says; `output_dir` is train's own where it is left out.
+    """Return everything that `atlas doctor` reports; default `output_dir`: that of train.
 
-    Bytes, seconds, bytes/s and FLOP/s. Raises `AtlasError` if the device that is asked for is not there.
+    Units: bytes, seconds, bytes/s and FLOP/s. Raises `AtlasError` if the requested device does not exist.
     """
     effort = effort or Effort()
     output_dir = output_dir or Path(AtlasConfig().checkpoint.output_dir)
@@ -68,7 +68,7 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
     try:
         torch.zeros(1, device=device)
         available = measure_memory(device.type)
-    except RuntimeError as error:  # a full or broken GPU; what needs none is measured all the same
+    except RuntimeError as error:  # a full or broken GPU; the rest is measured all the same
         remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
         problems.append(_problem(f"device {device.type}", f"does not compute ({_first_line(error)})", remedy))
     else:
@@ -81,9 +81,9 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
 
 
 def _wheel_and_driver() -> list[Facts]:
-    """An NVIDIA card that this PyTorch cannot use."""
+    """Report an NVIDIA card that this PyTorch cannot use."""
     if cpu_only_build_with_nvidia_driver():
-        reason = "is a CPU-only build, although an NVIDIA driver is there"
+        reason = "is a CPU-only build, although this machine has an NVIDIA driver"
         return [_problem(f"PyTorch {torch.__version__}", reason, "install the CUDA build (README, Install)")]
     driver = nvidia_driver()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -91,10 +91,10 @@ def _wheel_and_driver() -> list[Facts]:
         return []
     version, newest = driver
     if int(newest.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
-        reason = f"knows CUDA up to {newest}, and this PyTorch is built with {torch.version.cuda}"
+        reason = f"supports CUDA up to {newest}, and this PyTorch is built with {torch.version.cuda}"
         remedy = "update the driver, or install a PyTorch build with an older CUDA (README, Install)"
     else:
-        reason = "is there, but PyTorch sees no CUDA device"
+        reason = "is installed, but PyTorch sees no CUDA device"
         remedy = "check it with nvidia-smi; after an update of the driver restart the machine"
     return [_problem(f"NVIDIA driver {version}", reason, remedy)]
 
@@ -147,13 +147,13 @@ def _gpus() -> list[Facts]:
 
 
 def _computing(device: torch.device, available: int, effort: Effort, problems: list[Facts]) -> Facts:
-    """What the device does, with `available` bytes of memory."""
+    """Measure the device, which has `available` bytes of memory."""
     plans = plan_presets(available, device=device.type)
     largest = largest_that_fits(plans)
     if largest is None:
         needs = min(plan.memory for plan in plans)
         value = f"{available / 2**30:.2f} GiB of memory free on {device.type}"
-        reason = f"nano, the smallest preset, takes {needs / 2**30:.2f} GiB"
+        reason = f"nano, the smallest preset, needs {needs / 2**30:.2f} GiB"
         problems.append(_problem(value, reason, "close other programs that use it"))
     precision = {name: _precision(device, name, effort) for name in PRECISIONS}
     computes = [name for name, step in precision.items() if "error" not in step]
@@ -177,7 +177,7 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
 
 
 def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
-    """None where PyTorch has no choice of kernels that are fit for training, or no memory is left."""
+    """None where PyTorch has no choice of kernels for training, or no memory is left."""
     if device.type != "cuda":
         return None
     try:
@@ -187,7 +187,7 @@ def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
 
 
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
-    """One training step in it; `refusal` is why training would not take it, None where it would."""
+    """One training step in it; `refusal` is why training does not use it, None where it does."""
     runtime = Runtime(device, name)
     step: Facts = {"refusal": why_not_in(name, device)}
 
@@ -206,17 +206,17 @@ def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
 
 
 def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
-    """Of a precision that training would take."""
+    """Report them for a precision that training would use."""
     if step["right"] or step["refusal"] is not None:
         return []
     if "error" in step:
         reason = f"does not compute on {device.type} ({step['error']})"
-        remedy = "take the build of PyTorch for this machine (README, Install), or --device cpu"
+        remedy = "use the build of PyTorch for this machine (README, Install), or --device cpu"
     else:
         reason = (
-            f"computes wrong numbers on {device.type}: of one training step the loss is off by "
+            f"computes wrong numbers on {device.type}: in one training step the loss is off by "
             f"{_shown(step['loss_error'])} and the gradient by {_shown(step['gradient_error'])}, "
-            f"and {step['bound']:.0e} would be rounding"
+            f"and rounding would explain {step['bound']:.0e}"
         )
         remedy = "do not train in it (--set training.precision=…); try another version of PyTorch and of the driver"
     return [_problem(f"precision {name}", reason, remedy)]
@@ -232,7 +232,7 @@ def _products(device: torch.device, name: str, size: int | None, seconds: float)
 
 
 def _unless_full(measure: Callable[[], float]) -> float | None:
-    """A rate; None where its matrices do not fit the GPU beside what others keep in it."""
+    """Return a rate, or None where its matrices do not fit the GPU beside those of other programs."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -245,19 +245,19 @@ def _disk(output_dir: Path, effort: Effort, problems: list[Facts]) -> Facts:
         return {"folder": str(folder), **measure_disk(folder, size=effort.disk)}
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror})"
-        remedy = "free some space or get the right to write there, or choose another --output-dir"
+        remedy = "free some space or get permission to write there, or choose another --output-dir"
         problems.append(_problem(f"--output-dir {output_dir}", reason, remedy))
         return {"folder": str(folder), "error": error.strerror}
 
 
 def _choice(device_name: str, device: torch.device) -> Facts:
-    """What training takes where the config leaves it open, and why."""
+    """What training uses where the config leaves it open, and why."""
     runtime = _chosen(device)
     if device_name != "auto":
         why_device = f"--device {device_name}"
     else:
         why_device = {
-            "cuda": "auto takes a CUDA device where PyTorch sees one",
+            "cuda": "auto uses a CUDA device if PyTorch sees one",
             "mps": "PyTorch sees no CUDA device, but an Apple GPU",
             "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
         }[device.type]

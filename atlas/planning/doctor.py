@@ -32,17 +32,17 @@ from atlas.machine import best_time
 from atlas.model import AtlasLM, build_model
 
 LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
-"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tried."""
+"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tested."""
 
 _SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
 _BATCH = 2
 
-# A half format rounds the results of 6 operations in each block (two norms, qkv, attention, two of the MLP) forward, as
-# many backward, and 4 around the head. Independent roundings add up as a random walk does: to √28 times the unit
+# Half precision rounds the results of 6 operations in each block (two norms, qkv, attention, two of the MLP) forward,
+# as many backward, and 4 around the head. Independent roundings add up like a random walk: to √28 times the unit
 # roundoff, 2e-2 for bf16 and 3e-3 for fp16. A CPU's step is off by one unit; attention that sees the future, by 0.2.
 _ROUNDINGS = 2 * 6 * _SHAPE.num_layers + 4
-# 32 bits are not held to theirs, since GPUs take quicker exponentials and add in other orders. A CPU's step is off by
-# 3e-7; TF32, which looks like fp32 and is not, has a unit roundoff of 5e-4.
+# The bound of fp32 is wider than its roundings, since GPUs use faster exponentials and add in other orders. A CPU's
+# step is off by 3e-7; TF32, which looks like fp32 and is not, has a unit roundoff of 5e-4.
 _BOUND_FP32 = 1e-4
 
 _BACKENDS = {
@@ -161,7 +161,7 @@ def _example() -> tuple[AtlasLM, Tensor, Tensor]:
 
 
 def _gradient(model: AtlasLM) -> Tensor:
-    """All of it, as one vector of 64 bits on the CPU."""
+    """Return the full gradient as one vector of 64 bits on the CPU."""
     return torch.cat([p.grad.cpu().double().flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -172,16 +172,16 @@ def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, boo
 
 def _attends(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "mps" and backend != SDPBackend.MATH:
-        return False  # PyTorch has no choice of kernels there, and would compute with another than the one asked for
+        return False  # PyTorch has no choice of kernels there, and would use another than the requested one
     query, key, value = (
         torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     try:
         with warnings.catch_warnings(), sdpa_kernel(backend):
-            warnings.simplefilter("ignore")  # a kernel that is not there is an answer here
+            warnings.simplefilter("ignore")  # a missing kernel is an answer here
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             (grad,) = torch.autograd.grad(out.sum(), query)
-            return bool(grad.isfinite().all())  # which waits for the device, and what failed there
+            return bool(grad.isfinite().all())  # waits for the device, and for what failed there
     except RuntimeError:
         return False
 
