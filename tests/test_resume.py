@@ -248,7 +248,7 @@ def test_a_folder_of_broken_checkpoints_is_not_overwritten(done: tuple[dict, Pat
     explicit, folder = done
     for path in folder.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(AtlasError, match="none of them whole"):
+    with pytest.raises(AtlasError, match="none of them intact"):
         choose_start(Request(explicit))
 
 

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: which update is not applied, when the run goes back, and what to check when it ends."""
+"""Detect bad numbers: which updates are not applied, and what to check when a run ends because of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WINDOW, _FEWEST = 128, 32
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an update was not applied. A benign one belongs to fp16 and says nothing against the run."""
+    """Why an update was not applied. A benign fault belongs to fp16 and is no sign of a problem."""
 
     reason: str
     is_benign: bool = False
@@ -30,10 +30,10 @@ class Fault:
 def check_update(
     loss: float, grad_norm: float, *, state: TrainState, guard: GuardConfig, loss_scale: float | None = None
 ) -> Fault | None:
-    """What is wrong with an update of this loss and gradient norm, if anything is.
+    """The fault of an update with this loss and gradient norm; None if there is none.
 
-    `loss_scale` is fp16's, None elsewhere: there a gradient that overflows under a scale above 1 is how the
-    scale is found, and the scaler halves it. Overflow without any scale is divergence.
+    `loss_scale` is the scale in fp16, None in other precisions. In fp16 a gradient that overflows at a scale above 1 is
+    expected: the scaler finds the scale in this way, and halves it. Overflow without any scale is divergence.
     """
     if not math.isfinite(loss):
         return Fault(f"loss {loss}")
@@ -44,25 +44,23 @@ def check_update(
             return Fault(f"fp16 gradients do not fit at any loss scale (now {loss_scale:g})")
         return Fault(f"gradient norm {grad_norm}")
     if guard.spikes != "off":
-        for name, value, recent in (
-            ("loss", loss, state.recent_losses),
-            ("gradient norm", grad_norm, state.recent_norms),
-        ):
+        checks = ("loss", loss, state.recent_losses), ("gradient norm", grad_norm, state.recent_norms)
+        for name, value, recent in checks:
             if (score := z_score(value, recent)) > guard.spike_z_score:
                 return Fault(f"{name} {value:.4g} is {score:.1f} standard deviations high", is_spike=True)
     return None
 
 
 def weights_fault(model: nn.Module, world: World) -> Fault | None:
-    """A fault if a weight of any rank is not finite. Every rank must call it. The update that ruined them was applied:
-    its loss and gradient were those of the weights before."""
+    """A fault if a weight of any rank is not finite. Every rank must call it. The update that caused it was applied,
+    since its loss and gradient came from the weights before it."""
     own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
     is_finite = torch.stack([part.isfinite().all() for part in own]).all()
     return Fault("weights that are not finite") if world.any(not is_finite) else None
 
 
 def z_score(value: float, recent: Sequence[float]) -> float:
-    """How many standard deviations `value` lies above the mean of `recent`; 0 while there are too few to tell."""
+    """How many standard deviations `value` lies above the mean of `recent`; 0 while there are too few."""
     if len(recent) < _FEWEST:
         return 0.0
     mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
@@ -72,7 +70,7 @@ def z_score(value: float, recent: Sequence[float]) -> float:
 def count(
     state: TrainState, loss: float, grad_norm: float, fault: Fault | None, *, guard: GuardConfig
 ) -> None:
-    """Take an update into the account. A spike enters the window, too: a lasting change is soon none any more."""
+    """Count an update in `state`. A spike enters the window too, so that a lasting shift stops counting as a spike."""
     if fault is None:
         state.loss, state.bad_in_a_row = loss, 0
         state.loss_since_save.add(loss)
@@ -86,12 +84,12 @@ def count(
 
 
 def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
-    """What to check when a run cannot go on, a line each, the likeliest first."""
+    """What to check when a run cannot continue: one line each, the most likely cause first."""
     lines = [
         f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
         f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual: lower --learning-rate, or "
         "lengthen training.warmup_steps",
-        f"the data: {sequences} were the last ones tried",
+        f"the data: {sequences} were the last ones used",
     ]
     if training.grad_clip == 0 or training.grad_clip > 1:
         lines.insert(
@@ -102,5 +100,5 @@ def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequenc
     if training.loss:
         lines.insert(0, f"your loss {training.loss}: a logarithm or a division without a floor does this")
     if runtime.device.type != "cpu":
-        lines.append("the GPU: if --device cpu does not show it, look at its memory, clocks and driver")
+        lines.append("the GPU: if --device cpu does not show it, check its memory, clocks and driver")
     return [f"to check, {number}: {line}" for number, line in enumerate(lines, start=1)]

@@ -1,7 +1,7 @@
-"""The language-model loss, and the door for a custom one.
+"""The language-model loss, and custom losses.
 
-Contract: what is minimised is the sum over valid tokens divided by the number of valid tokens of the
-whole accumulated update. A mean of micro-batch means would weigh a token by the padding around it.
+Contract: training minimises the sum over valid tokens divided by the number of valid tokens, both over all
+micro-batches of the update. A mean of micro-batch means would weigh a token by the padding around it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def compute_lm_loss(
 ) -> Tensor:
     """Cross entropy in nats of `logits` (B, T, V) against `targets` (B, T).
 
-    Nothing is shifted: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to
-    `IGNORE_INDEX`, and those where `mask` (B, T) is zero, do not count. `reduction` is `mean` over the
-    tokens that count (0 when there are none, never NaN) or `sum`.
+    Nothing is shifted: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to `IGNORE_INDEX`, and
+    those with a `mask` (B, T) of zero, do not count. `reduction` is `mean` over the tokens that count (0 without any,
+    never NaN) or `sum`.
     """
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
@@ -59,11 +59,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 
-    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). Of a `weight` with rows that only pad it, `vocabulary` are
-    used: to slice it outside would cost the gradient a copy. The (B × T, V) logits of a language model are its largest
-    tensor; here `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is taken on the spot (as in
-    Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once. CUDA has a way of its own (`loss_cuda`),
-    which may be `compiled`.
+    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, the first `vocabulary` rows are
+    used; to slice it outside would cost the gradient a copy. The (B × T, V) logits of a language model are its largest
+    tensor. Here only `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is computed directly
+    (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once. CUDA has its own implementation
+    (`loss_cuda`), which may be `compiled`.
     """
     device = hidden.device.type
     if device == "cuda":
@@ -93,7 +93,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(N, C), (V or more, C), (N,) → the sum of the losses. The gradients are made on the way forward."""
+    """(N, C), (V or more, C), (N,) → the sum of the losses. The forward pass computes the gradients."""
 
     @staticmethod
     def forward(
@@ -103,21 +103,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         vocabulary: int,
         differentiated: bool,
-        weight_learns: bool,
+        weight_is_trainable: bool,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
-        table_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
+        table_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_is_trainable else None
         weight = weight[:vocabulary]
         weight_grad = None if table_grad is None else table_grad[:vocabulary]
-        # Made once: to the system, fresh memory for each chunk costs as much as a quarter of its product.
+        # Allocated once: new memory for each chunk would cost as much as a quarter of its product.
         logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), len(weight))
         log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
-            rows, goals = (
-                hidden[start : start + LOSS_CHUNK_TOKENS],
-                targets[start : start + LOSS_CHUNK_TOKENS],
-            )
+            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+            rows, goals = hidden[chunk], targets[chunk]
             counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
             goals = goals.clamp(min=0)[:, None]
             logits, log_probs = logits[: len(rows)], log_probs[: len(rows)]
@@ -125,11 +123,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
             total -= (log_probs.gather(1, goals) * counts).sum()
             if hidden_grad is not None:
-                # By the logits: the probabilities, less one at the target; by ignored rows' nothing, which is cheaper
-                # to say of the narrow factors.
+                # The gradient of the logits: the probabilities, minus one at the target. For ignored rows it is zero;
+                # it is cheaper to zero the narrow factors instead.
                 grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
                 counts = counts.to(hidden.dtype)
-                torch.mul(grad @ weight, counts, out=hidden_grad[start : start + LOSS_CHUNK_TOKENS])
+                torch.mul(grad @ weight, counts, out=hidden_grad[chunk])
                 if weight_grad is None:
                     continue
                 rows = rows * counts
@@ -146,9 +144,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class SummedLoss(nn.Module):
-    """From tokens to the loss summed over valid tokens: one door, which several ranks can be put behind.
+    """From tokens to the loss summed over valid tokens, as one module that several ranks can wrap.
 
-    A `custom_loss` counts in training only: evaluation is in nats. With `compiled` the loss may be compiled, as blocks.
+    A `custom_loss` is used in training only; evaluation is in nats. With `compiled` the loss may be compiled, as blocks
+    are.
     """
 
     def __init__(
@@ -168,13 +167,13 @@ class SummedLoss(nn.Module):
             table, vocabulary = self.model.head_table, self.model.config.vocabulary
             return linear_cross_entropy(hidden, table, targets, vocabulary=vocabulary, compiled=self.compiled)
         logits = self.model(inputs, documents=documents)
-        if num_valid == 0:  # a mean over nothing may be anything
+        if num_valid == 0:  # a mean over no tokens is undefined
             return logits.sum() * 0.0  # type: ignore[no-any-return]
         return self.custom_loss(logits, targets, mask=targets != IGNORE_INDEX) * num_valid
 
 
 def load_loss(dotted: str) -> LossFunction:
-    """The function that `training.loss: package.module:function` names; found in the working folder, too."""
+    """The function that `training.loss: package.module:function` names. The working folder is searched, too."""
     if not DOTTED_NAME.fullmatch(dotted):
         raise AtlasError(f"training.loss: {dotted}: write it as package.module:function")
     try:

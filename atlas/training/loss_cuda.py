@@ -1,13 +1,13 @@
-"""The head's loss as CUDA computes it fastest; what it is, `atlas.training.loss.linear_cross_entropy` says.
+"""The loss of `atlas.training.loss.linear_cross_entropy`, as CUDA computes it fastest.
 
-The logits are the largest tensor of a language model, and most of what is done with them is memory traffic. Here each
-is written once by the product, read for the sum of its row's exponentials, and read and written once more as its own
-gradient, which the two products that follow read.
+The logits are the largest tensor of a language model, and most of their cost is memory traffic. Here the product writes
+each logit once. Then it is read for the sum of its row's exponentials, and read and written once more as its own
+gradient, which the next two products read.
 
-- The table is multiplied with the rows that pad it. Without them a row of logits has 50,257 numbers, and all but the
-  first begin where tensor cores cannot load from.
-- One compiled kernel takes the softmax, the loss and the gradient. Where nothing compiles, PyTorch's own do.
-- The table's gradient is added up in fp32 by the product itself.
+- The table is multiplied with its padding rows. Without them a row of logits has 50,257 numbers, and all rows but the
+  first begin at an address that tensor cores cannot load from.
+- One compiled kernel computes the softmax, the loss and the gradient. Without a compiler, PyTorch's own kernels do.
+- The product itself sums the table's gradient in fp32.
 - Each chunk reads the table and its gradient again, so chunks are large.
 
 benchmarks/roofline.py counts the bytes.
@@ -30,24 +30,24 @@ Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 become their gradient."""
 
 _EAGER_BYTES = 8
-"""A logit's in fp32, before and after the logarithm of the softmax, where no kernel is compiled."""
+"""The bytes of a logit in fp32, before and after the log-softmax, if no kernel is compiled."""
 
 
 def linear_cross_entropy_on_cuda(
     hidden: Tensor, table: Tensor, targets: Tensor, *, vocabulary: int, dtype: torch.dtype, compiled: bool
 ) -> Tensor:
     """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Products are
-    taken in `dtype`. Differentiable once."""
+    computed in `dtype`. Differentiable once."""
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
-    learns = differentiated and table.requires_grad
+    is_trainable = differentiated and table.requires_grad
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.to(dtype), table, targets, vocabulary, compiled, differentiated, learns
+        hidden.to(dtype), table, targets, vocabulary, compiled, differentiated, is_trainable
     )
     return loss
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradients are made on the way forward, a chunk of rows at a time."""
+    """The forward pass computes the gradients, one chunk of rows at a time."""
 
     @staticmethod
     def forward(
@@ -58,24 +58,24 @@ class _HeadLoss(torch.autograd.Function):
         vocabulary: int,
         compiled: bool,
         differentiated: bool,
-        table_learns: bool,
+        table_is_trainable: bool,
     ) -> Tensor:
         rounded = table.to(hidden.dtype)
         kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
         row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
-        at_once = _rows_at_once(len(hidden), row_bytes)
-        buffer = rounded.new_empty(at_once, len(table))
+        chunk_size = _chunk_size(len(hidden), row_bytes)
+        buffer = rounded.new_empty(chunk_size, len(table))
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if differentiated else None
         table_grad = None
-        for start in range(0, len(hidden), at_once):
-            rows, goals = hidden[start : start + at_once], targets[start : start + at_once, None]
+        for start in range(0, len(hidden), chunk_size):
+            rows, goals = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
             logits = buffer[: len(rows)]
             torch.mm(rows, rounded.T, out=logits)
             total += kernel(logits, goals.clamp(min=0), (goals != IGNORE_INDEX).float(), vocabulary)
             if hidden_grad is not None:
-                torch.mm(logits, rounded, out=hidden_grad[start : start + at_once])
-            if table_learns:
+                torch.mm(logits, rounded, out=hidden_grad[start : start + chunk_size])
+            if table_is_trainable:
                 table_grad = _add_product(table_grad, logits.T, rows)
         ctx.grads = hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
         return total
@@ -97,15 +97,15 @@ def scaled_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor | None]:
     return hidden_grad.mul_(factor), None if table_grad is None else table_grad.mul_(factor)
 
 
-def _rows_at_once(num_rows: int, row_bytes: int) -> int:
-    """As many as `CUDA_LOSS_BYTES` allow, in chunks of one size as far as they go."""
+def _chunk_size(num_rows: int, row_bytes: int) -> int:
+    """The rows of a chunk: as many as `CUDA_LOSS_BYTES` allow, with all chunks of nearly the same size."""
     chunks = max(1, -(-num_rows * row_bytes // CUDA_LOSS_BYTES))
     return -(-num_rows // chunks)
 
 
 def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """A `Kernel` to be compiled: one pass of the logits for the reduction, one to replace them."""
-    # As `log_softmax` has it: the compiler knows this form, and takes maximum and sum in one pass.
+    """A `Kernel` to compile: one pass over the logits for the reduction, one to replace them."""
+    # The compiler recognises `log_softmax` and computes maximum and sum in one pass.
     column = torch.arange(logits.shape[1], device=logits.device)
     log_probs = torch.where(column < vocabulary, logits.float(), -torch.inf).log_softmax(-1)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -114,7 +114,7 @@ def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary:
 
 
 def softmax_gradient_eagerly_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """The same `Kernel` by PyTorch's own, as few as there are, in place where they can be."""
+    """The same `Kernel` with as few of PyTorch's own kernels as possible, in place if possible."""
     logits[:, vocabulary:] = -torch.inf
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -139,9 +139,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`total` + `left` @ `right` in fp32, in `total`'s memory."""
     if left.dtype == torch.float32:
         return left @ right if total is None else total.addmm_(left, right)
-    if (
-        not left.is_cuda or torch.version.hip
-    ):  # a product with sums in fp32 and factors in bf16 is CUDA's alone
+    if not left.is_cuda or torch.version.hip:  # only CUDA has products of bf16 with sums in fp32
         product = (left @ right).float()
         return product if total is None else total.add_(product)
     if total is None:

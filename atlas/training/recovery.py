@@ -105,7 +105,7 @@ def roll_back(run: Run, fault: Fault) -> None:
         run.learner, {**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])}
     )
     since = state.went_back_to if state.rollbacks else good["step"]
-    state.go_back_to(good)
+    state.roll_back_to(good)
     run.keep_snapshot()  # the last save is now one that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * run.config.training.sequences_per_update

@@ -1,7 +1,7 @@
-"""How a run begins: fresh, going on from a checkpoint, or from another run's weights.
+"""Decide how a run begins: fresh, resumed from a checkpoint, or from another run's weights.
 
-`choose_start` decides from what the user wrote and what lies in the output folder, and writes nothing, so
-that a refusal leaves everything as it was. `launch.py` carries the decision out.
+`choose_start` decides from the user's settings and the contents of the output folder. It writes nothing, so that a
+refusal leaves everything as it was. `launch.py` carries out the decision.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.run_config import with_data, with_written_length
 
-# A model setting that may change between a checkpoint and the run that goes on from it.
 _MAY_CHANGE = {"dropout"}
+"""Model settings that may differ between a checkpoint and the run that resumes from it."""
 
 
 class OtherRunError(AtlasError):
     """The output folder holds a run of another model or other data."""
 
 
-_OWN = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
+_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
+_OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
+"""Of the files that a run writes to its folder."""
 
 
 @dataclass
 class Request:
-    """What the user asked for. `explicit` holds the keys they wrote; `ask` is None without a terminal."""
+    """What the user asked for. `explicit` holds the keys that they wrote; `ask` is None without a terminal."""
 
     explicit: Layer
     resume: str | None = None
@@ -49,7 +51,7 @@ class Request:
 
 @dataclass
 class Start:
-    """The decision: `mode` is fresh, resume or finetune; `source` the checkpoint it rests on."""
+    """The decision. `mode` is fresh, resume or finetune; `source` is the checkpoint that the run starts from."""
 
     mode: str
     config: AtlasConfig
@@ -64,28 +66,27 @@ class Start:
 def choose_start(request: Request, world: World = ALONE) -> Start:
     """Decide how the run begins. Reads the output folder and checkpoints, writes nothing.
 
-    Of several ranks the first decides and the others follow: they read the same checkpoint and the same data.
+    The first rank decides, and the others follow: they read the same checkpoint and the same data.
     """
     start: Start | None = None
     with world.in_step():
         if world.is_first:
             start = _decide(request)
             if not has_joined() and "parallel" not in request.explicit.get("training", {}):
-                _go_on_alone(start)
+                _continue_alone(start)
     decision = world.broadcast(start and _decision(start))
     with world.in_step():
         return start or _follow(decision, request, world)
 
 
-def _go_on_alone(start: Start) -> None:
-    """One process goes on with what several began."""
+def _continue_alone(start: Start) -> None:
+    """Let one process resume a run of several."""
     training = start.config.training
     if start.source and training.parallel in ("ddp", "fsdp"):
         alone = training.model_copy(update={"parallel": "auto", "shard_size": None})
         start.config = start.config.model_copy(update={"training": alone})
-        start.notes.append(
-            f"training.parallel: {training.parallel}: is for several processes, and this is one"
-        )
+        asked = f"training.parallel: {training.parallel}"
+        start.notes.append(f"{asked}: is for several processes, and this is one")
 
 
 def _decision(start: Start) -> dict[str, Any]:
@@ -113,10 +114,10 @@ def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
 
 
 def _decide(request: Request) -> Start:
-    if is_a_restart():  # the folder was set aside when the run began; now it holds that run
+    if is_a_restart():  # the folder was set aside when the run began, and now holds that run
         request = replace(request, no_resume=False)
     if request.init_from and request.resume:
-        raise AtlasError("--init-from starts a new run and --resume goes on with one: give one of them")
+        raise AtlasError("--init-from starts a new run and --resume continues one: give one of them")
     if request.no_resume and request.resume:
         raise AtlasError("--no-resume and --resume contradict each other: give one of them")
     source = request.init_from or (request.resume if request.resume != "auto" else None)
@@ -129,7 +130,7 @@ def _decide(request: Request) -> Start:
         start = Start("fresh", config, data, folder, notes=list(data.notes))
         if request.resume:
             start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
-        # Without a sidecar a file is no checkpoint: a kill in the first save leaves one, or it came from elsewhere.
+        # A file without a sidecar is no checkpoint: a kill in the first save left it, or it came from elsewhere.
         start.set_aside = _run_files(folder) if request.no_resume else _checkpoint_files(folder)
         return start
     return _from_occupied_folder(request, folder)
@@ -151,7 +152,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
         _refuse_other_optimizer(config, contents, source)
         wished = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
-        # A file without a sidecar came from elsewhere: it does not say where this run writes.
+        # A file without a sidecar came from elsewhere, so this run does not write to its folder.
         folder = wished or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
         if folder.resolve() != source.parent.resolve() and _checkpoint_files(folder):
             raise AtlasError(
@@ -176,7 +177,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
 
 
 def is_a_restart() -> bool:
-    """Whether torchrun has started the run again: what the command says of its beginning has been done."""
+    """Whether torchrun has restarted the run: what the command says about its beginning has been done."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
@@ -185,8 +186,8 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     latest = CheckpointManager(folder, say=notes.append).load_latest(to_resume=True)
     if latest is None:
         raise AtlasError(
-            f"{folder}: holds checkpoints, none of them whole ({'; '.join(notes) or 'no sidecar fits'}): name one with "
-            "--resume, or set them aside with --no-resume"
+            f"{folder}: holds checkpoints, none of them intact ({'; '.join(notes) or 'no sidecar fits'}): name one "
+            "with --resume, or set them aside with --no-resume"
         )
     ask = request.ask if request.resume is None else None
     try:
@@ -194,20 +195,20 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     except OtherRunError:
         if ask is None:
             raise
-        fresh = _start_over(request, folder)  # or that cannot be either, and there is nothing to ask
+        fresh = _start_over(request, folder)  # if this is refused too, there is nothing to ask
         if ask(_asks_for_new_run(folder)):
             return fresh
         raise AtlasError(_other_run(folder, request)) from None
     step = start.contents["step"]
     if ask and not ask(
-        f"{folder} holds this run at step {step}. Resume it? (n: start anew, it moves to previous-N)"
+        f"{folder} holds this run at step {step}. Resume it? (n: start a new one, it moves to previous-N)"
     ):
         return _start_over(request, folder)
     return start
 
 
 def _start_over(request: Request, folder: Path) -> Start:
-    """A new run in `folder`; what lies there is set aside."""
+    """A new run in `folder`; the files of the old one are set aside."""
     config, data = with_data(resolve(request.explicit), request.explicit, None)
     return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
@@ -215,7 +216,7 @@ def _start_over(request: Request, folder: Path) -> Start:
 def _continue(
     request: Request, folder: Path, latest: tuple[Path, dict[str, Any]], notes: list[str] | None = None
 ) -> Start:
-    """Go on with the run that a folder holds, if it is the same model's and data's."""
+    """Resume the run in a folder, if it has the same model and data."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
     _refuse_unasked_code(inherited, request.explicit)
@@ -235,8 +236,8 @@ def _continue(
 def _finetune_folder(
     request: Request, config: AtlasConfig, data: ResolvedData, base: str
 ) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
-    """Where fine-tuning writes: never over another run. With the checkpoint to resume from, if the same fine-tuning had
-    begun there, and the files that have to make room."""
+    """The folder that fine-tuning writes to, never one that holds another run; the checkpoint to resume from, if the
+    same fine-tuning had begun there; and the files to set aside."""
     wished = _explicit_folder(request.explicit)
     folder = wished or Path(AtlasConfig().checkpoint.output_dir)
     if request.no_resume:
@@ -265,7 +266,7 @@ def _asks_for_new_run(folder: Path) -> str:
 
 
 def _other_run(folder: Path, request: Request) -> str:
-    """The refusal of a folder: after a person's "no", or where nobody could be asked."""
+    """The message for a folder that is refused: after a person's "no", or if nobody could be asked."""
     unchanged = " and stays as it is" if request.ask else ""
     return (
         f"{folder}: holds another run{unchanged}: give the new one another --output-dir, or move the old one aside "
@@ -274,7 +275,7 @@ def _other_run(folder: Path, request: Request) -> str:
 
 
 def base_key(contents: Mapping[str, Any]) -> str:
-    """What tells the checkpoint that a run starts from apart from others: its config, where it stood, and its loss."""
+    """An identifier of the checkpoint that a run starts from: a hash of its config, its step and its loss."""
     facts = [
         contents.get(key) for key in ("config", "step", "sequences_consumed", "loss", "initialized_from")
     ]
@@ -285,20 +286,16 @@ def base_key(contents: Mapping[str, Any]) -> str:
 def _refuse_other_shape(
     config: AtlasConfig, contents: Mapping[str, Any], source: Path, *, is_new_run: bool = False
 ) -> list[str]:
-    """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`; return what the user should know.
+    """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`. Return notes for the user.
 
-    A new run may have a context of another length: only learned positions depend on it, and of these
-    a shorter context takes the first. A resumed run may not, since it counts what it has read in sequences
-    of that length.
+    A new run may have a context of another length: only learned positions depend on it, and a shorter context uses the
+    first ones. A resumed run may not, since it counts the data that it has read in sequences of that length.
     """
-    # Resolved: an older checkpoint does not know of every setting.
+    # Resolved, since an older checkpoint does not have every setting.
     saved = resolve({"model": contents["config"].get("model", {})})
     old, new = (one.model.model_dump(mode="json") for one in (saved, config))
-    changed = {
-        key: f"{key} {old[key]} → {new[key]}"
-        for key in new
-        if old[key] != new[key] and key not in _MAY_CHANGE
-    }
+    differing = [key for key in new if old[key] != new[key] and key not in _MAY_CHANGE]
+    changed = {key: f"{key} {old[key]} → {new[key]}" for key in differing}
     other_context = changed.pop("max_seq_len", None) if is_new_run else None
     length, is_longer = old["max_seq_len"], new["max_seq_len"] > old["max_seq_len"]
     fits = new["position"] != "learned" or not is_longer
@@ -313,7 +310,7 @@ def _refuse_other_shape(
         return []
     if not fits:
         raise AtlasError(
-            f"{source}: model: {other_context}: the model has learned {length} positions and no others: set "
+            f"{source}: model: {other_context}: the model has {length} trained positions and no others: set "
             f"model.max_seq_len to at most {length}, or train a model with position rope"
         )
     untrained = f"; it has not been trained on distances beyond {length}" if is_longer else ""
@@ -321,17 +318,18 @@ def _refuse_other_shape(
 
 
 def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
-    """A run that resumes takes the optimizer's state from the checkpoint."""
+    """Raise `AtlasError` if the optimizer is not the one whose state the checkpoint holds."""
     saved_by, wanted = resolve(contents["config"]).training.optimizer, config.training.optimizer
     if saved_by != wanted:
         raise AtlasError(
-            f"{source}: holds the state of training.optimizer {saved_by}, of which {wanted} can make nothing: "
+            f"{source}: holds the state of training.optimizer {saved_by}, which {wanted} cannot use: "
             f"leave the setting as it was, or start a new run from its weights with --init-from {source}"
         )
 
 
 def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
-    """A checkpoint may come from a stranger: the code that it names is only imported if the user names it too."""
+    """Raise `AtlasError` if a checkpoint, which may come from a stranger, names code that the user does not name
+    too."""
     loss = inherited.get("training", {}).get("loss")
     if loss and "loss" not in explicit.get("training", {}):
         raise AtlasError(
@@ -350,22 +348,20 @@ def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Pat
 
 
 def refuse_links(folder: Path) -> None:
-    """A folder from a stranger could have what a run writes land elsewhere. Raises `AtlasError`."""
+    """Raise `AtlasError` for a link in the folder, which may come from a stranger and lead a run's files elsewhere."""
     for path in folder.iterdir() if folder.is_dir() else []:
         if path.is_symlink() and _is_own(path.name):
             raise AtlasError(
-                f"{path}: is a link, and a run would write to where it leads: remove it, or choose another --output-dir"
+                f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
             )
 
 
 def _is_own(name: str) -> bool:
-    return name in _OWN or name.startswith(
-        ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
-    )
+    return name in _OWN_NAMES or name.startswith(_OWN_PREFIXES)
 
 
 def _run_files(folder: Path) -> list[Path]:
-    """Everything that belongs to the run in `folder`."""
+    """All files of the run in `folder`."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _is_own(path.name) and path.name != "atlas.lock")

@@ -1,4 +1,4 @@
-"""How long a run is, how its learning rate changes, and how many updates fit into the hours that are given."""
+"""The length of a run, its learning rate, and how many updates fit into the given hours."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Callable
 from atlas.config import TrainingConfig
 
 NO_LIMIT = 10**9
-_FIRST = 2  # updates that also warm up caches, allocators and compilers
+_WARM_UP = 2  # updates that are not measured: they fill caches, allocators and compilers
 _ENOUGH = 10  # measured updates
-_PART = 0.02  # of the time, after which fewer will do
-_MARGIN = 0.03  # of the time, for updates that take longer than those measured
+_SHARE = 0.02  # of the time, after which fewer measured updates suffice
+_MARGIN = 0.03  # of the time, for updates that take longer than the measured ones
 
 
 def horizon_steps(
     config: TrainingConfig, sequences_per_epoch: int, *, step: int = 0, sequences_consumed: int = 0
 ) -> int:
-    """The update at which the run ends: the smaller of `epochs` and `max_steps`; with neither, one epoch. With
-    `max_hours` alone it is not known until an update has been timed: until then `NO_LIMIT`.
+    """The update at which the run ends: the smaller of `epochs` and `max_steps`; with neither, one epoch. With only
+    `max_hours` it is unknown until updates have been timed: `NO_LIMIT` until then.
 
-    With `step` and `sequences_consumed`, the end of a run that already came that far.
+    With `step` and `sequences_consumed`, the end of a run that is at that point already.
     """
     epochs = config.epochs if config.epochs or config.max_steps or config.max_hours else 1
     ends = [NO_LIMIT]
@@ -53,7 +53,7 @@ def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
 
 
 class RunClock:
-    """The time a run has trained, over all its processes, against `hours` (None: no limit)."""
+    """The time that a run has trained, over all its processes, and its limit in `hours` (None: no limit)."""
 
     def __init__(
         self, hours: float | None, *, before: float, clock: Callable[[], float] = time.perf_counter
@@ -62,35 +62,38 @@ class RunClock:
         self._clock = clock
         self._before = before
         self._started = self._update_began = clock()
-        self._updates: deque[float] = deque(maxlen=_FIRST + _ENOUGH)
+        self._updates: deque[float] = deque(maxlen=_WARM_UP + _ENOUGH)
 
     def start(self) -> None:
         """Count from here: what came before the loop is not training time."""
         self._started = self._update_began = self._clock()
 
     def update_begins(self) -> None:
+        """Start to time an update."""
         self._update_began = self._clock()
 
     def update_ends(self) -> None:
+        """Stop to time an update."""
         self._updates.append(self._clock() - self._update_began)
 
     @property
     def elapsed(self) -> float:
-        """Seconds."""
+        """Seconds trained so far."""
         return self._before + self._clock() - self._started
 
     @property
     def has_measured(self) -> bool:
-        """Whether enough updates have been timed to say how long one takes."""
-        measured = len(self._updates) - _FIRST
-        return measured >= _ENOUGH or (measured >= 1 and self.elapsed > _PART * (self.limit or 0))
+        """Whether enough updates have been timed to know how long one takes."""
+        measured = len(self._updates) - _WARM_UP
+        return measured >= _ENOUGH or (measured >= 1 and self.elapsed > _SHARE * (self.limit or 0))
 
     @property
     def seconds_per_update(self) -> float:
-        return statistics.fmean(list(self._updates)[_FIRST:])
+        """The mean of the measured updates."""
+        return statistics.fmean(list(self._updates)[_WARM_UP:])
 
     def updates_left(self, *, extra_per_update: float, at_the_end: float) -> int:
-        """How many more updates fit, each with `extra_per_update` seconds of evaluating and saving, and
+        """How many more updates fit, with `extra_per_update` seconds of evaluation and saving for each, and
         `at_the_end` seconds after the last; at least one."""
         assert self.limit is not None
         left = self.limit * (1 - _MARGIN) - self.elapsed - at_the_end

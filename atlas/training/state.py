@@ -1,4 +1,4 @@
-"""Where a run stands: plain numbers, all of them in every checkpoint."""
+"""The state of a run: plain numbers, all of them in every checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLLBACK_RATE = 0.5
 
 @dataclass
 class Result:
-    """What a call of `train` came to. `outcome` is `finished`, `stopped early`, `stopped in time` or `interrupted`."""
+    """The result of `train`. `outcome` is `finished`, `stopped early`, `stopped in time` or `interrupted`."""
 
     outcome: str
     step: int
@@ -36,26 +36,31 @@ class Result:
 
 @dataclass
 class RunningMean:
+    """The mean of the values since the last reset."""
+
     total: float = 0.0
     count: int = 0
 
     def add(self, value: float) -> None:
+        """Count a value."""
         self.total += value
         self.count += 1
 
     @property
     def mean(self) -> float:
+        """NaN without values."""
         return self.total / self.count if self.count else math.nan
 
     def reset(self) -> None:
+        """Forget all values."""
         self.total, self.count = 0.0, 0
 
 
 @dataclass
 class TrainState:
-    """What decides how a run goes on; everything else about a step is a function of it.
+    """Everything that decides how a run continues; all else about a step is a function of it.
 
-    That is why k steps, a kill and N − k steps equal N.
+    That is why k steps, a kill and N − k steps give exactly the same numbers as N steps.
     """
 
     horizon: int
@@ -63,14 +68,14 @@ class TrainState:
     micro_batch_size: int
     eval_batch_size: int
     is_planned: bool = True
-    """False until `training.max_hours` has been turned into a horizon, by the speed that was measured."""
+    """False until the measured speed has turned `training.max_hours` into a horizon."""
     step: int = 0
     sequences_consumed: int = 0
     seconds: float = 0.0
     """Time spent training, over all processes."""
 
     loss: float | None = None
-    """Of the last update that was applied; None before the first."""
+    """The loss of the last update that was applied; None before the first."""
     best_loss: float = math.inf
     evaluations_since_best: int = 0
     val_loss: float | None = None
@@ -78,30 +83,33 @@ class TrainState:
     train_loss_at_evaluation: float = math.inf
     val_rises: int = 0
     loss_since_save: RunningMean = field(default_factory=RunningMean)
-    """Judges the best where there is no validation data."""
+    """Selects the best checkpoint if there is no validation data."""
     loss_since_evaluation: RunningMean = field(default_factory=RunningMean)
 
     skipped: int = 0
-    """Updates that were not applied, see `guard.py`; of these, how many in a row up to now:"""
+    """Updates that were not applied, see `guard.py`."""
     bad_in_a_row: int = 0
+    """The faulty updates in a row up to now."""
     rollbacks: int = 0
-    """Since the run last got past its trouble, the step of which is:"""
+    """Rollbacks since the run last got past step `trouble_at`."""
     trouble_at: int = 0
+    """The last step that a rollback left."""
     went_back_to: int = 0
+    """The step that the last rollback returned to."""
     rate_scale: float = 1.0
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, contents: dict[str, Any]) -> TrainState:
-        """The state in a checkpoint. Older ones have no batch size of their own for evaluation."""
+        """The state in a checkpoint. Older ones have no separate batch size for evaluation."""
         known = {name: contents[name] for name in cls.__dataclass_fields__ if name in contents}
         for name in ("loss_since_save", "loss_since_evaluation"):
             known[name] = RunningMean(**known.get(name, {}))
         return cls(**{"eval_batch_size": contents["micro_batch_size"], **known})
 
     def note_evaluation(self, val_loss: float) -> None:
-        """Keep a validation loss, and how often running it rose while the training loss fell."""
+        """Store a validation loss, and count how often in a row it rose while the training loss fell."""
         train_loss = self.loss_since_evaluation.mean
         memorizes = val_loss > (self.val_loss or math.inf) and train_loss < self.train_loss_at_evaluation
         self.val_rises = self.val_rises + 1 if memorizes else 0
@@ -134,14 +142,18 @@ class TrainState:
         return kinds
 
     def owes_evaluation(self, interval: int) -> bool:
-        """Whether the step where the run stands is one that is evaluated, and was not."""
+        """Whether the current step has to be evaluated and was not yet."""
         return (self.step == self.horizon or self.step % interval == 0) and self.evaluated_at < self.step
 
-    def go_back_to(self, contents: dict[str, Any]) -> None:
-        """Become the state of an earlier checkpoint, past the data that was tried since, at a lower rate."""
+    def roll_back_to(self, contents: dict[str, Any]) -> None:
+        """Become the state of an earlier checkpoint, but skip the data used since, and lower the learning rate."""
         kept = {name: getattr(self, name) for name in _KEPT_AT_ROLLBACK}
-        trouble_at = max(self.trouble_at, self.step)
-        rollbacks, rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
-        vars(self).update(vars(TrainState.of(contents)), **kept)
-        self.rollbacks, self.rate_scale, self.trouble_at = rollbacks, rate_scale, trouble_at
-        self.bad_in_a_row, self.went_back_to = 0, self.step
+        vars(self).update(
+            vars(TrainState.of(contents)),
+            **kept,
+            rollbacks=self.rollbacks + 1,
+            rate_scale=self.rate_scale * ROLLBACK_RATE,
+            trouble_at=max(self.trouble_at, self.step),
+            bad_in_a_row=0,
+        )
+        self.went_back_to = self.step

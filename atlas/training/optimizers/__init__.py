@@ -1,4 +1,4 @@
-"""What applies an update: AdamW, Muon, Adafactor, and AdamW with 8-bit state."""
+"""The optimizers: AdamW, Muon, Adafactor, and AdamW with 8-bit state."""
 
 from atlas.training.optimizers.build import build_optimizer
 

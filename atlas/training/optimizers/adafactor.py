@@ -1,4 +1,4 @@
-"""Adafactor, whose state is a number for each row and each column of a matrix."""
+"""Adafactor, whose state is one number for each row and each column of a matrix."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _EPS = (1e-15, 1.0)
 
 
 def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum: of a matrix it keeps the mean squared
-    gradient of each row and of each column, and clips the update to a root mean square (RMS) of 1.
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum: for a matrix it keeps the mean squared
+    gradient of each row and of each column. It clips the update to a root mean square (RMS) of 1.
 
     PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³ a
-    rate would be relative to each weight, some 50 times smaller than the same number means for AdamW; with ε₂ = 1
-    it is the step itself for every parameter whose RMS is below 1: all but the norms' gains, which stay near it. The
-    second bound is above any usual rate: 1e-3 is reached after a million updates.
+    rate would be relative to each weight, some 50 times smaller than the same number for AdamW. With ε₂ = 1 it is the
+    step itself for every parameter whose RMS is below 1: all but the norms' gains, which stay near it. The bound 1 /
+    √step is above any usual rate: it reaches 1e-3 after a million updates.
 
-    ε₁ bounds the mean squared gradient, and its square, 10⁻³⁰ as in the paper, each estimate. PyTorch's default, 10⁻⁷,
-    is more than the mean squared gradient of a large model whose gradient is clipped to a norm of 1.
+    ε₁ is a lower bound of the mean squared gradient, and its square, 10⁻³⁰ as in the paper, of each estimate. PyTorch's
+    default, 10⁻⁷, is more than the mean squared gradient of a large model whose gradient is clipped to a norm of 1.
     """
     on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
     kind = AdafactorWithoutWaits if on_cuda else torch.optim.Adafactor
-    # One parameter after the other: all at once would take as much memory again as the weights.
+    # One parameter after the other: all in parallel would need as much memory again as the weights.
     return kind(groups, lr=config.learning_rate, eps=_EPS, foreach=False)
 
 
 class AdafactorWithoutWaits(torch.optim.Adafactor):
     """PyTorch's Adafactor with the same state and the same step, up to rounding. PyTorch reads two norms of every
-    parameter on the host, which waits for the device each time; here they stay on the device."""
+    parameter on the host, which waits for the device each time. Here they stay on the device."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -48,7 +48,7 @@ class AdafactorWithoutWaits(torch.optim.Adafactor):
 
 
 def _new_state(gradient: Tensor) -> dict[str, Tensor]:
-    step = torch.tensor(0.0)  # on the CPU, where the host can read it
+    step = torch.tensor(0.0)  # on the CPU, so that the host can read it
     if gradient.dim() < 2:
         return {"step": step, "variance": torch.zeros_like(gradient)}
     rows, columns = gradient.shape
@@ -56,8 +56,8 @@ def _new_state(gradient: Tensor) -> dict[str, Tensor]:
 
 
 def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """The update of `torch.optim.Adafactor` for one parameter. An RMS is a norm divided by the root of the count: these
-    divisions are folded into numbers of the host, since each would be a kernel of its own."""
+    """The update of `torch.optim.Adafactor` for one parameter. An RMS is a norm divided by the root of the count. These
+    divisions are folded into numbers on the host, since each would be a separate kernel."""
     (eps1, eps2), rate, root = group["eps"], group["lr"], math.sqrt(parameter.numel())
     state["step"] += 1
     step = state["step"].item()

@@ -1,8 +1,8 @@
-"""AdamW whose two moments take a byte a number, by torchao (Dettmers et al. 2021, arXiv:2110.02861).
+"""AdamW whose two moments need one byte per number, from torchao (Dettmers et al. 2021, arXiv:2110.02861).
 
-torchao keeps a moment as a tensor of a class of its own: a byte a number, and for each 256 of them a scale in fp32.
-A checkpoint holds plain tensors only, so that reading one runs no code: a moment is taken apart when the state is
-saved, and put together again when it is loaded. Small tensors it keeps in fp32.
+torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for each 256 numbers. Small
+tensors stay in fp32. A checkpoint holds plain tensors only, so that no code runs when it is read. So a moment is split
+into plain tensors when the state is saved, and rebuilt from them when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _INSTEAD = "or take --set training.optimizer=adafactor or muon, which need neith
 
 
 def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """torchao's `AdamW8bit`, made to keep the contract of every optimizer here: rates are numbers, and its state dict
-    holds plain values. Raises `AtlasError` where torchao or a compiler is missing."""
+    """torchao's `AdamW8bit`, adapted to what every optimizer here promises: rates are numbers, and the state dict holds
+    plain values. Raises `AtlasError` if torchao or a compiler is missing."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -45,13 +45,13 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
         block_size=_BLOCK,
     )
     optimizer.register_step_pre_hook(_rate_as_tensor)
-    optimizer.register_state_dict_post_hook(_take_apart)
-    optimizer.register_load_state_dict_pre_hook(_put_together)
+    optimizer.register_state_dict_post_hook(_to_plain)
+    optimizer.register_load_state_dict_pre_hook(_from_plain)
     return optimizer  # type: ignore[no-any-return]
 
 
 def shapes_8bit(parameter: Tensor) -> dict[str, Any]:
-    """What is saved of a parameter's state: a shape, or those of a moment's bytes and scales."""
+    """The shapes in a parameter's saved state; for a moment in 8 bits, those of its bytes and scales."""
     moment: Any = parameter.shape
     if parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0:
         moment = {"codes": parameter.shape, "scale": torch.Size((parameter.numel() // _BLOCK,))}
@@ -67,12 +67,12 @@ def _missing_compiler(groups: list[dict[str, Any]]) -> str | None:
 
 
 def _rate_as_tensor(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A number would be compiled into the step, and each rate compile it again; torchao refuses one."""
+    """Make each rate a tensor, since torchao refuses numbers: each new one would compile the step again."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 
 
-def _take_apart(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _to_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         return {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
 
@@ -85,7 +85,7 @@ def _take_apart(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     }
 
 
-def _put_together(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _from_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     def moment(key: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Updates of weights in bf16, rounded at random."""
+"""Stochastic rounding of weights in bf16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-    """`optimizer.step()` for weights in bf16: taken in fp32, by one parameter after the other, and rounded at random.
+    """`optimizer.step()` for weights in bf16: computed in fp32, one parameter after the other, and rounded at random.
 
-    Rounded to the nearest, a weight would stay where it is in nearly every update, which moves it by less than half of
-    bf16's last digit (a 256th of its size). Up or down by chance, it moves as far as it should on average (Gupta et al.
-    2015, arXiv:1502.02551). A gradient is freed as soon as its parameter is done.
+    Rounded to the nearest value, a weight would stay as it is in nearly every update, which moves it by less than half
+    of bf16's last digit (a 256th of its size). Rounded up or down at random, it moves as far as it should on average
+    (Gupta et al. 2015, arXiv:1502.02551). A gradient is freed as soon as its parameter is updated.
     """
     groups = optimizer.param_groups
     try:
@@ -36,10 +36,12 @@ def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Gen
 
 
 def round_to_bf16(numbers: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 → bf16: one of its two neighbours, the nearer one the likelier, so that the mean is the number itself.
+    """fp32 → bf16: one of the two neighbours, the nearer one with the higher probability, so that the mean is the
+    number.
 
-    bf16 is the upper half of fp32's bits: to add a random lower half and cut it off rounds up as often as it should.
+    bf16 is the upper half of fp32's bits. Adding a random lower half and cutting it off rounds up with that
+    probability.
     """
     bits = numbers.view(torch.int32)
-    chance = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
-    return chance.add_(bits).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
+    noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    return noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()

@@ -1,4 +1,4 @@
-"""One `torch.optim.Optimizer` for the whole model, whatever runs inside."""
+"""Build one `torch.optim.Optimizer` for all parameters of a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.opti
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The one that `training.optimizer` names. Matrices and embeddings decay, biases and norms do not, and a rate means
-    the same for all of them. The trainer sets the rate of each step.
+    """The optimizer that `training.optimizer` names. Matrices and embeddings have weight decay, biases and norms do
+    not. A learning rate means the same for all optimizers. The training loop sets the rate of each step.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
@@ -34,8 +34,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """What a state dict holds of a parameter of one of the groups above from its first step on: shapes, or dicts of
-    shapes."""
+    """The shapes in the saved state of a parameter in `group`, from its first step on: shapes, or dicts of shapes."""
     if "is_8bit" in group:
         return shapes_8bit(parameter)
     if "is_qkv" in group:

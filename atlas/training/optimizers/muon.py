@@ -20,16 +20,16 @@ _MUON_MOMENTUM = 0.95
 
 
 _WIDTH = 768
-"""At which Muon's rate is AdamW's; see `_muon_update`. The rate of the tables, which AdamW moves beside it, is as much
-larger as a model is narrower, since the head adds up as many products as the model is wide; their decay is not."""
+"""The width at which Muon's rate equals AdamW's, see `_muon_update`. AdamW updates the tables beside it; their rate
+grows as the model gets narrower, since the head sums as many products as the model is wide. Their decay does not."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, AdamW
-    for embeddings, head, biases and norms, as there, and for low-rank updates. Muon keeps one moment, 4 bytes, a
+    for embeddings, head, biases and norms, as there, and for low-rank updates. Muon keeps one moment, 4 bytes, per
     parameter.
 
-    The groups of AdamW are this optimizer's groups, and so is its state: one state dict, rates set in one place.
+    AdamW's groups and state are those of this optimizer, so there is one state dict, and one place to set rates.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
@@ -42,7 +42,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             | common
             for is_qkv in (True, False)
         ]
-        self._parts = {p: _rows_of_parts(name, model) for name, p in inside}
+        self._splits = {p: _rows_of_splits(name, model) for name, p in inside}
         self._tables = set(tables)
         self._adamw = build_adamw(
             [
@@ -55,18 +55,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`load_state_dict` comes here with new groups and state: AdamW gets its share of them."""
+        """`load_state_dict` calls this with new groups and state, and AdamW gets its share of them."""
         super().__setstate__(state)
         share = {"state": self.state, "param_groups": self.param_groups[2:]}
         self._adamw.__setstate__(share)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update. q, k and v share a tensor, and so do the values and the gates of SwiGLU. They are matrices of
-        their own all the same: orthogonalised together, each would get as much of the update as the sizes of their
-        gradients leave it."""
+        """One update. q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each is orthogonalised
+        as a separate matrix: together, the one with the largest gradients would take most of the update."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
+            same_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for weight in group["params"] if "is_qkv" in group else ():
                 if weight.grad is None:
                     continue
@@ -74,15 +73,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 if is_sharded(weight):
-                    _sharded_muon_update(weight, state["momentum_buffer"], self._parts[weight], group)
+                    _sharded_muon_update(weight, state["momentum_buffer"], self._splits[weight], group)
                     continue
                 tensors = (weight, weight.grad, state["momentum_buffer"])
-                for parts in zip(*(tensor.split(self._parts[weight]) for tensor in tensors), strict=True):
-                    alike[parts[0].shape].append(parts)
-            for shape, matrices in alike.items():
-                at_once = max(1, MUON_STACK_NUMBERS[matrices[0][0].device.type] // shape.numel())
-                for start in range(0, len(matrices), at_once):
-                    some = matrices[start : start + at_once]
+                for matrix in zip(*(tensor.split(self._splits[weight]) for tensor in tensors), strict=True):
+                    same_shape[matrix[0].shape].append(matrix)
+            for shape, matrices in same_shape.items():
+                stack = max(1, MUON_STACK_NUMBERS[matrices[0][0].device.type] // shape.numel())
+                for start in range(0, len(matrices), stack):
+                    some = matrices[start : start + stack]
                     _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
         self._adamw.param_groups = [
             self._for_width(group) for group in self.param_groups if "is_qkv" not in group
@@ -90,7 +89,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
 
     def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group of AdamW's with the rate that it is moved by: that of tables depends on their width."""
+        """A group of AdamW with its effective rate and decay, which depend on the width for tables."""
         if not self._tables.issuperset(group["params"]) or not group["params"]:
             return group
         factor = _WIDTH / group["params"][0].shape[1]
@@ -110,44 +109,44 @@ def count_matrices(model: nn.Module) -> Counter[tuple[bool, int, int]]:
     return Counter(
         (name.endswith("qkv.weight"), rows, p.shape[1])
         for name, p in _matrices_of_blocks(model)
-        for rows in _rows_of_parts(name, model)
+        for rows in _rows_of_splits(name, model)
     )
 
 
-def _rows_of_parts(name: str, model: nn.Module) -> list[int]:
-    """How many rows each matrix has of those that the parameter holds."""
-    room = model.get_submodule(name.rsplit(".", 2)[0])
+def _rows_of_splits(name: str, model: nn.Module) -> list[int]:
+    """The rows of each matrix that the parameter `name` holds."""
+    module = model.get_submodule(name.rsplit(".", 2)[0])
     rows = len(model.get_parameter(name))
     if name.endswith("qkv.weight"):
-        return list(room.widths)  # type: ignore[arg-type]
-    return [rows // 2] * 2 if name.endswith("up.weight") and room.is_gated else [rows]
+        return list(module.widths)  # type: ignore[arg-type]
+    return [rows // 2] * 2 if name.endswith("up.weight") and module.is_gated else [rows]
 
 
 def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: float) -> None:
-    """Move matrices of one shape, each with its gradient and momentum, along their orthogonalised mean gradients (with
-    Nesterov's look ahead).
+    """Update matrices of one shape, each given with its gradient and momentum, by their orthogonalised mean gradients
+    (with Nesterov momentum).
 
-    Whatever goes in, what comes out is to change by as much at any width: the update's largest singular value grows
-    with √(outputs / inputs) alone (Yang et al. 2023, arXiv:2310.17813). Where `_WIDTH` goes in, its root mean square is
-    0.2, that of AdamW's usual update, so that AdamW's rates hold there (Liu et al. 2025, arXiv:2502.16982).
+    The outputs of a layer should change by the same amount at any width: so the update's largest singular value depends
+    on √(outputs / inputs) alone (Yang et al. 2023, arXiv:2310.17813). With `_WIDTH` inputs its root mean square is 0.2,
+    that of AdamW's usual update, so that AdamW's rates hold there (Liu et al. 2025, arXiv:2502.16982).
     """
     weights, gradients, momenta = ([*tensors] for tensors in zip(*matrices, strict=True))
     torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
     updates = _orthogonalized(torch.stack([*torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)]))
     if updates.is_cuda:
-        # Of another dtype or layout than the weights, `_foreach_add_` would launch a kernel for each of them.
+        # With another dtype or layout than the weights, `_foreach_add_` would launch one kernel per weight.
         updates = updates.to(weights[0].dtype, memory_format=torch.contiguous_format)
     torch._foreach_mul_(weights, 1 - rate * decay)
     torch._foreach_add_(weights, updates.unbind(), alpha=-rate * _muon_scale(weights[0]))
 
 
 def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
-    """The same for one weight of which each rank holds some rows. To be made orthogonal a matrix must be whole: every
-    rank makes it so, and keeps its rows."""
+    """The same for one weight of which each rank holds some rows. Only a full matrix can be orthogonalised: every rank
+    gathers it, computes the update and keeps its rows."""
     assert weight.grad is not None
     momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
     mean = gather_full(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
-    updates = [_orthogonalized(part[None])[0] * _muon_scale(part) for part in mean.split(rows)]
+    updates = [_orthogonalized(matrix[None])[0] * _muon_scale(matrix) for matrix in mean.split(rows)]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     weight.add_(shard_like(torch.cat(updates).to(weight.dtype), weight), alpha=-group["lr"])
 
@@ -157,10 +156,11 @@ def _muon_scale(matrix: Tensor) -> float:
 
 
 def _orthogonalized(matrices: Tensor) -> Tensor:
-    """(N, R, C): of each U S Vᵀ about U Vᵀ, the singular values being between 0.7 and 1.2: every direction moves alike.
+    """(N, R, C) → approximately U Vᵀ of each matrix U S Vᵀ, with singular values between 0.7 and 1.2, so that all
+    directions move by about the same amount.
 
-    Five steps of a Newton–Schulz iteration with Jordan's coefficients, on GPUs in bf16. A CPU without bf16 arithmetic
-    takes some thirty times as long in bf16 as in fp32 (measured with AVX2, one thread).
+    Five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. A CPU without bf16 arithmetic
+    needs some thirty times as long in bf16 as in fp32 (measured with AVX2, one thread).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
