@@ -321,7 +321,7 @@ def test_a_new_run_from_weights_may_have_another_context(
     request = with_context(explicit, tuned, max_seq_len)
     if position == "learned" and max_seq_len > 16:
         with pytest.raises(
-            AtlasError, match=r"learned 16 positions and no others: set model\.max_seq_len to at most 16"
+            AtlasError, match=r"16 trained positions and no others: set model\.max_seq_len to at most 16"
         ):
             choose_start(Request(request, init_from=str(source)))
         return
