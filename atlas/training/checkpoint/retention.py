@@ -70,12 +70,22 @@ def surplus(found: Found, kind: str, keep: int) -> list[Path]:
 def remove(path: Path) -> None:
     """Remove a checkpoint: the file before its sidecar, since a sidecar alone means nothing, but a file alone looks
     like a checkpoint from elsewhere. A folder that another name shares stays."""
+    for file in _files_of(path):
+        if file.is_dir():
+            remove_folder(file)
+        else:
+            file.unlink(missing_ok=True)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A checkpoint's file, or its folder unless another name shares it; then its sidecar. For any other file,
+    itself."""
     shards = shards_of(path)
     if shards is None:
-        path.unlink(missing_ok=True)
-    elif not _is_shared(shards, path):
-        remove_folder(shards)
-    sidecar_of(path).unlink(missing_ok=True)
+        return [path, sidecar_of(path)] if path.suffix == ".pt" else [path]
+    others = (other.with_suffix("") for other in shards.parent.glob("atlas_*.json"))
+    is_shared = any(other.name != path.name and shards_of(other) == shards for other in others)
+    return [sidecar_of(path)] if is_shared else [shards, sidecar_of(path)]
 
 
 def remove_folder(folder: Path) -> None:
@@ -87,25 +97,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _is_shared(shards: Path, path: Path) -> bool:
-    """Whether a sidecar other than that of `path` names the folder."""
-    others = (other.with_suffix("") for other in shards.parent.glob("atlas_*.json"))
-    return any(other.name != path.name and shards_of(other) == shards for other in others)
-
-
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
     """Move checkpoints, each with its sidecar, and other `files` to a new `previous-N` in `folder`; return its path."""
     numbered = (folder / f"previous-{number}" for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
     target.mkdir()
-    for path in files:
-        shards = shards_of(path)
-        belonging = {path, sidecar_of(path)} if path.suffix == ".pt" else {path}
-        if shards is not None:
-            belonging = {sidecar_of(path)} if _is_shared(shards, path) else {sidecar_of(path), shards}
-        for file in belonging:
-            if file.exists():
-                shutil.move(file, target / file.name)
+    for file in (file for path in files for file in _files_of(path)):
+        if file.exists():
+            shutil.move(file, target / file.name)
     return target
 
 
@@ -121,8 +120,7 @@ def drop_optimizer_state(path: Path) -> None:
 
 def _size(path: Path) -> int:
     """The bytes that are free once it is removed."""
-    shards = shards_of(path)
-    if shards is None:
-        return path.stat().st_size if path.exists() else 0
-    manifest = read_manifest(path, check_hash=False)
-    return 0 if manifest is None or _is_shared(shards, path) else manifest.size
+    file = _files_of(path)[0]
+    if file.is_dir():
+        return sum(shard.stat().st_size for shard in file.iterdir())
+    return file.stat().st_size if file == path and file.exists() else 0

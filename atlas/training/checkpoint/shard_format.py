@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,14 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
     The keys in `without` are left out and need no memory.
     """
+
+    def allocate(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        return None if name.split("/")[0] in without else torch.empty(size, dtype=dtype)
+
     try:
         plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))
         pairs = {key: value for key, value in plain["dict"].items() if key not in without}
-        metadata: Mapping[str, Any] = (
-            HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        )
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in metadata.items()
-            if name.split("/")[0] not in without
-        }
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-        contents = join({"dict": pairs}, tensors)
+        contents = join({"dict": pairs}, _read_tensors(folder, allocate, no_dist=True))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -112,16 +107,24 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
     key = "optimizer_state_dict"
     plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))["dict"].get(key, {"dict": {}})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {}
-    for name, entry in metadata.items():
+
+    def allocate(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
         if not name.startswith(f"{key}/state/"):
-            continue
+            return None
         number = int(name.split("/")[2])
-        dtype = entry.properties.dtype
-        if number < len(parameters) and parameters[number].shape == entry.size:
-            tensors[name] = torch.zeros_like(parameters[number], dtype=dtype)
-        else:
-            tensors[name] = torch.empty(entry.size, dtype=dtype)
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not has_joined())
-    return join(plain, tensors)  # type: ignore[no-any-return]
+        if number < len(parameters) and parameters[number].shape == size:
+            return torch.zeros_like(parameters[number], dtype=dtype)
+        return torch.empty(size, dtype=dtype)
+
+    return join(plain, _read_tensors(folder, allocate, no_dist=not has_joined()))  # type: ignore[no-any-return]
+
+
+def _read_tensors(
+    folder: Path, allocate: Callable[[str, torch.Size, torch.dtype], Tensor | None], *, no_dist: bool
+) -> dict[str, Tensor]:
+    """Read the tensors for which `allocate` returns memory."""
+    metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    memory = {name: allocate(name, entry.size, entry.properties.dtype) for name, entry in metadata.items()}
+    tensors = {name: tensor for name, tensor in memory.items() if tensor is not None}
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    return tensors

@@ -185,11 +185,24 @@ def cool_down(
     sensor that has stopped answering.
     """
     temperature = sensor.read().temperature
-    if temperature is None:
-        pass
-    elif limit is not None and temperature >= limit and not should_stop():
-        _wait(sensor, temperature, limit, should_stop, say, sleep)
-    elif limit is None and temperature >= TOO_HOT and not sensor.advised:
+    if limit is not None and temperature is not None and temperature >= limit and not should_stop():
+        target, start, reminders = limit - COOLING, sensor.clock(), 0
+        say(f"GPU at {temperature} °C, limit {limit} (guard.max_gpu_temp): waiting until {target} °C")
+        while temperature is not None and temperature > target:
+            if should_stop():
+                return
+            waited = sensor.clock() - start
+            if waited >= _SECONDS_BETWEEN_REMINDERS * (reminders + 1):
+                reminders += 1
+                say(
+                    f"GPU still at {temperature} °C after {waited:.0f} s without work from this run: another program "
+                    "or poor cooling keeps it warm; Ctrl-C saves, and a higher guard.max_gpu_temp lets training resume"
+                )
+            sleep(_SECONDS_BETWEEN_CHECKS)
+            temperature = sensor.read().temperature
+        if temperature is not None:
+            say(f"GPU at {temperature} °C after {sensor.clock() - start:.0f} s: training resumes")
+    elif limit is None and (temperature or 0) >= TOO_HOT and not sensor.advised:
         sensor.advised = True
         say(
             f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable; this is more: clean the "
@@ -199,35 +212,5 @@ def cool_down(
     if sensor.failure is not None and not sensor.reported_failure:
         sensor.reported_failure = True
         unwatched = "" if limit is None else f", and guard.max_gpu_temp {limit} is no longer watched"
-        say(
-            f"warning: the GPU's sensors no longer answer (NVML: {sensor.failure}): training continues{unwatched}"
-        )
-
-
-def _wait(
-    sensor: GpuSensor,
-    temperature: int | None,
-    limit: int,
-    should_stop: Callable[[], bool],
-    say: Callable[[str], None],
-    sleep: Callable[[float], None],
-) -> None:
-    """Return when the GPU has cooled, a stop is requested, or the sensor fails."""
-    target = limit - COOLING
-    say(f"GPU at {temperature} °C, limit {limit} (guard.max_gpu_temp): waiting until {target} °C")
-    start = sensor.clock()
-    remind_at = start + _SECONDS_BETWEEN_REMINDERS
-    while temperature is not None and temperature > target:
-        if should_stop():
-            return
-        if sensor.clock() >= remind_at:
-            remind_at += _SECONDS_BETWEEN_REMINDERS
-            say(
-                f"GPU still at {temperature} °C after {sensor.clock() - start:.0f} s without work from this run: "
-                "another program or poor cooling keeps it warm; Ctrl-C saves, and a higher guard.max_gpu_temp lets "
-                "training resume"
-            )
-        sleep(_SECONDS_BETWEEN_CHECKS)
-        temperature = sensor.read().temperature
-    if temperature is not None:
-        say(f"GPU at {temperature} °C after {sensor.clock() - start:.0f} s: training resumes")
+        reason = f"the GPU's sensors no longer answer (NVML: {sensor.failure})"
+        say(f"warning: {reason}: training continues{unwatched}")

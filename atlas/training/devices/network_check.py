@@ -50,7 +50,11 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
         )
     # Without it, NCCL itself ends the process after the timeout, with a page of its own messages.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    world = _join(timeout)
+    try:
+        world = join_world(timeout)
+    except AtlasError as error:
+        reason = f"the others could not be reached within {timeout:g} s ({_first_line(error.__context__ or error)})"
+        raise _refusal(os.environ["RANK"], os.environ["WORLD_SIZE"], "gloo", reason) from None
     with together(world):
         hosts = _hosts(world)
         with world.in_step():
@@ -70,14 +74,6 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
             "left_out": left_out,
         }
     return facts if world.is_first else None
-
-
-def _join(timeout: float) -> World:
-    try:
-        return join_world(timeout)
-    except AtlasError as error:
-        reason = f"the others could not be reached within {timeout:g} s ({_first_line(error.__context__ or error)})"
-        raise _refusal(os.environ["RANK"], os.environ["WORLD_SIZE"], "gloo", reason) from None
 
 
 def _hosts(world: World) -> list[str]:
