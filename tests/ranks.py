@@ -61,7 +61,7 @@ def _poison(learner: Learner) -> None:
 
 
 def _run_out(learner: Learner, *, in_backward: bool) -> None:
-    """In a backward pass: once this rank adds up sums with the others, which begins with the loss."""
+    """In a backward pass: once this rank sums values with the others, which begins with the loss."""
     add_up, is_joint = World.all_reduce_async, []
 
     def joining(world: World, tensor: torch.Tensor) -> Any:
@@ -85,7 +85,7 @@ def _run_out(learner: Learner, *, in_backward: bool) -> None:
 
 
 def within_save(step: int, fault: str) -> None:
-    """Where bytes are written: by the first rank to one file, by each to its shard."""
+    """Fail where bytes are written: by the first rank to one file, or by each rank to its shard."""
     due: list[bool] = []
 
     def fail() -> None:

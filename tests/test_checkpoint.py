@@ -1,4 +1,4 @@
-"""Checkpoints: nothing half-written is believed, nothing broken is loaded, nothing in one is run."""
+"""Checkpoints: a partial one is never used, a damaged one is never loaded, and no code in one runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_retention_counts_each_kind_and_never_the_best(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.json")} == {path.stem for path in tmp_path.glob("*.pt")}
 
 
-def test_latest_goes_by_step_and_not_by_time_and_passes_over_what_is_broken(tmp_path: Path) -> None:
+def test_latest_goes_by_step_and_not_by_time_and_skips_what_is_damaged(tmp_path: Path) -> None:
     said: list[str] = []
     manager = CheckpointManager(tmp_path, say=said.append)
     for step in (9, 100, 20):
@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_found_with_and_without_sidecar(tmp_path: Path) -> None
         load_checkpoint(path)
 
 
-def test_a_renamed_checkpoint_loads_and_that_is_said(tmp_path: Path) -> None:
+def test_a_renamed_checkpoint_loads_with_a_note(tmp_path: Path) -> None:
     said: list[str] = []
     save(CheckpointManager(tmp_path), 6)
     os.rename(tmp_path / "atlas_step_6.pt", tmp_path / "mine.pt")
@@ -151,7 +151,7 @@ class _Stop(BaseException):
 def test_no_kill_while_a_name_is_overwritten_loses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Die before the n-th change of the file system, for every n: the old best or the new one is there, whole."""
+    """Die before the n-th change of the file system, for every n: the old best or the new one is there, intact."""
     for moment in range(100):
         folder = tmp_path / str(moment)
         save(CheckpointManager(folder), 1, "best")
@@ -173,7 +173,7 @@ def test_no_kill_while_a_name_is_overwritten_loses_it(
                 assert load_checkpoint(path)["step"] == 2
         if not killed:
             assert best["step"] == 2
-            assert moment > 10  # there were that many moments to die in
+            assert moment > 10  # there were many moments to die in
             return
     raise AssertionError("the save never finished")
 
@@ -200,7 +200,7 @@ def test_too_little_disk_skips_the_save_in_one_line(tmp_path: Path, monkeypatch:
     assert manager.load_latest()[0].name == "atlas_step_1.pt"
 
 
-def test_a_disk_that_fills_in_mid_write_leaves_no_half_file(
+def test_a_disk_that_fills_in_mid_write_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -273,7 +273,7 @@ def test_other_zips_are_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_a_missing_checkpoint_names_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_names_the_existing_ones(tmp_path: Path) -> None:
     save(CheckpointManager(tmp_path), 6)
     with pytest.raises(AtlasError, match=r"atlas_step_6\.pt"):
         load_checkpoint(tmp_path / "atlas_step_7.pt")

@@ -1,5 +1,5 @@
-"""What ranks send, how long that takes and what each needs: against rings that are played through, what PyTorch's FSDP
-and DDP really ask of the network, and limits that hold for any model."""
+"""What ranks send, how long it takes and what each needs: compared with simulated rings, with what PyTorch's FSDP and
+DDP really send, and with limits that hold for any model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def parallel(name: str, **training: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_bytes_are_those_of_a_ring_that_is_played_through(ranks: int) -> None:
+def test_bytes_are_those_of_a_simulated_ring(ranks: int) -> None:
     """Each rank holds `ranks` chunks of 2 numbers, and in each step sends one to the next rank."""
     chunks = [[[float(rank * chunk)] * 2 for chunk in range(ranks)] for rank in range(ranks)]
     wanted = [sum(rank * chunk for rank in range(ranks)) for chunk in range(ranks)]
@@ -102,12 +102,12 @@ def test_bytes_are_those_of_a_ring_that_is_played_through(ranks: int) -> None:
     ("gpus", "nodes", "link", "neighbours", "across"),
     [
         (8, 1, None, {2: 300, 8: 300}, {2: 300, 8: 300}),
-        # A port for each GPU: one ring has all of a node's, and eight rings one each.
+        # A port for each GPU: one ring uses all of a node's ports, and each of eight rings one.
         (8, 2, Link("ports", 25.0), {4: 300, 8: 300, 16: 200}, {8: 25, 4: 50, 1: 200}),
         (8, 4, Link("fast ports", 50.0), {16: 300, 32: 300}, {8: 50, 16: 50}),
-        # One port for all: as much as it has for one ring, and a part for each of several.
+        # One port for all: one ring uses all of it, and each of several rings a part.
         (8, 2, Link("port", 1.2, is_shared=True), {8: 300, 16: 1.2}, {8: 0.15, 2: 0.6}),
-        # Groups that do not fill nodes: two rings leave some of them.
+        # Groups that do not fill nodes: two rings leave some nodes.
         (8, 3, Link("port", 1.2, is_shared=True), {6: 0.6, 12: 0.6, 24: 1.2}, {}),
         (1, 4, Link("port", 1.2, is_shared=True), {4: 1.2}, {1: 1.2}),
     ],
@@ -143,7 +143,7 @@ def test_what_is_exposed_by_hand() -> None:
     assert found.seconds == pytest.approx(found.bytes / second)
 
 
-# What PyTorch asks of the network
+# What PyTorch sends
 
 
 class Sent(TorchDispatchMode):
@@ -163,7 +163,7 @@ class Sent(TorchDispatchMode):
 
 @pytest.fixture
 def eight_ranks() -> Iterator[None]:
-    """This process as the first of eight that do not answer: nothing is sent."""
+    """This process as the first of eight ranks that do not answer: nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     dist.destroy_process_group()
@@ -200,7 +200,7 @@ def test_fsdp_sends_what_was_planned(shards: int, checkpointing: bool, tied: boo
     assert (reduced > 0) == (shards < 8)
 
 
-def test_ddp_sends_the_gradients_of_all_that_learns_once(eight_ranks: None) -> None:
+def test_ddp_sends_the_gradients_of_all_trainable_weights_once(eight_ranks: None) -> None:
     config = config_of(training=parallel("ddp", gradient_accumulation_steps=8))
     wrapped = wrap(objective_of(config), config, World(size=8), "ddp", torch.device("cpu"))
     sizes = []
@@ -349,7 +349,7 @@ model = build_model(config.model, seed=0).train()
 model.gradient_checkpointing = training.gradient_checkpointing
 wrapped = wrap(SummedLoss(model), config, World(size=ranks), training.parallel, torch.device("cpu"))
 optimizer = build_optimizer(model, training)
-if training.parallel == "ddp":  # its own way asks the network for an answer
+if training.parallel == "ddp":  # its own hook waits for the network
 
     def unanswered(state, bucket):
         done = torch.futures.Future()
@@ -360,7 +360,7 @@ if training.parallel == "ddp":  # its own way asks the network for an answer
 tokens = torch.randint(config.model.vocab_size, (training.sequences_at_once, config.model.max_seq_len))
 for step in range(3):
     if step == 1:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     count = training.sequences_per_update // ranks // len(tokens)
     for number in range(count):
         with no_sync_except_last(wrapped, is_last=number == count - 1):
@@ -389,7 +389,7 @@ print(int(status["VmHWM"].split()[0]) * 1024)
     ],
 )
 def test_memory_is_near_the_measured_peak(ranks: int, training: dict[str, Any], tied: bool) -> None:
-    """Of a process as one rank of many whose network does nothing."""
+    """The peak of one process as one rank of many, with a network that does nothing."""
     shape = {"hidden_size": 768, "num_layers": 8, "num_heads": 12, "vocab_size": 16384, "max_seq_len": 256}
     config = resolve(
         {"model": {**shape, "tie_embeddings": tied}, "training": {**training, "micro_batch_size": 2}}
@@ -407,7 +407,7 @@ def test_memory_is_near_the_measured_peak(ranks: int, training: dict[str, Any], 
     assert -0.03 < (memory.total - memory.allocator) / int(measured.stdout) - 1 < 0.12
 
 
-# What it comes to
+# The results
 
 
 def test_auto_shards_what_does_not_fit() -> None:
@@ -442,7 +442,7 @@ def test_auto_shards_what_does_not_fit() -> None:
         ({"batch_size": 3, "gradient_accumulation_steps": 3}, "9 sequences cannot .* over 4 GPUs; choose"),
     ],
 )
-def test_what_cannot_be_had_names_the_setting(training: dict[str, Any], says: str) -> None:
+def test_an_impossible_setting_is_named(training: dict[str, Any], says: str) -> None:
     with pytest.raises(AtlasError, match=says):
         scaled(config_of(training=training))
 
@@ -481,7 +481,7 @@ def test_links_are_found_by_name_or_are_numbers(
 # The command
 
 
-def test_the_command_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "small", "--gpu", "A100 80GB", "--gpus", "8", "--nodes", "2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -500,7 +500,7 @@ def test_processes_on_this_machine_are_planned_and_not_set_up(capsys: pytest.Cap
     assert "On 2 processes in one node, pcie4 inside" in capsys.readouterr().out
 
 
-def test_the_command_says_it_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     def content(*arguments: str) -> dict[str, Any]:
         assert main(["plan", "--json", "--config", "small", "--gpu", "A100 80GB", *arguments]) == 0
         found = json.loads(capsys.readouterr().out)["scaling"]

@@ -1,5 +1,5 @@
-"""`atlas doctor --distributed`: two processes that add up, one that waits for another in vain, and what goes wrong
-between four, three of which are only played."""
+"""`atlas doctor --distributed`: two processes that sum numbers, one that waits for another in vain, and what goes wrong
+between four, three of which are simulated."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def only_line(errors: str) -> str:
     return line
 
 
-def test_two_processes_add_up() -> None:
+def test_two_processes_sum_numbers() -> None:
     done = ended([*TORCHRUN, *DOCTOR, "--json", "--device", "cpu"])
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout, parse_constant=pytest.fail)  # one rank's, then
+    facts = json.loads(done.stdout, parse_constant=pytest.fail)  # so only one rank printed it
     assert facts["ranks"] == 2
     assert facts["hosts"] == [socket.gethostname()] * 2
     assert facts["left_out"] == {"nccl": "--device cpu"}
@@ -69,7 +69,7 @@ def test_two_processes_add_up() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU for each of two ranks is not here")
-def test_two_gpus_add_up() -> None:
+def test_two_gpus_sum_numbers() -> None:
     done = ended([*TORCHRUN, *DOCTOR, "--json"])
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -98,7 +98,7 @@ def test_a_rank_that_never_comes() -> None:
         (["--timeout", "3"], "--timeout 3: is for --distributed"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_options_that_exclude_each_other_are_refused(
     arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
@@ -113,7 +113,7 @@ class Done:
 
 @pytest.fixture
 def first_of_four(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor], object]], None]:
-    """Be rank 0, and let a function of one's tensor play what the four add up to: 1 + 2 + 3 + 4."""
+    """Be rank 0, and let a function of its tensor simulate the sum of the four ranks: 1 + 2 + 3 + 4."""
 
     def play(add_up: Callable[[Tensor], object]) -> None:
         def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> Done:
@@ -165,7 +165,7 @@ def test_the_screen(first_of_four: Play, capsys: pytest.CaptureFixture[str]) -> 
 def test_each_rank_sends_and_receives_three_halves(
     first_of_four: Play, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a ring of four: three quarters of the bytes to add them up, and three to hand the sums on."""
+    """In a ring of four: three quarters of the bytes to sum them, and three quarters to pass the sums on."""
     first_of_four(lambda tensor: tensor.fill_(10))
     _, output, _ = doctor(capsys, "--json")
     for entry in json.loads(output)["all_reduce"]:
@@ -194,7 +194,7 @@ def test_a_rank_that_stops_answering(first_of_four: Play, capsys: pytest.Capture
     assert "gloo: no answer within 1 s: " in only_line(errors)
 
 
-def test_what_the_backend_says(first_of_four: Play, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_backends_error_is_reported(first_of_four: Play, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(tensor: Tensor) -> None:
         raise RuntimeError(
             "[/some/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:10662. Look\nand more"
@@ -206,7 +206,7 @@ def test_what_the_backend_says(first_of_four: Play, capsys: pytest.CaptureFixtur
     assert "gloo: Connection closed by peer [127.0.0.1]:10662. Look: " in only_line(errors)
 
 
-def test_what_helps_nccl() -> None:
+def test_the_error_names_settings_that_help_nccl() -> None:
     said = str(connection._refusal(0, 2, "nccl", "nothing comes"))
     for name in (
         "NCCL_SOCKET_IFNAME=",

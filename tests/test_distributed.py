@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the run of one process, and what happens when one of them fails."""
+"""Several processes under torchrun: the same run as one process, and what happens when one of them fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def launch(
 
 
 def finish(process: subprocess.Popen[str], *, within: float = 120) -> tuple[int, str]:
-    """Its exit code and what it said; nothing of it may be left."""
+    """Its exit code and output. No process of it may be left."""
     try:
         said = process.communicate(timeout=within)[1]
     finally:
@@ -94,7 +94,7 @@ def elsewhere(explicit: dict, folder: Path) -> dict:
 
 
 def assert_close(one: Path, other: Path, name: str = "atlas_step_6.pt") -> None:
-    """Losses to 1e-5, weights to 1e-4 and the optimizer's state as well."""
+    """Losses agree to 1e-5, weights and optimizer state to 1e-4."""
     for kind, key in (("train", "loss"), ("validation", "val_loss")):
         assert losses(other, kind, key) == pytest.approx(losses(one, kind, key), rel=1e-5)
     first, second = load_checkpoint(one / name), load_checkpoint(other / name)
@@ -176,7 +176,7 @@ def test_dropout_is_the_same_where_the_split_is(tmp_path: Path, text_file: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_shards_of_four_go_on_on_any_number(tmp_path: Path, text_file: Path, processes: int) -> None:
+def test_shards_of_four_resume_on_any_number(tmp_path: Path, text_file: Path, processes: int) -> None:
     explicit = hard(tmp_path / "one", text_file, checkpoint__format="sharded")
     trained(explicit)
     config, folder = write_config(tmp_path / "run.yaml", explicit), tmp_path / "four"
@@ -192,7 +192,7 @@ def test_shards_of_four_go_on_on_any_number(tmp_path: Path, text_file: Path, pro
 
 
 @pytest.mark.slow
-def test_another_mode_goes_on_with_the_same_run(tmp_path: Path, text_file: Path) -> None:
+def test_another_mode_resumes_the_same_run(tmp_path: Path, text_file: Path) -> None:
     explicit = hard(tmp_path / "one", text_file)
     trained(explicit)
     config = write_config(tmp_path / "run.yaml", explicit)
@@ -237,7 +237,7 @@ def test_what_works_on_one_works_on_two(tmp_path: Path, text_file: Path, paralle
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_low_rank_updates_learn_on_two(tmp_path: Path, text_file: Path, parallel: str) -> None:
+def test_low_rank_updates_train_on_two(tmp_path: Path, text_file: Path, parallel: str) -> None:
     trained(hard(tmp_path / "base", text_file))
     base = str(tmp_path / "base/atlas_step_6.pt")
     explicit = hard(tmp_path / "one", text_file, lora__rank=4)
@@ -274,7 +274,7 @@ def test_hours_are_planned_by_the_first_and_kept_by_all(tmp_path: Path, text_fil
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", ["kill@1:4", "hang@1:4", "memory-late@1:4", "bug@1:4"])
-def test_a_rank_that_fails_ends_all_and_a_restart_goes_on(
+def test_a_rank_that_fails_ends_all_and_a_restart_resumes(
     tmp_path: Path, text_file: Path, fault: str, parallel: str
 ) -> None:
     explicit = hard(tmp_path / "one", text_file, training__parallel=parallel, checkpoint__save_interval=2)
@@ -300,7 +300,7 @@ def test_a_rank_that_fails_ends_all_and_a_restart_goes_on(
 
 
 @pytest.mark.slow
-def test_out_of_memory_before_the_ranks_meet_is_lived_with(tmp_path: Path, text_file: Path) -> None:
+def test_out_of_memory_before_the_reduction_is_survived(tmp_path: Path, text_file: Path) -> None:
     explicit = hard(tmp_path / "one", text_file, training__parallel="ddp")
     code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="memory@1:1"))
     assert code == 0, said
@@ -338,9 +338,7 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path, text_file: Path, format:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_numbers_that_go_wrong_on_one_rank_send_all_back(
-    tmp_path: Path, text_file: Path, parallel: str
-) -> None:
+def test_bad_numbers_on_one_rank_roll_all_ranks_back(tmp_path: Path, text_file: Path, parallel: str) -> None:
     explicit = hard(tmp_path / "one", text_file, training__parallel=parallel, checkpoint__save_interval=2)
     explicit["guard"] = {"max_bad_steps": 2}
     code, said = finish(launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="nan@1:4"))
@@ -421,7 +419,7 @@ def test_auto_shards_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_parallel(config, World(0, 1), torch.device("cpu")) == "none"
 
 
-def test_one_process_alone_is_told_how_to_start_several(
+def test_one_process_alone_is_shown_how_to_start_several(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(
@@ -447,7 +445,7 @@ def test_a_world_of_one_needs_no_others() -> None:
         raise AtlasError("mine")
 
 
-def test_only_the_first_rank_that_is_refused_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_that_is_refused_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         World, "all_min", lambda self, number: min(number, 1)
     )  # as if rank 1 were refused as well

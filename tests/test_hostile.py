@@ -1,4 +1,4 @@
-"""What a stranger hands on is read, or refused in one line: no code runs, no memory is taken on its word."""
+"""Files from strangers are read, or refused in one line: no code runs, and no claimed size is believed."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def by_name(name: str) -> Attack:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that ran would leave its mark here."""
+    """Run in an empty folder, in which code that ran would leave a file."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
 
 
 @pytest.fixture
 def _small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as it is, the limit is reached after seconds; the command below uses it as it is."""
+    """Lower the limit, which takes seconds to reach. The command below uses the real one."""
     monkeypatch.setattr(pickled, "MOST_VALUES", 30_000)
 
 
@@ -75,7 +75,7 @@ def test_an_attack_is_refused_in_one_line_and_leaves_nothing(attack: Attack, tmp
     message = str(caught.value)
     pattern = ".*".join(map(re.escape, attack.says.split(" … ")))
     assert re.search(pattern, message), message
-    # What a merged config says about a value goes by the setting: a flag may have written it.
+    # An error about a merged config names the setting and no file, since a flag may have set the value.
     assert str(path) in message or attack.reader == "config"
     assert "\n" not in message
     assert len(message) < 2000
@@ -91,7 +91,7 @@ INFORMED = [attack for attack in ATTACKS if attack.reader not in ("archive", "si
 def test_info_answers_every_attack_with_one_line_and_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a tokenizer that cannot be used `info` may still say what the checkpoint is: that is no refusal."""
+    """`info` may still describe a checkpoint whose tokenizer cannot be used: that is no refusal."""
     for number, attack in enumerate(INFORMED):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -138,10 +138,10 @@ def test_all_attacks_together_stay_below_a_gigabyte() -> None:
     assert done.stdout.count("within 1 GB") == len(READERS)
 
 
-# The attacks are live: who reads them the usual way pays
+# The attacks work: they harm the usual readers
 
 
-def test_the_usual_loader_takes_memory_and_shapes_on_a_files_word(tmp_path: Path) -> None:
+def test_the_usual_loader_believes_the_sizes_and_shapes_in_a_file(tmp_path: Path) -> None:
     small = forged(attacks.call("builtins", "bytearray", attacks.number(2**24)))(tmp_path)
     assert small.stat().st_size < 1000
     assert len(torch.load(small, weights_only=True)) == 2**24
@@ -158,13 +158,13 @@ def test_the_usual_readers_unpack_the_bombs(tmp_path: Path) -> None:
             sum(member.compress_size for member in archive.infolist()) > (tmp_path / "a.zip").stat().st_size
         )
     packed = bz2.compress(bytes(40_000_000))
-    assert len(packed) < 100  # what zipfile reads at once is 40 times as long, and unpacks it whole
+    assert len(packed) < 100  # zipfile reads 40 times as much in one call, and unpacks all of it
     merged = yaml.safe_load(attacks.MERGES[: attacks.MERGES.index("a7:")])
     assert len(merged) == 7  # in 300 bytes, 9^6 pairs on the way
 
 
 def test_a_sidecar_vouched_for_its_neighbours_file(tmp_path: Path) -> None:
-    """By name and hash it does still; what counts is whether it describes the file beside it."""
+    """By name and hash it still does. What counts is whether it describes the file beside it."""
     evil = attacks.vouching_for_another(tmp_path)
     entry = json.loads(sidecar_of(evil).read_text(encoding="utf-8"))["files"][0]
     assert sha256_of(tmp_path / entry["name"]) == entry["sha256"]
@@ -210,7 +210,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_before_a_kernel_writes_
             check_optimizer_state(optimizer, wrong)
 
 
-# What is honest is read as before
+# Honest files are still read
 
 
 def test_a_checkpoint_is_read_as_pytorch_reads_it() -> None:
@@ -232,7 +232,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 
 @given(value=PLAIN, seed=st.integers(0, 2**32), sizes=st.lists(st.integers(0, 4), max_size=4))
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_is_plain_comes_back_from_what_torch_save_writes(
+def test_plain_values_come_back_from_what_torch_save_writes(
     value: object, seed: int, sizes: list[int], tmp_path: Path
 ) -> None:
     """Compared with `torch.load`: values, shapes, types, and views that share a storage."""
@@ -308,7 +308,7 @@ def test_repetitive_text_is_no_bomb_and_a_bomb_may_be_trusted(tmp_path: Path) ->
     assert Sources([bomb], trust_archives=True).total_bytes == 110_000_000
 
 
-def test_trust_is_in_sizes_not_in_paths(tmp_path: Path) -> None:
+def test_trust_applies_to_sizes_not_to_paths(tmp_path: Path) -> None:
     for name in ("path: parent", "members over each other", "bzip2, gigabytes at once", "encrypted"):
         path = by_name(name).make(tmp_path)
         with pytest.raises(AtlasError):
@@ -333,14 +333,14 @@ def test_prepare_takes_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_dataset(tmp_path / "out", verify=True).manifest.splits["train"].documents == 1
 
 
-def test_links_that_stay_inside_a_folder_are_read_once_and_others_are_said(tmp_path: Path) -> None:
+def test_links_that_stay_inside_a_folder_are_read_once_and_others_are_reported(tmp_path: Path) -> None:
     given = attacks.links_out(tmp_path)
     (given / "own.txt").write_text("own words", encoding="utf-8")
     (given / "again.txt").symlink_to(given / "own.txt")
     sources = Sources([given])
     assert whole(sources.documents()) == ["own words"]
     assert any("1 links that lead out" in note for note in sources.notes(SourceReport()))
-    assert documents_of(given / "a.txt") == ["secret"]  # named by the user, it is meant
+    assert documents_of(given / "a.txt") == ["secret"]  # the user named it, so it is read
 
 
 def test_a_link_in_a_zip_is_not_text(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_document_that_ends_in_blanks_ends() -> None:
 
 
 def test_a_megabyte_of_blanks_is_not_held(tmp_path: Path) -> None:
-    """In the archive's layout blanks part articles, so that they were held until something followed."""
+    """In the archive's layout blank lines separate articles, so they used to be held until something followed."""
     from atlas.data.text.wikipedia import ArticleReport, split_articles
 
     chunks = ["Title\n\nWords."] + [" " * (1 << 20)] * 9 + ["\n\n\nNext\n\nWords."]
@@ -379,7 +379,7 @@ def test_a_megabyte_of_blanks_is_not_held(tmp_path: Path) -> None:
     assert "".join(found).split() == ["Title", "Words.", "Next", "Words."]
 
 
-def test_a_line_is_shown_and_not_obeyed() -> None:
+def test_control_characters_in_a_line_are_shown_and_not_executed() -> None:
     assert printable("plain, é, 漢, 🙂 ⏎") == "plain, é, 漢, 🙂 ⏎"
     assert printable("\x1b[31m\ud800\u202e\x07") == r"\x1b[31m\ud800\u202e\x07"
     assert len(printable("x" * 10**6)) < 3000
@@ -399,7 +399,7 @@ def test_a_sound_file_with_changes_is_read_or_refused(
 
 
 def test_the_changes_reach_both_outcomes(tmp_path: Path) -> None:
-    """Files that are all refused at the first byte, or all sound, would show nothing."""
+    """Files that are all refused at the first byte, or all sound, would test nothing."""
     outcomes = {reader: set() for reader in READERS}
     for reader in READERS:
         for number in range(200):

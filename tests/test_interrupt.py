@@ -1,4 +1,4 @@
-"""SIGTERM where the loop does not come by to look: in a compiler, in an evaluation, and a second one while saving."""
+"""SIGTERM where the loop does not read the flag: in a compiler, in an evaluation, and a second one while saving."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_sigterm_in_the_first_compile_saves_within_ten_seconds(
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 7))
 
 
-def test_a_request_raises_only_where_that_was_asked_for() -> None:
+def test_a_request_raises_only_inside_the_context() -> None:
     stop = StopRequest()
     with stop:
         with stop.at_once(enabled=False):

@@ -1,4 +1,4 @@
-"""How much memory loading takes: measured in a process of its own, in multiples of the weights."""
+"""How much memory loading needs, measured in a separate process, in multiples of the weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs: `small`, to warm up with, and `large`, of 11 million parameters."""
+    """Two finished runs: `small`, for warming up, and `large`, with 11 million parameters."""
     import yaml
 
     folder = tmp_path_factory.mktemp("loading")
@@ -71,11 +71,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(work: str, folder: Path, name: str) -> tuple[float, float]:
-    """Peak and rest in multiples of the large model's weights."""
+    """The peak and what stays, in multiples of the large model's weights."""
     small, large = (folder / name.format(size) for size in ("small", "large"))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, work, small, large],
-        # Freed memory goes back at once, so that what is left is what is held.
+        # Freed memory is returned immediately, so that what remains is what is held.
         env={
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
@@ -108,13 +108,13 @@ def test_inference_holds_the_weights_once_and_never_reads_the_optimizer(runs: Pa
 
 @linux
 def test_resuming_peaks_at_what_training_holds_and_one_copy(runs: Path) -> None:
-    """Held are weights and two moments, 3 times the weights; the peak is that and the copy of the weights."""
+    """Training holds weights and two moments, 3 times the weights. The peak is that plus a copy of the weights."""
     peak, left = measure("trainer", runs, "{}.yaml")
     assert 2.9 < left < 3.4
     assert peak < 4.5
 
 
-def test_what_is_not_asked_for_is_not_there(runs: Path) -> None:
+def test_keys_that_are_left_out_are_not_there(runs: Path) -> None:
     path = runs / "small" / "atlas_step_2.pt"
     weights = load_checkpoint(path)["model_state_dict"]
     part = read_plain(path, remedy="", without=("optimizer_state_dict",))
@@ -122,7 +122,7 @@ def test_what_is_not_asked_for_is_not_there(runs: Path) -> None:
     assert same_bits(part["model_state_dict"], weights)
 
 
-def test_a_loaded_model_can_be_trained_and_has_tensors_of_its_own(runs: Path) -> None:
+def test_a_loaded_model_can_be_trained_and_has_its_own_tensors(runs: Path) -> None:
     """Its weights are the file's tensors: equal, fp32, contiguous, none on the meta device, none shared."""
     loaded = load_model(runs / "small" / "atlas_step_2.pt", tokenizer="tests.toy:tokenizer")
     saved = load_checkpoint(loaded.path)["model_state_dict"]

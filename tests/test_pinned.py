@@ -1,4 +1,4 @@
-"""Memory that a GPU copies into: laid out without gaps, locked once, freed with its last tensor. CUDA is a stand-in."""
+"""Pinned memory: laid out without gaps, locked once, freed with its last tensor. CUDA is a fake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [torch.randn(50_257, 8), torch.tensor(3.0), torch.randn(7, dtype=torch.
 
 
 class Cuda:
-    """Remembers what is locked, as [begin, end) by begin; answers `error`."""
+    """Records what is locked, as [begin, end) by begin, and returns `error`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: int = 0) -> None:
         self.locked: dict[int, int] = {}
@@ -72,7 +72,7 @@ def test_a_block_is_unlocked_with_its_last_tensor(monkeypatch: pytest.MonkeyPatc
     assert cuda.locked == {}
 
 
-def test_memory_that_cuda_does_not_lock_is_used_all_the_same_and_said(
+def test_memory_that_cuda_does_not_lock_is_still_used_and_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object, **__: object) -> Tensor:
@@ -89,8 +89,8 @@ def test_memory_that_cuda_does_not_lock_is_used_all_the_same_and_said(
     assert same_bits(buffers, SHAPES)
 
 
-def test_a_snapshot_asks_for_each_tensor_on_a_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights before the first update, the optimizer's state when it is there, nothing after that."""
+def test_a_snapshot_allocates_each_tensor_on_a_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights before the first update, the optimizer's state when it exists, nothing after that."""
     blocks: list[int] = []
 
     def counted(tensors: list[Tensor], *, say: object) -> list[Tensor]:

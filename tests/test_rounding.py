@@ -1,4 +1,4 @@
-"""Weights in bf16: rounded at random, so that they learn; on a CPU, which emulates it, with small models."""
+"""Weights in bf16: rounded at random, so that training works; on a CPU, which emulates bf16, with small models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def neighbours(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers with bf16's eight digits at or next to each number, towards zero and away from it."""
+    """The bf16 numbers next to each number, towards zero and away from it."""
     exact = numbers.double()
     last_digit = 2.0 ** (torch.frexp(exact).exponent - 8).double()
     inner, outer = (exact.abs() / last_digit).floor(), (exact.abs() / last_digit).ceil()
@@ -52,13 +52,16 @@ def test_a_number_goes_to_one_of_its_neighbours(number: float, seed: int) -> Non
     rounded = round_to_bf16(numbers, generator(seed)).float()
     assert ((rounded == inner) | (rounded == outer)).all()
     exact = numbers.bfloat16()
-    assert torch.equal(round_to_bf16(exact.float(), generator(seed)), exact)  # what needs no rounding stays
+    assert torch.equal(
+        round_to_bf16(exact.float(), generator(seed)), exact
+    )  # a number that needs no rounding stays
 
 
 @pytest.mark.parametrize("part", [0.01, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_mean_is_the_number(part: float, sign: int) -> None:
-    """Between 1 and the next number of bf16, 1 + 1/128, as often up as the number lies nearer to it."""
+    """Between 1 and the next bf16 number, 1 + 1/128, the share rounded up is how near the number is to the upper
+    one."""
     draws = 40_000
     rounded = round_to_bf16(torch.full((draws,), sign * (1 + part / 128)), generator()).float()
     up = (rounded.abs() > 1).float().mean().item()
@@ -66,8 +69,8 @@ def test_the_mean_is_the_number(part: float, sign: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_is_the_optimizer_s_own_in_fp32(name: str, tiny_config: ModelConfig) -> None:
-    """What comes out is the fp32 result, or a neighbour of it; what the optimizer keeps is the same bits."""
+def test_a_step_is_the_optimizers_own_in_fp32(name: str, tiny_config: ModelConfig) -> None:
+    """The result is a bf16 neighbour of the fp32 result; the optimizer's state has the same bits."""
     model = build_model(tiny_config, seed=0).bfloat16()
     exact = copy.deepcopy(model).float()
     config = TrainingConfig(optimizer=name, learning_rate=1e-3, weight_decay=0.5)
@@ -89,7 +92,7 @@ def test_a_step_is_the_optimizer_s_own_in_fp32(name: str, tiny_config: ModelConf
 
 
 def test_small_steps_add_up() -> None:
-    """Each of 1,000 steps is a fiftieth of the last digit: to the nearest, none would move a weight."""
+    """Each of 1,000 steps is a fiftieth of the last digit: rounded to the nearest, none would move a weight."""
     weights = torch.nn.Parameter(torch.ones(2_000, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weights], lr=1.0)
     step, draw = 2.0**-7 / 50, generator()
@@ -117,7 +120,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
 
 
 @pytest.mark.slow
-def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> None:
+def test_it_trains_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> None:
     steps = {"training__max_steps": 60, "training__warmup_steps": 5}
     trained(in_bf16(tmp_path / "bf16", text_file, "adamw", **steps))
     trained(layer(tmp_path / "fp32", text_file, model__dropout=0.2, **steps))
@@ -127,7 +130,7 @@ def test_it_learns_as_with_weights_in_fp32(tmp_path: Path, text_file: Path) -> N
 
 
 def test_its_checkpoint_is_read_like_any_other(tmp_path: Path, text_file: Path) -> None:
-    """In fp32 the same numbers; and a run in another precision goes on from it."""
+    """The same numbers in fp32; and a run in another precision resumes from it."""
     trained(in_bf16(tmp_path / "run", text_file, "adamw"))
     saved = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")["model_state_dict"]
     loaded = load_model(tmp_path / "run" / "atlas_step_6.pt", tokenizer="tests.toy:tokenizer").model

@@ -1,4 +1,4 @@
-"""Saving while training goes on, what is kept, what goes for lack of room, and one run to a folder."""
+"""Saving while training continues, what is kept, what is removed for lack of space, and one run per folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_checkpoint import contents, facts, save
 
 
 class SlowDisk:
-    """Holds every write until it is let go."""
+    """Delays every write until it is released."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.may_go, self.writing = threading.Event(), threading.Event()
@@ -48,7 +48,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
 # In the background.
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_moment(
+def test_training_continues_while_a_save_is_written_and_the_save_is_of_its_moment(
     tmp_path: Path, text_file: Path, slow_disk: SlowDisk
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, checkpoint__background=True, checkpoint__save_interval=2)
@@ -138,7 +138,7 @@ def test_a_snapshot_is_a_copy_in_the_same_memory_each_time() -> None:
     assert same_bits(second, state)
 
 
-def test_too_little_memory_for_a_copy_is_said_and_training_waits_instead(
+def test_too_little_memory_for_a_copy_is_reported_and_training_waits_instead(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atlas.training.launch.measure_memory", lambda device: 100_000)
@@ -198,7 +198,7 @@ def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: 
         ("step_3", True),
         ("step_4", True),
     ):
-        loaded = load_checkpoint(tmp_path / f"atlas_{name}.pt")  # all are whole by their sidecars
+        loaded = load_checkpoint(tmp_path / f"atlas_{name}.pt")  # all are intact by their sidecars
         assert bool(loaded["optimizer_state_dict"].get("state")) is has_state, name
         assert torch.equal(loaded["model_state_dict"]["weight"], torch.full((100,), 1.0))
     assert (tmp_path / "atlas_step_1.pt").stat().st_size < (tmp_path / "atlas_step_3.pt").stat().st_size
@@ -206,13 +206,11 @@ def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: 
         (tmp_path / f"atlas_step_{step}.pt").write_bytes(b"rotten")
     (tmp_path / "atlas_best.pt").unlink()
     said: list[str] = []
-    assert (
-        CheckpointManager(tmp_path, say=said.append).load_latest() is None
-    )  # nothing here can be gone on from
+    assert CheckpointManager(tmp_path, say=said.append).load_latest() is None  # no run can resume from these
     assert any("holds no optimizer state" in line for line in said)
 
 
-def test_a_slim_checkpoint_generates_and_starts_a_new_run_but_is_not_gone_on_from(
+def test_a_run_cannot_resume_without_optimizer_state_but_a_new_one_can_start(
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=2, checkpoint__slim_old=True)
@@ -225,10 +223,10 @@ def test_a_slim_checkpoint_generates_and_starts_a_new_run_but_is_not_gone_on_fro
 
 
 @pytest.mark.parametrize("free_after", [0, 1])
-def test_a_nearly_full_disk_gives_up_old_steps_beyond_the_newest_two(
+def test_a_nearly_full_disk_removes_old_steps_beyond_the_newest_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_after: int
 ) -> None:
-    """A disk that is full but for what the checkpoints take, with room for one more once enough of them are gone."""
+    """A disk that holds only checkpoints and is full, with space for one more once enough of them are removed."""
     said: list[str] = []
     manager = CheckpointManager(tmp_path, say=said.append)
     for step in range(1, 6):
@@ -250,7 +248,7 @@ def test_a_nearly_full_disk_gives_up_old_steps_beyond_the_newest_two(
         assert written
         assert names(tmp_path) == (before - {"atlas_step_1.pt"}) | {"atlas_step_6.pt"}
         assert said == ["atlas_step_1.pt: removed to make room for step 6"]
-    else:  # not even giving up three would do: nothing goes
+    else:  # not even removing three would suffice: none is removed
         assert not written
         assert names(tmp_path) == before
         save(manager, 7)
@@ -258,7 +256,7 @@ def test_a_nearly_full_disk_gives_up_old_steps_beyond_the_newest_two(
         assert "Training continues; the newest is atlas_step_5.pt" in said[0]
 
 
-# One run to a folder.
+# One run per folder.
 
 HOLDER = """
 import sys, time
@@ -314,7 +312,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later_once_and_in_order(
 
 
 def fill_disk_for(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> list[float]:
-    """Appends to log files get half of their bytes on the disk, as a disk does that has just filled."""
+    """Write only half of the bytes that are appended to log files, as a disk does that has just filled up."""
     import builtins
 
     opened, refused = builtins.open, []
@@ -350,18 +348,18 @@ class HalfWriter:
         return self._stream.write(data[: len(data) // 2])
 
 
-def test_a_save_rests_only_as_long_as_it_is_done_before_half_of_the_time() -> None:
+def test_a_save_pauses_only_if_it_still_takes_less_than_half_of_the_time() -> None:
     pacer, begin = Pacer(), time.perf_counter()
     pacer.begin(0.0, num_bytes=10**8)  # on a GPU, or with no time to lose
     for _ in range(100):
         pacer(0.01)
     assert time.perf_counter() - begin < 0.1
     begin = time.perf_counter()
-    pacer.begin(0.8, num_bytes=10**8)  # the last one worked for a second: no rest would be short enough
+    pacer.begin(0.8, num_bytes=10**8)  # the last one worked for a second: no pause would be short enough
     pacer(0.1)
     assert time.perf_counter() - begin < 0.05
     begin = time.perf_counter()
-    pacer.begin(0.8, num_bytes=10**8)  # and then for a tenth of one: three tenths may be rested
+    pacer.begin(0.8, num_bytes=10**8)  # and then for a tenth of one: it may pause for three tenths
     pacer(0.05)
     pacer(0.05)
     assert 0.25 < time.perf_counter() - begin < 0.6
@@ -371,7 +369,7 @@ def test_a_save_rests_only_as_long_as_it_is_done_before_half_of_the_time() -> No
     assert time.perf_counter() - begin < 0.1
 
 
-# An exception that nobody expected.
+# An unexpected exception.
 
 
 @pytest.mark.parametrize(("raised_in", "is_saved"), [("loss", True), ("optimizer", False)])

@@ -48,15 +48,15 @@ values = st.recursive(
 
 @given(values)
 def test_what_is_split_is_joined_again(contents: Any) -> None:
-    plain, parts = split(contents)
-    assert same_bits(join(json.loads(json.dumps(plain)), parts), contents)
-    assert all(tensor.dim() for tensor in parts.values())
+    plain, tensors = split(contents)
+    assert same_bits(join(json.loads(json.dumps(plain)), tensors), contents)
+    assert all(tensor.dim() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
     "strange", [{}, {"tensor": "missing"}, {"number": 1, "dtype": "nn"}, {"value": [1]}, 3]
 )
-def test_what_nobody_split_is_refused(strange: Any) -> None:
+def test_other_json_is_refused(strange: Any) -> None:
     with pytest.raises(ValueError, match="not a part of a checkpoint"):
         join(strange, {})
 
@@ -96,7 +96,7 @@ def _as_lists(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_run_goes_on_from_shards_with_the_same_bits(
+def test_a_run_resumes_from_shards_with_the_same_bits(
     tmp_path: Path, text_file: Path, background: bool
 ) -> None:
     folder = tmp_path / "shards"
@@ -151,7 +151,7 @@ def test_any_name_and_a_moved_folder_are_understood(
     assert "--resume auto takes atlas_step_6" in out
 
 
-def test_consolidated_it_is_the_file_of_one_device(tmp_path: Path, text_file: Path) -> None:
+def test_consolidated_shards_are_the_file_of_one_device(tmp_path: Path, text_file: Path) -> None:
     trained(sharded(tmp_path / "run", text_file))
     target = tmp_path / "one.pt"
     assert main(["info", str(tmp_path / "run/atlas_step_6"), "--consolidate", str(target)]) == 0
@@ -165,7 +165,7 @@ def test_consolidated_it_is_the_file_of_one_device(tmp_path: Path, text_file: Pa
     assert main(["info", "small", "--consolidate", str(tmp_path / "three.pt")]) == 2
 
 
-def test_a_rotten_shard_is_never_believed(tmp_path: Path, text_file: Path) -> None:
+def test_a_damaged_shard_is_never_used(tmp_path: Path, text_file: Path) -> None:
     trained(sharded(tmp_path / "run", text_file))
     (shard,) = (tmp_path / "run/atlas_step_6").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
@@ -196,7 +196,7 @@ def test_a_strange_folder_is_refused(tmp_path: Path, content: str, reason: str) 
         load_checkpoint(tmp_path / "model")
 
 
-def test_old_folders_go_and_the_best_stays(tmp_path: Path, text_file: Path) -> None:
+def test_old_folders_are_removed_and_the_best_stays(tmp_path: Path, text_file: Path) -> None:
     explicit = sharded(
         tmp_path / "run",
         text_file,
@@ -219,7 +219,7 @@ class Killed(BaseException):
 
 
 def die_at(point: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the operation of that number on files, from here on."""
+    """Die at the operation on files with this number, counted from here."""
     done = []
 
     def dying(function: Any) -> Any:

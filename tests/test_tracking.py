@@ -1,4 +1,4 @@
-"""What is told of a run, to whom, and that telling neither changes nor ends it."""
+"""The records of a run, the trackers that get them, and that no tracker changes or ends the run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def events(folder: Path, name: str) -> list[dict]:
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard itself reads: tag → step → value; each step once."""
+    """The scalars that TensorBoard itself reads: tag → step → value, each step once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -88,7 +88,7 @@ def assert_tensorboard_has_what_the_metrics_have(folder: Path) -> None:
 # Records
 
 
-def test_a_line_of_metrics_holds_what_there_is_to_watch(tmp_path: Path, text_file: Path) -> None:
+def test_a_line_of_metrics_holds_all_metrics(tmp_path: Path, text_file: Path) -> None:
     run, _ = trained(tracked(tmp_path / "run", text_file, checkpoint__save_interval=3))
     lines = logged(tmp_path / "run")
     for line in lines:
@@ -110,7 +110,7 @@ def test_a_line_of_metrics_holds_what_there_is_to_watch(tmp_path: Path, text_fil
     assert [event["event"] for event in logged(tmp_path / "run", "event")][-1] == "finished"
 
 
-def test_utilisation_is_of_the_speed_that_was_measured_and_remembered(
+def test_utilisation_is_relative_to_the_speed_that_was_measured_and_stored(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
@@ -145,9 +145,7 @@ def test_a_speed_measured_on_a_busy_machine_is_measured_again(
 def test_running_out_of_memory_is_an_event(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "ATLAS_CACHE_DIR", str(tmp_path / "cache")
-    )  # what fitted is remembered, for this test alone
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))  # what fits is stored, for this test alone
     run = run_for(layer(tmp_path / "run", text_file))
     forward = run.learner.objective.forward
 
@@ -162,7 +160,7 @@ def test_running_out_of_memory_is_an_event(
     assert (event["step"], event["work"], event["sequences_at_once"]) == (3, "training", 2)
 
 
-def test_an_interrupt_and_going_on_are_events(tmp_path: Path, text_file: Path) -> None:
+def test_an_interrupt_and_a_resume_are_events(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file)
     run = run_for(explicit)
     state = run.state
@@ -210,12 +208,12 @@ def test_samples_are_the_same_each_time_and_change_no_bit(tmp_path: Path, text_f
     assert logged(tmp_path / "without", "sample") == []
 
 
-def test_samples_begin_with_the_prompt_that_is_asked_for(tmp_path: Path, text_file: Path) -> None:
+def test_samples_begin_with_the_configured_prompt(tmp_path: Path, text_file: Path) -> None:
     train(sampling_run(tracked(tmp_path / "run", text_file, tracking__sample_prompt="The river")))
     assert {line["prompt"] for line in logged(tmp_path / "run", "sample")} == {"The river"}
 
 
-def test_samples_that_cannot_be_written_are_said_once_and_given_up(
+def test_samples_that_cannot_be_written_are_reported_once_and_given_up(
     tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> list[str]:
@@ -246,7 +244,9 @@ def test_tensorboard_reads_what_the_metrics_hold(tmp_path: Path, text_file: Path
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_goes_on_replaces_what_it_told_tensorboard(tmp_path: Path, text_file: Path) -> None:
+def test_a_killed_run_that_resumes_replaces_what_it_sent_to_tensorboard(
+    tmp_path: Path, text_file: Path
+) -> None:
     explicit = tracked(
         tmp_path / "run",
         text_file,
@@ -270,7 +270,7 @@ def test_a_killed_run_that_goes_on_replaces_what_it_told_tensorboard(tmp_path: P
     assert_tensorboard_has_what_the_metrics_have(tmp_path / "run")
 
 
-def test_a_rollback_replaces_what_tensorboard_was_told(
+def test_a_rollback_replaces_what_was_sent_to_tensorboard(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_for(tracked(tmp_path / "run", text_file, tracking__tensorboard=True, guard__max_bad_steps=1))
@@ -293,7 +293,7 @@ def test_a_rollback_replaces_what_tensorboard_was_told(
 
 
 class Broken:
-    """Works for a while, then not."""
+    """Works for some calls, then raises."""
 
     def __init__(self, error: BaseException | None = None, *, hangs: bool = False) -> None:
         self.error = error
@@ -315,7 +315,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("boom"), SystemExit("bye")])
-def test_a_tracker_that_raises_is_said_once_and_the_run_keeps_its_bits(
+def test_a_tracker_that_raises_is_reported_once_and_the_run_keeps_its_bits(
     error: BaseException, tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = Broken(error)
@@ -330,7 +330,7 @@ def test_a_tracker_that_raises_is_said_once_and_the_run_keeps_its_bits(
     assert_same_run(tmp_path / "run", tmp_path / "without", steps=6)
 
 
-def test_a_tracker_that_hangs_holds_nothing_up(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_hangs_delays_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     hanging = Broken(hangs=True)
     tracker = tracking.Tracker("wandb", hanging, said.append)
@@ -400,7 +400,7 @@ def wandb_history(file: Path) -> list[dict]:
             continue
         data += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if piece not in (1, 4):  # whole, or the last of several
+        if piece not in (1, 4):  # complete, or the last of several
             continue
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -416,7 +416,7 @@ def wandb_history(file: Path) -> list[dict]:
 
 
 def test_the_state_with_samples_is_the_state_without(tmp_path: Path, text_file: Path) -> None:
-    """Also where the run is resumed between: what is sampled is no state."""
+    """Also if the run is resumed in between, since samples are no state."""
     explicit = tracked(tmp_path / "run", text_file, checkpoint__save_interval=3)
     train(sampling_run(explicit))
     whole, texts = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt"), logged(tmp_path / "run", "sample")

@@ -1,6 +1,6 @@
-"""Files that a stranger might hand on, made by hand: each an attack on one reader, and what it is answered.
+"""Hostile files, made by hand: each is an attack on one reader, with the expected error message.
 
-`tests/test_hostile.py` reads them one by one, `python -m tests.faults.fuzz` counts them and mutates sound ones.
+`tests/test_hostile.py` reads them one by one. `python -m tests.faults.fuzz` counts them and mutates sound files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 @dataclass(frozen=True)
 class Attack:
-    """`make` writes it into an empty folder and returns what is to be read; `says` is part of the refusal."""
+    """`make` writes the file into an empty folder and returns the path to read; `says` is part of the error message."""
 
     reader: str
     name: str
@@ -111,7 +111,7 @@ def sound_dataset() -> Path:
 
 @cache
 def sound_old_weights() -> dict[str, torch.Tensor]:
-    """Those of the sound checkpoint, by the names of Atlas 1.x."""
+    """The weights of the sound checkpoint, with the names of Atlas 1.x."""
     weights = dict(sound_contents()["model_state_dict"])
     weights["token_embedding.weight"] = weights["token_embedding.weight"][:300].clone()
     weights["lm_head.weight"] = weights["token_embedding.weight"]
@@ -220,7 +220,7 @@ def _(folder: Path) -> Path:
 
 @attack("archive", "members over each other", "overlaps what follows it")
 def overlapping(folder: Path) -> Path:
-    """Fifield's kernel (USENIX WOOT 2019): every entry of the directory means the same compressed bytes."""
+    """Fifield's kernel (USENIX WOOT 2019): every entry of the directory refers to the same compressed bytes."""
     path = zip_of(folder / "a.zip", {"a.txt": bytes(1_000_000), "b.txt": b""})
     content = bytearray(path.read_bytes())
     first = content.index(b"PK\x01\x02")
@@ -512,7 +512,7 @@ attack("first-version", "code in its metadata", "refused without running it … 
 
 
 def sidecar_with(**entries: Any) -> Callable[[Path], Path]:
-    """A sound checkpoint and its sidecar, some entries of which are replaced (None: taken out)."""
+    """A sound checkpoint and its sidecar, with some entries replaced (None: removed)."""
 
     def make(folder: Path) -> Path:
         path = folder / "atlas_step_40.pt"
@@ -751,7 +751,7 @@ attack("dataset", "dataset.json of 10,000 digits", "cannot be read")(
 @attack("dataset", "dataset.json of 10 GB", "the most that make sense")
 def _(folder: Path) -> Path:
     with (folder / "dataset.json").open("wb") as file:
-        file.truncate(10 << 30)  # a hole: it takes no room
+        file.truncate(10 << 30)  # a hole, which needs no space
     return folder
 
 
@@ -909,7 +909,7 @@ if hasattr(os, "mkfifo"):
 
 
 def gguf_of(*parts: bytes | int, entries: int = 1, tensors: int = 0) -> Callable[[Path], Path]:
-    """A header with these entries; a whole number is written in 64 bits."""
+    """A header with these entries; an integer is written in 64 bits."""
 
     def make(folder: Path) -> Path:
         content = io.BytesIO(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries))

@@ -1,7 +1,7 @@
-"""Rotten bytes: files of a run flipped, cut, swapped, emptied and replaced, at random; one whole checkpoint stays.
+"""Damaged bytes: files of a run are flipped, cut, swapped, emptied and replaced at random; one intact checkpoint stays.
 
-None may be taken for what was saved, the newest whole one is gone on from, and what comes out is the run whose
-files stayed whole, bit for bit. What is whole is decided by comparing bytes with a copy, not by Atlas.
+Atlas must not accept a damaged one, and must resume from the newest intact one. The result must be that of a run with
+intact files, bit for bit. A comparison with a copy decides which files are intact, not Atlas.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def _swap(one: Path, other: Path) -> None:
 
 @dataclass
 class Scene:
-    """A run that was stopped, whole, and how it ends when nothing is broken."""
+    """A run that was stopped, its intact files, and how it ends without damage."""
 
     run: Run
-    whole: dict[str, bytes]
+    intact: dict[str, bytes]
     """Bytes by name of every file of the output folder."""
     contents: list[dict]
     """What its checkpoints hold."""
@@ -124,18 +124,18 @@ class Scene:
 
 @dataclass
 class Tally:
-    """What the damage came to."""
+    """Counts of the damage and its results."""
 
     rounds: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     files: int = 0
     refused: int = 0
     harmless: int = 0
-    went_on_from: Counter[int] = field(default_factory=Counter)
+    resumed_from: Counter[int] = field(default_factory=Counter)
 
 
 def corrupt_and_resume(folder: Path, *, rounds: int, seed: int, processes: bool = True) -> list[str]:
-    """Damage a stopped run `rounds` times and let it finish each time; what was counted."""
+    """Damage a stopped run `rounds` times and let it finish each time. Return the counts as lines."""
     chance = random.Random(seed)
     os.environ["ATLAS_CACHE_DIR"] = str(folder / "cache")
     scene = _make_scene(folder)
@@ -146,7 +146,7 @@ def corrupt_and_resume(folder: Path, *, rounds: int, seed: int, processes: bool 
         try:
             _check_each(scene, done, tally)
             in_process = not (processes and number % PROCESS_EVERY == 0)
-            _go_on(scene, done, tally, in_process=in_process)
+            _resume(scene, done, tally, in_process=in_process)
         except (Broken, AssertionError) as error:
             raise Broken(f"round {number} (--seed {seed}), {'; '.join(done)}: {error}") from error
         tally.rounds += 1
@@ -191,7 +191,7 @@ def _atlas_train(run: Run) -> tuple[int, str]:
 
 
 def _damage(chance: random.Random, scene: Scene) -> list[str]:
-    """Damage some checkpoints, but not all; what was done, a phrase each."""
+    """Damage some checkpoints, but not all. Return a phrase for each change."""
     names = chance.sample(scene.checkpoints, k=chance.choice([1, 1, 2, 3, len(scene.checkpoints) - 1]))
     done = []
     while names:
@@ -229,12 +229,12 @@ def _damage_two(chance: random.Random, path: Path, other: Path) -> str:
 
 
 def _check_each(scene: Scene, done: list[str], tally: Tally) -> None:
-    """Read by its name, each is refused, or what comes out is what was saved."""
+    """Check that each checkpoint, read by its name, is refused or gives what was saved."""
     for phrase in done:
         tally.kinds[phrase.partition(":")[0]] += 1
     for path in sorted(scene.run.output.glob("*.pt")):
-        if _bytes(path) == scene.whole[path.name] and (
-            _bytes(path.with_suffix(".json")) == scene.whole[path.with_suffix(".json").name]
+        if _bytes(path) == scene.intact[path.name] and (
+            _bytes(path.with_suffix(".json")) == scene.intact[path.with_suffix(".json").name]
         ):
             continue
         tally.files += 1
@@ -244,7 +244,7 @@ def _check_each(scene: Scene, done: list[str], tally: Tally) -> None:
             tally.refused += 1
             continue
         if not any(same_bits(contents, saved) for saved in scene.contents):
-            raise Broken(f"{path.name} was believed, and is not what was saved")
+            raise Broken(f"{path.name} was accepted, and is not what was saved")
         tally.harmless += 1
 
 
@@ -252,23 +252,23 @@ def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _go_on(scene: Scene, done: list[str], tally: Tally, *, in_process: bool) -> None:
-    newest = max(step for _, step in _whole_pairs(scene))
+def _resume(scene: Scene, done: list[str], tally: Tally, *, in_process: bool) -> None:
+    newest = max(step for _, step in _intact_pairs(scene))
     code, said = _atlas_train(scene.run) if in_process else (0, scene.run.finish())
     if code != 0 or "Traceback" in said:
         raise Broken(f"exit code {code}: {said.splitlines()[-1]}")
     step = resumed_step(said)
     if step < newest:
-        raise Broken(f"went on from step {step}, a whole checkpoint of step {newest} was there")
+        raise Broken(f"resumed from step {step}, but an intact checkpoint of step {newest} was there")
     assert_same_run(scene.ended, scene.run.output, steps=STEPS)
-    tally.went_on_from[step] += 1
+    tally.resumed_from[step] += 1
 
 
-def _whole_pairs(scene: Scene) -> list[tuple[str, int]]:
+def _intact_pairs(scene: Scene) -> list[tuple[str, int]]:
     """(name, step) of the checkpoints whose bytes, and whose sidecar's, are those of one that was saved."""
     steps = {
-        (data, scene.whole[name[:-3] + ".json"]): json.loads(scene.whole[name[:-3] + ".json"])["step"]
-        for name, data in scene.whole.items()
+        (data, scene.intact[name[:-3] + ".json"]): json.loads(scene.intact[name[:-3] + ".json"])["step"]
+        for name, data in scene.intact.items()
         if name.endswith(".pt")
     }
     pairs = (
@@ -280,13 +280,13 @@ def _whole_pairs(scene: Scene) -> list[tuple[str, int]]:
 
 def _summary(tally: Tally, *, seed: int) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in tally.kinds.most_common())
-    steps = ", ".join(f"step {step}: {count}" for step, count in sorted(tally.went_on_from.items()))
+    steps = ", ".join(f"step {step}: {count}" for step, count in sorted(tally.resumed_from.items()))
     return [
         f"corrupt: {tally.rounds} runs damaged (--seed {seed}): {kinds}",
         f"  files read by name: {tally.files}; refused: {tally.refused}; "
-        f"read, and what was saved to the bit: {tally.harmless}; believed and wrong: 0",
-        f"  gone on from the newest whole checkpoint each time ({steps}); tracebacks: 0",
-        "  weights, optimizer state, losses at the end: bit for bit those of the whole run, each time",
+        f"read, and what was saved to the bit: {tally.harmless}; accepted and wrong: 0",
+        f"  resumed from the newest intact checkpoint each time ({steps}); tracebacks: 0",
+        "  weights, optimizer state, losses at the end: bit for bit those of the undamaged run, each time",
     ]
 
 

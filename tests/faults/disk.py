@@ -1,11 +1,11 @@
-"""A full disk at every point of a save: training goes on or ends with one line, and nothing that was saved is lost.
+"""A full disk at every point of a save: training continues or ends with one line, and nothing that was saved is lost.
 
-Two ways. Injected: `open`, `write`, `os.fsync` and `os.replace` are watched, and the one that is named answers
-`ENOSPC`, and with it, in most variants, every write until the next save. True (`--tmpfs`): a small tmpfs in
-a mount namespace of its own is filled in the middle of a save until so and so many bytes are left, once with
-the free space told truly, so that the saves after it are not begun, and once with a disk that claims to have
-room, as one with a quota does, so that every save runs into its end. When there is room again the same command
-must finish the run that never met a full disk, bit for bit, and no half file may be left.
+There are two ways. Injected: `open`, `write`, `os.fsync` and `os.replace` are watched, and the selected call raises
+`ENOSPC`; in most variants every later write until the next save does, too. Real (`--tmpfs`): a small tmpfs in its own
+mount namespace is filled in the middle of a save until N bytes are left. It reports its free space correctly, so that
+Atlas does not begin the saves after it; or it claims to have space, as a disk with a quota does, so that every save
+fails at its end. When there is space again, the same command must finish the run with the same bits as a run that never
+met a full disk, and no partial file may be left.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Point = tuple[str, int]
 
 
 class _WatchedFile:
-    """A file that tells before it is written to."""
+    """A file that calls a function before each write."""
 
     def __init__(self, file: Any, name: str, before: Callable[[str], None]) -> None:
         self._file, self._name, self._before = file, name, before
@@ -127,12 +127,12 @@ class Strike:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# Running into it
+# A full disk
 
 
 @dataclass
 class Tally:
-    """What the full disks came to."""
+    """Counts of the full disks and their results."""
 
     points: Counter[str] = field(default_factory=Counter)
     went_on: int = 0
@@ -152,7 +152,7 @@ def make_run(folder: Path, *, output: Path | None = None, **changed: object) -> 
 
 
 def train(run: Run, *, in_background: bool = False) -> tuple[int, str]:
-    """Exit code of the command line, called in this process, and what it said. What it raises is a bug."""
+    """Exit code of the command line, called in this process, and what it said. An exception from it is a bug."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         setting = f"checkpoint.background={in_background}"
@@ -235,7 +235,8 @@ def _count(tally: Tally, code: int) -> None:
 
 
 def _finish_and_compare(run: Run, whole: Path) -> None:
-    """With room again: what was vouched for is there, the same command finishes, and nothing half is left."""
+    """With space again: checkpoints with a sidecar are there, the same command finishes, and no partial file is
+    left."""
     sound_checkpoints(run.output)
     _expect_an_end(*train(run), codes=(0,))
     if left := sorted(path.name for path in run.output.glob("*.tmp")):
@@ -250,11 +251,11 @@ def _verdict(tally: Tally) -> list[str]:
     ]
 
 
-# A true one
+# A real one
 
 
 def no_tmpfs_because() -> str | None:
-    """Why this machine gives nobody a tmpfs of their own; None if it does."""
+    """Why this machine does not allow a private tmpfs; None if it does."""
     if shutil.which("unshare") is None:
         return "no unshare on this system"
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +269,7 @@ def no_tmpfs_because() -> str | None:
 
 
 def fill_a_tmpfs(folder: Path) -> list[str]:
-    """Do `fill_inside` in a mount namespace with a small tmpfs; what was counted."""
+    """Do `fill_inside` in a mount namespace with a small tmpfs. Return the counts as lines."""
     mount = folder / "small"
     mount.mkdir()
     script = (
@@ -288,7 +289,7 @@ def fill_a_tmpfs(folder: Path) -> list[str]:
 
 
 def fill_inside(folder: Path, disk: Path) -> list[str]:
-    """Fill the file system at `disk` in the middle of a save, so and so many bytes short of full."""
+    """Fill the file system at `disk` in the middle of a save, until a few bytes are left."""
     os.environ["ATLAS_CACHE_DIR"] = str(folder / "cache")
     run = make_run(folder, output=disk / "run")
     _expect_an_end(*train(run), codes=(0,))
@@ -334,7 +335,7 @@ def _fill_once(run: Run, whole: Path, disk: Path, *, left: int, claims_room: boo
         nonlocal begun
         begun += operation == _BEGIN
         if operation == _BEGIN and begun == 3 and claims_room:
-            ballast.unlink()  # and training goes on
+            ballast.unlink()  # and training continues
         if operation == _BEGIN and begun == 2:
             free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
             with open(ballast, "wb") as file:

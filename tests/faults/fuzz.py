@@ -1,14 +1,14 @@
-"""Sound files with a few places changed, read again: what comes out is the file's content, or one line.
+"""Read sound files with a few places changed: the result is the file's content, or one line.
 
-Each reader is tried in the same way by hypothesis (`tests/test_hostile.py`), by random bytes, and where it is
-installed by atheris, which looks for bytes that reach new lines of code:
+Each reader is tested in the same way by hypothesis (`tests/test_hostile.py`), by random bytes, and, if it is installed,
+by atheris, which looks for bytes that reach new lines of code:
 
     python -m tests.faults.fuzz --minutes 5            random bytes, every reader
     python -m tests.faults.fuzz --minutes 5 --atheris  the same, guided (pip install atheris)
     python -m tests.faults.fuzz --by-hand              the attacks of `attacks.py`, in 1 GB more than an empty process
 
-What a stranger's bytes decide is which places change and how, see `Choices`, so that the same bytes make the
-same file everywhere. A failure is printed with its bytes: `--again READER BYTES` repeats it.
+The random bytes decide which places change and how, see `Choices`, so that the same bytes make the same file
+everywhere. A failure is printed with its bytes: `--again READER BYTES` repeats it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _YAML = (
 
 
 class Choices:
-    """Numbers and picks that a run of bytes decides; where they end, the first of everything is picked."""
+    """Numbers and choices that a sequence of bytes decides. After its end, the first choice is always taken."""
 
     def __init__(self, content: bytes) -> None:
         self._rest = iter(content)
@@ -167,7 +167,7 @@ def _old_checkpoint(choices: Choices, folder: Path) -> Path:
 
 
 def _changed_checkpoint(choices: Choices, original: Path, path: Path) -> Path:
-    """The program is changed and the zip made anew, so that no checksum stands before the machine."""
+    """Change the pickle and rebuild the zip, so that no checksum protects the reader of pickles."""
     if choices.below(4) == 3:
         return _written(path, _changed_bytes(choices, original.read_bytes()))
     with zipfile.ZipFile(original) as sound, zipfile.ZipFile(path, "w") as archive:
@@ -251,7 +251,7 @@ def bad_inputs() -> dict[str, int]:
 
 
 def limit_memory(more: int) -> bool:
-    """Let this process take no more than `more` bytes beyond what it has. False where that is not known to work."""
+    """Limit this process to `more` bytes beyond what it has. Return False if that is not known to work here."""
     if not sys.platform.startswith("linux"):
         return False
     import resource
@@ -266,7 +266,7 @@ def limit_memory(more: int) -> bool:
 
 
 def fuzz(reader: str, seconds: float, seed: int) -> Counter[str]:
-    """Random bytes for so long; the counts of what was tried, refused and accepted."""
+    """Read files with random changes for some time. Return the counts of tried, refused and accepted files."""
     source, counts, end = random.Random(f"{seed} {reader}"), Counter[str](), time.monotonic() + seconds
     while time.monotonic() < end:
         content = source.randbytes(_CHOICE_BYTES)
@@ -292,7 +292,7 @@ def _guided(reader: str, seconds: int) -> str:
 def _atheris_here(reader: str, seconds: str) -> None:
     import atheris
 
-    with tempfile.TemporaryDirectory() as folder:  # what is only imported when it is needed, too
+    with tempfile.TemporaryDirectory() as folder:  # with everything that is only imported when needed
         attempt(reader, b"", Path(folder))
     for name, module in list(sys.modules.items()):
         if name.startswith(("atlas.", "yaml.", "zipfile", "pickletools", "json.")):

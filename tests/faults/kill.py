@@ -1,8 +1,8 @@
-"""SIGKILL at random moments and inside saves, the same command started again each time.
+"""SIGKILL at random moments and inside saves; the same command is started again each time.
 
-What must come out is the run that was never killed, bit for bit, and at no moment a checkpoint that is
-vouched for and cannot be read. Real processes are killed, each started anew; between an fsync and the next
-the disk is slowed (`ATLAS_TEST_SLOW_DISK`, in `tests/toy.py`), so that a kill can be aimed between the two.
+The result must be that of a run that was never killed, bit for bit. At no moment may there be a checkpoint with a
+fitting sidecar that cannot be read. Real processes are started and killed. The disk is slowed between one fsync and the
+next (`ATLAS_TEST_SLOW_DISK`, in `tests/toy.py`), so that a kill can be aimed between the two.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Entries = set[tuple[str, int]]
 
 @dataclass
 class Tally:
-    """What the kills came to."""
+    """Counts of the kills and their results."""
 
     kills: int = 0
     inside: Counter[str] = field(default_factory=Counter)
@@ -73,7 +73,8 @@ class Aim:
 
 
 def kill_and_resume(folder: Path, *, rounds: int, steps: int, seed: int, fsync_s: float = 0.01) -> list[str]:
-    """Kill a run `rounds` times, let it finish and compare it with one that was never killed; what was counted."""
+    """Kill a run `rounds` times, let it finish and compare it with one that was never killed. Return the counts as
+    lines."""
     chance = random.Random(seed)
     settings = {
         "model__hidden_size": 96,
@@ -155,7 +156,7 @@ def _kill_at(process: subprocess.Popen[str], run: Run, aim: Aim, before: Entries
 
 
 def _examine(folder: Path, tally: Tally, before: Entries) -> None:
-    """What the kill left: where it struck, and that everything vouched for is there and can be read."""
+    """Check what the kill left: where it hit, and that every checkpoint with a sidecar is there and can be read."""
     if places := _places(_entries(folder), before):
         tally.inside[places[0]] += 1
         if places[0] == BYTES and _size(folder / "atlas_writing.tmp") < max(
@@ -215,7 +216,7 @@ def _size(path: Path) -> int:
 
 
 def _last_logged(run: Run) -> int:
-    """The last step whose line is whole; a kill may have cut the one after it."""
+    """The last step with a complete line; a kill may have cut the next one."""
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return int(json.loads(lines[-1])["step"]) if lines else 0
 

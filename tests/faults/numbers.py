@@ -1,11 +1,11 @@
-"""Numbers gone wrong at random updates, and memory that runs out at random micro-batches.
+"""Bad numbers in random updates, and memory that runs out in random micro-batches.
 
     python -m tests.faults.numbers --rounds 40
     python -m tests.faults.numbers --rounds 40 --memory
 
-A hook on the optimizer or the loss makes them. What must come of it is worked out here, without the guard: a wrong
-update must leave every bit of weights and optimizer state as it was and be logged with its sequences; a run that was
-short of memory must have the losses of one that had enough.
+A hook on the optimizer or the loss causes them. The expected result is computed here, without the guard: a bad update
+must leave every bit of weights and optimizer state as it was, and be logged with its sequences. A run that was short of
+memory must have the losses of one that had enough.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def go_wrong(run: Run, wrong: dict[int, str]) -> None:
         if what == "loss" and run.model.training:
             return loss * float(value)
         if what == "gradient" and run.model.training:
-            # Sound on the way forward; the gradient of one weight is not.
+            # The forward pass is sound; the gradient of one weight is not.
             first = next(run.model.parameters()).view(-1)[3]
             return loss + _Spoil.apply(first, float(value))
         return loss
@@ -96,7 +96,7 @@ class _Spoil(torch.autograd.Function):
 
 
 def wrong_numbers(folder: Path, *, rounds: int, seed: int) -> list[str]:
-    """Random updates are wrong, never five in a row; what was counted."""
+    """Random updates are wrong, never five in a row. Return the counts as lines."""
     chance, made = random.Random(seed), 0
     for number in shown(rounds, "numbers"):
         run = random_trainer(folder / str(number), chance)
@@ -122,7 +122,8 @@ def wrong_numbers(folder: Path, *, rounds: int, seed: int) -> list[str]:
 
 
 def short_memory(folder: Path, *, rounds: int, seed: int) -> list[str]:
-    """An allocator that has room for ever fewer sequences from random micro-batches on; what was counted."""
+    """An allocator with space for fewer and fewer sequences from random micro-batches on. Return the counts as
+    lines."""
     chance, refused = random.Random(seed), 0
     for number in shown(rounds, "memory"):
         place = folder / str(number)

@@ -1,4 +1,4 @@
-"""Every kind of fault in a form of some minutes, and the counts of all of them in one table.
+"""Every kind of fault, for some minutes each, and all counts in one table.
 
 python -m tests.faults.report            many minutes
 python -m tests.faults.report --quick    about two
@@ -22,7 +22,8 @@ Counts = list[str]
 
 
 def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
-    """What is done to Atlas, by name: each takes an empty folder, returns its counts, raises what it finds broken."""
+    """The kinds of faults by name. Each takes an empty folder, returns its counts, and raises if a promise is
+    broken."""
     few = 10 if quick else 40
     return {
         "kills": lambda folder: kill.kill_and_resume(folder, rounds=few, steps=6 * few, seed=seed),
@@ -42,7 +43,7 @@ def _true_full_disk(folder: Path) -> Counts:
 
 
 def heat() -> Counts:
-    """The tests of `guard.max_gpu_temp` with a false NVML, counted by pytest."""
+    """The tests of `guard.max_gpu_temp` with a fake NVML, counted by pytest."""
     tests = Path(__file__).parents[1] / "test_heat.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
@@ -56,7 +57,7 @@ def heat() -> Counts:
 
 
 def hostile_files(*, seconds: float, seed: int) -> Counts:
-    """The attacks made by hand, and sound files with random changes for so long a reader."""
+    """The attacks made by hand, and sound files with random changes, for some time per reader."""
     by_hand = fuzz.bad_inputs()
     changed = {reader: fuzz.fuzz(reader, seconds, seed) for reader in by_hand}
     refused = sum(count["refused"] for count in changed.values())

@@ -1,4 +1,4 @@
-"""What the kinds of faults share: a run to hurt, its process, and what lies on its disk, read without Atlas."""
+"""What all kinds of faults share: a run to damage, its process, and its files, read without Atlas."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PATIENCE_S = 120.0
 
 
 class Broken(Exception):
-    """A promise that was not kept, in one line."""
+    """A broken promise, in one line."""
 
 
 @dataclass
 class Run:
-    """A run in `folder`: its output folder, config file and cache stand side by side, and what its process said."""
+    """A run in `folder`: its output folder, config file and cache are side by side, with the output of its process."""
 
     folder: Path
     output: Path
@@ -46,7 +46,7 @@ class Run:
         return self.folder / "said.txt"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start, or go on with, this run in a process of its own, on one thread."""
+        """Start or resume this run in its own process, on one thread."""
         environment = {
             "OMP_NUM_THREADS": "1",
             "ATLAS_CACHE_DIR": str(self.folder / "cache"),
@@ -57,11 +57,11 @@ class Run:
             return start_process(self.folder / "run.yaml", *arguments, stderr=said, **environment)
 
     def finish(self, *arguments: str) -> str:
-        """Let it run to its end; what it said."""
+        """Let it run to its end. Return its output."""
         return self.wait(self.start(*arguments))
 
     def wait(self, process: subprocess.Popen[str]) -> str:
-        """What a process of this run said until its end."""
+        """Wait for a process of this run. Return its output."""
         if (code := process.wait()) != 0:
             raise Broken(f"exit code {code} where the run should have finished: {self.last_words()}")
         return self.said.read_text(encoding="utf-8")
@@ -96,13 +96,13 @@ def wait_for_progress(process: subprocess.Popen[str], run: Run) -> None:
         time.sleep(0.005)
 
 
-# What lies on the disk, read without a line of Atlas
+# Its files, read without Atlas
 
 
 def sound_checkpoints(folder: Path) -> dict[str, int]:
-    """Step by name of the checkpoints that their sidecars vouch for, every byte compared and every tensor read.
+    """Name → step of the checkpoints that match their sidecars, with every byte compared and every tensor read.
 
-    Raises `Broken` for one that its sidecar denies, or that it vouches for and torch cannot read.
+    Raises `Broken` for one that does not match its sidecar, and for one that matches but torch cannot read.
     """
     steps = {}
     for sidecar in sorted(folder.glob("atlas_*.json")):
@@ -128,7 +128,7 @@ def sound_checkpoints(folder: Path) -> dict[str, int]:
 
 
 def resumed_step(said: str) -> int:
-    """The step from which a process said that it goes on; 0 for a run that starts."""
+    """The step from which a process resumed, by its output; 0 for a new run."""
     found = re.search(r"^resuming .* at step (\d+) of", said, re.M)
     return int(found[1]) if found else 0
 
@@ -149,7 +149,7 @@ def shown(total: int, what: str) -> Iterator[int]:
 
 @contextmanager
 def own_folder(kind: str) -> Iterator[Path]:
-    """A folder for the faults of one command, removed when all went well and kept, and named, when not."""
+    """A folder for the faults of one command, removed if all went well, else kept and named."""
     folder = Path(tempfile.mkdtemp(prefix=f"atlas-{kind}-"))
     try:
         yield folder
@@ -160,7 +160,7 @@ def own_folder(kind: str) -> Iterator[Path]:
 
 
 def command(kind: str, run: Callable[[Path], list[str]]) -> int:
-    """Run one kind of faults, print what it counted; the exit code."""
+    """Run one kind of faults and print its counts. Return the exit code."""
     torch.set_num_threads(1)
     try:
         with own_folder(kind) as folder:

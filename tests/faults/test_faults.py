@@ -1,4 +1,4 @@
-"""Kills, rotten bytes and full disks in a short form; `-m slow` runs the long one. See `tests/faults`."""
+"""Kills, damaged bytes and full disks in a short form; `-m slow` runs the long one. See `tests/faults`."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_a_true_full_disk(tmp_path: Path) -> None:
     fill_a_tmpfs(tmp_path)
 
 
-# What the faults have found, each by itself
+# Bugs that the faults found, one test each
 
 
 class Killed(BaseException):
-    """Ends a run at once, as a kill would: nobody catches it."""
+    """Ends a run immediately, as a kill would: no handler catches it."""
 
 
 def kill_in_the_first_save(folder: Path, operation: str) -> Run:
@@ -131,7 +131,7 @@ def test_lines_that_waited_for_room_are_written_at_the_end(tmp_path: Path) -> No
     assert [line["step"] for line in logged(run.output)] == list(range(1, 9))
 
 
-# That the harness itself would notice
+# The harness itself notices faults
 
 
 def test_a_checkpoint_that_its_sidecar_denies_is_noticed(tmp_path: Path) -> None:
