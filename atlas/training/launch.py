@@ -33,7 +33,7 @@ from atlas.training.devices.device import (
 from atlas.training.devices.gpu_temperature import open_sensor
 from atlas.training.devices.memory import remembered_micro_batch
 from atlas.training.devices.world import ALONE, World
-from atlas.training.logs.run_log import RankLog, RunLog
+from atlas.training.logs.run_log import RunLog
 from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
 from atlas.training.memory.estimate import checkpoint_bytes, memory_of_a_step, snapshot_bytes
@@ -261,7 +261,7 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
 
 
 def _open_log(start: Start, world: World) -> RunLog:
-    log = RunLog(start.folder) if world.is_first else RankLog(start.folder, world.rank)
+    log = RunLog(start.folder, rank=world.rank)
     for note in start.notes:
         log.say(note)
     return log

@@ -37,15 +37,14 @@ class _RunConsole(Console):
 
 class RunLog:
     """The console, `training.log` (which is only appended to) and `metrics.jsonl` of one output folder. `trackers` get
-    the same records as `metrics.jsonl`."""
+    the same records as `metrics.jsonl`. A rank other than the first logs lines to `training.rank-N.log` alone."""
 
-    def __init__(
-        self, folder: Path, *, console: Console | None = None, log_name: str = "training.log"
-    ) -> None:
+    def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.trackers: list[Tracker] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self.console = console or _RunConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.log_path = folder / log_name
+        self._is_first = rank == 0
+        self.console: Console = _RunConsole(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
+        self.log_path = folder / (f"training.rank-{rank}.log" if rank else "training.log")
         self.metrics_path = folder / "metrics.jsonl"
         self._log = _AppendedFile(self.log_path, self._print)
         self._metrics = _AppendedFile(self.metrics_path, self._print)
@@ -90,7 +89,7 @@ class RunLog:
         for tracker in self.trackers:
             tracker.rewind(step)
         self._metrics.write_waiting()
-        if not self.metrics_path.exists():
+        if not self._is_first or not self.metrics_path.exists():
             return
         kept: list[str] = []
         lost: list[str] = []
@@ -205,26 +204,12 @@ class RunLog:
             self._record("sample", {"step": step, "number": number, "prompt": prompt, "text": text})
 
     def _record(self, kind: str, facts: dict[str, Any]) -> None:
+        if not self._is_first:
+            return
         record = finite(facts)
         self._metrics.append(json.dumps({"kind": kind, **record}, ensure_ascii=False))
         for tracker in self.trackers:
             tracker.record(kind, record)
-
-
-class RankLog(RunLog):
-    """The log of a rank that is not the first: lines go to its own file, `training.rank-1.log`, records to none."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        super().__init__(folder, console=Console(quiet=True), log_name=f"training.rank-{rank}.log")
-
-    def rewind(self, step: int) -> None:
-        """Do nothing: the first rank has the metrics."""
-
-    def flush_to_disk(self) -> None:
-        """Do nothing: the first rank has the metrics."""
-
-    def _record(self, kind: str, facts: dict[str, Any]) -> None:
-        """Do nothing: the first rank has the metrics."""
 
 
 class _AppendedFile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,16 +74,11 @@ def _rate_as_tensor(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
 
 
 def _to_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
+    def plain(key: str, value: Any) -> Any:
         return {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
 
-    return {
-        "state": {
-            number: {key: plain(value) for key, value in state.items()}
-            for number, state in state_dict["state"].items()
-        },
-        "param_groups": [{**group, "lr": float(group["lr"])} for group in state_dict["param_groups"]],
-    }
+    groups = [{**group, "lr": float(group["lr"])} for group in state_dict["param_groups"]]
+    return {"state": _converted(state_dict["state"], plain), "param_groups": groups}
 
 
 def _from_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +91,10 @@ def _from_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         qmap = OptimState8bit.zeros((_BLOCK,), signed, _BLOCK, device).qmap
         return OptimState8bit(value["codes"], value["scale"], qmap, signed, torch.float32)
 
+    return {**state_dict, "state": _converted(state_dict["state"], moment)}
+
+
+def _converted(state: dict[int, dict[str, Any]], convert: Callable[[str, Any], Any]) -> dict[int, Any]:
     return {
-        **state_dict,
-        "state": {
-            number: {key: moment(key, value) for key, value in state.items()}
-            for number, state in state_dict["state"].items()
-        },
+        number: {key: convert(key, value) for key, value in entry.items()} for number, entry in state.items()
     }
