@@ -155,9 +155,9 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
     """Random weights, with a vocabulary learnt from made-up words: of 2,048 tokens, as the demo's."""
     from atlas.config.loader import read_yaml, resolve
     from atlas.config.presets import preset_path
+    from atlas.export.save_imported import save_imported
     from atlas.model import build_model
     from atlas.tokenizer import Tokenizer
-    from atlas.training.checkpoint.convert import save_imported
 
     letters = random.Random(0)
     words = ["".join(letters.choices("etaoinshrdlu", k=letters.randint(2, 9))) for _ in range(4000)]

@@ -86,9 +86,7 @@ def saved_optimizer(
     shards = shards_of(source) if source else None
     if "optimizer_state_dict" in contents or shards is None:
         return dict(contents.get("optimizer_state_dict") or {})
-    from atlas.training.checkpoint.shard_format import (
-        read_optimizer,
-    )  # importing PyTorch's part takes half a second
+    from atlas.training.checkpoint.shard_format import read_optimizer  # slow to import
 
     return read_optimizer(shards, optimizer)
 
@@ -98,9 +96,7 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
     shards = shards_of(path)
     if shards is None:
         return read_plain(path, remedy=remedy, without=without)
-    from atlas.training.checkpoint.shard_format import (
-        read_shards,
-    )  # importing PyTorch's part takes half a second
+    from atlas.training.checkpoint.shard_format import read_shards  # slow to import
 
     return read_shards(shards, remedy=remedy, without=without)
 

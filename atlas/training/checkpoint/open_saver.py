@@ -22,8 +22,6 @@ def open_saver(
     before = log.flush_to_disk
     if not sharded:
         return BackgroundSaver(checkpoints, in_background=in_background, before=before, after=after)
-    from atlas.training.checkpoint.shard_saver import (
-        ShardSaver,
-    )  # importing PyTorch's part takes half a second
+    from atlas.training.checkpoint.shard_saver import ShardSaver  # slow to import
 
     return ShardSaver(checkpoints, world, in_background=in_background, before=before, after=after)

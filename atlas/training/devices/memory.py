@@ -101,7 +101,7 @@ def _speed_note(runtime: Runtime) -> Path:
     """The file for the speed, named by everything that decides how fast products are."""
     machine = describe_machine(runtime)
     facts = [machine[key] for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")]
-    return cache_folder() / "speed" / f"{_key(facts)}.json"
+    return _note("speed", facts)
 
 
 def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
@@ -124,8 +124,9 @@ def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
         config.lora.model_dump(mode="json"),
         machine,
     ]
-    return cache_folder() / "micro_batch" / f"{_key(facts)}.json"
+    return _note("micro_batch", facts)
 
 
-def _key(facts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def _note(kind: str, facts: list[Any]) -> Path:
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / kind / f"{key}.json"

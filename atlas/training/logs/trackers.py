@@ -111,28 +111,33 @@ class _Finished(Exception):
     """The thread has nothing left to do."""
 
 
+_OFF = {"tensorboard": "false", "wandb": "off"}
+_EXTRAS = {"tensorboard": "tracking", "wandb": "wandb"}
+
+
+def _wanted(config: TrackingConfig) -> dict[str, str]:
+    """The trackers that the config asks for, with their settings."""
+    asked = {name: str(getattr(config, name)).lower() for name in _OFF}
+    return {name: setting for name, setting in asked.items() if setting != _OFF[name]}
+
+
 def refuse_missing_trackers(config: TrackingConfig) -> None:
     """Raise `AtlasError` for a tracker that the config asks for and that is not installed. Imports nothing."""
-    for name, asked, is_wanted, extra in (
-        ("tensorboard", str(config.tensorboard).lower(), config.tensorboard, "tracking"),
-        ("wandb", config.wandb, config.wandb != "off", "wandb"),
-    ):
-        if is_wanted and importlib.util.find_spec(name) is None:
-            off = "false" if name == "tensorboard" else "off"
+    for name, setting in _wanted(config).items():
+        if importlib.util.find_spec(name) is None:
             raise AtlasError(
-                f"tracking.{name}: {asked}: needs the package {name}: "
-                f'pip install "atlas-llm[{extra}]", or set it to {off}'
+                f"tracking.{name}: {setting}: needs the package {name}: "
+                f'pip install "atlas-llm[{_EXTRAS[name]}]", or set it to {_OFF[name]}'
             )
 
 
 def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
     """The trackers that the config asks for. Each is imported and starts with its first record."""
-    trackers, asked = [], config.tracking
-    if asked.tensorboard:
-        trackers.append(Tracker("tensorboard", TensorBoard(folder / "tensorboard"), say))
-    if asked.wandb != "off":
-        trackers.append(Tracker("wandb", WeightsAndBiases(config, folder), say))
-    return trackers
+    sinks: dict[str, Sink] = {
+        "tensorboard": TensorBoard(folder / "tensorboard"),
+        "wandb": WeightsAndBiases(config, folder),
+    }
+    return [Tracker(name, sinks[name], say) for name in _wanted(config.tracking)]
 
 
 class TensorBoard:
