@@ -150,10 +150,10 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
     if resumes:
         _refuse_other_optimizer(config, contents, source)
-        wished = _explicit_folder(request.explicit)
+        asked_folder = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
         # A file without a sidecar came from elsewhere, so this run does not write to its folder.
-        folder = wished or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
+        folder = asked_folder or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
         if folder.resolve() != source.parent.resolve() and _checkpoint_files(folder):
             raise AtlasError(
                 f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
@@ -238,13 +238,13 @@ def _finetune_folder(
 ) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
     """The folder that fine-tuning writes to, never one that holds another run; the checkpoint to resume from, if the
     same fine-tuning had begun there; and the files to set aside."""
-    wished = _explicit_folder(request.explicit)
-    folder = wished or Path(AtlasConfig().checkpoint.output_dir)
+    asked_folder = _explicit_folder(request.explicit)
+    folder = asked_folder or Path(AtlasConfig().checkpoint.output_dir)
     if request.no_resume:
         return folder, None, _run_files(folder)
     if not _checkpoint_files(folder, own_names_only=True):
         return folder, None, []
-    if wished is None:
+    if asked_folder is None:
         folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
         if not _checkpoint_files(folder):
             return folder, None, []

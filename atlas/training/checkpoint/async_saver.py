@@ -21,6 +21,7 @@ from torch import Tensor
 from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, tensor_bytes
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.pinned import pinned_like
+from atlas.training.logs.run_log import RunLog
 
 _SLOW_DISK = 100e6  # bytes per second
 _LONG_INTERVAL = 20.0  # seconds between saves
@@ -104,18 +105,12 @@ class Pacer:
 class BackgroundSaver:
     """Saves checkpoints, one at a time: each as one file, written from a snapshot.
 
-    With `in_background` false every save is written before `save` returns, directly from the state. `before` is called
-    before each is written, `after` when it is, with the paths, the step and the seconds that it took. A subclass that
-    writes in another way replaces `_prepare`.
+    With `in_background` false every save is written before `save` returns, directly from the state. `log` is flushed
+    before each save is written, and gets an event after it. A subclass that writes in another way replaces `_prepare`.
     """
 
     def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        *,
-        in_background: bool,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[list[Path], int, float], None] = lambda written, step, seconds: None,
+        self, checkpoints: CheckpointManager, *, in_background: bool, log: RunLog | None = None
     ) -> None:
         self.checkpoints = checkpoints
         self.in_background = in_background
@@ -123,7 +118,7 @@ class BackgroundSaver:
         """The paths that the last finished save wrote."""
         self.seconds = self.stall = 0.0
         """How long the last save took to reach the disk, and how long training waited for it."""
-        self._before, self._after = before, after
+        self._log = log
         self._snapshot = Snapshot(checkpoints.say)
         self._pacer = Pacer()
         self._thread: threading.Thread | None = None
@@ -222,10 +217,13 @@ class BackgroundSaver:
         return write
 
     def _write(self, write: Callable[[], list[Path]], step: int) -> None:
-        self._before()
+        if self._log:
+            self._log.flush_to_disk()
         self.written = write()
         self.seconds = time.perf_counter() - self._began
-        self._after(self.written, step, self.seconds)
+        if self._log and self.written:
+            names = [path.name for path in self.written]
+            self._log.event("save", step, names=names, save_seconds=self.seconds)
 
     def _write_or_keep_error(self, write: Callable[[], list[Path]], step: int) -> None:
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.world import World
@@ -14,14 +12,8 @@ def open_saver(
     checkpoints: CheckpointManager, world: World, *, sharded: bool, in_background: bool, log: RunLog
 ) -> BackgroundSaver:
     """The saver of a run: each rank writes its shards, or the first rank writes everything to one file."""
-
-    def after(written: list[Path], step: int, seconds: float) -> None:
-        if written:
-            log.event("save", step, names=[path.name for path in written], save_seconds=seconds)
-
-    before = log.flush_to_disk
     if not sharded:
-        return BackgroundSaver(checkpoints, in_background=in_background, before=before, after=after)
+        return BackgroundSaver(checkpoints, in_background=in_background, log=log)
     from atlas.training.checkpoint.shard_saver import ShardSaver  # slow to import
 
-    return ShardSaver(checkpoints, world, in_background=in_background, before=before, after=after)
+    return ShardSaver(checkpoints, world, in_background=in_background, log=log)

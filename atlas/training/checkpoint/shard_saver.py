@@ -23,6 +23,7 @@ from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import STATE_FILE, FileEntry
 from atlas.training.checkpoint.shard_format import split
 from atlas.training.devices.world import World, has_joined
+from atlas.training.logs.run_log import RunLog
 
 # One process may save and read shards, too, and PyTorch need not warn each time that there are no others.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -37,15 +38,9 @@ class ShardSaver(BackgroundSaver):
     _needs_other_ranks = True
 
     def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        world: World,
-        *,
-        in_background: bool,
-        before: Callable[[], None],
-        after: Callable[[list[Path], int, float], None],
+        self, checkpoints: CheckpointManager, world: World, *, in_background: bool, log: RunLog
     ) -> None:
-        super().__init__(checkpoints, in_background=in_background, before=before, after=after)
+        super().__init__(checkpoints, in_background=in_background, log=log)
         self._world = world
         # A group of their own keeps the messages of the saving threads apart from those of the training threads.
         timeout = timedelta(seconds=world.timeout)

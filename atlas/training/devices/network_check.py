@@ -177,7 +177,7 @@ def _refusal(rank: int | str, size: int | str, backend: str, reason: str) -> Atl
         )
     return AtlasError(
         f"rank {rank} of {size} on {socket.gethostname()}: {reason}: {first}; a firewall must let the ranks' "
-        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> takes one; "
+        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> selects one; "
         f"here: {', '.join(_interfaces())}"
     )
 
