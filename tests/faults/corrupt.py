@@ -113,12 +113,12 @@ class Scene:
 
     @property
     def checkpoints(self) -> list[str]:
-        return sorted(name for name in self.whole if name.endswith(".pt"))
+        return sorted(name for name in self.intact if name.endswith(".pt"))
 
     def restore(self) -> None:
         shutil.rmtree(self.run.output)
         self.run.output.mkdir()
-        for name, data in self.whole.items():
+        for name, data in self.intact.items():
             (self.run.output / name).write_bytes(data)
 
 
@@ -172,15 +172,15 @@ def _make_scene(folder: Path) -> Scene:
     with contextlib.redirect_stderr(io.StringIO()):
         assert train(stopped).outcome == "interrupted"
     stopped.lock.release()
-    whole = {path.name: path.read_bytes() for path in run.output.iterdir()}
+    intact = {path.name: path.read_bytes() for path in run.output.iterdir()}
     contents = [load_checkpoint(path) for path in sorted(run.output.glob("*.pt"))]
     code, said = _atlas_train(run)
     if code != 0:
-        raise Broken(f"the whole run does not go on: {said}")
+        raise Broken(f"the undamaged run does not resume: {said}")
     ended = folder / "ended"
     run.output.rename(ended)
     run.output.mkdir()
-    return Scene(run, whole, contents, ended)
+    return Scene(run, intact, contents, ended)
 
 
 def _atlas_train(run: Run) -> tuple[int, str]:
