@@ -1,4 +1,4 @@
-"""Hours given: the schedule is planned once to end inside them, kept on resume, and the end is in time."""
+"""Given hours: the schedule is planned once to end within them and kept on resume, and the run ends in time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FakeTime:
     at_the_end=st.floats(0, 20),
     before=st.floats(0, 10),
 )
-def test_a_planned_run_ends_in_time_if_updates_take_what_they_took(
+def test_a_planned_run_ends_in_time_if_the_speed_stays(
     hours: float, seconds_per_update: float, extra: float, at_the_end: float, before: float
 ) -> None:
     fake = FakeTime()
@@ -87,20 +87,20 @@ def test_max_hours_plans_the_schedule_and_a_resumed_run_keeps_the_plan(
     assert result.outcome in (
         "finished",
         "stopped in time",
-    )  # in time, where this machine was slower than measured
+    )  # in time, if this machine was slower than measured
     planned = run.state.horizon
     assert planned < NO_LIMIT
     assert f"planned to end at step {planned:,}" in (tmp_path / "run" / "training.log").read_text()
     assert load_checkpoint(tmp_path / "run" / f"atlas_step_{result.step}.pt")["horizon"] == planned
     if result.outcome == "finished":
         rates = [line["learning_rate"] for line in logged(tmp_path / "run")]
-        assert rates[-1] < 0.11 * max(rates)  # the cosine has come to its end
+        assert rates[-1] < 0.11 * max(rates)  # the cosine has reached its end
     again = run_for(explicit)
     assert again.state.horizon == planned
     assert again.state.seconds > 1
 
 
-def test_a_machine_that_turns_slow_ends_in_time_all_the_same(tmp_path: Path, text_file: Path) -> None:
+def test_a_run_ends_in_time_on_a_machine_that_gets_slower(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file, training__max_hours=2 / 3600, training__max_steps=100_000)
     run = run_for(explicit)
     total = run.log.total

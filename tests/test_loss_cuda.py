@@ -1,4 +1,4 @@
-"""The loss for CUDA, compared on a CPU with one over all logits: its arithmetic is the same there."""
+"""The loss for CUDA, run on a CPU and compared with the loss of all logits: its arithmetic is the same there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def head(rows: int, vocabulary: int, width: int = 48) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a table padded with zeros to a multiple of 64, and targets, some of which do not count."""
+    """Hidden states, a table padded with zeros to a multiple of 64 rows, and targets, some of which do not count."""
     torch.manual_seed(rows + vocabulary)
     padded = -(-vocabulary // 64) * 64
     hidden, table = torch.randn(rows, width), torch.randn(padded, width) / 4
@@ -61,7 +61,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 @pytest.fixture(params=["compiled", "eager"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The kernel runs without being compiled; a slow test runs it compiled."""
+    """Run the kernel for the compiler without compiling it. A slow test compiles it."""
     monkeypatch.setattr(loss_cuda, "_compiled_kernel", lambda: softmax_gradient_)
     return bool(request.param == "compiled")
 
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     found = gradients(on_cuda(vocabulary, dtype, compiled=compiled), hidden, table, targets)
     right = gradients(expected(vocabulary, dtype), hidden, table, targets)
     assert float(found[0]) == pytest.approx(float(right[0]), rel=1e-6, abs=1e-5)
-    if vocabulary > 1:  # of one token the loss is 0, whatever goes in
+    if vocabulary > 1:  # with one token the loss is always 0
         assert relative(found[1], right[1]) < off
         assert relative(found[2], right[2]) < off
     assert float(found[2][vocabulary:].abs().sum()) == 0
@@ -99,7 +99,7 @@ def test_rows_that_do_not_count_add_nothing(compiled: bool) -> None:
 
 
 def test_a_table_that_is_frozen_gets_no_gradient(compiled: bool) -> None:
-    """Low-rank updates train the hidden states alone; an evaluation nothing."""
+    """Low-rank updates train the hidden states alone; an evaluation trains nothing."""
     hidden, table, targets = head(40, 100)
     loss = on_cuda(100, torch.float32, compiled=compiled)
     right = gradients(loss, hidden, table, targets)
@@ -134,8 +134,8 @@ def test_both_kernels_leave_the_same_gradient() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_the_compiler_makes_of_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the CPU's compiler, in chunks of two sizes, for which it compiles once."""
+def test_the_compiled_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's compiler, in chunks of two sizes, for which it compiles once."""
     hidden, table, targets = head(101, 1000)
     monkeypatch.setattr(loss_cuda, "CUDA_LOSS_BYTES", len(table) * dtype.itemsize * 101 // 4)
     torch._dynamo.reset()

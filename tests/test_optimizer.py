@@ -1,4 +1,4 @@
-"""Each optimizer against another implementation, and what all must keep: sound weights, the same bits, their size."""
+"""Each optimizer against another implementation, and what all promise: sound weights, the same bits, their size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WIDENING = 768 / 32  # of the fixtures' width
 
 @pytest.fixture
 def model(tiny_config: ModelConfig) -> AtlasLM:
-    """As a run begins: the norms' gains are 1."""
+    """A model as a run begins with: the norms' gains are 1."""
     return build_model(tiny_config, seed=0)
 
 
@@ -68,8 +68,8 @@ def random_gradients(model: AtlasLM, count: int) -> list[dict[str, Tensor]]:
 # Against something else.
 
 
-def test_muon_moves_each_matrix_of_a_block_along_u_vt(model: AtlasLM) -> None:
-    """The first step: U Vᵀ of the gradient U S Vᵀ, taken from its singular value decomposition; q, k and v apart."""
+def test_muon_updates_each_matrix_of_a_block_by_u_vt(model: AtlasLM) -> None:
+    """The first step: U Vᵀ of the gradient U S Vᵀ, from its singular value decomposition, separately for q, k and v."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (gradient,) = gradients = random_gradients(model, 1)
     gradient["blocks.0.attention.qkv.weight"][:1] *= 100  # of q alone: it must not touch k and v
@@ -93,8 +93,8 @@ def test_muon_moves_each_matrix_of_a_block_along_u_vt(model: AtlasLM) -> None:
     assert checked == 6 * len(model.blocks)
 
 
-def test_muon_is_pytorch_s_own_but_for_its_rounding(model: AtlasLM) -> None:
-    """`torch.optim.Muon` orthogonalises in bf16, and takes q, k and v for one matrix."""
+def test_muon_is_pytorchs_own_except_for_rounding(model: AtlasLM) -> None:
+    """`torch.optim.Muon` orthogonalises in bf16, and treats q, k and v as one matrix."""
     gradients = random_gradients(model, 5)
     names = [name for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
     names = [name for name in names if "qkv" not in name]
@@ -126,7 +126,8 @@ def test_muon_leaves_the_rest_to_adamw(tiny_config: ModelConfig) -> None:
 
 
 def test_adafactor_is_the_one_of_transformers(model: AtlasLM) -> None:
-    """Theirs without scaling by the weights: a rate is a rate. Padding rows, without a gradient, stay zero."""
+    """Theirs without scaling by the weights, so that rates are absolute. Padding rows, without a gradient, stay
+    zero."""
     reference = pytest.importorskip("transformers.optimization").Adafactor
     theirs = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -169,7 +170,7 @@ def test_a_rate_means_the_same_for_low_rank_updates(name: str, model: AtlasLM) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rate_means_the_same(name: str, model: AtlasLM) -> None:
-    """The root mean square of what a step moves a parameter by, in units of the rate; of Muon's tables, of theirs."""
+    """The root mean square of a parameter's update, in units of the rate; for Muon's tables, in units of their rate."""
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     config = TrainingConfig(optimizer=name, learning_rate=RATE, weight_decay=0)
     stepped(model, config, random_gradients(model, 1))
@@ -192,7 +193,7 @@ def test_matrices_decay_and_the_rest_does_not(name: str, model: AtlasLM) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns(name: str, tmp_path: Path, text_file: Path) -> None:
+def test_it_trains(name: str, tmp_path: Path, text_file: Path) -> None:
     trained(layer(tmp_path / "run", text_file, training__optimizer=name, training__max_steps=40))
     losses = [line["loss"] for line in logged(tmp_path / "run")]
     assert losses[-1] < losses[0] - 1
@@ -200,7 +201,7 @@ def test_it_learns(name: str, tmp_path: Path, text_file: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_moves_nothing(
+def test_a_gradient_that_is_not_finite_changes_nothing(
     name: str, bad: float, tmp_path: Path, text_file: Path
 ) -> None:
     run = run_for(layer(tmp_path / "run", text_file, training__optimizer=name))
@@ -229,7 +230,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, text_file: P
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_its_state_takes_what_was_planned(name: str, tied: bool, tmp_path: Path, text_file: Path) -> None:
+def test_its_state_needs_what_was_planned(name: str, tied: bool, tmp_path: Path, text_file: Path) -> None:
     run, _ = trained(layer(tmp_path / "run", text_file, training__optimizer=name, model__tie_embeddings=tied))
     kept = run.optimizer.state_dict()["state"]
     steps = sum(tensor_bytes(state["step"]) for state in kept.values() if "step" in state)
@@ -259,7 +260,7 @@ def test_state_of_another_shape_is_refused(name: str, model: AtlasLM) -> None:
 # Going on with another one.
 
 
-def test_another_optimizer_s_checkpoint_is_refused_and_nothing_changes(
+def test_another_optimizers_checkpoint_is_refused_and_nothing_changes(
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = layer(tmp_path / "run", text_file)
@@ -272,7 +273,7 @@ def test_another_optimizer_s_checkpoint_is_refused_and_nothing_changes(
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_is_adamw_s(tmp_path: Path, text_file: Path) -> None:
+def test_a_checkpoint_without_an_optimizer_setting_is_adamws(tmp_path: Path, text_file: Path) -> None:
     explicit = layer(tmp_path / "run", text_file)
     trained(explicit)
     contents = load_checkpoint(tmp_path / "run" / "atlas_step_6.pt")
@@ -303,7 +304,7 @@ def in_8_bits(folder: Path, text: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_8_bits_resume_with_the_same_bits_learn_and_take_what_was_planned(
+def test_8_bits_resume_with_the_same_bits_train_and_need_what_was_planned(
     torchao: object, tmp_path: Path, text_file: Path
 ) -> None:
     """One test, since each process compiles the step for minutes."""
@@ -337,7 +338,7 @@ def test_8_bits_resume_with_the_same_bits_learn_and_take_what_was_planned(
             check_optimizer_state(run.optimizer, {**state, "state": changed})
 
 
-def test_8_bits_without_torchao_or_a_compiler_are_refused_in_a_line(
+def test_8_bits_without_torchao_or_a_compiler_are_refused_in_one_line(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)

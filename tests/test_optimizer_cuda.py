@@ -1,4 +1,4 @@
-"""What Muon and Adafactor do differently on a GPU: the same numbers, in fewer operators and without waits."""
+"""Muon and Adafactor on a GPU: the same numbers as on a CPU, in fewer operators and without waits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.runs import REPOSITORY
 from tests.test_optimizer import RATE, random_gradients, stepped
 
 
-def test_adafactor_without_waits_is_pytorch_s(tiny_config: ModelConfig) -> None:
-    """Ten steps: weights and state to 1e-6, the same keys, and either loads what the other has saved."""
+def test_adafactor_without_waits_is_pytorchs(tiny_config: ModelConfig) -> None:
+    """Ten steps: weights and state to 1e-6, the same keys, and each loads what the other has saved."""
     model, theirs = (build_model(tiny_config, seed=0) for _ in range(2))
     gradients = random_gradients(model, 10)
     config = TrainingConfig(optimizer="adafactor", learning_rate=RATE, weight_decay=0.5)
@@ -29,7 +29,7 @@ def test_adafactor_without_waits_is_pytorch_s(tiny_config: ModelConfig) -> None:
     assert type(reference) is torch.optim.Adafactor
     optimizer = AdafactorWithoutWaits(build_optimizer(model, config).param_groups)
     for number, gradient in enumerate(gradients):
-        if number == 5:  # as a run that is resumed
+        if number == 5:  # as in a resumed run
             state = copy.deepcopy(optimizer.state_dict())
             optimizer = AdafactorWithoutWaits(build_optimizer(model, config).param_groups)
             optimizer.load_state_dict(state)
@@ -47,8 +47,8 @@ def test_adafactor_without_waits_is_pytorch_s(tiny_config: ModelConfig) -> None:
     check_optimizer_state(build_optimizer(model, config), optimizer.state_dict())
 
 
-def test_matrices_that_muon_stacks_move_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few shapes and with many: keys that are narrower than queries, gates beside values."""
+def test_matrices_that_muon_stacks_are_updated_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few shapes and with many, such as keys narrower than queries, and gates beside values."""
     shape = ModelConfig(
         hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp="swiglu", vocab_size=50, max_seq_len=8
     )
@@ -90,8 +90,8 @@ print(operators.count)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_on_cuda_muon_takes_as_many_operators_in_a_deep_model_as_in_a_shallow_one() -> None:
-    """30 for each of four shapes, and AdamW's for the rest; one matrix after the other would take over 1,000."""
+def test_on_cuda_muon_needs_as_many_operators_in_a_deep_model_as_in_a_shallow_one() -> None:
+    """30 for each of four shapes, and AdamW's for the rest; one matrix after the other would need over 1,000."""
     command = [sys.executable, "-c", ON_FAKE_CUDA]
     done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert int(done.stdout) <= 130
