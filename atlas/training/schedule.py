@@ -69,11 +69,11 @@ class RunClock:
         self._started = self._update_began = self._clock()
 
     def update_begins(self) -> None:
-        """Start to time an update."""
+        """Start timing an update."""
         self._update_began = self._clock()
 
     def update_ends(self) -> None:
-        """Stop to time an update."""
+        """Finish timing an update."""
         self._updates.append(self._clock() - self._update_began)
 
     @property

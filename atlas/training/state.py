@@ -93,7 +93,7 @@ class TrainState:
     rollbacks: int = 0
     """Rollbacks since the run last got past step `trouble_at`."""
     trouble_at: int = 0
-    """The last step that a rollback left."""
+    """The latest step from which the run was rolled back."""
     went_back_to: int = 0
     """The step that the last rollback returned to."""
     rate_scale: float = 1.0

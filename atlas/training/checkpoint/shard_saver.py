@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class ShardSaver(BackgroundSaver):
-    """Saves sharded checkpoints, one at a time; every rank must call `save`, `join` and `last_good`.
+    """Saves sharded checkpoints, one at a time; every rank must call `save`.
 
     With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
