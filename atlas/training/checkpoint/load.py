@@ -13,13 +13,7 @@ from atlas.config import LoraConfig
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
-from atlas.training.checkpoint.manifest import (
-    Manifest,
-    checkpoint_size,
-    read_manifest,
-    shards_of,
-    sidecar_of,
-)
+from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
 from atlas.training.checkpoint.validate import check_zip, read_plain, refuse_first_version
 
 

@@ -29,13 +29,7 @@ from atlas.training.checkpoint.atomic_write import (
 )
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_name, kind_of, list_checkpoints
-from atlas.training.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    shards_of,
-    sidecar_of,
-    write_manifest,
-)
+from atlas.training.checkpoint.manifest import FileEntry, Manifest, shards_of, sidecar_of, write_manifest
 from atlas.training.checkpoint.retention import (
     RESUMABLE,
     drop_optimizer_state,
