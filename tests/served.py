@@ -18,7 +18,7 @@ from atlas.serving.engine import Engine
 from atlas.serving.server import Server, listen
 from atlas.serving.text import Backend
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import CHAT_FORM
+from atlas.tokenizer.chat import CHAT_FORMAT
 from tests.conftest import corpus
 
 
@@ -32,7 +32,7 @@ def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
-    facts = {"step": 7, "data": {"chat_form": CHAT_FORM if chat else None}}
+    facts = {"step": 7, "data": {"chat_form": CHAT_FORMAT if chat else None}}
     return LoadedModel(model.eval(), tokenizer, AtlasConfig(model=shape), Path("random.pt"), facts)
 
 

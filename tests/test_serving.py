@@ -22,7 +22,7 @@ from atlas.inference.text import stream_text
 from atlas.serving import server as server_module
 from atlas.serving.dispatcher import Rules
 from atlas.serving.engine import Engine
-from atlas.tokenizer.chat import Message, encode_question
+from atlas.tokenizer.chat import Message, encode_prompt
 from tests.served import random_model, served, served_model, until
 
 PROMPTS = [
@@ -207,7 +207,7 @@ def test_chat_answers_in_the_models_form(client: openai.OpenAI, loaded: LoadedMo
     assert answer.choices[0].message.content == written(loaded, asked, max_tokens=20, temperature=0.0)
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(encode_question(asked, loaded.tokenizer))
+    assert answer.usage.prompt_tokens == len(encode_prompt(asked, loaded.tokenizer))
 
 
 def test_chat_goes_on_with_the_answer_as_it_came() -> None:

@@ -1,14 +1,14 @@
-"""A prepared dataset: a folder of token shards, and `dataset.json`, which says what they are.
+"""A prepared dataset: a folder of token shards, and `dataset.json`, which describes them.
 
-    train-00000.npy       tokens, uint16 or uint32, memory-mapped and never loaded whole
-    train-00000.docs.npy  where the documents that begin in that shard begin, counted from the split's
-                          first token (int64)
+    train-00000.npy       tokens, uint16 or uint32, memory-mapped and never loaded completely
+    train-00000.docs.npy  the places where documents begin in that shard, counted from the split's first
+                          token (int64)
     val-00000.npy …       the same for validation, if there is any
-    tokenizer.json        the tokenizer, where it is a BPE of one's own
+    tokenizer.json        the tokenizer, if it is a BPE that Atlas trained
     dataset.json          written last: format version, tokenizer, counts, sha256 of every file, options
 
-A split is its shards one after the other; a document may run over from one shard to the next. Each ends
-with the tokenizer's end-of-text id.
+A split is its shards one after the other. A document may continue in the next shard. Each document ends with the
+tokenizer's end-of-text id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import AtlasError, DataError
-from atlas.files import check_regular, read_limited, sha256_of
+from atlas.files import check_regular, flush_to_disk, read_limited, sha256_of
 from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 FORMAT_VERSION = 2
@@ -39,8 +38,8 @@ MAX_TOKENS = 2**48
 _LARGEST_MANIFEST = 64 << 20
 _CHECK_TOKENS = 2**24
 _CHECKED_WHEN_OPENED = 2**26
-"""Tokens of a split up to which every id is looked at when it is opened; of a larger one, as it is read."""
-_WINDOW = 2**16  # tokens; longer reads follow each other
+"""Every id of a split up to this number of tokens is checked when it is opened; of a larger one, when it is read."""
+_WINDOW = 2**16  # tokens; longer reads are sequential
 
 Split = str
 """`train` or `val`."""
@@ -57,15 +56,16 @@ class ShardRecord(BaseModel):
     documents: int = Field(ge=0, le=MAX_TOKENS)
     documents_sha256: str
     largest_id: int | None = None
-    """Not known in format version 1."""
+    """Missing in format version 1."""
 
     @property
     def documents_file(self) -> str:
+        """Name of the file of document offsets."""
         return self.file.removesuffix(".npy") + ".docs.npy"
 
 
 class SplitRecord(BaseModel):
-    """What a split holds; `bytes` are those of its text in UTF-8."""
+    """What a split holds. `bytes` are those of its text in UTF-8."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -76,7 +76,7 @@ class SplitRecord(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """What a cleaning step did: documents that it changed or removed, by how many characters there are fewer."""
+    """What a cleaning step did: the number of documents it changed or removed, and of characters it removed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -99,21 +99,21 @@ class Manifest(BaseModel):
     source: dict[str, Any]
     notes: list[str]
     cleaning: dict[str, StepRecord] = {}
-    """By the steps that were taken."""
+    """For each step that was taken."""
 
     def write(self, folder: Path) -> None:
+        """Write `dataset.json`, through to the disk."""
         with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
 
 
 @dataclass
 class TokenStream:
     """The tokens of a split as one array, read from its shards by memory map.
 
-    It may be handed to another process, which maps the files itself, and read by several threads: two that map a
-    shard at once map it twice, and one of the maps is forgotten.
+    It can be sent to another process, which maps the files itself, and be read by several threads: if two map a shard
+    at the same time, one of the maps is dropped.
     """
 
     folder: Path
@@ -121,9 +121,9 @@ class TokenStream:
     dtype: str
     eos_id: int
     name: str
-    """What the user calls it: the dataset's folder, or the text that was prepared into a cache."""
+    """Its name for the user: the dataset's folder, or the text that was prepared into a cache."""
     vocab_size: int = 2**32
-    """What is read is checked against it."""
+    """Ids that are read must be below it."""
     _ends: list[int] = field(init=False, repr=False)
     _maps: dict[tuple[int, bool], NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
@@ -132,19 +132,21 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens."""
         return self.record.tokens
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of text in UTF-8 that the tokens stand for."""
+        """Bytes of the tokens' text in UTF-8."""
         return self.record.bytes
 
     @property
     def num_documents(self) -> int:
+        """Number of documents that begin in the split."""
         return self.record.documents
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens `start` to `stop`, in the shards' dtype. Raises `DataError` for an id that no token has."""
+        """Tokens `start` to `stop`, in the shards' dtype. Raises `DataError` for an id outside the vocabulary."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         parts, is_window = [], stop - start < _WINDOW
@@ -160,8 +162,7 @@ class TokenStream:
         return tokens
 
     def check_ids(self) -> None:
-        """Compare the largest id with the vocabulary: the recorded ones, and of a split that is read in a moment
-        every one; those of a larger split are looked at as they are read. Raises `DataError`."""
+        """Compare the largest recorded ids with the vocabulary, and in a small split every id. Raises `DataError`."""
         largest = max((shard.largest_id or 0 for shard in self.record.shards), default=0)
         if largest >= self.vocab_size:
             raise self._wrong_id(largest)
@@ -177,7 +178,7 @@ class TokenStream:
         )
 
     def document_starts(self) -> NDArray[np.int64]:
-        """Where each document begins. (A split cut out of one document begins in its middle.)"""
+        """The place where each document begins. (A split cut out of one document begins in its middle.)"""
         files = [self.folder / shard.documents_file for shard in self.record.shards]
         starts = [np.load(file, allow_pickle=False) for file in files]
         return np.concatenate(starts) if starts else np.empty(0, np.int64)
@@ -188,7 +189,7 @@ class TokenStream:
             yield self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
     def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
-        """`at_random`: without the system's reading ahead, which takes longer than the window that is wanted."""
+        """Map a shard. `at_random` turns off the system's read-ahead, which takes longer than reading a window."""
         if (shard, at_random) not in self._maps:
             path = self.folder / self.record.shards[shard].file
             mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -198,7 +199,7 @@ class TokenStream:
         return self._maps[shard, at_random]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a pickled memory map would carry the whole file
+        return self.__dict__ | {"_maps": {}}  # a pickled memory map would contain the complete file
 
 
 @dataclass(frozen=True)
@@ -211,37 +212,44 @@ class PreparedDataset:
 
     @property
     def tokenizer_fingerprint(self) -> str:
+        """sha256 that identifies the tokenizer."""
         return str(self.tokenizer_state["fingerprint"])
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that names what is trained on: the training shards and their tokenizer.
+        """sha256 that identifies the training data: the training shards and their tokenizer.
 
-        Validation is not in it: a run stays the same run when it is judged by other text.
+        Validation data is not part of it: a run that is evaluated on other text stays the same run.
         """
         train = self.manifest.splits["train"]
         identity = [self.tokenizer_fingerprint, *(shard.sha256 for shard in train.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the dataset was made with; `AtlasError` if that is custom code."""
+        """The tokenizer of the dataset. Raises `DataError` if that is custom code."""
         try:
             return Tokenizer.from_state(self.tokenizer_state)
         except AtlasError as error:
             raise DataError(f"{self.folder}: {error}") from None
 
+    @property
+    def train(self) -> TokenStream:
+        """The tokens of the training split, which every dataset has."""
+        stream = self.split("train")
+        assert stream is not None
+        return stream
+
     def split(self, name: Split) -> TokenStream | None:
-        """The tokens of `train` or `val`; None where there are none."""
+        """The tokens of `train` or `val`; None if there are none."""
         record = self.manifest.splits.get(name)
         if record is None:
             return None
         eos_id, vocab_size = (int(self.tokenizer_state[key]) for key in ("eos_id", "vocab_size"))
-        return TokenStream(
-            self.folder, record, self.manifest.dtype, eos_id, name=str(self.folder), vocab_size=vocab_size
-        )
+        return TokenStream(self.folder, record, self.manifest.dtype, eos_id, str(self.folder), vocab_size)
 
 
 def is_prepared(folder: str | Path) -> bool:
+    """Whether a folder is a prepared dataset, as far as its names show."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -250,8 +258,8 @@ def open_dataset(
 ) -> PreparedDataset:
     """Open a prepared folder and check it: manifest, files, sizes, types, largest id.
 
-    `verify` also compares every file's sha256, and tells `advance` how many bytes more it has read. Raises
-    `AtlasError` naming the file that is wrong.
+    `verify` also compares every file's sha256; `advance` then receives the number of bytes read. Raises `DataError`
+    with the name of the wrong file.
     """
     folder = Path(folder)
     manifest = read_manifest(folder / MANIFEST)
@@ -264,22 +272,25 @@ def open_dataset(
             raise DataError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
     for record in manifest.splits.values():
         for shard in record.shards:
-            _check_file(folder / shard.file, np.dtype(manifest.dtype), shard.tokens)
-            _check_file(folder / shard.documents_file, np.dtype("<i8"), shard.documents)
-            if verify:
-                _check_sha256(folder / shard.file, shard.sha256, advance)
-                _check_sha256(folder / shard.documents_file, shard.documents_sha256, advance)
+            for name, dtype, count, sha256 in (
+                (shard.file, manifest.dtype, shard.tokens, shard.sha256),
+                (shard.documents_file, "<i8", shard.documents, shard.documents_sha256),
+            ):
+                path = folder / name
+                _check_file(path, np.dtype(dtype), count)
+                if verify and sha256_of(path, advance) != sha256:
+                    raise DataError(
+                        f"{path}: its content changed since it was prepared; prepare the dataset again"
+                    )
     dataset = PreparedDataset(folder, manifest, state)
-    for name in manifest.splits:
-        stream = dataset.split(name)
-        assert stream is not None
+    for stream in filter(None, map(dataset.split, manifest.splits)):
         stream.check_ids()
-        _check_document_starts(dataset, name)
+        _check_document_starts(stream)
     return dataset
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A `dataset.json`, checked in itself. Raises `DataError` if it is missing, damaged or of another version."""
+    """Read and check a `dataset.json`. Raises `DataError` if it is missing, damaged or of another version."""
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:
@@ -309,7 +320,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What the manifest says that cannot be true."""
+    """The first statement of a manifest that cannot be true, or None."""
     tokenizer = manifest.tokenizer
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
@@ -335,7 +346,7 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else uint32; little-endian on every machine."""
+    """uint16 if every id fits, else uint32; little-endian on every machine."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
@@ -368,20 +379,13 @@ def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _check_sha256(path: Path, expected: str, advance: Callable[[int], None]) -> None:
-    if sha256_of(path, advance) != expected:
-        raise DataError(f"{path}: its content changed since it was prepared; prepare the dataset again")
-
-
-def _check_document_starts(dataset: PreparedDataset, name: Split) -> None:
-    """Each shard's begin inside it, one after the other."""
+def _check_document_starts(stream: TokenStream) -> None:
+    """Refuse starts of documents that are not ascending or not inside their shard."""
     end = 0
-    for shard in dataset.manifest.splits[name].shards:
-        path = dataset.folder / shard.documents_file
+    for shard in stream.record.shards:
+        path = stream.folder / shard.documents_file
         last, end = end - 1, end + shard.tokens
-        starts = (
-            np.load(path, mmap_mode="r", allow_pickle=False) if shard.documents else np.empty(0, np.int64)
-        )
+        starts = np.load(path, mmap_mode="r", allow_pickle=False)
         for place in range(0, len(starts), _CHECK_TOKENS):
             piece = starts[place : place + _CHECK_TOKENS]
             if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():

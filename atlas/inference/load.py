@@ -21,7 +21,7 @@ from atlas.inference.text import stream_text
 from atlas.model import AtlasLM
 from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import CHAT_FORM, CHAT_TEMPLATE, Message
+from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE, Message
 from atlas.training.checkpoint.load import load_checkpoint, load_weights
 from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.devices.device import choose_device, choose_weights_dtype
@@ -48,7 +48,7 @@ class LoadedModel:
     @property
     def learnt_to_answer(self) -> bool:
         """Whether it was trained on conversations in Atlas's own form."""
-        return bool(self.facts["data"].get("chat_form") == CHAT_FORM)
+        return bool(self.facts["data"].get("chat_form") == CHAT_FORMAT)
 
     @property
     def chat_template(self) -> str | None:

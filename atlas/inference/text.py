@@ -12,7 +12,7 @@ from atlas.inference.generate import generate
 from atlas.inference.sampling import Sampling, row_generators
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import Message, encode_question
+from atlas.tokenizer.chat import Message, encode_prompt
 
 Prompt = str | Sequence[Message]
 """Text to continue, or a conversation to answer."""
@@ -149,4 +149,4 @@ def stream_ids(
 def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt) or [tokenizer.eos_id]
-    return encode_question(prompt, tokenizer)
+    return encode_prompt(prompt, tokenizer)

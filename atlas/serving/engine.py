@@ -25,7 +25,7 @@ from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream
 from atlas.model import KVCache, long_tensor
 from atlas.serving.text import Busy, Candidate, Generation, Piece, Send
-from atlas.tokenizer.chat import Message, encode_question
+from atlas.tokenizer.chat import Message, encode_prompt
 
 PREFILL_TOKENS = 1024
 """Padded positions of prompts that are read between two steps: who is being written waits for them."""
@@ -71,7 +71,7 @@ class Engine:
                 f"{self.id} did not learn from conversations in Atlas's form: ask /v1/completions, fine-tune it on "
                 "JSONL rows with messages (atlas train --init-from); an imported chat model answers from --gguf"
             )
-        return encode_question(messages, self.loaded.tokenizer)
+        return encode_prompt(messages, self.loaded.tokenizer)
 
     def token_bytes(self, token: int) -> bytes:
         return self.loaded.tokenizer.token_bytes(token)

@@ -1,12 +1,12 @@
-"""The form of a conversation, which is Zephyr's: it needs no token but the end of text.
+"""The template of a conversation, which is Zephyr's. It needs no special token besides the end of text.
 
     <|user|>
     Who are you?<|endoftext|>
     <|assistant|>
     A small model.<|endoftext|>
 
-The names of the roles are plain text. Who writes to a model in this form ends with `<|assistant|>` and a new line, and
-the model with the end of text.
+The names of the roles are plain text. A prompt ends with `<|assistant|>` and a new line, an answer with the end of
+text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from atlas.tokenizer.base import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
-CHAT_FORM = "zephyr"
-"""What checkpoints call it."""
+CHAT_FORMAT = "zephyr"
+"""Its name in checkpoints."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -27,29 +27,28 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
 )
-"""The same in Jinja, as GGUF files and Hugging Face's tokenizers hold it."""
+"""The template in Jinja, for GGUF files and Hugging Face's tokenizers."""
 
 
 class Message(NamedTuple):
-    """Blanks around `content` do not count."""
+    """A message of a conversation. Blanks around `content` do not count."""
 
     role: str
     content: str
 
 
 class Turn(NamedTuple):
-    """One message as two texts, each encoded by itself, and the end of text behind them.
+    """One message as two texts, each encoded by itself, followed by the end of text.
 
-    What a model is given and what it says meet between the two, so that an answer has the same ids in training as in
-    use.
+    The boundary of prompt and answer is between the two, so an answer has the same ids in training as in generation.
     """
 
-    given: str
-    said: str
+    prompt: str
+    answer: str
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
-    """The texts of a conversation; only what the assistant says is `said`."""
+    """The texts of a conversation. Only the assistant's messages have an `answer`."""
     turns, line_end = [], "\n"
     for number, (role, content) in enumerate(messages):
         head, content = f"{line_end if number else ''}<|{role}|>\n", content.strip()
@@ -57,18 +56,18 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return turns
 
 
-def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a conversation up to where the assistant is to go on."""
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a conversation up to the place where the assistant answers."""
     ids = []
-    for given, said in turns_of(messages):
-        ids += [*tokenizer.encode(given), *(tokenizer.encode(said) if said else []), tokenizer.eos_id]
+    for prompt, answer in turns_of(messages):
+        ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]
     return ids + tokenizer.encode("\n<|assistant|>\n")
 
 
-def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> list[Message]:
-    """The end of a conversation that takes at most `room` tokens as a question: whole messages, the last at least."""
+def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
+    """The newest messages that have at most `max_tokens` tokens as a prompt, and at least the last one."""
     kept = list(messages)
-    while len(kept) > 1 and len(encode_question(kept, tokenizer)) > room:
+    while len(kept) > 1 and len(encode_prompt(kept, tokenizer)) > max_tokens:
         del kept[0]
         while len(kept) > 1 and kept[0].role == "assistant":  # an answer without its question
             del kept[0]

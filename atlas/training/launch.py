@@ -17,7 +17,7 @@ from atlas.errors import AtlasError
 from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
-from atlas.tokenizer.chat import CHAT_FORM
+from atlas.tokenizer.chat import CHAT_FORMAT
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
@@ -138,7 +138,7 @@ def _identity(start: Start) -> dict[str, Any]:
     identity = {
         "fingerprint": data.fingerprint,
         "train_data": data.name,
-        "chat_form": CHAT_FORM if data.has_conversations else None,
+        "chat_form": CHAT_FORMAT if data.has_conversations else None,
     }
     return identity if base is None else {**identity, "base": base}
 

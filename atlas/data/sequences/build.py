@@ -1,4 +1,4 @@
-"""The data of a run as the windows that its settings ask for."""
+"""The data of a run → the windows that its settings ask for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SequenceSource = Windows | MixtureDataset
 
 
 def training_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource:
-    """What is trained on: one dataset's windows, or a mixture's."""
+    """The training data: one dataset's windows, or a mixture's."""
     parts = [training_windows(stream, config) for stream in data.trains]
     return parts[0] if len(parts) == 1 else MixtureDataset(parts, data.weights)
 
 
 def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
-    """The windows of one dataset, as they are trained on."""
+    """The windows of one training dataset."""
     length, masked = config.model.max_seq_len, config.data.document_mask
     if isinstance(stream, Conversations):
         return ChatDataset(stream, length, with_documents=masked)
@@ -30,10 +30,14 @@ def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
 
 
 def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource | None:
-    """What is judged by; None where there is nothing. Of conversations that were held out by chance no answer may be
-    within a window: they are nothing."""
+    """Validation data, or None.
+
+    Conversations that were held out at random may have no answer within a window. They do not count.
+    """
     trained_on = {stream.name for stream in data.trains}
-    streams = [stream for stream in data.vals if stream.name not in trained_on or _judges(stream, config)]
+    streams = [
+        stream for stream in data.vals if stream.name not in trained_on or _has_targets(stream, config)
+    ]
     masked = config.data.document_mask or all(isinstance(stream, Conversations) for stream in streams)
     parts = [_windows(stream, config, masked) for stream in streams]
     if not parts:
@@ -42,14 +46,14 @@ def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSou
 
 
 def validation_windows(stream: Stream, config: AtlasConfig) -> Windows:
-    """Every token of a text, or every answer that fits into a window, each conversation by itself."""
+    """Every token of a text, or every answer within a window, with each conversation by itself."""
     return _windows(stream, config, config.data.document_mask or isinstance(stream, Conversations))
 
 
-def _judges(stream: Stream, config: AtlasConfig) -> bool:
-    return not isinstance(stream, Conversations) or bool(
-        stream.answers_within(config.model.max_seq_len).any()
-    )
+def _has_targets(stream: Stream, config: AtlasConfig) -> bool:
+    if not isinstance(stream, Conversations):
+        return True
+    return bool(stream.answers_within(config.model.max_seq_len).any())
 
 
 def _windows(stream: Stream, config: AtlasConfig, masked: bool) -> Windows:

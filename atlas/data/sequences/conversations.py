@@ -1,6 +1,6 @@
 """Conversations: JSONL rows of messages → sequences in which only the answers are predicted.
 
-A file of them is small beside a text to learn a language from, so that it is read whole and kept in memory.
+A file of conversations is small compared with a text for pretraining, so it is kept in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
-from atlas.data.sequences.packing import best_fit_decreasing
+from atlas.data.sequences.packing import pack
 from atlas.data.text.decode import replace_undecodable
 from atlas.data.text.documents import holds_rows, json_name, read_rows
 from atlas.data.text.files import TextFile, format_of, is_json
@@ -33,16 +33,18 @@ _EXAMPLE = (
     '{"prompt": …, "response": …} or {"messages": [{"role": "user", "content": …}, {"role": "assistant", '
     '"content": …}]}'
 )
-_ROWS_AT_ONCE = 1024
+_ROWS_PER_STEP = 1024
 FEWEST_HELD_OUT = 20
-"""Conversations held out for validation, at least: the loss on two or three of them selects the best checkpoint by
+"""The fewest conversations that are held out for validation. With two or three the best checkpoint would be a matter of
 chance, and each is missing from training."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Tokens of conversations one after the other, each ending with the end of text, in which `is_answer` marks what
-    the assistant says, its end of text included. Conversation i begins where the one before ends, at `ends[i - 1]`."""
+    """Tokens of conversations one after the other, each of which ends with the end of text.
+
+    `is_answer` marks the assistant's tokens, its end of text included. Conversation i begins at `ends[i - 1]`.
+    """
 
     name: str
     tokens: NDArray[np.uint32]
@@ -53,14 +55,14 @@ class Conversations:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what is trained on."""
+        """sha256 of the tokens, and of which of them are answers."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.is_answer, self.ends):
             digest.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
         return digest.hexdigest()
 
     def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
-        """(conversations,): how many tokens of each are answers that `max_seq_len` tokens before them reach."""
+        """(conversations,): how many answer tokens of each have at most `max_seq_len` tokens before them."""
         starts = np.concatenate([[0], self.ends[:-1]])
         before = np.concatenate([[0], np.cumsum(self.is_answer)])
         counts: NDArray[np.int64] = before[np.minimum(self.ends, starts + max_seq_len + 1)] - before[starts]
@@ -68,7 +70,7 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path) -> bool:
-    """Whether this is a file of JSON rows whose first row has messages, or a prompt, and no text."""
+    """Whether a path is a file of JSON rows whose first row has messages, or a prompt, and no text."""
     if not Path(path).is_file() or format_of(Path(path).name) != "rows":
         return False
     if is_json(Path(path).name) and not holds_rows(_file(path), at_least=1):
@@ -80,14 +82,13 @@ def holds_conversations(path: str | Path) -> bool:
 def read_conversations(
     path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
 ) -> tuple[Conversations, Conversations | None, list[str]]:
-    """Those of a JSONL file to train on, those held out (by the hash of each, `val_fraction` of them), and what was met
-    on the way, a line each.
+    """Read a JSONL file. Returns the conversations to train on, those held out (`val_fraction` of them, by the hash of
+    each), and notes, one line each.
 
     Raises `DataError` for a row that is not a conversation with an answer.
     """
-    texts: list[list[Turn]] = []
-    digests = []
-    ids: list[list[NDArray[np.uint32]]] = []
+    chats: list[_Chat] = []
+    digests = b""
     undecodable = 0
 
     def count(replaced: int) -> None:
@@ -97,62 +98,56 @@ def read_conversations(
     with byte_progress(Path(path).stat().st_size, "reading conversations") as advance:
         rows = _rows(path, advance)
         while some := [
-            messages_of(row, place, count) for place, row in itertools.islice(rows, _ROWS_AT_ONCE)
+            messages_of(row, place, count) for place, row in itertools.islice(rows, _ROWS_PER_STEP)
         ]:
-            digests += [
+            digests += b"".join(
                 hashlib.blake2b(repr(messages).encode(), digest_size=16).digest() for messages in some
-            ]
+            )
             turns = [turns_of(messages) for messages in some]
-            parts = iter(tokenizer.encode_arrays([part for chat in turns for turn in chat for part in turn]))
-            ids += [[next(parts) for _ in range(2 * len(chat))] for chat in turns]
-            texts += turns
-    held_out = fractions(b"".join(digests))[:, 0] < val_fraction
-    if not FEWEST_HELD_OUT <= held_out.sum() < len(texts):
+            ids = iter(tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn]))
+            chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
+    held_out = fractions(digests)[:, 0] < val_fraction
+    if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
         held_out[:] = False
-    parts_of = [
-        _assembled(
-            str(path),
-            [chat for chat, out in zip(texts, held_out, strict=True) if out == wanted],
-            [chat for chat, out in zip(ids, held_out, strict=True) if out == wanted],
-            tokenizer.eos_id,
+    train, val = (
+        _joined(
+            str(path), [chat for chat, out in zip(chats, held_out, strict=True) if out == wanted], tokenizer
         )
         for wanted in (False, True)
-    ]
-    none = (
-        f" (fewer than {FEWEST_HELD_OUT} are too few to judge by)"
-        if val_fraction and not held_out.any()
-        else ""
     )
+    too_few = val_fraction and not held_out.any()
+    none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if too_few else ""
     notes = [
-        f"{path}: {len(texts) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
+        f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
         "loss is that of the answers"
     ]
     if undecodable:
         notes.append(f"{path}: {undecodable:,} bytes are not UTF-8 and became U+FFFD")
-    return parts_of[0], parts_of[1] if held_out.any() else None, notes
+    return train, val if held_out.any() else None, notes
 
 
-def _assembled(
-    name: str, texts: Sequence[Sequence[Turn]], ids: Sequence[Sequence[NDArray[np.uint32]]], eos_id: int
-) -> Conversations:
-    tokens, is_answer, lengths = [], [], []
-    for chat, parts in zip(texts, ids, strict=True):
-        length = 0
-        for turn, given, said in zip(chat, parts[::2], parts[1::2], strict=True):
-            said = said if turn.said else said[:0]  # a custom tokenizer may have ids for nothing
-            tokens += [given, said, np.array([eos_id], np.uint32)]
-            is_answer += [np.zeros(len(given), np.bool_), np.full(len(said) + 1, bool(turn.said))]
-            length += len(given) + len(said) + 1
-        lengths.append(length)
-    answer_bytes = sum(len(turn.said.encode()) for chat in texts for turn in chat)
-    empty: list[Any] = [np.zeros(0, np.uint32)]
+_Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
+"""Tokens of a conversation, which of them are answers, and bytes of the answers' text."""
+
+
+def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: int) -> _Chat:
+    tokens, is_answer = [], []
+    for turn in chat:
+        prompt, answer = next(ids), next(ids)
+        answer = answer if turn.answer else answer[:0]  # a custom tokenizer may have ids for an empty text
+        tokens += [prompt, answer, np.array([eos_id], np.uint32)]
+        is_answer += [np.zeros(len(prompt), np.bool_), np.full(len(answer) + 1, bool(turn.answer))]
+    return np.concatenate(tokens), np.concatenate(is_answer), sum(len(turn.answer.encode()) for turn in chat)
+
+
+def _joined(name: str, chats: Sequence[_Chat], tokenizer: Tokenizer) -> Conversations:
     return Conversations(
         name,
-        np.concatenate(tokens or empty),
-        np.concatenate(is_answer or empty).astype(np.bool_),
-        np.cumsum(lengths, dtype=np.int64),
-        answer_bytes,
-        eos_id,
+        np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _, _ in chats)]),
+        np.concatenate([np.zeros(0, np.bool_), *(is_answer for _, is_answer, _ in chats)]),
+        np.cumsum([len(tokens) for tokens, _, _ in chats], dtype=np.int64),
+        sum(answer_bytes for _, _, answer_bytes in chats),
+        tokenizer.eos_id,
     )
 
 
@@ -165,8 +160,8 @@ def _file(path: str | Path) -> TextFile:
 
 
 def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:
-    """The conversation of a row, up to its last answer; `on_undecodable` is told the bytes that were not UTF-8. Raises
-    `AtlasError` that names `place`."""
+    """The conversation of a row, up to its last answer. `on_undecodable` receives the number of bytes that were not
+    UTF-8. Raises `DataError` that names `place`."""
     if "messages" not in row:
         missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
         if missing:
@@ -198,10 +193,10 @@ def _message(value: object, place: str) -> Message:
 
 class ChatDataset(Dataset[tuple[Tensor, ...]]):
     """`dataset[w]` is (inputs (T,), targets (T,)), both int64, with `with_documents` also the number of each input's
-    conversation (T,). Targets are `IGNORE_INDEX` but for answers.
+    conversation (T,). Targets that are no answers are `IGNORE_INDEX`.
 
-    Whole conversations are packed into windows, best fit. One that is longer than a window loses its end, and is left
-    out if all its answers go with it: `num_cut` and `num_left_out`.
+    Complete conversations are packed into windows, best fit. A longer one loses its end (`num_cut`), and is left out if
+    that takes all its answers (`num_left_out`).
 
     Raises `DataError` if no answer is left.
     """
@@ -213,8 +208,8 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.max_seq_len = max_seq_len
         self.with_documents = with_documents
         starts = np.concatenate([[0], conversations.ends[:-1]])
-        whole = conversations.ends - starts
-        lengths = np.minimum(whole, max_seq_len + 1)
+        full_lengths = conversations.ends - starts
+        lengths = np.minimum(full_lengths, max_seq_len + 1)
         answers = conversations.answers_within(max_seq_len)
         has_answer = answers > 0
         self.num_targets = int(answers.sum())
@@ -224,21 +219,20 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
                 "set a larger model.max_seq_len, or give shorter prompts"
             )
         self.num_conversations = int(has_answer.sum())
-        self.num_left_out = len(whole) - self.num_conversations
-        self.num_cut = int((has_answer & (whole > lengths)).sum())
-        starts, lengths = starts[has_answer], lengths[has_answer]
-        window_of = best_fit_decreasing(lengths, max_seq_len + 1)
-        by_window = np.argsort(window_of, kind="stable")
-        self._starts, self._lengths = starts[by_window], lengths[by_window]
-        self._ends = np.cumsum(np.bincount(window_of))
+        self.num_left_out = len(full_lengths) - self.num_conversations
+        self.num_cut = int((has_answer & (full_lengths > lengths)).sum())
+        self._starts, self._lengths, self._ends = pack(
+            starts[has_answer], lengths[has_answer], max_seq_len + 1
+        )
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all conversations that are kept."""
         return int(self._lengths.sum())
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the answers, those that were cut off as well."""
+        """Bytes per token of the answers, including those that were cut off."""
         return self.stream.answer_bytes / int(self.stream.is_answer.sum())
 
     def __len__(self) -> int:
@@ -252,12 +246,11 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         targets = np.full(self.max_seq_len + 1, IGNORE_INDEX, np.int64)
         numbers = np.full(self.max_seq_len + 1, last - first, np.int64)
         at = 0
-        for number, (start, length) in enumerate(
-            zip(self._starts[first:last].tolist(), self._lengths[first:last].tolist(), strict=True)
-        ):
-            said = self.stream.is_answer[start : start + length]
+        pieces = zip(self._starts[first:last].tolist(), self._lengths[first:last].tolist(), strict=True)
+        for number, (start, length) in enumerate(pieces):
+            is_answer = self.stream.is_answer[start : start + length]
             tokens[at : at + length] = self.stream.tokens[start : start + length]
-            targets[at : at + length] = np.where(said, tokens[at : at + length], IGNORE_INDEX)
+            targets[at : at + length] = np.where(is_answer, tokens[at : at + length], IGNORE_INDEX)
             numbers[at : at + length] = number
             at += length
         columns = (tokens[:-1], targets[1:], *([numbers[:-1]] if self.with_documents else []))

@@ -1,4 +1,4 @@
-"""Tokens as sequences: window w of a stream is its tokens w·T to w·T + T, targets shifted by one."""
+"""Tokens → sequences: window w of a stream is its tokens w·T to w·T + T, with targets shifted by one."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
-"""The target of a position that the loss leaves out, as in `torch.nn.functional.cross_entropy`."""
+"""The target of a position that the loss ignores, as in `torch.nn.functional.cross_entropy`."""
 
 
 class SequenceDataset(Dataset[tuple[Tensor, ...]]):
     """Windows of `max_seq_len` tokens: `dataset[w]` is (inputs (T,), targets (T,)), both int64.
 
-    With `with_documents` a third tensor says which document of the window each input belongs to, from 0 on: the
-    token after an end of text begins the next.
+    With `with_documents` a third tensor (T,) holds the number of each input's document in the window, from 0 on. The
+    token after an end of text begins the next document.
 
-    Windows do not overlap but for the one token that is the last target of one and the first input of
-    the next. The tokens left over at the end are dropped, or with `pad_last` make one more window, padded
-    with end of text in the inputs and `IGNORE_INDEX` in the targets: then every token but the first is
-    a target exactly once.
+    Windows overlap by one token: the last target of one is the first input of the next. The tokens left over at the
+    end are dropped. With `pad_last` they are one more window, padded with end of text in the inputs and `IGNORE_INDEX`
+    in the targets, so every token except the first is a target exactly once.
 
-    Raises `DataError` if the stream has not one window.
+    Raises `DataError` if the stream is shorter than a window.
     """
 
     def __init__(
@@ -46,22 +45,23 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         if self._num_windows == 0:
             raise DataError(
                 f"{stream.name}: {stream.num_tokens} tokens are too few for one sequence of "
-                f"max_seq_len {max_seq_len} (it takes {2 if pad_last else max_seq_len + 1}); "
+                f"max_seq_len {max_seq_len} (it needs {2 if pad_last else max_seq_len + 1}); "
                 "give more text, or set a smaller model.max_seq_len"
             )
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the stream."""
         return self.stream.num_tokens
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted, near enough: all but a window's last at most."""
+        """About the number of tokens that are predicted: those of the stream, less one per window at most."""
         return self.stream.num_tokens
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text in UTF-8 that a token stands for, on average."""
+        """Mean number of bytes of UTF-8 text per token."""
         return self.stream.num_bytes / self.stream.num_tokens
 
     def __len__(self) -> int:
@@ -84,28 +84,24 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
 
 
 def documents_of(inputs: Tensor, eos_id: int) -> Tensor:
-    """(T,) ids → (T,) int64: how many ends of text come before each token, its own not counted."""
+    """(T,) ids → (T,) int64: the number of ends of text before each token, without the token itself."""
     ends = inputs == eos_id
     return ends.cumsum(0) - ends.long()
 
 
 class TextDataset(SequenceDataset):
-    """Sequences straight from text files, with any tokenizer.
+    """Sequences from text files, with any tokenizer.
 
         TextDataset(["a.txt", "b.txt"], tokenizer=MyTokenizer(), max_seq_len=512)
 
-    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`;
-    left out, GPT-2's. The tokens are kept in a cache keyed by content and tokenizer.
+    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. It defaults to
+    GPT-2's. The tokens are cached by content and tokenizer.
     """
 
     def __init__(
-        self,
-        files: str | Path | Sequence[str | Path],
-        tokenizer: Any = None,
-        max_seq_len: int = 1024,
+        self, files: str | Path | Sequence[str | Path], tokenizer: Any = None, max_seq_len: int = 1024
     ) -> None:
         self.tokenizer = Tokenizer.gpt2() if tokenizer is None else Tokenizer.wrap(tokenizer)
         paths = [files] if isinstance(files, (str, Path)) else list(files)
-        stream = open_dataset(prepare_text_cached(paths, self.tokenizer, val_fraction=0.0)).split("train")
-        assert stream is not None
+        stream = open_dataset(prepare_text_cached(paths, self.tokenizer, val_fraction=0.0)).train
         super().__init__(replace(stream, name=", ".join(map(str, paths))), max_seq_len)

@@ -1,7 +1,7 @@
 """The order of a run's sequences, and the batches read in that order.
 
-The i-th sequence of a run is a pure function of (seed, number of windows, i). A run is therefore resumed,
-at any batch size, by one integer: how many sequences it has consumed.
+The i-th sequence of a run is a pure function of (seed, number of windows, i). One integer is therefore enough to resume
+a run at any batch size: the number of sequences it has consumed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from atlas.errors import DataError
 
 Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Numbers of a run's sequences → their windows."""
+"""Numbers of a run's sequences → the numbers of their windows."""
 
 _AHEAD = 2
-"""Batches per thread that are read or waiting to be used: one in work, one done."""
+"""Batches per thread that are read or waiting: one in work, one done."""
 
 _ROUNDS = 8
 _NUM_KEYS = np.uint64(_ROUNDS + 1)
@@ -32,11 +32,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SequenceOrder:
-    """Which window is the i-th sequence of a run: a new permutation of all windows in each epoch.
+    """Maps sequence i of a run to its window: a new permutation of all windows in each epoch.
 
-    A keyed bijection, not a stored permutation: a Feistel network (Luby and Rackoff 1988) over the
-    smallest even number of bits that holds `num_windows`, walked along its cycle until it lands inside
-    (Black and Rogaway 2002). So any i costs the same, in time and in memory, for 10¹⁰ windows too.
+    It is a keyed bijection and not a stored permutation: a Feistel network (Luby and Rackoff 1988) over the smallest
+    even number of bits that holds `num_windows`, applied again until the result is a window (Black and Rogaway 2002).
+    So every i costs the same time and memory, for 10¹⁰ windows too.
     """
 
     def __init__(self, seed: int, num_windows: int) -> None:
@@ -48,7 +48,7 @@ class SequenceOrder:
         self._seed_key = np.uint64(int.from_bytes(digest, "little"))
 
     def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows of these sequences of the run, any shape."""
+        """The windows of these sequences of the run, in their shape."""
         flat = np.asarray(sequences, dtype=np.uint64).reshape(-1)
         epoch, window = np.divmod(flat, np.uint64(self.num_windows))
         keys = [_mix(self._seed_key + _mix(epoch * _NUM_KEYS + np.uint64(k))) for k in range(_ROUNDS + 1)]
@@ -59,8 +59,8 @@ class SequenceOrder:
 
     def _permute(self, x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        # A Feistel network makes even permutations only, which shows at a handful of windows; the rotation
-        # makes odd ones too.
+        # A Feistel network makes only even permutations, which is visible with a few windows. The rotation makes odd
+        # ones too.
         x = x + keys[-1]
         left, right = (x >> half) & mask, x & mask
         for key in keys[:-1]:
@@ -79,7 +79,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def share_of_update(sequences_per_update: int, world_size: int) -> int:
-    """How many sequences of an update each process takes. Raises `DataError` if it cannot be shared out evenly."""
+    """The number of sequences of an update per process. Raises `DataError` if they cannot be divided evenly."""
     if sequences_per_update % world_size:
         raise DataError(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
@@ -100,33 +100,28 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Per update the next `sequences_per_update` sequences of the run, from sequence `start` on.
+    """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
-    Yields the dataset's columns stacked, (inputs, targets) or (inputs, targets, documents), each (N, T) int64,
-    for `num_updates` updates or without end. Of `world_size` processes each gets an equal share of every update:
-    `rank` 0 the first N sequences, rank 1 the next; together the update of one process, in its order.
+    They are the dataset's columns stacked, (inputs, targets) or (inputs, targets, documents), each (N, T) int64, for
+    `num_updates` updates or without end. Each of `world_size` processes gets an equal share of every update: `rank` 0
+    the first N sequences, rank 1 the next. Together they are the update of a single process, in its order.
 
-    With `num_workers` threads read ahead, in memory for 2 batches each (16 bytes per token); the batches are
-    the same, bit for bit. What a thread raises is raised here, and closing the iterator stops the threads.
+    `num_workers` threads read ahead, with memory for 2 batches each (16 bytes per token). The batches are the same, bit
+    for bit. What a thread raises is raised here, and closing the iterator stops the threads.
 
-    Raises `DataError` if an update cannot be shared out evenly.
+    Raises `DataError` if an update cannot be divided evenly.
     """
-    share_of_update(sequences_per_update, world_size)
-    updates = _sequences_of_updates(start, sequences_per_update, num_updates, rank, world_size)
+    share = share_of_update(sequences_per_update, world_size)
+    firsts = itertools.count(start + rank * share, sequences_per_update)
+    updates = (np.arange(first, first + share) for first in itertools.islice(firsts, num_updates))
 
     def read(sequences: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        return _read(dataset, order(sequences).tolist(), pin_memory=pin_memory)
+        # NumPy, since torch.stack would start a pool of OpenMP threads for every thread that reads.
+        rows = zip(*(dataset[window] for window in order(sequences).tolist()), strict=True)
+        columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
+        return tuple(column.pin_memory() for column in columns) if pin_memory else columns
 
     return _read_ahead(read, updates, num_threads=num_workers)
-
-
-def _sequences_of_updates(
-    start: int, sequences_per_update: int, num_updates: int | None, rank: int, world_size: int
-) -> Iterator[NDArray[np.int64]]:
-    share = share_of_update(sequences_per_update, world_size)
-    for update in itertools.count() if num_updates is None else range(num_updates):
-        first = start + update * sequences_per_update + rank * share
-        yield np.arange(first, first + share)
 
 
 def _read_ahead(
@@ -135,7 +130,7 @@ def _read_ahead(
     *,
     num_threads: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The batches of `updates`, in order, read by threads: page faults and copies do not hold Python's lock."""
+    """The batches of `updates` in order, read by threads: page faults and copies do not hold Python's lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return
@@ -148,19 +143,9 @@ def _read_ahead(
             if not ahead:
                 return
             yield ahead.popleft().result()
-    finally:  # also when the iterator is dropped: a thread ends with the batch it is at, and nobody waits for it
-        for batch in (
-            ahead
-        ):  # not by `cancel_futures`, which fails where the interpreter drops the iterator as it ends
+    finally:  # also when the iterator is deleted: each thread ends after its current batch, and nothing waits for it
+        for (
+            batch
+        ) in ahead:  # `cancel_futures` would fail when the interpreter deletes the iterator at its own end
             batch.cancel()
         pool.shutdown(wait=False)
-
-
-def _read(
-    dataset: Dataset[tuple[Tensor, ...]], windows: list[int], *, pin_memory: bool
-) -> tuple[Tensor, ...]:
-    """The sequences of these windows, stacked column by column."""
-    # NumPy, since torch.stack would start a pool of OpenMP threads of its own for every thread that reads.
-    rows = zip(*(dataset[window] for window in windows), strict=True)
-    columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
-    return tuple(column.pin_memory() for column in columns) if pin_memory else columns

@@ -1,8 +1,8 @@
-"""Several datasets read as one, each with its share of the sequences."""
+"""Several datasets as one, each with its share of the sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,11 @@ from atlas.data.sequences.loader import SequenceOrder
 from atlas.errors import DataError
 
 BLOCK = 4096
-"""Sequences in which the shares hold exactly."""
-
-Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""The numbers of a run's sequences → their windows."""
+"""Number of sequences in which the shares are exact."""
 
 
 class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
-    """The windows of its parts, one part after the other, and the `weights` that training draws them by."""
+    """The windows of its parts, one part after the other, and the `weights` by which training samples them."""
 
     def __init__(self, parts: Sequence[SequenceDataset | ChatDataset], weights: Sequence[float]) -> None:
         super().__init__(parts)
@@ -32,23 +29,24 @@ class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all parts."""
         return sum(part.num_tokens for part in self.parts)
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all that is predicted: each part counts by its targets, not by its weight."""
+        """Bytes per predicted token. Each part counts by its targets, not by its weight."""
         targets = sum(part.num_targets for part in self.parts)
         return sum(part.bytes_per_token * part.num_targets for part in self.parts) / targets
 
 
 class MixtureOrder:
-    """Which window is the i-th sequence of a run over several datasets; called like `SequenceOrder`.
+    """Maps sequence i of a run over several datasets to its window; called like `SequenceOrder`.
 
-    Each block of `BLOCK` sequences holds a fixed number of every part, in an order of its own; the j-th
-    sequence that falls to a part is the j-th of that part's own `SequenceOrder`. So a part's windows come once
-    in each pass over it, and any i costs the same.
+    Each block of `BLOCK` sequences holds a fixed number of every part, in an order of its own. The j-th sequence of a
+    part is the j-th of that part's `SequenceOrder`. So a part's windows occur once in each pass over it, and every i
+    costs the same.
 
-    Raises `DataError` for a weight too small to get one sequence of a block.
+    Raises `DataError` for a weight that is too small for one sequence of a block.
     """
 
     def __init__(self, seed: int, num_windows: Sequence[int], weights: Sequence[float]) -> None:
@@ -61,7 +59,7 @@ class MixtureOrder:
         ]
 
     def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows, counted through all parts, of these sequences of the run, any shape."""
+        """The windows of these sequences of the run, in their shape, numbered through all parts."""
         flat = np.asarray(sequences, dtype=np.int64).reshape(-1)
         windows = np.empty_like(flat)
         block, place = np.divmod(flat, BLOCK)
@@ -76,7 +74,7 @@ class MixtureOrder:
         return windows.reshape(np.shape(sequences))
 
     def _layout(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each place in a block, (BLOCK,) each: its part, and how many of that part come before it."""
+        """For each place in a block, (BLOCK,) each: its part, and the number of that part's sequences before it."""
         slots = self._slots(block * BLOCK + np.arange(BLOCK))
         part_of = np.searchsorted(self._ends, slots, side="right")
         rank_of = np.empty(BLOCK, np.int64)
@@ -86,7 +84,7 @@ class MixtureOrder:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """How many of `BLOCK` sequences each part gets: whole numbers, by largest remainder (Hamilton's method)."""
+    """The number of sequences of each part in `BLOCK`, as integers, by largest remainder (Hamilton's method)."""
     exact = np.asarray(weights, dtype=np.float64) / max(weights)
     exact = exact / exact.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)
@@ -103,7 +101,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
 def order_of(
     dataset: SequenceDataset | ChatDataset | MixtureDataset, seed: int
 ) -> SequenceOrder | MixtureOrder:
-    """The order that a run with this `seed` takes the windows in."""
+    """The order of a dataset's windows in a run with this `seed`."""
     if isinstance(dataset, MixtureDataset):
         return MixtureOrder(seed, [len(part) for part in dataset.parts], dataset.weights)
     return SequenceOrder(seed, len(dataset))

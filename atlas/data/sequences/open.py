@@ -1,5 +1,5 @@
-"""What `--train-data` and `--val-data` name, opened: prepared folders as they are, plain text prepared, conversations
-read."""
+"""Open what `--train-data` and `--val-data` name: prepared folders, plain text, which is prepared, and
+conversations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Stream = TokenStream | Conversations
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """The streams of a run, their tokenizer, and the fingerprint that tells this training data from other.
+    """The streams of a run, their tokenizer, and the fingerprint that identifies the training data.
 
-    A mixture has several training streams, each with its weight; one dataset is a mixture of one.
+    A mixture has several training streams, each with its weight. A single dataset is a mixture of one.
     """
 
     trains: tuple[Stream, ...]
@@ -31,26 +31,26 @@ class ResolvedData:
     tokenizer: Tokenizer
     fingerprint: str
     notes: list[str]
-    """What was found and decided when plain text was prepared, one line each."""
+    """What was found and decided when the data was prepared, one line each."""
 
     @property
     def train(self) -> Stream:
-        """The first training stream, which is the only one but in a mixture."""
+        """The first training stream, which is the only one except in a mixture."""
         return self.trains[0]
 
     @property
     def val(self) -> Stream | None:
-        """The first validation stream, if there is any."""
+        """The first validation stream, or None."""
         return self.vals[0] if self.vals else None
 
     @property
     def name(self) -> str:
-        """What the user calls the training data."""
+        """The training data's name for the user."""
         return ", ".join(stream.name for stream in self.trains)
 
     @property
     def has_conversations(self) -> bool:
-        """Whether there is something to learn the form of a conversation from."""
+        """Whether the model is trained on conversations."""
         return any(isinstance(stream, Conversations) for stream in self.trains)
 
 
@@ -63,35 +63,33 @@ def resolve_data(
 ) -> ResolvedData:
     """Open or prepare the data of a run.
 
-    `tokenizer` is the one that the user named. Left out, a prepared folder brings its own and plain text
-    takes GPT-2's. `val_fraction` of a plain text is held out, unless `val_data` is given. Of a prepared
-    folder given as `val_data` the validation part is taken, or all of it where it has none.
+    `tokenizer` is the one that the user named. By default a prepared folder has its own and plain text gets GPT-2's.
+    `val_fraction` of a plain text is held out, unless `val_data` is given. A prepared folder as `val_data` stands for
+    its validation split, or for all of it if it has none.
 
-    Raises `DataError` for missing or empty data, and where two tokenizers would meet.
+    Raises `DataError` for missing or empty data, and where two tokenizers differ.
     """
+    train: Stream
+    val: Stream | None
+    held_out = val_fraction if val_data is None else 0.0
     if holds_conversations(train_data):
-        return _resolve_conversations(train_data, val_data, tokenizer or Tokenizer.gpt2(), val_fraction)
-    notes: list[str] = []
-    if is_prepared(train_data):
-        dataset = open_dataset(train_data)
-        _refuse_other_tokenizer(dataset, tokenizer)
-        tokenizer = tokenizer or dataset.tokenizer()
-    else:
         tokenizer = tokenizer or Tokenizer.gpt2()
-        held_out = val_fraction if val_data is None else 0.0
-        dataset = open_dataset(prepare_text_cached([train_data], tokenizer, val_fraction=held_out))
-        notes = dataset.manifest.notes
-    train = dataset.split("train")
-    assert train is not None
-    val = dataset.split("val") if val_data is None else _validation_stream(val_data, tokenizer)
-    return ResolvedData(
-        trains=(replace(train, name=str(train_data)),),
-        weights=(1.0,),
-        vals=(val,) if val else (),
-        tokenizer=tokenizer,
-        fingerprint=dataset.fingerprint,
-        notes=notes,
-    )
+        train, val, notes = read_conversations(train_data, tokenizer, val_fraction=held_out)
+        fingerprint = train.fingerprint
+    else:
+        if is_prepared(train_data):
+            dataset, notes = open_dataset(train_data), []
+            _refuse_other_tokenizer(dataset, tokenizer)
+            tokenizer = tokenizer or dataset.tokenizer()
+        else:
+            tokenizer = tokenizer or Tokenizer.gpt2()
+            dataset = open_dataset(prepare_text_cached([train_data], tokenizer, val_fraction=held_out))
+            notes = dataset.manifest.notes
+        train, val = replace(dataset.train, name=str(train_data)), dataset.split("val")
+        fingerprint = dataset.fingerprint
+    if val_data is not None:
+        val = _validation_stream(val_data, tokenizer)
+    return ResolvedData((train,), (1.0,), (val,) if val else (), tokenizer, fingerprint, notes)
 
 
 def resolve_mixture(
@@ -101,9 +99,9 @@ def resolve_mixture(
     tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
 ) -> ResolvedData:
-    """Open or prepare several datasets, as `resolve_data` does one; validation is that of all, or `val_data`.
+    """Open or prepare several datasets, as `resolve_data` does for one. Validation uses that of all, or `val_data`.
 
-    All have one tokenizer: the one that the user named, else that of the first prepared folder among them.
+    All have one tokenizer: the one that the user named, else that of the first prepared folder.
     """
     prepared = next((part.path for part in mixture if is_prepared(part.path)), None)
     if tokenizer is None and prepared is not None:
@@ -124,22 +122,6 @@ def resolve_mixture(
     )
 
 
-def _resolve_conversations(
-    path: str | Path, val_data: str | Path | None, tokenizer: Tokenizer, val_fraction: float
-) -> ResolvedData:
-    held_out = val_fraction if val_data is None else 0.0
-    train, val, notes = read_conversations(path, tokenizer, val_fraction=held_out)
-    vals = val if val_data is None else _validation_stream(val_data, tokenizer)
-    return ResolvedData(
-        trains=(train,),
-        weights=(1.0,),
-        vals=(vals,) if vals else (),
-        tokenizer=tokenizer,
-        fingerprint=train.fingerprint,
-        notes=notes,
-    )
-
-
 def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> Stream:
     if holds_conversations(val_data):
         return read_conversations(val_data, tokenizer, val_fraction=0.0)[0]
@@ -148,9 +130,7 @@ def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> Stream:
         _refuse_other_tokenizer(dataset, tokenizer)
     else:
         dataset = open_dataset(prepare_text_cached([val_data], tokenizer, val_fraction=0.0))
-    stream = dataset.split("val") or dataset.split("train")
-    assert stream is not None
-    return replace(stream, name=str(val_data))
+    return replace(dataset.split("val") or dataset.train, name=str(val_data))
 
 
 def _refuse_other_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer | None) -> None:

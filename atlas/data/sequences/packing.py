@@ -1,9 +1,9 @@
-"""Best-fit packing: whole documents put together into windows, instead of windows cut out of a stream.
+"""Best-fit packing: complete documents are packed into windows, instead of windows cut out of a stream.
 
-Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830). A document longer than a window
-is cut into windows, each beginning with the last token of the one before, so that every token of it is predicted
-once; what remains of it, and each shorter document, is a piece. Pieces are packed by best-fit decreasing, shard by
-shard. Which pieces lie in which window is a plan in the user's cache folder, made once and read by memory map.
+Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830). A document longer than a window is
+cut into windows, each of which begins with the last token of the one before, so every token is predicted once. The
+rest of it, and each shorter document, is a piece. Pieces are packed by best-fit decreasing, shard by shard. The plan
+of which pieces are in which window lies in the user's cache folder. It is made once and read by memory map.
 """
 
 from __future__ import annotations
@@ -28,20 +28,16 @@ from atlas.data.shards import TokenStream
 from atlas.files import cache_folder
 
 _VERSION = 1
-_FILES: dict[str, np.dtype[Any]] = {
-    "starts": np.dtype("<i8"),
-    "lengths": np.dtype("<i4"),
-    "ends": np.dtype("<i8"),
-}
+_FILES = {"starts": "<i8", "lengths": "<i4", "ends": "<i8"}
 Array = NDArray[Any]
 
 
 class PackedDataset(SequenceDataset):
-    """`dataset[w]` as of `SequenceDataset`, from whole documents. A window that is not full is padded with end of text
-    in the inputs and `IGNORE_INDEX` in the targets; so is the target where a cut document's last piece begins, since
-    that token was predicted in its place.
+    """`dataset[w]` as in `SequenceDataset`, from complete documents.
 
-    `padding` is the part of all positions that is padding.
+    A window that is not full is padded with end of text in the inputs and `IGNORE_INDEX` in the targets. The target
+    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token.
+    `padding` is the fraction of all positions that is padding.
     """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, *, with_documents: bool = False) -> None:
@@ -70,7 +66,7 @@ class PackedDataset(SequenceDataset):
         return inputs, shifted
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
-        """(start, length) of each piece of the stream that lies in the window."""
+        """(start, length) of each piece in the window."""
         if not self._maps:
             self._maps = {
                 name: np.memmap(self._plan / name, dtype=dtype, mode="r") for name, dtype in _FILES.items()
@@ -84,64 +80,72 @@ class PackedDataset(SequenceDataset):
 
 
 def pieces_of(starts: Array, ends: Array, max_seq_len: int) -> tuple[Array, Array]:
-    """Documents from `starts` to `ends` → the starts and lengths of their pieces, each up to `max_seq_len` + 1 long."""
+    """Documents from `starts` to `ends` → starts and lengths of their pieces, each of at most `max_seq_len` + 1
+    tokens."""
     predicted = ends - starts - 1
-    whole, rest = np.divmod(predicted, max_seq_len)
-    first_of = np.cumsum(whole) - whole
-    number = np.arange(int(whole.sum())) - np.repeat(first_of, whole)
-    cut_starts = np.repeat(starts, whole) + number * max_seq_len
+    full, rest = np.divmod(predicted, max_seq_len)
+    first_of = np.cumsum(full) - full
+    number = np.arange(int(full.sum())) - np.repeat(first_of, full)
+    cut_starts = np.repeat(starts, full) + number * max_seq_len
     has_rest = (rest > 0) | (predicted == 0)
-    rest_starts = (starts + whole * max_seq_len)[has_rest]
+    rest_starts = (starts + full * max_seq_len)[has_rest]
     lengths = np.concatenate([np.full(len(cut_starts), max_seq_len + 1), rest[has_rest] + 1])
     return np.concatenate([cut_starts, rest_starts]), lengths
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
-    """The bin of each piece: the longest first, each into the fullest bin that still takes it (Johnson 1973).
+    """The bin of each piece: the longest first, each into the fullest bin that still holds it (Johnson 1973).
 
-    Pieces of one length are placed together: a bin that took one is the tightest for the next, until it takes no
-    more, so that a bin with room c takes c // length at once.
+    Pieces of one length are placed together. A bin that received one is the fullest for the next until it is full, so a
+    bin with free space c receives c // length of them.
     """
     bin_of = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")
     kinds, counts = np.unique(lengths, return_counts=True)
-    rooms: list[int] = []  # ascending, those that some bin has
+    spaces: list[int] = []  # the free spaces that some bin has, ascending
     bins_with: dict[int, Array] = {}
     num_bins = placed = 0
 
-    def add(room: int, bins: Array) -> None:
-        if room and len(bins):
-            if room not in bins_with:
-                bisect.insort(rooms, room)
-            bins_with[room] = np.concatenate([bins_with.get(room, bins[:0]), bins])
+    def add(space: int, bins: Array) -> None:
+        if space and len(bins):
+            if space not in bins_with:
+                bisect.insort(spaces, space)
+            bins_with[space] = np.concatenate([bins_with.get(space, bins[:0]), bins])
 
     for length, count in zip(kinds[::-1].tolist(), counts[::-1].tolist(), strict=True):
         end = placed + count
         while placed < end:
-            tightest = bisect.bisect_left(rooms, length)
-            opens = tightest == len(rooms)
-            room = capacity if opens else rooms[tightest]
-            each = room // length
+            tightest = bisect.bisect_left(spaces, length)
+            opens = tightest == len(spaces)
+            space = capacity if opens else spaces[tightest]
+            each = space // length
             wanted = -(-(end - placed) // each)
             if opens:
                 bins = np.arange(num_bins, num_bins + wanted)
                 num_bins += wanted
             else:
-                rooms.pop(tightest)
-                bins = bins_with.pop(room)
+                bins = bins_with.pop(spaces.pop(tightest))
             bins, untouched = bins[:wanted], bins[wanted:]
             filled = np.repeat(bins, each)[: end - placed]
             bin_of[order[placed : placed + len(filled)]] = filled
             placed += len(filled)
-            add(room, untouched)
+            add(space, untouched)
             in_last = len(filled) - each * (len(bins) - 1)
-            add(room - each * length, bins[:-1])
-            add(room - in_last * length, bins[-1:])
+            add(space - each * length, bins[:-1])
+            add(space - in_last * length, bins[-1:])
     return bin_of
 
 
+def pack(starts: Array, lengths: Array, capacity: int) -> tuple[Array, Array, Array]:
+    """Pieces → their starts and lengths in the order of the windows, and for each window the place where its pieces
+    end."""
+    window_of = best_fit_decreasing(lengths, capacity)
+    by_window = np.argsort(window_of, kind="stable")
+    return starts[by_window], lengths[by_window], np.cumsum(np.bincount(window_of))
+
+
 def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
-    """Starts and ends of the documents, a shard at a time; the last one of a shard comes with the next."""
+    """Starts and ends of the documents, shard by shard. The last document of a shard comes with the next shard."""
     begun = np.zeros(1, np.int64)
     for shard in stream.record.shards:
         starts = np.load(stream.folder / shard.documents_file, allow_pickle=False)
@@ -152,36 +156,32 @@ def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
 
 
 def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
-    """The folder of the plan, made if it is not there. It appears whole, by a rename."""
+    """The folder of the plan, which is made if it does not exist. It appears complete, by a rename."""
     shards = [f"{shard.sha256} {shard.documents_sha256}" for shard in stream.record.shards]
     key = hashlib.sha256("\n".join([str(_VERSION), str(max_seq_len), *shards]).encode()).hexdigest()
     folder = cache_folder() / "packing" / key[:32]
     if (folder / "plan.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_plan(making, stream, max_seq_len)
-        os.replace(making, folder)
+        _write_plan(temporary, stream, max_seq_len)
+        os.replace(temporary, folder)
     except OSError:
         if not (folder / "plan.json").is_file():  # else another process made it meanwhile
             raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _write_plan(folder: Path, stream: TokenStream, max_seq_len: int) -> None:
     segments = windows = tokens = 0
     for documents in _documents_by_shard(stream):
-        starts, lengths = pieces_of(*documents, max_seq_len)
-        bin_of = best_fit_decreasing(lengths, max_seq_len + 1)
-        by_bin = np.argsort(bin_of, kind="stable")
-        ends = segments + np.cumsum(np.bincount(bin_of)) if len(bin_of) else bin_of
-        columns = {"starts": starts[by_bin], "lengths": lengths[by_bin], "ends": ends}
-        for name, dtype in _FILES.items():
+        starts, lengths, ends = pack(*pieces_of(*documents, max_seq_len), max_seq_len + 1)
+        for (name, dtype), column in zip(_FILES.items(), (starts, lengths, segments + ends), strict=True):
             with (folder / name).open("ab") as file:
-                file.write(columns[name].astype(dtype).tobytes())
+                file.write(column.astype(dtype).tobytes())
         segments, windows, tokens = segments + len(starts), windows + len(ends), tokens + int(lengths.sum())
     facts = {"windows": windows, "tokens": tokens}
     (folder / "plan.json").write_text(json.dumps(facts), encoding="utf-8")

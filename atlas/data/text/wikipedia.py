@@ -169,7 +169,7 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
-    """Choose empty lines if runs of them are frequent in the sample and a title follows most. Return doubts too."""
+    """Choose empty lines if the sample has many runs of them and a title follows most. Returns doubts as well."""
     runs = [_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample)]
     titles = sum(bool(line and _is_title(line[1])) for line in runs)
     if runs and len(sample) / (len(runs) + 1) <= _LONGEST_MEAN_ARTICLE and titles >= 0.8 * len(runs):
