@@ -287,7 +287,7 @@ def test_of_custom_code_the_text_is_not_shown(
     assert "how large a model for this text" in output
     assert output.endswith(
         "\ntexts cannot be shown: tokenizer tests.test_statistics:Letters is custom code, "
-        "which a file does not bring along\n"
+        "which a file does not contain\n"
     )
 
 

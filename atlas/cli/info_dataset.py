@@ -144,7 +144,7 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
     """Ten documents chosen at random, and what the tokenizer compresses worst, from the training split."""
     if dataset.tokenizer_state.get("kind") == "custom":
         name = dataset.tokenizer_state["name"]
-        text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not bring along"
+        text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"
         typer.echo("\n" + printable(text))
         return
     tokenizer = dataset.tokenizer()

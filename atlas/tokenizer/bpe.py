@@ -1,7 +1,7 @@
-"""A byte-level BPE of one's own: trained and run by Hugging Face `tokenizers`, kept as tokenizer.json.
+"""A byte-level BPE, trained and run by Hugging Face `tokenizers` and kept as tokenizer.json.
 
-Of a file only the vocabulary and the merges are taken, and the pipeline around them is built anew:
-a truncation or a normalizer hidden in a downloaded file can therefore not change a single id.
+Only the vocabulary and the merges of a file are used, and the pipeline around them is rebuilt. So a truncation or a
+normalizer hidden in a downloaded file cannot change an id.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, 
 MAX_VOCAB_SIZE = 2**20
 _LONGEST_TOKEN = 2**16
 SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_UNSUPPORTED = ("dropout", *_AFFIXES, "byte_fallback", "ignore_merges")
 
-# Said explicitly, lest the library warns at every fork of a data-loading process, which never encodes.
+# Set explicitly; else the library warns at every fork of a data-loading process, which never encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class BPETokenizer(ByteLevelTokenizer):
-    """Ids by `tokenizers`, in one process by all cores."""
+    """Encodes by `tokenizers`, on all cores of one process."""
 
     kind = "bpe"
 
@@ -37,7 +39,7 @@ class BPETokenizer(ByteLevelTokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self.hf.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def state(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class BPETokenizer(ByteLevelTokenizer):
 
     @classmethod
     def from_file(cls, path: Path) -> BPETokenizer:
+        """Read a tokenizer.json. Raises `TokenizerError` as `from_json` does, and for a file that cannot be read."""
         try:
             text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
@@ -58,11 +61,10 @@ class BPETokenizer(ByteLevelTokenizer):
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> BPETokenizer:
-        """Raises `TokenizerError` for anything but a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
+        """Raises `TokenizerError` for anything except a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
         try:
-            content = json.loads(text)
-            tokens, merges, eos_id = _read(content)
-        except (ValueError, RecursionError) as error:  # of JSON; also for a number of thousands of digits
+            tokens, merges, eos_id = _read(json.loads(text))
+        except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
             raise TokenizerError(
                 f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
             ) from None
@@ -75,14 +77,14 @@ class BPETokenizer(ByteLevelTokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of `vocab_size` tokens at most."""
+    """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of at most `vocab_size` tokens."""
     if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise TokenizerError(
             f"--train-tokenizer {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
             f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE}"
         )
-    learner = HFTokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -90,16 +92,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator((well_formed(text) for text in texts), trainer=trainer)
-    return BPETokenizer.from_json(learner.to_str(), origin="trained tokenizer")
+    tokenizer.train_from_iterator(map(well_formed, texts), trainer=trainer)
+    return BPETokenizer.from_json(tokenizer.to_str(), origin="trained tokenizer")
 
 
 class NotGPT2s(TokenizerError):
-    """A tokenizer of another kind; it may be a `ForeignTokenizer`."""
+    """A tokenizer of another kind, perhaps a `ForeignTokenizer`."""
 
 
 class _Foreign(Exception):
-    """A tokenizer.json that is something else."""
+    """A tokenizer.json of another kind. The message is the difference."""
 
 
 def _demand(condition: bool, reason: str) -> None:
@@ -108,18 +110,12 @@ def _demand(condition: bool, reason: str) -> None:
 
 
 def _read(content: Any) -> tuple[list[str], list[Merge], int]:
-    """Tokens in id order, merges, end of text; or `_Foreign`, saying what is other than expected."""
+    """Tokens in id order, merges, and the id of the end of text. Raises `_Foreign`."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise _Foreign("has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
-    for option in (
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "byte_fallback",
-        "ignore_merges",
-    ):
+    for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")
     _demand(content.get("normalizer") is None, "it changes the text by a normalizer")
     _check_split(content.get("pre_tokenizer"))

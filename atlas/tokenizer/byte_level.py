@@ -1,7 +1,7 @@
-"""What GPT-2's tokenizer and a BPE of one's own share: byte-level tokens, written as GPT-2 writes them.
+"""What GPT-2's tokenizer and a BPE that Atlas trained share: byte-level tokens, written as GPT-2 writes them.
 
-A token is a run of bytes. In files each byte stands as one printable character (Radford et al. 2019,
-`bytes_to_unicode` of their encoder), so that a vocabulary is readable text: a space is `Ġ`.
+A token is a run of bytes. In files each byte is one printable character (Radford et al. 2019, `bytes_to_unicode` of
+their encoder), so a vocabulary is readable text: a space is `Ġ`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes that a byte-level token string stands for; `KeyError` if it is not one."""
+    """The bytes of a byte-level token string. Raises `KeyError` if it is not one."""
     return bytes([BYTE_OF_CHAR[char] for char in token])
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """A byte-level BPE with GPT-2's pre-tokenizer: any text has ids, and they decode to it exactly.
+    """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, which decode to exactly that text.
 
-    Being one is what makes a tokenizer savable and exportable: `token_strings` and `merges` are what
-    GGUF's `tokenizer.ggml.tokens` and `tokenizer.ggml.merges` want, with the `gpt-2` pre-tokenizer.
+    Only such a tokenizer can be saved and exported: `token_strings` and `merges` are the values of GGUF's
+    `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`, with the `gpt-2` pre-tokenizer.
     """
-
-    kind: str
 
     def __init__(self, name: str, tokens: Sequence[str], merges: Sequence[Merge], eos_id: int) -> None:
         self.name = name
@@ -51,16 +49,16 @@ class ByteLevelTokenizer(Tokenizer):
         self._merges = list(merges)
 
     def token_strings(self) -> list[str]:
-        """Every token in id order, bytes as GPT-2's characters; `<|endoftext|>` at `eos_id`."""
+        """Every token in id order, in GPT-2's characters for bytes; `<|endoftext|>` at `eos_id`."""
         return list(self._tokens)
 
     def merges(self) -> list[Merge]:
-        """The merges, first learnt first, in the same characters."""
+        """The merges in the order of training, in the same characters."""
         return list(self._merges)
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        # `<|endoftext|>` is plain ASCII, so that its characters stand for themselves.
+        # `<|endoftext|>` is plain ASCII, so its characters stand for themselves.
         return [token_bytes(token) for token in self._tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,25 +69,16 @@ class ByteLevelTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over everything that decides the ids: tokens, merges, end of text."""
+        """sha256 of everything that decides the ids: tokens, merges, end of text."""
         vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
         return hashlib.sha256(vocabulary.encode()).hexdigest()
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "eos_id": self.eos_id,
-            "fingerprint": self.fingerprint,
-        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.state(),)
 
     @cached_property
     def hf(self) -> HFTokenizer:
-        """The same tokenizer built with Hugging Face `tokenizers`."""
+        """The same tokenizer in Hugging Face `tokenizers`."""
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
         tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=self._merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -103,7 +92,7 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 def well_formed(text: str) -> str:
-    """`text` with lone surrogates, which have no UTF-8 form, replaced by U+FFFD, as tiktoken does it."""
+    """Replace lone surrogates, which have no UTF-8 form, by U+FFFD, as tiktoken does."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

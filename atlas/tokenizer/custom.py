@@ -1,4 +1,4 @@
-"""A tokenizer that the user brings: any object with `encode`, `decode`, `vocab_size` and `eos_id`."""
+"""The user's own tokenizer: any object with `encode`, `decode`, `vocab_size` and `eos_id`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atlas.tokenizer.base import Tokenizer, fingerprint_of
 
 
 def import_object(spec: str) -> Any:
-    """What `package.module:name` names; modules in the working folder are found too."""
+    """Import `package.module:name`; modules in the working folder are found too."""
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -32,7 +32,7 @@ def import_object(spec: str) -> Any:
 
 
 class CustomTokenizer(Tokenizer):
-    """A foreign object behind the interface. It can be trained with, but not written into a file."""
+    """The user's object behind the interface. A model can be trained with it, but no file can hold it."""
 
     def __init__(self, custom: Any, name: str | None = None) -> None:
         kind = type(custom)
@@ -70,7 +70,7 @@ class CustomTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The object's own `fingerprint`, else a hash of its type, its sizes and what it makes of a probe."""
+        """The object's own `fingerprint`, else a hash of its type, its sizes and the ids of a probe text."""
         own = getattr(self._custom, "fingerprint", None)
         return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 

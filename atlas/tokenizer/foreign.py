@@ -1,7 +1,7 @@
 """A tokenizer.json of another model, run as it is by Hugging Face `tokenizers`: Llama's, Qwen's, or any other.
 
-It can be trained with, kept in a checkpoint and given back to Hugging Face. A GGUF file cannot hold it: that names a
-split by a word that llama.cpp must know.
+A model can be trained with it, and checkpoints and Hugging Face folders keep it. A GGUF file cannot hold it, since that
+names the split by a word that llama.cpp must know.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from atlas.tokenizer.byte_level import BYTE_OF_CHAR, token_bytes, well_formed
 
 
 class ForeignTokenizer(Tokenizer):
-    """`text` is the tokenizer.json. `vocab_size` may be more than the tokens in it, as of a model with spare rows."""
+    """`text` is the tokenizer.json. `vocab_size` can exceed its number of tokens, as in a model with spare rows."""
+
+    kind = name = "hf"
 
     def __init__(self, text: str, *, eos_id: int, vocab_size: int, origin: str) -> None:
         try:
             self._hf = HFTokenizer.from_str(text)
-        except Exception as error:  # whatever the library raises, of a file from anybody
+        except Exception as error:  # whatever the library raises for a file from anybody
             raise TokenizerError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # special tokens in a text are plain text
         self._text = text
-        self.name = "hf"
         self.eos_id = eos_id
         tokens = max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = vocab_size
         if not 0 <= eos_id < tokens <= vocab_size:
             raise TokenizerError(
-                f"{origin}: has {tokens:,} tokens, which does not go with vocab_size {vocab_size:,} and "
+                f"{origin}: has {tokens:,} tokens, which does not fit vocab_size {vocab_size:,} and "
                 f"eos_token_id {eos_id:,}: are the files of one model?"
             )
 
     @classmethod
     def from_file(cls, path: Path, refusal: AtlasError) -> ForeignTokenizer:
-        """Its end of text and number of rows are config.json's, beside it; `refusal` is raised where there is none."""
+        """Take the end of text and the number of rows from config.json beside it. Raises `refusal` if there is none."""
         config = _json_beside(path, "config.json")
         eos_id, rows = config.get("eos_token_id"), config.get("vocab_size")
-        if isinstance(eos_id, list) and eos_id:  # any of these ends a text; the first also begins one
+        if isinstance(eos_id, list) and eos_id:  # each of these ends a text; the first also begins one
             eos_id = eos_id[0]
         if type(eos_id) is not int or type(rows) is not int:
             raise refusal
@@ -58,6 +59,7 @@ class ForeignTokenizer(Tokenizer):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ForeignTokenizer:
+        """The tokenizer that `state()` described."""
         eos_id, vocab_size = state.get("eos_id"), state.get("vocab_size")
         if type(eos_id) is not int or type(vocab_size) is not int:
             raise TokenizerError(
@@ -69,9 +71,7 @@ class ForeignTokenizer(Tokenizer):
         return self._hf.encode(well_formed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._hf.encode_batch_fast(
-            [well_formed(text) for text in texts], add_special_tokens=False
-        )
+        encodings = self._hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -83,12 +83,12 @@ class ForeignTokenizer(Tokenizer):
             return token_bytes(token)
         if "ByteFallback" in self._decoder and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
             return bytes.fromhex(byte[1])
-        # In the middle of a text: at its beginning some decoders take a token's blank away.
+        # In the middle of a text, since some decoders remove a token's blank at the beginning.
         return self.decode([id, id]).removeprefix(self.decode([id])).encode("utf-8")
 
     @cached_property
     def _decoder(self) -> frozenset[str]:
-        """The types of its decoder's parts."""
+        """The types of the steps of its decoder."""
         decoder = json.loads(self._text).get("decoder") or {}
         return frozenset(part.get("type") for part in (decoder, *decoder.get("decoders", ())))
 
@@ -98,14 +98,7 @@ class ForeignTokenizer(Tokenizer):
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        return {
-            "kind": "hf",
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "eos_id": self.eos_id,
-            "fingerprint": self.fingerprint,
-            "json": self._text,
-        }
+        return super().state() | {"json": self._text}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.state(),)

@@ -18,15 +18,15 @@ from atlas.tokenizer.byte_level import BYTE_ORDER, CHAR_OF_BYTE, ByteLevelTokeni
 
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
-# OpenAI's own rewriting of GPT-2's pattern: the same pieces, less backtracking.
+# OpenAI's own revision of GPT-2's pattern: the same pieces, less backtracking.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Without the look ahead, which takes tiktoken half its time. Every blank is a piece of its own, so that the pieces are
-# GPT-2's wherever no more than two blanks stand before a word and no more than one at the end of the text.
+# Without the lookahead, which takes half of tiktoken's time. Every blank is a piece of its own, so the pieces are
+# GPT-2's where at most two blanks precede a word and at most one blank ends the text.
 _QUICK_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 _BLANKS = b"\t\n\v\f\r "
 _WIDE_BLANKS = [chr(code) for code in range(0x80, 0x3001) if chr(code).isspace()]
-"""Those of which a token may hold a part only."""
+"""Blanks of several bytes, of which a token may hold only a part."""
 
 # tiktoken's regex engine aborts in `\s+(?!\S)` at about a million white characters in a row.
 _LONG_BLANK_LENGTH = 200_000
@@ -34,7 +34,7 @@ _LONG_BLANK = re.compile(rf"\s{{{_LONG_BLANK_LENGTH},}}")
 
 
 class GPT2Tokenizer(ByteLevelTokenizer):
-    """50,000 merges over 256 bytes, and `<|endoftext|>` = 50256; encoded by tiktoken."""
+    """50,000 merges over 256 bytes, and `<|endoftext|>` = 50256. tiktoken encodes."""
 
     kind = "gpt2"
 
@@ -44,8 +44,8 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         eos_id = len(tokens)
         super().__init__("gpt2", [*tokens, END_OF_TEXT], merges, eos_id)
         self._ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
-        # 2: a token of blanks only; 1: one that begins with a blank, or end of text: two blanks before either are cut
-        # otherwise by GPT-2's pattern.
+        # 2: a token of blanks only; 1: a token that begins with a blank, or end of text. GPT-2's pattern cuts two
+        # blanks before either of them differently.
         self._blankness = np.array([*map(_blankness, self._ranks), 1], dtype=np.uint8)
 
     @cached_property
@@ -57,16 +57,12 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return self._encoding(_QUICK_SPLIT)
 
     def _encoding(self, pattern: str) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            "gpt2",
-            pat_str=pattern,
-            mergeable_ranks=self._ranks,
-            special_tokens={END_OF_TEXT: self.eos_id},
-        )
+        special = {END_OF_TEXT: self.eos_id}
+        return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         if len(text) >= _LONG_BLANK_LENGTH and (blank := _LONG_BLANK.search(text)):
-            # The pattern gives the run but its last character as one piece, or all of it at the end.
+            # The pattern makes one piece of the run without its last character, or of all of it at the end.
             end = blank.end() if blank.end() == len(text) else blank.end() - 1
             run = self._tiktoken._encode_single_piece(text[blank.start() : end])
             return self._tiktoken.encode_ordinary(text[: blank.start()]) + run + self.encode(text[end:])
@@ -81,7 +77,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
     def _where_quick_may_differ(
         self, texts: Sequence[str], arrays: Sequence[NDArray[np.uint32]]
     ) -> Iterable[int]:
-        """The texts with a run of blanks that GPT-2's pattern cuts otherwise."""
+        """The places of texts with a run of blanks that GPT-2's pattern cuts differently."""
         wide = {
             place
             for place, text in enumerate(texts)
@@ -105,6 +101,7 @@ def _blankness(token: bytes) -> int:
 
 @cache
 def gpt2_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's tokenizer, from the merge table in the package."""
     table = (resources.files("atlas.tokenizer") / "assets" / "vocab.bpe").read_bytes()
     if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
         raise TokenizerError(

@@ -1,6 +1,6 @@
-"""Find a tokenizer: by name, from a file or stored state, by training, or around an object of one's own.
+"""Make a tokenizer: by name, from a file or stored state, by training, or around the user's object.
 
-`Tokenizer.gpt2()` and its kin are the functions of this module. A kind is imported when it is first used.
+`Tokenizer.gpt2()` and the like are the functions of this module. Each kind is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def gpt2() -> Tokenizer:
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on `texts`, which are read once, as a stream.
 
-    A text too small for `vocab_size` gives a smaller vocabulary; `vocab_size` of the result says so.
+    A text that is too small for `vocab_size` gives a smaller vocabulary: see `vocab_size` of the result.
     """
     from atlas.tokenizer.bpe import train_bpe
 
@@ -52,8 +52,7 @@ def load(path: str | Path) -> Tokenizer:
 def from_state(state: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer that `state()` described, after checking its fingerprint.
 
-    Nothing is imported for it: a custom tokenizer's code does not travel with a file, so that its
-    owner has to name it.
+    No code is imported: a file does not contain a custom tokenizer's code, so the user has to name it.
     """
     from atlas.tokenizer.bpe import BPETokenizer
     from atlas.tokenizer.foreign import ForeignTokenizer
@@ -61,7 +60,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
     kind, name = state.get("kind"), state.get("name")
     if kind == "custom":
         raise TokenizerError(
-            f"tokenizer {name!s:.200}: is custom code, which a file does not bring along; "
+            f"tokenizer {name!s:.200}: is custom code, which a file does not contain; "
             "name it with --tokenizer package.module:factory"
         )
     if kind == "gpt2":
@@ -74,12 +73,8 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
         raise TokenizerError(
             f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"
         )
-    stated = {
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-    }
-    for fact, value in stated.items():
+    for fact in ("fingerprint", "vocab_size", "eos_id"):
+        value = getattr(tokenizer, fact)
         if state.get(fact) != value:
             raise TokenizerError(
                 f"stored tokenizer {name!s:.80}: its vocabulary has {fact} {value}, not {state.get(fact)!s:.80}; "
@@ -96,23 +91,20 @@ def resolve(spec: str | Path) -> Tokenizer:
     if Path(spec).exists():
         return load(spec)
     if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
-        made = import_object(spec)()
-        return made if _is_known(made) else CustomTokenizer(made, name=spec)
+        return wrap(import_object(spec)(), name=spec)
     raise TokenizerError(
         f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
     )
 
 
-def wrap(custom: Any) -> Tokenizer:
-    """Return any object with `encode`, `decode`, `vocab_size` and `eos_id` as a `Tokenizer`."""
-    return custom if _is_known(custom) else CustomTokenizer(custom)
+def wrap(custom: Any, name: str | None = None) -> Tokenizer:
+    """Return any object with `encode`, `decode`, `vocab_size` and `eos_id` as a `Tokenizer`.
 
-
-def _is_known(tokenizer: Any) -> bool:
-    """Whether its ids need no check: it is wrapped already, or has a state of its own to be rebuilt from."""
-    if isinstance(tokenizer, CustomTokenizer):
-        return True
-    return isinstance(tokenizer, Tokenizer) and type(tokenizer).state is not Tokenizer.state
+    One of Atlas's own kinds, or one that is wrapped already, is returned as it is.
+    """
+    if isinstance(custom, CustomTokenizer) or (isinstance(custom, Tokenizer) and custom.kind != "custom"):
+        return custom
+    return CustomTokenizer(custom, name)
 
 
 def _state_in_dataset(path: Path) -> dict[str, Any]:
