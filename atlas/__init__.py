@@ -19,9 +19,9 @@ def load(
     dtype: str = "auto",
     tokenizer: str | None = None,
 ) -> LoadedModel:
-    """A trained model, to write with (`generate`) and to look into (`logits`).
+    """Load a trained model, for generation (`generate`) and inspection (`logits`).
 
-    The defaults and the meaning of each are those of `atlas generate`. Raises `AtlasError` where it says so.
+    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError`, as that does.
     """
     from atlas.inference import load_model  # PyTorch comes with it, and takes a second
 

@@ -1,4 +1,4 @@
-"""`python -m atlas`, which torchrun starts, and the start of every script in `scripts/`."""
+"""`python -m atlas`, which torchrun starts, and the entry of every script in `scripts/`."""
 
 import sys
 from pathlib import Path

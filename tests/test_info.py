@@ -197,7 +197,7 @@ def test_a_dataset_is_compared_with_verify(tmp_path: Path, capsys: pytest.Captur
     assert main(prepare) == 0
     total = sum(file.stat().st_size for file in (tmp_path / "set").glob("*.npy"))
     assert "sizes as saved; --verify compares every byte" in info(capsys, tmp_path / "set")[1]
-    assert f"whole: {total:,} bytes, sha256 as saved" in info(capsys, tmp_path / "set", "--verify")[1]
+    assert f"intact: {total:,} bytes, sha256 as saved" in info(capsys, tmp_path / "set", "--verify")[1]
     shard = tmp_path / "set" / "train-00000.npy"
     content = bytearray(shard.read_bytes())
     content[-2] ^= 1

@@ -68,7 +68,7 @@ def test_lengths_are_those_of_the_documents(
 ) -> None:
     """However the documents are spread over shards, and these are read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.reporting.dataset_statistics._OFFSETS_AT_ONCE", at_once)
+        patch.setattr("atlas.reporting.dataset_statistics._OFFSETS_PER_STEP", at_once)
         folder = tmp_path_factory.mktemp("lengths")
         stream = write_stream(folder, [[5] * length for length in lengths], shard_tokens=shard_tokens)
         measured = measure_lengths(stream)

@@ -1,4 +1,4 @@
-"""`atlas info DATASET`: what a prepared dataset holds, how large a model it can teach, and how its text looks."""
+"""`atlas info DATASET`: what a prepared dataset holds, how large a model it is enough for, and how its text looks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 
 def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
-    """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
+    """Print one screen about a dataset, and write a PNG of its document lengths to `plot`."""
     from atlas.reporting.dataset_figure import check_plot
 
     if plot:
@@ -38,20 +38,18 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
     if plot and lengths:
         _draw(plot, folder, lengths, vocab_size)
     elif plot:
-        raise AtlasError(
-            f"--plot: {folder} has no document that begins in it, so that there are no lengths to draw"
-        )
+        raise AtlasError(f"--plot: {folder}: no document begins in it, so there are no lengths to draw")
 
 
 def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
-    """The dataset, and in what state it is."""
+    """The dataset, and a description of its state."""
     from atlas.progress import byte_progress
 
     total = sum(file.stat().st_size for file in folder.glob("*.npy"))
     with byte_progress(total if verify else 0, "reading") as advance:
         dataset = open_dataset(folder, verify=verify, advance=advance)
     if verify:
-        return dataset, f"whole: {total:,} bytes, sha256 as saved"
+        return dataset, f"intact: {total:,} bytes, sha256 as saved"
     return dataset, "sizes as saved; --verify compares every byte"
 
 
@@ -82,13 +80,11 @@ def _facts(
 
 
 def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]]:
-    """A row for each step of cleaning that found something, and one for all that found nothing."""
+    """A row for each cleaning step that found something, and one for all others."""
     for step, removed in cleaning.items():
         if any(removed.values()):
-            yield (
-                "removed",
-                f"{step}: " + ", ".join(f"{count:,} {what}" for what, count in removed.items() if count),
-            )
+            counts = ", ".join(f"{count:,} {what}" for what, count in removed.items() if count)
+            yield "removed", f"{step}: {counts}"
     if idle := [step for step, removed in cleaning.items() if not any(removed.values())]:
         yield "removed", f"nothing by {', '.join(idle)}"
 
@@ -102,19 +98,13 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
     typer.echo(f"\nhow large a model for this text: {best}")
     header = ("preset", "parameters", "tokens per parameter", f"passes to {TOKENS_PER_PARAMETER}", "")
     rows = [
-        (
-            row.preset,
-            f"{row.parameters:,}",
-            figure(row.tokens_per_parameter),
-            figure(row.passes),
-            row.verdict,
-        )
+        (row.preset, f"{row.parameters:,}", figure(row.tokens_per_parameter), figure(row.passes), row.verdict)
         for row in advice
     ]
     print_table([header, *rows], right={1, 2, 3})
     typer.echo(
         f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
-        f"beyond about {GOOD_PASSES} passes over a text each gives less (Muennighoff et al. 2023, arXiv:2305.16264)"
+        f"beyond about {GOOD_PASSES} passes over a text each helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
 
     if not fitting:
@@ -129,8 +119,8 @@ def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
     own, *_ = advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
     advice = (
-        f"what to do: {smallest.preset} wants about {wanted:,} tokens, add text; or train it all the same and take "
-        "atlas_best.pt, from before it learns by heart"
+        f"what to do: {smallest.preset} needs about {wanted:,} tokens, add text; or train it anyway and use "
+        "atlas_best.pt, from before the text is memorized"
     )
     if own.parameters < smallest.parameters / 2:
         advice += (
@@ -141,7 +131,7 @@ def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
 
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
-    """Ten documents chosen at random, and what the tokenizer compresses worst, from the training split."""
+    """Print ten random documents of the training split, and the text that the tokenizer compresses worst."""
     if dataset.tokenizer_state.get("kind") == "custom":
         name = dataset.tokenizer_state["name"]
         text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"
@@ -149,7 +139,7 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
         return
     tokenizer = dataset.tokenizer()
     excerpts = sample_documents(stream, tokenizer)
-    typer.echo(f"\n{len(excerpts)} documents of train chosen at random, by their tokens")
+    typer.echo(f"\n{len(excerpts)} random documents of train, by their tokens")
     print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
     if isinstance(tokenizer, ByteLevelTokenizer):
         stretches = worst_stretches(stream, tokenizer)

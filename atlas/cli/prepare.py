@@ -29,7 +29,7 @@ def prepare(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The dataset's folder; left out: data/processed/wikipedia for the Kaggle archive, "
+            help="The dataset's folder; default: data/processed/wikipedia for the Kaggle archive, "
             "else data/processed/<name of the first input>.",
             metavar="DIR",
             show_default=False,
@@ -46,7 +46,7 @@ def prepare(
     train_tokenizer: Annotated[
         int | None,
         typer.Option(
-            help="Learn a byte-level BPE of so many tokens from the training documents.",
+            help="Train a byte-level BPE of N tokens on the training documents.",
             metavar="N",
             show_default=False,
         ),
@@ -72,14 +72,14 @@ def prepare(
         bool,
         typer.Option(
             "--near-dedup",
-            help="Leave out documents that are nearly one before them, too (MinHash, 80 % of their runs of five "
-            "words); slow, and about 3 KB of memory for each document.",
+            help="Leave out near copies of earlier documents, too (MinHash, 80 % of their runs of five words); slow, "
+            "and needs about 3 KB of memory per document.",
         ),
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that tokenize; left out, one for each core. The result is the same for any number.",
+            help="Processes that tokenize; default: one per core. The result is the same for any number.",
             metavar="N",
             show_default=False,
         ),
@@ -87,7 +87,7 @@ def prepare(
     engine: Annotated[
         str,
         typer.Option(
-            help="Where they run: local, or ray, a cluster whose machines all see the input under its path.",
+            help="Where they run: local, or ray, a cluster whose machines all have the input under its path.",
             metavar="local|ray",
         ),
     ] = "local",
@@ -100,7 +100,7 @@ def prepare(
         ),
     ] = False,
     show_list: Annotated[
-        bool, typer.Option("--list", help="List what lies in data/processed and data/raw.")
+        bool, typer.Option("--list", help="List the data in data/processed and data/raw.")
     ] = False,
 ) -> None:
     """Turn text into token shards that `atlas train` reads."""
@@ -162,7 +162,7 @@ def _print_summary(summary: Summary) -> None:
     # The larger presets state GPT-2's vocabulary; the nano ones take any.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
     typer.echo(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}", err=True)
-    typer.echo(f"how large a model it can teach: atlas info {folder}", err=True)
+    typer.echo(f"how large a model it is enough for: atlas info {folder}", err=True)
 
 
 def _print_list(root: Path) -> None:

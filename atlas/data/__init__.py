@@ -1,7 +1,7 @@
 """Text → documents → token shards → sequences → batches.
 
-What needs PyTorch is imported when it is first used: preparing text does not, and the processes that do it start
-at once and stay small.
+What needs PyTorch is imported when it is first used. Preparing text does not, so its processes start fast and stay
+small.
 """
 
 from __future__ import annotations
@@ -38,21 +38,15 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
-    "IGNORE_INDEX": "sequences.dataset",
-    "SequenceDataset": "sequences.dataset",
-    "TextDataset": "sequences.dataset",
-    "SequenceOrder": "sequences.loader",
-    "batches": "sequences.loader",
-    "ResolvedData": "sequences.open",
-    "resolve_data": "sequences.open",
-    "resolve_mixture": "sequences.open",
-    "training_sequences": "sequences.build",
-    "validation_sequences": "sequences.build",
-    "validation_windows": "sequences.build",
+    "build": "training_sequences validation_sequences validation_windows",
+    "dataset": "IGNORE_INDEX SequenceDataset TextDataset",
+    "loader": "SequenceOrder batches",
+    "open": "ResolvedData resolve_data resolve_mixture",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    for module, names in _NEED_TORCH.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.sequences.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

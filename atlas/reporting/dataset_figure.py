@@ -1,4 +1,4 @@
-"""A picture of how long the documents of a dataset are."""
+"""A figure of the lengths of a dataset's documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLORS = {"train": "tab:blue", "val": "tab:orange"}
 
 
 def check_plot(path: Path) -> None:
-    """Raises `AtlasError`, before any work, where `draw_lengths` could not write to `path`."""
+    """Raise `AtlasError`, before any work, if `draw_lengths` cannot write to `path`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -29,10 +29,10 @@ def check_plot(path: Path) -> None:
 def draw_lengths(
     path: Path, lengths: Mapping[str, Lengths], *, title: str, contexts: Mapping[int, str]
 ) -> None:
-    """Write a histogram of document lengths, by split, as a PNG of 1500 × 825 pixels.
+    """Write a histogram of document lengths by split, as a PNG of 1500 × 825 pixels.
 
-    Heights are shares of a split's documents, so that a small validation split can be compared. `contexts` are context
-    lengths in tokens to mark, and what they are called.
+    Heights are shares of a split's documents, so a small validation split can be compared. `contexts` are context
+    lengths in tokens to mark, and their names.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, StrMethodFormatter
@@ -47,25 +47,18 @@ def draw_lengths(
         if name == "train":
             axes.hist(split.values, bins, weights=shares, color=color, alpha=0.35)
         axes.hist(split.values, bins, weights=shares, color=color, histtype="step", linewidth=1.5)
-        facts = (
-            f"{split.documents:,} documents, median {split.median:,.10g} (dashed), longest {split.longest:,}"
-        )
-        axes.axvline(split.median, color=color, linewidth=1.5, linestyle="--", label=f"{name}: {facts}")
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the names of contexts
+        facts = f"median {split.median:,.10g} (dashed), longest {split.longest:,}"
+        legend = f"{name}: {split.documents:,} documents, {facts}"
+        axes.axvline(split.median, color=color, linewidth=1.5, linestyle="--", label=legend)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # space for the names of contexts
     for tokens, name in contexts.items():
         axes.axvline(tokens, color="0.45", linewidth=1, linestyle=":")
-        axes.text(
-            tokens,
-            0.99,  # of the axes' height
-            f"context {tokens:,}\n{name}",
-            transform=axes.get_xaxis_transform(),
-            color="0.3",
-            fontsize=8,
-            rotation=90,
-            horizontalalignment="center",
-            verticalalignment="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        text = f"context {tokens:,}\n{name}"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        label = axes.text(
+            tokens, 0.99, text, color="0.3", fontsize=8, rotation=90, ha="center", va="top", bbox=box
         )
+        label.set_transform(axes.get_xaxis_transform())  # 0.99 of the axes' height
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(

@@ -1,7 +1,8 @@
-"""What a prepared dataset is made of: how long its documents are, some of them to look at, and the places that its
-tokenizer compresses worst.
+"""Statistics of a prepared dataset: the lengths of its documents, a few of them, and the places that its tokenizer
+compresses worst.
 
-Nothing here reads a dataset whole: lengths come from the document offsets, texts from a few memory-mapped places.
+Nothing here reads all tokens of a large dataset: lengths come from the document offsets, texts from a few
+memory-mapped places.
 """
 
 from __future__ import annotations
@@ -22,44 +23,45 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 MOST_DOCUMENTS = 2**26
-"""Of a split with more of them than that, the lengths in evenly spread shards are taken."""
+"""Of a split with more documents, only those in evenly spread shards are measured."""
 STRETCH_TOKENS = 64
 SAMPLE_TOKENS = 2**24
-"""Of a split with more tokens than that, evenly spread blocks are searched for the worst stretches."""
+"""Of a split with more tokens, only evenly spread blocks are searched for the worst stretches."""
 
-_OFFSETS_AT_ONCE = 2**22
+_OFFSETS_PER_STEP = 2**22
 _BLOCK_TOKENS = 2**18
-# One bad table should not fill the list.
+# One table of numbers should not fill the list.
 _APART_TOKENS = 1024
 _MOST_BYTES_OF_A_CHARACTER = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """How long documents are, in tokens with their end of text: `counts[i]` of them have `values[i]`, ascending."""
+    """Lengths of documents in tokens, with their end of text: `counts[i]` documents have `values[i]`, ascending."""
 
     values: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     @property
     def documents(self) -> int:
-        """How many were measured."""
+        """Number of documents that were measured."""
         return int(self.counts.sum())
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest document."""
         return int(self.values[-1])
 
     @property
     def median(self) -> float:
-        """The mean of the two in the middle where their number is even."""
+        """Median length; the mean of the two in the middle if their number is even."""
         middle = [(self.documents - 1) // 2, self.documents // 2]
         return float(self.values[np.searchsorted(self.counts.cumsum(), middle, side="right")].mean())
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a document as a model is given it, and how many tokens the document has."""
+    """The beginning of a document as the model gets it, and the number of its tokens."""
 
     text: str
     tokens: int
@@ -75,9 +77,9 @@ class Stretch:
 
 
 def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengths:
-    """Lengths of all documents of a split; of about `most` of them, in evenly spread shards, where it has more.
+    """Measure all documents of a split, or about `most` of them, in evenly spread shards.
 
-    Counted by length, since a split of N tokens has at most √(2N) different ones.
+    They are counted by length, since a split of N tokens has at most √(2N) different lengths.
     """
     counter: Counter[int] = Counter()
     for lengths in _lengths(stream, every=max(1, -(-stream.num_documents // most))):
@@ -90,7 +92,7 @@ def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengt
 def sample_documents(
     stream: TokenStream, tokenizer: Tokenizer, *, count: int = 10, characters: int = 100, seed: int = 0
 ) -> list[Excerpt]:
-    """The beginnings of `count` documents chosen at random, in the order of the data."""
+    """The beginnings of `count` random documents, in the order of the data."""
     numbers = random.Random(seed).sample(range(stream.num_documents), min(count, stream.num_documents))
     excerpts = []
     for number in sorted(numbers):
@@ -98,16 +100,16 @@ def sample_documents(
         # A token has at least one byte.
         read_to = min(end, start + _MOST_BYTES_OF_A_CHARACTER * characters)
         text = tokenizer.decode(stream.read(start, read_to).tolist())
-        whole = read_to == end and len(text) <= characters
-        excerpts.append(Excerpt(text if whole else text[:characters] + "…", end - start))
+        is_complete = read_to == end and len(text) <= characters
+        excerpts.append(Excerpt(text if is_complete else text[:characters] + "…", end - start))
     return excerpts
 
 
 def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count: int = 3) -> list[Stretch]:
-    """The stretches with the fewest bytes per token, the worst first, at least `_APART_TOKENS` apart.
+    """The stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` apart.
 
-    Of `SAMPLE_TOKENS` in evenly spread blocks, or of all tokens if there are no more than that. Fewer than `count`
-    where few documents are long enough.
+    They come from `SAMPLE_TOKENS` in evenly spread blocks, or from all tokens if there are no more. There are fewer
+    than `count` if few documents are long enough.
     """
     sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # a character is a byte
     across_documents = STRETCH_TOKENS * int(sizes.max()) + 1
@@ -130,8 +132,8 @@ def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count
 
 
 def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Evenly spread parts of a split and where they start; all of it, if it is small enough. Each goes on for a
-    stretch into what follows it, so that none is missed between two."""
+    """Evenly spread parts of a split and their starts; all of it, if it is small. Each overlaps what follows by a
+    stretch, so that none is missed between two parts."""
     blocks = min(SAMPLE_TOKENS, stream.num_tokens) // _BLOCK_TOKENS + 1
     for block in range(blocks):
         start = block * stream.num_tokens // blocks
@@ -140,18 +142,19 @@ def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
 
 
 def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
-    """Lengths of the documents that begin in every so manieth shard, in pieces of bounded size."""
+    """Lengths of the documents that begin in every `every`-th shard, in pieces of bounded size."""
     shards = (_starts(stream, shard) for shard in stream.record.shards if shard.documents)
     end = np.array([stream.num_tokens])
     for number, (starts, following) in enumerate(itertools.pairwise(itertools.chain(shards, [end]))):
-        for place in range(0, len(starts) if number % every == 0 else 0, _OFFSETS_AT_ONCE):
-            piece = starts[place : place + _OFFSETS_AT_ONCE + 1]
-            is_last = place + _OFFSETS_AT_ONCE >= len(starts)
+        for place in range(0, len(starts) if number % every == 0 else 0, _OFFSETS_PER_STEP):
+            piece = starts[place : place + _OFFSETS_PER_STEP + 1]
+            is_last = place + _OFFSETS_PER_STEP >= len(starts)
             yield np.diff(piece, append=following[:1]) if is_last else np.diff(piece)
 
 
 def _document_start(stream: TokenStream, number: int) -> int:
-    """Where a document begins, counted from the split's first token; the split's end for the one after the last."""
+    """The first token of document `number`, counted from the split's first token; the split's end after the last
+    one."""
     if number == stream.num_documents:
         return stream.num_tokens
     ends = list(itertools.accumulate(shard.documents for shard in stream.record.shards))
@@ -161,7 +164,6 @@ def _document_start(stream: TokenStream, number: int) -> int:
 
 
 def _starts(stream: TokenStream, shard: ShardRecord) -> NDArray[np.int64]:
-    starts: NDArray[np.int64] = np.load(
-        stream.folder / shard.documents_file, mmap_mode="r", allow_pickle=False
-    )
+    path = stream.folder / shard.documents_file
+    starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
     return starts
