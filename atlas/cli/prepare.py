@@ -11,94 +11,57 @@ from atlas.cli.choose_text import ORIGIN
 from atlas.config.loader import describe
 
 if TYPE_CHECKING:
-    from atlas.data.prepare.listing import Listed
     from atlas.data.prepare.pipeline import Summary
     from atlas.data.shards import Manifest
+
+_INPUT_HELP = (
+    "Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', an fsspec URL, or - for "
+    "standard input; may be repeated."
+)
+_OUTPUT_HELP = (
+    "The dataset's folder; default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
+    "first input>."
+)
+_TOKENIZER_HELP = "gpt2 (default), a tokenizer.json, or package.module:factory."
+_TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
+_FIELD_HELP = "The field of a JSONL row, or Parquet column, that holds its text."
+_CLEAN_HELP = "The cleaning steps to take, of nfc, control, whitespace and duplicates; or none."
+_NEAR_HELP = (
+    "Leave out near copies of earlier documents, too (MinHash, 80 % of their runs of five words); slow, and needs "
+    "about 3 KB of memory per document."
+)
+_WORKERS_HELP = "Processes that tokenize; default: one per core. The result is the same for any number."
+_ENGINE_HELP = "Where they run: local, or ray, a cluster whose machines all have the input under its path."
+_TRUST_HELP = (
+    "Read an archive of any size too: one that unpacks to more than 1 TB, to more than 200 times its own bytes, or "
+    "holds more than a million files."
+)
 
 
 def prepare(
     inputs: Annotated[
         list[str] | None,  # a Path would make s3:/ of s3://
-        typer.Option(
-            "--input",
-            help="Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', "
-            "an fsspec URL, or - for standard input; may be repeated.",
-            metavar="PATH",
-        ),
+        typer.Option("--input", help=_INPUT_HELP, metavar="PATH"),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="The dataset's folder; default: data/processed/wikipedia for the Kaggle archive, "
-            "else data/processed/<name of the first input>.",
-            metavar="DIR",
-            show_default=False,
-        ),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help=_OUTPUT_HELP, metavar="DIR", show_default=False)] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="gpt2 (default), a tokenizer.json, or package.module:factory.",
-            metavar="NAME|FILE",
-            show_default=False,
-        ),
+        str | None, typer.Option(help=_TOKENIZER_HELP, metavar="NAME|FILE", show_default=False)
     ] = None,
     train_tokenizer: Annotated[
-        int | None,
-        typer.Option(
-            help="Train a byte-level BPE of N tokens on the training documents.",
-            metavar="N",
-            show_default=False,
-        ),
+        int | None, typer.Option(help=_TRAIN_HELP, metavar="N", show_default=False)
     ] = None,
     val_fraction: Annotated[
         float, typer.Option(help=describe("data.val_fraction"), min=0, max=0.99, metavar="F")
     ] = 0.05,
-    text_field: Annotated[
-        str,
-        typer.Option(
-            help="The field of a JSONL row, or Parquet column, that holds its text.", metavar="NAME"
-        ),
-    ] = "text",
+    text_field: Annotated[str, typer.Option(help=_FIELD_HELP, metavar="NAME")] = "text",
     clean: Annotated[
-        str,
-        typer.Option(
-            help="The cleaning steps to take, of nfc, control, whitespace and duplicates; or none.",
-            metavar="STEP,…",
-        ),
+        str, typer.Option(help=_CLEAN_HELP, metavar="STEP,…")
     ] = "nfc,control,whitespace,duplicates",
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.", metavar="N")] = 1,
-    near_dedup: Annotated[
-        bool,
-        typer.Option(
-            "--near-dedup",
-            help="Leave out near copies of earlier documents, too (MinHash, 80 % of their runs of five words); slow, "
-            "and needs about 3 KB of memory per document.",
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that tokenize; default: one per core. The result is the same for any number.",
-            metavar="N",
-            show_default=False,
-        ),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="Where they run: local, or ray, a cluster whose machines all have the input under its path.",
-            metavar="local|ray",
-        ),
-    ] = "local",
-    trust_archives: Annotated[
-        bool,
-        typer.Option(
-            "--trust-archives",
-            help="Read an archive of any size too: one that unpacks to more than 1 TB, to more than 200 times its own "
-            "bytes, or holds more than a million files.",
-        ),
-    ] = False,
+    near_dedup: Annotated[bool, typer.Option("--near-dedup", help=_NEAR_HELP)] = False,
+    workers: Annotated[int | None, typer.Option(help=_WORKERS_HELP, metavar="N", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help=_ENGINE_HELP, metavar="local|ray")] = "local",
+    trust_archives: Annotated[bool, typer.Option("--trust-archives", help=_TRUST_HELP)] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List the data in data/processed and data/raw.")
     ] = False,
@@ -173,21 +136,18 @@ def _print_list(root: Path) -> None:
         typer.echo(
             f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ORIGIN}"
         )
-    width = max((len(str(entry.path)) for entry in listed), default=0)
-    for entry in listed:
-        typer.echo(f"{entry.path!s:<{width}}  {entry.num_bytes / 1e6:>10,.1f} MB  {_state(entry)}")
+    width = max((len(str(path)) for path, _, _ in listed), default=0)
+    for path, size, found in listed:
+        state = found if isinstance(found, str) else _contents(found)
+        typer.echo(f"{path!s:<{width}}  {size / 1e6:>10,.1f} MB  {state}")
 
 
-def _state(entry: Listed) -> str:
-    if entry.problem:
-        return entry.problem
-    if entry.manifest is None:
-        return "text"
-    splits = ", ".join(
+def _contents(manifest: Manifest) -> str:
+    splits = (
         f"{name} {split.documents:,} documents {split.tokens:,} tokens"
-        for name, split in entry.manifest.splits.items()
+        for name, split in manifest.splits.items()
     )
-    return f"{splits}, {_tokenizer(entry.manifest)}"
+    return ", ".join([*splits, _tokenizer(manifest)])
 
 
 def _tokenizer(manifest: Manifest) -> str:

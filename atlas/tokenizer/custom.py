@@ -39,30 +39,21 @@ class CustomTokenizer(Tokenizer):
         self.name = name or f"{kind.__module__}:{kind.__qualname__}"
         for attribute in ("encode", "decode", "vocab_size", "eos_id"):
             if not hasattr(custom, attribute):
-                raise TokenizerError(
-                    f"tokenizer {self.name}: has no {attribute}; "
-                    "it needs encode, decode, vocab_size and eos_id"
-                )
-        if not isinstance(custom.vocab_size, int) or custom.vocab_size < 1:
-            raise TokenizerError(
-                f"tokenizer {self.name}: vocab_size {custom.vocab_size!r} must be a whole number above 0"
-            )
-        if not isinstance(custom.eos_id, int) or not 0 <= custom.eos_id < custom.vocab_size:
-            raise TokenizerError(
-                f"tokenizer {self.name}: eos_id {custom.eos_id!r} must be an id "
-                f"below vocab_size {custom.vocab_size}"
-            )
-        self._custom = custom
-        self.vocab_size = custom.vocab_size
-        self.eos_id = custom.eos_id
+                raise self._error(f"has no {attribute}; it needs encode, decode, vocab_size and eos_id")
+        self._custom, self.vocab_size, self.eos_id = custom, custom.vocab_size, custom.eos_id
+        if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
+            raise self._error(f"vocab_size {self.vocab_size!r} must be an integer above 0")
+        if not isinstance(self.eos_id, int) or not 0 <= self.eos_id < self.vocab_size:
+            raise self._error(f"eos_id {self.eos_id!r} must be an id below vocab_size {self.vocab_size}")
+
+    def _error(self, reason: str) -> TokenizerError:
+        return TokenizerError(f"tokenizer {self.name}: {reason}")
 
     def encode(self, text: str) -> list[int]:
         ids = [int(id) for id in self._custom.encode(text)]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise TokenizerError(
-                f"tokenizer {self.name}: gave id {max(ids) if min(ids) >= 0 else min(ids)}, "
-                f"outside its vocab_size {self.vocab_size}"
-            )
+            wrong = max(ids) if min(ids) >= 0 else min(ids)
+            raise self._error(f"gave id {wrong}, outside its vocab_size {self.vocab_size}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -59,10 +59,10 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
 
     kind, name = state.get("kind"), state.get("name")
     if kind == "custom":
-        raise TokenizerError(
-            f"tokenizer {name!s:.200}: is custom code, which a file does not contain; "
-            "name it with --tokenizer package.module:factory"
+        reason = (
+            "is custom code, which a file does not contain; name it with --tokenizer package.module:factory"
         )
+        raise TokenizerError(f"tokenizer {name!s:.200}: {reason}")
     if kind == "gpt2":
         tokenizer = gpt2()
     elif kind == "bpe" and isinstance(state.get("json"), str):
@@ -110,13 +110,11 @@ def wrap(custom: Any, name: str | None = None) -> Tokenizer:
 def _state_in_dataset(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        return dict(state.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(
             f"{path}: does not describe a tokenizer ({error!s:.200}); prepare the dataset again"
         ) from None
-    if not isinstance(state, dict):
-        raise TokenizerError(f"{path}: does not describe a tokenizer; prepare the dataset again")
-    return state
 
 
 for _constructor in (gpt2, train, load, from_state, resolve, wrap):

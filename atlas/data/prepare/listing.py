@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from atlas.data.shards import MANIFEST, Manifest, is_prepared, read_manifest
@@ -10,36 +9,25 @@ from atlas.data.text.sources import is_text_or_archive
 from atlas.errors import AtlasError
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A dataset, or text, which has no manifest. `problem` is why a dataset cannot be used."""
+def list_data(root: Path) -> list[tuple[Path, int, Manifest | str]]:
+    """Everything below `root` (a `data` folder) that can be trained on or prepared, datasets first.
 
-    path: Path
-    num_bytes: int
-    manifest: Manifest | None = None
-    problem: str | None = None
-
-
-def list_data(root: Path) -> list[Listed]:
-    """Everything below `root` (a `data` folder) that can be trained on or prepared, datasets first."""
-    folders = sorted(folder for folder in _entries(root / "processed") if folder.is_dir())
-    datasets = [_dataset(folder) for folder in folders if is_prepared(folder)]
-    texts = [
-        Listed(path, path.stat().st_size)
-        for place in (root / "raw", *(folder for folder in folders if not is_prepared(folder)))
-        for path in sorted(place.rglob("*"))
-        if path.is_file() and is_text_or_archive(path)
-    ]
-    return datasets + texts
+    Each entry is its path, its bytes, and its manifest, or `text`, or the reason why the dataset cannot be used.
+    """
+    processed = root / "processed"
+    folders = sorted(entry for entry in processed.iterdir() if entry.is_dir()) if processed.is_dir() else []
+    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    listed = [_dataset(folder) for folder in folders if is_prepared(folder)]
+    for place in (root / "raw", *(folder for folder in folders if not is_prepared(folder))):
+        for path in sorted(place.rglob("*")):
+            if path.is_file() and is_text_or_archive(path):
+                listed.append((path, path.stat().st_size, "text"))
+    return listed
 
 
-def _entries(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
-
-
-def _dataset(folder: Path) -> Listed:
+def _dataset(folder: Path) -> tuple[Path, int, Manifest | str]:
     size = sum(file.stat().st_size for file in folder.iterdir())
     try:
-        return Listed(folder, size, read_manifest(folder / MANIFEST))
+        return folder, size, read_manifest(folder / MANIFEST)
     except AtlasError as error:
-        return Listed(folder, size, problem=str(error))
+        return folder, size, str(error)

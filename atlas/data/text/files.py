@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import lzma
 import re
 import sys
@@ -15,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Literal, cast
@@ -195,13 +194,6 @@ def filesystem_of(url: str) -> tuple[Any, str]:
             f"{url}: cannot be opened ({error!s:.200}); install what that scheme needs, or download it"
         ) from None
     return filesystem, path
-
-
-def looks_like_rows(path: Path) -> bool:
-    """Whether the first line of a file is a JSON object."""
-    with path.open("rb") as file, suppress(ValueError, RecursionError):
-        return isinstance(json.loads(file.readline(_BUFFER).decode("utf-8-sig")), dict)
-    return False
 
 
 def _observed(stream: IO[bytes], on_read: Advance) -> BinaryIO:

@@ -23,12 +23,12 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
     with _cache() as cache:
         try:
             for path in paths:
-                key, stamp, begun = os.fsencode(path.resolve()), _stamp(path), time.time()
+                key, (stamp, changed), begun = os.fsencode(path.resolve()), _stamp(path), time.time()
                 row = cache.execute(
                     "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?", (key, stamp)
                 ).fetchone()
                 hashes.append(row[0] if row else sha256_of(path))
-                if row is None and _was_settled(path, begun) and _stamp(path) == stamp:
+                if row is None and begun - changed > _SETTLED_SECONDS and _stamp(path)[0] == stamp:
                     new.append((key, stamp, hashes[-1]))
         finally:  # an interrupt loses no hash
             with suppress(sqlite3.Error), cache:
@@ -51,11 +51,8 @@ def _cache() -> Iterator[sqlite3.Connection]:
         yield cache
 
 
-def _stamp(path: Path) -> str:
+def _stamp(path: Path) -> tuple[str, float]:
+    """What changes with the file, and the time of its last change."""
     status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-
-
-def _was_settled(path: Path, begun: float) -> bool:
-    status = path.stat()
-    return begun - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
+    stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    return stamp, max(status.st_mtime, status.st_ctime)

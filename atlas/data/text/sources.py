@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +33,6 @@ from atlas.data.text.files import (
     is_archive,
     is_json,
     is_url,
-    looks_like_rows,
     printable,
 )
 from atlas.data.text.hashes import hashes_of
@@ -80,12 +80,13 @@ class Sources:
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
-            ignored = (
-                f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
-                if self.ignored
-                else ""
-            )
-            raise DataError(f"{self.names}: nothing to read{self._links_note}{ignored}; give {_KINDS}")
+            found = ""
+            if self.links_out:
+                link = self.links_out[0]
+                found = f" ({len(self.links_out)} links lead out of it, such as {link}: name what they mean)"
+            if self.ignored:
+                found += f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
+            raise DataError(f"{self.names}: nothing to read{found}; give {_KINDS}")
 
     @property
     def names(self) -> str:
@@ -119,12 +120,11 @@ class Sources:
     @cached_property
     def roots(self) -> dict[str, str]:
         """Hash of each given file, by its name below the given path, or by its path if two files share a name."""
-        on_disk = [root for root in self._roots if not is_url(root)]
-        hashes = dict(zip(on_disk, hashes_of(map(Path, on_disk)), strict=True))
+        hashes = iter(hashes_of(Path(root) for root in self._roots if not is_url(root)))
         named: dict[str, str] = {}
         for root, name in self._roots.items():
             key = printable(root if printable(name) in named else name)
-            named[key] = hashes[root] if root in hashes else _url_key(root)
+            named[key] = _url_key(root) if is_url(root) else next(hashes)
         return named
 
     @cached_property
@@ -177,35 +177,24 @@ class Sources:
                 f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
                 "name what they point to with --input"
             )
-        for name in self.in_own_order:
-            notes.append(
-                f"{name}: is a compressed tar and is read in its own order, not by the names of its files"
-            )
-        for name, count in report.undecodable.items():
-            notes.append(f"{name}: {count:,} bytes are not UTF-8 and were replaced by U+FFFD")
-        for name, count in report.empty_rows.items():
-            notes.append(f"{name}: {count:,} rows have no text")
+        own_order = "is a compressed tar and is read in its own order, not by the names of its files"
+        notes += [f"{name}: {own_order}" for name in self.in_own_order]
+        for counts, what in (
+            (report.undecodable, "bytes are not UTF-8 and were replaced by U+FFFD"),
+            (report.empty_rows, "rows have no text"),
+        ):
+            notes += [f"{name}: {count:,} {what}" for name, count in counts.items()]
         if report.untitled:
             notes.append(
                 f"{report.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is "
                 "read as plain text"
             )
-        if report.articles:
-            notes.append(f"{report.articles.articles:,} articles, told apart by {report.articles.rule}")
-            notes += [f"boundary: {boundary}" for boundary in report.articles.boundaries]
-            if report.articles.doubt:
-                notes.append(f"warning: {report.articles.doubt}: look at the boundaries")
-            if report.articles.warning:
-                notes.append(f"warning: {report.articles.warning}")
+        if articles := report.articles:
+            notes.append(f"{articles.articles:,} articles, told apart by {articles.rule}")
+            notes += [f"boundary: {boundary}" for boundary in articles.boundaries]
+            warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
+            notes += [f"warning: {warning}" for warning in warnings if warning]
         return notes
-
-    @property
-    def _links_note(self) -> str:
-        if not self.links_out:
-            return ""
-        return (
-            f" ({len(self.links_out)} links lead out of it, such as {self.links_out[0]}: name what they mean)"
-        )
 
     # Paths → files
 
@@ -213,9 +202,9 @@ class Sources:
         """The files of a given path, in reading order."""
         path = Path(given)
         if given == STANDARD_INPUT and self._stdin:
-            kind = "rows" if looks_like_rows(self._stdin) else "text"
             self._roots[str(self._stdin)] = STANDARD_INPUT
-            yield TextFile(str(self._stdin), kind, self._stdin.stat().st_size, shown="standard input")  # type: ignore[arg-type]
+            file = TextFile(str(self._stdin), "rows", self._stdin.stat().st_size, shown="standard input")
+            yield file if holds_rows(file, at_least=1) else replace(file, format="text")
         elif is_url(given):
             yield from self._remote(given)
         elif path.is_dir():
