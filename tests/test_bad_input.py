@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong is one line that names it and the remedy, exit code 2, nothing written, nothing lost."""
+"""Every mistake of a user gives one line with the value and the remedy, and exit code 2; nothing is written or lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 class Bomb:
-    """Whoever unpickles it opens a file for writing."""
+    """To unpickle it opens a file for writing."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
         return open, ("exploded", "w")
@@ -63,7 +63,7 @@ def flip_byte(path: Path, place: int) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs, three datasets, and such things broken in many ways. Nothing may change in it."""
+    """A folder with two runs, three datasets, and damaged copies of such. Nothing may change in it."""
     folder = tmp_path_factory.mktemp("bad_input") / "workshop"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -398,7 +398,7 @@ def assert_one_line(errors: str, expected: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Size and time of every file; folders too, so that an empty one left behind shows."""
+    """Size and time of every file, and all folders, so an empty one that is left behind is seen."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
         if path.is_file()
@@ -408,7 +408,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int] | None]:
 
 
 def refuses(command: str, expected: str, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`command` says `expected` and exits with 2; the workshop, and the folder around it, stay as they were."""
+    """`command` prints `expected` and exits with 2. The folder and its parent stay as they were."""
     before = snapshot(workshop.parent)
     code = main(shlex.split(command))
     output, errors = capsys.readouterr()
@@ -440,7 +440,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(
+def test_a_missing_gpu_is_refused(
     command: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workshop)
@@ -473,7 +473,7 @@ def test_a_line_stays_one_line_whatever_the_names_hold(
     )
 
 
-def test_a_true_process_says_the_same(workshop: Path) -> None:
+def test_a_real_process_prints_the_same(workshop: Path) -> None:
     script = ROOT / "scripts" / "infer.py"
     done = subprocess.run(
         [sys.executable, script, "--prompt", "Once", "--checkpoint", "nowhere.pt"],

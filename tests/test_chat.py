@@ -1,4 +1,4 @@
-"""Conversations: their form against transformers' and llama.cpp's, what of them is learnt, and models that answer."""
+"""Conversations: the template against transformers' and llama.cpp's, the targets, and models that answer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pairs(count: int) -> list[dict]:
 
 
 def said_in(conversations: Conversations, tokenizer: Tokenizer) -> list[str]:
-    """The runs of tokens that are learnt, as text."""
+    """The runs of target tokens, as text."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], conversations.is_answer, [0]])))
     return [
         tokenizer.decode(conversations.tokens[a:b].tolist())
@@ -83,7 +83,7 @@ def said_in(conversations: Conversations, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-# The form
+# The template
 
 
 def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
@@ -102,7 +102,7 @@ def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: Byte
     assert [*read.tokens.tolist(), *bpe.encode("\n")] == whole
 
 
-def test_the_model_card_shows_how_to_ask(
+def test_the_model_card_shows_how_to_prompt(
     tmp_path: Path, bpe: ByteLevelTokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     card = export_hf(sharp_model(bpe), bpe, tmp_path / "hf", chat_template=CHAT_TEMPLATE) / "README.md"
@@ -155,7 +155,7 @@ def test_the_command_of_the_readme_teaches_fifty_pairs(
     assert steps["atlas_best"] == max(steps.values())
 
 
-def test_answers_and_their_ends_are_learnt_and_nothing_else(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+def test_answers_and_their_ends_are_the_only_targets(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     path = write_rows(tmp_path / "c.jsonl", [*as_rows([TALK]), {"prompt": "a", "response": "b"}])
     read, val, _ = read_conversations(path, bpe, val_fraction=0.5)
     assert val is None  # two are too few to hold one out
@@ -211,7 +211,7 @@ def test_packed_files_windows_line_ends_and_bytes_that_are_not_utf8(
     assert "1 bytes are not UTF-8" in notes[-1]
 
 
-def test_held_out_conversations_that_are_too_long_are_no_reason_to_refuse(
+def test_held_out_conversations_that_are_too_long_are_ignored(
     tmp_path: Path, bpe: ByteLevelTokenizer
 ) -> None:
     short, long = (
@@ -239,7 +239,7 @@ def test_bits_per_byte_of_a_mixture_count_what_is_predicted(tmp_path: Path, bpe:
     assert both.bytes_per_token == pytest.approx(chats.bytes_per_token)
 
 
-def test_a_dialogue_keeps_its_newest_whole_messages(bpe: ByteLevelTokenizer) -> None:
+def test_a_dialogue_keeps_its_newest_complete_messages(bpe: ByteLevelTokenizer) -> None:
     talk = [Message("user", "colour of sky?"), Message("assistant", "blue")] * 3 + [
         Message("user", "of snow?")
     ]
@@ -299,7 +299,7 @@ def test_every_answer_within_reach_is_a_target_once_beside_its_own_past(chats: C
     assert sorted(targets) == sorted(reachable)
 
 
-def test_a_packed_conversation_costs_what_it_costs_alone(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+def test_a_packed_conversation_has_the_loss_it_has_alone(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     talks = [TALK, TALK[1:3], [Message("user", "colour?"), Message("assistant", "green")]]
     read, *_ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows(talks)), bpe, val_fraction=0)
     model = sharp_model(bpe, max_seq_len=400)
@@ -325,7 +325,7 @@ def test_a_packed_conversation_costs_what_it_costs_alone(tmp_path: Path, bpe: By
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, bpe: ByteLevelTokenizer) -> Path:
-    """A folder: made-up pairs, a model that learnt them, and one that has a LoRA on top."""
+    """A folder: made-up pairs, a model that was trained on them, and one with a LoRA on top."""
     folder = tmp_path_factory.mktemp("tuned")
     bpe.save(folder / "bpe.json")
     rows = pairs(200)
@@ -496,7 +496,7 @@ def test_the_same_bits_after_a_stop_and_the_mask_stays_what_it_was(tmp_path: Pat
     assert all(torch.equal(value, state[key]) for key, value in one["model_state_dict"].items())
 
 
-def test_a_mixture_with_text_learns_both(tmp_path: Path, tuned: Path) -> None:
+def test_a_mixture_with_text_trains_on_both(tmp_path: Path, tuned: Path) -> None:
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
     parts = [
         {"path": str(tuned / "pairs.jsonl"), "weight": 1},

@@ -33,7 +33,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_does_what_it_says_and_nothing_else(step: str) -> None:
+def test_a_step_does_exactly_what_its_definition_says(step: str) -> None:
     before, after, shorter = STEPS[step]
     assert Cleaning(steps=(step,)).clean(before) == (after, {step: shorter})
     assert len(before) - len(after) == shorter
@@ -43,12 +43,12 @@ def test_a_step_does_what_it_says_and_nothing_else(step: str) -> None:
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\n", "\r", " \n", "x \n", "\n\n\n\n", "e\u0301", "\x00"])
-def test_a_run_of_any_length_is_walked_once(blank: str) -> None:
-    """A pattern that tries again at each place of a run takes hours here."""
+def test_a_run_of_any_length_is_scanned_once(blank: str) -> None:
+    """A pattern that is tried at each place of a run would take hours here."""
     Cleaning().clean("a" + blank * 200_000 + "b")
 
 
-def test_pieces_are_cleaned_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_cleaned_as_the_complete_text(monkeypatch: pytest.MonkeyPatch) -> None:
     document = "".join(
         random.Random(1).choices(["word", "  ", " ", "\n", "\r\n", "é", "e\u0301", "\t"], k=9000)
     )
@@ -95,10 +95,8 @@ def test_what_each_step_removed_is_counted(tmp_path: Path) -> None:
     assert [*kept.manifest.cleaning] == ["short"]
 
 
-def test_a_long_document_that_came_before_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It comes in pieces, over several shards, and what is written of it goes again."""
+def test_a_long_copy_is_removed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes in pieces, over several shards, and what was written of it is removed."""
     monkeypatch.setattr(text, "PIECE_CHARS", 100)
     long = [f"Document {n} is " + f"long and number {n} " * 60 for n in range(4)]
     short = [f"Short document {n}." for n in range(30)]
@@ -150,7 +148,7 @@ def test_copies_are_never_on_both_sides(tmp_path: Path) -> None:
     assert val
 
 
-def test_the_order_of_files_moves_no_document(tmp_path: Path) -> None:
+def test_the_order_of_files_does_not_change_the_split(tmp_path: Path) -> None:
     files = {f"{n:03d}.txt": f"Text of file {n}, which says {n * n}." for n in range(80)}
     other = dict(zip(files, random.Random(2).sample(list(files.values()), len(files)), strict=True))
     sides = []
@@ -191,10 +189,10 @@ def test_unknown_steps_are_refused() -> None:
     stop=st.integers(0, 12),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_digest_is_met_first_once(
+def test_a_digest_is_new_once(
     batches: list[list[int]], limit: int, stop: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Compared with a Python set; with runs on the disk, and after a stop whose last batches are forgotten."""
+    """Compared with a Python set; with a tiny cache, and after a stop that loses the last batches."""
     log = tmp_path_factory.mktemp("seen") / "seen.bin"
     digest = {n: bytes([n % 3]) * 8 + n.to_bytes(8, "big") for n in range(61)}  # many share a first half
     seen, known = SeenDigests(log, cache_bytes=limit), set[int]()
@@ -239,7 +237,7 @@ print(psutil.Process().memory_info().rss - before)
     assert (tmp_path / "seen.bin").stat().st_size <= 16 * 1_000_000
 
 
-def test_datasketch_is_asked_for_by_name() -> None:
+def test_a_missing_datasketch_is_named() -> None:
     program = """
 import sys
 sys.modules["datasketch"] = None

@@ -1,4 +1,4 @@
-"""Shards, sequences, the order of a run, batches, and what `--train-data` accepts."""
+"""Shards, sequences, the order of a run, batches, and the data that `--train-data` accepts."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_verify_notices_a_flipped_bit(folder: Path) -> None:
         open_dataset(folder, verify=True)
 
 
-def test_fingerprint_names_what_is_trained_on(tmp_path: Path) -> None:
+def test_the_fingerprint_identifies_the_training_data(tmp_path: Path) -> None:
     a = stream_of(tmp_path, "some text").folder
     first = open_dataset(a).fingerprint
     same = prepare([tmp_path / "text.txt"], tmp_path / "copy", characters(), val_fraction=0.0)
@@ -240,7 +240,7 @@ def test_windows_cover_every_target_once(
         dataset[len(dataset)]
 
 
-def test_text_dataset_takes_any_tokenizer(tmp_path: Path) -> None:
+def test_text_dataset_accepts_any_tokenizer(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name * 40, encoding="utf-8")
     dataset = TextDataset(
@@ -269,7 +269,7 @@ def test_every_window_once_per_epoch(seed: int, windows: int, epoch: int) -> Non
 
 
 def chi_square_excess(counts: np.ndarray[Any, Any]) -> float:
-    """How many standard deviations the statistic lies above its mean, for equal expectations."""
+    """The number of standard deviations by which the statistic exceeds its mean, for equal expectations."""
     expected, freedom = counts.mean(), counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
@@ -302,8 +302,8 @@ def test_order_of_ten_thousand_million_windows() -> None:
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.01
 
 
-def test_order_is_the_same_for_ever() -> None:
-    """A run is resumed by a count of sequences, so that these numbers may never change."""
+def test_the_order_never_changes() -> None:
+    """A count of sequences resumes a run, so these numbers may never change."""
     expected = [3, 0, 8, 9, 5, 2, 1, 6, 7, 4, 5, 3, 9, 4, 2, 8, 7, 6, 1, 0]
     assert SequenceOrder(1337, 10)(np.arange(20)).tolist() == expected
     assert SequenceOrder(1338, 10)(np.arange(20)).tolist() != expected
@@ -346,7 +346,7 @@ def test_batches_without_end(dataset: SequenceDataset) -> None:
 
 
 class Failing:
-    """Gives rows slowly, and none from the tenth on."""
+    """Returns rows slowly, and fails from the tenth on."""
 
     def __init__(self, error: Exception) -> None:
         self.error, self.read = error, 0
@@ -363,14 +363,14 @@ class Failing:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_what_a_reading_thread_raises_arrives_as_it_is(workers: int) -> None:
+def test_an_error_in_a_reading_thread_is_raised_unchanged(workers: int) -> None:
     failing: Any = Failing(AtlasError("train-00000.npy: gone"))
     stream = batches(failing, SequenceOrder(5, 100), start=0, sequences_per_update=2, num_workers=workers)
     with pytest.raises(AtlasError, match=r"^train-00000\.npy: gone$"):
         list(stream)
 
 
-def test_no_thread_reads_on_when_its_batches_are_no_longer_wanted(dataset: SequenceDataset) -> None:
+def test_threads_stop_when_their_batches_are_no_longer_needed(dataset: SequenceDataset) -> None:
     before = threading.active_count()
     for end in ("close", "drop"):
         stream = batches(
@@ -387,7 +387,7 @@ def test_no_thread_reads_on_when_its_batches_are_no_longer_wanted(dataset: Seque
             time.sleep(0.01)
 
 
-def test_threads_read_a_bounded_way_ahead() -> None:
+def test_threads_read_a_limited_number_of_batches_ahead() -> None:
     slow: Any = Failing(AtlasError("never"))
     slow.read = -(10**6)
     stream = batches(slow, SequenceOrder(5, 100), start=0, sequences_per_update=2, num_workers=2)
@@ -396,7 +396,7 @@ def test_threads_read_a_bounded_way_ahead() -> None:
     assert slow.read + 10**6 <= 2 * 2 * 2 + 2
 
 
-def test_a_thread_that_hangs_does_not_hold_up_the_end(dataset: SequenceDataset) -> None:
+def test_a_thread_that_hangs_does_not_delay_the_exit(dataset: SequenceDataset) -> None:
     release = threading.Event()
 
     class Hanging(SequenceDataset):
@@ -474,7 +474,7 @@ def test_an_update_that_cannot_be_shared_evenly_is_refused(dataset: SequenceData
 
 
 def sparse_dataset(folder: Path, tokens: int, *, last: int = 0) -> Path:
-    """A prepared dataset of so many zeros, which take no room on the disk, and one more token."""
+    """A prepared dataset of so many zeros, which use no space on the disk, and one more token."""
     tokenizer = Tokenizer.gpt2()
     folder.mkdir()
     for name, kind, count in (("train-00000.npy", "<u2", tokens), ("train-00000.docs.npy", "<i8", 1)):
@@ -508,7 +508,7 @@ def sparse_dataset(folder: Path, tokens: int, *, last: int = 0) -> Path:
 
 
 def test_seeking_in_ten_thousand_million_tokens_costs_nothing(tmp_path: Path) -> None:
-    """Step 10⁷ of eight sequences; also, a dataset of format version 1 is read."""
+    """Step 10⁷ of eight sequences. A dataset of format version 1 is read as well."""
     folder = sparse_dataset(tmp_path / "sparse", 10**10)
     tracemalloc.start()
     stream = open_dataset(folder).split("train")
@@ -527,8 +527,8 @@ def test_seeking_in_ten_thousand_million_tokens_costs_nothing(tmp_path: Path) ->
     assert peak < 50e6
 
 
-def test_a_wrong_id_is_refused_when_it_is_read_at_the_latest(tmp_path: Path) -> None:
-    """Of a large dataset nobody looks at every id when it is opened."""
+def test_a_wrong_id_is_refused_at_the_latest_when_it_is_read(tmp_path: Path) -> None:
+    """Not every id of a large dataset is checked when it is opened."""
     stream = open_dataset(sparse_dataset(tmp_path / "sparse", 10**9, last=50_300)).split("train")
     assert stream is not None
     assert stream.read(0, 1000).max() == 0
@@ -539,10 +539,10 @@ def test_a_wrong_id_is_refused_when_it_is_read_at_the_latest(tmp_path: Path) -> 
         open_dataset(small)
 
 
-# What --train-data and --val-data accept
+# The data that --train-data and --val-data accept
 
 
-def test_prepared_folder_brings_its_tokenizer(tmp_path: Path) -> None:
+def test_a_prepared_folder_has_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("many words, few tokens. " * 200, encoding="utf-8")
     folder = tmp_path / "own"
     prepare([tmp_path / "a.txt"], folder, train_tokenizer=280, val_fraction=0.1)
@@ -571,7 +571,7 @@ def test_plain_text_is_prepared_once(text_file: Path) -> None:
     assert resolve_data(text_file, val_fraction=0.1).fingerprint != data.fingerprint
 
 
-def test_validation_text_of_its_own_leaves_the_training_text_whole(text_file: Path, tmp_path: Path) -> None:
+def test_with_other_validation_text_nothing_is_held_out(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("Held out. " * 50, encoding="utf-8")
     data = resolve_data(text_file, tmp_path / "val.txt")
     assert data.val is not None
@@ -579,7 +579,7 @@ def test_validation_text_of_its_own_leaves_the_training_text_whole(text_file: Pa
     assert data.val.num_bytes == 500
 
 
-def test_of_a_prepared_folder_the_held_out_part_validates(folder: Path, tmp_path: Path) -> None:
+def test_a_prepared_folder_validates_on_its_validation_split(folder: Path, tmp_path: Path) -> None:
     val = open_dataset(folder).split("val")
     (tmp_path / "a.txt").write_text("text " * 100, encoding="utf-8")
     data = resolve_data(tmp_path / "a.txt", folder, tokenizer=characters())
@@ -588,7 +588,7 @@ def test_of_a_prepared_folder_the_held_out_part_validates(folder: Path, tmp_path
     assert data.val.num_tokens == val.num_tokens
 
 
-def test_validation_by_another_tokenizer_is_refused(folder: Path, text_file: Path) -> None:
+def test_validation_data_of_another_tokenizer_is_refused(folder: Path, text_file: Path) -> None:
     with pytest.raises(
         AtlasError, match=r"was prepared with tokenizer tests.*not with gpt2 \(22c33a209a65b11e\)"
     ):

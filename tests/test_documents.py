@@ -1,4 +1,4 @@
-"""Documents that share a sequence: none sees another, whichever kernel computes it."""
+"""Documents in one sequence: none attends to another, whichever kernel computes it."""
 
 from __future__ import annotations
 

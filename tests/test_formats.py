@@ -1,4 +1,4 @@
-"""The same texts in every format, archive and place: the same documents, told to the last byte; and what is refused."""
+"""The same texts in every format, archive and place give the same documents, to the byte; and what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_tar(path: Path, files: dict[str, str | bytes], mode: str = "w") -> Pat
 
 
 def read_to_the_end(sources: Sources) -> list[str]:
-    """The documents, each group read as another process would; the bar ends at 100 %."""
+    """The documents, each group read as in another process. The bar ends at 100 %."""
     told: list[int] = []
     groups = pickle.loads(pickle.dumps(sources.groups))  # noqa: S301
     found = [piece for group in groups for piece in group.pieces(SourceReport(), told.append)]
@@ -75,7 +75,7 @@ def test_text_and_rows_may_be_compressed(ending: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", PACKED)
 @pytest.mark.parametrize("inner", [".pdf", ".csv", ".docx", ".html", ".en", ".1", ".PNG"])
 def test_the_ending_inside_the_compression_decides(inner: str, ending: str, tmp_path: Path) -> None:
-    """As it decides without compression: passed over in a folder or an archive, refused where it is named."""
+    """As without compression: ignored in a folder or an archive, refused if the user named it."""
     (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     unread = tmp_path / f"b{inner}{ending}"
     unread.write_bytes(PACKED[ending](b"%PDF\0" if inner == ".pdf" else b"not to be read as text"))
@@ -91,8 +91,8 @@ def test_the_ending_inside_the_compression_decides(inner: str, ending: str, tmp_
 
 
 @pytest.mark.parametrize("ending", PACKED)
-def test_json_of_an_object_a_line_is_rows(ending: str, tmp_path: Path) -> None:
-    """C4's form: `c4-train.00000-of-01024.json.gz`."""
+def test_json_with_an_object_per_line_is_rows(ending: str, tmp_path: Path) -> None:
+    """C4's layout: `c4-train.00000-of-01024.json.gz`."""
     rows = [
         {"text": text, "timestamp": "2020-01-01T00:00:00Z", "url": "http://example.org"} for text in TEXTS
     ]
@@ -146,15 +146,15 @@ def test_a_single_json_object_is_a_row_where_it_is_named(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_compressed_streams_one_after_the_other_are_one(ending: str, tmp_path: Path) -> None:
-    """As `cat a.gz b.gz` and parallel compressors make them."""
+def test_concatenated_compressed_streams_are_one(ending: str, tmp_path: Path) -> None:
+    """`cat a.gz b.gz` and parallel compressors make them."""
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACKED[ending](b"one ") + PACKED[ending](b"two"))
     assert read_to_the_end(Sources([path])) == ["one two"]
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "tgz", "tar.gz", "tar.zst"])
-def test_an_archive_gives_what_its_folder_gives(form: str, tmp_path: Path) -> None:
+def test_an_archive_gives_the_documents_of_its_folder(form: str, tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {f"b/text {n}.txt": f"Text {n}." for n in range(12)}
     files |= {"a/rows.jsonl.gz": gzip.compress(ROWS), "a.md": "top", ".hidden.txt": "no", "x.png": "no"}
     write_folder(tmp_path / "in", {})
@@ -183,7 +183,7 @@ def test_the_archive_may_be_a_tar(mode: str, tmp_path: Path) -> None:
     assert len(Sources([path]).left_out) == 3
 
 
-def test_a_compressed_tar_is_read_in_its_own_order_and_says_so(tmp_path: Path) -> None:
+def test_a_compressed_tar_is_read_in_its_own_order_with_a_note(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar.gz", {"b.txt": "b", "a.txt": "a"}, "w:gz")
     sources = Sources([path])
     assert whole(sources.documents()) == ["b", "a"]
@@ -192,8 +192,8 @@ def test_a_compressed_tar_is_read_in_its_own_order_and_says_so(tmp_path: Path) -
     )
 
 
-def test_of_a_name_that_stands_twice_in_a_tar_the_last_is_read(tmp_path: Path) -> None:
-    """As `tar --append` means it, and as unpacking would leave it."""
+def test_the_last_member_of_a_name_in_a_tar_is_read(tmp_path: Path) -> None:
+    """`tar --append` means it so, and unpacking would give it."""
     write_tar(tmp_path / "a.tar", {"a.txt": "old", "b.txt": "b"})
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         member = tarfile.TarInfo("a.txt")
@@ -264,7 +264,7 @@ def test_parquet_without_its_package_names_it(tmp_path: Path, monkeypatch: pytes
     "name", ["a.txt.gz", "a.txt.zst", "a.tar", "a.tar.gz", "a.tar.zst", "a.parquet", "a.zip"]
 )
 def test_a_file_that_is_cut_off_anywhere_is_refused(name: str, tmp_path: Path) -> None:
-    """Never read in part."""
+    """It is never read in part."""
     text = "".join(f"{n * n} words, " for n in range(200))
     path, files = tmp_path / name, {f"{n}.txt": text for n in range(3)}
     if name == "a.parquet":
@@ -295,7 +295,7 @@ def test_a_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.tgz", "a.tar.zst", "a.parquet"])
-def test_what_unpacks_to_very_much_is_refused_unless_trusted(
+def test_a_file_that_unpacks_to_very_much_is_refused_unless_trusted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atlas.data.text.archives.RATIO_FREE_BYTES", 100_000)
@@ -313,7 +313,7 @@ def test_what_unpacks_to_very_much_is_refused_unless_trusted(
     assert "".join(documents_of(path, trust_archives=True)).startswith("many words many")
 
 
-def test_a_tar_of_nothing_but_folders_is_a_bomb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_of_folders_alone_is_a_bomb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atlas.data.text.archives.RATIO_FREE_BYTES", 100_000)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         for _ in range(2000):
@@ -356,7 +356,7 @@ def test_a_pattern_stands_for_its_files_in_natural_order(
         Sources(["in/*.csv"])
 
 
-def test_a_dataset_is_called_by_all_of_a_name_but_its_endings(tmp_path: Path) -> None:
+def test_the_name_of_a_dataset_is_that_of_the_file_without_its_endings(tmp_path: Path) -> None:
     """wiki.de and wiki.en are two datasets."""
     for name in ("wiki.de.txt", "v1.2.jsonl.gz"):
         (tmp_path / name).write_bytes(b"")
@@ -423,9 +423,7 @@ def test_a_name_that_is_not_utf8_can_be_shown(tmp_path: Path) -> None:
 # Hashes, reports
 
 
-def test_a_hash_is_remembered_only_while_nothing_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hash_is_cached_only_while_nothing_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
     read: list[Path] = []
@@ -452,7 +450,7 @@ def test_a_hash_is_remembered_only_while_nothing_changed(
     assert hashes_of([path]) == before
 
 
-def test_a_hash_of_a_file_that_just_changed_is_not_remembered(
+def test_a_hash_of_a_file_that_just_changed_is_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could change again within the same tick of the clock (git calls such an entry racy)."""
@@ -472,7 +470,7 @@ def test_a_cache_that_cannot_be_used_does_not_matter(tmp_path: Path, monkeypatch
 
 
 def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
-    """Also by way of JSON, as a killed preparation keeps them."""
+    """Also through JSON, as an interrupted preparation keeps them."""
     write_folder(tmp_path, {"a/AllCombined.txt": kaggle_files(30)["AllCombined.txt"]})
     write_zip(tmp_path / "b.zip", kaggle_files(25))
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
@@ -491,7 +489,7 @@ def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
     assert merged.undecodable.total() == merged.empty_rows.total() == 1
 
 
-def test_a_row_is_not_longer_than_a_row_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "_LONGEST_ROW", 100)
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(b'{"text": "' + b"x" * 200 + b'"}'))
     with pytest.raises(AtlasError, match=r"line 1: is longer than 100 bytes"):

@@ -33,7 +33,7 @@ def test_a_blocks_quotas_are_the_weights_to_less_than_one_sequence(weights: list
 
 @settings(deadline=None, max_examples=25)
 @given(parts_of_a_mixture, st.integers(0, 2**62))
-def test_shares_hold_in_each_block_and_each_part_is_read_in_whole_passes(
+def test_shares_hold_in_each_block_and_each_part_is_read_in_complete_passes(
     parts: list[tuple[int, float]], seed: int
 ) -> None:
     lengths, weights = zip(*parts, strict=True)
@@ -61,7 +61,7 @@ def test_any_place_at_any_batch_size_gives_the_same_sequences(
     assert MixtureOrder(8, *zip(*parts, strict=True))(np.arange(100)).shape == (100,)
 
 
-def test_a_place_far_out_costs_what_the_first_one_does() -> None:
+def test_a_distant_place_costs_the_same_as_the_first() -> None:
     order = MixtureOrder(0, [10**10, 10**9], [3, 1])
     begin = time.perf_counter()
     windows = order(np.arange(10**12, 10**12 + 8))
@@ -69,12 +69,12 @@ def test_a_place_far_out_costs_what_the_first_one_does() -> None:
     assert len(set(windows.tolist())) == 8
 
 
-def test_a_weight_that_would_never_be_drawn_is_refused() -> None:
+def test_a_weight_too_small_to_be_sampled_is_refused() -> None:
     with pytest.raises(AtlasError, match="weight 1e-06"):
         quotas([1.0, 1e-6])
 
 
-def test_both_ways_of_naming_data_are_refused_together_and_mistakes_are_one_line() -> None:
+def test_train_data_and_a_mixture_are_refused_together_and_mistakes_are_one_line() -> None:
     mixed = "data.mixture=[{path: a, weight: 0.7}, {path: b, weight: 3e-1}]"
     mixture = resolve(parse_overrides([mixed])).data.mixture
     assert mixture is not None
@@ -93,7 +93,7 @@ def mixed(folder: Path, text: Path, other: Path, **settings_: object) -> dict:
     return explicit
 
 
-def test_a_run_on_a_mixture_says_its_shares_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_on_a_mixture_logs_its_shares_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     first = corpus(tmp_path)
     second = tmp_path / "second.txt"
     second.write_text("other words " * 60, encoding="utf-8")

@@ -28,7 +28,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=120), st.integers(40, 60))
-def test_pieces_go_where_the_plain_algorithm_puts_them(lengths: list[int], capacity: int) -> None:
+def test_pieces_are_packed_as_by_the_plain_algorithm(lengths: list[int], capacity: int) -> None:
     rooms: list[int] = []  # best-fit decreasing as the textbook has it
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -42,7 +42,9 @@ def test_pieces_go_where_the_plain_algorithm_puts_them(lengths: list[int], capac
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 12))
-def test_a_cut_document_predicts_each_token_but_its_first_once(lengths: list[int], context: int) -> None:
+def test_each_token_of_a_cut_document_except_its_first_is_predicted_once(
+    lengths: list[int], context: int
+) -> None:
     ends = np.cumsum(lengths)
     predicted: Counter[int] = Counter()
     held: set[int] = set()

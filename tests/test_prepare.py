@@ -111,7 +111,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 # Documents → dataset
 
 
-def test_both_splits_are_the_same_from_any_form(tmp_path: Path) -> None:
+def test_both_splits_are_the_same_from_every_layout(tmp_path: Path) -> None:
     both = write_zip(tmp_path / "both.zip", kaggle_files())
     parts = write_folder(tmp_path / "parts", kaggle_files(combined=False))
     splits = []
@@ -130,7 +130,7 @@ def many(count: int, folder: Path, start: int = 0) -> Path:
     )
 
 
-def test_split_is_by_document_and_adding_files_moves_none(tmp_path: Path) -> None:
+def test_the_split_is_by_document_and_new_files_move_none(tmp_path: Path) -> None:
     few = prepare([many(200, tmp_path / "in")], tmp_path / "few", characters(), val_fraction=0.2).dataset
     train, val = set(documents_in(few, "train")), set(documents_in(few, "val"))
     assert len(train) + len(val) == 200
@@ -142,7 +142,7 @@ def test_split_is_by_document_and_adding_files_moves_none(tmp_path: Path) -> Non
     assert val < set(documents_in(more, "val"))
 
 
-def test_of_a_few_documents_the_end_is_held_out(tmp_path: Path) -> None:
+def test_the_end_of_a_few_documents_is_held_out(tmp_path: Path) -> None:
     names = {f"{n}.txt": f"{n} " + "reading " * 63 for n in range(10)}
     folder = write_folder(tmp_path / "in", names)
     summary = prepare([folder], tmp_path / "out", val_fraction=0.05)
@@ -171,7 +171,7 @@ def token_ids(dataset: PreparedDataset, split: str) -> list[int]:
     return [int(id) for id in stream.read(0, stream.num_tokens)]
 
 
-def test_nothing_is_held_out_at_zero_or_of_next_to_nothing(tmp_path: Path) -> None:
+def test_nothing_is_held_out_at_zero_or_from_a_tiny_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("tiny", encoding="utf-8")
     zero = prepare([tmp_path / "a.txt"], tmp_path / "zero", val_fraction=0)
     tiny = prepare([tmp_path / "a.txt"], tmp_path / "tiny", val_fraction=0.05)
@@ -236,7 +236,7 @@ def test_tokens_decode_to_the_cleaned_documents_byte_for_byte(
     numbers=[1, 1], lengths=[20, 80, 20, 20, 20], piece_chars=100, min_chars=1
 )  # blanks make other pieces
 @example(numbers=[0, 1], lengths=[60, 250, 20, 20, 20], piece_chars=100, min_chars=800)
-def test_of_few_documents_no_copy_is_cut_and_a_short_one_is_left_out_whole(
+def test_with_few_documents_no_copy_is_cut_and_a_short_document_is_left_out(
     numbers: list[int],
     lengths: list[int],
     piece_chars: int,
@@ -304,7 +304,7 @@ def test_a_long_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert token_ids(dataset, "train") == [*Tokenizer.gpt2().encode(content), 50256]
 
 
-def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> None:
+def test_the_tokenizer_is_trained_on_training_documents_alone(tmp_path: Path) -> None:
     words = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for n in range(60)]
     folder = write_folder(tmp_path / "in", {f"{word}.txt": word + f" {word}" * 30 for word in words})
     dataset = prepare([folder], tmp_path / "out", train_tokenizer=5000, val_fraction=0.3).dataset
@@ -320,7 +320,7 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> No
 # The output folder
 
 
-def test_unchanged_input_returns_at_once_and_any_change_is_noticed(tmp_path: Path) -> None:
+def test_unchanged_input_returns_immediately_and_any_change_is_noticed(tmp_path: Path) -> None:
     source, out = many(30, tmp_path / "in"), tmp_path / "out"
     assert not prepare([source], out, characters()).unchanged
     written = (out / "dataset.json").stat().st_mtime_ns
@@ -336,7 +336,7 @@ def test_unchanged_input_returns_at_once_and_any_change_is_noticed(tmp_path: Pat
     assert not (out / "tokenizer.json").exists()
 
 
-def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_rebuilt(tmp_path: Path) -> None:
     source, out = many(30, tmp_path / "in"), tmp_path / "out"
     prepare([source], out, characters())
     os.truncate(out / "train-00000.npy", 200)
@@ -344,7 +344,7 @@ def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
     open_dataset(out, verify=True)
 
 
-def test_what_is_no_dataset_is_never_replaced(tmp_path: Path) -> None:
+def test_only_a_dataset_is_ever_replaced(tmp_path: Path) -> None:
     source, out = many(30, tmp_path / "in"), tmp_path / "out"
     prepare([source], out, characters())
     (out / "notes.md").write_text("mine", encoding="utf-8")
@@ -391,7 +391,7 @@ def test_a_failure_in_the_middle_leaves_the_older_dataset(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+def test_the_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left = [tmp_path / name for name in (".out.preparing-0a1b2c3d", ".out.replaced-99999", ".out.lock")]
     others = [tmp_path / name for name in (".outer.preparing-0a1b2c3d", ".out.preparing-mine", "out.txt")]
     for folder in (*left[:2], *others):
@@ -404,10 +404,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     open_dataset(tmp_path / "out", verify=True)
 
 
-def test_a_dataset_that_was_just_moved_away_is_put_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the two renames: the older dataset is there again, whatever the next call comes to."""
+def test_a_dataset_that_was_moved_away_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between the two renames the older dataset is back, whatever the next call does."""
     source, out = many(30, tmp_path / "in"), tmp_path / "out"
     fingerprint = prepare([source], out, characters()).dataset.fingerprint
     out.rename(tmp_path / ".out.replaced-0a1b2c3d")
@@ -479,7 +477,7 @@ def test_prepare_command_prints_what_it_made(
     assert listed[3].endswith(" text")
 
 
-def test_prepare_command_refuses_what_it_cannot_do(
+def test_prepare_command_refuses_impossible_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -521,7 +519,7 @@ def test_prepare_data_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "processed" / "a" / "train-00000.npy").is_file()
 
 
-def test_the_command_takes_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_accepts_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("The river runs past the old mill. " * 40, encoding="utf-8")
     out = tmp_path / "out"
     assert main(["prepare", "--input", (tmp_path / "a.txt").as_uri(), "--output", str(out)]) == 0
@@ -530,7 +528,7 @@ def test_the_command_takes_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "nosuch://bucket/a.txt" in capsys.readouterr().err
 
 
-def test_an_interrupt_in_the_middle_of_a_first_commit_keeps_it(
+def test_an_interrupt_during_the_first_commit_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a process sets before PyTorch computes: memory that is kept, threads that leave a busy core."""
+"""Settings before PyTorch computes: memory that is kept, threads that leave a busy core."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def printed(code: str, *arguments: str, **variables: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_memory_that_is_freed_is_used_again() -> None:
+def test_freed_memory_is_used_again() -> None:
     """60 MB are 14,600 pages."""
     assert int(printed(FAULTS, "given back")) > 10_000
     assert int(printed(FAULTS, "kept")) < 2_000
@@ -77,7 +77,7 @@ def test_memory_that_is_freed_is_used_again() -> None:
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
     reason="this system gives no large pages",
 )
-def test_large_tensors_lie_in_large_pages() -> None:
+def test_large_tensors_are_in_large_pages() -> None:
     """64 MB are 15,600 pages, or 31 large ones."""
     assert int(printed(TENSOR, THP_MEM_ALLOC_ENABLE="0")) > 10_000
     assert int(printed(TENSOR)) < 2_000
@@ -89,11 +89,11 @@ def test_large_tensors_lie_in_large_pages() -> None:
 def test_threads_sleep_where_another_program_has_half_a_core(
     percent: float, load: float, set_to: str
 ) -> None:
-    """Not for a blink of another program, nor after one that has ended."""
+    """Not for a short moment of another program, nor after one that has ended."""
     assert printed(SETTING.format(percent=percent, load=load)) == set_to
 
 
-def test_what_the_user_sets_stays() -> None:
+def test_the_users_settings_stay() -> None:
     assert printed(SETTING.format(percent=100, load=2), GOMP_SPINCOUNT="77") == "77"
     assert printed(SETTING.format(percent=100, load=2), OMP_WAIT_POLICY="active") == "None"
 
@@ -112,7 +112,7 @@ def test_what_the_user_sets_stays() -> None:
         ),
     ],
 )
-def test_gpu_memory_grows_in_segments_unless_the_user_says_how(
+def test_gpu_memory_grows_in_segments_unless_the_user_sets_it(
     there: str, variables: dict[str, str], set_to: str
 ) -> None:
     assert printed(ALLOCATOR.format(there=there), **variables) == set_to.strip()

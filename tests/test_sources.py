@@ -1,4 +1,4 @@
-"""Text in every form it comes in → documents."""
+"""Text in every layout → documents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.archive import ARTICLES, article, documents_of, kaggle_files, whole, 
 # The Kaggle archive
 
 
-def test_the_archive_is_read_once_from_any_of_its_forms(tmp_path: Path) -> None:
+def test_the_archive_is_read_once_in_each_of_its_layouts(tmp_path: Path) -> None:
     both, parts = kaggle_files(), kaggle_files(combined=False)
     shuffled = list(both)
     random.Random(0).shuffle(shuffled)
@@ -67,7 +67,7 @@ def test_articles_by_empty_lines_or_by_titles(gap: str, newline: str) -> None:
     assert report.boundaries[0].endswith(" Title of 1")
 
 
-def test_what_looks_like_a_title_but_is_none() -> None:
+def test_lines_that_only_look_like_titles() -> None:
     """A heading right under the title, a list, a one-line paragraph with a full stop, a colon."""
     april = "April\n\nMonth of the year\n\nApril is the fourth month.\n\nIts days:\n\nMonday\nTuesday\n\nShort one."
     august = "August\n\nAugust is the eighth month."
@@ -75,7 +75,7 @@ def test_what_looks_like_a_title_but_is_none() -> None:
 
 
 def test_stray_empty_lines_do_not_decide() -> None:
-    """Runs of empty lines before what is no title are not what sets articles apart."""
+    """Runs of empty lines before lines that are no titles do not separate articles."""
     text = "\n\n".join(
         f"Title {n}\n\nA sentence, and another one here.\n\n\nthen one more after a gap, in small letters."
         for n in range(9)
@@ -144,7 +144,7 @@ TRAPS: dict[str, tuple[list[str], bool, str]] = {
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("trap", TRAPS)
-def test_of_a_trap_the_boundaries_are_right_or_the_doubt_is_shown(trap: str, newline: str) -> None:
+def test_in_each_trap_the_boundaries_are_right_or_a_doubt_is_shown(trap: str, newline: str) -> None:
     meant, is_told_by_form, doubt = TRAPS[trap]
     meant = [article.replace("\n", newline) for article in meant]
     report = ArticleReport()
@@ -168,10 +168,10 @@ def test_a_doubt_is_a_warning_among_the_notes(tmp_path: Path) -> None:
     assert warnings[0].endswith("as a section's heading is not: look at the boundaries")
 
 
-def test_articles_longer_than_what_is_held_do_not_depend_on_how_they_arrive(
+def test_articles_longer_than_the_buffer_do_not_depend_on_how_they_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where pieces are handed on, no boundary is overlooked and none judged without what stands before it."""
+    """Where pieces are passed on, no boundary is missed, and none is decided without the text before it."""
     for module in (text, articles):
         monkeypatch.setattr(module, "PIECE_CHARS", 3000)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "Zeta.", "eta:", "theta"]
@@ -205,14 +205,14 @@ def test_headings_and_lists_do_not_begin_articles(ending: str, newline: str) -> 
         ("Title {0}\n\nAll of {0} in one line", "\n\n", "have another short line below them"),
     ],
 )
-def test_boundaries_that_may_be_others_are_said(form: str, gap: str, doubt: str) -> None:
+def test_doubtful_boundaries_are_reported(form: str, gap: str, doubt: str) -> None:
     report = ArticleReport()
     found = whole(split_articles([gap.join(form.format(n) for n in range(9))], report))
     assert len(found) != 9
     assert doubt in str(report.doubt)
 
 
-def test_a_size_like_the_real_archive_warns_of_another_number_of_articles() -> None:
+def test_another_number_of_articles_than_in_the_real_archive_is_a_warning() -> None:
     assert ArticleReport(articles=WIKIPEDIA_ARTICLES, chars=WIKIPEDIA_CHARS).warning is None
     assert ArticleReport(articles=900, chars=500_000).warning is None
     assert "about 249,396 articles, 31,000 were found" in str(
@@ -220,7 +220,7 @@ def test_a_size_like_the_real_archive_warns_of_another_number_of_articles() -> N
     )
 
 
-def test_long_articles_are_handed_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_articles_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "PIECE_CHARS", 50)
     monkeypatch.setattr(articles, "PIECE_CHARS", 50)
     paragraphs = ["First", "", "word " * 100, "x" * 300, "", "The end."]
@@ -255,7 +255,7 @@ def test_a_file_of_the_archive_without_a_title_is_plain_text(name: str, content:
     assert note.startswith("1 files are named like those of the Kaggle archive, but hold no title")
 
 
-def test_untitled_parts_are_documents_of_their_own(tmp_path: Path) -> None:
+def test_each_untitled_part_is_a_document(tmp_path: Path) -> None:
     parts = {"wiki_00": "It rained.", "wiki_01": "The mill stood still.", "wiki_02": "", "wiki_10": "Why?"}
     folder, report = write_folder(tmp_path / "in", parts), SourceReport()
     assert whole(Sources([folder]).documents(report)) == ["It rained.", "The mill stood still.", "Why?"]
@@ -382,7 +382,7 @@ def test_text_with_a_byte_order_mark_is_recognised(codec: str, tmp_path: Path) -
         ("\ufefftext".encode("utf-32"), "UTF-32 text"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(content: bytes, what: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_refused_by_name(content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(AtlasError, match=rf"a\.txt: is {what}, not text; leave it out"):
         documents_of(tmp_path)

@@ -1,4 +1,4 @@
-"""What `atlas info` says of a dataset, recomputed from its documents, its definition, or by hand."""
+"""What `atlas info` reports of a dataset, recomputed from its documents, its definition, or by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_lengths_are_those_of_the_documents(
     at_once: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """However the documents are spread over shards, and these are read."""
+    """For any distribution over shards, and any size of the steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atlas.reporting.dataset_statistics._OFFSETS_PER_STEP", at_once)
         folder = tmp_path_factory.mktemp("lengths")
@@ -79,8 +79,8 @@ def test_lengths_are_those_of_the_documents(
     assert measured.median == statistics.median(with_end)
 
 
-def test_of_a_huge_split_some_shards_are_measured(tmp_path: Path) -> None:
-    """Each shard's documents have lengths of their own here, so that those measured tell the shards."""
+def test_some_shards_of_a_huge_split_are_measured(tmp_path: Path) -> None:
+    """Each shard's documents have their own lengths here, which show the shards that were measured."""
     documents = [[5] * (length - 1) for length in (10, 20, 30, 50, 60, 100) for _ in range(300 // length)]
     stream = write_stream(tmp_path, documents, shard_tokens=300)
     assert measure_lengths(stream, most=len(documents)).values.tolist() == [10, 20, 30, 50, 60, 100]
@@ -143,7 +143,7 @@ def test_no_stretch_is_missed_between_two_blocks(
     assert (best.start, best.text, best.bytes_per_token) == (place, "e" * STRETCH_TOKENS, 1.0)
 
 
-def test_a_stretch_lies_in_one_document(tmp_path: Path) -> None:
+def test_a_stretch_is_in_one_document(tmp_path: Path) -> None:
     (letter,), (word,) = GPT2.encode("e"), GPT2.encode(" river")
     short = write_stream(tmp_path, [[letter] * (STRETCH_TOKENS - 1)] * 30)
     assert worst_stretches(short, GPT2) == []
@@ -174,7 +174,7 @@ def test_advice_by_hand() -> None:
         assert (row.fits, verdict in row.verdict) == (fits, True), tokens_per_parameter
 
 
-def test_cleaning_is_told_by_step() -> None:
+def test_cleaning_is_reported_by_step() -> None:
     found = {
         "exact duplicates": {"documents": 1234, "characters": 56_789},
         "control characters": {"documents": 0, "characters": 3},
@@ -220,7 +220,7 @@ def decoded_documents(folder: Path, split: str) -> list[str]:
     return TIKTOKEN.decode(tokens.tolist()).removesuffix("<|endoftext|>").split("<|endoftext|>")
 
 
-def test_the_screen_says_what_the_documents_say(
+def test_the_screen_agrees_with_the_documents(
     dataset: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, output, errors = info(capsys, dataset)
@@ -266,7 +266,7 @@ def test_nothing_in_a_text_reaches_the_terminal_as_a_command(
 
 
 class Letters:
-    """A tokenizer that does not travel: a token for each code point below 1000."""
+    """A tokenizer that no file can hold: a token for each code point below 1000."""
 
     vocab_size, eos_id = 1001, 1000
 
@@ -277,7 +277,7 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_of_custom_code_the_text_is_not_shown(
+def test_no_text_is_shown_for_a_custom_tokenizer(
     texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -291,10 +291,10 @@ def test_of_custom_code_the_text_is_not_shown(
     )
 
 
-# The picture
+# The figure
 
 
-def test_the_picture_shows_the_lengths(
+def test_the_figure_shows_the_lengths(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The heights drawn are those of NumPy's histogram, and the file is a PNG that is not blank."""

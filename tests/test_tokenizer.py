@@ -194,7 +194,7 @@ def test_every_byte_has_a_token_after_any_training_text() -> None:
     assert tokenizer.decode(tokenizer.encode(everything)) == everything
 
 
-def test_a_small_text_gives_an_honest_smaller_vocabulary() -> None:
+def test_a_small_text_gives_a_smaller_vocabulary() -> None:
     assert 257 <= Tokenizer.train(["ab ab ab"], 5000).vocab_size < 300
 
 
@@ -271,7 +271,7 @@ def custom(**changes: Any) -> Any:
     return SimpleNamespace(**{"encode": encode, "decode": decode, "vocab_size": 300, "eos_id": 299} | changes)
 
 
-def test_any_object_with_the_four_names_is_a_tokenizer() -> None:
+def test_any_object_with_the_four_attributes_is_a_tokenizer() -> None:
     tokenizer = Tokenizer.wrap(custom())
     assert tokenizer.encode("né") == [110, 195, 169]
     assert tokenizer.encode_batch(["a", "b"]) == [[97], [98]]
@@ -280,7 +280,7 @@ def test_any_object_with_the_four_names_is_a_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("name", ["encode", "decode", "vocab_size", "eos_id"])
-def test_a_missing_name_is_named(name: str) -> None:
+def test_a_missing_attribute_is_named(name: str) -> None:
     broken = custom()
     delattr(broken, name)
     with pytest.raises(AtlasError, match=f"has no {name}"):
@@ -300,7 +300,7 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
         Tokenizer.wrap(custom(vocab_size=128, eos_id=0)).encode("é")
 
 
-def test_custom_fingerprint_is_its_own_or_from_what_it_does() -> None:
+def test_a_custom_fingerprint_is_its_own_or_that_of_its_ids() -> None:
     assert Tokenizer.wrap(custom(fingerprint="v7")).fingerprint == "v7"
     plain = Tokenizer.wrap(custom()).fingerprint
     shifted = custom(encode=lambda text: [byte ^ 1 for byte in text.encode()])
@@ -311,7 +311,7 @@ def test_custom_fingerprint_is_its_own_or_from_what_it_does() -> None:
 
 
 class Bytes(Tokenizer):
-    """What the FAQ asks of a subclass, and nothing more."""
+    """Exactly what the FAQ requires of a subclass."""
 
     vocab_size = 257
     eos_id = 256
@@ -354,7 +354,7 @@ def test_a_subclass_with_four_members_is_a_tokenizer(
     assert capfd.readouterr().out.startswith("The")
 
 
-def test_a_custom_tokenizer_does_not_travel(tmp_path: Path) -> None:
+def test_no_file_holds_a_custom_tokenizer(tmp_path: Path) -> None:
     state = json.loads(json.dumps(Tokenizer.wrap(custom()).state() | {"name": "os:system"}))
     with pytest.raises(AtlasError, match="is custom code"):
         Tokenizer.from_state(state)
@@ -407,7 +407,7 @@ FOREIGN: dict[str, tuple[str | Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_is_no_byte_level_bpe_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+def test_anything_but_a_byte_level_bpe_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     source, reason = FOREIGN[name]
     text = source if isinstance(source, str) else changed(source)
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")

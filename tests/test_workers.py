@@ -121,23 +121,23 @@ def run_child(
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def kill_and_go_on(source: Path, folder: Path, moments: list[int], workers: int = 1) -> int:
-    """Kill at each moment, then go on to the end; how many calls found something to go on with."""
-    gone_on = 0
+def kill_and_resume(source: Path, folder: Path, moments: list[int], workers: int = 1) -> int:
+    """Kill at each moment, then resume to the end. Returns how many calls resumed something."""
+    resumed = 0
     for moment in moments:
         killed = run_child(source, folder / "out", workers=workers, kill_at=moment)
         assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
-        gone_on += "were done before" in killed.stderr
+        resumed += "were done before" in killed.stderr
         assert not (folder / "out").exists() or open_dataset(folder / "out", verify=True)
     finished = run_child(source, folder / "out", workers=workers)
     assert finished.returncode == 0, finished.stderr
-    return gone_on + ("were done before" in finished.stderr)
+    return resumed + ("were done before" in finished.stderr)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on Windows")
-def test_a_killed_preparation_goes_on_to_the_same_shards(source: Path, tmp_path: Path) -> None:
+def test_a_killed_preparation_resumes_to_the_same_shards(source: Path, tmp_path: Path) -> None:
     whole = prepare([source], tmp_path / "whole", val_fraction=0.2, shard_tokens=5000)
-    assert kill_and_go_on(source, tmp_path, [150, 99]) == 2
+    assert kill_and_resume(source, tmp_path, [150, 99]) == 2
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
     assert open_dataset(tmp_path / "out").manifest == whole.dataset.manifest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -152,11 +152,11 @@ def test_kills_at_ten_random_moments(workers: int, source: Path, tmp_path: Path)
     for round in range(2):
         (tmp_path / str(round)).mkdir()
         moments = [draw.randrange(1, calls // 4) for _ in range(9)] + [draw.randrange(1, calls)]
-        assert kill_and_go_on(source, tmp_path / str(round), moments, workers) > 5
+        assert kill_and_resume(source, tmp_path / str(round), moments, workers) > 5
         assert bits(tmp_path / str(round) / "out") == bits(tmp_path / "whole")
 
 
-def test_another_text_or_option_does_not_go_on(source: Path, tmp_path: Path) -> None:
+def test_another_text_or_option_does_not_resume(source: Path, tmp_path: Path) -> None:
     run_child(source, tmp_path / "out", kill_at=150)
     assert (tmp_path / ".out.preparing" / "journal.json").exists()
     prepare([source], tmp_path / "out", val_fraction=0.3, shard_tokens=5000)
@@ -165,7 +165,7 @@ def test_another_text_or_option_does_not_go_on(source: Path, tmp_path: Path) -> 
     assert not (tmp_path / ".out.preparing").exists()
 
 
-def test_an_interrupt_keeps_what_is_done(
+def test_an_interrupt_keeps_the_work_so_far(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reading, "BATCH_CHARS", 3000)
@@ -197,8 +197,8 @@ def test_an_interrupt_keeps_what_is_done(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
-    """As the kernel does it where memory runs out; and of a killed parent no worker is left."""
+def test_a_killed_worker_is_reported_and_nothing_is_lost(tmp_path: Path) -> None:
+    """As the kernel kills it where memory runs out. A killed parent leaves no worker, either."""
     source = tmp_path / "big.txt"
     source.write_text("\n".join(documents(120_000)), encoding="utf-8")
     command = [sys.executable, "-m", "atlas", "prepare", "--input", str(source), "--workers", "2", "--output"]
@@ -260,8 +260,8 @@ except WorkerKilled as error:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on Windows")
-def test_a_worker_killed_while_it_sends_is_told() -> None:
-    """Its half result must not be waited for."""
+def test_a_worker_killed_while_it_sends_is_reported() -> None:
+    """Nothing must wait for the other half of its result."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", DIES_WHILE_IT_SENDS],
@@ -340,7 +340,7 @@ def test_wrong_options_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_what_changed_is_said(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changes_are_reported(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "in", {f"{n}.txt": f"Text number {n}." for n in range(30)})
     out = tmp_path / "out"
     prepare([folder], out)

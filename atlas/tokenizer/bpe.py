@@ -36,13 +36,16 @@ class BPETokenizer(ByteLevelTokenizer):
     kind = "bpe"
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` each text, on all cores."""
         encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def state(self) -> dict[str, Any]:
+        """The state with the tokenizer.json."""
         return super().state() | {"json": self.hf.to_str()}
 
     @classmethod

@@ -62,9 +62,11 @@ class ByteLevelTokenizer(Tokenizer):
         return [token_bytes(token) for token in self._tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
         return b"".join([self._bytes[id] for id in ids]).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token."""
         return self._bytes[id]
 
     @cached_property
@@ -88,6 +90,7 @@ class ByteLevelTokenizer(Tokenizer):
         return tokenizer
 
     def save(self, path: str | Path) -> None:
+        """Write the tokenizer.json."""
         Path(path).write_text(self.hf.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 

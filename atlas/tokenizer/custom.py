@@ -50,6 +50,7 @@ class CustomTokenizer(Tokenizer):
         return TokenizerError(f"tokenizer {self.name}: {reason}")
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Raises `TokenizerError` for one outside the vocabulary."""
         ids = [int(id) for id in self._custom.encode(text)]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = max(ids) if min(ids) >= 0 else min(ids)
@@ -57,6 +58,7 @@ class CustomTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
         return str(self._custom.decode([int(id) for id in ids]))
 
     @cached_property
@@ -66,5 +68,6 @@ class CustomTokenizer(Tokenizer):
         return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 
     def token_bytes(self, id: int) -> bytes:
+        """The object's own `token_bytes`, else the bytes of the decoded token."""
         own = getattr(self._custom, "token_bytes", None)
         return bytes(own(id)) if own else super().token_bytes(id)

@@ -68,16 +68,20 @@ class ForeignTokenizer(Tokenizer):
         return cls(state["json"], eos_id=eos_id, vocab_size=vocab_size, origin="stored tokenizer")
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
         return self._hf.encode(well_formed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` each text, on all cores."""
         encodings = self._hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
         return self._hf.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token."""
         token = self._hf.id_to_token(id) or ""
         if "ByteLevel" in self._decoder and BYTE_OF_CHAR.keys() >= set(token):
             return token_bytes(token)
@@ -94,16 +98,19 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
+        """sha256 of the tokenizer.json and the sizes."""
         identity = json.dumps([json.loads(self._text), self.eos_id, self.vocab_size], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
+        """The state with the tokenizer.json."""
         return super().state() | {"json": self._text}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.state(),)
 
     def save(self, path: str | Path) -> None:
+        """Write the tokenizer.json."""
         Path(path).write_text(self._text, encoding="utf-8", newline="\n")
 
 

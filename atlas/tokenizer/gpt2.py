@@ -61,6 +61,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
         if len(text) >= _LONG_BLANK_LENGTH and (blank := _LONG_BLANK.search(text)):
             # The pattern makes one piece of the run without its last character, or of all of it at the end.
             end = blank.end() if blank.end() == len(text) else blank.end() - 1
@@ -69,6 +70,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return self._tiktoken.encode_ordinary(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """`encode` each text, by the quicker pattern where it gives the same ids."""
         arrays = [self._quick.encode_to_numpy(text, disallowed_special=()) for text in texts]
         for place in self._where_quick_may_differ(texts, arrays):
             arrays[place] = np.array(self.encode(texts[place]), dtype=np.uint32)
@@ -90,6 +92,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return wide.union(np.searchsorted(ends, runs, side="right").tolist())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` each text, on all cores."""
         if any(len(text) >= _LONG_BLANK_LENGTH for text in texts):
             return [self.encode(text) for text in texts]
         return self._tiktoken.encode_ordinary_batch(list(texts))

@@ -44,6 +44,7 @@ class Encoder:
     dtype: str
 
     def __call__(self, parts: Sequence[Part]) -> Encoded:
+        """Clean and tokenize the parts of a batch."""
         texts, digests, num_chars, changes = [], [], [], dict[str, list[int]]()
         for part in parts:
             text, changed = self.cleaning.clean(part.text, starts_document=part.starts_document)
