@@ -21,6 +21,7 @@ import torch
 import atlas.errors
 from atlas.cli import main
 from atlas.errors import explain
+from atlas.files import sha256_of
 from tests.conftest import corpus
 
 ROOT = Path(__file__).parents[1]
@@ -572,8 +573,13 @@ def test_a_file_that_cannot_be_read_is_named(
     monkeypatch.chdir(tmp_path)
     Path("broken.txt").symlink_to("/proc/self/mem")
     assert main(["prepare", "--input", "broken.txt", "--output", "new"]) == 2
-    assert_one_line(capsys.readouterr().err, "/mem: Input/output error; check")
+    assert_one_line(capsys.readouterr().err, "broken.txt: cannot be read: Input/output error; check the file")
     assert not Path("new").exists()
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        sha256_of(Path("broken.txt"))
+    line = explain(caught.value)
+    assert line is not None
+    assert_one_line(f"error: {line}\n", "broken.txt: Input/output error (in atlas/files.py); check the path")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit to the size of files")
