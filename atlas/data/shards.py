@@ -179,9 +179,13 @@ class TokenStream:
 
     def document_starts(self) -> NDArray[np.int64]:
         """The place where each document begins. (A split cut out of one document begins in its middle.)"""
-        files = [self.folder / shard.documents_file for shard in self.record.shards]
-        starts = [np.load(file, allow_pickle=False) for file in files]
-        return np.concatenate(starts) if starts else np.empty(0, np.int64)
+        return np.concatenate([np.empty(0, np.int64), *map(self.starts_in, self.record.shards)])
+
+    def starts_in(self, shard: ShardRecord) -> NDArray[np.int64]:
+        """The starts of the documents that begin in a shard, by memory map."""
+        path = self.folder / shard.documents_file
+        starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return starts
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """Every token once, in pieces of bounded size."""
@@ -383,11 +387,10 @@ def _check_document_starts(stream: TokenStream) -> None:
     """Refuse starts of documents that are not ascending or not inside their shard."""
     end = 0
     for shard in stream.record.shards:
-        path = stream.folder / shard.documents_file
-        last, end = end - 1, end + shard.tokens
-        starts = np.load(path, mmap_mode="r", allow_pickle=False)
+        last, end, starts = end - 1, end + shard.tokens, stream.starts_in(shard)
         for place in range(0, len(starts), _CHECK_TOKENS):
             piece = starts[place : place + _CHECK_TOKENS]
             if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():
+                path = stream.folder / shard.documents_file
                 raise DataError(f"{path}: its documents do not begin in order; prepare the dataset again")
             last = int(piece[-1])

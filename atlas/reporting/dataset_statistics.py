@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas.data.shards import ShardRecord, TokenStream
+from atlas.data.shards import TokenStream
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
@@ -143,7 +143,7 @@ def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
 
 def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
     """Lengths of the documents that begin in every `every`-th shard, in pieces of bounded size."""
-    shards = (_starts(stream, shard) for shard in stream.record.shards if shard.documents)
+    shards = (stream.starts_in(shard) for shard in stream.record.shards if shard.documents)
     end = np.array([stream.num_tokens])
     for number, (starts, following) in enumerate(itertools.pairwise(itertools.chain(shards, [end]))):
         for place in range(0, len(starts) if number % every == 0 else 0, _OFFSETS_PER_STEP):
@@ -160,10 +160,4 @@ def _document_start(stream: TokenStream, number: int) -> int:
     ends = list(itertools.accumulate(shard.documents for shard in stream.record.shards))
     place = bisect.bisect_right(ends, number)
     shard = stream.record.shards[place]
-    return int(_starts(stream, shard)[number - ends[place] + shard.documents])
-
-
-def _starts(stream: TokenStream, shard: ShardRecord) -> NDArray[np.int64]:
-    path = stream.folder / shard.documents_file
-    starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return starts
+    return int(stream.starts_in(shard)[number - ends[place] + shard.documents])

@@ -148,7 +148,7 @@ def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
     """Starts and ends of the documents, shard by shard. The last document of a shard comes with the next shard."""
     begun = np.zeros(1, np.int64)
     for shard in stream.record.shards:
-        starts = np.load(stream.folder / shard.documents_file, allow_pickle=False)
+        starts = stream.starts_in(shard)
         starts = np.concatenate([begun, starts[starts > begun[0]]])
         yield starts[:-1], starts[1:]
         begun = starts[-1:]

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -35,6 +35,10 @@ class SourceReport:
     articles: ArticleReport | None = None
     untitled: int = 0
     """Number of files that are named like those of the Kaggle archive but hold no title."""
+
+    def counter_of(self, file: TextFile) -> Callable[[int], None]:
+        """A function that counts replaced bytes of a file."""
+        return lambda count: self.undecodable.update({file.name: count})
 
     def merge(self, other: SourceReport) -> None:
         """Add what was found in the text that follows."""
@@ -107,18 +111,11 @@ class Group:
 
 def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[str]:
     with file.open(advance) as stream:
-        yield from read_text(stream, file.name, on_undecodable=_counter(report.undecodable, file.name))
-
-
-def _counter(counts: Counter[str], name: str) -> Any:
-    def add(count: int) -> None:
-        counts[name] += count
-
-    return add
+        yield from read_text(stream, file.name, on_undecodable=report.counter_of(file))
 
 
 def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-    on_undecodable = _counter(report.undecodable, file.name)
+    on_undecodable = report.counter_of(file)
     for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
         text = _row_text(row, place, text_field)
         if text is None:
@@ -221,7 +218,7 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
         raise DataError(
             f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
         ) from None
-    on_undecodable = _counter(report.undecodable, file.name)
+    on_undecodable = report.counter_of(file)
     try:
         with open_root(file.root) as stream:
             table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
