@@ -13,10 +13,10 @@ from atlas.config import AtlasConfig, ModelConfig
 from atlas.inference.load import LoadedModel
 from atlas.model import build_model
 from atlas.serving.app import build_app
-from atlas.serving.dispatcher import Rules
+from atlas.serving.dispatcher import ServerSettings
 from atlas.serving.engine import Engine
+from atlas.serving.generation import Backend
 from atlas.serving.server import Server, listen
-from atlas.serving.text import Backend
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import CHAT_FORMAT
 from tests.conftest import corpus
@@ -37,10 +37,10 @@ def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) ->
 
 
 @contextmanager
-def served(backends: Sequence[Backend], rules: Rules | None = None) -> Iterator[str]:
+def served(backends: Sequence[Backend], settings: ServerSettings | None = None) -> Iterator[str]:
     """The server's address."""
     listener = listen("127.0.0.1", 0)
-    server = Server(build_app(backends, rules or Rules()), listener, seconds_to_drain=5)
+    server = Server(build_app(backends, settings or ServerSettings()), listener, seconds_to_drain=5)
     server.start()
     while not server.is_ready:
         assert not server.wait(0.02)
@@ -53,10 +53,10 @@ def served(backends: Sequence[Backend], rules: Rules | None = None) -> Iterator[
 
 @contextmanager
 def served_model(
-    loaded: LoadedModel, *, parallel: int = 8, queue: int = 64, rules: Rules | None = None
+    loaded: LoadedModel, *, parallel: int = 8, queue: int = 64, settings: ServerSettings | None = None
 ) -> Iterator[tuple[str, Engine]]:
     engine = Engine(loaded, "random", parallel=parallel, queue=queue)
-    with served([engine], rules) as address:
+    with served([engine], settings) as address:
         yield address, engine
 
 

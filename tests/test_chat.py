@@ -29,7 +29,7 @@ from atlas.export.huggingface import export_hf
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
-from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_prompt, newest_that_fit
+from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_chat, newest_that_fit
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from tests.conftest import corpus
@@ -96,7 +96,7 @@ def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: Byte
     as_dicts = [message._asdict() for message in talk]
     rendered = theirs.apply_chat_template(as_dicts[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<|endoftext|>\n<|assistant|>\n")
-    assert encode_prompt(talk[:-1], bpe) == theirs(rendered).input_ids
+    assert encode_chat(talk[:-1], bpe) == theirs(rendered).input_ids
     whole = theirs.apply_chat_template(as_dicts, tokenize=True)["input_ids"]
     read, *_ = read_conversations(write_rows(tmp_path / "c.jsonl", as_rows([talk])), bpe, val_fraction=0)
     assert [*read.tokens.tolist(), *bpe.encode("\n")] == whole
@@ -109,7 +109,7 @@ def test_the_model_card_shows_how_to_prompt(
     [code] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("path/to/this/folder", str(tmp_path / "hf")).replace("=100", "=3")
     exec(compile(code, "card", "exec"), {})
-    asked = bpe.decode(encode_prompt([Message("user", "Which colour has the sky?")], bpe))
+    asked = bpe.decode(encode_chat([Message("user", "Which colour has the sky?")], bpe))
     assert asked in capfd.readouterr().out
 
 
@@ -247,9 +247,9 @@ def test_a_dialogue_keeps_its_newest_complete_messages(bpe: ByteLevelTokenizer) 
         kept = newest_that_fit(talk, bpe, room)
         assert kept == talk[len(talk) - len(kept) :]
         assert kept[0].role == "user"
-        assert len(kept) == 1 or len(encode_prompt(kept, bpe)) <= room
+        assert len(kept) == 1 or len(encode_chat(kept, bpe)) <= room
         longer = talk[len(talk) - len(kept) - 2 :] if len(kept) < len(talk) else None
-        assert longer is None or len(encode_prompt(longer, bpe)) > room
+        assert longer is None or len(encode_chat(longer, bpe)) > room
     assert newest_that_fit(talk, bpe, 1000) == talk
 
 
@@ -378,7 +378,7 @@ def test_lora_merged_and_in_peft_says_the_same(tmp_path: Path, tuned: Path, bpe:
     contents = load_checkpoint(tuned / "lora" / "atlas_best.pt")
     config = resolve(contents["config"])
     loaded = load_model(tuned / "lora" / "atlas_best.pt")
-    tokens = torch.tensor([encode_prompt([Message("user", "colour of snow?")], bpe)])
+    tokens = torch.tensor([encode_chat([Message("user", "colour of snow?")], bpe)])
     unmerged = loaded.model(tokens)
     assert not torch.equal(load_model(tuned / "whole" / "atlas_best.pt").model(tokens), unmerged)
     alone = AtlasLM(config.model).eval()
@@ -443,7 +443,7 @@ def test_a_dialogue_remembers_and_a_text_model_refuses(
         Message("assistant", first),
         Message("user", "colour of coal?"),
     ]
-    ids = encode_prompt(talk, loaded.tokenizer)
+    ids = encode_chat(talk, loaded.tokenizer)
     for _ in range(20):
         ids.append(int(loaded.model(torch.tensor([ids]))[0, -1].argmax()))
         if ids[-1] == loaded.tokenizer.eos_id:
@@ -461,7 +461,7 @@ def test_a_dialogue_remembers_and_a_text_model_refuses(
         )
         == 2
     )
-    assert "did not learn from conversations" in capfd.readouterr().err
+    assert "was not trained on conversations" in capfd.readouterr().err
 
 
 def test_evaluate_counts_answers(tmp_path: Path, tuned: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -471,7 +471,7 @@ def test_evaluate_counts_answers(tmp_path: Path, tuned: Path, capfd: pytest.Capt
     loaded = load_model(source)
     nats, tokens, text = 0.0, 0, ""
     for row in pairs(6)[:3]:
-        question = encode_prompt([Message("user", row["prompt"])], loaded.tokenizer)
+        question = encode_chat([Message("user", row["prompt"])], loaded.tokenizer)
         answer = [*loaded.tokenizer.encode(row["response"]), loaded.tokenizer.eos_id]
         logprobs = loaded.model(torch.tensor([question + answer]))[0].detach().log_softmax(-1)
         nats -= sum(float(logprobs[len(question) + i - 1, token]) for i, token in enumerate(answer))
@@ -539,4 +539,4 @@ def test_an_imported_models_own_template_is_kept_and_not_run(
         main(["generate", "--chat", "--checkpoint", str(tmp_path / "in" / "atlas_best.pt"), "--prompt", "x"])
         == 2
     )
-    assert "chat template of its own" in capfd.readouterr().err
+    assert "its own chat template" in capfd.readouterr().err

@@ -50,10 +50,10 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def prepared(self: Decoder, model: AtlasLM, cache: KVCache) -> None:
         prepare(self, model, cache)
-        self._records = True
+        self._uses_graphs = True
 
     monkeypatch.setattr(Decoder, "__init__", prepared)
-    monkeypatch.setattr(Decoder, "_graph", graph)
+    monkeypatch.setattr(Decoder, "_capture", graph)
     monkeypatch.setattr(decoder, "_FEWEST_SLOTS", 4)
     return seen
 
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_plain_pass(shape: dict, recording: list[int]) -
         expected = model(torch.tensor(newest)[:, None], caches[1])[:, -1]
         torch.testing.assert_close(recorded.next_logits(newest), expected, rtol=1e-5, atol=1e-5)
     assert recorded.cache.lengths.tolist() == [17, 14, 15]
-    assert list(recorded._recorded) == [(3, 8), (3, 16), (3, 24)]
+    assert list(recorded._graphs) == [(3, 8), (3, 16), (3, 24)]
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def test_texts_may_leave_and_join(recording: list[int]) -> None:
     model = model_of()
     caches = [KVCache(model.config, 3) for _ in range(2)]
     decoders = [Decoder(model, cache) for cache in caches]
-    decoders[1]._records = False
+    decoders[1]._uses_graphs = False
     for cache in caches:
         model(torch.arange(12).view(3, 4), cache)
     for change in (
@@ -97,7 +97,7 @@ def test_texts_may_leave_and_join(recording: list[int]) -> None:
         for _ in range(3):
             one, other = (each.next_logits(newest) for each in decoders)
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert {rows for rows, _ in decoders[0]._recorded} == {2, 3}
+    assert {rows for rows, _ in decoders[0]._graphs} == {2, 3}
 
 
 def _one_more(model: AtlasLM) -> KVCache:
@@ -134,14 +134,12 @@ def test_if_nothing_can_be_recorded_it_is_reported_once(
     def fails(self: Decoder, one_pass: Callable[[], Tensor]) -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(Decoder, "_graph", fails)
+    monkeypatch.setattr(Decoder, "_capture", fails)
     model = model_of()
     cache = KVCache(model.config, 1)
     model(torch.tensor([[1, 2]]), cache)
     one = Decoder(model, cache)
-    with pytest.warns(
-        UserWarning, match="no CUDA graphs, texts are written more slowly: CUDA error: oper"
-    ) as said:
+    with pytest.warns(UserWarning, match="no CUDA graphs, generation is slower: CUDA error: oper") as said:
         one.next_logits([3])
     assert len(said) == 1
     assert "more" not in str(said[0].message).split("capturing")[1]

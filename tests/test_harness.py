@@ -397,13 +397,13 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("verses.jsonl", "missing.jsonl"), "its data cannot be had (FileNotFoundError: Unable to find"),
-        (("dataset_path: json", "dataset_path: nobody/verses"), "its data cannot be had (ConnectionError"),
+        (("verses.jsonl", "missing.jsonl"), "its data cannot be loaded (FileNotFoundError: Unable to find"),
+        (("dataset_path: json", "dataset_path: nobody/verses"), "its data cannot be loaded (ConnectionError"),
         (("{{start}}", "{{question}}"), "cannot be loaded (UndefinedError: 'question' is undefined"),
         (("test_split", "test_part"), "cannot be loaded (TypeError"),
         (("task: verses", "name: verses"), "cannot be loaded (ValueError: Unknown config shape"),
-        (("metadata:", "unsafe_code: true\nmetadata:"), "--tasks verses: runs code that the model writes"),
-        (("metadata:", "doc_to_image: [start]\nmetadata:"), "--tasks verses: shows pictures"),
+        (("metadata:", "unsafe_code: true\nmetadata:"), "--tasks verses: runs code that the model generates"),
+        (("metadata:", "doc_to_image: [start]\nmetadata:"), "--tasks verses: shows images"),
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_one_line(
@@ -424,7 +424,7 @@ def test_an_unknown_task_is_one_line_with_the_nearest(
     workshop: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([*workshop, "helaswag"], capsys)
-    assert "--tasks helaswag: is neither a task of lm-eval's nor a YAML file" in error
+    assert "--tasks helaswag: is neither a task of lm-eval nor a YAML file" in error
     assert "did you mean hellaswag?" in error
 
 

@@ -362,7 +362,7 @@ def test_an_empty_text_begins_a_document() -> None:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([5] * 33, "a text of 33 tokens: the model takes 1 to 32 at once, its context"),
+        ([5] * 33, "a text of 33 tokens: must have 1 to 32, the model's context"),
         ([], "a text of 0 tokens"),
         ([5, 101], r"token id 101: the model's vocabulary has 0 to 100"),
         ([-1, 5], "token id -1"),

@@ -89,10 +89,10 @@ def test_a_column_for_each_setting_that_is_on(checkpoint: Path, capsys: pytest.C
         return next(line for line in lines if line.startswith("token  ")).split()
 
     off = ["--temperature", "1", "--top-k", "0", "--top-p", "1"]
-    assert columns() == ["token", "model", "temperature", "top-k", "top-p", "chance"]
-    assert columns(*off) == ["token", "model", "chance"]
+    assert columns() == ["token", "model", "temperature", "top-k", "top-p", "probability"]
+    assert columns(*off) == ["token", "model", "probability"]
     on = ["--min-p", "0.1", "--repetition-penalty", "1.1"]
-    assert columns(*off, *on) == ["token", "model", "penalty", "min-p", "chance"]
+    assert columns(*off, *on) == ["token", "model", "penalty", "min-p", "probability"]
 
 
 def test_what_a_setting_strikes_out_is_marked(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,18 +108,18 @@ def test_the_lens_and_a_head_are_told(checkpoint: Path, capsys: pytest.CaptureFi
     lines = said(
         capsys, checkpoint, "--prompt", "The river runs", "--lens", "--attention", "0.1"
     ).splitlines()
-    start = lines.index("after each layer, what follows place 2, ·runs")
+    start = lines.index("the prediction after each layer, at position 2, ·runs")
     assert [re.split(r"\s{2,}", line)[0] for line in lines[start + 2 : start + 5]] == [
         "embedding",
         "layer 0",
         "layer 1",
     ]
-    assert "really" not in lines[start + 1]
-    start = lines.index("layer 0, head 1: where each token looks")
+    assert "actual" not in lines[start + 1]
+    start = lines.index("layer 0, head 1: which tokens each token attends to")
     assert lines[start + 2].split() == ["0", "The", "█", "0", "The:100.0%"]
     assert len(lines) == start + 5
     lines = said(capsys, checkpoint, "--prompt", "The river runs", "--lens", "--position", "0").splitlines()
-    assert any(line.endswith("really: ·river  rank") for line in lines)
+    assert any(line.endswith("actual: ·river  rank") for line in lines)
 
 
 def test_layers_have_the_same_numbers_in_every_part(
@@ -154,8 +154,8 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--prompt", "x" * 65], "a text of 65 tokens: the model takes 1 to 64 at once, its context"),
-        (["--prompt", "x", "--position", "0"], "--position 0: is the token of --lens; give both"),
+        (["--prompt", "x" * 65], "a text of 65 tokens: must have 1 to 64, the model's context"),
+        (["--prompt", "x", "--position", "0"], "--position 0: is the token for --lens; give both"),
         (["--prompt", "xx", "--lens", "--position", "2"], "position 2: the text has tokens 0 to 1"),
         (["--prompt", "x", "--attention", "one"], "--attention one: must be a layer's and a head's number"),
         (["--prompt", "x", "--attention", "2.0"], "--attention 2.0: the model has layers 0 to 1"),

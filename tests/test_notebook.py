@@ -116,7 +116,7 @@ def test_a_chat_answer_is_that_of_the_command(
     answer = loaded.generate("colour 3?", seed=2, chat=True)
     assert answer + "\n" == capsys.readouterr().out
     assert answer != loaded.generate("colour 3?", seed=2).removeprefix("colour 3?")
-    with pytest.raises(AtlasError, match="did not learn from conversations"):
+    with pytest.raises(AtlasError, match="was not trained on conversations"):
         model.generate("colour 3?", chat=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atlas.inference.load import LoadedModel
-from atlas.serving.dispatcher import Rules
+from atlas.serving.dispatcher import ServerSettings
 from atlas.serving.engine import Engine
 from tests.served import random_model, served
 from tests.test_serving import post
@@ -236,7 +236,7 @@ def test_stopping_frees_the_place(address: str, page: Page) -> None:
 
 
 def test_key_is_asked_for_and_kept(loaded: LoadedModel, page: Page) -> None:
-    with served([Engine(loaded, "first", parallel=2, queue=2)], Rules(api_key="secret")) as address:
+    with served([Engine(loaded, "first", parallel=2, queue=2)], ServerSettings(api_key="secret")) as address:
         page.goto(address)
         page.fill("#key input", "secret")
         page.keyboard.press("Enter")
@@ -303,7 +303,7 @@ def test_curves_of_runs_grow_while_they_are_looked_at(
     done.write_text("".join(line(step, 5.0) for step in range(1, 9)))
     growing.write_text("".join(line(step, 4 - step / 20) for step in range(1, 11)))
     engine = Engine(loaded, "first", parallel=2, queue=2)
-    with served([engine], Rules(runs=tmp_path)) as address:
+    with served([engine], ServerSettings(runs=tmp_path)) as address:
         page.goto(f"{address}/runs")
         page.locator("#charts canvas").nth(0).wait_for()
         legend = page.locator("#charts")

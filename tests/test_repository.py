@@ -70,7 +70,7 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format import_first_version score "
     "< huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics < dataset_figure runs < figure report",
-    "serving": "errors files runs schema server stream text < answers engine limits llama meter < dispatcher "
+    "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < dispatcher "
     "< openai pages < app",
     "cli": "choose_text doctor_facts export generate import_model old_flags plan_report report serve < terminal "
     "< doctor evaluate info_dataset look plan_output prepare train < info plan < choose_preset < demo < pipeline",

@@ -112,11 +112,11 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert process.stderr.readline().startswith("ending: ")
+            assert process.stderr.readline().startswith("shutting down: ")
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
         assert process.stderr.read().splitlines() == [
-            "ending: texts that are being written finish; again: at once"
+            "shutting down: current generations finish; repeat to stop them"
         ]
 
 
@@ -170,4 +170,4 @@ def test_taken_port_is_said_before_anything_is_loaded(
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
-    assert f"--port {port}: cannot be listened on" in out[0]
+    assert f"--port {port}: cannot listen" in out[0]

@@ -20,9 +20,9 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.inference.text import stream_text
 from atlas.serving import server as server_module
-from atlas.serving.dispatcher import Rules
+from atlas.serving.dispatcher import ServerSettings
 from atlas.serving.engine import Engine
-from atlas.tokenizer.chat import Message, encode_prompt
+from atlas.tokenizer.chat import Message, encode_chat
 from tests.served import random_model, served, served_model, until
 
 PROMPTS = [
@@ -207,7 +207,7 @@ def test_chat_answers_in_the_models_form(client: openai.OpenAI, loaded: LoadedMo
     assert answer.choices[0].message.content == written(loaded, asked, max_tokens=20, temperature=0.0)
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(encode_prompt(asked, loaded.tokenizer))
+    assert answer.usage.prompt_tokens == len(encode_chat(asked, loaded.tokenizer))
 
 
 def test_chat_goes_on_with_the_answer_as_it_came() -> None:
@@ -249,7 +249,7 @@ def test_model_that_learnt_no_conversations_does_not_chat() -> None:
             address, {"messages": [{"role": "user", "content": "Hello"}]}, "/v1/chat/completions"
         )
     assert status == 400
-    assert "did not learn from conversations" in answer["error"]["message"]
+    assert "was not trained on conversations" in answer["error"]["message"]
 
 
 # Errors
@@ -347,7 +347,7 @@ def test_slow_senders_are_not_waited_for(loaded: LoadedModel, monkeypatch: pytes
 
 def test_key_is_asked_for() -> None:
     loaded = random_model()
-    with served_model(loaded, rules=Rules(api_key="geheim-ß")) as (address, _):
+    with served_model(loaded, settings=ServerSettings(api_key="geheim-ß")) as (address, _):
         body = {"prompt": "x", "max_tokens": 1}
         assert post(address, body)[0] == 401
         assert post(address, body, Authorization="Bearer wrong")[0] == 401
@@ -356,7 +356,7 @@ def test_key_is_asked_for() -> None:
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").models.list()
         with urllib.request.urlopen(address + "/health") as answer:
             assert answer.status == 200
-    with served_model(loaded, rules=Rules(api_key="secret")) as (address, _):
+    with served_model(loaded, settings=ServerSettings(api_key="secret")) as (address, _):
         assert post(address, body, Authorization="Bearer secret")[0] == 200
         assert post(address, body, Authorization="Bearer secret", Host="example.org")[0] == 200
 
@@ -391,7 +391,7 @@ def test_queue_has_an_end(loaded: LoadedModel) -> None:
 
 
 def test_requests_have_a_time_limit(loaded: LoadedModel) -> None:
-    with served_model(loaded, rules=Rules(max_tokens=10**6, seconds=0.3)) as (address, engine):
+    with served_model(loaded, settings=ServerSettings(max_tokens=10**6, seconds=0.3)) as (address, engine):
         status, answer = post(address, {"prompt": "The", "max_tokens": 10**6, "temperature": 0})
         assert status == 504
         assert "--timeout" in answer["error"]["message"]
@@ -400,7 +400,7 @@ def test_requests_have_a_time_limit(loaded: LoadedModel) -> None:
 
 def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of eight streams break off: no more than one step is done for them after the server knows."""
-    with served_model(random_model(), rules=Rules(max_tokens=10**6)) as (address, engine):
+    with served_model(random_model(), settings=ServerSettings(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -413,9 +413,9 @@ def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.Mon
         step = Engine._step
 
         def counted(self: Engine) -> None:
-            gone = [row for row in self._rows if row.text.cancelled]
+            gone = [row for row in self._running if row.generation.cancelled]
             step(self)
-            steps.append(sum(row in self._rows for row in gone))
+            steps.append(sum(row in self._running for row in gone))
 
         monkeypatch.setattr(Engine, "_step", counted)
         for client in clients[:4]:
@@ -430,7 +430,7 @@ def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.Mon
 
 
 def test_disconnect_ends_a_text_that_is_not_streamed() -> None:
-    with served_model(random_model(), rules=Rules(max_tokens=10**6)) as (address, engine):
+    with served_model(random_model(), settings=ServerSettings(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -449,7 +449,7 @@ def test_failed_step_fails_its_texts_alone(
             raise RuntimeError("no memory for this one")
 
         with monkeypatch.context() as patched:
-            patched.setattr(Engine, "_write", broken)
+            patched.setattr(Engine, "_sample", broken)
             status, answer = post(address, {"prompt": "The", "max_tokens": 3})
         assert status == 500
         assert answer["error"]["type"] == "server_error"
@@ -485,7 +485,7 @@ def test_draining_lets_texts_finish(loaded: LoadedModel) -> None:
 
 def test_taken_port_is_a_users_mistake(address: str) -> None:
     port = int(address.rpartition(":")[2])
-    with pytest.raises(AtlasError, match=f"--port {port}: cannot be listened on"):
+    with pytest.raises(AtlasError, match=f"--port {port}: cannot listen"):
         server_module.listen("127.0.0.1", port)
 
 

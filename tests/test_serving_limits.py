@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atlas.inference.load import LoadedModel
 from atlas.serving import server as server_module
-from atlas.serving.dispatcher import Rules
+from atlas.serving.dispatcher import ServerSettings
 from tests.served import random_model, served_model, until
 from tests.test_serving import post, written
 
@@ -75,7 +75,7 @@ def test_half_a_second_head_is_not_waited_for(loaded: LoadedModel, monkeypatch: 
 
 def test_whoever_reads_nothing_is_left(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "READ_SECONDS", 0.3)
-    with served_model(loaded, rules=Rules(max_tokens=10**6), parallel=16) as (address, engine):
+    with served_model(loaded, settings=ServerSettings(max_tokens=10**6), parallel=16) as (address, engine):
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(place_of(address))
@@ -86,7 +86,10 @@ def test_whoever_reads_nothing_is_left(loaded: LoadedModel, monkeypatch: pytest.
 
 
 def test_places_of_those_who_left_the_queue_are_free(loaded: LoadedModel) -> None:
-    with served_model(loaded, rules=Rules(max_tokens=10**6), parallel=1, queue=2) as (address, engine):
+    with served_model(loaded, settings=ServerSettings(max_tokens=10**6), parallel=1, queue=2) as (
+        address,
+        engine,
+    ):
         clients = [socket.create_connection(place_of(address)) for _ in range(3)]
         for client in clients:
             client.sendall(request_of(address, ENDLESS))
@@ -94,7 +97,7 @@ def test_places_of_those_who_left_the_queue_are_free(loaded: LoadedModel) -> Non
         assert post(address, {"prompt": "x", "max_tokens": 1})[0] == 429
         for client in clients[1:]:
             client.close()
-        until(lambda: sum(row.text.cancelled for row in list(engine._waiting)) == 2)
+        until(lambda: sum(row.generation.cancelled for row in list(engine._waiting)) == 2)
         with ThreadPoolExecutor(1) as pool:
             late = pool.submit(post, address, {"prompt": "x", "max_tokens": 1})  # waits, and is not refused
             until(lambda: late.done() or engine.num_waiting == 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.serving.dispatcher import Rules
+from atlas.serving.dispatcher import ServerSettings
 from tests.served import random_model, served_model
 
 
@@ -16,7 +16,7 @@ from tests.served import random_model, served_model
 def test_every_request_gets_an_answer_that_the_document_names(tmp_path: Path) -> None:
     """No status that it does not name, no body of another shape, no 5xx, nothing invalid accepted. (What the document
     allows may be refused: it cannot say that two fields go together, nor how long the context is.)"""
-    with served_model(random_model(chat=True), rules=Rules(max_tokens=32)) as (address, engine):
+    with served_model(random_model(chat=True), settings=ServerSettings(max_tokens=32)) as (address, engine):
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
         options = ["--phases=examples,coverage,fuzzing", "--max-examples=25", "--seed=1", "--no-color"]
         options.append("--exclude-checks=positive_data_acceptance")

@@ -1,4 +1,4 @@
-"""`atlas evaluate`: how well a checkpoint predicts a text, or answers the tasks of lm-eval."""
+"""`atlas evaluate`: how well a checkpoint predicts a text, or solves the tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atlas.cli.options import BEST_CHECKPOINT, Checkpoint, CustomTokenizer, Device
 from atlas.cli.terminal import print_table, printable
 from atlas.errors import AtlasError
 
@@ -21,38 +22,38 @@ if TYPE_CHECKING:
     from atlas.training.devices.device import Runtime
 
 _MARKED, _AROUND = 8, 40
-"""Tokens of a window that are marked, and shown before and after the worst."""
+"""Tokens of a window that are marked, and tokens that are shown before and after the worst one."""
 
 
 def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A prepared folder (its validation part, where it has one), plain text or conversations (all of it)."
+            help="A prepared folder (its validation part, if it has one), or plain text or conversations (all of it)."
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm-eval, or YAML files or folders of your own, with commas between.",
+            help="Tasks of lm-eval, or your own YAML files or folders, separated by commas.",
             metavar="NAME[,NAME]",
         ),
     ] = None,
-    checkpoint: Annotated[str, typer.Option(help="The checkpoint to judge.")] = "checkpoints/atlas_best.pt",
-    batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    checkpoint: Checkpoint = BEST_CHECKPOINT,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.", min=1)] = 8,
+    device: Device = "auto",
     worst: Annotated[
-        int, typer.Option(help="Of --data: show so many windows that are predicted worst.", min=0)
+        int, typer.Option(help="With --data: show this many windows that are predicted worst.", min=0)
     ] = 0,
-    limit: Annotated[int | None, typer.Option(help="Of --tasks: so many examples of each.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="With --tasks: use this many examples of each.", min=1)
+    ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Of --tasks: so many solved examples before each question.", min=0)
+        int | None, typer.Option(help="With --tasks: this many solved examples before each question.", min=0)
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
-    ] = None,
+    tokenizer: CustomTokenizer = None,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in the tasks of lm-eval.
+    """Measure loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.
 
     Bits per byte compare models with different tokenizers; loss and perplexity do not.
     """
@@ -76,7 +77,7 @@ def evaluate(
 
 
 def _bar(name: str, console: Console) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """Draws a progress bar around what it is given, on a terminal only."""
+    """A function that draws a progress bar around a sequence, on a terminal only."""
     from rich.progress import track
 
     return lambda items: track(items, name, console=console, disable=not console.is_terminal)
@@ -94,7 +95,7 @@ def _on_text(
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise AtlasError(
-            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, and {loaded.path} reads "
+            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, but {loaded.path} needs "
             f"{loaded.tokenizer.name}'s ids: give --data the text that it was prepared from"
         )
     stream = resolved.val or resolved.train
@@ -109,7 +110,7 @@ def _on_text(
         track=_bar("evaluating", console),
     )
     assert result is not None
-    part = "validation part" if resolved.val else "whole text"
+    part = "validation part" if resolved.val else "full text"
     typer.echo(
         f"{data} ({part}), {result.tokens:,} tokens\n"
         f"loss           {result.loss:.4f} nats per token\n"
@@ -141,23 +142,18 @@ def _on_tasks(
     rows = [("task", "metric", "value", "±", "examples", "shots")]
     for score in scores:
         error = "" if score.error is None else f"{score.error:.4f}"
-        value = f"{score.value:.4f}"
-        rows.append((score.task, score.metric, value, error, f"{score.examples:,}", str(score.shots)))
+        counts = f"{score.examples:,}", str(score.shots)
+        rows.append((score.task, score.metric, f"{score.value:.4f}", error, *counts))
     print_table(rows, right=(2, 3, 4, 5))
 
 
 def _show_worst(
-    model: AtlasLM,
-    dataset: Windows,
-    tokenizer: Tokenizer,
-    runtime: Runtime,
-    count: int,
-    console: Console,
+    model: AtlasLM, dataset: Windows, tokenizer: Tokenizer, runtime: Runtime, count: int, console: Console
 ) -> None:
-    """Each window's mean loss, and the text around its worst token, the tokens that cost most marked ⟦so⟧."""
+    """Each window's mean loss, and the text around its worst token. Tokens with the highest loss are marked ⟦so⟧."""
     from atlas.training.evaluate import token_losses
 
-    windows = _bar("looking", console)(range(len(dataset)))
+    windows = _bar("searching", console)(range(len(dataset)))
     losses = {window: token_losses(model, dataset, window, runtime=runtime) for window in windows}
     ranked = sorted(losses, key=lambda window: -float(losses[window].nanmean()))
     for rank, window in enumerate(ranked[:count], start=1):

@@ -121,7 +121,7 @@ def export(
         )
         _list_files(folder)
         return
-    if modelfile and loaded.chat_template and not loaded.learnt_to_answer:
+    if modelfile and loaded.chat_template and not loaded.is_chat_model:
         raise AtlasError(
             "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
@@ -168,7 +168,7 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
     target.write_text(
         f"FROM ./{file.name}\n"
-        f"TEMPLATE {_OLLAMA_CHAT if loaded.learnt_to_answer else '{{ .Prompt }}'}\n"
+        f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
         f"PARAMETER num_ctx {context}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
         encoding="utf-8",

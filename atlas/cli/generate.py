@@ -7,11 +7,24 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.options import (
+    BEST_CHECKPOINT,
+    Checkpoint,
+    CustomTokenizer,
+    Device,
+    Dtype,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from atlas.errors import AtlasError
 from atlas.tokenizer.chat import Message, newest_that_fit
 
@@ -20,13 +33,11 @@ if TYPE_CHECKING:
     from atlas.inference.sampling import Sampling
     from atlas.inference.text import Prompt
 
-_ROWS_AT_ONCE = 16
+_BATCH_SIZE = 16
 
 
 def generate(
-    checkpoint: Annotated[
-        str, typer.Option(help="The checkpoint to speak with.")
-    ] = "checkpoints/atlas_best.pt",
+    checkpoint: Checkpoint = BEST_CHECKPOINT,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; empty: begin a document.")] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with a prompt on each line.")] = None,
     interactive: Annotated[
@@ -36,42 +47,28 @@ def generate(
         bool,
         typer.Option(
             "--chat",
-            help="Prompts are what a user says to a model that learnt from conversations; print its answers.",
+            help="Prompts are messages of a user to a model trained on conversations; print only its answers.",
         ),
     ] = False,
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per text.", min=1)] = 100,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest token; higher: more random.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(help="Choose among the likeliest tokens that reach this mass; 1: all.")
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens less than this part as likely as the likeliest; 0: none.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what was there before.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per generation.", min=1)] = 100,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
-    num_samples: Annotated[int, typer.Option(help="Texts per prompt.", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option(help="Generations per prompt.", min=1)] = 1,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text; left out: a new one, which is said.")
+        int | None, typer.Option(help="Same seed, same text. Default: a new seed, which is printed.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
-            metavar="DTYPE",
-        ),
-    ] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: CustomTokenizer = None,
 ) -> None:
-    """Write text with a trained model: --prompt, --prompts-file or --interactive."""
+    """Generate text with a trained model: --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:
         raise AtlasError("give one of --prompt TEXT, --prompts-file FILE and --interactive")
     from atlas.inference.layout import lay_out_for_decoding
@@ -95,16 +92,7 @@ def generate(
             typer.echo(f"seed {seed}", err=True)
     run = _Run(loaded, sampling, max_tokens, stop or [], seed)
     if interactive:
-        dialogue: list[Message] = []
-        for number, line in enumerate(_ask_prompts()):
-            run.seed = seed + number
-            if not chat:
-                run.print([line] * num_samples)
-                continue
-            if not line.strip():
-                continue
-            dialogue = run.remembered([*dialogue, Message("user", line)])
-            dialogue.append(Message("assistant", run.print([dialogue] * num_samples)[0]))
+        run.interact(_ask_prompts(), chat=chat, num_samples=num_samples)
         return
     rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
     if output_file:
@@ -114,59 +102,67 @@ def generate(
     typer.echo(f"{run.tokens} tokens, {run.tokens / max(1e-9, run.seconds):,.1f} tokens/s", err=True)
 
 
+@dataclass
 class _Run:
-    """The settings of one call, and what it has counted."""
+    """The settings of one call, and its counts."""
 
-    def __init__(
-        self, loaded: LoadedModel, sampling: Sampling, max_tokens: int, stop: list[str], seed: int
-    ) -> None:
-        self.loaded, self.sampling, self.max_tokens, self.stop, self.seed = (
-            loaded,
-            sampling,
-            max_tokens,
-            stop,
-            seed,
-        )
-        self.tokens, self.seconds = 0, 0.0
-        self.forgets = False
+    loaded: LoadedModel
+    sampling: Sampling
+    max_tokens: int
+    stop: list[str]
+    seed: int
+    tokens: int = 0
+    seconds: float = 0.0
+    has_forgotten: bool = False
 
-    def remembered(self, dialogue: list[Message]) -> list[Message]:
-        """The end of it that leaves room in the context for an answer."""
+    def interact(self, lines: Iterator[str], *, chat: bool, num_samples: int) -> None:
+        """Continue each line, or with `chat` answer it as part of one conversation. Each line has its own seed."""
+        dialogue: list[Message] = []
+        first_seed = self.seed
+        for number, line in enumerate(lines):
+            self.seed = first_seed + number
+            if not chat:
+                self.print([line] * num_samples)
+            elif line.strip():
+                dialogue = self._remembered([*dialogue, Message("user", line)])
+                dialogue.append(Message("assistant", self.print([dialogue] * num_samples)[0]))
+
+    def _remembered(self, dialogue: list[Message]) -> list[Message]:
+        """The newest messages that leave room in the context for an answer."""
         context = self.loaded.config.model.max_seq_len
         room = context - min(self.max_tokens, context // 2)
         kept = newest_that_fit(dialogue, self.loaded.tokenizer, room)
-        if len(kept) < len(dialogue) and not self.forgets:
-            self.forgets = True
+        if len(kept) < len(dialogue) and not self.has_forgotten:
+            self.has_forgotten = True
             typer.echo(
-                f"the context of {context:,} tokens is full: what was said first is forgotten", err=True
+                f"the context of {context:,} tokens is full: the oldest messages are forgotten", err=True
             )
         return kept
 
     def texts(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, str]]:
-        """(prompt, continuation) of every row, many rows at a time."""
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            chunk = rows[first : first + _ROWS_AT_ONCE]
-            pieces = [""] * len(chunk)
-            for step in self._stream(chunk, first):
-                pieces = [text + new for text, new in zip(pieces, step, strict=True)]
-            yield from zip(chunk, pieces, strict=True)
+        """(prompt, continuation) of every row, in batches."""
+        for first in range(0, len(rows), _BATCH_SIZE):
+            batch = rows[first : first + _BATCH_SIZE]
+            steps = zip(*self._stream(batch, first), strict=True)
+            yield from zip(batch, map("".join, steps), strict=True)
 
     def print(self, rows: Sequence[Prompt]) -> list[str]:
-        """One text as it is made; several one after the other, a blank line between. Returns what the model wrote."""
-        written = []
+        """Print one text while it is generated, or several with a blank line between. Returns the generated texts."""
+        texts = []
         if len(rows) == 1:
             _write(_shown(rows[0]))
-            for step in self._stream(rows, 0):
-                _write(step[0])
-                written.append(step[0])
+            for [piece] in self._stream(rows, 0):
+                _write(piece)
+                texts.append(piece)
             _write("\n")
-            return ["".join(written)]
-        for number, (prompt, text) in enumerate(self.texts(rows)):
-            _write(("\n" if number else "") + _shown(prompt) + text + "\n")
-            written.append(text)
-        return written
+            return ["".join(texts)]
+        for prompt, text in self.texts(rows):
+            _write(("\n" if texts else "") + _shown(prompt) + text + "\n")
+            texts.append(text)
+        return texts
 
     def write(self, rows: Sequence[Prompt], path: Path) -> None:
+        """Write every row as a JSON line."""
         try:
             with open(path, "w", encoding="utf-8") as file:
                 for prompt, text in self.texts(rows):
@@ -199,7 +195,7 @@ class _Run:
 
 
 def _shown(prompt: Prompt) -> str:
-    """Of a text its beginning; what was said in a conversation is known."""
+    """The part of a prompt that is printed: a text, but not a conversation."""
     return prompt if isinstance(prompt, str) else ""
 
 
@@ -219,17 +215,17 @@ def _read_prompts(path: str) -> list[str]:
         raise AtlasError(f"--prompts-file {path}: is not UTF-8 text; save it as UTF-8") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise AtlasError(f"--prompts-file {path}: holds no prompt; write one on each line")
+        raise AtlasError(f"--prompts-file {path}: contains no prompt; write one on each line")
     return prompts
 
 
 def _ask_prompts() -> Iterator[str]:
-    """Lines of standard input; a person is shown a prompt sign, a pipe is not."""
-    person = sys.stdin.isatty()
-    if person:
+    """Lines of standard input, with a prompt sign for a person but not for a pipe."""
+    is_person = sys.stdin.isatty()
+    if is_person:
         typer.echo("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.", err=True)
     while True:
-        if person:
+        if is_person:
             typer.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:

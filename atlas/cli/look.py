@@ -1,4 +1,4 @@
-"""`atlas look`: how a model reads a text, token by token, and how it chooses what comes next."""
+"""`atlas look`: how a model reads a text, token by token, and how it chooses the next token."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from atlas.cli.options import (
+    BEST_CHECKPOINT,
+    Checkpoint,
+    CustomTokenizer,
+    Device,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from atlas.cli.terminal import printable
 from atlas.errors import AtlasError
 
@@ -19,62 +30,51 @@ if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
 
-    from atlas.inference.look import Choice, Depth, NextToken, Place
+    from atlas.inference.look import Choice, LayerPrediction, NextToken, TokenPrediction
     from atlas.inference.sampling import Sampling
 
 _OFF = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
-"""What switches a setting off."""
+"""The value that switches a setting off."""
 _EIGHTHS, _SHADES = " ▏▎▍▌▋▊▉█", " ░▒▓█"
 _BAR = 10
-"""Characters of a bar that stands for certainty."""
+"""Width of a probability bar in characters."""
 _PATTERN = 48
-"""Tokens of a text whose attention is drawn as well as told."""
+"""The longest text, in tokens, whose attention pattern is drawn."""
 _UNWRAPPED = 1000
-"""Columns where there is no terminal, which would break lines."""
+"""Columns without a terminal, so that no line is wrapped."""
 
 
 def look(
     prompt: Annotated[str, typer.Option(help="The text to look at; empty: the beginning of a document.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="The checkpoint to look into.")
-    ] = "checkpoints/atlas_best.pt",
+    checkpoint: Checkpoint = BEST_CHECKPOINT,
     lens: Annotated[
-        bool, typer.Option("--lens", help="Show what would be predicted after each layer (logit lens).")
+        bool, typer.Option("--lens", help="Show the prediction after each layer (logit lens).")
     ] = False,
     position: Annotated[
         int | None,
         typer.Option(
-            help="Of --lens: the token to look at, from 0, or from the end as -1; left out: the last."
+            help="With --lens: the token to look at, from 0, or from the end as -1. Default: the last."
         ),
     ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Show which tokens a head looks at: the layer's and the head's number, both from 0.",
+            help="Show which tokens a head attends to: the numbers of its layer and of the head, both from 0.",
             metavar="LAYER.HEAD",
         ),
     ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(help="0: always the likeliest; higher: more random. The defaults are atlas generate's."),
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(help="Choose among the likeliest tokens that reach this mass; 1: all.")
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens less than this part as likely as the likeliest; 0: none.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what was there before.")] = 1.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
-    ] = None,
+    device: Device = "auto",
+    tokenizer: CustomTokenizer = None,
 ) -> None:
-    """Show what a model expects at each place of a text, and how the next token is chosen."""
+    """Show a model's prediction at each position of a text, and how the next token is chosen."""
     if position is not None and not lens:
-        raise AtlasError(f"--position {position}: is the token of --lens; give both, or neither")
+        raise AtlasError(f"--position {position}: is the token for --lens; give both, or neither")
     head = None if attention is None else re.fullmatch(r"(\d+)\.(\d+)", attention)
     if attention is not None and head is None:
         raise AtlasError(f"--attention {attention}: must be a layer's and a head's number, such as 0.1")
@@ -91,11 +91,9 @@ def look(
         "next_token": inside.next_token(loaded, ids, sampling),
     }
     if lens:
-        place = len(ids) - 1 if position is None else position
-        if not -len(ids) <= place < len(ids):
-            raise AtlasError(f"--position {place}: the text has tokens 0 to {len(ids) - 1}")
-        place %= len(ids)
-        facts["lens"] = {"position": place, "depths": inside.lens(loaded, ids, position=place)}
+        position = -1 if position is None else position
+        depths = inside.lens(loaded, ids, position=position)
+        facts["lens"] = {"position": position % len(ids), "depths": depths}
     if head is not None:
         heads = loaded.model.config.num_heads
         layer, number, layers = int(head[1]), int(head[2]), loaded.model.config.num_layers
@@ -121,7 +119,7 @@ def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)  # tokens may look like either
     if not console.is_terminal:
         console.width = _UNWRAPPED
-    places: list[Place] = facts["tokens"]
+    places: list[TokenPrediction] = facts["tokens"]
     _print_places(console, places)
     _print_next_token(console, facts["next_token"], facts["sampling"])
     if "lens" in facts:
@@ -130,24 +128,21 @@ def _print(facts: dict[str, Any]) -> None:
         _print_attention(console, places, **facts["attention"])
 
 
-def _print_places(console: Console, places: Sequence[Place]) -> None:
+def _print_places(console: Console, places: Sequence[TokenPrediction]) -> None:
     from atlas.training.logs.run_log import perplexity
 
-    table = _table("place", ">", "token", "<", "probability", "<", "", ">", "rank", ">", "entropy", ">")
-    table.add_column("likeliest")
+    table = _table("position>", "token", "probability", ">", "rank>", "entropy>", "likeliest")
     for number, place in enumerate(places):
         if place.probability is None:
-            table.add_row(str(number), _token(place.text), "", "", "", "", "(nothing comes before)")
+            table.add_row(str(number), _token(place.text), "", "", "", "", "(the first token)")
             continue
-        table.add_row(
-            str(number),
-            _token(place.text),
-            _bar(place.probability),
+        cells = (
             _percent(place.probability),
             f"{place.rank:,}",
             f"{place.entropy:.1f}",
             _choices(place.alternatives),
         )
+        table.add_row(str(number), _token(place.text), _bar(place.probability), *cells)
     console.print(table)
     known = [place.log_probability for place in places if place.log_probability is not None]
     if known:
@@ -159,20 +154,18 @@ def _print_places(console: Console, places: Sequence[Place]) -> None:
 
 
 def _print_next_token(console: Console, next_token: NextToken, sampling: Sampling) -> None:
-    """A column for each setting that is on."""
+    """A column for each setting that is switched on."""
     on = [name for name, off in _OFF.items() if getattr(sampling, name) != off]
     steps = ["model", *on]
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(sampling, name):g}" for name in on)
-    console.print(f"\nthe next token, {f'with {flags}' if on else 'as the model has it'}")
-    table = _table("token", "<")
-    for step in steps:
-        table.add_column(step.removeprefix("repetition_").replace("_", "-"), justify="right")
-    table.add_column("chance")
+    console.print(f"\nthe next token, {f'with {flags}' if on else 'with no setting'}")
+    names = [step.removeprefix("repetition_").replace("_", "-") for step in steps]
+    table = _table("token", *(f"{name}>" for name in names), "probability")
     for candidate in next_token.candidates:
-        cells = []
-        for step in steps:
-            is_out = candidate.removed_by in steps[: steps.index(step) + 1]
-            cells.append("–" if is_out else _percent(candidate.probabilities[step]))
+        cells = [
+            "–" if candidate.removed_by in steps[: number + 1] else _percent(candidate.probabilities[step])
+            for number, step in enumerate(steps)
+        ]
         table.add_row(_token(candidate.text), *cells, _bar(candidate.probabilities[steps[-1]]))
     table.add_section()
     table.add_row("tokens left", *(f"{next_token.remaining[step]:,}" for step in steps))
@@ -180,13 +173,15 @@ def _print_next_token(console: Console, next_token: NextToken, sampling: Samplin
     console.print(table)
 
 
-def _print_lens(console: Console, places: Sequence[Place], *, position: int, depths: Sequence[Depth]) -> None:
+def _print_lens(
+    console: Console, places: Sequence[TokenPrediction], *, position: int, depths: Sequence[LayerPrediction]
+) -> None:
     follows = places[position + 1].text if position + 1 < len(places) else None
-    console.print(f"\nafter each layer, what follows place {position}, {_token(places[position].text)}")
-    table = _table("after", "<", "entropy", ">", "likeliest", "<")
-    if follows is not None:
-        table.add_column(f"really: {_token(follows)}", justify="right")
-        table.add_column("rank", justify="right")
+    console.print(
+        f"\nthe prediction after each layer, at position {position}, {_token(places[position].text)}"
+    )
+    actual = [] if follows is None else [f"actual: {_token(follows)}>", "rank>"]
+    table = _table("after", "entropy>", "likeliest", *actual)
     for depth in depths:
         after = "embedding" if depth.layer is None else f"layer {depth.layer}"
         cells = [after, f"{depth.entropy:.1f}", _choices(depth.likeliest)]
@@ -197,40 +192,42 @@ def _print_lens(console: Console, places: Sequence[Place], *, position: int, dep
 
 
 def _print_attention(
-    console: Console, places: Sequence[Place], *, layer: int, head: int, weights: Tensor
+    console: Console, places: Sequence[TokenPrediction], *, layer: int, head: int, weights: Tensor
 ) -> None:
-    """The tokens that each looks at most and, where they fit, a shade for each: the first on the left."""
+    """The tokens with the largest weights and, if it fits, the attention pattern in shades from left to right."""
     is_drawn = len(places) <= _PATTERN
-    console.print(f"\nlayer {layer}, head {head}: where each token looks")
-    table = _table("place", ">", "token", "<", *(("pattern", "<") if is_drawn else ()), "looks at", "<")
+    console.print(f"\nlayer {layer}, head {head}: which tokens each token attends to")
+    table = _table("position>", "token", *(["pattern"] if is_drawn else []), "attends to")
     for number, (place, row) in enumerate(zip(places, weights, strict=True)):
-        best = row[: number + 1].topk(min(3, number + 1))
-        seen = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        pattern = "".join(
-            _SHADES[round(weight * (len(_SHADES) - 1))] for weight in row[: number + 1].tolist()
+        row = row[: number + 1]
+        best = row.topk(min(3, number + 1))
+        pattern = "".join(_SHADES[round(weight * (len(_SHADES) - 1))] for weight in row.tolist())
+        attended = (
+            f"{other} {_token(places[other].text)}:{_percent(weight)}"
+            for other, weight in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
-        told = (f"{other} {_token(places[other].text)}:{_percent(weight)}" for other, weight in seen)
-        table.add_row(str(number), _token(place.text), *([pattern] if is_drawn else []), "  ".join(told))
+        table.add_row(str(number), _token(place.text), *([pattern] if is_drawn else []), "  ".join(attended))
     console.print(table)
 
 
 def _table(*columns: str) -> Table:
-    """Of names and the side to which each column goes, `<` or `>`, by turns."""
+    """A table with these column names; a `>` at the end of a name aligns its column to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, side in zip(columns[::2], columns[1::2], strict=True):
-        table.add_column(name, justify="right" if side == ">" else "left", no_wrap=name != "likeliest")
+    for name in columns:
+        justify: Literal["left", "right"] = "right" if name.endswith(">") else "left"
+        table.add_column(name.removesuffix(">"), justify=justify, no_wrap=name != "likeliest")
     return table
 
 
 def _token(text: str) -> str:
-    """Blanks as dots, what cannot be seen as escapes."""
+    """Spaces as dots, invisible characters as escapes."""
     return printable(text).replace(" ", "·")
 
 
 def _choices(choices: Iterable[Choice]) -> str:
-    """Without blanks inside, at which a narrow terminal would break them."""
+    """Each without spaces inside, so that a narrow terminal does not break it."""
     return "  ".join(f"{_token(choice.text)}:{_percent(choice.probability)}" for choice in choices)
 
 
@@ -239,7 +236,7 @@ def _percent(part: float) -> str:
 
 
 def _bar(part: float) -> Text:
-    """`part` of ten characters, to an eighth of one."""
+    """`part` of `_BAR` characters, to an eighth of a character."""
     from rich.text import Text
 
     eighths = round(8 * _BAR * part)

@@ -1,4 +1,4 @@
-"""`atlas serve`: OpenAI's API over checkpoints of one's own."""
+"""`atlas serve`: an OpenAI-compatible server for your own checkpoints."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.options import BEST_CHECKPOINT, CustomTokenizer, Device, Dtype
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
+    from atlas.serving.generation import Backend
     from atlas.serving.server import Server
-    from atlas.serving.text import Backend
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_PART_FOR_CACHE = 0.25
-"""Of the free memory, for what the texts in the batch remember."""
+_CACHE_FRACTION = 0.25
+"""The fraction of the free memory that the KV cache may use."""
 _MOST_PARALLEL, _LLAMA_PARALLEL = 64, 4
 
 
@@ -26,7 +27,7 @@ def serve(
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
-            help="A checkpoint to serve; may be repeated. Left out, without --gguf: checkpoints/atlas_best.pt."
+            help=f"A checkpoint to serve; may be repeated. Default, without --gguf: {BEST_CHECKPOINT}."
         ),
     ] = None,
     gguf: Annotated[
@@ -34,7 +35,7 @@ def serve(
         typer.Option(help="An exported file to serve through llama.cpp, alone or beside checkpoints."),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; one that others reach needs --api-key.")
+        str, typer.Option(help="Address to listen on; one that others can reach needs --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
@@ -44,36 +45,30 @@ def serve(
     parallel: Annotated[
         int | None,
         typer.Option(
-            help="Texts written at once by each model; left out: 64, or what a quarter of the free memory holds; "
-            "4 in llama.cpp.",
+            help="Sequences that each model generates in parallel. Default: 64, or as many as a quarter of the free "
+            "memory holds; 4 in llama.cpp.",
             min=1,
             max=1024,
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option(help="Texts that may wait for a place; more are refused with 429.", min=0)
+        int, typer.Option(help="Sequences that may wait for a slot; more are refused with 429.", min=0)
     ] = 256,
     runs: Annotated[
-        str, typer.Option(help="Folder whose runs, also those of folders in it, are drawn at /runs.")
+        str, typer.Option(help="Folder whose runs, also those in subfolders, are drawn at /runs.")
     ] = "checkpoints",
-    max_tokens: Annotated[int, typer.Option(help="The most new tokens a text may have.", min=1)] = 4096,
+    max_tokens: Annotated[
+        int, typer.Option(help="The most new tokens that a request may ask for.", min=1)
+    ] = 4096,
     timeout: Annotated[
         float,
-        typer.Option(help="Seconds a request may take, and the server itself to end.", min=1, max=86_400),
+        typer.Option(help="Time limit in seconds for a request, and for the shutdown.", min=1, max=86_400),
     ] = 300.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
-            metavar="DTYPE",
-        ),
-    ] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: CustomTokenizer = None,
 ) -> None:
-    """Serve OpenAI's API, until Ctrl-C or SIGTERM, which let texts finish."""
+    """Start an OpenAI-compatible server, until Ctrl-C or SIGTERM, which let generations finish."""
     if host not in _LOOPBACK and not api_key:
         raise AtlasError(
             f"--host {host}: others can reach this address: set --api-key (or ATLAS_API_KEY), or listen on 127.0.0.1"
@@ -82,18 +77,18 @@ def serve(
         api_key = api_key.strip()
         if not re.fullmatch("[!-~]+", api_key):  # what every client can put into a header
             raise AtlasError(
-                "--api-key: must be letters, digits and signs of ASCII without blanks; or leave it out"
+                "--api-key: must be ASCII letters, digits and punctuation without spaces; or leave it out"
             )
     try:
         from atlas.serving.app import build_app
-        from atlas.serving.dispatcher import Rules
+        from atlas.serving.dispatcher import ServerSettings
         from atlas.serving.server import Server, listen
     except ImportError as error:
         raise AtlasError(f'atlas serve needs {error.name}: pip install "atlas-llm[serve]"') from None
     from atlas.inference.load import load_model
 
     listener = listen(host, port)
-    paths = list(checkpoint or ([] if gguf else ["checkpoints/atlas_best.pt"]))
+    paths = checkpoint or ([] if gguf else [BEST_CHECKPOINT])
     models = [load_model(path, device=device, tokenizer=tokenizer, dtype=dtype) for path in paths]
     backends: list[Backend] = [
         _engine(model, name, parallel=parallel, queue=queue)
@@ -103,22 +98,19 @@ def serve(
         backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
         if backends[-1].id in [backend.id for backend in backends[:-1]]:
             raise AtlasError(f"--gguf {gguf}: a checkpoint has this name as well: rename one of the files")
-    rules = Rules(max_tokens, timeout, api_key, Path(runs))
-    app = build_app(backends, rules)
+    app = build_app(backends, ServerSettings(max_tokens, timeout, api_key, Path(runs)))
     server = Server(app, listener, seconds_to_drain=timeout)
-    where = listener.getsockname()
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
-        where[0], f"[{where[0]}]" if ":" in where[0] else where[0]
-    )
+    address, port = listener.getsockname()[:2]
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     try:
-        _run(server, f"http://{shown}:{where[1]}", runs)
+        _run(server, f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}")
     finally:
         for backend in backends:
             backend.close()
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """What clients call the models: the file's name; with its folder's where that alone is not enough."""
+    """The names of the models in the API: the file's name, with its folder's name where that alone is ambiguous."""
     stems = [path.stem for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
@@ -141,18 +133,18 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     weights = next(model.model.parameters())
     device = weights.device.type
     fp32 = estimate_inference_memory(model.config.model, device=device).cache
-    one, free = fp32 * weights.element_size() // 4, measure_memory(device)
-    if (parallel or 1) * one > free:
+    per_sequence, free = fp32 * weights.element_size() // 4, measure_memory(device)
+    if (parallel or 1) * per_sequence > free:
         raise AtlasError(
-            f"--parallel {parallel or 1}: the cache of a text takes {one / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB of "
-            "memory are free: ask for fewer, or serve a smaller model"
+            f"--parallel {parallel or 1}: the cache of a sequence needs {per_sequence / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB of memory are free: ask for fewer, or serve a smaller model"
         )
-    at_once = parallel or max(1, min(_MOST_PARALLEL, int(_PART_FOR_CACHE * free) // one))
+    parallel = parallel or max(1, min(_MOST_PARALLEL, int(_CACHE_FRACTION * free) // per_sequence))
     if device == "cpu":
         lay_out_for_decoding(model.model)
     step = model.facts.get("step")
-    typer.echo(f"{name}: {model.path}, step {step}: {at_once} texts at once on {device}", err=True)
-    return Engine(model, name, parallel=at_once, queue=queue)
+    typer.echo(f"{name}: {model.path}, step {step}: {parallel} sequences in parallel on {device}", err=True)
+    return Engine(model, name, parallel=parallel, queue=queue)
 
 
 def _llama(path: str, *, parallel: int, queue: int) -> Backend:
@@ -161,25 +153,25 @@ def _llama(path: str, *, parallel: int, queue: int) -> Backend:
     from atlas.serving.llama import Llama
 
     llama = Llama(path, parallel=parallel, queue=queue, threads=torch.get_num_threads())
-    typer.echo(f"{llama.id}: {path}: {parallel} texts at once in llama.cpp", err=True)
+    typer.echo(f"{llama.id}: {path}: {parallel} sequences in parallel in llama.cpp", err=True)
     return llama
 
 
-def _run(server: Server, address: str, runs: str) -> None:
-    """Until a signal; the second does not wait for the texts."""
+def _run(server: Server, address: str) -> None:
+    """Serve until a signal; the second signal does not wait for unfinished generations."""
 
     def end(number: int, frame: object) -> None:
-        typer.echo("ending: texts that are being written finish; again: at once", err=True)
+        typer.echo("shutting down: current generations finish; repeat to stop them", err=True)
         server.drain()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), end)
     server.start()
-    told = False
+    is_reported = False
     while not server.wait(0.1):
-        if server.is_ready and not told:
-            told = True
+        if server.is_ready and not is_reported:
+            is_reported = True
             typer.echo(
                 f"{address} to write and look, {address}/runs for curves, {address}/v1 for OpenAI's clients",
                 err=True,

@@ -1,8 +1,8 @@
-"""One token more of each text: a pass through the model, on a GPU as a CUDA graph.
+"""One decoding step, a new token for each row: a forward pass, on a GPU as a CUDA graph.
 
-Such a pass is some hundred small kernels, and to launch them takes the host longer than the GPU takes to run them. A
-graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches them all in one call. It holds for one
-number of rows and for the slots of the cache that attention reads, which are doubled as the texts grow.
+A step is some hundred small kernels, and the host needs longer to launch them than the GPU to run them. A CUDA graph
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches them all in one call. A graph is valid for
+one number of rows and one number of cache slots that attention reads. The slots are doubled as the sequences grow.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from atlas.model.kv_cache import CacheWindow
 
 _FEWEST_SLOTS = 256
 _WARM_UPS = 2
-"""Passes before a recording, in which libraries make what they keep."""
-_RECORDING = threading.Lock()
-"""PyTorch records one graph at a time in a process; a server may have several models."""
+"""Forward passes before a capture, in which libraries allocate their workspaces."""
+_CAPTURE_LOCK = threading.Lock()
+"""PyTorch captures one graph at a time in a process; a server may have several models."""
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """A pass and the memory that it reads its input from."""
+class _CapturedStep:
+    """A captured step and the tensors that it reads its input from."""
 
     newest: Tensor
     window: CacheWindow
@@ -37,54 +37,54 @@ class _Recorded:
 
 
 class Decoder:
-    """A model and the cache of the texts that it writes."""
+    """A model and the KV cache of the sequences that it generates."""
 
     def __init__(self, model: AtlasLM, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
-        self._records = cache.keys.is_cuda
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._uses_graphs = cache.keys.is_cuda
+        self._graphs: dict[tuple[int, int], _CapturedStep] = {}
         self._pool: Any = None
-        """The memory that all graphs share, since one runs at a time."""
+        """The memory pool that all graphs share, since one runs at a time."""
 
     def next_logits(self, newest: Sequence[int]) -> Tensor:
-        """(B, V) after the newest token of each row, which enters the cache. They are there until the next call."""
+        """(B, V): the logits after the newest token of each row, which enters the cache. Valid until the next call."""
         tokens = long_tensor(newest, self.cache.keys.device)[:, None]
-        recorded = self._record(tokens) if self._records else None
-        if recorded is None:
+        step = self._captured_step(tokens) if self._uses_graphs else None
+        if step is None:
             return self.model(tokens, self.cache)[:, -1]  # type: ignore[no-any-return]
-        recorded.newest.copy_(tokens)
-        recorded.window.lengths.copy_(self.cache.lengths)
-        logits = recorded.run()
+        step.newest.copy_(tokens)
+        step.window.lengths.copy_(self.cache.lengths)
+        logits = step.run()
         self.cache.advance(1)
         return logits
 
-    def _record(self, tokens: Tensor) -> _Recorded | None:
-        """The graph of a pass of so many rows, as long as they are; None where it cannot be had."""
+    def _captured_step(self, tokens: Tensor) -> _CapturedStep | None:
+        """The graph for this number of rows and their lengths; None where PyTorch cannot capture one."""
         slots = _FEWEST_SLOTS
         while slots <= self.cache.longest:
             slots *= 2
         key = len(tokens), min(slots, self.cache.max_len)
-        if key not in self._recorded:
+        if key not in self._graphs:
             newest, window = tokens.clone(), CacheWindow(self.cache, key[1])
 
-            def one_pass() -> Tensor:
+            def step() -> Tensor:
                 return self.model(newest, window)[:, -1]  # type: ignore[no-any-return]
 
             try:
-                run = self._graph(one_pass)
+                run = self._capture(step)
             except RuntimeError as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"no CUDA graphs, texts are written more slowly: {reason:.200}", stacklevel=2)
-                self._records = False
+                warnings.warn(f"no CUDA graphs, generation is slower: {reason:.200}", stacklevel=2)
+                self._uses_graphs = False
                 return None
-            self._recorded[key] = _Recorded(newest, window, run)
-        return self._recorded[key]
+            self._graphs[key] = _CapturedStep(newest, window, run)
+        return self._graphs[key]
 
-    def _graph(self, one_pass: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """`one_pass` as a graph, which gives the same tensor each time."""
+    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`step` as a graph, which returns the same tensor each time."""
         device = self.cache.keys.device
-        with _RECORDING, torch.cuda.device(device):
+        with _CAPTURE_LOCK, torch.cuda.device(device):
             before, side = torch.cuda.current_stream(), _side_stream(device)
             side.wait_stream(before)
             graph = torch.cuda.CUDAGraph()
@@ -92,13 +92,13 @@ class Decoder:
             try:
                 with torch.cuda.stream(side):
                     for _ in range(_WARM_UPS):
-                        one_pass()
+                        step()
                 before.wait_stream(side)
-                # Other threads of a server may use the device meanwhile.
+                # Other threads of a server may use the device during the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                    logits = one_pass()
+                    logits = step()
             except RuntimeError:
-                torch.cuda.set_stream(before)  # which a recording that failed does not
+                torch.cuda.set_stream(before)  # a failed capture does not restore it
                 raise
 
         def replay() -> Tensor:
@@ -110,5 +110,5 @@ class Decoder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: for each stream cuBLAS keeps memory of its own."""
+    """One stream for all captures: cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""A model's weights laid out for a CPU that writes: each thread reads its own part of a matrix, in the order of memory.
+"""A weight layout for decoding on a CPU: each thread reads its own part of a matrix, in memory order.
 
-A product of one row with a matrix reads every weight once, and takes as long as reading it does. PyTorch's product of a
-row with a matrix stored by rows reads it in one thread.
+The product of one row with a matrix reads every weight once, and costs that memory traffic. PyTorch's product
+of one row with a row-major matrix reads the matrix in one thread.
 """
 
 from __future__ import annotations
@@ -15,32 +15,27 @@ from atlas.model import AtlasLM
 
 @torch.no_grad()
 def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
-    """Replace the matrices of `model` by their parts, one a thread (`parts`; default: PyTorch's number of threads).
+    """Split each weight matrix of `model` into `parts`, one per thread (default: PyTorch's number of threads).
 
-    It computes the same, and is good for writing only: its state dict is no longer a checkpoint's.
+    The model computes the same function, but is for decoding only: its state dict no longer fits a checkpoint.
     """
     parts = parts or torch.get_num_threads()
     for block in model.blocks:
-        for room, name in (
-            (block.attention, "qkv"),
-            (block.attention, "output"),
-            (block.mlp, "up"),
-            (block.mlp, "down"),
-        ):
-            linear = getattr(room, name)
-            setattr(room, name, SplitLinear(linear.weight, linear.bias, parts))
+        for module, names in ((block.attention, ("qkv", "output")), (block.mlp, ("up", "down"))):
+            for name in names:
+                linear = getattr(module, name)
+                setattr(module, name, SplitLinear(linear.weight, linear.bias, parts))
     head = SplitLinear(model.head_weight, None, parts)
     if model.config.tie_embeddings:
         model.token_embedding = _SplitEmbedding(head)  # type: ignore[assignment]
     else:
         del model.lm_head
-    # The instance's own, in place of the class's.
+    # An attribute of the instance hides the class's method.
     model.head = head.forward  # type: ignore[method-assign, assignment]
 
 
 class SplitLinear(nn.Module):
-    """`F.linear` with a (N, K) weight kept as `weight` (parts, K, ⌈N / parts⌉): a batch of products, of which each
-    thread takes one."""
+    """`F.linear` with a (N, K) weight stored as (parts, K, ⌈N / parts⌉): a batched product, one part per thread."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: int) -> None:
         super().__init__()
@@ -56,14 +51,14 @@ class SplitLinear(nn.Module):
         parts = (
             torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
         )
-        if rows.shape[1] > 1:  # the parts of a single row lie one after the other
+        if rows.shape[1] > 1:  # the parts of a single row are in the right order already
             parts = parts.transpose(0, 1)
         out = parts.reshape(*x.shape[:-1], -1)
         return out if out.shape[-1] == self.num_out else out[..., : self.num_out]
 
 
 class _SplitEmbedding(nn.Module):
-    """Rows of the table that a tied head keeps in parts."""
+    """Rows of the embedding table that a tied head stores in parts."""
 
     def __init__(self, head: SplitLinear) -> None:
         super().__init__()

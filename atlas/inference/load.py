@@ -1,4 +1,4 @@
-"""A checkpoint as something that can speak: model, tokenizer and the facts of its training."""
+"""Load a checkpoint for inference: model, tokenizer and the metadata of its training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.inference.sampling import Sampling
-from atlas.inference.text import stream_text
+from atlas.inference.text import encode_prompt, stream_text
 from atlas.model import AtlasLM
 from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
@@ -27,17 +27,20 @@ from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.devices.device import choose_device, choose_weights_dtype
 
 NOT_NEEDED = ("optimizer_state_dict",)
-"""What of a checkpoint only training reads."""
+"""The parts of a checkpoint that only training reads."""
 
 _LARGE = 50_000_000
-"""Parameters from which a model is built without memory, to take the checkpoint's tensors as they are. PyTorch needs a
-second and some 60 MB to get ready for that; a small model is initialised and overwritten in less."""
+"""A model with at least this many parameters is built on `meta` and takes the checkpoint's tensors. The first
+use of `meta` costs PyTorch a second and some 60 MB; to initialise and overwrite a small model costs less."""
 
 
 @dataclass(frozen=True, repr=False)
 class LoadedModel:
-    """`model` is in evaluation mode, on its device, in fp32 unless another dtype was asked for; `facts` is the
-    checkpoint without its tensors."""
+    """A model that is ready for inference.
+
+    `model` is in evaluation mode, on its device, in fp32 unless you asked for another dtype. `facts` is the checkpoint
+    without its tensors.
+    """
 
     model: AtlasLM
     tokenizer: Tokenizer
@@ -46,30 +49,30 @@ class LoadedModel:
     facts: dict[str, Any]
 
     @property
-    def learnt_to_answer(self) -> bool:
-        """Whether it was trained on conversations in Atlas's own form."""
+    def is_chat_model(self) -> bool:
+        """Whether it was trained on conversations in Atlas's own chat format."""
         return bool(self.facts["data"].get("chat_form") == CHAT_FORMAT)
 
     @property
     def chat_template(self) -> str | None:
-        """In Jinja, the form of the conversations that the model learnt from, here or where it was imported from; None
-        where it learnt from none."""
-        if self.learnt_to_answer:
+        """The Jinja template of the conversations that the model was trained on, here or before it was imported, or
+        None."""
+        if self.is_chat_model:
             return CHAT_TEMPLATE
         imported = self.facts["data"].get("chat_template")
         return imported if isinstance(imported, str) else None
 
     def check_chat(self) -> None:
-        """Raises `AtlasError` unless it can answer as `atlas generate --chat` has it."""
+        """Raise `AtlasError` unless `atlas generate --chat` works with this model."""
         if self.chat_template is None:
             raise AtlasError(
-                f"--chat: {self.path} did not learn from conversations: leave --chat out, or fine-tune it with "
+                f"--chat: {self.path} was not trained on conversations: leave --chat out, or fine-tune it with "
                 "atlas train --init-from on JSONL rows with messages"
             )
-        if not self.learnt_to_answer:
+        if not self.is_chat_model:
             raise AtlasError(
-                f"--chat: {self.path} was imported with a chat template of its own, which Atlas does not run: write it "
-                "out in --prompt, or export the model and chat in llama.cpp"
+                f"--chat: {self.path} was imported with its own chat template, which Atlas does not run: write the "
+                "rendered prompt in --prompt, or export the model and chat in llama.cpp"
             )
 
     def generate(
@@ -86,15 +89,15 @@ class LoadedModel:
         seed: int | None = None,
         chat: bool = False,
     ) -> str:
-        """What `atlas generate` prints for the same settings: `prompt` and how it goes on, or with `chat` the answer
-        to it alone. The same seed gives the same text; None takes a new one each time."""
+        """The text that `atlas generate` prints for the same settings: `prompt` and its continuation, or with `chat`
+        only the answer. The same seed gives the same text; None draws a new one for each call."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if not isinstance(prompt, str):
             raise AtlasError(f"prompt: must be one text, not {type(prompt).__name__}: call it once for each")
         if chat:
             self.check_chat()
         pieces = stream_text(
-            self._for_writing(),
+            self._for_decoding(),
             [[Message("user", prompt)] if chat else prompt],
             sampling,
             max_tokens=max_tokens,
@@ -105,26 +108,28 @@ class LoadedModel:
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
-        """(T, vocabulary) in fp32 on the CPU: row t holds the logits of the token that follows the first t + 1 of
-        `text`, which is text or its T ids. An empty text begins a document, as in `generate`.
+        """(T, V) in fp32 on the CPU: row t holds the logits of the token after the first t + 1 of `text`, which is
+        text or its T ids. An empty text begins a document, as in `generate`.
         """
-        ids = self.tokenizer.encode(text) or [self.tokenizer.eos_id] if isinstance(text, str) else list(text)
+        ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else list(text)
         context, vocabulary = self.config.model.max_seq_len, self.config.model.vocabulary
         if not ids:
-            raise AtlasError("logits of no ids: give at least one, say [tokenizer.eos_id]")
+            raise AtlasError("logits of no ids: give at least one, such as [tokenizer.eos_id]")
         if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-            raise AtlasError(f"id {wrong[0]}: is none of this model's, which go from 0 to {vocabulary - 1:,}")
+            raise AtlasError(
+                f"id {wrong[0]}: is not in this model's vocabulary: give ids from 0 to {vocabulary - 1:,}"
+            )
         if len(ids) > context:
             raise AtlasError(
                 f"{len(ids):,} tokens: the model's context is {context:,}; "
-                f"give so many, say the last: logits(tokenizer.encode(text)[-{context}:])"
+                f"give at most that many, for example the last: logits(tokenizer.encode(text)[-{context}:])"
             )
         device = self.model.head_weight.device
         return self.model(torch.tensor([ids], device=device))[0].float().cpu()  # type: ignore[no-any-return]
 
-    def _for_writing(self) -> LoadedModel:
-        """On a CPU with the weights laid out as `atlas generate` has them, so that it rounds in the same way. Made anew
-        each time, since `model` is the caller's to change; that copies the weights once."""
+    def _for_decoding(self) -> LoadedModel:
+        """On a CPU, a copy with the weight layout of `atlas generate`, so that it rounds in the same way. Each call
+        makes a new copy, since the caller may change `model`."""
         if self.model.head_weight.device.type != "cpu":
             return self
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
@@ -149,10 +154,10 @@ class LoadedModel:
 def load_model(
     path: str | Path, *, device: str = "cpu", tokenizer: str | None = None, dtype: str = "f32"
 ) -> LoadedModel:
-    """Load a checkpoint for inference, evaluation or export, its weights as `dtype`: f32, bf16, f16 or auto.
+    """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
 
-    `tokenizer` names a custom tokenizer (`package.module:factory`); the others travel inside the
-    checkpoint. Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
+    `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
+    Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
     """
     path = find_checkpoint(path)
     contents = load_checkpoint(path, without=NOT_NEEDED)
@@ -167,7 +172,7 @@ def model_of(
     tokenizer: str | None = None,
     dtype: str = "f32",
 ) -> LoadedModel:
-    """The same, from the contents that `load_checkpoint` read from `path`."""
+    """As `load_model`, from the contents that `load_checkpoint` read from `path`."""
     where = choose_device(device)
     kind = choose_weights_dtype(dtype, where)
     saved = contents["tokenizer"]
@@ -181,7 +186,7 @@ def model_of(
     own = own or Tokenizer.resolve(str(tokenizer))
     if own.fingerprint != saved.get("fingerprint"):
         raise AtlasError(
-            f"--tokenizer {tokenizer}: is not the tokenizer {path} was trained with ({saved.get('name')})"
+            f"--tokenizer {tokenizer}: is not the tokenizer that {path} was trained with ({saved.get('name')})"
         )
     is_large = count_parameters(config.model).total >= _LARGE
     with torch.device("meta" if is_large else "cpu"):

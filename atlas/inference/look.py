@@ -1,8 +1,8 @@
-"""How a model thinks: what it expects at each place of a text, how the next token is chosen, where attention looks, and
-how a prediction grows from layer to layer.
+"""Look inside a model: its prediction at each position of a text, how the next token is chosen, the attention weights,
+and the prediction after each layer.
 
-Plain functions of a loaded model and token ids, for pages, terminals and notebooks alike; numbers are computed in fp32,
-whatever the weights are in. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
+Plain functions of a loaded model and token ids, for the page, the terminal and notebooks. Numbers are computed in fp32,
+whatever dtype the weights have. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch import Tensor
 from atlas.errors import AtlasError
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, filters, penalize_repetition
+from atlas.inference.text import encode_prompt
 from atlas.model.attention import Context
 from atlas.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 128
-"""Of logits, which take 4 bytes for every token of the vocabulary."""
+"""Rows of logits per chunk; a row is 4 bytes times the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token that may come, and how likely the model takes it to be."""
+    """A possible token and its probability under the model."""
 
     id: int
     text: str
@@ -35,12 +36,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A token of a text, and what the model expected in its place.
+class TokenPrediction:
+    """A token of a text, and the model's prediction at its position.
 
-    `log_probability` is in nats, as the loss, which is its mean with the other sign; `rank` is 1 for the likeliest;
-    `entropy` is in bits: as unsure as between 2^entropy tokens that are equally likely. `alternatives` are the
-    likeliest tokens of the place. The first token, with nothing before it, is not expected: None, and no alternatives.
+    `log_probability` is in nats; the loss is its negative mean. `rank` is 1 for the likeliest token. `entropy` is in
+    bits: the model is as uncertain as between 2^entropy equally likely tokens. `alternatives` are the likeliest tokens
+    at this position. The first token has no prediction: its fields are None, and it has no alternatives.
     """
 
     id: int
@@ -54,7 +55,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may come next, its probability after each step, and the step that struck it out, if one did."""
+    """A possible next token, its probability after each sampling step, and the step that removed it, if any."""
 
     id: int
     text: str
@@ -64,10 +65,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution that the next token is drawn from, as it is made.
+    """The distribution that the next token is drawn from, step by step.
 
-    For each step, `model` and then the settings in the order in which they are taken: how many tokens remain, and the
-    entropy in bits. `candidates` are those that the model itself takes to be likeliest, the likeliest first.
+    The steps are `model` and then the settings in the order in which they are applied. Each has the number of remaining
+    tokens and the entropy in bits. `candidates` are the likeliest tokens of the model itself, the likeliest first.
     """
 
     remaining: dict[str, int]
@@ -76,10 +77,10 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class Depth:
-    """What a model would predict if it ended after `layer`, counted from 0; None: with nothing but the embedding.
+class LayerPrediction:
+    """The prediction of the model if it ended after `layer`, counted from 0; None stands for the embedding alone.
 
-    `probability` and `rank` are those of the token that really follows, None where the text ends; entropy in bits.
+    `probability` and `rank` are those of the token that really follows, None at the end. `entropy` is in bits.
     """
 
     layer: int | None
@@ -90,80 +91,74 @@ class Depth:
 
 
 def encode(loaded: LoadedModel, text: str) -> list[int]:
-    """The ids that the model is given for a text; an empty one begins a document."""
-    return loaded.tokenizer.encode(text) or [loaded.tokenizer.eos_id]
+    """The ids that the model gets for a text; an empty one begins a document."""
+    return encode_prompt(text, loaded.tokenizer)
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    r"""What a token stands for; bytes that are no whole character are written out, as in \xe2\x82."""
+    r"""The text of a token; bytes of an incomplete character are written as \xe2\x82."""
     return tokenizer.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
 
 @torch.no_grad()
 def logits(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
     """(T, V): row t predicts token t + 1."""
-    whole: Tensor = loaded.model(_tensor(loaded, ids))
-    return whole[0].float()
+    batch: Tensor = loaded.model(_tensor(loaded, ids))
+    return batch[0].float()
 
 
 @torch.no_grad()
-def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[Place]:
-    """A `Place` for each token, with so many of the likeliest tokens of each."""
+def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[TokenPrediction]:
+    """A `TokenPrediction` for each token, each with this many `alternatives`."""
     tokens = _tensor(loaded, ids)
     hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
-    places = [Place(ids[0], token_text(loaded.tokenizer, ids[0]))]
+    predictions = [TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0]))]
     for start in range(0, len(following), _ROWS_AT_ONCE):
         states, targets = (part[start : start + _ROWS_AT_ONCE] for part in (hidden, following))
-        log_chances = loaded.model.head(states).float().log_softmax(dim=-1)
-        own = log_chances.gather(-1, targets[:, None])
-        ranks, entropies = (log_chances > own).sum(dim=-1) + 1, _entropy(log_chances.exp())
-        likeliest = _likeliest(loaded, log_chances, alternatives)
-        own, ranks, entropies = own.cpu(), ranks.cpu(), entropies.cpu()  # together, and not number by number
-        for row, id in enumerate(targets.tolist()):
-            place = Place(
-                id,
-                token_text(loaded.tokenizer, id),
-                probability=float(own[row].exp()),
-                log_probability=float(own[row]),
-                rank=int(ranks[row]),
-                entropy=float(entropies[row]),
-                alternatives=likeliest[row],
-            )
-            places.append(place)
-    return places
+        log_probs = loaded.model.head(states).float().log_softmax(dim=-1)
+        own = log_probs.gather(-1, targets[:, None])
+        columns = (own[:, 0].exp(), own[:, 0], (log_probs > own).sum(dim=-1) + 1, _entropy(log_probs.exp()))
+        likeliest = _likeliest(loaded, log_probs, alternatives)
+        for id, *row in zip(
+            targets.tolist(), *(column.tolist() for column in columns), likeliest, strict=True
+        ):
+            predictions.append(TokenPrediction(id, token_text(loaded.tokenizer, id), *row))
+    return predictions
 
 
 @torch.no_grad()
 def next_token(
     loaded: LoadedModel, ids: Sequence[int], sampling: Sampling, *, candidates: int = 10
 ) -> NextToken:
-    """How the token after `ids` is chosen, shown at the tokens that the model itself takes to be likeliest."""
+    """How the token after `ids` is chosen, shown for the `candidates` likeliest tokens of the model itself."""
     hidden = loaded.model.hidden_states(_tensor(loaded, ids))[:, -1]
     raw = loaded.model.head(hidden).float()
     penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
     steps = {"model": raw, "repetition_penalty": penalized, **dict(filters(penalized, sampling))}
     left = {name: (scores[0] > -torch.inf).cpu() for name, scores in steps.items()}
-    chances = {name: scores[0].softmax(dim=-1).cpu() for name, scores in steps.items()}
+    probabilities = {name: scores[0].softmax(dim=-1).cpu() for name, scores in steps.items()}
     shown = [
         Candidate(
             id,
             token_text(loaded.tokenizer, id),
-            {name: float(row[id]) for name, row in chances.items()},
+            {name: float(row[id]) for name, row in probabilities.items()},
             next((name for name, kept in left.items() if not kept[id]), None),
         )
         for id in raw[0].topk(min(candidates, raw.shape[-1])).indices.tolist()
     ]
     return NextToken(
         {name: int(kept.sum()) for name, kept in left.items()},
-        {name: float(_entropy(row)) for name, row in chances.items()},
+        {name: float(_entropy(row)) for name, row in probabilities.items()},
         tuple(shown),
     )
 
 
 @torch.no_grad()
 def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] | None = None) -> Tensor:
-    """(L, H, T, T) on the CPU: the part that the token of each row takes of the token of each column, of itself and
-    earlier ones. Of `layers`, counted from 0, or of all, which is much for a long text."""
+    """(L, H, T, T) on the CPU: the attention weights, with queries as rows and keys as columns.
+
+    `layers` are counted from 0; None means all, which needs much memory for a long text.
+    """
     num_layers = loaded.model.config.num_layers
     wanted = range(num_layers) if layers is None else layers
     if wrong := [layer for layer in wanted if not 0 <= layer < num_layers]:
@@ -181,25 +176,29 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
 @torch.no_grad()
 def lens(
     loaded: LoadedModel, ids: Sequence[int], *, position: int = -1, alternatives: int = 5
-) -> list[Depth]:
-    """What follows the token at `position` (negative: counted from the end), after the embedding and after each layer:
-    the final norm and the head, applied to the residual stream there. This is the logit lens (nostalgebraist 2020,
-    https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru)."""
+) -> list[LayerPrediction]:
+    """The prediction after the token at `position` (negative: from the end), after the embedding and after each layer.
+
+    The final norm and the head are applied to the residual stream there. This is the logit lens (nostalgebraist 2020,
+    https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
+    """
     if not -len(ids) <= position < len(ids):
         raise AtlasError(f"position {position}: the text has tokens 0 to {len(ids) - 1}")
     position %= len(ids)
     streams, _ = _streams(loaded, ids)
     hidden = loaded.model.final_norm(torch.stack([x[0, position] for x in streams]))
-    log_chances = loaded.model.head(hidden).float().log_softmax(dim=-1)
-    chances: list[float | None] = [None] * len(streams)
+    log_probs = loaded.model.head(hidden).float().log_softmax(dim=-1)
+    probabilities: list[float | None] = [None] * len(streams)
     ranks: list[int | None] = [None] * len(streams)
     if position + 1 < len(ids):
-        own = log_chances[:, ids[position + 1], None]
-        chances, ranks = own[:, 0].exp().tolist(), ((log_chances > own).sum(dim=-1) + 1).tolist()
-    entropies = _entropy(log_chances.exp()).tolist()
-    columns = (_likeliest(loaded, log_chances, alternatives), entropies, chances, ranks)
+        own = log_probs[:, ids[position + 1], None]
+        probabilities, ranks = own[:, 0].exp().tolist(), ((log_probs > own).sum(dim=-1) + 1).tolist()
+    entropies = _entropy(log_probs.exp()).tolist()
+    columns = (_likeliest(loaded, log_probs, alternatives), entropies, probabilities, ranks)
     layers = [None, *range(len(streams) - 1)]
-    return [Depth(layer, *row) for layer, row in zip(layers, zip(*columns, strict=True), strict=True)]
+    return [
+        LayerPrediction(layer, *row) for layer, row in zip(layers, zip(*columns, strict=True), strict=True)
+    ]
 
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:
@@ -212,12 +211,12 @@ def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Con
 
 
 def _tensor(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
-    """(1, T), where the model is. Ids may come from anybody."""
+    """(1, T) on the model's device. The ids may be invalid, since clients send them."""
     config = loaded.model.config
     if not 1 <= len(ids) <= config.max_seq_len:
         raise AtlasError(
-            f"a text of {len(ids):,} tokens: the model takes 1 to {config.max_seq_len:,} at once, its context; "
-            "look at a part of it"
+            f"a text of {len(ids):,} tokens: must have 1 to {config.max_seq_len:,}, the model's context; look at a "
+            "part of it"
         )
     if not 0 <= min(ids) <= max(ids) < config.vocabulary:
         wrong = next(id for id in ids if not 0 <= id < config.vocabulary)
@@ -225,16 +224,16 @@ def _tensor(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], device=next(loaded.model.parameters()).device)
 
 
-def _likeliest(loaded: LoadedModel, log_chances: Tensor, count: int) -> list[tuple[Choice, ...]]:
-    """Of each row of (N, V), the likeliest first."""
-    best = log_chances.topk(min(count, log_chances.shape[-1]), dim=-1)
+def _likeliest(loaded: LoadedModel, log_probs: Tensor, count: int) -> list[tuple[Choice, ...]]:
+    """The `count` likeliest tokens of each row of (N, V), the likeliest first."""
+    best = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
     return [
-        tuple(Choice(id, token_text(loaded.tokenizer, id), chance) for id, chance in zip(*row, strict=True))
+        tuple(Choice(id, token_text(loaded.tokenizer, id), prob) for id, prob in zip(*row, strict=True))
         for row in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
     ]
 
 
-def _entropy(chances: Tensor) -> Tensor:
+def _entropy(probabilities: Tensor) -> Tensor:
     """(…, V) → (…) in bits (Shannon 1948)."""
-    nats: Tensor = torch.special.entr(chances).sum(dim=-1)
+    nats: Tensor = torch.special.entr(probabilities).sum(dim=-1)
     return nats / math.log(2)

@@ -1,13 +1,12 @@
-"""The texts that a model writes while it is trained."""
+"""Texts that a model generates while it is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from atlas.config import TrackingConfig
-from atlas.inference.generate import generate
 from atlas.inference.sampling import Sampling, row_generators
-from atlas.inference.text import TextStream
+from atlas.inference.text import encode_prompt, stream_ids
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 
@@ -20,25 +19,18 @@ def sample_texts(
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """`tracking.samples` continuations of its prompt; none if `should_stop` said so between two tokens.
+    """`tracking.samples` continuations of its prompt; an empty list if `should_stop` returned true between two tokens.
 
-    The model must be in evaluation mode. The same model and `seed` write the same texts; of the global random numbers
-    none is taken.
+    The model must be in evaluation mode. The same model and `seed` give the same texts. The global random number
+    generators are not used.
     """
-    prompt = tokenizer.encode(tracking.sample_prompt) or [tokenizer.eos_id]
-    streams = [TextStream(tokenizer) for _ in range(tracking.samples)]
-    texts = [""] * len(streams)
-    steps = generate(
-        model,
-        [prompt] * len(streams),
-        Sampling(),
-        max_tokens=tracking.sample_tokens,
-        eos_id=tokenizer.eos_id,
-        generators=row_generators(seed, len(streams)),
-    )
-    for step in steps:
+    texts = [""] * tracking.samples
+    prompts = [encode_prompt(tracking.sample_prompt, tokenizer)] * len(texts)
+    generators = row_generators(seed, len(texts))
+    for pieces in stream_ids(
+        model, tokenizer, prompts, Sampling(), generators, max_tokens=tracking.sample_tokens
+    ):
         if should_stop():
             return []
-        for row, token in enumerate(step):
-            texts[row] += "" if token is None else streams[row].add(token)
-    return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return texts

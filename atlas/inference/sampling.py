@@ -1,6 +1,6 @@
-"""Logits in, token out: small pure functions over (B, V), one generator per row.
+"""From logits to a token: pure functions over (B, V), with one random generator per row.
 
-Order, as in `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+The order is that of `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from atlas.errors import AtlasError
 from atlas.model import long_tensor
 
 _FEW = 1024
-"""So many of the likeliest tokens nearly always hold top-p's mass; to sort a whole vocabulary takes milliseconds."""
+"""This many likeliest tokens nearly always reach top-p's sum. Sorting the full vocabulary takes milliseconds."""
 _COLDEST = 1e-6
-"""A temperature below which nothing but the likeliest is drawn, and fp32 cannot divide."""
+"""Below this temperature only the likeliest token is drawn, and the division overflows in fp32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest; 0 or 1 switch a filter off as noted."""
+    """Sampling settings for the next token. Temperature 0 is greedy decoding; 0 or 1 switches a filter off as noted."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -30,9 +30,9 @@ class Sampling:
     top_p: float = 0.95
     """Keep the smallest set of likeliest tokens whose probabilities reach p; 1: all."""
     min_p: float = 0.0
-    """Keep tokens at least this part as likely as the likeliest; 0: all."""
+    """Keep tokens with at least this fraction of the likeliest token's probability; 0: all."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens already seen by this (multiply, where negative); 1: leave them."""
+    """Divide the logits of tokens already seen by this (multiply negative ones); 1: off."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -49,35 +49,31 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
 ) -> Tensor:
-    """The next token of each row: logits (B, V), the tokens each row has seen, a generator each → (B,); -1 where the
-    logits are not finite. On CUDA the host does not wait for anything here."""
+    """The next token of each row, (B,), from logits (B, V), the tokens that each row has seen, and a generator per row;
+    -1 where the logits are not finite. On CUDA nothing here synchronizes with the host."""
     logits = logits.float()
-    is_sound = logits.sum(dim=-1).isfinite()
+    is_finite = logits.sum(dim=-1).isfinite()
     logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     is_greedy = sampling.temperature == 0
     tokens = logits.argmax(dim=-1) if is_greedy else draw(probabilities(logits, sampling), generators)
-    return tokens.where(is_sound, -1)
+    return tokens.where(is_finite, -1)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution (B, V) that is drawn from."""
-    for _, logits in filters(logits, sampling):  # noqa: B007, B020
-        pass
-    return logits.softmax(dim=-1)
+    """The distribution (B, V) that the next token is drawn from."""
+    *_, (_, filtered) = filters(logits, sampling)
+    return filtered.softmax(dim=-1)
 
 
 def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
-    """The logits (B, V) after each step, with the name of its setting, in the order in which they are taken."""
+    """The logits (B, V) after each step and the name of its setting, in the order in which the steps are applied."""
     logits = divide_by_temperature(logits, sampling.temperature)
     yield "temperature", logits
     logits = keep_top_k(logits, sampling.top_k)
     yield "top_k", logits
-    most = None
-    if (
-        logits.is_cuda
-    ):  # to look whether few are enough, the host would wait; if more than these tie, some are left out
-        most = _FEW if 0 < sampling.top_k <= _FEW else logits.shape[-1]
-    logits = keep_top_p(logits, sampling.top_p, most=most)
+    # On CUDA the host would wait to know whether few tokens are enough. If more than `most` tie, some are dropped.
+    most = _FEW if 0 < sampling.top_k <= _FEW else logits.shape[-1]
+    logits = keep_top_p(logits, sampling.top_p, most=most if logits.is_cuda else None)
     yield "top_p", logits
     yield "min_p", keep_min_p(logits, sampling.min_p)
 
@@ -112,8 +108,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token always stays. At most the `most`
-    likeliest are kept; left out, as many as it takes."""
+    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token is always kept. `most` limits the
+    number of kept tokens; None means no limit."""
     if p == 1:
         return logits
     probs = logits.softmax(dim=-1)
@@ -122,7 +118,7 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
         ordered = probs.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
         if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
-            break  # the others are beyond, too
+            break  # the tokens after these are outside too
     kept = before < p
     kept[:, 0] = True
     return logits.masked_fill(
@@ -131,7 +127,7 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """-inf at tokens less than p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Mask tokens that are less than p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     if p == 0:
         return logits
     probs = logits.softmax(dim=-1)
@@ -141,8 +137,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def draw(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
     """One token per row from probabilities (B, V): the first whose cumulative sum exceeds the row's random number.
 
-    Each row has its own generator, so that its text does not depend on the rows beside it. The number is made on the
-    CPU: the same seed gives the same text on every device.
+    Each row has its own generator, so its text does not depend on the other rows. The numbers are drawn on the CPU, so
+    the same seed gives the same numbers on every device.
     """
     numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
     sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32 the number could exceed the total
@@ -151,10 +147,10 @@ def draw(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 
 def row_generators(seed: int, rows: int, *, first_row: int = 0) -> list[torch.Generator]:
-    """Generators for `rows` texts; the numbers of row r depend on (seed, r) alone."""
+    """One generator per row. The random numbers of row r depend on (seed, r) alone."""
     return [torch.Generator().manual_seed(row_seed(seed, first_row + row)) for row in range(rows)]
 
 
 def row_seed(seed: int, row: int) -> int:
-    """Of the generator of one of several texts; that of the first is `seed` itself."""
+    """The seed of row number `row`; row 0 has `seed` itself."""
     return (seed + 0x9E3779B97F4A7C15 * row) % 2**63

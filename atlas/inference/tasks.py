@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, by name or in files of one's own: loaded, put to a model, and scored."""
+"""Evaluate a model on tasks of lm-eval, given by name or in YAML files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from atlas.inference.harness import Track
 
 _RESAMPLES = 1000
-"""Bootstrap samples behind the error of a metric that is no mean: enough for two digits of it."""
+"""Bootstrap samples for the standard error of a metric that is not a mean: enough for two digits of it."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task: its standard error, where lm-eval has one, and the examples and shots behind it."""
+    """A metric of a task, with its standard error (where lm-eval reports one) and the number of examples and shots."""
 
     task: str
     metric: str
@@ -47,10 +47,10 @@ def evaluate_tasks(
     batch_size: int = 8,
     track: Track = iter,
 ) -> list[Score]:
-    """The scores of a model in tasks: `names` of lm-eval's, YAML files, or folders of such. Of each, `limit` examples.
+    """The scores of a model in tasks: `names` are lm-eval's names, YAML files, or folders of YAML files.
 
-    `track` may draw a progress bar around the batches. Raises `AtlasError` where lm-eval is not installed, and for a
-    task that it does not know or cannot load.
+    `limit` is the number of examples of each task. `track` may draw a progress bar around the batches. Raises
+    `AtlasError` where lm-eval is not installed, and for a task that lm-eval does not know or cannot load.
     """
     try:
         from lm_eval import defaults, evaluator
@@ -59,9 +59,9 @@ def evaluate_tasks(
     from atlas.inference.harness import HarnessModel
 
     model = HarnessModel(loaded, batch_size=batch_size, track=track)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process for each core, to resample for a second
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else a process per core, for a second of resampling
     with _quietly():
-        # As lm-eval's own command does, for the same questions and the same examples before them.
+        # The seeds of lm-eval's own command, for the same questions and the same few-shot examples.
         random.seed(defaults.DEFAULT_RANDOM_SEED)
         np.random.seed(defaults.DEFAULT_OTHER_SEED)
         tasks = _load(names)
@@ -76,7 +76,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """lm-eval's bars are for a terminal; what it prints and warns of is for its own users."""
+    """Show lm-eval's progress bars on a terminal only, and none of its warnings."""
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
@@ -89,8 +89,8 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     import datasets
     from lm_eval.tasks import TaskManager
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell a server of local files, too
-    # Without lm-eval's own 14,000, where none is asked for: to read their files takes seconds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report local files to a server, too
+    # lm-eval's own 14,000 tasks only where a name needs them: to read their files takes seconds.
     manager = TaskManager(include_defaults=not all(map(os.path.exists, names)))
     merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name in names:
@@ -99,21 +99,21 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             wanted = [*source.all_groups, *source.all_subtasks]
             if not wanted:
                 raise AtlasError(
-                    f"--tasks {name}: holds no task; name a folder of YAML files that lm-eval reads"
+                    f"--tasks {name}: contains no task; name a folder of YAML files that lm-eval reads"
                 )
         elif Path(name).is_file() or name in manager.all_tasks:
             source, wanted = manager, [name]
         else:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
-            raise AtlasError(f"--tasks {name}: is neither a task of lm-eval's nor a YAML file of one; {hint}")
+            raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor a YAML file of one; {hint}")
         try:
             for part in wanted:
-                if not any(part in entries for entries in merged.values()):  # as a task of a group is by then
+                if not any(part in entries for entries in merged.values()):  # loaded already with its group
                     found = source.load(part)
                     for kind, entries in merged.items():
                         entries.update(found.get(kind, {}))
-        except Exception as error:  # whatever a file, and the code that it names, can do wrong
+        except Exception as error:  # a file, and the code that it names, can raise anything
             raise _cannot_load(name, error) from None
     return merged
 
@@ -122,28 +122,29 @@ def _cannot_load(name: str, error: Exception) -> AtlasError:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError):
         return AtlasError(
-            f"--tasks {name}: its data cannot be had ({reason}); tasks of lm-eval's fetch it from huggingface.co, a "
-            "file of your own names it under dataset_kwargs: data_files"
+            f"--tasks {name}: its data cannot be loaded ({reason}); lm-eval's tasks fetch it from huggingface.co, your "
+            "own file names it under dataset_kwargs: data_files"
         )
     return AtlasError(
-        f"--tasks {name}: cannot be loaded ({reason}); mend the file, name the folder of a group, or take another task"
+        f"--tasks {name}: cannot be loaded ({reason}); fix the file, name the folder of a group, or choose another task"
     )
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Refuse what a model of text cannot be asked, and set the number of examples that come before a question."""
-    for mark, reason in (
-        ("UNSAFE_CODE", "runs code that the model writes"),
-        ("MULTIMODAL", "shows pictures or plays sounds"),
-    ):
-        if getattr(task, mark, False):
-            raise AtlasError(f"--tasks {name}: {reason}, which Atlas does not; take another task")
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 says that examples make no sense
+    """Refuse a task that Atlas does not run, and set the number of few-shot examples."""
+    refused = {
+        "UNSAFE_CODE": "runs code that the model generates",
+        "MULTIMODAL": "shows images or plays sounds",
+    }
+    for flag, reason in refused.items():
+        if getattr(task, flag, False):
+            raise AtlasError(f"--tasks {name}: {reason}, which Atlas does not support; choose another task")
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0: the task does not allow examples
         task.set_config("num_fewshot", num_fewshot)
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
-    """lm-eval keeps them as `metric,filter` and `metric_stderr,filter`."""
+    """From lm-eval's keys, `metric,filter` and `metric_stderr,filter`."""
     for task, entries in results["results"].items():
         for key, value in entries.items():
             metric, comma, kind = key.partition(",")

@@ -1,4 +1,4 @@
-"""Tokens become text as they come: whole characters only, and nothing of a stop string."""
+"""Turn tokens into text as they come: complete characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from atlas.inference.generate import generate
 from atlas.inference.sampling import Sampling, row_generators
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import Message, encode_prompt
+from atlas.tokenizer.chat import Message, encode_chat
 
 Prompt = str | Sequence[Message]
 """Text to continue, or a conversation to answer."""
 
 
 class ModelAndTokenizer(Protocol):
-    """What writing needs of a `LoadedModel`."""
+    """The part of a `LoadedModel` that generation needs."""
 
     @property
     def model(self) -> AtlasLM:
@@ -31,10 +31,10 @@ class ModelAndTokenizer(Protocol):
 
 
 class TextStream:
-    """One text in the making. `add` returns what may be shown now; `finish` the rest.
+    """Incremental detokenization of one generation. `add` returns the text that may be shown now, `finish` the rest.
 
-    A character whose bytes are spread over several tokens is held back until it is whole, and so is
-    whatever may be the beginning of a stop string; the stop string itself is never shown.
+    A character whose bytes are spread over several tokens is held back until it is complete. So is text that may be
+    the beginning of a stop string. The stop string itself is never shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -46,37 +46,35 @@ class TextStream:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that `token` makes certain; empty after a stop string."""
+        """The text that `token` completes; empty after a stop string."""
         if self.stopped:
             return ""
         self._pending_ids.append(token)
         text = self.tokenizer.decode(self._pending_ids)
-        # Bytes that are no character yet decode to one U+FFFD at the end, which later bytes may change.
-        certain = text.removesuffix("\ufffd")
-        new, self._shown_of_pending = certain[self._shown_of_pending :], len(certain)
-        if certain == text:
+        # An incomplete character decodes to one U+FFFD at the end, which later bytes may change.
+        complete = text.removesuffix("\ufffd")
+        new, self._shown_of_pending = complete[self._shown_of_pending :], len(complete)
+        if complete == text:
             self._pending_ids.clear()
             self._shown_of_pending = 0
         return self._release(new)
 
     def finish(self) -> str:
-        """What is still held back when no more tokens come."""
+        """The text that is still held back when no more tokens come."""
         if self.stopped:
             return ""
         text = self._release(self.tokenizer.decode(self._pending_ids)[self._shown_of_pending :])
         self._pending_ids.clear()
-        rest, self._held = ("", "") if self.stopped else (self._held, "")
-        return text + rest
+        return text if self.stopped else text + self._held
 
     def _release(self, text: str) -> str:
-        """`text` and what was held before it, as far as no stop string can begin in it."""
+        """The held text and `text`, up to where a stop string may begin."""
         self._held += text
-        # The one complete first decides, so that the split into tokens does not.
+        # The stop string that is complete first counts, so the split into tokens makes no difference.
         found = [(start + len(stop), start) for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)[1]], ""
-            return shown
+            return self._held[: min(found)[1]]
         keep = max((_overlap(self._held, stop) for stop in self.stop), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]
@@ -84,11 +82,9 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 def stream_text(
@@ -104,49 +100,46 @@ def stream_text(
 ) -> Iterator[list[str]]:
     """Continue every prompt; yield, per step, the new text of each row. An empty prompt begins a document.
 
-    `first_row` numbers the rows on over several calls, since a row's random numbers follow from `seed`
-    and its number. `count` is told how many tokens each step made.
+    A row's random numbers follow from `seed` and the row's number. `first_row` is the number of the first row, for
+    prompts that are spread over several calls. `count` receives the number of tokens of each step.
     """
     tokenizer = loaded.tokenizer
-    ids = [_encode(prompt, tokenizer) for prompt in prompts]
+    ids = [
+        encode_prompt(prompt, tokenizer) if isinstance(prompt, str) else encode_chat(prompt, tokenizer)
+        for prompt in prompts
+    ]
     generators = row_generators(seed, len(ids), first_row=first_row)
     yield from stream_ids(
-        loaded, ids, sampling, max_tokens=max_tokens, stop=stop, generators=generators, count=count
+        loaded.model, tokenizer, ids, sampling, generators, max_tokens=max_tokens, stop=stop, count=count
     )
 
 
 def stream_ids(
-    loaded: ModelAndTokenizer,
+    model: AtlasLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    generators: list[torch.Generator],
     *,
     max_tokens: int,
-    stop: Sequence[str],
-    generators: list[torch.Generator],
+    stop: Sequence[str] = (),
     count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[str]]:
-    """The same for prompts that are ids already, at least one each, with the random numbers of each row."""
+    """As `stream_text`, for prompts that are ids already, at least one each, and with a generator for each row."""
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
-    tokenizer = loaded.tokenizer
     streams = [TextStream(tokenizer, stop) for _ in prompts]
-    ended = [False] * len(prompts)
-    steps = generate(
-        loaded.model, prompts, sampling, max_tokens=max_tokens, eos_id=tokenizer.eos_id, generators=generators
-    )
+    eos_id = tokenizer.eos_id
+    steps = generate(model, prompts, sampling, max_tokens=max_tokens, eos_id=eos_id, generators=generators)
     for step in steps:
         count(sum(token is not None for token in step))
-        pieces = []
-        for row, token in enumerate(step):
-            pieces.append("" if ended[row] or token is None else streams[row].add(token))
-            ended[row] = ended[row] or token is None or streams[row].stopped
-        yield pieces
-        if all(ended):
+        rows = list(zip(streams, step, strict=True))
+        yield ["" if token is None else stream.add(token) for stream, token in rows]
+        if all(token is None or stream.stopped for stream, token in rows):
             break
     yield [stream.finish() for stream in streams]
 
 
-def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt) or [tokenizer.eos_id]
-    return encode_prompt(prompt, tokenizer)
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that the model gets for a text, at least one: an empty text begins a document."""
+    return tokenizer.encode(text) or [tokenizer.eos_id]

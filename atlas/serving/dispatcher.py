@@ -1,4 +1,4 @@
-"""Where requests are taken: which model, within which limits, and in which place of its queue."""
+"""Take requests to a model, within the server's limits and the model's queue."""
 
 from __future__ import annotations
 
@@ -8,48 +8,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atlas.inference.sampling import Sampling, row_seed
-from atlas.serving.errors import Refusal
-from atlas.serving.meter import Meter
+from atlas.serving.errors import ApiError
+from atlas.serving.generation import Backend, Busy, Generation, GenerationRequest
+from atlas.serving.metrics import Metrics
 from atlas.serving.schema import MOST_STOPS, SamplingParams
-from atlas.serving.text import Backend, Busy, Generation, GenerationRequest
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a server lets its clients do."""
+class ServerSettings:
+    """The limits and the key of a server."""
 
     max_tokens: int = 4096
-    """New tokens of one text."""
+    """New tokens of one generation."""
     seconds: float = 300.0
-    """For a request, from its acceptance to its end."""
+    """The time limit of a request, from its acceptance to its end."""
     api_key: str | None = None
     runs: Path = Path("checkpoints")
     """The folder whose runs are drawn at /runs."""
 
 
 class Dispatcher:
-    """Takes requests to the models, of which the first is the usual one."""
+    """Takes requests to the models. The first model is the default."""
 
-    def __init__(self, backends: Sequence[Backend], rules: Rules) -> None:
+    def __init__(self, backends: Sequence[Backend], settings: ServerSettings) -> None:
         self.backends = {backend.id: backend for backend in backends}
-        self.rules = rules
-        self.meter = Meter(backends)
+        self.settings = settings
+        self.metrics = Metrics(backends)
 
     def model(self, name: str | None) -> Backend:
-        """Raises `Refusal`."""
+        """The model of this name, or the default model for None. Raises `ApiError`."""
         if name is None:
             return next(iter(self.backends.values()))
         if name not in self.backends:
-            there = ", ".join(self.backends)
-            raise Refusal(
-                404,
-                f"The model {name[:100]!r} does not exist: here is {there}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"The model {name[:100]!r} does not exist: here is {', '.join(self.backends)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return self.backends[name]
 
-    def generation_request(
+    def submit(
         self,
         backend: Backend,
         prompts: Sequence[list[int]],
@@ -59,11 +54,14 @@ class Dispatcher:
         candidates: int | None,
         may_exceed: bool = False,
     ) -> GenerationRequest:
-        """`may_exceed`: of a prompt longer than the context its end is read. Raises `Refusal`."""
+        """Put `params.n` generations of each prompt into the queue of `backend`. Raises `ApiError`.
+
+        With `may_exceed` the model reads the end of a prompt that is longer than its context.
+        """
         self._check(backend, prompts, params, max_tokens)
         longest = max(map(len, prompts))
         if longest > backend.context and not may_exceed:
-            raise Refusal(
+            raise ApiError(
                 400,
                 f"This model's maximum context length is {backend.context} tokens, the prompt has {longest}",
                 param="prompt",
@@ -78,40 +76,47 @@ class Dispatcher:
         )
         seed = secrets.randbelow(2**63) if params.seed is None else params.seed
         rows = [prompt for prompt in prompts for _ in range(params.n or 1)]
-        texts = [
-            Generation(prompt, sampling, max_tokens, row_seed(seed, number), params.stops, candidates)
-            for number, prompt in enumerate(rows)
+        generations = [
+            Generation(prompt, sampling, max_tokens, row_seed(seed, row), params.stops, candidates)
+            for row, prompt in enumerate(rows)
         ]
         try:
-            return GenerationRequest(backend, texts, self.meter.counter(backend))
+            return GenerationRequest(backend, generations, self.metrics.counter(backend))
         except Busy:
-            raise Refusal(
-                429, "too many texts wait: try again in a moment, or ask for fewer", code="queue_full"
+            raise ApiError(
+                429,
+                "too many texts wait: try again in a moment, or ask for fewer",
+                code="queue_full",
             ) from None
 
-    def close(self, generation_request: GenerationRequest) -> None:
-        """When its client has the answer, or has gone."""
-        generation_request.cancel()
-        self.meter.count_request(generation_request)
+    def close(self, request: GenerationRequest) -> None:
+        """End a request, when its client has the answer or has disconnected."""
+        request.cancel()
+        self.metrics.count_request(request)
 
     def _check(
         self, backend: Backend, prompts: Sequence[list[int]], params: SamplingParams, max_tokens: int
     ) -> None:
-        if len(params.stops) > MOST_STOPS:
-            raise Refusal(400, f"stop: at most {MOST_STOPS} strings, not {len(params.stops)}", param="stop")
-        if params.stream_options and not params.stream:
-            raise Refusal(400, "stream_options: only with stream", param="stream_options")
-        num_texts = len(prompts) * (params.n or 1)
-        if num_texts > backend.capacity:
-            raise Refusal(400, f"n: {num_texts} texts at once: at most {backend.capacity}", param="n")
-        if max_tokens > self.rules.max_tokens:
-            raise Refusal(
-                400,
-                f"max_tokens: at most {self.rules.max_tokens}, not {max_tokens} (--max-tokens of the server)",
-                param="max_tokens",
-            )
-        largest = max(map(max, prompts))
-        if largest >= backend.vocab_size:
-            raise Refusal(
-                400, f"prompt: token {largest}: the vocabulary has {backend.vocab_size}", param="prompt"
-            )
+        num_stops, num_generations = len(params.stops), len(prompts) * (params.n or 1)
+        most_tokens, largest = self.settings.max_tokens, max(map(max, prompts))
+        for is_wrong, param, reason in (
+            (num_stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {num_stops}"),
+            (bool(params.stream_options) and not params.stream, "stream_options", "only with stream"),
+            (
+                num_generations > backend.capacity,
+                "n",
+                f"{num_generations} generations in one request: at most {backend.capacity}",
+            ),
+            (
+                max_tokens > most_tokens,
+                "max_tokens",
+                f"at most {most_tokens}, not {max_tokens} (--max-tokens of the server)",
+            ),
+            (
+                largest >= backend.vocab_size,
+                "prompt",
+                f"token {largest}: the vocabulary has {backend.vocab_size}",
+            ),
+        ):
+            if is_wrong:
+                raise ApiError(400, f"{param}: {reason}", param=param)

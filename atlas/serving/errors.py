@@ -1,4 +1,4 @@
-"""What goes wrong between a client and a server, in OpenAI's shape: status, type, code, and the field it is about."""
+"""Errors in OpenAI's shape: message, type, the field that is wrong, and a code."""
 
 from __future__ import annotations
 
@@ -10,47 +10,40 @@ from fastapi.responses import JSONResponse
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class Refusal(Exception):
-    """An answer of `status` that says why there is no other."""
+class ApiError(Exception):
+    """An error response with `status`, and `body` in OpenAI's shape."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = error_body(status, message, param=param, code=code)
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_body(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The HTTP response for an error."""
+    # OpenAI's clients would repeat a request that timed out, and wait as long again.
+    no_retry = {"x-should-retry": "false"} if error.status == 504 else {}
+    return JSONResponse(error.body, error.status, {**no_retry, **(headers or {})})
 
 
-def response(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    # OpenAI's clients would ask once more of what took too long, and wait as long again.
-    once = {"x-should-retry": "false"} if refusal.status == 504 else {}
-    return JSONResponse(refusal.body, refusal.status, {**once, **(headers or {})})
-
-
-def of_validation(problems: Sequence[Mapping[str, Any]]) -> Refusal:
-    """The first thing that is wrong with a body, by pydantic."""
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's problems with a body."""
     problem = problems[0]
     if problem["type"] == "json_invalid":
-        return Refusal(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+        return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     if isinstance(problem.get("input"), bytes):
-        return Refusal(400, "the body is not said to be JSON: send the header Content-Type: application/json")
-    # Among the names are those of a union's types: str, list[str], ….
-    names = [
-        part
-        for part in problem["loc"][1:]
-        if isinstance(part, int) or (part.isidentifier() and part != "str")
-    ]
-    param = ".".join(map(str, names)) or None
+        return ApiError(
+            400, "the body is not declared as JSON: send the header Content-Type: application/json"
+        )
+    # The location also names the types of a union: str, list[str], ….
+    names = [str(part) for part in problem["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    param = ".".join(name for name in names if name != "str") or None
     if problem["type"] == "extra_forbidden":
-        return Refusal(400, f"Unrecognized request argument supplied: {param}", param=param)
-    given = repr(problem.get("input"))
-    shown = given if len(given) <= 60 else given[:60] + "…"
+        return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param)
+    value = repr(problem.get("input"))
+    shown = value if len(value) <= 60 else value[:60] + "…"
     reason = str(problem["msg"]).replace("Input should be", "must be")
-    return Refusal(400, f"{param or 'the body'}: {reason}, not {shown}", param=param)
+    return ApiError(400, f"{param or 'the body'}: {reason}, not {shown}", param=param)

@@ -1,4 +1,4 @@
-"""The files of the pages, all of them from this server."""
+"""The static files of the pages, all served from this server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 _HEADERS = {
-    # Nothing from anywhere else, whatever a model writes.
+    # Nothing loads from another host, whatever a model generates.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
@@ -17,31 +17,27 @@ _HEADERS = {
 _PAGE, _REPORT = ("atlas.serving", "page"), ("atlas.reporting", "static")
 FILES = {
     "/": (_PAGE, "index.html"),
-    "/page.css": (_PAGE, "page.css"),
-    "/page.js": (_PAGE, "page.js"),
-    "/common.js": (_PAGE, "common.js"),
-    "/views.js": (_PAGE, "views.js"),
     "/runs": (_PAGE, "runs.html"),
-    "/runs.js": (_PAGE, "runs.js"),
-    "/charts.js": (_REPORT, "charts.js"),
-    "/report.css": (_REPORT, "report.css"),
-    "/uplot/uPlot.iife.min.js": (_REPORT, "uplot/uPlot.iife.min.js"),
-    "/uplot/uPlot.min.css": (_REPORT, "uplot/uPlot.min.css"),
+    **{f"/{name}": (_PAGE, name) for name in ("page.css", "page.js", "common.js", "views.js", "runs.js")},
+    **{f"/{name}": (_REPORT, name) for name in ("charts.js", "report.css")},
+    **{f"/uplot/{name}": (_REPORT, f"uplot/{name}") for name in ("uPlot.iife.min.js", "uPlot.min.css")},
 }
+"""Path → (package and folder, file)."""
+_MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "html": "text/html"}
 
 
 def file_routes() -> APIRouter:
+    """A route for each file, which is read now."""
     router = APIRouter(include_in_schema=False)
     for path, ((package, folder), name) in FILES.items():
         content = resources.files(package).joinpath(folder, *name.split("/")).read_bytes()
-        router.add_api_route(path, _answer(content, name), methods=["GET"], response_class=Response)
+        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+        router.add_api_route(path, _endpoint(content, media_type), response_class=Response)
     return router
 
 
-def _answer(content: bytes, name: str) -> Callable[[], Awaitable[Response]]:
-    kind = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}[name[name.rindex(".") :]]
-
+def _endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
     async def file() -> Response:
-        return Response(content, media_type=kind, headers=_HEADERS)
+        return Response(content, media_type=media_type, headers=_HEADERS)
 
     return file

@@ -1,11 +1,12 @@
-"""What clients send, in OpenAI's words (https://platform.openai.com/docs/api-reference).
+"""The requests and responses of OpenAI's API (https://platform.openai.com/docs/api-reference).
 
-Types are strict and unknown fields are refused, so that nothing a client asks for is passed over in silence. `top_k`,
-`min_p` and `repetition_penalty` are not OpenAI's; its Python client sends them as `extra_body`.
+Types are strict and unknown fields are refused, so no setting of a client is ignored silently. `top_k`, `min_p` and
+`repetition_penalty` are not OpenAI's; its Python client sends them as `extra_body`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,70 +14,73 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
 
 
-def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 5.0 is an integer."""
+def _integer(value: Any) -> Any:
+    """JSON has one number type: 5.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _no_bool(value: Any) -> Any:
-    """To Python `false` is 0; to JSON it is not."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
+def _literal(value: Any, *, is_bool: bool) -> Any:
+    """In Python, and so in a `Literal` of pydantic, `false` equals 0; in JSON it does not."""
+    if isinstance(value, bool) != is_bool:
+        raise ValueError("must be false" if is_bool else "must be a number")
     return value
 
 
-def _only_bool(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("must be false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-Zero = Annotated[Literal[0], BeforeValidator(_no_bool)]
+Int = Annotated[int, BeforeValidator(_integer)]
+Zero = Annotated[Literal[0], BeforeValidator(partial(_literal, is_bool=False))]
+IsFalse = Annotated[Literal[False], BeforeValidator(partial(_literal, is_bool=True))]
 TokenId = Annotated[Int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
+    """A JSON object with strict types and no unknown fields."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = Field(None, description="A last chunk says how many tokens there were.")
+    """Options of a stream."""
+
+    include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
 
 
 class SamplingParams(Body):
-    """What both kinds of request may say."""
+    """The fields that both kinds of request have."""
 
-    model: str | None = Field(None, description="As /v1/models names it; left out, the first there.")
+    model: str | None = Field(None, description="A name from /v1/models. Default: the first.")
     temperature: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="0: always the likeliest token; left out: 1."
+        None, ge=0, allow_inf_nan=False, description="0: always the likeliest token. Default: 1."
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="Choose among the likeliest tokens that reach this mass."
+        None, gt=0, le=1, description="Keep the likeliest tokens whose probabilities reach this sum."
     )
-    top_k: Int | None = Field(None, ge=0, description="Choose among the k likeliest tokens; 0: all.")
+    top_k: Int | None = Field(None, ge=0, description="Keep the k likeliest tokens; 0: all.")
     min_p: float | None = Field(
-        None, ge=0, lt=1, description="Drop tokens less than this part as likely as the likeliest."
+        None,
+        ge=0,
+        lt=1,
+        description="Keep tokens with at least this fraction of the likeliest token's probability.",
     )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, description="Above 1: less of what was there before."
+        None, ge=0.01, le=100, description="Above 1: repeat earlier tokens less."
     )
-    n: Int | None = Field(None, ge=1, le=MOST_CHOICES, description="Texts for each prompt.")
+    n: Int | None = Field(None, ge=1, le=MOST_CHOICES, description="Generations for each prompt.")
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
     stop: Stop | list[Stop] | None = Field(
-        None, description=f"End before one of these, at most {MOST_STOPS}."
+        None, description=f"End before one of these strings, at most {MOST_STOPS}."
     )
-    stream: bool | None = Field(None, description="Send the text as it is written.")
+    stream: bool | None = Field(None, description="Send the text while it is generated.")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Nothing is done with it.")
-    # Known to OpenAI's clients, which may send them at the value that changes nothing.
+    user: str | None = Field(None, description="Ignored.")
+    # OpenAI's clients may send these with the value that changes nothing.
     frequency_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
     presence_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Empty.")
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings, none, one or several."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -90,29 +94,33 @@ class CompletionRequest(SamplingParams):
         | Annotated[
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
         ]
-    ) = Field("", description="A text, several, or token ids; an empty one begins a document.")
-    max_tokens: Int | None = Field(None, ge=1, description="New tokens; left out: 16.")
+    ) = Field("", description="One text, several, or token ids. An empty text begins a document.")
+    max_tokens: Int | None = Field(None, ge=1, description="New tokens. Default: 16.")
     logprobs: Int | None = Field(
         None,
         ge=0,
         le=MOST_CANDIDATES,
-        description="Tell each token's log-probability, and so many alternatives.",
+        description="Return each token's log-probability, and this many alternatives.",
     )
-    echo: Annotated[Literal[False], BeforeValidator(_only_bool)] | None = Field(None, description="False.")
+    echo: IsFalse | None = Field(None, description="False.")
     suffix: None = Field(None, description="Nothing.")
     best_of: Int | None = Field(None, ge=1, le=1, description="1.")
 
 
 class TextPart(Body):
+    """A part of a message."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Body):
+    """A message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="Nothing is done with it.")
-    # What an answer may hold that is sent back as part of the conversation.
+    name: str | None = Field(None, description="Ignored.")
+    # Fields of an answer that a client sends back as part of the conversation.
     refusal: None = Field(None, description="Nothing.")
     tool_calls: None = Field(None, description="Nothing.")
     function_call: None = Field(None, description="Nothing.")
@@ -121,12 +129,15 @@ class ChatMessage(Body):
 
     @property
     def text(self) -> str:
+        """The content as one text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
 class ResponseFormat(Body):
+    """The format of the answer: text."""
+
     type: Literal["text"]
 
 
@@ -136,25 +147,36 @@ class ChatRequest(SamplingParams):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: Int | None = Field(None, ge=1, description="As max_completion_tokens.")
     max_completion_tokens: Int | None = Field(
-        None, ge=1, description="New tokens; left out: what the context has room for."
+        None, ge=1, description="New tokens. Default: the free part of the context."
     )
-    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
+    logprobs: bool | None = Field(None, description="Return each token's log-probability.")
     top_logprobs: Int | None = Field(
-        None, ge=0, le=MOST_CANDIDATES, description="With logprobs: so many alternatives."
+        None, ge=0, le=MOST_CANDIDATES, description="With logprobs: this many alternatives."
     )
     response_format: ResponseFormat | None = None
 
 
-# What they get
+# Responses
 
 
 class Usage(BaseModel):
+    """Token counts."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
+class _Response(BaseModel):
+    id: str
+    created: int
+    model: str
+    usage: Usage
+
+
 class CompletionLogprobs(BaseModel):
+    """A list per field, with an entry per token."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -162,63 +184,69 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """One generation."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
-    """Whole; in a stream each chunk has its shape, and `finish_reason` null up to the last."""
+class Completion(_Response):
+    """A complete answer. Each chunk of a stream has the same shape, with `finish_reason` null except in the last."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage
 
 
-class TokenFacts(BaseModel):
+class TokenLogprob(BaseModel):
+    """A token and its log-probability."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
-class ToldToken(TokenFacts):
-    top_logprobs: list[TokenFacts]
+class ChatTokenLogprob(TokenLogprob):
+    """A token of the answer, with the likeliest tokens at its position."""
+
+    top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    content: list[ToldToken]
+    """An entry per token."""
+
+    content: list[ChatTokenLogprob]
     refusal: None
 
 
-class Said(BaseModel):
+class AssistantMessage(BaseModel):
+    """The answer of the model."""
+
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(BaseModel):
+    """One generation."""
+
     index: int
-    message: Said
+    message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(BaseModel):
-    """Whole; in a stream chunks have a `delta` in place of the message."""
+class ChatCompletion(_Response):
+    """A complete answer. The chunks of a stream have a `delta` in place of the message."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
-class ModelFacts(BaseModel):
+class ModelInfo(BaseModel):
+    """A served model."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -226,16 +254,22 @@ class ModelFacts(BaseModel):
 
 
 class Models(BaseModel):
+    """All served models."""
+
     object: Literal["list"]
-    data: list[ModelFacts]
+    data: list[ModelInfo]
 
 
 class Health(BaseModel):
+    """The state of the server."""
+
     status: Literal["ok"] = "ok"
     needs_key: bool
 
 
-class ErrorFacts(BaseModel):
+class ErrorInfo(BaseModel):
+    """What is wrong, and in which field."""
+
     message: str
     type: str
     param: str | None = None
@@ -243,6 +277,6 @@ class ErrorFacts(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is none."""
+    """The body of every error response."""
 
-    error: ErrorFacts
+    error: ErrorInfo

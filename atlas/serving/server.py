@@ -1,4 +1,4 @@
-"""A listening socket, the application behind it, and an end that lets texts finish."""
+"""A listening socket, the application behind it, and a shutdown that lets generations finish."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from atlas.errors import AtlasError
 
 HEAD_SECONDS = 10.0
-"""For a request's head to arrive; the first of a connection counts from its begin."""
+"""The time limit for a request's head; for the first request of a connection, from the start of the connection."""
 LARGEST_HEAD = 64 << 10
-"""Bytes, about: the parser itself would take any number."""
+"""Bytes, approximately: the parser itself has no limit."""
 READ_SECONDS = 30.0
-"""For a client to read on when the buffers on its way are full."""
+"""The time limit for a client to continue reading when the send buffers are full."""
 _BACKLOG = 2048
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises `AtlasError`."""
+    """A listening socket. Raises `AtlasError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -33,18 +33,18 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except socket.gaierror as error:
         raise AtlasError(
-            f"--host {host}: is not known here ({error.strerror}): name an address of this machine"
+            f"--host {host}: is unknown here ({error.strerror}): give an address of this machine"
         ) from None
     except (OSError, OverflowError) as error:
         raise AtlasError(
-            f"--host {host} --port {port}: cannot be listened on ({getattr(error, 'strerror', None) or error}): choose "
-            "another --port, or end what listens there"
+            f"--host {host} --port {port}: cannot listen ({getattr(error, 'strerror', None) or error}): choose another "
+            "--port, or stop the program that listens there"
         ) from None
     return listener
 
 
 class Server:
-    """Serves in a thread of its own, until `drain`."""
+    """Serves in its own thread, until `drain`."""
 
     def __init__(self, app: FastAPI, listener: socket.socket, *, seconds_to_drain: float) -> None:
         config = uvicorn.Config(
@@ -63,27 +63,28 @@ class Server:
     def _run(self) -> None:
         try:
             self._server.run(sockets=[self._listener])
-        except BaseException as error:  # told by `wait`
+        except BaseException as error:  # raised by `wait`
             self.failure = error
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     @property
     def is_ready(self) -> bool:
+        """Whether it accepts requests."""
         return self._server.started
 
     def drain(self) -> None:
-        """Take no more requests, and end when those that are there have their answers; at once, if called again."""
+        """Accept no more requests, and end when the current ones are answered; immediately, if called again."""
         if self._server.should_exit:
             self._server.force_exit = True
-            logging.getLogger("uvicorn.error").setLevel(
-                logging.CRITICAL
-            )  # of each task that it cuts off, a traceback
+            # It would log a traceback of each task that it cancels.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = True
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended within that time."""
+        """Whether it has ended within that time. Raises what ended the thread."""
         self._thread.join(seconds)
         if self.failure is not None:
             raise self.failure
@@ -91,8 +92,8 @@ class Server:
 
 
 class _Protocol(HttpToolsProtocol):
-    """With an end to what uvicorn itself would bear for ever: a head that does not come, or never ends, and a client
-    that does not read."""
+    """Adds the limits that uvicorn does not have: for a head that does not arrive or never ends, and for a client that
+    does not read."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -1,4 +1,4 @@
-"""Work for a client, as long as the client is there."""
+"""Work for a client that ends when the client disconnects."""
 
 from __future__ import annotations
 
@@ -7,54 +7,47 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from fastapi.responses import Response
+from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; None, and no more work, when the client has gone."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    """The result of `work`, or None: when the client disconnects, `work` is cancelled."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
+        watcher.cancel()
+        if task.cancel():
             await asyncio.wait({task})
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class EventStream(StreamingResponse):
+    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) until the client disconnects.
 
+    `on_end` runs at the end, also after a disconnect or an error.
+    """
 
-class EventStream(Response):
-    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) as long as somebody reads."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
-        self._ended = ended
+    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._write(send))
+            await super().__call__(scope, receive, send)
         finally:
-            self._ended()
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self.on_end()
 
 
 def event(data: dict[str, Any]) -> str:
     """A server-sent event that carries JSON."""
-    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients take U+2028 for the end of a line
+    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients treat U+2028 as the end of a line

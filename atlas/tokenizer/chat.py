@@ -56,7 +56,7 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return turns
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """The ids of a conversation up to the place where the assistant answers."""
     ids = []
     for prompt, answer in turns_of(messages):
@@ -67,7 +67,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
 def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
     """The newest messages that have at most `max_tokens` tokens as a prompt, and at least the last one."""
     kept = list(messages)
-    while len(kept) > 1 and len(encode_prompt(kept, tokenizer)) > max_tokens:
+    while len(kept) > 1 and len(encode_chat(kept, tokenizer)) > max_tokens:
         del kept[0]
         while len(kept) > 1 and kept[0].role == "assistant":  # an answer without its question
             del kept[0]

@@ -29,7 +29,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.model import AtlasLM, build_model
 from atlas.serving.engine import Engine
-from atlas.serving.text import Generation
+from atlas.serving.generation import Generation
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import Snapshot
 from atlas.training.checkpoint.load import load_weights

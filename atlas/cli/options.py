@@ -1,0 +1,35 @@
+"""Options that several commands share, as annotations of their parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+BEST_CHECKPOINT = "checkpoints/atlas_best.pt"
+"""The default of `--checkpoint`."""
+
+Checkpoint = Annotated[str, typer.Option(help="The checkpoint to use.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
+        metavar="DTYPE",
+    ),
+]
+CustomTokenizer = Annotated[
+    str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
+]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher: more random.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float, typer.Option(help="Keep the likeliest tokens whose probabilities reach this sum; 1: all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Keep tokens with at least this fraction of the likeliest token's probability; 0: all."
+    ),
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat earlier tokens less.")]

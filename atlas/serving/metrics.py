@@ -1,0 +1,70 @@
+"""Metrics for Prometheus at /metrics (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from atlas.serving.generation import Backend, GenerationRequest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+_ROUTES = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"})
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "atlas_requests", "Requests answered.", ["route", "status"], registry=registry
+        )
+        self._prompt_tokens = Counter(
+            "atlas_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry
+        )
+        self._tokens = Counter("atlas_completion_tokens", "Tokens generated.", ["model"], registry=registry)
+        self._first = Histogram(
+            "atlas_time_to_first_token_seconds",
+            "From a request's acceptance to its first token.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        for name, description in (("running", "Running sequences."), ("waiting", "Queued sequences.")):
+            gauge = Gauge(f"atlas_{name}", description, ["model"], registry=registry)
+            for backend in backends:
+                gauge.labels(backend.id).set_function(functools.partial(getattr, backend, f"num_{name}"))
+
+    def counter(self, backend: Backend) -> Callable[[int], object]:
+        """A function that counts generated tokens of the model."""
+        return self._tokens.labels(backend.id).inc
+
+    def count_request(self, request: GenerationRequest) -> None:
+        """Count a request when it ends, for whatever reason."""
+        model = request.backend.id
+        self._prompt_tokens.labels(model).inc(request.num_prompt_tokens)
+        if request.seconds_to_first is not None:
+            self._first.labels(model).observe(request.seconds_to_first)
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """ASGI middleware: count requests by route and status. Unknown paths count as `other`, since clients can
+        request any number of them."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            async def watched(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    path = scope["path"] if scope["path"] in _ROUTES else "other"
+                    self._requests.labels(path, message["status"]).inc()
+                await send(message)
+
+            await app(scope, receive, watched)
+
+        return counted
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus's format."""
+        return generate_latest(self._registry)
