@@ -17,7 +17,7 @@ from atlas.config import LoraConfig, ModelConfig
 from atlas.errors import AtlasError
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.inference.load import LoadedModel
-from atlas.inference.look import attention, encode, expectations, lens, logits, next_token, token_text
+from atlas.inference.look import attention, encode, expectations, lens, next_token, token_text
 from atlas.inference.sampling import Sampling, penalize_repetition, probabilities
 from atlas.model import AtlasLM, add_lora, merged
 from atlas.tokenizer import Tokenizer
@@ -194,7 +194,7 @@ def test_half_precision_is_looked_at_in_full(dtype: torch.dtype) -> None:
     half = loaded_with(model.to(dtype))
     patterns = attention(half, IDS)
     assert_patterns(patterns, model.config)
-    assert logits(half, IDS).dtype == torch.float32
+    assert half.logits(IDS).dtype == torch.float32
     assert float((patterns - attention(exact, IDS)).abs().max()) < 0.1
     for place, other in zip(expectations(half, IDS), expectations(exact, IDS), strict=True):
         assert place.id == other.id
@@ -230,7 +230,7 @@ def test_expectations_follow_from_the_logits(monkeypatch: pytest.MonkeyPatch, ro
         )
     loss = compute_lm_loss(whole[None, :-1], torch.tensor([IDS[1:]]))
     assert -sum(place.log_probability for place in places[1:]) / 23 == pytest.approx(float(loss), rel=1e-5)
-    assert torch.equal(logits(loaded_with(model), IDS), whole)
+    assert torch.equal(loaded_with(model).logits(IDS), whole)
 
 
 def test_all_alternatives_sum_to_one() -> None:
@@ -362,14 +362,14 @@ def test_an_empty_text_begins_a_document() -> None:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([5] * 33, "a text of 33 tokens: must have 1 to 32, the model's context"),
-        ([], "a text of 0 tokens"),
+        ([5] * 33, "33 tokens: the model's context is 32"),
+        ([], "0 tokens: give at least one id"),
         ([5, 101], r"token id 101: the model's vocabulary has 0 to 100"),
         ([-1, 5], "token id -1"),
     ],
 )
 def test_ids_that_the_model_cannot_take_are_refused(ids: list[int], reason: str) -> None:
-    for look in (logits, expectations, attention, lens):
+    for look in (LoadedModel.logits, expectations, attention, lens):
         with pytest.raises(AtlasError, match=reason if look is not lens or ids else "position -1"):
             look(LOADED, ids)
     with pytest.raises(AtlasError, match=reason):

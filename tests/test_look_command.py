@@ -154,7 +154,7 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--prompt", "x" * 65], "a text of 65 tokens: must have 1 to 64, the model's context"),
+        (["--prompt", "x" * 65], "65 tokens: the model's context is 64"),
         (["--prompt", "x", "--position", "0"], "--position 0: is the token for --lens; give both"),
         (["--prompt", "xx", "--lens", "--position", "2"], "position 2: the text has tokens 0 to 1"),
         (["--prompt", "x", "--attention", "one"], "--attention one: must be a layer's and a head's number"),

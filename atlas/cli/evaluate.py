@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atlas.cli.options import BEST_CHECKPOINT, Checkpoint, CustomTokenizer, Device
+from atlas.cli import options
 from atlas.cli.terminal import print_table, printable
 from atlas.errors import AtlasError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from atlas.data.sequences.build import Windows
     from atlas.inference.load import LoadedModel
+    from atlas.inference.tasks import Score
     from atlas.model import AtlasLM
     from atlas.tokenizer import Tokenizer
     from atlas.training.devices.device import Runtime
@@ -39,9 +40,9 @@ def evaluate(
             metavar="NAME[,NAME]",
         ),
     ] = None,
-    checkpoint: Checkpoint = BEST_CHECKPOINT,
+    checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.", min=1)] = 8,
-    device: Device = "auto",
+    device: options.Device = "auto",
     worst: Annotated[
         int, typer.Option(help="With --data: show this many windows that are predicted worst.", min=0)
     ] = 0,
@@ -51,7 +52,7 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: this many solved examples before each question.", min=0)
     ] = None,
-    tokenizer: CustomTokenizer = None,
+    tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.
 
@@ -73,7 +74,11 @@ def evaluate(
     if data is not None:
         _on_text(loaded, data, batch_size, device, worst, console)
     else:
-        _on_tasks(loaded, names, limit, num_fewshot, batch_size, console)
+        from atlas.inference.tasks import evaluate_tasks
+
+        track = _bar("answering", console)
+        scores = evaluate_tasks(loaded, names, limit, num_fewshot, batch_size=batch_size, track=track)
+        _print_scores(scores)
 
 
 def _bar(name: str, console: Console) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -101,14 +106,8 @@ def _on_text(
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
     runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
-    result = measure(
-        SummedLoss(loaded.model),
-        dataset,
-        range(len(dataset)),
-        batch_size=batch_size,
-        runtime=runtime,
-        track=_bar("evaluating", console),
-    )
+    every, loss, track = range(len(dataset)), SummedLoss(loaded.model), _bar("evaluating", console)
+    result = measure(loss, dataset, every, batch_size=batch_size, runtime=runtime, track=track)
     assert result is not None
     part = "validation part" if resolved.val else "full text"
     typer.echo(
@@ -121,24 +120,7 @@ def _on_text(
         _show_worst(loaded.model, dataset, resolved.tokenizer, runtime, worst, console)
 
 
-def _on_tasks(
-    loaded: LoadedModel,
-    names: list[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-    console: Console,
-) -> None:
-    from atlas.inference.tasks import evaluate_tasks
-
-    scores = evaluate_tasks(
-        loaded,
-        names,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        track=_bar("answering", console),
-    )
+def _print_scores(scores: Iterable[Score]) -> None:
     rows = [("task", "metric", "value", "±", "examples", "shots")]
     for score in scores:
         error = "" if score.error is None else f"{score.error:.4f}"

@@ -13,18 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atlas.cli.options import (
-    BEST_CHECKPOINT,
-    Checkpoint,
-    CustomTokenizer,
-    Device,
-    Dtype,
-    MinP,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-)
+from atlas.cli import options
 from atlas.errors import AtlasError
 from atlas.tokenizer.chat import Message, newest_that_fit
 
@@ -37,7 +26,7 @@ _BATCH_SIZE = 16
 
 
 def generate(
-    checkpoint: Checkpoint = BEST_CHECKPOINT,
+    checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; empty: begin a document.")] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with a prompt on each line.")] = None,
     interactive: Annotated[
@@ -54,19 +43,19 @@ def generate(
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per generation.", min=1)] = 100,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: options.Temperature = 0.8,
+    top_k: options.TopK = 50,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     num_samples: Annotated[int, typer.Option(help="Generations per prompt.", min=1)] = 1,
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same text. Default: a new seed, which is printed.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    tokenizer: CustomTokenizer = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Generate text with a trained model: --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:

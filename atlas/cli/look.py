@@ -10,24 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atlas.cli.options import (
-    BEST_CHECKPOINT,
-    Checkpoint,
-    CustomTokenizer,
-    Device,
-    MinP,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-)
+from atlas.cli import options
 from atlas.cli.terminal import printable
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
+    from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
     from torch import Tensor
 
     from atlas.inference.look import Choice, LayerPrediction, NextToken, TokenPrediction
@@ -35,7 +25,7 @@ if TYPE_CHECKING:
 
 _OFF = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
 """The value that switches a setting off."""
-_EIGHTHS, _SHADES = " ▏▎▍▌▋▊▉█", " ░▒▓█"
+_SHADES = " ░▒▓█"
 _BAR = 10
 """Width of a probability bar in characters."""
 _PATTERN = 48
@@ -46,31 +36,29 @@ _UNWRAPPED = 1000
 
 def look(
     prompt: Annotated[str, typer.Option(help="The text to look at; empty: the beginning of a document.")],
-    checkpoint: Checkpoint = BEST_CHECKPOINT,
+    checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     lens: Annotated[
         bool, typer.Option("--lens", help="Show the prediction after each layer (logit lens).")
     ] = False,
     position: Annotated[
         int | None,
-        typer.Option(
-            help="With --lens: the token to look at, from 0, or from the end as -1. Default: the last."
-        ),
+        typer.Option(help="The token for --lens, from 0, or from the end as -1 (default: the last)."),
     ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Show which tokens a head attends to: the numbers of its layer and of the head, both from 0.",
+            help="Show which tokens a head attends to; layers and heads are counted from 0.",
             metavar="LAYER.HEAD",
         ),
     ] = None,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: options.Temperature = 0.8,
+    top_k: options.TopK = 50,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
-    device: Device = "auto",
-    tokenizer: CustomTokenizer = None,
+    device: options.Device = "auto",
+    tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Show a model's prediction at each position of a text, and how the next token is chosen."""
     if position is not None and not lens:
@@ -98,9 +86,8 @@ def look(
         heads = loaded.model.config.num_heads
         layer, number, layers = int(head[1]), int(head[2]), loaded.model.config.num_layers
         if number >= heads or layer >= layers:
-            raise AtlasError(
-                f"--attention {attention}: the model has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}"
-            )
+            shape = f"layers 0 to {layers - 1}, each with heads 0 to {heads - 1}"
+            raise AtlasError(f"--attention {attention}: the model has {shape}")
         weights = inside.attention(loaded, ids, layers=[layer])[0, number]
         facts["attention"] = {"layer": layer, "head": number, "weights": weights}
     if as_json:
@@ -132,25 +119,16 @@ def _print_places(console: Console, places: Sequence[TokenPrediction]) -> None:
     from atlas.training.logs.run_log import perplexity
 
     table = _table("position>", "token", "probability", ">", "rank>", "entropy>", "likeliest")
-    for number, place in enumerate(places):
-        if place.probability is None:
-            table.add_row(str(number), _token(place.text), "", "", "", "", "(the first token)")
-            continue
-        cells = (
-            _percent(place.probability),
-            f"{place.rank:,}",
-            f"{place.entropy:.1f}",
-            _choices(place.alternatives),
-        )
-        table.add_row(str(number), _token(place.text), _bar(place.probability), *cells)
+    table.add_row("0", _token(places[0].text), "", "", "", "", "(the first token)")
+    for number, place in enumerate(places[1:], start=1):
+        probability = place.probability or 0.0
+        cells = _percent(probability), f"{place.rank:,}", f"{place.entropy:.1f}", _choices(place.alternatives)
+        table.add_row(str(number), _token(place.text), _bar(probability), *cells)
     console.print(table)
-    known = [place.log_probability for place in places if place.log_probability is not None]
-    if known:
-        loss = -sum(known) / len(known)
-        console.print(
-            f"loss of this text {loss:.4f} nats per token, perplexity {perplexity(loss):,.2f}; "
-            "entropy is in bits"
-        )
+    if len(places) > 1:
+        loss = -sum(place.log_probability or 0.0 for place in places) / (len(places) - 1)
+        summary = f"loss of this text {loss:.4f} nats per token, perplexity {perplexity(loss):,.2f}"
+        console.print(f"{summary}; entropy is in bits")
 
 
 def _print_next_token(console: Console, next_token: NextToken, sampling: Sampling) -> None:
@@ -176,11 +154,10 @@ def _print_next_token(console: Console, next_token: NextToken, sampling: Samplin
 def _print_lens(
     console: Console, places: Sequence[TokenPrediction], *, position: int, depths: Sequence[LayerPrediction]
 ) -> None:
-    follows = places[position + 1].text if position + 1 < len(places) else None
-    console.print(
-        f"\nthe prediction after each layer, at position {position}, {_token(places[position].text)}"
-    )
-    actual = [] if follows is None else [f"actual: {_token(follows)}>", "rank>"]
+    token = _token(places[position].text)
+    console.print(f"\nthe prediction after each layer, at position {position}, {token}")
+    is_last = position + 1 == len(places)
+    actual = [] if is_last else [f"actual: {_token(places[position + 1].text)}>", "rank>"]
     table = _table("after", "entropy>", "likeliest", *actual)
     for depth in depths:
         after = "embedding" if depth.layer is None else f"layer {depth.layer}"
@@ -235,11 +212,9 @@ def _percent(part: float) -> str:
     return f"{100 * part:.1f}%" if part >= 0.0005 else "<0.1%"
 
 
-def _bar(part: float) -> Text:
+def _bar(part: float) -> Bar:
     """`part` of `_BAR` characters, to an eighth of a character."""
-    from rich.text import Text
+    from rich.bar import Bar
 
-    eighths = round(8 * _BAR * part)
-    bar = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-    colour = "green" if part >= 0.5 else "yellow" if part >= 0.1 else "red"
-    return Text(bar, style=colour)
+    color = "green" if part >= 0.5 else "yellow" if part >= 0.1 else "red"
+    return Bar(1, 0, part, width=_BAR, color=color)

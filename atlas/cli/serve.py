@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atlas.cli.options import BEST_CHECKPOINT, CustomTokenizer, Device, Dtype
+from atlas.cli import options
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def serve(
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A checkpoint to serve; may be repeated. Default, without --gguf: {BEST_CHECKPOINT}."
+            help=f"A checkpoint to serve; may be repeated. Default, without --gguf: {options.BEST_CHECKPOINT}."
         ),
     ] = None,
     gguf: Annotated[
@@ -64,9 +64,9 @@ def serve(
         float,
         typer.Option(help="Time limit in seconds for a request, and for the shutdown.", min=1, max=86_400),
     ] = 300.0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    tokenizer: CustomTokenizer = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Start an OpenAI-compatible server, until Ctrl-C or SIGTERM, which let generations finish."""
     if host not in _LOOPBACK and not api_key:
@@ -88,7 +88,7 @@ def serve(
     from atlas.inference.load import load_model
 
     listener = listen(host, port)
-    paths = checkpoint or ([] if gguf else [BEST_CHECKPOINT])
+    paths = checkpoint or ([] if gguf else [options.BEST_CHECKPOINT])
     models = [load_model(path, device=device, tokenizer=tokenizer, dtype=dtype) for path in paths]
     backends: list[Backend] = [
         _engine(model, name, parallel=parallel, queue=queue)

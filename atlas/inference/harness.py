@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -111,21 +111,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         groups = defaultdict(list)  # requests with the same options, longest prompt first
         for number in sorted(range(len(requests)), key=lambda number: -len(prompts[number])):
             groups[_generation_options(requests[number].args[1])].append(number)
-        batches = [(options, batch) for options, group in groups.items() for batch in self._batches(group)]
+        batches = [(*options, batch) for options, group in groups.items() for batch in self._batches(group)]
         texts = [""] * len(requests)
-        for options, batch in self.track(batches):
+        for sampling, stop, max_tokens, batch in self.track(batches):
             # The prompt may use what the new tokens leave of the context, or else the half that a full window keeps.
-            room = self.max_length - options.max_tokens
+            room = self.max_length - max_tokens
             room = room if room > 0 else max(1, self.max_length // 2)
             steps = stream_ids(
                 self.loaded.model,
                 tokenizer,
                 [prompts[number][-room:] for number in batch],
-                options.sampling,
+                sampling,
                 # Seeded by the request's number, so that its text does not depend on the batch.
                 [row_generators(0, 1, first_row=number)[0] for number in batch],
-                max_tokens=options.max_tokens,
-                stop=options.stop,
+                max_tokens=max_tokens,
+                stop=stop,
             )
             for pieces in steps:
                 for number, piece in zip(batch, pieces, strict=True):
@@ -136,33 +136,23 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
 
 
-class _GenerationOptions(NamedTuple):
-    """The generation settings of a request. Requests with equal settings can share a batch."""
+def _generation_options(kwargs: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...], int]:
+    """Sampling settings, stop strings and maximum number of tokens from a task's `generation_kwargs`.
 
-    sampling: Sampling
-    stop: tuple[str, ...]
-    max_tokens: int
-
-
-def _generation_options(kwargs: Mapping[str, Any]) -> _GenerationOptions:
-    """From a task's `generation_kwargs`: greedy unless the task asks for samples, which come from all tokens unless the
-    task limits them."""
+    Greedy unless the task asks for samples, which come from all tokens unless the task limits them.
+    """
     known = ("until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample", "top_k", "top_p")
     until, max_gen_toks, max_new_tokens, temperature, do_sample, top_k, top_p = map(kwargs.get, known)
-    is_sampled = bool(temperature) if do_sample is None else do_sample
+    if unknown := [key for key in kwargs if key not in known and (key, kwargs[key]) != ("num_beams", 1)]:
+        supported = "until, max_gen_toks, do_sample, temperature, top_k and top_p"
+        reason = f"asks for {', '.join(unknown)}, which Atlas does not support"
+        raise AtlasError(f"--tasks: generation_kwargs {reason}; supported are {supported}")
+    if not (bool(temperature) if do_sample is None else do_sample):
+        temperature = 0
     sampling = Sampling(
-        temperature=float(1 if temperature is None else temperature) if is_sampled else 0.0,
+        temperature=float(1 if temperature is None else temperature),
         top_k=int(top_k or 0),
         top_p=float(top_p or 1),
     )
-    if unknown := [
-        key for key, value in kwargs.items() if key not in known and (key, value) != ("num_beams", 1)
-    ]:
-        raise AtlasError(
-            f"--tasks: generation_kwargs asks for {', '.join(unknown)}, which Atlas does not support; supported are "
-            "until, max_gen_toks, do_sample, temperature, top_k and top_p"
-        )
-    max_tokens = int(max_gen_toks or max_new_tokens or DEFAULT_MAX_GEN_TOKS)
-    return _GenerationOptions(
-        sampling, (until,) if isinstance(until, str) else tuple(until or ()), max_tokens
-    )
+    stop = (until,) if isinstance(until, str) else tuple(until or ())
+    return sampling, stop, int(max_gen_toks or max_new_tokens or DEFAULT_MAX_GEN_TOKS)

@@ -112,20 +112,19 @@ class LoadedModel:
         text or its T ids. An empty text begins a document, as in `generate`.
         """
         ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else list(text)
+        return self.model(self.batch_of(ids))[0].float().cpu()  # type: ignore[no-any-return]
+
+    def batch_of(self, ids: Sequence[int]) -> Tensor:
+        """(1, T) on the model's device. Raises `AtlasError` for ids that the model cannot read."""
         context, vocabulary = self.config.model.max_seq_len, self.config.model.vocabulary
-        if not ids:
-            raise AtlasError("logits of no ids: give at least one, such as [tokenizer.eos_id]")
-        if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-            raise AtlasError(
-                f"id {wrong[0]}: is not in this model's vocabulary: give ids from 0 to {vocabulary - 1:,}"
-            )
+        if len(ids) == 0:
+            raise AtlasError("0 tokens: give at least one id, such as [tokenizer.eos_id]")
+        if wrong := [id for id in ids if not 0 <= id < vocabulary]:
+            raise AtlasError(f"token id {wrong[0]}: the model's vocabulary has 0 to {vocabulary - 1:,}")
         if len(ids) > context:
-            raise AtlasError(
-                f"{len(ids):,} tokens: the model's context is {context:,}; "
-                f"give at most that many, for example the last: logits(tokenizer.encode(text)[-{context}:])"
-            )
-        device = self.model.head_weight.device
-        return self.model(torch.tensor([ids], device=device))[0].float().cpu()  # type: ignore[no-any-return]
+            remedy = f"give at most that many, such as tokenizer.encode(text)[-{context}:]"
+            raise AtlasError(f"{len(ids):,} tokens: the model's context is {context:,}; {remedy}")
+        return torch.tensor([list(ids)], device=next(self.model.parameters()).device)
 
     def _for_decoding(self) -> LoadedModel:
         """On a CPU, a copy with the weight layout of `atlas generate`, so that it rounds in the same way. Each call

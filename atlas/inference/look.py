@@ -101,16 +101,9 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 
 @torch.no_grad()
-def logits(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
-    """(T, V): row t predicts token t + 1."""
-    batch: Tensor = loaded.model(_tensor(loaded, ids))
-    return batch[0].float()
-
-
-@torch.no_grad()
 def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[TokenPrediction]:
     """A `TokenPrediction` for each token, each with this many `alternatives`."""
-    tokens = _tensor(loaded, ids)
+    tokens = loaded.batch_of(ids)
     hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
     predictions = [TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0]))]
     for start in range(0, len(following), _ROWS_AT_ONCE):
@@ -131,7 +124,7 @@ def next_token(
     loaded: LoadedModel, ids: Sequence[int], sampling: Sampling, *, candidates: int = 10
 ) -> NextToken:
     """How the token after `ids` is chosen, shown for the `candidates` likeliest tokens of the model itself."""
-    hidden = loaded.model.hidden_states(_tensor(loaded, ids))[:, -1]
+    hidden = loaded.model.hidden_states(loaded.batch_of(ids))[:, -1]
     raw = loaded.model.head(hidden).float()
     penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
     steps = {"model": raw, "repetition_penalty": penalized, **dict(filters(penalized, sampling))}
@@ -203,25 +196,11 @@ def lens(
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:
     """The residual stream, (1, T, C), before the first block and after each; and what attention takes beside it."""
-    x, context = loaded.model.embed(_tensor(loaded, ids))
+    x, context = loaded.model.embed(loaded.batch_of(ids))
     streams = [x]
     for block in loaded.model.blocks:
         streams.append(block(streams[-1], None, *context))
     return streams, context
-
-
-def _tensor(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
-    """(1, T) on the model's device. The ids may be invalid, since clients send them."""
-    config = loaded.model.config
-    if not 1 <= len(ids) <= config.max_seq_len:
-        raise AtlasError(
-            f"a text of {len(ids):,} tokens: must have 1 to {config.max_seq_len:,}, the model's context; look at a "
-            "part of it"
-        )
-    if not 0 <= min(ids) <= max(ids) < config.vocabulary:
-        wrong = next(id for id in ids if not 0 <= id < config.vocabulary)
-        raise AtlasError(f"token id {wrong}: the model's vocabulary has 0 to {config.vocabulary - 1:,}")
-    return torch.tensor([list(ids)], device=next(loaded.model.parameters()).device)
 
 
 def _likeliest(loaded: LoadedModel, log_probs: Tensor, count: int) -> list[tuple[Choice, ...]]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _RESAMPLES = 1000
 """Bootstrap samples for the standard error of a metric that is not a mean: enough for two digits of it."""
 
+_DATA = (
+    "lm-eval's tasks fetch it from huggingface.co, your own file names it under dataset_kwargs: data_files"
+)
+_TASK = "fix the file, name the folder of a group, or choose another task"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -41,9 +46,9 @@ class Score:
 def evaluate_tasks(
     loaded: LoadedModel,
     names: Sequence[str],
-    *,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    *,
     batch_size: int = 8,
     track: Track = iter,
 ) -> list[Score]:
@@ -114,20 +119,10 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
                     for kind, entries in merged.items():
                         entries.update(found.get(kind, {}))
         except Exception as error:  # a file, and the code that it names, can raise anything
-            raise _cannot_load(name, error) from None
+            what, remedy = ("its data ", _DATA) if isinstance(error, OSError) else ("", _TASK)
+            reason = f"{type(error).__name__}: {error}"
+            raise AtlasError(f"--tasks {name}: {what}cannot be loaded ({reason}); {remedy}") from None
     return merged
-
-
-def _cannot_load(name: str, error: Exception) -> AtlasError:
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError):
-        return AtlasError(
-            f"--tasks {name}: its data cannot be loaded ({reason}); lm-eval's tasks fetch it from huggingface.co, your "
-            "own file names it under dataset_kwargs: data_files"
-        )
-    return AtlasError(
-        f"--tasks {name}: cannot be loaded ({reason}); fix the file, name the folder of a group, or choose another task"
-    )
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:

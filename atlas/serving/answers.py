@@ -22,9 +22,7 @@ _LOWEST = -9999.0
 class _Choice:
     """The text of one generation so far."""
 
-    text: str = ""
     pieces: list[Piece] = field(default_factory=list)
-    finish: str | None = None
     offset: int = 0
     """Characters of the tokens so far."""
     decoder: codecs.IncrementalDecoder = field(
@@ -58,15 +56,14 @@ class Answer:
         async for index, piece in self.request.pieces(seconds):
             if error := piece_error(piece, seconds):
                 raise error
-            choice = self._choices[index]
-            choice.text += piece.text
-            choice.pieces.append(piece)
-            choice.finish = piece.finish
+            self._choices[index].pieces.append(piece)
         choices = []
         for index, choice in enumerate(self._choices):
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
-            content = {"message": message} if self.is_chat else {"text": choice.text}
-            choices.append(self._choice(index, content, choice.pieces, choice.finish))
+            text = "".join(piece.text for piece in choice.pieces)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(
+                self._choice(index, {"message": message} if self.is_chat else {"text": text}, choice.pieces)
+            )
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def stream(self, seconds: float, *, include_usage: bool) -> AsyncIterator[str]:
@@ -87,7 +84,7 @@ class Answer:
             if piece.text or piece.finish or self.logprobs:
                 delta = {"content": piece.text} if piece.text else {}
                 content = {"delta": delta} if self.is_chat else {"text": piece.text}
-                yield event({**head, "choices": [self._choice(index, content, [piece], piece.finish)]})
+                yield event({**head, "choices": [self._choice(index, content, [piece])]})
         if include_usage:
             yield event({**head, "choices": [], "usage": self.usage})
         yield "data: [DONE]\n\n"
@@ -98,11 +95,9 @@ class Answer:
         prompt, completion = self.request.num_prompt_tokens, self.request.num_generated
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _choice(
-        self, index: int, content: dict[str, Any], pieces: Sequence[Piece], finish: str | None
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, content: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
         logprobs = self._logprobs(self._choices[index], pieces) if self.logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def _logprobs(self, choice: _Choice, pieces: Sequence[Piece]) -> dict[str, Any]:
         chosen = [(piece, piece.token) for piece in pieces if piece.token is not None]

@@ -97,26 +97,19 @@ class Dispatcher:
     def _check(
         self, backend: Backend, prompts: Sequence[list[int]], params: SamplingParams, max_tokens: int
     ) -> None:
-        num_stops, num_generations = len(params.stops), len(prompts) * (params.n or 1)
-        most_tokens, largest = self.settings.max_tokens, max(map(max, prompts))
-        for is_wrong, param, reason in (
-            (num_stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {num_stops}"),
-            (bool(params.stream_options) and not params.stream, "stream_options", "only with stream"),
-            (
-                num_generations > backend.capacity,
-                "n",
-                f"{num_generations} generations in one request: at most {backend.capacity}",
-            ),
-            (
-                max_tokens > most_tokens,
-                "max_tokens",
-                f"at most {most_tokens}, not {max_tokens} (--max-tokens of the server)",
-            ),
-            (
-                largest >= backend.vocab_size,
-                "prompt",
-                f"token {largest}: the vocabulary has {backend.vocab_size}",
-            ),
-        ):
-            if is_wrong:
-                raise ApiError(400, f"{param}: {reason}", param=param)
+        num_generations, most_tokens = len(prompts) * (params.n or 1), self.settings.max_tokens
+        largest = max(map(max, prompts))
+        reason = None
+        if len(params.stops) > MOST_STOPS:
+            param, reason = "stop", f"at most {MOST_STOPS} strings, not {len(params.stops)}"
+        elif params.stream_options and not params.stream:
+            param, reason = "stream_options", "only with stream"
+        elif num_generations > backend.capacity:
+            param, reason = "n", f"{num_generations} texts in one request: at most {backend.capacity}"
+        elif max_tokens > most_tokens:
+            param = "max_tokens"
+            reason = f"at most {most_tokens}, not {max_tokens} (--max-tokens of the server)"
+        elif largest >= backend.vocab_size:
+            param, reason = "prompt", f"token {largest}: the vocabulary has {backend.vocab_size}"
+        if reason:
+            raise ApiError(400, f"{param}: {reason}", param=param)
