@@ -43,14 +43,10 @@ def evaluate(
     checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.", min=1)] = 8,
     device: options.Device = "auto",
-    worst: Annotated[
-        int, typer.Option(help="With --data: show this many windows that are predicted worst.", min=0)
-    ] = 0,
-    limit: Annotated[
-        int | None, typer.Option(help="With --tasks: use this many examples of each.", min=1)
-    ] = None,
+    worst: Annotated[int, typer.Option(help="With --data: show the N worst predicted windows.", min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(help="With --tasks: examples of each task.", min=1)] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="With --tasks: this many solved examples before each question.", min=0)
+        int | None, typer.Option(help="With --tasks: solved examples before each question.", min=0)
     ] = None,
     tokenizer: options.CustomTokenizer = None,
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,11 +33,7 @@ def generate(
         bool, typer.Option("--interactive", help="Ask for prompts until end of input.")
     ] = False,
     chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat",
-            help="Prompts are messages of a user to a model trained on conversations; print only its answers.",
-        ),
+        bool, typer.Option("--chat", help="Prompts are messages to a chat model; print only its answers.")
     ] = False,
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
@@ -67,9 +63,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if prompt is not None else _read_prompts(prompts_file) if prompts_file else []
     if output_file and (Path(output_file).is_dir() or not Path(output_file).parent.is_dir()):
-        raise AtlasError(
-            f"--output-file {output_file}: cannot be written; name a file in a folder that exists"
-        )
+        raise AtlasError(f"--output-file {output_file}: cannot be written; name a file in an existing folder")
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
     if chat:
         loaded.check_chat()
@@ -128,35 +122,36 @@ class _Run:
             )
         return kept
 
-    def texts(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, str]]:
-        """(prompt, continuation) of every row, in batches."""
+    def generations(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, Iterable[str]]]:
+        """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
+        if len(rows) == 1:
+            yield rows[0], (piece for [piece] in self._stream(rows, 0))
+            return
         for first in range(0, len(rows), _BATCH_SIZE):
             batch = rows[first : first + _BATCH_SIZE]
-            steps = zip(*self._stream(batch, first), strict=True)
-            yield from zip(batch, map("".join, steps), strict=True)
+            yield from zip(batch, zip(*self._stream(batch, first), strict=True), strict=True)
 
     def print(self, rows: Sequence[Prompt]) -> list[str]:
-        """Print one text while it is generated, or several with a blank line between. Returns the generated texts."""
-        texts = []
-        if len(rows) == 1:
-            _write(_shown(rows[0]))
-            for [piece] in self._stream(rows, 0):
+        """Print the prompts and their continuations, a blank line between. Returns the continuations."""
+        texts: list[str] = []
+        for prompt, pieces in self.generations(rows):
+            # A conversation is not repeated.
+            _write(("\n" if texts else "") + (prompt if isinstance(prompt, str) else ""))
+            texts.append("")
+            for piece in pieces:
                 _write(piece)
-                texts.append(piece)
+                texts[-1] += piece
             _write("\n")
-            return ["".join(texts)]
-        for prompt, text in self.texts(rows):
-            _write(("\n" if texts else "") + _shown(prompt) + text + "\n")
-            texts.append(text)
         return texts
 
     def write(self, rows: Sequence[Prompt], path: Path) -> None:
         """Write every row as a JSON line."""
         try:
             with open(path, "w", encoding="utf-8") as file:
-                for prompt, text in self.texts(rows):
-                    asked = prompt if isinstance(prompt, str) else prompt[-1].content
-                    file.write(json.dumps({"prompt": asked, "text": text}, ensure_ascii=False) + "\n")
+                for prompt, pieces in self.generations(rows):
+                    question = prompt if isinstance(prompt, str) else prompt[-1].content
+                    row = {"prompt": question, "text": "".join(pieces)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise AtlasError(
                 f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
@@ -181,11 +176,6 @@ class _Run:
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
-
-
-def _shown(prompt: Prompt) -> str:
-    """The part of a prompt that is printed: a text, but not a conversation."""
-    return prompt if isinstance(prompt, str) else ""
 
 
 def _write(text: str) -> None:

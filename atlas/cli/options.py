@@ -23,13 +23,8 @@ CustomTokenizer = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher: more random.")]
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
-TopP = Annotated[
-    float, typer.Option(help="Keep the likeliest tokens whose probabilities reach this sum; 1: all.")
-]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this total probability; 1: all.")]
 MinP = Annotated[
-    float,
-    typer.Option(
-        help="Keep tokens with at least this fraction of the likeliest token's probability; 0: all."
-    ),
+    float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest; 0: all.")
 ]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat earlier tokens less.")]

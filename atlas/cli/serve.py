@@ -32,21 +32,19 @@ def serve(
     ] = None,
     gguf: Annotated[
         str | None,
-        typer.Option(help="An exported file to serve through llama.cpp, alone or beside checkpoints."),
+        typer.Option(help="An exported file to serve with llama.cpp, alone or beside checkpoints."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; one that others can reach needs --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
-        str | None,
-        typer.Option(envvar="ATLAS_API_KEY", help="Clients must send this key.", show_envvar=True),
+        str | None, typer.Option(envvar="ATLAS_API_KEY", help="Clients must send this key.")
     ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(
-            help="Sequences that each model generates in parallel. Default: 64, or as many as a quarter of the free "
-            "memory holds; 4 in llama.cpp.",
+            help="Sequences per model in parallel. Default: 64, or what 1/4 of the free memory holds; 4 in llama.cpp.",
             min=1,
             max=1024,
         ),
@@ -57,12 +55,9 @@ def serve(
     runs: Annotated[
         str, typer.Option(help="Folder whose runs, also those in subfolders, are drawn at /runs.")
     ] = "checkpoints",
-    max_tokens: Annotated[
-        int, typer.Option(help="The most new tokens that a request may ask for.", min=1)
-    ] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="The most new tokens of a generation.", min=1)] = 4096,
     timeout: Annotated[
-        float,
-        typer.Option(help="Time limit in seconds for a request, and for the shutdown.", min=1, max=86_400),
+        float, typer.Option(help="Seconds that a request, and the shutdown, may take.", min=1, max=86_400)
     ] = 300.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -76,9 +71,7 @@ def serve(
     if api_key is not None:
         api_key = api_key.strip()
         if not re.fullmatch("[!-~]+", api_key):  # what every client can put into a header
-            raise AtlasError(
-                "--api-key: must be ASCII letters, digits and punctuation without spaces; or leave it out"
-            )
+            raise AtlasError("--api-key: must be ASCII letters, digits and signs, no spaces; or leave it out")
     try:
         from atlas.serving.app import build_app
         from atlas.serving.dispatcher import ServerSettings

@@ -54,6 +54,8 @@ def generate(
             logits = decoder.next_logits([tokens[-1] for tokens in rows])
         else:
             windows = [tokens[start:] for tokens, start in zip(rows, starts, strict=True)]
+            if decoder:
+                decoder.cache.truncate([0] * len(rows))
             logits = prefill(model, windows, decoder.cache if decoder else None)
         tokens = sample(logits, sampling, rows, generators).tolist()
         if min(tokens) < 0:
@@ -79,7 +81,7 @@ def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
 
 
 def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Run the windows (ids) in one forward pass, into an emptied `cache`: (B, V), the logits of each row's next token.
+    """Run the windows (ids) in one forward pass, into an empty `cache`: (B, V), the logits of each row's next token.
 
     Rows are padded on the right. No query attends to the padding.
     """
@@ -87,8 +89,6 @@ def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | N
     lengths = [len(window) for window in windows]
     longest = max(lengths)
     padded = long_tensor([[*window, *[0] * (longest - len(window))] for window in windows], device)
-    if cache is not None:
-        cache.truncate([0] * len(windows))
     hidden = model.hidden_states(padded, cache)
     if cache is not None:
         cache.truncate(lengths)

@@ -103,9 +103,7 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             source = TaskManager(include_path=name, include_defaults=False)
             wanted = [*source.all_groups, *source.all_subtasks]
             if not wanted:
-                raise AtlasError(
-                    f"--tasks {name}: contains no task; name a folder of YAML files that lm-eval reads"
-                )
+                raise AtlasError(f"--tasks {name}: contains no task; name a folder of lm-eval's YAML files")
         elif Path(name).is_file() or name in manager.all_tasks:
             source, wanted = manager, [name]
         else:

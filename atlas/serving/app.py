@@ -16,7 +16,7 @@ from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.errors import ApiError, error_response, validation_error
 from atlas.serving.files import FILES, file_routes
 from atlas.serving.generation import Backend, Generation, Piece, deliver
-from atlas.serving.limits import Auth, BodyLimits
+from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
 from atlas.serving.runs import run_routes
@@ -75,8 +75,8 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
         run_routes(settings.runs),
     ):
         app.include_router(router)
-    app.add_middleware(BodyLimits, seconds=BODY_SECONDS)
-    app.add_middleware(Auth, api_key=settings.api_key, open_paths={*FILES, "/health"})
+    app.add_middleware(limit_body, seconds=BODY_SECONDS)
+    app.add_middleware(require_auth, api_key=settings.api_key, open_paths={*FILES, "/health"})
     app.add_middleware(dispatcher.metrics.middleware)
     return app
 

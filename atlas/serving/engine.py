@@ -155,22 +155,24 @@ class Engine(Backend):
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, each in enumerate(sequences):
             groups[each.generation.sampling].append(row)
-        chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
+        parts, order = [], []
         for sampling, rows in groups.items():
-            group, index = [sequences[row] for row in rows], long_tensor(rows, logits.device)
+            group = [sequences[row] for row in rows]
             seen = [each.tokens for each in group] if sampling.repetition_penalty != 1 else []
-            part = logits[index] if len(groups) > 1 else logits
-            chosen[index] = sample(part, sampling, seen, [each.generator for each in group])
-        tokens: list[int] = chosen.tolist()  # the one host-device sync of a step
+            part = logits[long_tensor(rows, logits.device)] if len(groups) > 1 else logits
+            parts.append(sample(part, sampling, seen, [each.generator for each in group]))
+            order += rows
+        # The one host-device sync of a step.
+        tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
         wanted = {
             row: each.generation.num_candidates
             for row, each in enumerate(sequences)
             if each.generation.num_candidates is not None and tokens[row] >= 0
         }
         candidates = _top_logprobs(logits, tokens, wanted) if wanted else {}
-        for row, (each, token) in enumerate(zip(list(sequences), tokens, strict=True)):
-            if token >= 0:
-                piece = each.add(token, candidates.get(row, []))
+        for row, each in enumerate(list(sequences)):
+            if tokens[row] >= 0:
+                piece = each.add(tokens[row], candidates.get(row, []))
             else:
                 # The logits are not finite, as those of a bad model in half precision may be. The row must not spoil
                 # others: a masked slot enters attention with weight 0, and 0 × NaN is NaN.
@@ -228,7 +230,9 @@ class _Sequence:
         return Piece(token, text, logprob, candidates[1:], finish)
 
 
-def _top_logprobs(logits: Tensor, tokens: list[int], wanted: dict[int, int]) -> dict[int, list[Candidate]]:
+def _top_logprobs(
+    logits: Tensor, tokens: dict[int, int], wanted: dict[int, int]
+) -> dict[int, list[Candidate]]:
     """For each row in `wanted`: its token of `tokens`, then as many of the likeliest tokens as `wanted` has."""
     logprobs = logits[long_tensor(list(wanted), logits.device)].float().log_softmax(dim=-1)
     own = logprobs.gather(-1, long_tensor([[tokens[row]] for row in wanted], logits.device))

@@ -35,9 +35,7 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     if isinstance(problem.get("input"), bytes):
-        return ApiError(
-            400, "the body is not declared as JSON: send the header Content-Type: application/json"
-        )
+        return ApiError(400, "the body is not declared as JSON: send Content-Type: application/json")
     # The location also names the types of a union: str, list[str], ….
     names = [str(part) for part in problem["loc"][1:] if isinstance(part, int) or part.isidentifier()]
     param = ".".join(name for name in names if name != "str") or None

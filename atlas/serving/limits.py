@@ -18,23 +18,19 @@ _READ_AND_DROPPED = 64 << 20
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
-class BodyLimits:
+def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
     """ASGI middleware: a body must arrive within `seconds` and be at most `LARGEST_BODY` large."""
 
-    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
-        self.app = app
-        self.seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(_read(receive), self.seconds)
+            body = await asyncio.wait_for(_read(receive), seconds)
         except ApiError as large:
             await error_response(large, {"Connection": "close"})(scope, receive, send)
         except (TimeoutError, asyncio.TimeoutError):
-            late = ApiError(408, f"the body did not arrive within {self.seconds:g} s: send it faster")
+            late = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
             await error_response(late, {"Connection": "close"})(scope, receive, send)
         else:
             first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -42,7 +38,9 @@ class BodyLimits:
             async def replay() -> Message:
                 return first.pop() if first else await receive()
 
-            await self.app(scope, replay, send)
+            await app(scope, replay, send)
+
+    return limited
 
 
 async def _read(receive: Receive) -> bytes:
@@ -60,36 +58,32 @@ async def _read(receive: Receive) -> bytes:
     return bytes(body)
 
 
-class Auth:
+def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str]) -> ASGIApp:
     """ASGI middleware: with `api_key`, all paths but the `open_paths` need the key; without one, only clients of this
-    machine and this server's own pages are served.
+    machine and this server's own pages are served."""
 
-    A page from elsewhere can make a browser request a loopback address, under its own host name, which is in `Host`.
-    """
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        error = None
+        if scope["type"] == "http" and (api_key is None or scope["path"] not in open_paths):
+            error = _auth_error(Headers(scope=scope), api_key)
+        await (error_response(error) if error else app)(scope, receive, send)
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, open_paths: Container[str]) -> None:
-        self.app = app
-        self.api_key = api_key
-        self.open_paths = open_paths
+    return checked
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._error(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
-        await (error_response(error) if error else self.app)(scope, receive, send)
 
-    def _error(self, path: str, headers: Headers) -> ApiError | None:
-        if self.api_key is None:
-            host, origin = headers.get("host", ""), headers.get("origin")
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
-            if name not in _LOOPBACK:
-                return ApiError(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
-            if origin is not None and origin.partition("://")[2] != host:
-                return ApiError(403, f"this server answers its own pages, not those of {origin[:100]}")
-            return None
-        if path in self.open_paths:
-            return None
+def _auth_error(headers: Headers, api_key: str | None) -> ApiError | None:
+    if api_key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # In constant time, so that the time does not reveal how much of a guess is right.
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
+        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode()):
             return None
         message = "Incorrect API key provided: send Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key")
+    # A page from elsewhere can make a browser request a loopback address, under its own host name, which is in `Host`.
+    host, origin = headers.get("host", ""), headers.get("origin")
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
+    if name not in _LOOPBACK:
+        return ApiError(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
+    if origin is not None and origin.partition("://")[2] != host:
+        return ApiError(403, f"this server answers its own pages, not those of {origin[:100]}")
+    return None

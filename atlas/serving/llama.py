@@ -40,9 +40,7 @@ class Llama(Backend):
             self._tokens: list[str] = metadata["tokenizer.ggml.tokens"]
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
-            raise AtlasError(
-                f"--gguf {path}: has no key {error}: give the file of a model that generates text"
-            ) from None
+            raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
         super().__init__(
             Path(path).stem,
             context=trained - 1,  # llama.cpp keeps a slot for the first new token

@@ -85,15 +85,15 @@ WAITS: dict[str, dict[str, int]] = {
     "ragged, modern": {TO_DEVICE: 3, **DRAWN},
     "prompt": {TO_DEVICE: 5, NUMBERS: 1, "WAIT generate.generate": 1},
     "window full": {TO_DEVICE: 4, "WAIT generate.generate": 1},
-    "server": {TO_DEVICE: 1, NUMBERS: 1, GRAPH: 1, "WAIT engine._write": 1},
+    "server": {TO_DEVICE: 1, NUMBERS: 1, GRAPH: 1, "WAIT engine._sample": 1},
     "server, modern, mixed": {
         TO_DEVICE: 7,
         NUMBERS: 2,
         GRAPH: 1,
-        "WAIT engine._write": 1,
+        "WAIT engine._sample": 1,
         "WAIT engine._top_logprobs": 3,
     },
-    "server, joining and leaving": {TO_DEVICE: 9, NUMBERS: 3, GRAPH: 2, "WAIT engine._write": 3},
+    "server, joining and leaving": {TO_DEVICE: 9, NUMBERS: 3, GRAPH: 2, "WAIT engine._sample": 3},
     "look": {},
 }
 
