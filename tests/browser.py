@@ -1,4 +1,4 @@
-"""A page in the system's Chromium that tells what went wrong in it; for tests of what people look at.
+"""A page in the system's Chromium that collects its errors, for tests of the pages.
 
 tests/conftest.py makes the fixture known to all modules.
 """
@@ -22,7 +22,7 @@ _HERE = {"", "127.0.0.1", "localhost"}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Started once a module: that takes a second."""
+    """Started once per module, since a start takes a second."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
@@ -35,8 +35,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A blank page of 1280 × 900. When the test ends, nothing may have been logged, thrown, or asked of
-    another host."""
+    """A blank page of 1280 × 900. At the end of the test it must have logged no message, thrown no error, and sent no
+    request to another host."""
     troubles: list[str] = []
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
     opened.on("console", lambda said: troubles.append(said.text))

@@ -23,7 +23,7 @@ from tests.conftest import corpus
 
 
 def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) -> LoadedModel:
-    """Sharp random weights, so that what is likeliest is no near-tie, and a small vocabulary of its own."""
+    """Large random weights, so that the likeliest token is not a near-tie, and a small vocabulary."""
     tokenizer = Tokenizer.train([corpus(), "größer — 漢字 🙂"], 400)
     shape = ModelConfig(
         hidden_size=32, num_layers=2, num_heads=4, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len
@@ -38,7 +38,7 @@ def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) ->
 
 @contextmanager
 def served(backends: Sequence[Backend], settings: ServerSettings | None = None) -> Iterator[str]:
-    """The server's address."""
+    """Serve the backends; gives the server's address."""
     listener = listen("127.0.0.1", 0)
     server = Server(build_app(backends, settings or ServerSettings()), listener, seconds_to_drain=5)
     server.start()
@@ -61,7 +61,7 @@ def served_model(
 
 
 def until(condition: object, seconds: float = 10.0) -> None:
-    """Wait for a callable to be true."""
+    """Wait until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not come true in time"

@@ -1,4 +1,4 @@
-"""A run whose terminal is closed, or whose output nobody reads any more."""
+"""A run whose terminal is closed, or whose output is no longer read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.runs import REPOSITORY, layer, logged, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals and SIGHUP")
 
-# The terminal becomes the session's own, so that closing it sends SIGHUP as closing a window does.
+# The terminal controls the session, so that closing it sends SIGHUP as closing a window does.
 TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
 HANGUP = "import signal; signal.signal(signal.SIGHUP, signal.{})"
 RUN = "import sys; from atlas.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""The pass that a CUDA graph records, run as it stands: the logits of the pass that knows how long the texts are."""
+"""The step that a CUDA graph captures, run eagerly: its logits equal those of the plain forward pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model_of(**shape: object) -> AtlasLM:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Decoders that record, on a CPU: what they record is run again. The rows of each recording."""
+    """Decoders on a CPU that capture: a captured step runs again eagerly. Holds the rows of each capture."""
     seen: list[int] = []
 
     def graph(self: Decoder, one_pass: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -60,8 +60,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("shape", [{}, MODERN], ids=["gpt2", "modern"])
 @torch.inference_mode()
-def test_logits_are_those_of_the_plain_pass(shape: dict, recording: list[int]) -> None:
-    """Three texts of different lengths, past two sizes of the window."""
+def test_logits_equal_those_of_the_plain_pass(shape: dict, recording: list[int]) -> None:
+    """Three sequences of different lengths, beyond two sizes of the window."""
     model = model_of(**shape)
     caches = [KVCache(model.config, 3) for _ in range(2)]
     prompts = torch.randint(0, 101, (3, 5), generator=torch.Generator().manual_seed(1))
@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_plain_pass(shape: dict, recording: list[int]) -
 
 
 @torch.inference_mode()
-def test_texts_may_leave_and_join(recording: list[int]) -> None:
+def test_sequences_may_leave_and_join(recording: list[int]) -> None:
     model = model_of()
     caches = [KVCache(model.config, 3) for _ in range(2)]
     decoders = [Decoder(model, cache) for cache in caches]
@@ -89,7 +89,7 @@ def test_texts_may_leave_and_join(recording: list[int]) -> None:
         lambda cache: None,
         lambda cache: cache.remove(0),
         lambda cache: cache.append(_one_more(model)),
-        lambda cache: cache.truncate([2] * len(cache.lengths)),  # a full context begins anew
+        lambda cache: cache.truncate([2] * len(cache.lengths)),  # after a full context
     ):
         for cache in caches:
             change(cache)
@@ -108,7 +108,7 @@ def _one_more(model: AtlasLM) -> KVCache:
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(), Sampling(repetition_penalty=1.3)])
 def test_the_text_is_the_same(sampling: Sampling, recording: list[int]) -> None:
-    """Past the context, too, where half of it is read again."""
+    """Also beyond the context, where its newest half is prefilled again."""
     model = model_of(**MODERN)
     texts = [
         list(
@@ -128,9 +128,7 @@ def test_the_text_is_the_same(sampling: Sampling, recording: list[int]) -> None:
 
 
 @torch.inference_mode()
-def test_if_nothing_can_be_recorded_it_is_reported_once(
-    recording: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_capture_warns_once(recording: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Decoder, one_pass: Callable[[], Tensor]) -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
@@ -149,10 +147,10 @@ def test_if_nothing_can_be_recorded_it_is_reported_once(
     assert cache.lengths.tolist() == [4]
 
 
-# Choosing without a wait
+# Sampling without a host-device sync
 
 
-def test_logits_that_are_not_finite_are_reported(tiny_model: AtlasLM) -> None:
+def test_non_finite_logits_are_reported(tiny_model: AtlasLM) -> None:
     logits = torch.randn(3, 20)
     logits[1, 4] = float("nan")
     for sampling in (Sampling(), Sampling(temperature=0)):
@@ -164,7 +162,7 @@ def test_logits_that_are_not_finite_are_reported(tiny_model: AtlasLM) -> None:
         next(generate(tiny_model, [[1]], Sampling(), max_tokens=1))
 
 
-def test_a_row_draws_the_same_beside_others() -> None:
+def test_a_row_draws_the_same_in_any_batch() -> None:
     logits = torch.randn(4, 50)
     together = sample(logits, Sampling(), [[]] * 4, row_generators(7, 4)).tolist()
     alone = [
@@ -174,8 +172,8 @@ def test_a_row_draws_the_same_beside_others() -> None:
     assert together == alone
 
 
-def test_top_p_of_all_tokens_is_that_of_the_likeliest_few() -> None:
-    """As CUDA takes it, which does not look whether few are enough."""
+def test_top_p_over_all_tokens_equals_top_p_over_the_likeliest() -> None:
+    """As on CUDA, which does not check whether few tokens are enough."""
     logits = 3 * torch.randn(5, 3000)
     for p in (0.3, 0.95):
         assert torch.equal(keep_top_p(logits, p, most=3000), keep_top_p(logits, p))

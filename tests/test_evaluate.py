@@ -1,4 +1,4 @@
-"""`atlas evaluate`: what it shows of a text."""
+"""`atlas evaluate --worst`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.loss import compute_lm_loss
 
 
-def test_the_worst_windows_are_shown_with_what_surprised_most(
+def test_the_worst_windows_are_shown_with_their_worst_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that has learnt one sentence, and a text that leaves it at one place."""
+    """A model that memorized one sentence, and a text that differs from it at one place."""
     sentence = "the river runs past the old mill . "
     tokenizer = Tokenizer.train([sentence * 50 + " bridge"], 300)
     model = build_model(

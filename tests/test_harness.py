@@ -1,4 +1,4 @@
-"""`atlas evaluate --tasks`: what lm-eval is told of a model is what lm-eval's own adapter says of the same weights."""
+"""`atlas evaluate --tasks`: lm-eval gets the same values as from its own adapter with the same weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def theirs(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> HFL
 
 @pytest.fixture(autouse=True)
 def attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """No network, no cache of the user's; what tried to reach the network all the same."""
+    """Block the network and the user's cache. Holds the attempts to reach the network."""
     made: list[object] = []
 
     def refuse(*arguments: object, **_: object) -> None:
@@ -82,8 +82,7 @@ def asked(kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Instance]:
 
 
 def likeliest_pairs(loaded: LoadedModel) -> list[tuple[str, str]]:
-    """Contexts with the token that the model finds likeliest, where it is a text that stays a token of its own; and
-    with an unlikely one after it."""
+    """Contexts with the model's likeliest token, if it stays a separate token, and with an unlikely token added."""
     encode, pairs = loaded.tokenizer.encode, []
     words = corpus(200).split()
     for end in range(3, 60):
@@ -96,7 +95,7 @@ def likeliest_pairs(loaded: LoadedModel) -> list[tuple[str, str]]:
     return pairs
 
 
-def test_log_likelihoods_are_those_of_lm_evals_own_adapter(loaded: LoadedModel, theirs: HFLM) -> None:
+def test_log_likelihoods_equal_those_of_lm_evals_own_adapter(loaded: LoadedModel, theirs: HFLM) -> None:
     requests = asked("loglikelihood", PAIRS + likeliest_pairs(loaded))
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
     assert {greedy for _, greedy in expected} == {True, False}
@@ -106,7 +105,9 @@ def test_log_likelihoods_are_those_of_lm_evals_own_adapter(loaded: LoadedModel, 
         assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
-def test_rolling_log_likelihoods_are_those_of_lm_evals_own_adapter(loaded: LoadedModel, theirs: HFLM) -> None:
+def test_rolling_log_likelihoods_equal_those_of_lm_evals_own_adapter(
+    loaded: LoadedModel, theirs: HFLM
+) -> None:
     texts = ["", "The", SENTENCES[0], LONG, corpus(100), LONG[:90]]
     assert len(loaded.tokenizer.encode(corpus(100))) > 3 * CONTEXT
     requests = asked("loglikelihood_rolling", [(text,) for text in texts])
@@ -116,12 +117,12 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_adapter(loaded: Loade
         assert answers == pytest.approx(expected, abs=1e-3, rel=1e-6)
 
 
-def test_greedy_texts_are_those_of_lm_evals_own_adapter(loaded: LoadedModel, theirs: HFLM) -> None:
+def test_greedy_texts_equal_those_of_lm_evals_own_adapter(loaded: LoadedModel, theirs: HFLM) -> None:
     contexts = ["The river", "A small boat waits", LONG, "naïve", "They count the rings until"]
     freely = {"until": [], "max_gen_toks": 20, "do_sample": False}
     whole = theirs.generate_until(asked("generate_until", [(text, freely) for text in contexts]))
     assert len(loaded.tokenizer.encode(LONG)) > CONTEXT
-    # Stop strings from what is written, for others in mid-word and over tokens.
+    # Stop strings from the generated texts; in other texts they lie inside words and span tokens.
     stops = [text[len(text) // 2 :][:3] for text in whole]
     requests = asked(
         "generate_until",
@@ -156,12 +157,12 @@ def test_samples_do_not_depend_on_the_batch(loaded: LoadedModel) -> None:
     alone, together = (HarnessModel(loaded, batch_size=size).generate_until(requests) for size in (1, 8))
     assert alone == together
     assert alone[0] != alone[2]
-    del options["do_sample"]  # a temperature says it, too
+    del options["do_sample"]  # a temperature implies it
     assert HarnessModel(loaded, batch_size=8).generate_until(requests) == alone
 
 
 def greedily(loaded: LoadedModel, prompt: str, stop: str, max_tokens: int) -> str:
-    """The likeliest continuation, one whole forward pass a token."""
+    """The greedy continuation, with a full forward pass per token."""
     ids = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eos_id]
     start = len(ids)
     for _ in range(max_tokens):
@@ -170,7 +171,7 @@ def greedily(loaded: LoadedModel, prompt: str, stop: str, max_tokens: int) -> st
 
 
 def test_a_text_may_be_longer_than_the_context(loaded: LoadedModel) -> None:
-    """And a prompt empty; lm-eval's own adapter refuses both."""
+    """A prompt may be empty. lm-eval's own adapter refuses both."""
     requests = asked("generate_until", [("", {"max_gen_toks": 3 * CONTEXT}), ("", {"max_gen_toks": 10})])
     long, short = HarnessModel(loaded, batch_size=8).generate_until(requests)
     assert len(loaded.tokenizer.encode(long)) > CONTEXT
@@ -187,7 +188,7 @@ def test_a_text_may_be_longer_than_the_context(loaded: LoadedModel) -> None:
         ("generate_until", ("The river", {"do_sample": True, "top_p": 2.0}), "top-p 2.0: must be"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(
+def test_an_unsupported_request_is_refused(
     loaded: LoadedModel, kind: str, arguments: tuple[Any, ...], reason: str
 ) -> None:
     with pytest.raises(AtlasError, match=reason):
@@ -256,10 +257,10 @@ def write_rows(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def workshop(
+def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, loaded: LoadedModel
 ) -> list[str]:
-    """A folder of tasks, and the command that judges a model."""
+    """A folder of tasks, and the command that evaluates a model."""
     monkeypatch.chdir(tmp_path)
     Path("tasks").mkdir()
     for name, text in (("verses", CHOICES), ("writing", WRITING), ("reading", READING)):
@@ -281,7 +282,7 @@ def table(said: str) -> dict[tuple[str, str], list[str]]:
 
 
 def log_probability(loaded: LoadedModel, start: str, end: str) -> float:
-    """Of ` end` after `start`, token by token."""
+    """The log-probability of ` end` after `start`, token by token."""
     before, ids = (loaded.tokenizer.encode(text) for text in (start, f"{start} {end}"))
     log_probs = loaded.model(torch.tensor([ids]))[0].log_softmax(-1)
     return sum(float(log_probs[place - 1, ids[place]]) for place in range(len(before), len(ids)))
@@ -289,13 +290,13 @@ def log_probability(loaded: LoadedModel, start: str, end: str) -> float:
 
 @torch.inference_mode()
 def test_the_command_scores_tasks_in_files(
-    workshop: list[str],
+    command: list[str],
     loaded: LoadedModel,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     attempts: list[object],
 ) -> None:
-    assert main([*workshop, "tasks"]) == 0
+    assert main([*command, "tasks"]) == 0
     said = capsys.readouterr()
     assert said.err == caplog.text == ""
     assert attempts == []
@@ -321,13 +322,13 @@ def test_the_command_scores_tasks_in_files(
     assert float(scores["reading", "bits_per_byte"][0]) == pytest.approx(bits, abs=1e-3)
 
 
-def test_the_command_says_what_lm_evals_own_says(
-    workshop: list[str], theirs: HFLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_command_reports_the_scores_of_lm_evals_own_command(
+    command: list[str], theirs: HFLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With examples before the questions, drawn by a seed; files named by themselves; in any batch."""
+    """With few-shot examples drawn by a seed, with files given by name, in any batch."""
     files = ["tasks/verses.yaml", "tasks/writing.yaml", "tasks/ending.yaml"]
     Path("tasks/ending.yaml").write_text(ENDING, encoding="utf-8")
-    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # asks pip, and takes seconds
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # runs pip for seconds
     expected = evaluator.simple_evaluate(
         theirs,
         tasks=files,
@@ -337,9 +338,9 @@ def test_the_command_says_what_lm_evals_own_says(
         task_manager=TaskManager(include_defaults=False),
     )
     capsys.readouterr()
-    command = [*workshop, ", ".join(files), "--num-fewshot", "1", "--limit", "4"]
+    arguments = [*command, ", ".join(files), "--num-fewshot", "1", "--limit", "4"]
     for batch_size in ("1", "8"):
-        assert main([*command, "--batch-size", batch_size]) == 0
+        assert main([*arguments, "--batch-size", batch_size]) == 0
         scores = table(capsys.readouterr().out)
         assert {task for task, _ in scores} == {"verses", "writing", "ending"}
         for (task, metric), cells in scores.items():
@@ -349,8 +350,8 @@ def test_the_command_says_what_lm_evals_own_says(
             assert cells[2:] == ["4", "1"]
 
 
-def test_a_group_has_its_mean(workshop: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """And its tasks, which lie in the same folder, are there once."""
+def test_a_group_has_its_mean(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tasks, which lie in the same folder, are listed once."""
     Path("group").mkdir()
     Path("group/river.yaml").write_text(
         "group: river\ntask: [few, many]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
@@ -360,7 +361,7 @@ def test_a_group_has_its_mean(workshop: list[str], capsys: pytest.CaptureFixture
         text = CHOICES.replace("task: verses", f"task: {name}").replace("verses.jsonl", file)
         Path(f"group/{name}.yaml").write_text(text, encoding="utf-8")
     write_rows("few.jsonl", verses()[:4])
-    assert main([*workshop, "group"]) == 0
+    assert main([*command, "group"]) == 0
     said = capsys.readouterr().out
     scores = table(said)
     assert len([line for line in said.splitlines() if line.split()[1] == "acc"]) == 3
@@ -371,19 +372,19 @@ def test_a_group_has_its_mean(workshop: list[str], capsys: pytest.CaptureFixture
 
 
 def test_a_terminal_sees_bars_and_a_pipe_the_table(
-    workshop: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where lm-eval prints, as it does before it resamples for the error of a perplexity."""
+    """Also where lm-eval prints, as before it resamples for the error of a perplexity."""
     Path("tasks/ending.yaml").write_text(ENDING, encoding="utf-8")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert main([*workshop, "tasks/ending.yaml"]) == 0
+    assert main([*command, "tasks/ending.yaml"]) == 0
     said = capsys.readouterr()
     scores = table(said.out)
     assert float(scores["ending", "perplexity"][1]) > 0
     assert "answering" in said.err
 
 
-# What goes wrong
+# Errors
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -407,29 +408,29 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_one_line(
-    workshop: list[str],
+    command: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: tuple[str, str],
     reason: str,
 ) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries to reach the network
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts to reach the network
     assert change[0] in CHOICES
     Path("tasks/verses.yaml").write_text(CHOICES.replace(*change), encoding="utf-8")
-    assert reason in refused([*workshop, "tasks/verses.yaml"], capsys)
+    assert reason in refused([*command, "tasks/verses.yaml"], capsys)
 
 
 @pytest.mark.slow
 def test_an_unknown_task_is_one_line_with_the_nearest(
-    workshop: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused([*workshop, "helaswag"], capsys)
+    error = refused([*command, "helaswag"], capsys)
     assert "--tasks helaswag: is neither a task of lm-eval nor a YAML file" in error
     assert "did you mean hellaswag?" in error
 
 
-def test_without_the_extra_the_remedy_is_said(
-    workshop: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_the_extra_the_error_has_the_remedy(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert 'needs lm-eval: pip install "atlas-llm[eval]"' in refused([*workshop, "tasks"], capsys)
+    assert 'needs lm-eval: pip install "atlas-llm[eval]"' in refused([*command, "tasks"], capsys)

@@ -1,4 +1,4 @@
-"""Two "hosts" on one machine: network namespaces with a cable between them, which is pulled and put back."""
+"""Two "hosts" on one machine: network namespaces with a cable between them, which is unplugged and plugged in again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def start(host: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
         *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={HOSTS[host]}"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST}:29500", "--rdzv-id=test"),
-        f"--rdzv-conf=is_host={HOSTS[host] == FIRST}",  # a namespace has no name of its own
+        f"--rdzv-conf=is_host={HOSTS[host] == FIRST}",  # a namespace has no host name
         *(str(REPOSITORY / "tests/ranks.py"), "none@0:0", "train", "--config", str(config), *arguments),
     ]
     environment = {
@@ -93,7 +93,7 @@ def said_on_both(config: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.usefixtures("hosts")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_hosts_train_as_one_and_a_pulled_cable_is_waited_for(
+def test_two_hosts_train_as_one_and_wait_for_an_unplugged_cable(
     tmp_path: Path, text_file: Path, parallel: str
 ) -> None:
     explicit = hard(tmp_path / "two", text_file, training__parallel=parallel, training__max_steps=300)
@@ -122,7 +122,7 @@ def test_two_hosts_train_as_one_and_a_pulled_cable_is_waited_for(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("hosts")
-def test_a_cable_that_is_away_for_longer_than_the_timeout_costs_the_updates_since_the_last_save(
+def test_a_cable_unplugged_for_longer_than_the_timeout_costs_the_updates_since_the_last_save(
     tmp_path: Path, text_file: Path
 ) -> None:
     explicit = hard(tmp_path / "two", text_file, training__parallel="ddp", training__max_steps=300)

@@ -1,4 +1,4 @@
-"""Sampling, the sliding window, and text as it streams: each against its definition or a plain re-run."""
+"""Sampling, the sliding window and streaming, each against its definition or a plain rerun."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: fl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atlas.inference.sampling._FEW", few)
         kept = keep_top_p(logits, p)[0].isfinite()
-    chances = logits.double().softmax(-1)[0]
-    inside, outside = chances[kept], chances[~kept]
+    probs = logits.double().softmax(-1)[0]
+    inside, outside = probs[kept], probs[~kept]
     assert inside.sum() >= p - 1e-5
-    assert inside.sum() - inside.min() < p + 1e-5  # without its least likely member it would not reach p
+    assert inside.sum() - inside.min() < p + 1e-5  # without its least likely token the sum is below p
     assert not len(outside) or outside.max() <= inside.min()
 
 
 @given(logit_rows, st.floats(0.01, 0.99))
-def test_min_p_keeps_what_is_nearly_as_likely_as_the_likeliest(logits: torch.Tensor, p: float) -> None:
+def test_min_p_keeps_tokens_nearly_as_likely_as_the_likeliest(logits: torch.Tensor, p: float) -> None:
     kept = keep_min_p(logits, p)[0].isfinite()
     values = logits[0].double()
     ratio = (values - values.max()).exp()
@@ -102,22 +102,22 @@ def test_top_p_after_top_k_equals_transformers() -> None:
         repetition_penalty=st.floats(0.01, 100),
     ),
 )
-def test_whatever_the_settings_a_token_can_be_drawn(logits: torch.Tensor, sampling: Sampling) -> None:
-    """The smallest float is a temperature, too."""
+def test_all_settings_leave_a_token_to_draw(logits: torch.Tensor, sampling: Sampling) -> None:
+    """Even if the temperature is the smallest float."""
     seen = [list(range(0, logits.shape[-1], 2))]
-    chances = probabilities(penalize_repetition(logits, seen, sampling.repetition_penalty), sampling)
-    assert chances.isfinite().all()
-    assert chances.min() >= 0
-    assert float(chances.sum()) == pytest.approx(1, abs=1e-4)
+    probs = probabilities(penalize_repetition(logits, seen, sampling.repetition_penalty), sampling)
+    assert probs.isfinite().all()
+    assert probs.min() >= 0
+    assert float(probs.sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_draws_follow_the_distribution() -> None:
-    chances = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     generator = torch.Generator().manual_seed(3)
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[draw(chances, [generator])] += 1
-    chi_square = ((counts - 4000 * chances[0]) ** 2 / (4000 * chances[0])).sum()
+        counts[draw(probs, [generator])] += 1
+    chi_square = ((counts - 4000 * probs[0]) ** 2 / (4000 * probs[0])).sum()
     assert chi_square < 16.27  # the 0.999 quantile at 3 degrees of freedom
 
 
@@ -132,7 +132,7 @@ def test_draws_follow_the_distribution() -> None:
         {"repetition_penalty": 0},
     ],
 )
-def test_settings_without_meaning_are_refused_by_flag(wrong: dict) -> None:
+def test_invalid_settings_are_refused_with_their_flag(wrong: dict) -> None:
     with pytest.raises(AtlasError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)
 
@@ -147,8 +147,8 @@ def test_greedy_equals_the_argmax_of_plain_forward_passes(tiny_model: AtlasLM) -
     assert ids(tiny_model, [[5, 17, 3]], max_tokens=20) == [row[3:]]
 
 
-def test_weights_in_half_precision_write_through_a_cache_of_their_kind(tiny_model: AtlasLM) -> None:
-    """Nothing but the model's own tensors decides the precision; f16, since this CPU may lack bf16 arithmetic."""
+def test_half_precision_weights_use_a_cache_of_their_dtype(tiny_model: AtlasLM) -> None:
+    """Only the model's own tensors decide the precision. In f16, since this CPU may lack bf16 arithmetic."""
     half = copy.deepcopy(tiny_model).half()
     prompts = [[1, 2, 3], [4]]
     for use_cache in (True, False):
@@ -169,7 +169,7 @@ def test_cache_changes_nothing_even_far_beyond_the_context(tiny_model: AtlasLM, 
     assert all(len(row) == 60 for row in with_cache)  # context is 24: the window slid
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_model: AtlasLM) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(tiny_model: AtlasLM) -> None:
     sampling = Sampling(temperature=1.0)
     together = ids(tiny_model, [[1, 2], [3, 4, 5, 6], [8]], sampling, generators=row_generators(5, 3))
     alone = [
@@ -179,7 +179,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_model: AtlasLM) -> Non
     assert together == alone
 
 
-def test_ends_after_end_of_text_which_is_not_part_of_it(tiny_model: AtlasLM) -> None:
+def test_generation_ends_at_the_end_of_text_token_and_leaves_it_out(tiny_model: AtlasLM) -> None:
     endless = ids(tiny_model, [[5, 17, 3]])[0]
     eos = endless[7]
     ended = ids(tiny_model, [[5, 17, 3], [9]], eos_id=eos)[0]
@@ -193,7 +193,7 @@ def test_padding_rows_of_the_vocabulary_are_never_produced(tiny_model: AtlasLM) 
     assert tiny_model.token_embedding.weight.shape[0] == 128
 
 
-# Text as it streams.
+# Streaming.
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -209,7 +209,7 @@ def test_streamed_text_is_the_text(text: str) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=20))
-def test_streamed_garbage_is_what_decoding_it_whole_gives(tokens: list[int]) -> None:
+def test_streamed_garbage_equals_the_decoding_of_all_tokens(tokens: list[int]) -> None:
     tokenizer = Tokenizer.gpt2()  # ids 0 to 255 are single bytes
     stream = TextStream(tokenizer)
     shown = "".join([stream.add(token) for token in tokens] + [stream.finish()])
@@ -225,7 +225,7 @@ def test_half_a_character_is_held_back() -> None:
 
 @settings(deadline=None)
 @given(st.text("ab ", max_size=40), st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_nothing_from_the_stop_string_that_is_complete_first_is_shown(text: str, stop: list[str]) -> None:
+def test_the_text_ends_before_the_stop_string_that_is_complete_first(text: str, stop: list[str]) -> None:
     tokenizer = Tokenizer.gpt2()
     stream = TextStream(tokenizer, stop)
     shown = "".join([stream.add(token) for token in tokenizer.encode(text)] + [stream.finish()])

@@ -39,7 +39,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def awkward_sample(bpe: ByteLevelTokenizer) -> Sample:
-    """Ends of text, and tokens that end inside a character; a window is as long as the context, others are short."""
+    """End-of-text tokens, tokens that end inside a character, a window as long as the context, and short windows."""
     ids = [
         *bpe.encode("The river, naïve 漢字 🙂 漢字"),
         bpe.eos_id,
@@ -63,7 +63,7 @@ def test_llama_cpp_scores_a_text_as_pytorch_does(tmp_path: Path, bpe: ByteLevelT
 
 
 @needs_llama_cpp
-def test_a_damaged_file_scores_otherwise(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+def test_a_damaged_file_scores_differently(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     model, damaged, sample = sharp_model(bpe), sharp_model(bpe), awkward_sample(bpe)
     with_swapped_norms(damaged)
     export_gguf(damaged, bpe, tmp_path / "m.gguf", quantize="f32")
@@ -71,7 +71,7 @@ def test_a_damaged_file_scores_otherwise(tmp_path: Path, bpe: ByteLevelTokenizer
     assert sample.bits_per_byte(theirs) != pytest.approx(sample.bits_per_byte(ours), rel=1e-3)
 
 
-def test_a_sample_of_all_tokens_is_what_evaluation_counts(text: Path, bpe: ByteLevelTokenizer) -> None:
+def test_a_sample_of_all_tokens_equals_the_evaluation(text: Path, bpe: ByteLevelTokenizer) -> None:
     model, sample = sharp_model(bpe), sample_of(text, bpe, CONTEXT, num_tokens=10**6)
     stream = resolve_data(text, tokenizer=bpe, val_fraction=0.0).train
     dataset = SequenceDataset(stream, CONTEXT - 1, pad_last=True)
@@ -129,7 +129,7 @@ def test_export_prints_bits_per_byte_beside_pytorch_s_and_the_drift(
         (["--format", "peft"], "--data: is for GGUF"),
     ],
 )
-def test_a_text_to_judge_by_needs_llama_cpp(
+def test_evaluating_a_text_needs_llama_cpp(
     tmp_path: Path,
     text: Path,
     bpe: ByteLevelTokenizer,

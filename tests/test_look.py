@@ -1,4 +1,4 @@
-"""How a model thinks: against transformers' own attentions and hidden states, hooks, and definitions."""
+"""Looks inside a model, against transformers' attentions and hidden states, hooks, and definitions."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def loaded_with(model: AtlasLM) -> LoadedModel:
     return LoadedModel(model, tokenizer, SimpleNamespace(model=model.config), Path("river.pt"), {})
 
 
-# Attention and lens, computed by somebody else
+# Attention and lens against other implementations
 
 
 @pytest.mark.parametrize("name", [*GPT2, *SHAPES])
-def test_attention_and_lens_are_those_of_transformers(name: str) -> None:
+def test_attention_and_lens_equal_those_of_transformers(name: str) -> None:
     model = sharp_model(ALL[name])
     twin = transformers_twin(model) if name in GPT2 else twin_of(model)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_attention_and_lens_are_those_of_transformers(name: str) -> None:
     assert_patterns(patterns, model.config)
     norm = twin.transformer.ln_f if name in GPT2 else twin.model.norm
     for position in (0, 11, 23):
-        with torch.no_grad():  # the last of their hidden states is normed already
+        with torch.no_grad():  # their last hidden state is normalised already
             streams = [norm(states[0, position]) for states in theirs.hidden_states[:-1]]
             expected = twin.lm_head(torch.stack([*streams, theirs.hidden_states[-1][0, position]]))
         check_lens(loaded_with(model), position, expected)
@@ -61,8 +61,8 @@ def test_attention_and_lens_are_those_of_transformers(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("parts", [0, 2, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_attention_and_lens_are_what_hooks_see(name: str, parts: int) -> None:
-    """Also of a model that is laid out for decoding."""
+def test_attention_and_lens_equal_what_hooks_see(name: str, parts: int) -> None:
+    """Also for a model with the weight layout for decoding."""
     model = sharp_model(ALL[name])
     if parts:
         lay_out_for_decoding(model, parts=parts)
@@ -84,14 +84,14 @@ def test_attention_and_lens_are_what_hooks_see(name: str, parts: int) -> None:
 
 
 def weights_of(model: AtlasLM, layer: int, qkv: Tensor) -> Tensor:
-    """By the definition, one head after the other; pairs of numbers are turned as complex ones."""
-    config, room = model.config, model.blocks[layer].attention
+    """By the definition, head by head; pairs of numbers rotate as complex numbers."""
+    config, module = model.config, model.blocks[layer].attention
     size, sharing = config.head_size, config.num_heads // config.kv_heads
     heads = []
     for head in range(config.num_heads):
         key = config.num_heads + head // sharing
         vectors = []
-        for start, norm in ((head, room.q_norm), (key, room.k_norm)):
+        for start, norm in ((head, module.q_norm), (key, module.k_norm)):
             vector = qkv[:, start * size : (start + 1) * size].double()
             if norm is not None:
                 vector = vector / (vector.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
@@ -117,10 +117,10 @@ def assert_patterns(patterns: Tensor, config: ModelConfig) -> None:
 
 def check_lens(loaded: LoadedModel, position: int, expected: Tensor) -> None:
     """`expected` (layers + 1, V) are the logits after the embedding and each layer."""
-    chances = expected.double().softmax(-1)
+    probs = expected.double().softmax(-1)
     depths = lens(loaded, IDS, position=position, alternatives=4)
     assert [depth.layer for depth in depths] == [None, *range(len(expected) - 1)]
-    for depth, row in zip(depths, chances, strict=True):
+    for depth, row in zip(depths, probs, strict=True):
         best = row.topk(4)
         assert [choice.id for choice in depth.likeliest] == best.indices.tolist()
         assert [choice.probability for choice in depth.likeliest] == pytest.approx(
@@ -135,7 +135,7 @@ def check_lens(loaded: LoadedModel, position: int, expected: Tensor) -> None:
             assert depth.rank == 1 + int((row > own).sum())
 
 
-def test_the_lens_ends_where_the_model_does() -> None:
+def test_the_last_layer_of_the_lens_is_the_models_prediction() -> None:
     loaded = loaded_with(sharp_model(MIXED["qwen3-gqa"]))
     last = lens(loaded, IDS, position=-3)[-1]
     place = expectations(loaded, IDS)[-2]
@@ -146,7 +146,7 @@ def test_the_lens_ends_where_the_model_does() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_layer_has_the_same_number_in_the_lens_and_in_attention(layer: int) -> None:
-    """Block number `layer` is changed: its attention is another, and the lens from its row on."""
+    """Block `layer` is changed: its attention changes, and the lens from its row on."""
     model = sharp_model(MIXED["qwen3-gqa"])
     loaded = loaded_with(model)
     patterns, depths = attention(loaded, IDS), lens(loaded, IDS)
@@ -158,7 +158,7 @@ def test_a_layer_has_the_same_number_in_the_lens_and_in_attention(layer: int) ->
     assert [before.layer for before, after in pairs if before != after] == list(range(layer, 3))
 
 
-def test_a_model_with_low_rank_updates_looks_as_the_merged_one() -> None:
+def test_a_lora_model_gives_the_attention_of_the_merged_model() -> None:
     config = MIXED["llama-gqa"]
     tuned, plain = sharp_model(config), sharp_model(config)
     update = LoraConfig(rank=3, targets=["qkv", "output", "up"])
@@ -177,7 +177,7 @@ def test_a_model_with_low_rank_updates_looks_as_the_merged_one() -> None:
 
 @torch.no_grad()
 def logits_by_depth(model: AtlasLM, position: int) -> Tensor:
-    """A model without its last blocks ends earlier."""
+    """The logits of models without their last blocks."""
     blocks, rows = model.blocks, []
     for depth in range(len(blocks) + 1):
         model.blocks = blocks[:depth]
@@ -187,8 +187,8 @@ def logits_by_depth(model: AtlasLM, position: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_looked_at_in_full(dtype: torch.dtype) -> None:
-    """Rounded weights; probabilities of full precision."""
+def test_half_precision_weights_give_fp32_numbers(dtype: torch.dtype) -> None:
+    """The weights are rounded, the probabilities are not."""
     model = sharp_model(MIXED["qwen3-gqa"])
     exact = loaded_with(sharp_model(MIXED["qwen3-gqa"]))
     half = loaded_with(model.to(dtype))
@@ -204,7 +204,7 @@ def test_half_precision_is_looked_at_in_full(dtype: torch.dtype) -> None:
         assert math.fsum(choice.probability for choice in depth.likeliest) == pytest.approx(1, abs=1e-5)
 
 
-# What was expected at each place
+# The prediction at each position
 
 
 @pytest.mark.parametrize("rows_at_once", [5, 128])
@@ -218,15 +218,15 @@ def test_expectations_follow_from_the_logits(monkeypatch: pytest.MonkeyPatch, ro
     assert (first.id, first.probability, first.rank, first.alternatives) == (IDS[0], None, None, ())
     assert [place.id for place in places] == IDS
     for place, row in zip(places[1:], whole.double(), strict=False):
-        chances = [math.exp(value) for value in (row - row.logsumexp(0)).tolist()]
-        ranked = sorted(range(101), key=lambda id: -chances[id])
-        assert place.probability == pytest.approx(chances[place.id], rel=1e-4)
-        assert place.log_probability == pytest.approx(math.log(chances[place.id]), rel=1e-4)
+        probs = [math.exp(value) for value in (row - row.logsumexp(0)).tolist()]
+        ranked = sorted(range(101), key=lambda id: -probs[id])
+        assert place.probability == pytest.approx(probs[place.id], rel=1e-4)
+        assert place.log_probability == pytest.approx(math.log(probs[place.id]), rel=1e-4)
         assert place.rank == 1 + ranked.index(place.id)
-        assert place.entropy == pytest.approx(-sum(p * math.log2(p) for p in chances), rel=1e-4)
+        assert place.entropy == pytest.approx(-sum(p * math.log2(p) for p in probs), rel=1e-4)
         assert [choice.id for choice in place.alternatives] == ranked[:3]
         assert [choice.probability for choice in place.alternatives] == pytest.approx(
-            [chances[id] for id in ranked[:3]], rel=1e-4
+            [probs[id] for id in ranked[:3]], rel=1e-4
         )
     loss = compute_lm_loss(whole[None, :-1], torch.tensor([IDS[1:]]))
     assert -sum(place.log_probability for place in places[1:]) / 23 == pytest.approx(float(loss), rel=1e-5)
@@ -253,7 +253,7 @@ SAMPLINGS = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=12), SAMPLINGS)
-def test_the_steps_end_at_what_is_drawn_from(ids: list[int], sampling: Sampling) -> None:
+def test_the_last_step_is_the_distribution_that_is_sampled(ids: list[int], sampling: Sampling) -> None:
     loaded = LOADED
     result = next_token(loaded, ids, sampling, candidates=101)
     with torch.no_grad():
@@ -273,11 +273,11 @@ def test_the_steps_end_at_what_is_drawn_from(ids: list[int], sampling: Sampling)
             gone = order[order.index(candidate.removed_by) :]
             assert not any(candidate.probabilities[step] for step in gone)
     for step in order:
-        chances = [c.probabilities[step] for c in result.candidates]
-        assert math.fsum(chances) == pytest.approx(1, abs=1e-5)
+        probs = [c.probabilities[step] for c in result.candidates]
+        assert math.fsum(probs) == pytest.approx(1, abs=1e-5)
         struck = [c for c in result.candidates if c.removed_by in order[: order.index(step) + 1]]
         assert result.remaining[step] == 101 - len(struck)
-        assert result.entropy[step] == pytest.approx(-sum(p * math.log2(p) for p in chances if p), abs=1e-4)
+        assert result.entropy[step] == pytest.approx(-sum(p * math.log2(p) for p in probs if p), abs=1e-4)
 
 
 LOADED = loaded_with(sharp_model(MIXED["llama-gqa"]))
@@ -295,7 +295,7 @@ def test_temperature_zero_leaves_the_likeliest() -> None:
 
 
 def byte_fallback() -> ForeignTokenizer:
-    """In the manner of Llama 2: a blank is ▁, and what has no token is written in bytes."""
+    """As in Llama 2: a space is ▁, and characters without a token become bytes."""
     alphabet = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"therivn", "▁t", "▁th"]
     vocabulary = {token: id for id, token in enumerate(alphabet)}
     made = tokenizers.Tokenizer(
@@ -331,16 +331,16 @@ TOKENIZERS = {
 @given(
     text=st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=12) | st.just(" the  river")
 )
-def test_the_bytes_of_the_tokens_are_those_of_the_text(name: str, text: str) -> None:
+def test_the_bytes_of_the_tokens_equal_those_of_the_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     whole = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
-    if name == "custom" and not text.isascii():  # it tells no more than U+FFFD
+    if name == "custom" and not text.isascii():  # it decodes them to U+FFFD
         assert "\ufffd" in whole.decode("utf-8")
     else:
         assert whole == text.encode("utf-8")
 
 
-def test_half_a_character_is_written_in_bytes() -> None:
+def test_an_incomplete_character_is_shown_in_bytes() -> None:
     for name in ("gpt2", "bpe", "foreign", "byte fallback"):
         tokenizer = TOKENIZERS[name]
         texts = [token_text(tokenizer, id) for id in tokenizer.encode("漢")]
@@ -348,10 +348,10 @@ def test_half_a_character_is_written_in_bytes() -> None:
         assert "".join(texts) == r"\xe6\xbc\xa2"
     assert token_text(TOKENIZERS["gpt2"], 50256) == "<|endoftext|>"
     assert token_text(TOKENIZERS["gpt2"], TOKENIZERS["gpt2"].encode(" the")[0]) == " the"
-    assert token_text(TOKENIZERS["byte fallback"], 299) == ""  # a spare row, which no text has
+    assert token_text(TOKENIZERS["byte fallback"], 299) == ""  # a padding row, which no text contains
 
 
-# What cannot be looked at
+# Invalid input
 
 
 def test_an_empty_text_begins_a_document() -> None:
@@ -368,7 +368,7 @@ def test_an_empty_text_begins_a_document() -> None:
         ([-1, 5], "token id -1"),
     ],
 )
-def test_ids_that_the_model_cannot_take_are_refused(ids: list[int], reason: str) -> None:
+def test_ids_that_the_model_cannot_read_are_refused(ids: list[int], reason: str) -> None:
     for look in (LoadedModel.logits, expectations, attention, lens):
         with pytest.raises(AtlasError, match=reason if look is not lens or ids else "position -1"):
             look(LOADED, ids)
@@ -376,7 +376,7 @@ def test_ids_that_the_model_cannot_take_are_refused(ids: list[int], reason: str)
         next_token(LOADED, ids, Sampling())
 
 
-def test_places_and_layers_that_are_not_there_are_refused() -> None:
+def test_positions_and_layers_out_of_range_are_refused() -> None:
     with pytest.raises(AtlasError, match="position 24: the text has tokens 0 to 23"):
         lens(LOADED, IDS, position=24)
     with pytest.raises(AtlasError, match="layer 3: the model has layers 0 to 2"):

@@ -1,4 +1,4 @@
-"""`atlas look`: what it prints is what atlas/inference/look.py computes, and a line of a table says it."""
+"""`atlas look` prints what atlas/inference/look.py computes, one line per token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = "The river runs\n[red] 漢"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sharp random weights, and a vocabulary of the tests' own words."""
+    """Large random weights, and a vocabulary trained on the tests' corpus."""
     tokenizer = Tokenizer.train([corpus()], 400)
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
     model = build_model(ModelConfig(**shape, vocab_size=tokenizer.vocab_size), seed=1)
@@ -36,18 +36,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_imported(model, tokenizer, tmp_path_factory.mktemp("run"), source="a test")
 
 
-def said(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str) -> str:
     assert main(["look", "--checkpoint", str(checkpoint), "--device", "cpu", *options]) == 0
     answer = capsys.readouterr()
     assert answer.err == ""
     return answer.out
 
 
-def test_json_holds_what_is_computed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_the_computed_values(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--temperature", "0.5", "--top-k", "9", "--top-p", "0.8", "--min-p", "0.01"]
     settings += ["--repetition-penalty", "1.2"]
     options = ["--prompt", PROMPT, *settings, "--lens", "--position", "3", "--attention", "1.0", "--json"]
-    facts = json.loads(said(capsys, checkpoint, *options))
+    facts = json.loads(printed(capsys, checkpoint, *options))
     loaded, sampling = load_model(checkpoint), Sampling(0.5, 9, 0.8, 0.01, 1.2)
     ids = encode(loaded, PROMPT)
     expected = {
@@ -62,11 +62,11 @@ def test_json_holds_what_is_computed(checkpoint: Path, capsys: pytest.CaptureFix
         },
     }
     assert facts == json.loads(json.dumps(expected))
-    assert "lens" not in json.loads(said(capsys, checkpoint, "--prompt", PROMPT, "--json"))
+    assert "lens" not in json.loads(printed(capsys, checkpoint, "--prompt", PROMPT, "--json"))
 
 
 def test_each_token_has_its_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, checkpoint, "--prompt", PROMPT).splitlines()
+    lines = printed(capsys, checkpoint, "--prompt", PROMPT).splitlines()
     loaded = load_model(checkpoint)
     places = expectations(loaded, encode(loaded, PROMPT))
     rows = lines[1 : 1 + len(places)]
@@ -83,9 +83,9 @@ def test_each_token_has_its_line(checkpoint: Path, capsys: pytest.CaptureFixture
     assert lines[1 + len(places)].startswith(summary)
 
 
-def test_a_column_for_each_setting_that_is_on(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_active_setting_has_a_column(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def columns(*options: str) -> list[str]:
-        lines = said(capsys, checkpoint, "--prompt", "The", *options).splitlines()
+        lines = printed(capsys, checkpoint, "--prompt", "The", *options).splitlines()
         return next(line for line in lines if line.startswith("token  ")).split()
 
     off = ["--temperature", "1", "--top-k", "0", "--top-p", "1"]
@@ -95,17 +95,17 @@ def test_a_column_for_each_setting_that_is_on(checkpoint: Path, capsys: pytest.C
     assert columns(*off, *on) == ["token", "model", "penalty", "min-p", "probability"]
 
 
-def test_what_a_setting_strikes_out_is_marked(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_removed_tokens_are_marked(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--temperature", "1", "--top-k", "3", "--top-p", "1"]
-    lines = said(capsys, checkpoint, "--prompt", "The", *options).splitlines()
+    lines = printed(capsys, checkpoint, "--prompt", "The", *options).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("token  "))
     rows = [line.split() for line in lines[start + 1 : start + 11]]
     assert ["–" in row for row in rows] == [False] * 3 + [True] * 7
     assert lines[start + 11].split()[-2:] == ["400", "3"]
 
 
-def test_the_lens_and_a_head_are_told(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(
+def test_the_lens_and_a_head_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(
         capsys, checkpoint, "--prompt", "The river runs", "--lens", "--attention", "0.1"
     ).splitlines()
     start = lines.index("the prediction after each layer, at position 2, ·runs")
@@ -118,35 +118,37 @@ def test_the_lens_and_a_head_are_told(checkpoint: Path, capsys: pytest.CaptureFi
     start = lines.index("layer 0, head 1: which tokens each token attends to")
     assert lines[start + 2].split() == ["0", "The", "█", "0", "The:100.0%"]
     assert len(lines) == start + 5
-    lines = said(capsys, checkpoint, "--prompt", "The river runs", "--lens", "--position", "0").splitlines()
+    lines = printed(
+        capsys, checkpoint, "--prompt", "The river runs", "--lens", "--position", "0"
+    ).splitlines()
     assert any(line.endswith("actual: ·river  rank") for line in lines)
 
 
 def test_layers_have_the_same_numbers_in_every_part(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each layer that the lens names can be given to --attention, by that number, and no other can."""
+    """Exactly the layer numbers of the lens are valid in --attention."""
     options = ["--prompt", "The river runs", "--lens"]
-    named = re.findall(r"^layer (\d+) ", said(capsys, checkpoint, *options), re.M)
-    depths = json.loads(said(capsys, checkpoint, *options, "--json"))["lens"]["depths"]
+    named = re.findall(r"^layer (\d+) ", printed(capsys, checkpoint, *options), re.M)
+    depths = json.loads(printed(capsys, checkpoint, *options, "--json"))["lens"]["depths"]
     assert [depth["layer"] for depth in depths] == [None, *map(int, named)] == [None, 0, 1]
     for number in named:
-        assert f"\nlayer {number}, head 0: " in said(
+        assert f"\nlayer {number}, head 0: " in printed(
             capsys, checkpoint, *options, "--attention", f"{number}.0"
         )
     assert main(["look", "--checkpoint", str(checkpoint), *options, "--attention", f"{len(named)}.0"]) == 2
     assert f"has layers {named[0]} to {named[-1]}" in capsys.readouterr().err
 
 
-def test_of_a_long_text_attention_is_told_but_not_drawn(
+def test_the_attention_of_a_long_text_is_listed_but_not_drawn(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = said(capsys, checkpoint, "--prompt", "x" * 60, "--attention", "0.0").splitlines()
+    lines = printed(capsys, checkpoint, "--prompt", "x" * 60, "--attention", "0.0").splitlines()
     assert lines[-60].split()[:3] == ["0", "x", "0"]
 
 
 def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, checkpoint, "--prompt", "").splitlines()
+    lines = printed(capsys, checkpoint, "--prompt", "").splitlines()
     assert lines[1].split()[:2] == ["0", "<|endoftext|>"]
     assert not any("loss" in line for line in lines)
 
@@ -167,7 +169,7 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.Capt
         ([], "missing option '--prompt'"),
     ],
 )
-def test_what_cannot_be_shown_is_one_line(
+def test_a_user_error_is_one_line(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
 ) -> None:
     assert main(["look", "--checkpoint", str(checkpoint), *options]) == 2
@@ -182,7 +184,7 @@ def test_a_narrow_terminal_breaks_no_alternative(
 ) -> None:
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", said(capsys, checkpoint, "--prompt", "The river runs past"))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", printed(capsys, checkpoint, "--prompt", "The river runs past"))
     assert max(map(len, shown.splitlines())) <= 80
     places = expectations(load_model(checkpoint), encode(load_model(checkpoint), "The river runs past"))
     for place in places[1:]:

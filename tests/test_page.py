@@ -1,4 +1,4 @@
-"""The served page in a real browser: every step a person takes, and what the server has to say to it."""
+"""The served page in a real browser: every step that a person takes, and the server's responses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PIXELS = """canvas => {
     const rows = Array.from({ length: size }, (_, row) => row);
     return rows.map((row) => rows.map((column) => data[4 * (row * size + column) + 3] > 0));
 }"""
-"""Which of a square canvas's pixels are drawn."""
+"""The drawn pixels of a square canvas."""
 
 
 def texts(page, selector: str) -> list[str]:
@@ -76,13 +76,13 @@ def test_person_writes_looks_and_branches(address: str, loaded: LoadedModel, pag
         },
     )[1]["choices"][0]["text"]
     written = "".join(texts(page, ".token")).replace("↵", "").replace("·", "")
-    # Bytes that are no character are written out there; the end may be half a character.
+    # The page shows bytes of incomplete characters as escapes; the text may end inside a character.
     assert one_sign_for_no_character("The river" + expected).startswith(one_sign_for_no_character(written))
     assert len(written) > 20
     given = page.locator(".token.prompt").count()
     assert given == len(loaded.tokenizer.encode("The river"))
 
-    # Alternatives: as the model says it, and one click continues from another one.
+    # Alternatives are the model's, and a click continues from one of them.
     place = page.locator(".token").nth(given + 4)
     place.click()
     buttons = page.locator("#alternatives button")
@@ -147,7 +147,7 @@ def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: Loa
     assert texts(page, "#lens th") == ["embedding", "layer 0", "layer 1"]
 
 
-def test_what_could_follow_is_what_the_model_says(address: str, loaded: LoadedModel, page: Page) -> None:
+def test_alternatives_have_the_models_probabilities(address: str, loaded: LoadedModel, page: Page) -> None:
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")
     write(page, "The river", seed=3, max_tokens=5)
@@ -172,8 +172,8 @@ def test_what_could_follow_is_what_the_model_says(address: str, loaded: LoadedMo
     )
 
 
-def test_text_longer_than_the_context_is_looked_into_where_the_model_was(address: str, page: Page) -> None:
-    """The window slides; each view is of the window that the token was written from."""
+def test_views_of_a_text_longer_than_the_context_use_the_models_window(address: str, page: Page) -> None:
+    """The window slides; each view shows the window from which the token was generated."""
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")
     write(page, "The river", seed=3, max_tokens=110)
@@ -189,7 +189,7 @@ def test_text_longer_than_the_context_is_looked_into_where_the_model_was(address
         "spans => spans.map(span => Number(span.dataset.index))"
     )
     assert attended == list(range(66, 106))  # it slid at 65 tokens to 33, and at 98 to 66
-    # And goes on from there, although nothing can be asked about all of it at once.
+    # A branch continues from there, although the full text exceeds the context.
     page.click("#tab-alternatives")
     before = texts(page, ".token")[:105]
     page.locator("#alternatives button").nth(2).click()
@@ -197,7 +197,7 @@ def test_text_longer_than_the_context_is_looked_into_where_the_model_was(address
     assert texts(page, ".token")[:105] == before
 
 
-def test_what_is_refused_leaves_the_text(address: str, page: Page) -> None:
+def test_a_refused_request_keeps_the_text(address: str, page: Page) -> None:
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")
     write(page, "The river", seed=3, max_tokens=10)
@@ -221,7 +221,7 @@ def test_two_models_write_side_by_side(address: str, page: Page) -> None:
     assert one != other
 
 
-def test_stopping_frees_the_place(address: str, page: Page) -> None:
+def test_stopping_ends_the_generation(address: str, page: Page) -> None:
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")
     page.fill("#settings [name=max_tokens]", "4000")
@@ -235,7 +235,7 @@ def test_stopping_frees_the_place(address: str, page: Page) -> None:
     assert page.locator(".token").count() == count
 
 
-def test_key_is_asked_for_and_kept(loaded: LoadedModel, page: Page) -> None:
+def test_the_key_is_requested_and_kept(loaded: LoadedModel, page: Page) -> None:
     with served([Engine(loaded, "first", parallel=2, queue=2)], ServerSettings(api_key="secret")) as address:
         page.goto(address)
         page.fill("#key input", "secret")
@@ -247,21 +247,21 @@ def test_key_is_asked_for_and_kept(loaded: LoadedModel, page: Page) -> None:
         page.locator("#model option").nth(0).wait_for(state="attached")
 
 
-# What the page asks, without a browser
+# The page's requests, without a browser
 
 
-def test_what_is_told_of_a_text_is_the_models(address: str, loaded: LoadedModel) -> None:
+def test_the_sampling_view_has_the_models_probabilities(address: str, loaded: LoadedModel) -> None:
     ids = loaded.tokenizer.encode("The river runs past")
     with torch.inference_mode():
         logits = loaded.model(torch.tensor([ids]))[0, -1]
     answer = post(address, {"prompt": ids, "temperature": 0.5, "top_k": 7, "top_p": 1}, "/api/sampling")[1]
-    chances = logits.softmax(-1)
+    probs = logits.softmax(-1)
     top = (logits / 0.5).topk(7)
     expected = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
     assert answer["remaining"]["min_p"] == 7
     for candidate in answer["candidates"]:
         id, told = candidate["id"], candidate["probabilities"]
-        assert told["model"] == pytest.approx(float(chances[id]), abs=1e-6)
+        assert told["model"] == pytest.approx(float(probs[id]), abs=1e-6)
         assert told["min_p"] == pytest.approx(expected.get(id, 0.0), abs=1e-6)
         assert candidate["removed_by"] == (None if id in expected else "top_k")
 
@@ -279,7 +279,7 @@ def test_what_is_told_of_a_text_is_the_models(address: str, loaded: LoadedModel)
         ("layers", {"model": "none"}, "none"),
     ],
 )
-def test_bad_questions_get_their_4xx(address: str, route: str, body: dict, says: str) -> None:
+def test_a_bad_request_gets_its_4xx(address: str, route: str, body: dict, says: str) -> None:
     status, answer = post(address, body, f"/api/{route}")
     assert 400 <= status < 500
     assert says in answer["error"]["message"]
@@ -294,10 +294,8 @@ def line(step: int, loss: float) -> str:
     return json.dumps({**record, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 200.0}) + "\n"
 
 
-def test_curves_of_runs_grow_while_they_are_looked_at(
-    loaded: LoadedModel, tmp_path: Path, page: Page
-) -> None:
-    """A run that is written to, and one that is done, in a folder of the folder."""
+def test_curves_of_runs_grow_while_the_page_is_open(loaded: LoadedModel, tmp_path: Path, page: Page) -> None:
+    """A run that grows, and a finished run in a subfolder."""
     growing, done = tmp_path / "metrics.jsonl", tmp_path / "older/metrics.jsonl"
     done.parent.mkdir()
     done.write_text("".join(line(step, 5.0) for step in range(1, 9)))

@@ -1,4 +1,4 @@
-"""`atlas serve` as a process: what it says, how it ends, and that its text is that of `atlas generate`."""
+"""`atlas serve` as a process: its output, its shutdown, and that its text equals that of `atlas generate`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def atlas(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and its address."""
+    """The process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "atlas", "serve", "--port", "0", *arguments],
         env=ENVIRONMENT,
@@ -68,7 +68,7 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.stderr.close()
 
 
-def test_text_is_that_of_generate_and_sigterm_lets_it_finish(checkpoint: Path) -> None:
+def test_text_equals_that_of_generate_and_sigterm_lets_it_finish(checkpoint: Path) -> None:
     prompt = "The river runs"
     generated = atlas(
         "generate",
@@ -89,7 +89,7 @@ def test_text_is_that_of_generate_and_sigterm_lets_it_finish(checkpoint: Path) -
         body = {"prompt": prompt, "temperature": 0, "max_tokens": 300, "stream": False}
         thread = threading.Thread(target=lambda: answers.append(post(address, body)))
         thread.start()
-        while True:  # until it is being written
+        while True:  # until it is running
             with urllib.request.urlopen(f"{address}/metrics") as told:
                 if b'atlas_running{model="atlas_best"} 1.0' in told.read():
                     break
@@ -120,7 +120,7 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
         ]
 
 
-def test_two_checkpoints_of_one_name_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
+def test_two_checkpoints_with_one_name_get_different_names(checkpoint: Path, tmp_path: Path) -> None:
     other = random_model(seed=1)
     second = save_imported(other.model, other.tokenizer, tmp_path / "later", source="random")
     with serving("--checkpoint", str(checkpoint), "--checkpoint", str(second)) as (process, address):
@@ -139,12 +139,12 @@ MISTAKES = {
     "no such address": (["--host", "203.0.113.77", "--api-key", "x"], "--host 203.0.113.77"),
     "not a number": (["--parallel", "many"], "--parallel many"),
     "no end": (["--timeout", "inf"], "--timeout inf"),
-    "nobody at once": (["--parallel", "0"], "--parallel 0"),
+    "none in parallel": (["--parallel", "0"], "--parallel 0"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_error_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atlas.cli import main
 
     arguments, says = MISTAKES[name]
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert says in out[0]
 
 
-def test_taken_port_is_said_before_anything_is_loaded(
+def test_a_taken_port_is_reported_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from atlas.cli import main

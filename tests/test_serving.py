@@ -1,4 +1,4 @@
-"""OpenAI's API, asked by OpenAI's own client, and by others that mean no good."""
+"""The OpenAI-compatible API, used by OpenAI's own client and by hostile clients."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def client(address: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def written(loaded: LoadedModel, prompt: object, *, max_tokens: int, seed: int = 0, **sampling: float) -> str:
-    """What `atlas generate` writes: the same functions, one text at a time."""
+def generated(
+    loaded: LoadedModel, prompt: object, *, max_tokens: int, seed: int = 0, **sampling: float
+) -> str:
+    """The text of `atlas generate`: the same functions, one text at a time."""
     steps = stream_text(loaded, [prompt], Sampling(**sampling), max_tokens=max_tokens, seed=seed)  # type: ignore[arg-type,list-item]
     return "".join(step[0] for step in steps)
 
@@ -85,14 +87,16 @@ def metric(address: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_generate(client: openai.OpenAI, loaded: LoadedModel, prompt: str) -> None:
+def test_greedy_text_equals_that_of_generate(client: openai.OpenAI, loaded: LoadedModel, prompt: str) -> None:
     # Longer than the context, so that the window slides.
     answer = client.completions.create(model="random", prompt=prompt, max_tokens=150, temperature=0)
-    assert answer.choices[0].text == written(loaded, prompt, max_tokens=150, temperature=0.0, top_k=0)
+    assert answer.choices[0].text == generated(loaded, prompt, max_tokens=150, temperature=0.0, top_k=0)
 
 
-def test_texts_do_not_depend_on_who_is_beside_them(client: openai.OpenAI, loaded: LoadedModel) -> None:
-    """More at once than there are places, of different lengths and settings, joining and leaving."""
+def test_a_text_does_not_depend_on_the_other_texts_of_the_batch(
+    client: openai.OpenAI, loaded: LoadedModel
+) -> None:
+    """More texts than slots, of different lengths and settings, which join and leave the batch."""
 
     def ask(number: int) -> tuple[int, str]:
         answer = client.completions.create(
@@ -108,7 +112,7 @@ def test_texts_do_not_depend_on_who_is_beside_them(client: openai.OpenAI, loaded
     with ThreadPoolExecutor(24) as pool:
         texts = dict(pool.map(ask, range(48)))
     for number, text in texts.items():
-        expected = written(
+        expected = generated(
             loaded,
             PROMPTS[number % len(PROMPTS)],
             max_tokens=5 + 11 * number % 90,
@@ -130,13 +134,13 @@ def test_seed_decides_and_choices_differ(client: openai.OpenAI) -> None:
     assert ask(None) != ask(None)
 
 
-def test_stream_is_the_whole_text_in_pieces(client: openai.OpenAI) -> None:
-    def wishes() -> dict:
+def test_a_stream_adds_up_to_the_complete_text(client: openai.OpenAI) -> None:
+    def params() -> dict:
         return {"model": "random", "prompt": PROMPTS[:3], "max_tokens": 30, "seed": 3}
 
-    whole = client.completions.create(**wishes())
+    whole = client.completions.create(**params())
     texts, finishes = ["", "", ""], [None, None, None]
-    chunks = list(client.completions.create(**wishes(), stream=True, stream_options={"include_usage": True}))
+    chunks = list(client.completions.create(**params(), stream=True, stream_options={"include_usage": True}))
     for chunk in chunks:
         for choice in chunk.choices:
             texts[choice.index] += choice.text
@@ -160,8 +164,8 @@ def test_stop_strings_end_the_text_before_them(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_logprobs_are_the_models(client: openai.OpenAI, loaded: LoadedModel) -> None:
-    """Computed here from the logits of the whole text at once."""
+def test_logprobs_are_those_of_the_model(client: openai.OpenAI, loaded: LoadedModel) -> None:
+    """Computed here from the logits of the full text."""
     answer = client.completions.create(model="random", prompt="The river", max_tokens=12, logprobs=3, seed=1)
     told = answer.choices[0].logprobs
     assert told is not None
@@ -178,7 +182,7 @@ def test_logprobs_are_the_models(client: openai.OpenAI, loaded: LoadedModel) -> 
         assert [ids_of[token] for token in top] == likeliest
         assert list(top.values()) == pytest.approx(row[likeliest].tolist(), abs=1e-4)
     for token, offset in zip(told.tokens, told.text_offset, strict=True):
-        if not token.startswith("bytes:"):  # before it may stand the sign for bytes that became no character
+        if not token.startswith("bytes:"):  # U+FFFD, for bytes of no character, may precede it
             assert token in answer.choices[0].text[offset : offset + len(token) + 1]
 
 
@@ -192,7 +196,7 @@ def shown(token: bytes) -> str:
 # Chat
 
 
-def test_chat_answers_in_the_models_form(client: openai.OpenAI, loaded: LoadedModel) -> None:
+def test_chat_uses_the_chat_format_of_the_model(client: openai.OpenAI, loaded: LoadedModel) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Who are you?"}]},
@@ -204,13 +208,13 @@ def test_chat_answers_in_the_models_form(client: openai.OpenAI, loaded: LoadedMo
         temperature=0,  # type: ignore[arg-type]
     )
     asked = [Message("system", "Be brief."), Message("user", "Who are you?")]
-    assert answer.choices[0].message.content == written(loaded, asked, max_tokens=20, temperature=0.0)
+    assert answer.choices[0].message.content == generated(loaded, asked, max_tokens=20, temperature=0.0)
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(encode_chat(asked, loaded.tokenizer))
 
 
-def test_chat_goes_on_with_the_answer_as_it_came() -> None:
+def test_chat_accepts_its_own_answer_as_a_message() -> None:
     with served_model(random_model(chat=True, max_seq_len=512)) as (address, _):
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             messages: list = [{"role": "user", "content": "Who are you?"}]
@@ -222,7 +226,7 @@ def test_chat_goes_on_with_the_answer_as_it_came() -> None:
 
 
 def test_chat_streams_with_logprobs(client: openai.OpenAI) -> None:
-    wishes: dict = {
+    params: dict = {
         "model": "random",
         "messages": [{"role": "user", "content": "Hello"}],
         "max_tokens": 12,
@@ -230,8 +234,8 @@ def test_chat_streams_with_logprobs(client: openai.OpenAI) -> None:
         "logprobs": True,
         "top_logprobs": 2,
     }
-    whole = client.chat.completions.create(**wishes).choices[0]
-    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**wishes, stream=True)]
+    whole = client.chat.completions.create(**params).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**params, stream=True)]
     assert chunks[0].delta.role == "assistant"
     assert "".join(chunk.delta.content or "" for chunk in chunks) == whole.message.content
     told = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content or []]
@@ -243,7 +247,7 @@ def test_chat_streams_with_logprobs(client: openai.OpenAI) -> None:
         assert math.exp(entry.logprob) <= 1
 
 
-def test_model_that_learnt_no_conversations_does_not_chat() -> None:
+def test_a_model_without_chat_training_refuses_to_chat() -> None:
     with served_model(random_model()) as (address, _):
         status, answer = post(
             address, {"messages": [{"role": "user", "content": "Hello"}]}, "/v1/chat/completions"
@@ -255,7 +259,7 @@ def test_model_that_learnt_no_conversations_does_not_chat() -> None:
 # Errors
 
 
-def test_clients_errors_are_openais(client: openai.OpenAI) -> None:
+def test_errors_have_openais_types_and_codes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-4", prompt="x")
     assert missing.value.code == "model_not_found"
@@ -304,7 +308,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bodies_get_their_4xx(address: str, name: str) -> None:
+def test_a_bad_body_gets_its_4xx(address: str, name: str) -> None:
     body, status, says = BAD[name]
     got, answer = post(address, body)
     assert got == status, answer
@@ -318,13 +322,13 @@ def test_bad_bodies_get_their_4xx(address: str, name: str) -> None:
     ("path", "status"),
     [("/v2/completions", 404), ("/v1/models/none", 404), ("/v1/completions", 405), ("/health", 200)],
 )
-def test_wrong_places_are_answered_in_openais_shape(address: str, path: str, status: int) -> None:
+def test_a_wrong_path_is_answered_in_openais_shape(address: str, path: str, status: int) -> None:
     got, answer = answered(urllib.request.Request(address + path))
     assert got == status
     assert answer.get("status") == "ok" or answer["error"]["message"]
 
 
-def test_slow_senders_are_not_waited_for(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_sender_times_out(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atlas.serving.app.BODY_SECONDS", 0.3)
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
     with served_model(loaded) as (address, _):
@@ -345,7 +349,7 @@ def test_slow_senders_are_not_waited_for(loaded: LoadedModel, monkeypatch: pytes
         assert post(address, {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
-def test_key_is_asked_for() -> None:
+def test_the_key_is_required() -> None:
     loaded = random_model()
     with served_model(loaded, settings=ServerSettings(api_key="geheim-ß")) as (address, _):
         body = {"prompt": "x", "max_tokens": 1}
@@ -361,15 +365,15 @@ def test_key_is_asked_for() -> None:
         assert post(address, body, Authorization="Bearer secret", Host="example.org")[0] == 200
 
 
-def test_pages_from_elsewhere_cannot_ask_a_loopback_server(address: str) -> None:
-    """DNS rebinding: the browser sends the name that the page came from."""
+def test_pages_of_other_hosts_cannot_use_a_loopback_server(address: str) -> None:
+    """DNS rebinding: the browser sends the host name of the page."""
     assert post(address, {"prompt": "x"}, Host="evil.example")[0] == 403
     assert post(address, {"prompt": "x"}, Host="127.0.0.1.evil.example:80")[0] == 403
-    # And where it came from.
+    # The origin of the page.
     assert post(address, {"prompt": "x"}, Origin="https://evil.example")[0] == 403
     assert post(address, {"prompt": "x"}, Origin="null")[0] == 403
     assert post(address, {"prompt": "x", "max_tokens": 1}, Origin=address)[0] == 200
-    # What a form can send without asking first is not JSON by its header.
+    # A form can send a body without a preflight request, but not with the content type of JSON.
     status, _ = post(address, {"prompt": "x", "max_tokens": 1}, Content_Type="text/plain")
     assert status == 400
 
@@ -377,7 +381,7 @@ def test_pages_from_elsewhere_cannot_ask_a_loopback_server(address: str) -> None
 # Load
 
 
-def test_queue_has_an_end(loaded: LoadedModel) -> None:
+def test_a_full_queue_refuses_requests(loaded: LoadedModel) -> None:
     with served_model(loaded, parallel=1, queue=2) as (address, engine):
         slow = {"prompt": "The", "max_tokens": 4000, "temperature": 0}
         with ThreadPoolExecutor(8) as pool:
@@ -398,8 +402,8 @@ def test_requests_have_a_time_limit(loaded: LoadedModel) -> None:
         until(lambda: engine.num_running == 0)
 
 
-def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of eight streams break off: no more than one step is done for them after the server knows."""
+def test_a_client_that_disconnects_frees_its_slot_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of eight streams disconnect: after the server knows, at most one more step includes them."""
     with served_model(random_model(), settings=ServerSettings(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0, "stream": True}).encode()
@@ -413,23 +417,23 @@ def test_whoever_goes_away_frees_the_place_within_a_step(monkeypatch: pytest.Mon
         step = Engine._step
 
         def counted(self: Engine) -> None:
-            gone = [row for row in self._running if row.generation.cancelled]
+            cancelled = [each for each in self._running if each.generation.cancelled]
             step(self)
-            steps.append(sum(row in self._running for row in gone))
+            steps.append(sum(each in self._running for each in cancelled))
 
         monkeypatch.setattr(Engine, "_step", counted)
         for client in clients[:4]:
             client.close()
         until(lambda: engine.num_running == 4 and len(steps) > 0)
         assert metric(address, "atlas_running") == 4
-        assert not any(steps), "whoever was known to be gone before a step has no row after it"
+        assert not any(steps), "a generation that was cancelled before a step has no row after it"
         for client in clients[4:]:
             assert client.recv(100)
             client.close()
         until(lambda: engine.num_running == 0)
 
 
-def test_disconnect_ends_a_text_that_is_not_streamed() -> None:
+def test_a_disconnect_ends_a_generation_that_is_not_streamed() -> None:
     with served_model(random_model(), settings=ServerSettings(max_tokens=10**6)) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "The", "max_tokens": 10**6, "temperature": 0}).encode()
@@ -440,7 +444,7 @@ def test_disconnect_ends_a_text_that_is_not_streamed() -> None:
         until(lambda: engine.num_running == 0)
 
 
-def test_failed_step_fails_its_texts_alone(
+def test_a_failed_step_fails_only_its_own_generations(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served_model(loaded) as (address, _):
@@ -457,7 +461,7 @@ def test_failed_step_fails_its_texts_alone(
     assert "no memory for this one" in capsys.readouterr().err
 
 
-def test_metrics_count_what_was_written(loaded: LoadedModel) -> None:
+def test_metrics_count_the_generated_tokens(loaded: LoadedModel) -> None:
     with served_model(loaded) as (address, _):
         _, answer = post(address, {"prompt": ["The river", "A"], "max_tokens": 9, "n": 2})
         assert metric(address, "atlas_completion_tokens_total") == answer["usage"]["completion_tokens"]
@@ -468,7 +472,7 @@ def test_metrics_count_what_was_written(loaded: LoadedModel) -> None:
             assert 'atlas_requests_total{route="/v1/completions",status="400"} 1.0' in told.read().decode()
 
 
-def test_draining_lets_texts_finish(loaded: LoadedModel) -> None:
+def test_a_shutdown_lets_generations_finish(loaded: LoadedModel) -> None:
     answers: list[tuple[int, dict]] = []
     with served_model(loaded) as (address, engine):
         body = {"prompt": "The", "max_tokens": 400, "temperature": 0}
@@ -483,17 +487,17 @@ def test_draining_lets_texts_finish(loaded: LoadedModel) -> None:
         post(address, body)
 
 
-def test_taken_port_is_a_users_mistake(address: str) -> None:
+def test_a_taken_port_is_a_user_error(address: str) -> None:
     port = int(address.rpartition(":")[2])
     with pytest.raises(AtlasError, match=f"--port {port}: cannot listen"):
         server_module.listen("127.0.0.1", port)
 
 
-def test_two_models_are_served_under_their_names() -> None:
+def test_two_models_are_served_by_name() -> None:
     one, other = random_model(), random_model(seed=1)
     engines = [Engine(one, "one", parallel=2, queue=2), Engine(other, "other", parallel=2, queue=2)]
     body = {"prompt": "The", "max_tokens": 20, "temperature": 0}
     with served(engines) as address:
         texts = [post(address, {**body, "model": name})[1]["choices"][0]["text"] for name in ("one", "other")]
         assert post(address, body)[1]["model"] == "one"
-    assert texts == [written(model, "The", max_tokens=20, temperature=0.0) for model in (one, other)]
+    assert texts == [generated(model, "The", max_tokens=20, temperature=0.0) for model in (one, other)]

@@ -1,4 +1,4 @@
-"""What a server bears: clients that say too much, read nothing or leave, and texts that fail beside others."""
+"""Robustness: clients that send too much, read nothing or disconnect, and generations that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atlas.inference.load import LoadedModel
 from atlas.serving import server as server_module
 from atlas.serving.dispatcher import ServerSettings
 from tests.served import random_model, served_model, until
-from tests.test_serving import post, written
+from tests.test_serving import generated, post
 
 ENDLESS = {"prompt": "The", "max_tokens": 10**6, "temperature": 0, "stream": True}
 
@@ -36,18 +36,18 @@ def request_of(address: str, body: dict[str, object]) -> bytes:
 
 
 def everything(client: socket.socket) -> bytes:
-    """Up to the end of the connection."""
+    """All bytes up to the end of the connection."""
     client.settimeout(10)
     parts = []
     try:
         while part := client.recv(65536):
             parts.append(part)
-    except ConnectionResetError:  # it did not read all of what was sent
+    except ConnectionResetError:  # the server did not read all that was sent
         pass
     return b"".join(parts)
 
 
-def test_a_head_without_end_is_refused(loaded: LoadedModel) -> None:
+def test_an_endless_head_is_refused(loaded: LoadedModel) -> None:
     with served_model(loaded) as (address, _):
         with socket.create_connection(place_of(address)) as client:
             sent = 0
@@ -57,14 +57,14 @@ def test_a_head_without_end_is_refused(loaded: LoadedModel) -> None:
                     sent += client.send(b"X-Long: " + b"x" * 8000 + b"\r\n")
             except (BrokenPipeError, ConnectionResetError):
                 pass
-        assert sent < 16 << 20  # what lies in the buffers on the way
+        assert sent < 16 << 20  # what fits into the buffers on the way
         with socket.create_connection(place_of(address)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\n" + b"X-Long: " + b"x" * 70_000)
             assert everything(client).startswith(b"HTTP/1.1 431")
         assert post(address, {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
-def test_half_a_second_head_is_not_waited_for(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_second_head_times_out(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
     with served_model(loaded) as (address, _), socket.create_connection(place_of(address)) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -73,7 +73,9 @@ def test_half_a_second_head_is_not_waited_for(loaded: LoadedModel, monkeypatch: 
         assert b"HTTP/1.1 408" in everything(client)
 
 
-def test_whoever_reads_nothing_is_left(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_disconnected(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server_module, "READ_SECONDS", 0.3)
     with served_model(loaded, settings=ServerSettings(max_tokens=10**6), parallel=16) as (address, engine):
         client = socket.socket()
@@ -85,7 +87,7 @@ def test_whoever_reads_nothing_is_left(loaded: LoadedModel, monkeypatch: pytest.
         client.close()
 
 
-def test_places_of_those_who_left_the_queue_are_free(loaded: LoadedModel) -> None:
+def test_a_client_that_leaves_the_queue_frees_its_slot(loaded: LoadedModel) -> None:
     with served_model(loaded, settings=ServerSettings(max_tokens=10**6), parallel=1, queue=2) as (
         address,
         engine,
@@ -99,21 +101,21 @@ def test_places_of_those_who_left_the_queue_are_free(loaded: LoadedModel) -> Non
             client.close()
         until(lambda: sum(row.generation.cancelled for row in list(engine._waiting)) == 2)
         with ThreadPoolExecutor(1) as pool:
-            late = pool.submit(post, address, {"prompt": "x", "max_tokens": 1})  # waits, and is not refused
+            late = pool.submit(post, address, {"prompt": "x", "max_tokens": 1})  # is queued, not refused
             until(lambda: late.done() or engine.num_waiting == 1)
             clients[0].close()
             assert late.result()[0] == 200
 
 
-def test_more_texts_than_it_takes_are_no_matter_of_waiting(loaded: LoadedModel) -> None:
+def test_more_generations_than_the_capacity_are_refused_with_400(loaded: LoadedModel) -> None:
     with served_model(loaded, parallel=2, queue=1) as (address, _):
         status, answer = post(address, {"prompt": "x", "n": 4, "max_tokens": 1})
         assert (status, answer["error"]["param"]) == (400, "n")
         assert post(address, {"prompt": "x", "n": 3, "max_tokens": 1})[0] == 200
 
 
-def test_a_text_that_is_no_number_ends_alone(loaded: LoadedModel) -> None:
-    """What it leaves in the cache would spoil the texts that take its place: 0 × NaN is NaN."""
+def test_a_generation_with_nan_logits_ends_alone(loaded: LoadedModel) -> None:
+    """Its cache entries would spoil the sequences that take its row: 0 × NaN is NaN."""
     spoilt = random_model()
     [bad] = spoilt.tokenizer.encode("ß")[:1]
 
@@ -122,16 +124,16 @@ def test_a_text_that_is_no_number_ends_alone(loaded: LoadedModel) -> None:
 
     embedding = next(module for module in spoilt.model.modules() if isinstance(module, nn.Embedding))
     embedding.register_forward_hook(poison)
-    wish = {"max_tokens": 40, "temperature": 0}
-    expected = written(loaded, "The river", max_tokens=40, temperature=0.0)
+    params = {"max_tokens": 40, "temperature": 0}
+    expected = generated(loaded, "The river", max_tokens=40, temperature=0.0)
     with served_model(spoilt, parallel=2) as (address, _):
         short = spoilt.tokenizer.encode("The river")
         long = spoilt.tokenizer.encode("In winter the river is a road of ice.")
-        assert post(address, {"prompt": [*long, bad], **wish})[0] == 500
-        # A long text holds the cache open as far as the spoilt one wrote into it; a short one takes its place.
-        status, answer = post(address, {"prompt": [short, long, short, short], **wish})
+        assert post(address, {"prompt": [*long, bad], **params})[0] == 500
+        # A long sequence keeps the cache as long as the spoilt one was; a short sequence takes the spoilt row.
+        status, answer = post(address, {"prompt": [short, long, short, short], **params})
         assert status == 200
         assert [answer["choices"][place]["text"] for place in (0, 2, 3)] == [expected] * 3
-        status, answer = post(address, {"prompt": [[bad], [bad]], **wish})
+        status, answer = post(address, {"prompt": [[bad], [bad]], **params})
         assert status == 500
-        assert post(address, {"prompt": "The river", **wish})[1]["choices"][0]["text"] == expected
+        assert post(address, {"prompt": "The river", **params})[1]["choices"][0]["text"] == expected

@@ -1,4 +1,4 @@
-"""An exported file behind the same API: llama.cpp's words are those of the checkpoint."""
+"""An exported file behind the same API: llama.cpp generates the same text as the checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def file(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(loaded: LoadedModel, file: Path) -> Iterator[openai.OpenAI]:
-    """`exported` is the file, `random` the checkpoint that it came from."""
+    """A client of `exported`, the file, and `random`, its checkpoint."""
     backends = [
         Llama(str(file), parallel=2, queue=8, threads=1),
         Engine(loaded, "random", parallel=2, queue=8),
@@ -44,16 +44,16 @@ def client(loaded: LoadedModel, file: Path) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_file_and_checkpoint_say_the_same(client: openai.OpenAI) -> None:
+def test_file_and_checkpoint_generate_the_same(client: openai.OpenAI) -> None:
     for prompt in ("The river", "größer", "", ["A small boat", "In winter"]):
-        wishes: dict = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 2}
-        theirs, ours = (client.completions.create(model=name, **wishes) for name in ("exported", "random"))
+        params: dict = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 2}
+        theirs, ours = (client.completions.create(model=name, **params) for name in ("exported", "random"))
         assert [choice.text for choice in theirs.choices] == [choice.text for choice in ours.choices]
         assert theirs.usage == ours.usage
         for one, other in zip(theirs.choices, ours.choices, strict=True):
             assert one.logprobs is not None
             assert other.logprobs is not None
-            # llama.cpp tells nothing of tokens that end inside a character.
+            # llama.cpp does not report tokens that end inside a character.
             told = list(zip(one.logprobs.tokens or [], one.logprobs.token_logprobs or [], strict=True))
             whole = list(zip(other.logprobs.tokens or [], other.logprobs.token_logprobs or [], strict=True))
             told, whole = (
@@ -65,31 +65,31 @@ def test_file_and_checkpoint_say_the_same(client: openai.OpenAI) -> None:
             )
 
 
-def test_conversation_is_in_the_files_own_template(client: openai.OpenAI) -> None:
-    wishes: dict = {
+def test_a_conversation_uses_the_files_own_template(client: openai.OpenAI) -> None:
+    params: dict = {
         "messages": [{"role": "user", "content": "Who are you?"}],
         "max_tokens": 12,
         "temperature": 0,
     }
-    theirs, ours = (client.chat.completions.create(model=name, **wishes) for name in ("exported", "random"))
+    theirs, ours = (client.chat.completions.create(model=name, **params) for name in ("exported", "random"))
     assert theirs.choices[0].message == ours.choices[0].message
     assert theirs.usage == ours.usage
 
 
 def test_stream_stop_and_seed(client: openai.OpenAI) -> None:
-    wishes: dict = {"model": "exported", "prompt": "The", "max_tokens": 30}
-    text = client.completions.create(**wishes, temperature=0).choices[0].text
-    chunks = list(client.completions.create(**wishes, temperature=0, stream=True))
+    params: dict = {"model": "exported", "prompt": "The", "max_tokens": 30}
+    text = client.completions.create(**params, temperature=0).choices[0].text
+    chunks = list(client.completions.create(**params, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == text
     assert len(chunks) > 10
-    stopped = client.completions.create(**wishes, temperature=0, stop=text[8:11]).choices[0]
+    stopped = client.completions.create(**params, temperature=0, stop=text[8:11]).choices[0]
     assert (stopped.text, stopped.finish_reason) == (text[: text.index(text[8:11])], "stop")
-    one, same, other = (client.completions.create(**wishes, seed=seed).choices[0].text for seed in (3, 3, 4))
+    one, same, other = (client.completions.create(**params, seed=seed).choices[0].text for seed in (3, 3, 4))
     assert one == same != other
 
 
 def test_tokens_are_counted_where_the_end_comes_inside_a_character(client: openai.OpenAI) -> None:
-    """llama.cpp tells of the end's token by itself there; 40 seeds meet that some times."""
+    """llama.cpp reports the end-of-text token separately there; some of 40 seeds meet that case."""
     for seed in range(40):
         answer = client.completions.create(
             model="exported", prompt="The", max_tokens=40, seed=seed, temperature=1, logprobs=0
@@ -102,7 +102,7 @@ def test_tokens_are_counted_where_the_end_comes_inside_a_character(client: opena
         assert (answer.usage.completion_tokens == 40) == (answer.choices[0].finish_reason == "length")
 
 
-def test_whoever_goes_away_frees_llama_cpp(file: Path) -> None:
+def test_a_client_that_disconnects_frees_llama_cpp(file: Path) -> None:
     backend = Llama(str(file), parallel=1, queue=1, threads=1)
     with served([backend]) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         for _ in range(3):
@@ -112,7 +112,7 @@ def test_whoever_goes_away_frees_llama_cpp(file: Path) -> None:
         until(lambda: backend.num_running == backend.num_waiting == 0)
 
 
-def test_broken_file_is_a_users_mistake(file: Path, tmp_path: Path) -> None:
+def test_a_broken_file_is_a_user_error(file: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(AtlasError, match="is not a complete GGUF file"):

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the server: schemathesis makes up requests, and looks at what comes back."""
+"""The OpenAPI document against the server: schemathesis generates requests and checks the responses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.served import random_model, served_model
 
 
 @pytest.mark.slow
-def test_every_request_gets_an_answer_that_the_document_names(tmp_path: Path) -> None:
-    """No status that it does not name, no body of another shape, no 5xx, nothing invalid accepted. (What the document
-    allows may be refused: it cannot say that two fields go together, nor how long the context is.)"""
+def test_every_response_is_one_that_the_document_declares(tmp_path: Path) -> None:
+    """No undeclared status, no body of another shape, no 5xx, no invalid request accepted. (The server may refuse what
+    the document allows: the document cannot express dependent fields or the length of the context.)"""
     with served_model(random_model(chat=True), settings=ServerSettings(max_tokens=32)) as (address, engine):
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
         options = ["--phases=examples,coverage,fuzzing", "--max-examples=25", "--seed=1", "--no-color"]

@@ -1,4 +1,4 @@
-"""A custom tokenizer and loss as a user would write them, a loss that stands still to be killed, a slow disk."""
+"""A custom tokenizer and loss as a user would write them, a loss that stalls until a kill, a slow disk."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _calls = 0
 def stalling_loss(
     logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The usual loss; at the call that ATLAS_TEST_STALL_AT names, say so in a file and wait to be killed."""
+    """The default loss. The call number ATLAS_TEST_STALL_AT creates a file and waits to be killed."""
     global _calls
     _calls += 1
     if os.environ.get("ATLAS_TEST_STALL_AT") == str(_calls):
         Path(os.environ["ATLAS_TEST_STALL_FILE"]).touch()
-        for _ in range(1200):  # a signal that only sets a flag lets the wait end
+        for _ in range(1200):  # the wait ends if a signal only sets a flag
             time.sleep(0.05)
             if Path(os.environ["ATLAS_TEST_STALL_FILE"] + ".go").exists():
                 break
@@ -48,7 +48,7 @@ def stalling_loss(
 
 
 def _slow_disk(seconds: float) -> None:
-    """Every fsync takes so much longer, so that a kill can be aimed at what lies between two of them."""
+    """Slow down every fsync, so that a test can kill the process between two of them."""
     fsync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -63,6 +63,6 @@ if "ATLAS_TEST_SLOW_DISK" in os.environ:
 
 
 def slow_loss(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The usual loss, and time for a test to do something meanwhile."""
+    """The default loss, slowed down so that a test can act meanwhile."""
     time.sleep(0.02)
     return compute_lm_loss(logits, targets, mask)

@@ -1,4 +1,4 @@
-// What both pages need: to ask the server, and to put text into the document as text.
+// Shared by both pages: requests to the server, and text that enters the document as text.
 
 const KEY = "atlas-api-key";
 
@@ -10,11 +10,11 @@ export function element(name, properties = {}, ...children) {
 }
 
 export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
-/** For a style: no blank, and no rounding. */
+/** A CSS value: without spaces or rounding. */
 export const width = (part) => `${100 * part}%`;
 export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
-/** A token's text on one line so that it can be seen, where it is nothing but blanks, too. */
+/** A token's text on one line, visible even if it is only whitespace. */
 export function visible(text) {
   if (text === "") return "∅";
   return (text.trim() ? text : text.replaceAll(" ", "␣").replaceAll("\t", "⇥")).replaceAll("\n", "↵");
@@ -37,7 +37,7 @@ export async function ask(route, body, signal) {
   return (await request(route, body, signal)).json();
 }
 
-/** The server-sent events of an answer, as they come. */
+/** The server-sent events of a response, as they arrive. */
 export async function* stream(route, body, signal) {
   const reader = (await request(route, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -56,7 +56,7 @@ export async function* stream(route, body, signal) {
 
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
-/** Ask for the key, keep it until the tab is closed, and go on. */
+/** Ask for the key, keep it until the tab is closed, and continue. */
 export function showKey(then) {
   const form = document.getElementById("key"), status = document.getElementById("status");
   status.className = hasKey() ? "bad" : "";

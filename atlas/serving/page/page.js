@@ -1,23 +1,23 @@
-// The page at /: write with a model, and look at each token. No framework, no build step, nothing from elsewhere.
+// The page at /: generate with a model, and look at each token. No framework, no build step, no other host.
 import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 10;
 const ENDS = { stop: "it ended", length: "as many as were asked for" };
-const MOST_BITS = 16; // of surprise, from which on the colour is full
+const MOST_BITS = 16; // the surprise at which the colour is strongest
 
 let models = [];
-let columns = []; // one for each model that writes
-let chosen = null; // {column, index}: the token that the views are about
+let columns = []; // one per model that generates
+let chosen = null; // {column, index}: the token that the views show
 let view = "alternatives";
-let writing = null; // an AbortController while texts are written
+let writing = null; // an AbortController during generation
 
-// ---- Columns: a model and the tokens that it was given or wrote
+// ---- Columns: a model, the tokens of its prompt and the generated tokens
 
 function makeColumns() {
   const names = [$("model").value, $("beside").value].filter(Boolean);
-  if (columns.map(({ model }) => model).join() === names.join()) return; // what stands there stays until there is more
+  if (columns.map(({ model }) => model).join() === names.join()) return; // the current text stays until new text arrives
   chosen = null;
   columns = names.map((model) => {
     const text = element("div", { className: "text", role: "group" });
@@ -35,7 +35,7 @@ function makeColumns() {
   showView();
 }
 
-/** Of lines that end, and of a token that is nothing or a part of a character that the next one goes on with. */
+/** For line ends, empty tokens, and parts of a character that the next token completes. */
 function signOf({ text, shown }) {
   if (text === "") return "∅";
   return shown === "" ? "·" : "↵".repeat(shown.split("\n").length - 1);
@@ -45,7 +45,7 @@ function addToken(column, token) {
   const index = column.tokens.length;
   const span = element("span", { className: token.given ? "token prompt" : "token", textContent: token.shown });
   const sign = signOf(token);
-  if (sign) span.dataset.sign = sign; // drawn, and not copied
+  if (sign) span.dataset.sign = sign; // drawn, but not copied with the text
   span.setAttribute("role", "button");
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
@@ -80,13 +80,13 @@ function choose(column, index) {
   const { span } = column.tokens[index];
   span.setAttribute("aria-pressed", "true");
   span.tabIndex = 0;
-  if (view === "alternatives") showView(); // which asks nothing of the server
+  if (view === "alternatives") showView(); // it needs no request
   else showSoon();
 }
 
 const idsBefore = ({ column, index }) => column.tokens.slice(0, index).map((token) => token.id);
 
-// ---- Writing
+// ---- Generation
 
 function settings() {
   const form = new FormData($("settings"));
@@ -95,7 +95,7 @@ function settings() {
   return wishes;
 }
 
-function wishesToWrite() {
+function generationParams() {
   const form = new FormData($("settings"));
   const wishes = { ...settings(), max_tokens: Number(form.get("max_tokens")), alternatives: ALTERNATIVES };
   if (form.get("seed") !== "") wishes.seed = Number(form.get("seed"));
@@ -126,10 +126,10 @@ async function write(prompts) {
   if (!chosen) showView();
 }
 
-/** `kept`: of a text that goes on from one of its places, what is known of its tokens. Only an answer takes the place
- * of what stands there. */
+/** `kept`: the known tokens of a text that continues from one of its positions. The current text stays until the
+ * response begins. */
 async function writeIn(column, prompt, kept, signal, count) {
-  for await (const event of stream("api/write", { model: column.model, prompt, ...wishesToWrite() }, signal)) {
+  for await (const event of stream("api/write", { model: column.model, prompt, ...generationParams() }, signal)) {
     if (event.kind === "prompt") {
       column.tokens = [];
       column.text.replaceChildren();
@@ -155,13 +155,13 @@ function writeAll() {
   write(columns.map((column) => [column, $("prompt").value, null]));
 }
 
-/** After a branch its token is the chosen one, so that the next alternative is a click or a key away. */
+/** After a branch its token is chosen, so that the next alternative is one click or key away. */
 function chooseLast(column) {
   choose(column, column.tokens.length - 1);
   chosen.column.tokens[chosen.index].span.focus({ preventScroll: true });
 }
 
-/** Continue with another token in a place. */
+/** Continue with another token at a position. */
 function branch(place, token, alternatives) {
   const kept = [...place.column.tokens.slice(0, place.index), { ...token, alternatives }];
   write([[place.column, kept.map(({ id }) => id), kept]]);
@@ -174,7 +174,7 @@ function busy(isBusy) {
 }
 
 function say(text, { isBad = false, aloud = true } = {}) {
-  $("status").ariaLive = aloud ? "polite" : "off"; // who hears the page is told how it ended, not each token
+  $("status").ariaLive = aloud ? "polite" : "off"; // a screen reader announces the end, not each token
   $("status").textContent = text;
   $("status").className = isBad ? "bad" : "";
 }
@@ -183,7 +183,7 @@ function say(text, { isBad = false, aloud = true } = {}) {
 
 let pause = 0;
 
-/** After a moment without another call: whoever holds an arrow key or a slider asks once. */
+/** Runs after a pause in the calls, so that a held arrow key or slider causes one request. */
 function showSoon() {
   clearTimeout(pause);
   pause = setTimeout(showView, 60);
@@ -200,7 +200,7 @@ function showView() {
   $("view").setAttribute("aria-labelledby", `tab-${view}`);
   const place = chosen ?? lastPlace();
   if (!place) {
-    $("view").replaceChildren(element("p", { className: "quiet", textContent: "Nothing is written yet." }));
+    $("view").replaceChildren(element("p", { className: "quiet", textContent: "No text yet." }));
     return;
   }
   if (place.index === 0 && view !== "attention") {
@@ -221,7 +221,7 @@ function showView() {
     });
 }
 
-/** Behind the last token, where the next one would stand. */
+/** The position after the last token. */
 function lastPlace() {
   const column = columns.find((each) => each.tokens.length);
   return column ? { column, index: column.tokens.length } : null;
@@ -262,7 +262,7 @@ async function showAlternatives(place) {
   );
 }
 
-let asking = null; // the last request of a view; one that comes back late is not shown
+let asking = null; // the last request of a view; late responses are not shown
 
 async function about(place, route, body) {
   asking?.abort();

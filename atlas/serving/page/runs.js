@@ -1,4 +1,4 @@
-// The page at /runs: the curves of the runs in a folder, asked for again and again while they grow.
+// The page at /runs: the curves of the runs in a folder, refreshed while they grow.
 /* global AtlasCharts */
 import { ask, hasKey, showKey } from "./common.js";
 
@@ -12,7 +12,7 @@ async function look() {
     if ((await ask("health")).needs_key && !hasKey()) return showKey(look);
     const { folder, more, runs } = await ask("api/runs");
     status.className = "";
-    status.ariaLive = "off"; // a time every two seconds is not for the ear
+    status.ariaLive = "off"; // a screen reader must not announce the time every two seconds
     status.textContent = runs.length
       ? `${folder}, updated ${new Date().toLocaleTimeString()}` + (more ? `; ${more} older runs are not drawn` : "")
       : `no run writes to ${folder} yet: atlas train makes one`;

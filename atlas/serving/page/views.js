@@ -1,7 +1,7 @@
-// Pictures of one place in a text: what sampling does to the distribution, attention by head, and the logit lens.
+// Views of one position in a text: the effect of sampling settings, attention by head, and the logit lens.
 import { element, percent, visible, width } from "./common.js";
 
-/** By the names that the server has for them. The last step, min-p, gives what is drawn from. */
+/** By the server's names. The last step, min-p, gives the distribution that is sampled. */
 const SETTINGS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
 
 /** The distribution before and after the settings, a row for each of the likeliest tokens. */
@@ -43,7 +43,7 @@ export function drawSampling(view, facts, answer, chosenId) {
 
 let head = 0;
 
-/** The heads of a layer as small pictures, one of them large; rows look at columns. */
+/** The heads of a layer as small pictures, one of them large; rows attend to columns. */
 export function drawAttention(view, facts, answer, tokens, again) {
   const layers = Array.from({ length: answer.num_layers }, (_, layer) =>
     element("option", { value: layer, textContent: `layer ${layer}`, selected: layer === answer.layer }),
@@ -87,14 +87,14 @@ export function drawAttention(view, facts, answer, tokens, again) {
     facts,
     element("label", {}, "Attention of ", layer),
     element("div", { className: "heads" }, ...buttons),
-    element("h2", { textContent: `What it looks at in head ${head}` }),
+    element("h2", { textContent: `What it attends to in head ${head}` }),
     element("table", { className: "bars", id: "attended" }, element("tbody", {}, ...rows)),
     large,
     element("p", {
       className: "quiet",
       textContent:
-        "Each row is a token and looks at those before it, from left to right; the last row is the chosen token, and " +
-        "the text is underlined by it." +
+        "Each row is a token and its attention to earlier tokens, from left to right. The last row is the chosen token; " +
+        "its weights underline the text." +
         (answer.first ? ` Only the last ${weights.length} tokens are drawn.` : ""),
     }),
   );
@@ -110,7 +110,7 @@ function picture(weights) {
   context.fillStyle = ink;
   for (let row = 0; row < size; row++) {
     for (let column = 0; column <= row; column++) {
-      // The square root: most weights are small, and would all look like none.
+      // The square root, since most weights are small and would be invisible.
       context.globalAlpha = Math.sqrt(weights[row][column]);
       context.fillRect(column, row, 1, 1);
     }
@@ -120,7 +120,7 @@ function picture(weights) {
   return canvas;
 }
 
-/** What the model would say after each layer. */
+/** The model's prediction after each layer. */
 export function drawLayers(view, facts, answer, chosenId) {
   const rows = answer.layers.map((layer) => {
     const cells = layer.likeliest.map((token) => {
@@ -137,8 +137,8 @@ export function drawLayers(view, facts, answer, chosenId) {
     element("p", {
       className: "quiet",
       textContent:
-        "The likeliest tokens if the text so far were read out after each layer (the logit lens): the stronger the " +
-        "colour, the likelier. The token that stands there is framed.",
+        "The likeliest tokens if the model ended after each layer (the logit lens). A stronger colour means a higher " +
+        "probability. The actual token is framed.",
     }),
   );
 }
