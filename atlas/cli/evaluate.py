@@ -140,7 +140,7 @@ def _show_worst(
         marked = set(costs.topk(min(_MARKED, len(costs))).indices.tolist())
         around = range(max(0, worst - _AROUND), min(len(ids), worst + _AROUND))
         shown = _marked_text(
-            [(ids[place], place in marked) for place in around if ids[place] >= 0], tokenizer
+            [(ids[position], position in marked) for position in around if ids[position] >= 0], tokenizer
         )
         typer.echo(
             f"\n{rank}. window {window:,}: {mean:.3f} nats per token, {float(costs[worst]):.1f} for "

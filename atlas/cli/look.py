@@ -106,27 +106,27 @@ def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)  # tokens may look like either
     if not console.is_terminal:
         console.width = _UNWRAPPED
-    places: list[TokenPrediction] = facts["tokens"]
-    _print_places(console, places)
+    tokens: list[TokenPrediction] = facts["tokens"]
+    _print_tokens(console, tokens)
     _print_next_token(console, facts["next_token"], facts["sampling"])
     if "lens" in facts:
-        _print_lens(console, places, **facts["lens"])
+        _print_lens(console, tokens, **facts["lens"])
     if "attention" in facts:
-        _print_attention(console, places, **facts["attention"])
+        _print_attention(console, tokens, **facts["attention"])
 
 
-def _print_places(console: Console, places: Sequence[TokenPrediction]) -> None:
+def _print_tokens(console: Console, tokens: Sequence[TokenPrediction]) -> None:
     from atlas.training.logs.run_log import perplexity
 
     table = _table("position>", "token", "probability", ">", "rank>", "entropy>", "likeliest")
-    table.add_row("0", _token(places[0].text), "", "", "", "", "(the first token)")
-    for number, place in enumerate(places[1:], start=1):
-        probability = place.probability or 0.0
-        cells = _percent(probability), f"{place.rank:,}", f"{place.entropy:.1f}", _choices(place.alternatives)
-        table.add_row(str(number), _token(place.text), _bar(probability), *cells)
+    table.add_row("0", _token(tokens[0].text), "", "", "", "", "(the first token)")
+    for number, each in enumerate(tokens[1:], start=1):
+        probability = each.probability or 0.0
+        cells = _percent(probability), f"{each.rank:,}", f"{each.entropy:.1f}", _choices(each.alternatives)
+        table.add_row(str(number), _token(each.text), _bar(probability), *cells)
     console.print(table)
-    if len(places) > 1:
-        loss = -sum(place.log_probability or 0.0 for place in places) / (len(places) - 1)
+    if len(tokens) > 1:
+        loss = -sum(each.log_probability or 0.0 for each in tokens) / (len(tokens) - 1)
         summary = f"loss of this text {loss:.4f} nats per token, perplexity {perplexity(loss):,.2f}"
         console.print(f"{summary}; entropy is in bits")
 
@@ -152,12 +152,12 @@ def _print_next_token(console: Console, next_token: NextToken, sampling: Samplin
 
 
 def _print_lens(
-    console: Console, places: Sequence[TokenPrediction], *, position: int, depths: Sequence[LayerPrediction]
+    console: Console, tokens: Sequence[TokenPrediction], *, position: int, depths: Sequence[LayerPrediction]
 ) -> None:
-    token = _token(places[position].text)
+    token = _token(tokens[position].text)
     console.print(f"\nthe prediction after each layer, at position {position}, {token}")
-    is_last = position + 1 == len(places)
-    actual = [] if is_last else [f"actual: {_token(places[position + 1].text)}>", "rank>"]
+    is_last = position + 1 == len(tokens)
+    actual = [] if is_last else [f"actual: {_token(tokens[position + 1].text)}>", "rank>"]
     table = _table("after", "entropy>", "likeliest", *actual)
     for depth in depths:
         after = "embedding" if depth.layer is None else f"layer {depth.layer}"
@@ -169,21 +169,21 @@ def _print_lens(
 
 
 def _print_attention(
-    console: Console, places: Sequence[TokenPrediction], *, layer: int, head: int, weights: Tensor
+    console: Console, tokens: Sequence[TokenPrediction], *, layer: int, head: int, weights: Tensor
 ) -> None:
     """The tokens with the largest weights and, if it fits, the attention pattern in shades from left to right."""
-    is_drawn = len(places) <= _PATTERN
+    is_drawn = len(tokens) <= _PATTERN
     console.print(f"\nlayer {layer}, head {head}: which tokens each token attends to")
     table = _table("position>", "token", *(["pattern"] if is_drawn else []), "attends to")
-    for number, (place, row) in enumerate(zip(places, weights, strict=True)):
+    for number, (each, row) in enumerate(zip(tokens, weights, strict=True)):
         row = row[: number + 1]
         best = row.topk(min(3, number + 1))
         pattern = "".join(_SHADES[round(weight * (len(_SHADES) - 1))] for weight in row.tolist())
         attended = (
-            f"{other} {_token(places[other].text)}:{_percent(weight)}"
+            f"{other} {_token(tokens[other].text)}:{_percent(weight)}"
             for other, weight in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
-        table.add_row(str(number), _token(place.text), *([pattern] if is_drawn else []), "  ".join(attended))
+        table.add_row(str(number), _token(each.text), *([pattern] if is_drawn else []), "  ".join(attended))
     console.print(table)
 
 

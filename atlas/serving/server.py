@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import uvicorn
@@ -57,18 +57,11 @@ class Server:
         )
         self._server = uvicorn.Server(config)
         self._listener = listener
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="atlas-server")
-
-    def _run(self) -> None:
-        try:
-            self._server.run(sockets=[self._listener])
-        except BaseException as error:  # raised by `wait`
-            self.failure = error
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="atlas-server")
+        self._run = pool.submit(self._server.run, sockets=[self._listener])
 
     @property
     def is_ready(self) -> bool:
@@ -85,10 +78,10 @@ class Server:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended within that time. Raises what ended the thread."""
-        self._thread.join(seconds)
-        if self.failure is not None:
-            raise self.failure
-        return not self._thread.is_alive()
+        wait([self._run], seconds)
+        if self._run.done():
+            self._run.result()
+        return self._run.done()
 
 
 class _Protocol(HttpToolsProtocol):

@@ -42,6 +42,7 @@ class EventStream(StreamingResponse):
         self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as an ASGI response."""
         try:
             await super().__call__(scope, receive, send)
         finally:

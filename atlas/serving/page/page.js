@@ -90,17 +90,17 @@ const idsBefore = ({ column, index }) => column.tokens.slice(0, index).map((toke
 
 function settings() {
   const form = new FormData($("settings"));
-  const wishes = {};
-  for (const name of ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]) wishes[name] = Number(form.get(name));
-  return wishes;
+  const params = {};
+  for (const name of ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]) params[name] = Number(form.get(name));
+  return params;
 }
 
 function generationParams() {
   const form = new FormData($("settings"));
-  const wishes = { ...settings(), max_tokens: Number(form.get("max_tokens")), alternatives: ALTERNATIVES };
-  if (form.get("seed") !== "") wishes.seed = Number(form.get("seed"));
-  if (form.get("stop") !== "") wishes.stop = form.get("stop");
-  return wishes;
+  const params = { ...settings(), max_tokens: Number(form.get("max_tokens")), alternatives: ALTERNATIVES };
+  if (form.get("seed") !== "") params.seed = Number(form.get("seed"));
+  if (form.get("stop") !== "") params.stop = form.get("stop");
+  return params;
 }
 
 async function write(prompts) {
