@@ -61,12 +61,9 @@ class Dispatcher:
         self._check(backend, prompts, params, max_tokens)
         longest = max(map(len, prompts))
         if longest > backend.context and not may_exceed:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {backend.context} tokens, the prompt has {longest}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            limit = f"This model's maximum context length is {backend.context} tokens"
+            message = f"{limit}, the prompt has {longest}"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         sampling = Sampling(
             temperature=1.0 if params.temperature is None else params.temperature,
             top_k=params.top_k or 0,
@@ -83,11 +80,8 @@ class Dispatcher:
         try:
             return GenerationRequest(backend, generations, self.metrics.counter(backend))
         except Busy:
-            raise ApiError(
-                429,
-                "too many texts wait: try again in a moment, or ask for fewer",
-                code="queue_full",
-            ) from None
+            message = "too many texts wait: try again in a moment, or ask for fewer"
+            raise ApiError(429, message, code="queue_full") from None
 
     def close(self, request: GenerationRequest) -> None:
         """End a request, when its client has the answer or has disconnected."""

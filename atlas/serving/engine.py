@@ -102,9 +102,7 @@ class Engine(Backend):
             try:
                 with torch.inference_mode():
                     self._step()
-            except (
-                Exception
-            ):  # a bug, or out of memory: the running sequences are lost, and the server continues
+            except Exception:  # a bug, or out of memory: the server continues without these sequences
                 traceback.print_exc(file=sys.stderr)
                 self._outbox += [(each.generation, failure("error")) for each in self._running]
                 self._running = []
@@ -126,9 +124,8 @@ class Engine(Backend):
                 with self._wake:
                     self._waiting.appendleft(each)
         if self._running:
-            self._sample(
-                self._running, self._decoder.next_logits([each.tokens[-1] for each in self._running])
-            )
+            newest = [each.tokens[-1] for each in self._running]
+            self._sample(self._running, self._decoder.next_logits(newest))
         if joining := self._next_waiting(self.parallel - len(self._running)):
             self._running += joining  # from here on, an error ends these too
             windows = [each.tokens[each.start :] for each in joining]
