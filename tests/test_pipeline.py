@@ -1,4 +1,4 @@
-"""The whole road in one command, with a person, without one, and without data."""
+"""All steps in one command, with a user at the terminal, without one, and without data."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_the_demo_goes_the_whole_road_on_ones_own_text(
     Path("river.txt").write_text(corpus(), encoding="utf-8")
     assert main(["pipeline", "--demo", "--data", "river.txt", *SMALLER]) == 0
     out, err = capfd.readouterr()
-    assert "proved: llama.cpp's results equal the model's" in err
-    assert "the whole road took" in err
+    assert "proved: llama.cpp says what the model says" in err
+    assert "the demo took" in err
     assert out.count("─" * 40) == 3  # three samples
     folder = Path("demo-river")
     assert (folder / "checkpoints" / "atlas_step_4.pt").exists()
@@ -187,7 +187,7 @@ def test_the_suggestion_without_a_gpu_is_the_demos_recipe(
     assert config["model"]["position"] == "rope"
     assert config["model"]["vocab_size"] <= 1024
     assert Path("data/processed/my texts-vocab1024/dataset.json").exists()
-    [command] = re.findall(r"^write text: +(.+)$", said, re.M)
+    [command] = re.findall(r"^generate text: +(.+)$", said, re.M)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
 """`atlas <command>`: one small module per command, imported only when it is called.
 
-Each module holds one function of its own name, the command's, whose typer annotations are its options, and imports its
-work inside it, so that `atlas --help` needs neither PyTorch nor a second. Here a mistake of the user's, in
-what they wrote or in what it names, becomes one line and exit code 2.
+Each module has one function with the command's name, whose typer annotations are its options. It imports what it needs
+inside the function, so that `atlas --help` does not load PyTorch and takes less than a second. This file turns a user's
+mistake, in the command or in a file that it names, into one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from atlas.errors import AtlasError, EndedElsewhere, Interrupted, explain
 from atlas.process import set_up_process
 from atlas.version import __version__
 
-# In the order of the road.
+# In the order in which a user needs them.
 COMMANDS = {
     "prepare": "Turn text into token shards.",
-    "train": "Train a model, or go on with one.",
-    "generate": "Write text with a trained model.",
+    "train": "Train a model, or resume a run.",
+    "generate": "Generate text with a trained model.",
     "look": "Show how a model reads a text, and how it chooses the next token.",
-    "serve": "OpenAI's API over a trained model.",
-    "evaluate": "Loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.",
-    "report": "One page of the curves and results of runs, which opens without network.",
+    "serve": "Start an OpenAI-compatible server for a trained model.",
+    "evaluate": "Measure loss, perplexity and bits per byte on a text, or scores in tasks of lm-eval.",
+    "report": "Write a page with the curves and results of runs, which opens without a network.",
     "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
-    "import": "Make a checkpoint of a public model in Hugging Face's format, or of one of Atlas 1.x.",
+    "import": "Make a checkpoint from a public model in Hugging Face's format, or from one of Atlas 1.x.",
     "info": "Describe a checkpoint, dataset, tokenizer, GGUF or config file.",
-    "plan": "Memory, disk, tokens and time of a config, before any work.",
-    "doctor": "What this machine can do, and what to fix.",
-    "pipeline": "The whole road in one command, with questions or without.",
+    "plan": "Estimate memory, disk, tokens and time of a config, before any work.",
+    "doctor": "Show what this machine can do, and what to fix.",
+    "pipeline": "Run all steps in one command, with questions or without.",
 }
 
 _COMPUTE = {"train", "generate", "look", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
-"""Of commands whose name Python keeps for itself."""
+"""Functions of commands whose name is a keyword of Python."""
 
-# What the parser raises: click's UsageError, which newer versions of typer bring along under a name of their own.
+# The parser raises click's UsageError, which newer versions of typer contain under another name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_as_by_ctrl_c():
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
     except _UsageError as error:
-        typer.echo(f"error: {_usage_problem(error, argv, invoked)}; see {_help_for(invoked)}", err=True)
+        help_command = f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
+        typer.echo(f"error: {_usage_problem(error, argv, invoked)}; see {help_command}", err=True)
         return USER_MISTAKE
-    except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end); before the command ran
+    except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end), or before the command ran
         typer.echo("interrupted", err=True)
         return INTERRUPTED
     except (OSError, RecursionError, MemoryError) as error:
@@ -85,10 +86,10 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, SIGHUP and, on Windows, SIGBREAK raise what Ctrl-C raises, so that what is half done is cleaned up.
+    """Within, SIGTERM, SIGHUP and, on Windows, SIGBREAK raise what Ctrl-C raises. So unfinished work is cleaned up.
 
-    Training puts handlers of its own in place of these, and these back. Outside the main thread Python
-    allows no handlers; nothing is changed.
+    Training replaces these handlers by its own and restores them. Outside the main thread Python allows no handlers, so
+    nothing changes.
     """
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -104,7 +105,7 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _build_app(invoked: str | None) -> typer.Typer:
-    """The typer app; only the invoked command's module is imported, the others are their help line."""
+    """The typer app. It imports only the invoked command's module; the other commands have only their help line."""
     app = typer.Typer(
         help="Raw text → tokens → a GPT trained from scratch → text → a GGUF file that llama.cpp runs.",
         add_completion=False,
@@ -152,7 +153,7 @@ def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:
-    """`--max-tokens abc: must be a valid integer`: what the parser says in several lines and without the value."""
+    """The parser's message as one line with the value, as in `--max-tokens abc: must be a valid integer`."""
     unknown = getattr(error, "option_name", None)
     if unknown and (instead := hint(invoked, unknown)):
         return f"no such option: {unknown}; {instead}"
@@ -163,18 +164,14 @@ def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -
         if flag in flags and message:
             reason = message.replace("Input should be", "must be").rstrip(".")
             return f"{flag} {value if equals else following}: {reason}"
-    whole: str = error.format_message()  # type: ignore[attr-defined]
-    if "unexpected extra argument" in whole:
-        whole += '; a pattern such as "texts/*.txt" goes in quotes, since the shell takes it apart otherwise'
-    return whole[0].lower() + whole[1:].rstrip(".")
-
-
-def _help_for(invoked: str | None) -> str:
-    return f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
+    problem: str = error.format_message()  # type: ignore[attr-defined]
+    if "unexpected extra argument" in problem:
+        problem += '; a pattern such as "texts/*.txt" goes in quotes, since the shell expands it otherwise'
+    return problem[0].lower() + problem[1:].rstrip(".")
 
 
 def _speak_utf8() -> None:
-    """A Windows console, or a pipe with LANG=C, must not die of the first character beyond ASCII."""
+    """Write UTF-8 also to a Windows console or a pipe with LANG=C, which would fail at a character beyond ASCII."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(encoding="utf-8", errors="replace")

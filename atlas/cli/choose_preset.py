@@ -1,4 +1,4 @@
-"""The menu of presets: what each one needs on this machine, and which one to train."""
+"""The menu of presets: what each needs on this machine, and the choice of one to train."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from atlas.training.memory.presets import PresetPlan
 
 VOCABULARY = 1024
-"""Entries of the vocabulary that is learnt from the text, for the presets that leave theirs open."""
+"""Size of the vocabulary that is trained on the text, for presets that do not state one."""
 ON_A_CPU = "modern-nano"
 
 
 def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, device: str = "auto") -> str:
-    """The name of the preset to train, or the path of a config file: the one that a person answers with, or the default
-    where `ask` is None. `vocab_size` is that of a dataset, None for text that is still to be prepared.
+    """The name of the preset to train, or the path of a config file: the user's answer, or the default if `ask` is
+    None. `vocab_size` is the dataset's, or None for text that is not prepared yet.
 
     Raises `AtlasError` if no preset fits into memory.
     """
@@ -48,7 +48,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
 
 
 def _default(plans: Sequence[PresetPlan], machine: Machine) -> str:
-    """The largest preset that fits a GPU. A CPU has the memory for large models, but not the speed."""
+    """The largest preset that fits a GPU. A CPU has enough memory for large models, but is too slow for them."""
     from atlas.training.memory.presets import largest_that_fits
 
     largest = largest_that_fits(plans)
@@ -60,30 +60,28 @@ def _default(plans: Sequence[PresetPlan], machine: Machine) -> str:
 
 
 def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> None:
+    from atlas.cli.terminal import print_table
     from atlas.planning.run import describe_duration, plan_run
 
     typer.echo(f"\n{machine.name}: {machine.memory / 1e9:.1f} GB of memory free\n", err=True)
-    header = f"   {'preset':<12}{'parameters':>13}{'vocabulary':>12}{'context':>9}{'memory':>10}  training time here"
-    typer.echo(header, err=True)
+    rows = [("", "preset", "parameters", "vocabulary", "context", "memory", "training time here")]
     for number, plan in enumerate(plans, start=1):
-        run = plan_run(plan.config, machine, updates=plan.config.training.max_steps)
-        duration = describe_duration(run.seconds) if run.seconds else "not known"
-        model = plan.config.model
+        model, updates = plan.config.model, plan.config.training.max_steps
+        seconds = plan_run(plan.config, machine, updates=updates).seconds
+        duration = describe_duration(seconds) if seconds else "not known"
         note = "" if plan.fits else ", does not fit into memory"
         note += "  ← suggested" if plan.name == default else ""
-        typer.echo(
-            f"{number}  {plan.name:<12}{plan.parameters:>13,}{model.vocabulary:>12,}{model.max_seq_len:>9,}"
-            f"{plan.memory / 1e9:>7.1f} GB  {duration}{note}",
-            err=True,
-        )
+        size = f"{plan.parameters:,}", f"{model.vocabulary:,}", f"{model.max_seq_len:,}"
+        rows.append((str(number), plan.name, *size, f"{plan.memory / 1e9:.1f} GB", duration + note))
+    print_table(rows, right={2, 3, 4, 5}, err=True)
     if len({plan.config.model.vocabulary for plan in plans}) > 1:
         typer.echo(
-            f"\nA vocabulary of {VOCABULARY:,} is learnt from your text; one of 50,257 is GPT-2's.", err=True
+            f"\nA vocabulary of {VOCABULARY:,} is trained on your text; one of 50,257 is GPT-2's.", err=True
         )
 
 
 def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
-    """The preset, or the config file, that an answer means. Raises `AtlasError`."""
+    """The preset or the config file that an answer names. Raises `AtlasError`."""
     from atlas.config.presets import find_config
 
     if answer.isdecimal():
@@ -95,18 +93,18 @@ def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
 
 
 def print_next_commands(checkpoint: Path) -> None:
-    """What to do with a trained model, as commands that work in this shell as they stand."""
+    """Print commands for a trained model, which work in this shell as printed."""
     import shlex
 
     from atlas.cli.terminal import own_command
 
     atlas, named = own_command(), f"--checkpoint {shlex.quote(str(checkpoint))}"
     for purpose, command in (
-        ("write text", f'{atlas} generate {named} --prompt "Once upon a time"'),
+        ("generate text", f'{atlas} generate {named} --prompt "Once upon a time"'),
         ("open it in the browser", f"{atlas} serve {named}"),
         ("export it to llama.cpp", f"{atlas} export {named} --output atlas_model.gguf"),
         (
-            "teach it to answer",
+            "train it to answer",
             f"{atlas} train --init-from {shlex.quote(str(checkpoint))} --train-data chats.jsonl --epochs 40 "
             "--batch-size 4 --output-dir checkpoints/chat",
         ),

@@ -1,11 +1,11 @@
-"""Which text the pipeline trains on, decided before anything is installed.
+"""The choice of the text that the pipeline trains on, made before anything is installed.
 
-`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python: it uses the standard library only, and
-nothing else of Atlas.
+`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python. It imports only the standard library.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -25,10 +25,10 @@ class NoTextError(Exception):
 def choose_text(
     data: str | None, *, command: str, ask: Callable[[str], str] | None = None
 ) -> tuple[str | None, bool]:
-    """(path of the text, whether the demo was chosen instead): `data` if it is given, else the archive of the FAQ, else
-    what a person answers. `ask` is None where nobody can answer; `command` is what the user called.
+    """(path of the text, whether the user chose the demo instead): `data` if it is given, else the archive of the FAQ,
+    else the user's answer. `ask` is None if nobody can answer; `command` is the command that the user called.
 
-    Raises `NoTextError` if the text is not there.
+    Raises `NoTextError` if there is no text.
     """
     if data is not None:
         data = os.path.expanduser(data)
@@ -40,7 +40,7 @@ def choose_text(
     if ask is None:
         raise NoTextError(
             f"{ARCHIVE}: is not there, and no text is named. Train on your own with {command} --data FOLDER_OR_FILE, "
-            f"see the whole road on Python's documentation with {command} --demo, or download the FAQ's archive from "
+            f"see all steps on Python's documentation with {command} --demo, or download the FAQ's archive from "
             f"{ORIGIN}"
         )
     question = "Folder or file to train on (Enter: Python's own documentation, as a demo): "
@@ -54,7 +54,7 @@ def choose_text(
 
 
 def _path_of(answer: str) -> str:
-    """The path that a person typed, or dragged into the terminal, which quotes it or escapes its blanks."""
+    """The path that the user typed, or dragged into the terminal, which quotes it or escapes its spaces."""
     if Path(answer).exists():
         return answer
     try:
@@ -65,7 +65,7 @@ def _path_of(answer: str) -> str:
 
 
 def _why_not(path: str) -> str | None:
-    """Why there is no text at `path`; None if there may be."""
+    """Why there is no text at `path`; None if there may be one."""
     if not path.strip():
         return "names nothing"
     try:
@@ -79,13 +79,13 @@ def _why_not(path: str) -> str | None:
 
 
 def somebody_can_answer() -> bool:
-    """Whether questions and answers go to a terminal."""
+    """Whether standard input and standard error are a terminal with a user."""
     streams = (sys.stdin, sys.stderr)  # None where they are closed
     return all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
 
 
 def ask_person(question: str) -> str:
-    """One line typed at the terminal. Raises `KeyboardInterrupt` at the end of input."""
+    """One line that the user types. Raises `KeyboardInterrupt` at the end of input."""
     print(question, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
@@ -95,16 +95,17 @@ def ask_person(question: str) -> str:
 
 
 def _main(command: str, arguments: Sequence[str]) -> int:
-    """Print the options that the person's answer adds to `arguments`, one a line."""
-    if {"--demo", "--help", "-h"} & set(arguments) and _value_of("--data", arguments) is None:
+    """Print the options that the user's answer adds to `arguments`, one per line, and return the exit code."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", nargs="?")
+    for flag in ("--demo", "--help", "-h", "--yes"):
+        parser.add_argument(flag, action="store_true")
+    given, _ = parser.parse_known_args(arguments)
+    if given.data is None and (given.demo or given.help or given.h):
         return 0
-    given = _value_of("--data", arguments)
     try:
-        text, is_demo = choose_text(
-            given,
-            command=command,
-            ask=ask_person if somebody_can_answer() and "--yes" not in arguments else None,
-        )
+        ask = ask_person if somebody_can_answer() and not given.yes else None
+        text, is_demo = choose_text(given.data, command=command, ask=ask)
     except NoTextError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -113,20 +114,9 @@ def _main(command: str, arguments: Sequence[str]) -> int:
         return 130
     if is_demo:
         print("--demo")
-    elif given is None and text:
+    elif given.data is None:
         print(f"--data={text}")
     return 0
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """The last value that is given, as the command takes it."""
-    value = None
-    for place, word in enumerate(arguments):
-        if word == option and place + 1 < len(arguments):
-            value = arguments[place + 1]
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
-    return value
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The options of Atlas 1.x's scripts that Atlas does not have, and what to write instead.
 
-`docs/MIGRATING.md` has the same table for readers.
+`docs/MIGRATING.md` shows the same table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OLD_FLAGS = {
     },
     "export": {
         "--quantization": "write --quantize",
-        "--tokenizer": "leave it out: the checkpoint holds its tokenizer",
+        "--tokenizer": "leave it out: the checkpoint contains its tokenizer",
     },
     "pipeline": {"--override": _OVERRIDE},
     "plan": {
@@ -40,5 +40,5 @@ OLD_FLAGS = {
 
 
 def hint(command: str | None, flag: str) -> str | None:
-    """What to write instead of an option of Atlas 1.x; None for any other."""
+    """What to write instead of an option of Atlas 1.x; None for any other option."""
     return OLD_FLAGS.get(command or "", {}).get(flag)

@@ -1,4 +1,4 @@
-"""`atlas pipeline`: the whole road in one command, with questions to a person and without them to a script."""
+"""`atlas pipeline`: from text to a model in one command, with questions on a terminal and without them in a script."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.train import NoResume, Overrides
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -25,64 +26,62 @@ def pipeline(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text file, folder or archive. Left out: data/raw/archive.zip, or it is asked for; with --demo, "
+            help="Text file, folder or archive. Default: data/raw/archive.zip, or Atlas asks; with --demo, "
             "Python's own documentation.",
             metavar="PATH",
         ),
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Preset or config file; left out, it is asked for.", metavar="FILE|NAME"),
+        typer.Option(help="Preset or config file. Default: Atlas asks.", metavar="FILE|NAME"),
     ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; default checkpoints, with --demo demo.", metavar="DIR"),
     ] = None,
-    no_resume: Annotated[
-        bool,
-        typer.Option("--no-resume", help="Start anew; what the output folder holds moves to previous-N."),
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take the defaults.")] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
-    ] = None,
+    no_resume: NoResume = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing and use the defaults.")] = False,
+    overrides: Overrides = None,
 ) -> None:
-    """The whole road: text → tokens → model → text → GGUF.
+    """All steps in one command: text → tokens → model → text → GGUF.
 
-    Without --demo: takes your text, shows the presets with what each needs on this machine, asks which one to train,
-    prepares the text for it and trains. Without a terminal, or with --yes, nothing is asked.
+    Without --demo, it shows what each preset needs on this machine, asks which one to train, prepares your text for it
+    and trains. Without a terminal, or with --yes, it asks nothing.
     """
+    from atlas.cli.choose_preset import print_next_commands
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
+    from atlas.cli.train import train_to_the_end
     from atlas.config.loader import nested, overlay, parse_overrides
     from atlas.config.presets import leaves_batch_size_open
 
     layer = parse_overrides(overrides or [])
     confirm = None if yes else ask_or_none()
     ask = ask_person if confirm else None
-    if not demo or data is not None:
+    if data is not None or not demo:
         try:
-            text, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
+            data, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
         except NoTextError as error:
             raise AtlasError(str(error)) from None
-        demo, data = demo or chose_demo, text
+        demo = demo or chose_demo
     if demo:
-        from atlas.cli.demo import demo_road
+        from atlas.cli.demo import run_demo
 
         folder = output_dir or Path("demo" if data is None else f"demo-{Path(data).stem}")
-        demo_road(data, folder, layer, no_resume=no_resume)
-        return
+        return run_demo(data, folder, layer, no_resume=no_resume)
+    from atlas.training.resume import Request
+
     assert data is not None
-    explicit = _plan(data, config, layer, ask)
+    explicit = _settings(data, config, layer, ask)
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
-    is_open = leaves_batch_size_open(config, layer)
-    _train(explicit, no_resume=no_resume, confirm=confirm, may_exceed_batch_size=is_open)
+    request = Request(explicit, no_resume=no_resume, ask=confirm)
+    run = train_to_the_end(request, may_exceed_batch_size=leaves_batch_size_open(config, layer))
+    print_next_commands(run.checkpoints.folder / "atlas_best.pt")
 
 
-def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
-    """The config of the run, with its text prepared for the vocabulary that it wants."""
+def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
+    """The settings of the run, whose text is prepared for their vocabulary."""
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.config.loader import nested, overlay, read_yaml
     from atlas.config.presets import find_config, preset_names
@@ -96,12 +95,12 @@ def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], 
         )
     if holds_conversations(data):
         raise AtlasError(
-            f"--data {data}: holds conversations, which teach a trained model to answer: train one on text first, then "
+            f"--data {data}: contains conversations, which make a trained model answer: train one on text first, then "
             f"atlas train --init-from CHECKPOINT --train-data {data}"
         )
     prepared = open_dataset(data) if is_prepared(data) else None
     if prepared is None:
-        Sources([data])  # what cannot be read is refused before a question is asked
+        Sources([data])  # refuses an unreadable text before a question is asked
     vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
     device = str(overrides.get("device", "auto"))
     preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
@@ -116,8 +115,8 @@ def _plan(data: str, config: str | None, overrides: Layer, ask: Callable[[str], 
 
 
 def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -> PreparedDataset:
-    """The dataset of a text, prepared unless it was before. One with a vocabulary of its own gets a folder of its own,
-    so that it does not replace the one in GPT-2's."""
+    """The dataset of a text, prepared if needed. One with a trained vocabulary gets a separate folder, so that it does
+    not replace the one with GPT-2's."""
     from atlas.data import prepare
     from atlas.data.prepare.pipeline import default_output
     from atlas.data.text.sources import Sources
@@ -133,23 +132,3 @@ def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -
     for note in summary.notes:
         typer.echo(note, err=True)
     return summary.dataset
-
-
-def _train(
-    explicit: Layer,
-    *,
-    no_resume: bool,
-    confirm: Callable[[str], bool] | None,
-    may_exceed_batch_size: bool,
-) -> None:
-    """Train to the end, and name the commands that come next."""
-    from atlas.cli.choose_preset import print_next_commands
-    from atlas.cli.train import train_to_the_end
-    from atlas.inference.samples import sample_texts
-    from atlas.training.launch import start_run
-    from atlas.training.resume import Request, choose_start
-
-    request = Request(explicit, no_resume=no_resume, ask=confirm)
-    run = start_run(choose_start(request), sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size)
-    train_to_the_end(run)
-    print_next_commands(run.checkpoints.folder / "atlas_best.pt")

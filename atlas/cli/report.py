@@ -1,4 +1,4 @@
-"""`atlas report`: what runs wrote down, as one page to keep."""
+"""`atlas report`: the records of runs on one page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from atlas.reporting.runs import Run
 
 _SECONDS = 5
-"""Between two writings of a live report."""
+"""Between two updates of a live report."""
 
 
 def report(
@@ -25,16 +25,16 @@ def report(
     output: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
     png: Annotated[
         str | None,
-        typer.Option(help="Write the losses as a PNG for a paper, too; needs matplotlib.", metavar="FILE"),
+        typer.Option(help="Also draw the losses as a PNG for a paper; needs matplotlib.", metavar="FILE"),
     ] = None,
     live: Annotated[
         bool,
-        typer.Option("--live", help=f"Write it anew every {_SECONDS} seconds until the runs end or Ctrl-C."),
+        typer.Option("--live", help=f"Update it every {_SECONDS} seconds until the runs end or Ctrl-C."),
     ] = False,
 ) -> None:
-    """One HTML file with the curves, configs, samples and results of one or more runs, which opens without network.
+    """Write an HTML file with the curves, configs, samples and results of runs, which opens without a network.
 
-    Several runs are laid over each other, by step, tokens or time.
+    Several runs are drawn over each other, by step, tokens or time.
     """
     from atlas.reporting.figure import check_figure, draw_losses, shared_axis
     from atlas.reporting.report import write_report
@@ -42,7 +42,7 @@ def report(
 
     page = Path(output)
     if page.suffix.lower() not in (".html", ".htm"):
-        raise AtlasError(f"--output {output}: writes a page: name a file that ends in .html")
+        raise AtlasError(f"--output {output}: is an HTML page: name a file that ends in .html")
     if not page.absolute().parent.is_dir():
         raise AtlasError(f"--output {output}: there is no folder {page.parent}: make it first")
     if png:
@@ -59,11 +59,11 @@ def report(
 
 
 def _follow(page: Path, runs: Sequence[Run]) -> None:
-    """Write the page again and again while a run goes on or may, and until Ctrl-C."""
+    """Update the page while a run continues, or may continue, and until Ctrl-C."""
     from atlas.reporting.report import write_report
 
     typer.echo(
-        f"{page} is written every {_SECONDS} seconds until the run ends; Ctrl-C ends it before", err=True
+        f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier", err=True
     )
     try:
         while any(run.state in ("running", "unknown") for run in runs):
@@ -72,4 +72,4 @@ def _follow(page: Path, runs: Sequence[Run]) -> None:
             for run in runs:
                 run.refresh()
     except KeyboardInterrupt:
-        typer.echo("no longer followed", err=True)
+        typer.echo("no longer updated", err=True)

@@ -1,4 +1,4 @@
-"""Questions to a person, only where there is one; and text as a terminal shows it."""
+"""Questions at a terminal, if there is one; and text as a terminal shows it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def ask_or_none() -> Callable[[str], bool] | None:
-    """A yes/no question with yes as default; None where nobody can answer it, so that nothing ever hangs."""
+    """A function that asks a yes/no question, with yes as default; None if nobody can answer, so that nothing hangs."""
     if not somebody_can_answer():
         return None
     return lambda question: typer.confirm(question, default=True, err=True)
 
 
 def own_command() -> str:
-    """How this shell calls the `atlas` of this environment: by its name if it is on PATH, else through its Python."""
+    """The command that calls the `atlas` of this environment: its name if it is on PATH, else through its Python."""
     on_path = shutil.which("atlas")
     if on_path and Path(on_path).absolute().parent == Path(sys.executable).absolute().parent:
         return "atlas"
@@ -41,33 +41,33 @@ def own_command() -> str:
 
 
 def printable(text: str) -> str:
-    """One line that a terminal shows and does not obey: control characters, and halves of characters, are
-    written as escapes, since they may come from a stranger's file."""
+    """One line that a terminal shows and does not execute. Control characters and halves of characters, which may come
+    from a stranger's file, become escapes."""
     shown = "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text[:_LONGEST_LINE])
     return shown + ("…" if len(text) > _LONGEST_LINE else "")
 
 
 def figure(value: float) -> str:
-    """Two or more digits of it, none after the point from 100 on."""
+    """A number with two or more digits, and no decimals from 100 on."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
-    """A line for each fact, its name in front; nothing for one that is None or empty."""
+    """Print a line for each fact, with its name in front, except for facts that are None or empty."""
     rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {printable(value)}")
 
 
-def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> None:
-    """Columns as wide as their widest cell, those numbered in `right` aligned to the right."""
+def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = (), err: bool = False) -> None:
+    """Print columns as wide as their widest cell; those numbered in `right` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
             cell.rjust(width) if place in right else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        typer.echo(printable("  ".join(cells).rstrip()))
+        typer.echo(printable("  ".join(cells).rstrip()), err=err)

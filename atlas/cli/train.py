@@ -1,4 +1,4 @@
-"""`atlas train`: start a run, or go on with the one in the output folder."""
+"""`atlas train`: start a run, or resume the one in the output folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from atlas.cli.terminal import INTERRUPTED
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
+    from atlas.training.devices.world import World
+    from atlas.training.resume import Request
     from atlas.training.run import Run
 
-
 _SHOWN_OPERATIONS = 12
+_FLAGS: dict[str, str] = {}
+"""Parameter of `train` → the setting that it gives."""
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
+]
+NoResume = Annotated[
+    bool,
+    typer.Option("--no-resume", help="Start a new run; the files in the output folder move to previous-N."),
+]
 
 
-def _option(flag: str, key: str, metavar: str = "N") -> Any:
-    return typer.Option(flag, help=describe(key), metavar=metavar, show_default=False)
+def _setting(key: str, metavar: str = "N") -> Any:
+    """The option of a setting, named like the last part of its key; noted in `_FLAGS`."""
+    _FLAGS[key.rpartition(".")[2]] = key
+    return typer.Option(help=describe(key), metavar=metavar, show_default=False)
 
 
 def train(
@@ -26,42 +40,36 @@ def train(
         str | None,
         typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
     ] = None,
-    train_data: Annotated[str | None, _option("--train-data", "data.train_data", "PATH")] = None,
-    val_data: Annotated[str | None, _option("--val-data", "data.val_data", "PATH")] = None,
-    tokenizer: Annotated[str | None, _option("--tokenizer", "data.tokenizer", "NAME|FILE")] = None,
-    output_dir: Annotated[str | None, _option("--output-dir", "checkpoint.output_dir", "DIR")] = None,
+    train_data: Annotated[str | None, _setting("data.train_data", "PATH")] = None,
+    val_data: Annotated[str | None, _setting("data.val_data", "PATH")] = None,
+    tokenizer: Annotated[str | None, _setting("data.tokenizer", "NAME|FILE")] = None,
+    output_dir: Annotated[str | None, _setting("checkpoint.output_dir", "DIR")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on from a checkpoint, or from the latest whole one (auto). "
+            help="Resume from a checkpoint, or from the latest intact one (auto). "
             "On other data: fine-tune from its weights.",
             metavar="PATH|auto",
         ),
     ] = None,
-    no_resume: Annotated[
-        bool,
-        typer.Option("--no-resume", help="Start anew; what the output folder holds moves to previous-N."),
-    ] = False,
+    no_resume: NoResume = False,
     init_from: Annotated[
         str | None, typer.Option(help="Fine-tune: a new run that starts from these weights.", metavar="PATH")
     ] = None,
-    max_steps: Annotated[str | None, _option("--max-steps", "training.max_steps")] = None,
-    epochs: Annotated[str | None, _option("--epochs", "training.epochs")] = None,
-    max_hours: Annotated[str | None, _option("--max-hours", "training.max_hours", "H")] = None,
-    learning_rate: Annotated[str | None, _option("--learning-rate", "training.learning_rate", "X")] = None,
-    batch_size: Annotated[str | None, _option("--batch-size", "training.batch_size")] = None,
-    save_interval: Annotated[str | None, _option("--save-interval", "checkpoint.save_interval")] = None,
-    eval_interval: Annotated[str | None, _option("--eval-interval", "training.eval_interval")] = None,
-    device: Annotated[str | None, _option("--device", "device", "auto|cpu|cuda|cuda:N|mps")] = None,
-    seed: Annotated[str | None, _option("--seed", "seed")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
-    ] = None,
+    max_steps: Annotated[str | None, _setting("training.max_steps")] = None,
+    epochs: Annotated[str | None, _setting("training.epochs")] = None,
+    max_hours: Annotated[str | None, _setting("training.max_hours", "H")] = None,
+    learning_rate: Annotated[str | None, _setting("training.learning_rate", "X")] = None,
+    batch_size: Annotated[str | None, _setting("training.batch_size")] = None,
+    save_interval: Annotated[str | None, _setting("checkpoint.save_interval")] = None,
+    eval_interval: Annotated[str | None, _setting("training.eval_interval")] = None,
+    device: Annotated[str | None, _setting("device", "auto|cpu|cuda|cuda:N|mps")] = None,
+    seed: Annotated[str | None, _setting("seed")] = None,
+    overrides: Overrides = None,
     timeout: Annotated[
         float,
         typer.Option(
-            help="Of several processes (torchrun): seconds that they wait for one another before the run ends.",
+            help="With torchrun: seconds that processes wait for one another before the run ends.",
             min=1,
             metavar="SECONDS",
         ),
@@ -70,7 +78,7 @@ def train(
         bool,
         typer.Option(
             "--overfit-batch",
-            help="Train on one batch only and say whether its loss goes to zero: the first check when "
+            help="Train on one batch only and report whether its loss falls to zero: the first check when "
             "the loss does not fall. Saves nothing.",
         ),
     ] = False,
@@ -78,69 +86,50 @@ def train(
         bool,
         typer.Option(
             "--profile",
-            help="Take a few updates, record the last one, print where its time went, and write it as a Chrome trace "
-            "to profile.json in the output folder. Saves nothing else.",
+            help="Run a few updates, profile the last one, print its longest operations, and write a Chrome trace to "
+            "profile.json in the output folder. Saves nothing else.",
         ),
     ] = False,
 ) -> None:
-    """Train a model, or go on with one.
+    """Train a model, or resume a run.
 
     Ctrl-C saves a checkpoint and exits with 130. Precedence: flag, --set, config file, checkpoint, default.
     """
-    flags = {
-        "data.train_data": train_data,
-        "data.val_data": val_data,
-        "data.tokenizer": tokenizer,
-        "checkpoint.output_dir": output_dir,
-        "training.max_steps": max_steps,
-        "training.epochs": epochs,
-        "training.max_hours": max_hours,
-        "training.learning_rate": learning_rate,
-        "training.batch_size": batch_size,
-        "checkpoint.save_interval": save_interval,
-        "training.eval_interval": eval_interval,
-        "device": device,
-        "seed": seed,
-    }
-
-    def written() -> Layer:
-        return _explicit_layer(config, overrides or [], flags)
-
+    given = locals()
+    flags = {key: given[name] for name, key in _FLAGS.items() if given[name] is not None}
     if overfit_batch:
         from atlas.training.diagnostics import overfit_one_batch
 
-        overfit_one_batch(written(), say=lambda line: typer.echo(line, err=True))
+        overfit_one_batch(
+            _explicit_layer(config, overrides, flags), say=lambda line: typer.echo(line, err=True)
+        )
         return
     if profile:
-        return _print_profile(written())
-    # A mistake is told before PyTorch is loaded, which takes seconds; of several processes by the first alone.
-    explicit = None if "RANK" in os.environ else written()
+        return _print_profile(_explicit_layer(config, overrides, flags))
+    # Report a mistake before PyTorch is loaded, which takes seconds. With several processes, only the first reports it.
+    explicit = None if "RANK" in os.environ else _explicit_layer(config, overrides, flags)
 
     from atlas.cli.terminal import ask_or_none
     from atlas.config.presets import leaves_batch_size_open
-    from atlas.inference.samples import sample_texts
     from atlas.training.devices.world import join_world, together
-    from atlas.training.launch import start_run
-    from atlas.training.resume import Request, choose_start
+    from atlas.training.resume import Request
 
     world = join_world(timeout)
     with together(world):
         with world.in_step():
-            explicit = explicit or written()
-        start = choose_start(Request(explicit, resume, no_resume, init_from, ask_or_none()), world)
-        is_open = leaves_batch_size_open(config, _explicit_layer(None, overrides or [], flags))
-        train_to_the_end(start_run(start, world, sampler=sample_texts, may_exceed_batch_size=is_open))
+            explicit = explicit or _explicit_layer(config, overrides, flags)
+        request = Request(explicit, resume, no_resume, init_from, ask_or_none())
+        is_open = leaves_batch_size_open(config, _explicit_layer(None, overrides, flags))
+        train_to_the_end(request, world, may_exceed_batch_size=is_open)
 
 
-def _explicit_layer(config: str | None, overrides: list[str], flags: dict[str, str | None]) -> Layer:
+def _explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
     """What the user wrote: config file < --set < flags."""
     from atlas.config.presets import find_config
 
-    layer = read_yaml(find_config(config)) if config else {}
-    layer = overlay(layer, parse_overrides(overrides))
+    layer = overlay(read_yaml(find_config(config)) if config else {}, parse_overrides(overrides or []))
     for key, value in flags.items():
-        if value is not None:
-            layer = overlay(layer, nested(key, value))
+        layer = overlay(layer, nested(key, value))
     return layer
 
 
@@ -149,48 +138,55 @@ def _print_profile(explicit: Layer) -> None:
     from atlas.training.diagnostics import profile_update
 
     profile = profile_update(explicit, say=lambda line: typer.echo(line, err=True))
+    rate = profile.tokens / profile.seconds
     typer.echo(
-        f"an update: {profile.tokens:,} tokens in {profile.seconds:.3g} s, {profile.tokens / profile.seconds:,.0f} "
-        "tokens/s; recorded:"
+        f"an update: {profile.tokens:,} tokens in {profile.seconds:.3g} s, {rate:,.0f} tokens/s; recorded:"
     )
     recorded = sum(seconds for _, _, seconds in profile.operations)
     rows = [
         (name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}")
         for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]
     ]
-    print_table([("operation", "calls", "time of its own", "share"), *rows], right={1, 2, 3})
+    print_table([("operation", "calls", "own time", "share"), *rows], right={1, 2, 3})
     typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
-def train_to_the_end(run: Run) -> None:
-    """Train, and say how it ended; exit with 130 if it was interrupted."""
+def train_to_the_end(
+    request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
+) -> Run:
+    """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
     from atlas.cli.terminal import own_command
     from atlas.errors import AtlasError
-    from atlas.training import train as training_loop
+    from atlas.inference.samples import sample_texts
+    from atlas.training.devices.world import ALONE
+    from atlas.training.launch import start_run
+    from atlas.training.resume import choose_start
+    from atlas.training.train import train as train_run
 
-    state, folder = run.state, run.checkpoints.folder
+    world = world or ALONE
+    start = choose_start(request, world)
+    run = start_run(start, world, sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size)
     if run.is_complete:
         run.log.say(
-            f"nothing to do: the run is complete at step {state.step}; --set training.max_steps=N with a larger N "
+            f"nothing to do: the run is complete at step {run.state.step}; --set training.max_steps=N with a larger N "
             "continues it"
         )
-        return
-    result = training_loop.train(run)
-    names = ", ".join(path.name for path in result.saved)
-    if not result.saved and run.world.is_first:
+        return run
+    result = train_run(run)
+    if not result.saved and world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
-            "takes the newest one that was"
+            "uses the newest checkpoint that was"
         )
-    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
-    validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
-    saved = f"; saved {names} in {folder}" if names else ""
-    run.log.say(f"{result.outcome} at step {result.step}{loss}{validation}{saved}")
+    losses = {"loss": result.loss, "validation loss": result.val_loss}
+    figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
+    names = ", ".join(path.name for path in result.saved)
+    saved = f"; saved {names} in {run.checkpoints.folder}" if names else ""
+    run.log.say(f"{result.outcome} at step {result.step}{figures}{saved}")
     if result.outcome == "interrupted":
-        if run.world.is_first:
-            several = run.world.local_size
-            launcher = (
-                f"torchrun --nproc-per-node={several} -m atlas" if run.world.size > 1 else own_command()
-            )
+        if world.is_first:
+            torchrun = f"torchrun --nproc-per-node={world.local_size} -m atlas"
+            launcher = torchrun if world.size > 1 else own_command()
             run.log.say(f"resume with: {launcher} train --resume {result.saved[0]}")
         raise typer.Exit(INTERRUPTED)
+    return run
