@@ -138,7 +138,7 @@ def test_axis_switch_and_zoom(tmp_path: Path, page: Page) -> None:
     page.goto(report(tmp_path, a_run(tmp_path / "new"), old))
     page.get_by_role("button", name="Time", exact=True).click()
     assert page.url.endswith("#time")
-    assert "old is not shown over time: not all of its records hold seconds" in page.inner_text("#charts")
+    assert "old is not shown over time: not all of its records contain seconds" in page.inner_text("#charts")
     assert legend(page, "new")[3] == "4 min 10 s"  # 100 steps of 2.5 s
     assert legend(page, "old") == ["–", "–", "–", ""]
     page.reload()

@@ -1,4 +1,4 @@
-"""Curves made fit to be drawn: each step once, smoothed, and thinned."""
+"""Curves prepared for drawing: each step once, smoothed, and thinned."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
-Places: TypeAlias = NDArray[np.intp]
+Indices: TypeAlias = NDArray[np.intp]
 
 MOST_POINTS = 2000
 
 
-def last_of_each_step(steps: Floats) -> Places:
-    """The places, in order, of the records that no later one undoes: after a rollback the log may go back to an
-    earlier step and tell all from there once more. Their steps rise."""
+def last_of_each_step(steps: Floats) -> Indices:
+    """The indices, in order, of the records that no later record replaces: after a rollback, a run logs steps again.
+    The steps of the result rise."""
     if not steps.size:
         return np.zeros(0, dtype=np.intp)
     later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
@@ -24,8 +24,8 @@ def last_of_each_step(steps: Floats) -> Places:
 
 
 def smooth(values: Floats) -> Floats:
-    """Means around each value, over about a fiftieth of all, fewer near the beginning, where a loss falls fast.
-    NaN is left out of the means and stays NaN."""
+    """The mean around each value, over about a fiftieth of all values, and fewer near the beginning, where a loss falls
+    fast. The means ignore NaN, and NaN stays NaN."""
     n = values.size
     place = np.arange(n)
     half = np.minimum(place, max(2, n // 100))
@@ -37,13 +37,13 @@ def smooth(values: Floats) -> Floats:
     return np.where(known, means, np.nan)
 
 
-def thin(values: Floats, most: int = MOST_POINTS) -> Places:
-    """The places, in order, of at most `most` values: the smallest and largest of each stretch, and both ends."""
+def thin(values: Floats, most: int = MOST_POINTS) -> Indices:
+    """The indices, in order, of at most `most` values: the smallest and largest of each interval, and both ends."""
     if values.size <= most:
         return np.arange(values.size)
     kept = {0, values.size - 1}
     edges = np.linspace(0, values.size, (most - 2) // 2 + 1).astype(int)
     for start, end in itertools.pairwise(edges):
-        stretch = values[start:end]
-        kept |= {int(start + stretch.argmin()), int(start + stretch.argmax())}
+        interval = values[start:end]
+        kept |= {int(start + interval.argmin()), int(start + interval.argmax())}
     return np.array(sorted(kept), dtype=np.intp)

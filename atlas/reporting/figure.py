@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,59 +11,57 @@ from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#7A6CC9")
-_LABELS = {"step": "step", "tokens": "tokens"}
 
 
 def check_figure(path: Path) -> None:
-    """Raises `AtlasError`, before any work, where `draw_losses` could not write to `path`."""
+    """Raise `AtlasError`, before any work, if `draw_losses` cannot write to `path`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise AtlasError('--png: needs matplotlib: pip install "atlas-llm[plot]"') from None
     if path.suffix.lower() != ".png":
-        raise AtlasError(f"--png {path}: writes a PNG picture: name a file that ends in .png")
+        raise AtlasError(f"--png {path}: is a PNG image: name a file that ends in .png")
     if not path.absolute().parent.is_dir():
         raise AtlasError(f"--png {path}: there is no folder {path.parent}: make it first")
 
 
 def shared_axis(runs: Sequence[Run]) -> str:
-    """Tokens if they are known for all runs, since these compare batches of any size; else steps."""
+    """Tokens if all runs logged them, since tokens compare batches of any size; else steps."""
     return "tokens" if all("tokens" in run.axes()[0] for run in runs) else "step"
 
 
 def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
-    """Training loss, smoothed over a shade of the raw one, and validation loss (dashed) of each run over `axis`, as a
-    PNG of 2100 × 1260 pixels: 7 inches at 300 dpi, the width of a page."""
+    """Draw the training loss (smoothed, over the raw one in a lighter shade) and the validation loss (dashed) of each
+    run over `axis`, as a PNG of 2100 × 1260 pixels: 7 inches at 300 dpi, the width of a page."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    if not any("loss" in chart_data(run)["series"] for run in runs):
+    all_series = [chart_data(run)["series"] for run in runs]
+    if not any("loss" in series for series in all_series):
         raise AtlasError(
-            f"--png {path}: no run holds a loss yet, so that nothing could be drawn: wait for its records"
+            f"--png {path}: no run has logged a loss yet, so there is nothing to draw: wait for its records"
         )
     figure = Figure(figsize=(7, 4.2), dpi=300, layout="constrained")
     axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        series, colour = chart_data(run)["series"], _COLOURS[number % len(_COLOURS)]
+    for run, series, colour in zip(runs, all_series, itertools.cycle(_COLOURS), strict=False):
         for key, style in (
             ("loss", {"alpha": 0.25, "linewidth": 0.6}),
             ("smoothed_loss", {"linewidth": 1.5, "label": _label(run.name)}),
             ("val_loss", {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 2.5}),
         ):
             if key in series:
-                alone: dict[str, Any] = (
-                    {"marker": "o", "markersize": 3} if len(series[key]["value"]) == 1 else {}
-                )
-                axes.plot(series[key][axis], series[key]["value"], color=colour, **style | alone)
-    if any("val_loss" in chart_data(run)["series"] for run in runs):
+                values = series[key]["value"]
+                dot: dict[str, Any] = {"marker": "o", "markersize": 3} if len(values) == 1 else {}
+                axes.plot(series[key][axis], values, color=colour, **style | dot)
+    if any("val_loss" in series for series in all_series):
         axes.plot([], [], color="0.4", linestyle="--", marker="o", markersize=2.5, label="validation")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel=_LABELS[axis], ylabel="loss (nats per token)")
+    axes.set(xlabel=axis, ylabel="loss (nats per token)")
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
-        text.set_parse_math(False)  # a name with two $ is no formula
+        text.set_parse_math(False)  # a name with two $ is not a formula
     try:
         figure.savefig(path, format="png")
     except OSError as error:
@@ -70,5 +69,5 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
 
 
 def _label(name: str) -> str:
-    """matplotlib leaves labels out that begin with an underscore."""
+    """The name for the legend, where matplotlib leaves out labels that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name

@@ -1,4 +1,4 @@
-"""A report of runs in one HTML file, which needs no network and nothing beside it."""
+"""A report of runs in one HTML file, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atlas.reporting.runs import Run, chart_data, samples_by_prompt
 from atlas.version import __version__
 
 _STATIC = files("atlas.reporting") / "static"
-_UNTOLD = "–"
+_MISSING = "–"
 _MOST_EVENTS_LISTED = 200
 
 STATES = {
@@ -38,8 +38,8 @@ def static_file(name: str) -> str:
 
 
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
-    """Put the report of `runs` at `path`, whole or not at all. With `refresh` the page reloads itself after so many
-    seconds. Raises `AtlasError` where it cannot be written."""
+    """Write the report of `runs` to `path`, completely or not at all. With `refresh` the page reloads itself after that
+    many seconds. Raises `AtlasError` if it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
@@ -52,16 +52,14 @@ def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None)
 
 
 def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
-    """The page."""
+    """The HTML of the report."""
     names = ", ".join(run.name for run in runs)
     states = ", ".join(dict.fromkeys(STATES[run.state] for run in runs))
-    written = time.strftime("%d %B %Y, %H:%M")
-    live = f" The page follows the run, every {refresh} seconds." if refresh else ""
+    written = f"{time.strftime('%d %B %Y, %H:%M')} by Atlas {__version__}"
+    live = f" The page updates itself every {refresh} seconds." if refresh else ""
     return Template(static_file("report.html")).substitute(
         title=escape(names),
-        subtitle=escape(
-            f"{states[0].upper()}{states[1:]}. Written on {written} by Atlas {__version__}.{live}"
-        ),
+        subtitle=escape(f"{states[:1].upper()}{states[1:]}. Written on {written}.{live}"),
         refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         styles=static_file("uplot/uPlot.min.css") + static_file("report.css"),
         scripts=static_file("uplot/uPlot.iife.min.js") + static_file("charts.js"),
@@ -71,7 +69,7 @@ def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON for inside a `<script>`, which no text in it can end."""
+    """JSON for a `<script>`, which no text in it can close."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
@@ -92,8 +90,12 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
 
 
+def _aside(text: str) -> str:
+    return f'<p class="aside">{escape(text)}</p>'
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
-    """Rows of HTML, whose first cell names them; from the column `right` on they hold numbers."""
+    """A table of rows of HTML, whose first cell is their name. From column `right` on, the cells are numbers."""
     if not rows:
         return ""
 
@@ -113,43 +115,32 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int | N
 # The sections
 
 
+_COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
+
+
 def _evaluation(runs: Sequence[Run]) -> str:
-    head = (
-        "Run",
-        "",
-        "Steps",
-        "Tokens",
-        "Time",
-        "Training loss",
-        "Validation",
-        "Perplexity",
-        "Bits per byte",
-    )
-    return _table((*head, "Best validation"), [_evaluation_row(run) for run in runs], right=2)
+    return _table(_COLUMNS.split(","), [_evaluation_row(run) for run in runs], right=2)
 
 
 def _evaluation_row(run: Run) -> list[str]:
-    state = run.state
-    axes, _ = run.axes()
-    loss = run.records("train")["loss"]
-    series = chart_data(run)["series"]
-    smoothed = series.get("smoothed_loss", {"value": []})["value"]
-    tokens, seconds = (float(axes[axis][-1]) if axis in axes else None for axis in ("tokens", "time"))
+    state, (axes, _) = run.state, run.axes()
+    losses = run.records("train")["loss"]
+    if not losses.size:
+        loss = _MISSING
+    elif not np.isfinite(losses[-1]):
+        loss = "not finite"
+    else:
+        loss = f"{chart_data(run)['series']['smoothed_loss']['value'][-1]:.4f}"
     row = [
         escape(run.name),
         f'<span class="state {state}">{escape(STATES[state])}</span>',
         f"{run.last_step:,}",
-        _UNTOLD if tokens is None else _large(tokens),
-        _UNTOLD if seconds is None else duration(seconds),
-        f"{smoothed[-1]:.4f}"
-        if smoothed and np.isfinite(loss[-1])
-        else "not finite"
-        if loss.size
-        else _UNTOLD,
+        _large(float(axes["tokens"][-1])) if "tokens" in axes else _MISSING,
+        duration(float(axes["time"][-1])) if "time" in axes else _MISSING,
+        loss,
     ]
-    evaluations = run.evaluations()
-    if evaluations is None:
-        return [*row, *[_UNTOLD] * 4]
+    if (evaluations := run.evaluations()) is None:
+        return [*row, *[_MISSING] * 4]
     last, best = evaluations
     return [
         *row,
@@ -176,17 +167,15 @@ def _notes(runs: Sequence[Run]) -> str:
                 "figures leave it out."
             )
         if run.unreadable:
-            notes.append(f"{run.unreadable:,} lines of {run.metrics_path} are no records and are left out.")
-    return "".join(f'<p class="aside">{escape(note)}</p>' for note in notes)
+            notes.append(f"{run.unreadable:,} lines of {run.metrics_path} are not records and are left out.")
+    return "".join(map(_aside, notes))
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that the runs do not share, with each run's value; a setting that a config does not name is –."""
-    known = [run for run in runs if run.config]
-    keys = dict.fromkeys(key for run in known for key in run.config)
+    """The settings in which the runs differ, with each run's value, or – if its config does not name the setting."""
     rows = []
-    for key in keys:
-        values = [_value(run.config[key]) if key in run.config else _UNTOLD for run in runs]
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        values = [_value(run.config.get(key)) for run in runs]
         if len({value for run, value in zip(runs, values, strict=True) if run.config}) > 1:
             rows.append((key, values))
     return rows
@@ -195,12 +184,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _differences(runs: Sequence[Run]) -> str:
     rows = [[f"<code>{escape(key)}</code>", *map(escape, values)] for key, values in differences(runs)]
     missing = "".join(_no_config(run) for run in runs if not run.config)
-    alike = '<p class="aside">The configs are the same.</p>' if not rows and not missing else ""
-    return _table(("Setting", *(run.name for run in runs)), rows) + alike + missing
+    equal = _aside("The configs are the same.") if not rows and not missing else ""
+    return _table(("Setting", *(run.name for run in runs)), rows) + equal + missing
 
 
 def _no_config(run: Run) -> str:
-    return f'<p class="aside">The config of {escape(run.name)} is not known: {escape(str(run.config_problem))}.</p>'
+    return _aside(f"The config of {run.name} is not known: {run.config_problem}.")
 
 
 def _samples(run: Run) -> str:
@@ -208,40 +197,35 @@ def _samples(run: Run) -> str:
     for number, (prompt, texts) in enumerate(samples_by_prompt(run).items()):
         rows = "".join(
             f'<dt>step {step:,}</dt><dd><span class="prompt">{escape(prompt)}</span>'
-            f"{escape(_continuation(prompt, text))}</dd>"
+            f"{escape(text.removeprefix(prompt))}</dd>"
             for step, text in texts
         )
-        is_open = "" if number else " open"
         parts.append(
-            f"<details{is_open}><summary>{escape(prompt) or 'Without a prompt'}</summary>"
+            f"<details{'' if number else ' open'}><summary>{escape(prompt) or 'Without a prompt'}</summary>"
             f'<dl class="sample">{rows}</dl></details>'
         )
     return "".join(parts)
 
 
-def _continuation(prompt: str, text: str) -> str:
-    """The text without the prompt, where it repeats it."""
-    return text[len(prompt) :] if text.startswith(prompt) else text
-
-
 def _events(run: Run, *, is_alone: bool) -> str:
     if not run.events:
         return ""
-    found = chart_data(run)["events"][-_MOST_EVENTS_LISTED:]
     rows = [
-        [f"{event['step']:,}", duration(event["time"]) if "time" in event else _UNTOLD, escape(event["text"])]
-        for event in found
+        [
+            f"{event['step']:,}",
+            duration(event["time"]) if "time" in event else _MISSING,
+            escape(event["text"]),
+        ]
+        for event in chart_data(run)["events"][-_MOST_EVENTS_LISTED:]
     ]
-    left_out = len(run.events) - len(rows)
-    note = f'<p class="aside">{left_out:,} more are left out.</p>' if left_out > 0 else ""
-    plural = "" if len(run.events) == 1 else "s"
-    summary = "" if is_alone else f"{escape(run.name)}: "
-    return (
-        f"<details{' open' if len(rows) <= 12 else ''}><summary>{summary}{len(run.events):,} event{plural}</summary>"
-        + _table(("Step", "Time", "What happened"), rows)
-        + note
-        + "</details>"
-    )
+    num_events = len(run.events)
+    note = _aside(f"{num_events - len(rows):,} more are left out.") if num_events > len(rows) else ""
+    summary = f"{num_events:,} event{'' if num_events == 1 else 's'}"
+    if not is_alone:
+        summary = f"{escape(run.name)}: {summary}"
+    table = _table(("Step", "Time", "What happened"), rows)
+    opened = " open" if len(rows) <= 12 else ""
+    return f"<details{opened}><summary>{summary}</summary>{table}{note}</details>"
 
 
 def _machine(runs: Sequence[Run]) -> str:
@@ -252,7 +236,7 @@ def _machine(runs: Sequence[Run]) -> str:
         for key in keys
     ]
     silent = "".join(
-        f'<p class="aside">{escape(run.name)} did not write down its machine: it is of an older Atlas.</p>'
+        _aside(f"{run.name} did not record its machine: it is of an older Atlas.")
         for run, start in zip(runs, starts, strict=True)
         if not start
     )
@@ -266,25 +250,23 @@ def _config(run: Run) -> str:
     return f"<details><summary>{escape(run.name)}</summary>{_table(('Setting', 'Value'), rows)}</details>"
 
 
-# Values in words
+# Values as text
 
 
 def _value(value: Any) -> str:
     if value is None:
-        return _UNTOLD
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
+        return _MISSING
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (bool, list, dict)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
 
 
 def _figure(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else _UNTOLD
+    return format(value, form) if math.isfinite(value) else _MISSING
 
 
 def _large(value: float) -> str:
@@ -295,12 +277,12 @@ def _large(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As in `1 d 2 h`, `3 h 25 min`, `4 min 7 s` or `12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
+    """A duration such as `1 d 2 h`, `3 h 25 min`, `4 min 7 s` or `12 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days:,} d {hours} h"
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

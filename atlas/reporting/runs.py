@@ -1,7 +1,7 @@
-"""A run as it lies on the disk: its records, config, events, samples and checkpoints, and the curves drawn from them.
+"""A run on the disk: its records, config, events and samples, and the curves drawn from them.
 
-A run may be of any age and in any state: still written, killed in the middle of a line, interrupted, rolled back,
-without validation, without a config. What it does not hold is missing here as well, and `axes_missing` says why.
+A run may have any age and state: still running, killed in the middle of a line, interrupted, rolled back, without
+validation, without a config. What it did not record is missing here as well, and `axes_missing` says why.
 """
 
 from __future__ import annotations
@@ -10,57 +10,43 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from atlas.config.loader import read_sections
 from atlas.errors import AtlasError
 from atlas.files import check_regular, read_limited
 from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smooth, thin
 
-METRICS = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "utilisation",
-    "memory",
-    "data_wait",
-    "gpu_temperature",
-)
-"""Of train records, those that are drawn."""
 _NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
-"""Drawn small, smoothed over the raw."""
+"""Metrics with small charts that show a smoothed curve over the raw one."""
+METRICS = ("loss", "learning_rate", "memory", *_NOISY)
+"""Metrics of train records that are drawn."""
 VALIDATION = ("val_loss", "val_perplexity", "bits_per_byte")
 _COLUMNS = {
     "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
     "validation": ("step", "tokens", "seconds", *VALIDATION),
 }
-_ENDS = {
-    "finished": "finished",
-    "stopped early": "finished",
-    "stopped in time": "finished",
-    "interrupted": "interrupted",
-    "interrupt": "interrupted",
-}
-"""How a run says that it ends, and what that makes it."""
+_FINISHED = ("finished", "stopped early", "stopped in time")
+_INTERRUPTED = ("interrupted", "interrupt")
+"""Events with which a run ends."""
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
 _MOST_SMALL_POINTS = 800
-"""Of what is drawn small."""
+"""Points of a curve in a small chart."""
 _MOST_EVENTS = 400
 _LONGEST_TEXT = 4000
-"""Of a sample or an event, in characters."""
+"""Characters of a sample or an event."""
 
 
 class Run:
-    """One run, read from its folder or its `metrics.jsonl`. `refresh` reads what was added since.
+    """One run, read from its folder or its `metrics.jsonl`. `refresh` reads the lines that were added since.
 
-    Raises `AtlasError` where there is no run.
+    Raises `AtlasError` if there is no run.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,53 +55,53 @@ class Run:
         self.folder = self.metrics_path.parent
         self.name = encodable(self.folder.resolve().name or str(self.folder))
         self._file: tuple[int, int] = (0, 0)
-        self._drawn: tuple[Any, dict[str, Any]] = (None, {})
-        self._forget()
+        self._chart: tuple[Any, dict[str, Any]] = (None, {})
+        self._clear()
         self.refresh()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._offset = 0
         self._columns = {kind: {name: list[float]() for name in names} for kind, names in _COLUMNS.items()}
         self.events: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.unreadable = 0
-        """Lines that are no records."""
+        """Number of lines that are not records."""
 
     def refresh(self) -> None:
-        """Read the lines that were written since, or all once more where the file was cut back, as at a resume."""
+        """Read the lines that were added, or all lines again if the file was truncated, as a resume does."""
         try:
             size = check_regular(self.metrics_path)
             if size > _LARGEST_LOG:
                 raise AtlasError(
-                    f"{self.metrics_path}: is {size:,} bytes long, where {_LARGEST_LOG:,} are the most that are "
-                    "read: name a run that logs more rarely (training.log_interval)"
+                    f"{self.metrics_path}: has {size:,} bytes, and Atlas reads at most {_LARGEST_LOG:,}: name a run "
+                    "that logs less often (training.log_interval)"
                 )
             with self.metrics_path.open("rb") as file:
                 status = self.metrics_path.stat()
                 identity = (status.st_dev, status.st_ino)
                 if identity != self._file or size < self._offset:
-                    self._forget()
+                    self._clear()
                 self._file = identity
                 file.seek(self._offset)
                 lines = file.read(size - self._offset)
         except (FileNotFoundError, NotADirectoryError):
             raise AtlasError(
-                f"{self.metrics_path}: there is no such file, so that {self.folder} is no run: name a folder that "
+                f"{self.metrics_path}: there is no such file, so {self.folder} is not a run: name a folder that "
                 "atlas train wrote to (its --output-dir)"
             ) from None
         except OSError as error:
             raise AtlasError(
                 f"{self.metrics_path}: cannot be read ({error.strerror or error}): name the folder of a run"
             ) from None
-        whole = lines.rfind(b"\n") + 1  # what follows is still being written, or was cut by a kill
-        self._offset += whole
-        for line in lines[:whole].splitlines():
-            self._take(line)
+        end = lines.rfind(b"\n") + 1  # the rest is still being written, or was cut by a kill
+        self._offset += end
+        for line in lines[:end].splitlines():
+            self._add(line)
         self.config_problem: str | None = None
         self.config = self._read_config()
-        self.checkpoints = list(_sidecars(self.folder))
+        self._interrupts = list(_interrupt_steps(self.folder))
 
-    def _take(self, line: bytes) -> None:
+    def _add(self, line: bytes) -> None:
         try:
             record = json.loads(line)
             kind, step = record["kind"], _number(record["step"])
@@ -144,7 +130,7 @@ class Run:
             self.config_problem = str(error)
             return {}
 
-    # What is known of it
+    # Facts
 
     @property
     def last_step(self) -> int:
@@ -153,35 +139,32 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`finished`, `running`, `interrupted`, `stopped` before its end, or `unknown`, on another machine."""
-        horizon, last = self.config.get("training.max_steps"), self.last_step
-        if isinstance(horizon, int) and last >= horizon:
+        """`finished`, `running`, `interrupted`, `stopped` before its end, or `unknown` (on another machine)."""
+        horizon = self.config.get("training.max_steps")
+        if isinstance(horizon, int) and self.last_step >= horizon:
             return "finished"
         alive = _writer_lives(self.folder / "atlas.lock")
         if alive:
             return "running"
-        told = [event.get("event") for event in self.events if event.get("event") != "save"]
-        if told and told[-1] in _ENDS:
-            return _ENDS[told[-1]]
-        saved_so = any(
-            sidecar.get("kind") == "interrupt" and _number(sidecar.get("step")) >= last
-            for sidecar in self.checkpoints
-        )
-        if saved_so:  # as an older run had it
+        names = [event.get("event") for event in self.events]
+        last = next((name for name in reversed(names) if name != "save"), None)
+        if last in _FINISHED:
+            return "finished"
+        if last in _INTERRUPTED or any(step >= self.last_step for step in self._interrupts):
             return "interrupted"
         return "unknown" if alive is None else "stopped"
 
     def records(self, kind: str) -> dict[str, Floats]:
-        """Of `train` or `validation`: name → float64 (N,), NaN where it is not known, the steps rising.
+        """The `train` or `validation` records: name → float64 (N,), NaN where a value is missing, in order of steps.
 
-        Of steps that were trained again, after a rollback, the last time counts.
+        If a step was trained again, after a rollback, its last record counts.
         """
         columns = {name: np.array(values, dtype=np.float64) for name, values in self._columns[kind].items()}
         kept = last_of_each_step(columns["step"])
         return {name: values[kept] for name, values in columns.items()}
 
     def axes(self) -> tuple[dict[str, Floats], dict[str, str]]:
-        """What the train records lie on, axis → float64 (N,); and for each axis that is not known, why."""
+        """The x axes of the train records, axis → float64 (N,); and why an axis is missing."""
         train = self.records("train")
         axes, missing = {"step": train["step"]}, {}
         length = self.config.get("model.max_seq_len")
@@ -191,12 +174,12 @@ class Run:
             axes["tokens"] = train["sequences_consumed"] * length
         else:
             missing["tokens"] = (
-                "not all of its records hold tokens, or sequences beside a max_seq_len in config.yaml"
+                "some records have neither tokens nor sequences with a max_seq_len in config.yaml"
             )
         if _all_known(train["seconds"]):
             axes["time"] = train["seconds"]
         else:
-            missing["time"] = "not all of its records hold seconds"
+            missing["time"] = "not all of its records contain seconds"
         return axes, missing
 
     def evaluations(self) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -206,48 +189,41 @@ class Run:
         if not known.size:
             return None
         best = known[np.argmin(records["val_loss"][known])]
-        last, lowest = (
-            {name: float(values[at]) for name, values in records.items()} for at in (known[-1], best)
-        )
-        return last, lowest
-
-    def chart_data(self) -> dict[str, Any]:
-        """See `chart_data`; made anew only when something has changed."""
-        seen = (self._file, self._offset, self.state, self.name, self.config.get("model.max_seq_len"))
-        if self._drawn[0] != seen:
-            self._drawn = (seen, _chart_data(self))
-        return self._drawn[1]
+        at_last, at_best = ({name: float(v[at]) for name, v in records.items()} for at in (known[-1], best))
+        return at_last, at_best
 
     def start(self) -> dict[str, Any]:
-        """Versions, machine, precision and what else the latest start told; empty for an old run."""
-        starts = [event for event in self.events if event.get("event") == "start"]
-        facts = starts[-1] if starts else {}
-        return dict(_flat({key: facts[key] for key in facts if key not in ("kind", "event", "step")}))
+        """The facts that the latest start logged, such as versions, machine and precision; empty for an old run."""
+        starts = [event for event in self.events if event.get("event") == "start"] or [{}]
+        return dict(
+            _flat({key: starts[-1][key] for key in starts[-1] if key not in ("kind", "event", "step")})
+        )
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs, each under a name of its own: of two that end alike, more of the path is shown."""
+    """The runs. If two folders have the same name, the runs' names show more of their paths."""
     runs = [Run(path) for path in paths]
-    for run in runs:
-        parts = run.folder.resolve().parts
-        others = [other.folder.resolve().parts for other in runs if other is not run]
-        depth = next(
-            (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), 1
-        )
-        run.name = encodable("/".join(parts[-depth:]))
-    for place, run in enumerate(runs):
-        if any(run.folder.resolve() == other.folder.resolve() for other in runs[:place]):
+    folders = [run.folder.resolve() for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if folders.count(folder) > 1:
             raise AtlasError(f"{run.folder}: is named twice: name each run once")
+        parts, others = folder.parts, [other.parts for other in folders if other != folder]
+        depths = range(1, len(parts))
+        depth = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), 1)
+        run.name = encodable("/".join(parts[-depth:]))
     return runs
 
 
 def chart_data(run: Run) -> dict[str, Any]:
-    """What `charts.js` draws of a run, as JSON takes it.
+    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed.
 
-    A series holds `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as these are known;
-    at most some thousand points, among them the smallest and the largest of every stretch.
+    A series has `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as the run recorded them.
+    It has at most some thousand points, among them the smallest and the largest of every interval.
     """
-    return run.chart_data()
+    version = (run._file, run._offset, run.state, run.name, run.config.get("model.max_seq_len"))
+    if run._chart[0] != version:
+        run._chart = (version, _chart_data(run))
+    return run._chart[1]
 
 
 def _chart_data(run: Run) -> dict[str, Any]:
@@ -260,7 +236,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
     series["smoothed_loss"] = _series(axes, smooth(train["loss"]))
     for name in _NOISY:
         series[f"smoothed_{name}"] = _series(axes, smooth(train[name]), most=_MOST_SMALL_POINTS)
-    of_validation = {axis: _placed(axes, axis, validation, validation["step"]) for axis in axes}
+    of_validation = {axis: _positions(axes, axis, validation) for axis in axes}
     series["val_loss"] = _series(of_validation, validation["val_loss"])
     return {
         "name": run.name,
@@ -279,51 +255,45 @@ def _series(axes: dict[str, Floats], values: Floats, *, most: int = MOST_POINTS)
     return {axis: _rounded(places[kept]) for axis, places in axes.items()} | {"value": _rounded(values[kept])}
 
 
-def _placed(
-    axes: dict[str, Floats], axis: str, records: dict[str, Floats], steps: Floats
-) -> NDArray[np.float64]:
-    """Where records lie on an axis: their own word, else between the train records around their step."""
+def _positions(axes: dict[str, Floats], axis: str, records: dict[str, Floats]) -> Floats:
+    """The positions of records on an axis: their own values, else interpolated between train records by step."""
     own = records["seconds" if axis == "time" else axis]
     if _all_known(own) or not axes["step"].size:
         return own
-    return np.interp(steps, axes["step"], axes[axis])
+    return np.interp(records["step"], axes["step"], axes[axis])
 
 
 def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
-    """What happened, told in a line each; of very many the latest, and saves go first."""
-    told = [(place, event) for place, event in enumerate(run.events) if isinstance(event.get("event"), str)]
-    if len(told) > _MOST_EVENTS:
-        rare = [(place, event) for place, event in told if event["event"] != "save"]
-        told = (rare or told)[-_MOST_EVENTS:]
-    steps = np.array([_number(event["step"]) for _, event in told], dtype=np.float64)
+    """Each event with its text and positions. Of very many events only the latest, without saves."""
+    events = [event for event in run.events if isinstance(event.get("event"), str)]
+    if len(events) > _MOST_EVENTS:
+        events = ([event for event in events if event["event"] != "save"] or events)[-_MOST_EVENTS:]
     columns = {
-        key: np.array([_number(event.get(key)) for _, event in told], dtype=np.float64)
+        key: np.array([_number(event.get(key)) for event in events], dtype=np.float64)
         for key in ("step", "tokens", "seconds")
     }
-    places = {axis: _rounded(_placed(axes, axis, columns, steps)) for axis in axes}
+    positions = {axis: _rounded(_positions(axes, axis, columns)) for axis in axes}
     return [
         {"event": event["event"][:80], "text": event_text(event)}
-        | {axis: values[number] for axis, values in places.items()}
-        for number, (_, event) in enumerate(told)
-        if all(math.isfinite(values[number]) for values in places.values())
+        | {axis: values[number] for axis, values in positions.items()}
+        for number, event in enumerate(events)
+        if all(math.isfinite(values[number]) for values in positions.values())
     ]
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """An event in a line, without its step."""
-    name = str(event.get("event"))
-    said = [name]
-    if event.get("from_step") is not None:
-        said.append(f"from step {event['from_step']}")
+    """One line that describes an event, without its step."""
+    details = [f"from step {event['from_step']}"] if event.get("from_step") is not None else []
     if isinstance(names := event.get("names"), list):
-        said.append(", ".join(map(str, names)))
+        details.append(", ".join(map(str, names)))
     if event.get("reason"):
-        said.append(str(event["reason"]))
-    return encodable((said[0] + (": " + "; ".join(said[1:]) if said[1:] else ""))[:_LONGEST_TEXT])
+        details.append(str(event["reason"]))
+    text = f"{event.get('event')}: {'; '.join(details)}" if details else str(event.get("event"))
+    return encodable(text[:_LONGEST_TEXT])
 
 
 def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, str]]]:
-    """Prompt → (step, text), in order; of more than `most` texts some evenly spread, the first and last among them."""
+    """Prompt → (step, text), in order; of more than `most` texts an even selection with the first and the last."""
     found: dict[str, dict[int, str]] = {}
     for sample in run.samples:
         step = int(_number(sample["step"]))
@@ -337,20 +307,19 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
     return spread
 
 
-def _sidecars(folder: Path) -> Iterable[dict[str, Any]]:
-    """What the manifests of the folder's checkpoints say, each with its `name`."""
-    for path in sorted(folder.glob("atlas_*.json")):
-        try:
+def _interrupt_steps(folder: Path) -> Iterable[float]:
+    """The steps of the folder's interrupt checkpoints, which are all that older runs recorded of an interruption. Files
+    that were deleted meanwhile or are not sidecars are skipped."""
+    for path in folder.glob("atlas_*.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             facts = json.loads(read_limited(path, limit=_LARGEST_SIDECAR))
-        except (OSError, ValueError, RecursionError):  # removed meanwhile, or not a sidecar
-            continue
-        if isinstance(facts, dict) and facts.get("format") == "atlas-checkpoint":
-            yield facts | {"name": path.stem}
+            if (facts["format"], facts["kind"]) == ("atlas-checkpoint", "interrupt"):
+                yield _number(facts.get("step"))
 
 
 def _writer_lives(lock: Path) -> bool | None:
-    """Whether the process that the lock names is at work; None if it is one of another machine. The lock is not
-    tried: a run that starts in that moment would be refused."""
+    """Whether the process that the lock names is running; None if it is on another machine. Atlas does not try to take
+    the lock, because a run that starts at that moment would be refused."""
     try:
         owner = json.loads(read_limited(lock, limit=1000))
         if owner["host"] != platform.node():
@@ -358,8 +327,8 @@ def _writer_lives(lock: Path) -> bool | None:
         process = psutil.Process(int(owner["process"]))
         if process.status() == psutil.STATUS_ZOMBIE:  # killed, and not waited for
             return False
-        began = process.create_time()
-        return began <= lock.stat().st_mtime + 1  # a later one has only got its number
+        # A process that started after the lock was written has only the same number.
+        return process.create_time() <= lock.stat().st_mtime + 1
     except (OSError, ValueError, KeyError, TypeError, OverflowError, psutil.Error):
         return False
 
@@ -373,7 +342,7 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no finite number: null, a word, a bool, or a number beyond all floats."""
+    """The value as a float; NaN if it is not a finite number: null, a string, a bool, or too large for a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:
@@ -383,7 +352,7 @@ def _number(value: Any) -> float:
 
 
 def encodable(text: str) -> str:
-    """With ? for half a surrogate pair, which JSON and names of files may hold and UTF-8 may not."""
+    """The text with ? for half a surrogate pair, which JSON and file names may contain, but UTF-8 may not."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -392,5 +361,5 @@ def _all_known(values: Floats) -> bool:
 
 
 def _rounded(values: Floats | Sequence[float]) -> list[float]:
-    """Whole numbers as they are, others to 7 digits: more would only make the file longer."""
+    """Integers as they are, other numbers with 7 digits: more would only make the file longer."""
     return [int(value) if float(value).is_integer() else float(f"{value:.7g}") for value in values]

@@ -1,20 +1,20 @@
 /* Curves of runs, drawn by uPlot: `AtlasCharts.create(container, {runs}, options)` → {update({runs}), destroy()}.
  *
- * `runs` is a list of what atlas.reporting.runs.chart_data gives. options.axis is the x axis to begin with, options.onAxis
- * is called with the one that is chosen. All text reaches the page by textContent. */
+ * `runs` is a list of results of atlas.reporting.runs.chart_data. options.axis is the first x axis, and options.onAxis is
+ * called with each axis that the user chooses. All text goes into the page by textContent. */
 "use strict";
 
 const AtlasCharts = (() => {
-  // Okabe and Ito's colours, told apart by all eyes, in the lightness that each background asks for.
+  // Okabe and Ito's colours, which colour-blind people can distinguish, in a lightness for each background.
   const COLOURS = {
     light: ["#0072b2", "#d55e00", "#007a5a", "#b3548b", "#a86f00", "#2a8fc7", "#444444", "#7a6cc9"],
     dark: ["#56b4e9", "#f08a3c", "#2fc79a", "#e39ac4", "#f0c040", "#9fd3f5", "#cfcfcf", "#aaa0f0"],
   };
   const AXES = { step: "Step", tokens: "Tokens", time: "Time" };
   const MAIN_HEIGHT = 380, SMALL_HEIGHT = 170;
-  const NEAR = 7; // pixels from an event's line within which it is told
+  const NEAR = 7; // the largest distance in pixels from an event's line at which its text is shown
 
-  // Numbers, as people read them
+  // Numbers as text
 
   const plain = (value, digits = 4) =>
     value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3
@@ -93,7 +93,7 @@ const AtlasCharts = (() => {
 
   const withAlpha = (colour, alpha) => colour + Math.round(255 * alpha).toString(16).padStart(2, "0");
 
-  /* The index of the value nearest to `x` in rising `xs`. */
+  /* The index of the value in rising `xs` that is nearest to `x`. */
   function nearest(xs, x) {
     let low = 0, high = xs.length - 1;
     while (high - low > 1) {
@@ -104,7 +104,7 @@ const AtlasCharts = (() => {
     return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
   }
 
-  /* A series on one axis, with rising x: a clock may have been set back between two stops. */
+  /* A series on one axis, sorted by x: a clock may have been set back between two stops. */
   function along(series, axis) {
     const xs = series[axis], order = xs.map((_, place) => place).sort((a, b) => xs[a] - xs[b]);
     return { xs: order.map((place) => xs[place]), ys: order.map((place) => series.value[place]) };
@@ -144,11 +144,11 @@ const AtlasCharts = (() => {
         this.prepare();
         for (const { spec, plot } of this.plots) plot.setData(this.tables(spec).data, false);
         this.fit();
-        this.tell();
+        this.showValues();
       }
     }
 
-    /* What the elements depend on; while it stays, new data goes into the charts that are there. */
+    /* The facts that the elements depend on. While they stay the same, new data goes into the existing charts. */
     shape() {
       const shapes = this.runs.map((run) => [run.name, run.state, run.axes, Object.keys(run.series)]);
       return JSON.stringify([shapes, this.axis, this.isLog, [...this.hidden]]);
@@ -192,7 +192,7 @@ const AtlasCharts = (() => {
       return this.curves.get(`${run.name}\n${key}`);
     }
 
-    /* uPlot's columns for a chart, and what each column is. */
+    /* uPlot's columns for a chart, and the layer and run of each column. */
     tables(spec) {
       const columns = [];
       for (const layer of spec.layers) {
@@ -231,7 +231,7 @@ const AtlasCharts = (() => {
       for (const place of this.plots) this.draw(place);
       this.fillLegend();
       this.fit();
-      this.tell();
+      this.showValues();
       if (focused) this.container.querySelector(`[data-atlas-key="${focused}"]`)?.focus();
     }
 
@@ -383,12 +383,12 @@ const AtlasCharts = (() => {
 
     read(x) {
       this.hover = x;
-      this.isMoving = true; // moving the others' cursors calls move() again
+      this.isMoving = true; // setting the other cursors calls move() again
       for (const { plot } of this.plots) {
         if (plot) plot.setCursor({ left: x == null ? -10 : plot.valToPos(x, "x"), top: x == null ? -10 : 0 });
       }
       this.isMoving = false;
-      this.tell();
+      this.showValues();
     }
 
     at(run, key) {
@@ -420,8 +420,8 @@ const AtlasCharts = (() => {
       this.build();
     }
 
-    /* The values at the pointer, or the last ones, in the legend and above each small chart; and the event there. */
-    tell() {
+    /* Show the values at the pointer, or the last ones, in the legend and above each small chart, and the events there. */
+    showValues() {
       const shown = this.shown(), rows = this.legend.querySelectorAll("tbody tr");
       this.runs.forEach((run, place) => {
         const cells = rows[place].querySelectorAll("td"), isShown = shown.some((one) => one.run === run);
@@ -459,7 +459,7 @@ const AtlasCharts = (() => {
         .map((event) => `${several ? `${run.name}, ` : ""}step ${grouped(event.step)}: ${event.text}`));
     }
 
-    /* A line where something happened; a save, of which there are many, only a tick on the axis. */
+    /* Draw a line at each event; a save, of which there are many, is only a tick on the axis. */
     mark(plot, isMain) {
       const { ctx, bbox } = plot, ratio = devicePixelRatio;
       ctx.save();
