@@ -2,10 +2,10 @@
 
     python benchmarks/busy_machine.py
 
-PyTorch's threads wait for each other hundreds of times in a step. By default a waiting thread spins; if the
-one it waits for has lost its core to another program, that takes until the scheduler's next turn. With
-GOMP_SPINCOUNT=1000 it sleeps instead, which `atlas` chooses where another program computes as it starts. Runs are
-interleaved; the table shows medians of all steps.
+PyTorch's threads wait for each other hundreds of times in a step. By default a waiting thread spins. If the other
+thread has lost its core to another program, it spins until the scheduler's next turn. With GOMP_SPINCOUNT=1000 it
+sleeps instead. `atlas` chooses this if another program computes when it starts. Runs take turns; the table shows
+medians of all steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = {"threads spin (alone)": {}, "threads sleep (beside another)": {"GOMP
 
 
 def measure() -> None:
-    """Run in a child process: print the seconds of each step."""
+    """Print the seconds of each step; runs in a child process."""
     import torch
 
     from atlas.config import TrainingConfig

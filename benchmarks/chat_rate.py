@@ -1,4 +1,4 @@
-"""At which learning rate and length a model learns a few dozen conversations: how many answers come back.
+"""The learning rate and length at which a model learns a few dozen conversations: how many answers it repeats.
 
     atlas prepare --input my_texts --train-tokenizer 1024 --output data/mine
     atlas train --config modern-nano --train-data data/mine --output-dir checkpoints/base
@@ -6,9 +6,9 @@
     python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths 20x16 40x4
 
 Each rate and each length (epochs × batch size) is a run of `atlas train --init-from` on the pairs. An answer counts as
-learnt if `atlas generate --chat --temperature 0` gives it letter for letter, from `atlas_best.pt` and from the last
-checkpoint. Without `--pairs` there are 60 made-up ones: a question of a few words, and a sentence without relation to
-it, so that nothing but memory gives the answer.
+learned if `atlas generate --chat --temperature 0` gives it letter for letter, from `atlas_best.pt` and from the last
+checkpoint. Without `--pairs` there are 60 made-up pairs, each a question of a few words and a sentence without relation
+to it. So the model can only give the answer if it has memorized it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def made_up_pairs(seed: int = 3) -> list[dict[str, str]]:
 
 
 def count_learnt(checkpoint: Path, pairs: list[dict[str, str]], folder: Path) -> int:
-    """How many answers of `pairs` the model gives, word for word."""
+    """The number of answers of `pairs` that the model gives word for word."""
     questions, answers = folder / "questions.txt", folder / "answers.jsonl"
     questions.write_text("\n".join(pair["prompt"] for pair in pairs), encoding="utf-8")
     arguments = ["--prompts-file", str(questions), "--output-file", str(answers), "--max-tokens", "60"]
@@ -62,7 +62,7 @@ def last_step(folder: Path) -> int:
 def measure(
     checkpoint: Path, pairs: list[dict[str, str]], rate: str | None, length: str
 ) -> tuple[int, int, int]:
-    """(updates, answers learnt by the best checkpoint, by the last) of one run. `rate` None: Atlas's own."""
+    """(updates, answers learned by the best checkpoint, by the last) of one run. With `rate` None, Atlas chooses it."""
     epochs, batch = length.split("x")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -83,8 +83,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="the trained model to start from")
-    parser.add_argument("--pairs", type=Path, help="JSONL of prompt and response; left out, 60 made-up ones")
-    parser.add_argument("--rates", nargs="*", default=["1e-4", "5e-4", "2e-3"], help="beside Atlas's own")
+    parser.add_argument("--pairs", type=Path, help="JSONL of prompt and response; default: 60 made-up ones")
+    parser.add_argument(
+        "--rates", nargs="*", default=["1e-4", "5e-4", "2e-3"], help="compared with Atlas's own"
+    )
     parser.add_argument("--lengths", nargs="+", default=["20x16", "20x4", "40x4"], help="epochs × batch size")
     add_record_option(parser)
     return parser.parse_args()

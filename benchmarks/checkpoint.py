@@ -1,11 +1,12 @@
-"""What saving costs training: how long a step stands still, and how fast steps are while a save is written.
+"""The cost of saving during training: how long a step pauses, and how fast steps are while a save is written.
 
     python benchmarks/checkpoint.py                 tiny (490 MB a checkpoint), on a GPU if there is one
     python benchmarks/checkpoint.py --config nano --rounds 9
 
-Three ways to save the same state, in turn, in every round: in the background as `atlas train` does, blocking as with
-`checkpoint.background=false` (both: hashed, flushed to the disk, committed), and `torch.save` in the loop without
-flushing, which is what peers do. Then updates are timed with no save in flight and with one, in turn.
+Every round saves the same state in three ways, in turn: in the background as `atlas train` does, blocking as with
+`checkpoint.background=false`, and with `torch.save` in the loop. The first two are hashed, flushed to the disk and
+committed; peers call `torch.save` without flushing. Then updates are timed without and with a save in progress, in
+turn.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def timed(call: Any) -> float:
 
 
 def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds for which training stands still, by way of saving."""
+    """The seconds for which training pauses, for each way of saving."""
     background = BackgroundSaver(CheckpointManager(folder / "background"), in_background=True)
     blocking = BackgroundSaver(CheckpointManager(folder / "blocking"), in_background=False)
     times: dict[str, list[float]] = {"in the background": [], "blocking": [], "torch.save in the loop": []}
@@ -101,8 +102,8 @@ def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
 def updates_beside_a_save(
     run: Run, folder: Path, rounds: int, interval: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of an update without a save and with one in flight, and of the saves, which fall due every `interval`
-    updates: how fast a save is written depends on when the next one is due."""
+    """Seconds of an update without a save and with one in progress, and of the saves, which are due every `interval`
+    updates. The speed of a save depends on when the next one is due."""
     saver = BackgroundSaver(CheckpointManager(folder / "beside"), in_background=True)
     alone, beside, saves = [], [], []
     for number in range(rounds + 1):
@@ -112,7 +113,7 @@ def updates_beside_a_save(
             seconds = run.update()
             if was_writing == saver.is_writing:  # not the one in which a save ended
                 (during if was_writing else after).append(seconds)
-        if number > 0:  # before the first save there is none in flight
+        if number > 0:  # before the first save there is none in progress
             beside += during
             alone += after
             saves.append(saver.seconds)

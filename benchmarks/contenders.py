@@ -1,6 +1,6 @@
-"""Programs that are compared: each a process of its own, which waits for its turn without computing.
+"""Programs that are compared: each is a separate process, which waits for its turn without computing.
 
-The parent writes a line of JSON, the child answers with one. What a library prints meanwhile goes to standard error.
+The parent writes a line of JSON, and the child answers with one. Output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 PAUSE = 0.2
-"""Seconds after a turn in which threads that spin for more work give up and go to sleep."""
+"""Seconds after a turn in which spinning threads give up and go to sleep."""
 
 
 @dataclass
 class Contender:
-    """`command` starts a program that calls `take_turns`."""
+    """A program that `command` starts and that calls `take_turns`."""
 
     name: str
     command: Sequence[str]
@@ -35,14 +35,14 @@ class Contender:
         )
 
     def is_ready(self) -> bool:
-        """Waits until the program is; False, and it is said, where it ends before."""
+        """Wait until the program is ready. False, with a message, if it ends before."""
         if self._line():
             return True
         print(f"{self.name}: did not start and is left out; its own words are above", file=sys.stderr)
         return False
 
     def ask(self, request: Any = None) -> Any:
-        """Its answer, after which it rests."""
+        """The program's answer to one turn."""
         assert self.process
         assert self.process.stdin
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -53,7 +53,7 @@ class Contender:
         return json.loads(line)
 
     def stop(self) -> None:
-        """End of input ends the program."""
+        """End the program by closing its input."""
         if self.process and self.process.stdin:
             self.process.stdin.close()
             self.process.wait()
@@ -65,9 +65,9 @@ class Contender:
 
 
 def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """The child's side: get ready, then answer each line that comes in."""
+    """The child's side: get ready, then answer each line of input."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output of libraries is not an answer
     answer = prepare()
     print("ready", file=out, flush=True)
     for line in sys.stdin:
@@ -76,7 +76,7 @@ def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
 
 def build_nanogpt(folder: str, device: str, **config: Any) -> tuple[Any, Any]:
     """The model of nanoGPT's `model.py` in `folder` and its AdamW, with the settings of its train.py. `config` has the
-    names of `GPTConfig`."""
+    field names of `GPTConfig`."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 

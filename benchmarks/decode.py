@@ -1,18 +1,18 @@
-"""Tokens a second of writing, after the prompt is read, beside transformers and llama.cpp with the same weights.
+"""Tokens a second of generation after the prompt, beside transformers and llama.cpp with the same weights.
 
-    python benchmarks/decode.py                             tiny, 200 tokens, one text and eight at once
+    python benchmarks/decode.py                             tiny, 200 tokens, one text and eight in parallel
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
     python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
-A model with random weights in the preset's shape and GPT-2's vocabulary, in f32 or bf16, writes greedily. Atlas writes
-as `atlas generate` does, transformers with `generate` and its cache, llama.cpp (package `xllamacpp`) with the server's
-slots and the file that Atlas exports, with an f32 cache; in bf16 it is left out. All have as many threads, each is a
-process of its own, and they take turns; medians count. What is not installed is left out, and said.
+A model with random weights, the preset's shape and GPT-2's vocabulary generates greedily, in f32 or bf16. Atlas runs
+`atlas generate`'s code, and transformers `generate` with its cache. llama.cpp (package `xllamacpp`) uses the server's
+slots, the file that Atlas exports and an f32 cache; in bf16 it is left out. All have the same number of threads. Each
+is a separate process, and they take turns; medians count. Programs that are not installed are left out, with a note.
 
-Each token is timed when it comes out. Tokens a second are those after the moment when every text has its first token,
-so that reading the prompt does not count. "Over the context" are the milliseconds a token in a text that fills the
-context, in its first quarter and in its last. The weights cannot be read faster than memory gives them: the last row is
-how many tokens a second that would be.
+Each token is timed when it is generated. Counting starts when every text has its first token, so reading the prompt
+does not count. "Over the context" shows the milliseconds per token in a text that fills the context, in its first
+quarter and in its last. A program cannot read the weights faster than memory allows: the last row is that limit in
+tokens a second.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROMPTS = (
     "He said that nobody had seen the",
     "Snow fell on the hills and on the harbour, and in the morning",
 )
-"""Of different lengths, as texts are."""
+"""Prompts of different lengths, like real texts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shape:
     dtype: str = "f32"
 
     def model(self) -> Any:
-        """The same weights in every process. The end of the text has none, so that it is never the likeliest."""
+        """The same weights in every process. The end-of-text row is zero, so that it is never the likeliest token."""
         import torch
 
         from atlas.config.loader import read_yaml, resolve
@@ -77,7 +77,7 @@ class Shape:
 
 
 Write = Callable[[Sequence[str], int], list[list[float]]]
-"""Texts to continue and a number of tokens → the moment of each token of each text."""
+"""A function from texts to continue and a number of tokens to the moment of each token of each text."""
 
 
 # The contenders, each imported in its own process
@@ -104,7 +104,7 @@ def atlas(shape: Shape) -> Write:
         moments: list[float] = []
         for _ in stream_text(loaded, prompts, Sampling(temperature=0), max_tokens=tokens):
             moments.append(time.perf_counter())
-        return [moments[:tokens] for _ in prompts]  # the last step releases what was held back
+        return [moments[:tokens] for _ in prompts]  # the last step releases the text that was held back
 
     return write
 
@@ -136,11 +136,11 @@ def transformers(shape: Shape) -> Write:
             [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=shape.device
         )
         streamer = Moments()
-        # No eos_token_id: nothing ends a text before its last token.
+        # Without eos_token_id no text ends before its last token.
         options = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode():
             twin.generate(ids, attention_mask=mask, streamer=streamer, use_cache=True, **options)
-        return [streamer.moments[1:] for _ in prompts]  # the first is the prompt's
+        return [streamer.moments[1:] for _ in prompts]  # the first belongs to the prompt
 
     return write
 
@@ -215,7 +215,7 @@ def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
 
 
 def bytes_per_second(device: str) -> float:
-    """How fast memory is read: the better of a copy, its writing counted too, and of adding up."""
+    """The speed of reading memory: the better of a copy, with its writes counted, and of a sum."""
     import torch
 
     from atlas.machine import measure_copy
@@ -230,24 +230,25 @@ def bytes_per_second(device: str) -> float:
 
 
 def bytes_per_token(model: Any) -> int:
-    """Of the weights, all of which a step reads; of the positions it reads a row."""
+    """Bytes of the weights, all of which a step reads, except the position table, of which it reads one row."""
     from atlas.model.cost import count_parameters
 
     parameters = count_parameters(model.config)
     return int(model.head_table.element_size()) * (parameters.total - parameters.position_embedding)
 
 
-# What the parent does
+# The parent
 
 
 def tokens_per_second(rows: list[list[float]]) -> float:
-    """Of all texts together, from when each has its first token."""
+    """Tokens a second of all texts together, from the moment when each has its first token."""
     start, end = max(row[0] for row in rows), max(row[-1] for row in rows)
     return sum(moment > start for row in rows for moment in row) / (end - start)
 
 
 def milliseconds_in_quarters(row: list[float]) -> tuple[float, float]:
-    """A token's, in the first and the last quarter of a text: medians, which another program's turn does not move."""
+    """Seconds per token in the first and the last quarter of a text: medians, so that another program's turn does not
+    count."""
     gaps = [(after - before) * 1e3 for before, after in itertools.pairwise(row)]
     quarter = len(gaps) // 4
     return statistics.median(gaps[:quarter]), statistics.median(gaps[-quarter:])
@@ -255,7 +256,7 @@ def milliseconds_in_quarters(row: list[float]) -> tuple[float, float]:
 
 @dataclass
 class Writer:
-    """A contender, and a figure a round for each thing that is measured."""
+    """A contender, and one figure per round for each quantity."""
 
     name: str
     contender: Contender
@@ -275,7 +276,8 @@ def contender(kind: str, shape: Shape) -> Contender:
 
 
 def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
-    """Of one text and of eight; the same process, but for llama.cpp, whose context its slots divide."""
+    """The contenders for one text and for eight. They use the same process, except llama.cpp, whose slots divide its
+    context."""
     kinds = {"Atlas": ("atlas", "atlas"), "transformers": ("transformers", "transformers")}
     if shape.gguf:
         kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")
@@ -343,9 +345,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--tokens", type=int, default=200, help="that each text goes on by")
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens of each text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: PyTorch's, one a core")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's, one per core")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--dtype", default="f32", choices=["f32", "bf16"], help="of the weights and the cache"

@@ -1,15 +1,16 @@
-"""A CUDA device where none is: the real code runs on PyTorch's fake tensors, which have a device, a shape and a dtype
-but no memory, with real autograd, autocast, compilation and optimizers.
+"""A CUDA device on a machine without one. The real code runs on PyTorch's fake tensors, which have a device, a shape
+and a dtype but no memory, with real autograd, autocast, compilation and optimizers.
 
     device = FakeCuda()     # before anything imports torch
     with device, waits() as asked:
-        …                   # code that asks for cuda
+        …                   # code that uses cuda
     print(asked.seen)
 
-It shows tensors on two devices, dtypes that an operator refuses, waits of the host, and by their shapes the kernels'
-bytes and FLOPs (`roofline.py`). It shows no numbers, no kernel that refuses its input, and no true speed. A Python list
-as an index fails (on a GPU it is a copy that waits). A CPU build of PyTorch lacks a device guard for CUDA:
-`fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s. `tests/cuda_path` runs Atlas on it.
+It finds tensors on two devices, dtypes that an operator refuses and waits of the host. From the shapes follow the
+kernels' bytes and FLOPs (`roofline.py`). It computes no numbers, and finds neither a kernel that refuses its input nor
+the true speed. A Python list as an index fails (on a GPU it is a copy that waits). A CPU build of PyTorch lacks a
+device guard for CUDA: `fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s. `tests/cuda_path`
+runs Atlas on it.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ GiB = 1 << 30
 
 
 def why_not() -> str | None:
-    """What is missing here; None where it works."""
+    """What this machine lacks for it; None if it works."""
     if sys.platform != "linux":
         return "fake CUDA needs Linux"
     if (
         not (_torch_folder() / "lib/libtorch_cpu.so").exists()
         or (_torch_folder() / "lib/libtorch_cuda.so").exists()
     ):
-        return "fake CUDA needs a CPU build of PyTorch"  # another has hooks and a guard of its own
+        return "fake CUDA needs a CPU build of PyTorch"  # another one has its own hooks and guard
     return None if shutil.which("g++") else "fake CUDA needs g++ (apt install g++)"
 
 
 def _torch_folder() -> Path:
-    """Where PyTorch lies; it is not imported."""
+    """The folder of PyTorch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -52,7 +53,7 @@ def _torch_folder() -> Path:
 
 
 def build_guard() -> Path:
-    """The library of `fake_cuda.cpp` for the PyTorch that is installed."""
+    """The library built from `fake_cuda.cpp` for the installed PyTorch."""
     source = Path(__file__).with_suffix(".cpp")
     torch_root = _torch_folder()
     version = (torch_root / "version.py").read_bytes()
@@ -82,16 +83,16 @@ class Card:
 
 
 class Runtime:
-    """What Atlas asks of CUDA itself: page-locked memory. 0 is success."""
+    """The functions of CUDA itself that Atlas calls, for page-locked memory. They return 0: success."""
 
     cudaHostRegister = staticmethod(lambda address, size, flags: 0)
     cudaHostUnregister = staticmethod(lambda address: 0)
 
 
 class FakeCuda:
-    """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a `FakeTensorMode` class of one's own
-    (it sees every operator), or PyTorch's. `backend` is what `torch.compile` compiles with, since no kernel can be
-    built here; None leaves functions as they are. It may be changed at any time."""
+    """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a class derived from `FakeTensorMode`
+    (it sees every operator), or PyTorch's. `backend` compiles for `torch.compile`, since no kernel can be built here;
+    None leaves functions as they are. It may be changed at any time."""
 
     def __init__(
         self, mode: type[Any] | None = None, *, backend: Callable[..., Any] | str | None = None
@@ -100,7 +101,7 @@ class FakeCuda:
         ctypes.CDLL(str(build_guard()))
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        # Made before CUDA seems to be there: it would ask the driver then.
+        # Create it before CUDA seems available: it would ask the driver then.
         self.mode = (mode or FakeTensorMode)(allow_non_fake_inputs=True)
         self.backend = backend
         _pretend()
@@ -156,14 +157,14 @@ def _pretend() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, answer)
     cuda.random.get_rng_state = cuda.get_rng_state
-    torch.autograd.set_multithreading_enabled(False)  # threads of its own would not know the mode
+    torch.autograd.set_multithreading_enabled(False)  # its own threads would not know the mode
 
     torch.nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # uncompiled it would compile itself
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise it would compile itself
     torch.tensor, torch.as_tensor = _tensor(torch.tensor), _tensor(torch.as_tensor)
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
-    # Operators made of others are taken apart before a mode sees them only where gradients are off in the usual way.
+    # PyTorch decomposes composite operators before a mode sees them only if gradients are off in the usual way.
     inference_mode = torch.inference_mode
     torch.inference_mode = lambda mode=True: (  # type: ignore[assignment, misc]
         torch.no_grad() if mode is True else torch.no_grad()(mode) if callable(mode) else inference_mode(mode)
@@ -171,7 +172,7 @@ def _pretend() -> None:
 
 
 def _limit_memory(fraction: float, device: Any = None) -> None:
-    if getattr(device, "index", 0) is None:  # as PyTorch has it
+    if getattr(device, "index", 0) is None:  # as in PyTorch
         raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
 
 
@@ -184,15 +185,15 @@ class _Stream:
 
 
 class _Graph:
-    """A CUDA graph, of which only is noted that it is run."""
+    """A CUDA graph that only records that it was run."""
 
     def replay(self) -> None:
         _note("GRAPH")
 
 
 def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: Any = None) -> Any:
-    """`Module.to`: on another device a parameter becomes a new one, since the memory of a real one cannot be given to a
-    fake one, nor does a fake one change its device. On the same it stays itself, as an optimizer knows it."""
+    """`Module.to`. On another device a parameter becomes a new one, since a real parameter cannot get fake memory, and
+    a fake one cannot change its device. On the same device it stays the same object, as an optimizer expects."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -218,7 +219,7 @@ def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: 
 
 
 def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels that a GPU would choose: a CPU build chooses its own."""
+    """The kernels that a GPU would choose, since a CPU build chooses others."""
     import torch
 
     aten = torch.ops.aten
@@ -238,7 +239,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
             return real(q, k, v, attn_mask, dropout_p, is_causal, **options)
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
-        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention shares keys by itself
+        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention shares keys itself
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         if enable_gqa:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
@@ -254,8 +255,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.tensor`, which would keep its numbers as real memory, and compute with it: there is none on the device, to
-    which the mode shall see it moved."""
+    """`torch.tensor` without real memory: the mode must see that the numbers move to the device, which has none."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -270,7 +270,7 @@ def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tolist(tensor: Any) -> Any:
-    """Numbers that are made up; the host waits once for all of them."""
+    """Made-up numbers; the host waits once for all of them."""
     number = tensor.new_zeros(()).item()
     for size in reversed(tensor.shape):
         number = [number] * size
@@ -278,7 +278,7 @@ def _tolist(tensor: Any) -> Any:
 
 
 def _compile_with(device: FakeCuda) -> None:
-    """`torch.compile`, and `Module.compile` by it, use the backend of `device`."""
+    """Make `torch.compile`, and `Module.compile`, use the backend of `device`."""
     import torch
 
     real = torch.compile
@@ -295,7 +295,7 @@ def _compile_with(device: FakeCuda) -> None:
 
 
 _counters: list[Counter[str]] = []
-"""Of the `waits` that are entered."""
+"""The `waits` that are active."""
 
 
 def _note(kind: str) -> None:
@@ -304,9 +304,9 @@ def _note(kind: str) -> None:
 
 
 def waits() -> Any:
-    """A dispatch mode for inside `FakeCuda`: its `seen` counts `KIND module.function` for what makes the host wait for
-    the device (`WAIT`, a copy `D2H wait` or `H2D wait`) and for copies that do not (`D2H async`, `H2D async`). Numbers
-    that the host asks for are made up: 1.0, True and 7."""
+    """A dispatch mode for use inside `FakeCuda`. Its `seen` counts `KIND module.function` for everything that makes the
+    host wait for the device (`WAIT`, a copy `D2H wait` or `H2D wait`) and for copies that do not wait (`D2H async`,
+    `H2D async`). Numbers that the host reads are made up: 1.0, True and 7."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -322,7 +322,7 @@ def waits() -> Any:
 
         @classmethod
         def is_infra_mode(cls) -> bool:
-            return True  # under any other `torch.compile` does nothing
+            return True  # `torch.compile` does nothing under any other mode
 
         def __enter__(self) -> Any:
             _counters.append(self.seen)
@@ -364,7 +364,8 @@ def _note_copy(source: str, target: str, is_async: Any) -> None:
 
 
 def _index(index: Any) -> Any:
-    """What a GPU indexes by: a tensor of the CPU is copied to it, of a mask the host must know how many it takes."""
+    """The indices as a GPU needs them: a CPU tensor is copied to it, and of a mask the host must know the number of
+    hits."""
     import torch
 
     if index is None:
@@ -389,9 +390,10 @@ def _tensors(values: Any) -> Iterator[Any]:
 
 
 def _place() -> str:
-    """`module.function` of Atlas that led here; before it that of PyTorch's optimizers and clipping, if it was there.
+    """`module.function` of the Atlas code that led here, preceded by that of PyTorch's optimizers and clipping, if
+    involved.
 
-    Comprehensions and lambdas have no name of their own, so that it is the same in every version of Python.
+    Comprehensions and lambdas get no name, so that the result is the same in every version of Python.
     """
     atlas = sys.modules.get("atlas")
     ours = f"{Path(str(atlas.__file__)).parent}/" if atlas else "\0"

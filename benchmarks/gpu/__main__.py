@@ -1,15 +1,16 @@
 """The GPU tests and benchmarks, in one call of at most 400 seconds and without a network.
 
     benchmarks/gpu.sh --nanogpt ../nanoGPT
-    benchmarks/gpu.sh --wheels wheels               installs what is missing from a folder, beside the system's packages
+    benchmarks/gpu.sh --wheels wheels               installs missing packages from a folder, beside the system's
     benchmarks/gpu.sh --only training --only head
-    benchmarks/gpu.sh --rehearse                    every part on the CPU with tiny models: tries the script itself
+    benchmarks/gpu.sh --rehearse                    every part on the CPU with tiny models, to test the script
 
-It needs Linux, Python 3.11 or newer, PyTorch 2.10 or newer with CUDA, and what Atlas needs. Each figure is a line of
-JSON, printed and appended to `figures.jsonl` in the output folder as soon as it is measured (to `rehearsal.jsonl` in a
-rehearsal); whatever else the parts print is in `log.txt` there. Another call with the same folder measures only what is
-not in the file yet. A part that exceeds its limit is stopped, and the next one starts. Each job of a part is a process
-of its own, so that the device holds one model at a time; all of them share a cache of compiled kernels.
+It needs Linux, Python 3.11 or newer, PyTorch 2.10 or newer with CUDA, and Atlas's requirements. Each figure is a line
+of JSON, which is printed and appended to `figures.jsonl` in the output folder as soon as it is measured (to
+`rehearsal.jsonl` in a rehearsal). All other output of the parts is in `log.txt` there. Another call with the same
+folder measures only what is not in the file yet. A part that exceeds its limit is stopped, and the next one starts.
+Each job of a part is a separate process, so that the device holds one model at a time. All share a cache of compiled
+kernels.
 
 The parts: `tests` runs pytest's tests that need a GPU; `training` tokens a second beside compiled nanoGPT; `head` the
 matrix products and the loss of the largest layer; `peaks` the peak memory of the largest presets; `writing` tokens a
@@ -37,12 +38,12 @@ from gpu.wheels import Missing, advice, choose, install, missing, needed
 
 PARTS = ("tests", "training", "head", "peaks", "writing", "runs")
 BUDGET = 400
-"""Seconds of all limits together, with that of looking at the machine."""
+"""Seconds of all limits together, including the check of the machine."""
 
 
 def main() -> int:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job that runs ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running job ends, too
     packages = arguments.scratch / "packages"
     with contextlib.suppress(FileExistsError):
         arguments.output.mkdir(parents=True)
@@ -81,7 +82,9 @@ def parse() -> argparse.Namespace:
         help="folder of caches, runs and installed wheels; default: in the system's temporary folder",
     )
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder with nanoGPT's model.py")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="installs what is missing from here")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="install missing packages from this folder"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny models")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):
@@ -94,7 +97,7 @@ def parse() -> argparse.Namespace:
 
 
 def provide(wheels: Path | None, packages: Path) -> bool:
-    """Whether all packages are here, or could be installed from `wheels`. Says what is missing."""
+    """Whether all packages are here or could be installed from `wheels`. Prints what is missing."""
     try:
         if wheels is None:
             if names := missing(needed(), packages):
@@ -108,7 +111,7 @@ def provide(wheels: Path | None, packages: Path) -> bool:
 
 
 def run_part(part: str, setup: Setup) -> bool:
-    """Runs the jobs of a part, up to its limit. False if one failed or the time was too short."""
+    """Run the jobs of a part, up to its limit. False if one failed or the time was too short."""
     module = importlib.import_module(f"gpu.{part}")
     figures = Figures(setup.file, part)
     end = time.monotonic() + module.LIMIT
@@ -133,7 +136,7 @@ def run_job(job: str, end: float, setup: Setup, figures: Figures) -> bool:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # what the job started ends with it
+            with contextlib.suppress(ProcessLookupError):  # the processes that the job started end with it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.monotonic() - start
@@ -162,7 +165,7 @@ def environment(setup: Setup) -> dict[str, str]:
         **{name: str(setup.scratch / folder) for name, folder in caches.items()},
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONUNBUFFERED": "1",  # what was printed before the limit is kept
+        "PYTHONUNBUFFERED": "1",  # output before the limit is kept
     }
 
 

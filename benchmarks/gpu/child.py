@@ -1,4 +1,4 @@
-"""One job in a process of its own, so that the device holds one model: `python -m gpu.child PART JOB SETUP`."""
+"""One job in a separate process, so that the device holds one model: `python -m gpu.child PART JOB SETUP`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEFT_OUT = 75
 def main() -> int:
     part, job, setup = sys.argv[1], sys.argv[2], Setup.from_json(sys.argv[3])
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no figure
+    os.dup2(2, 1)  # output of libraries is not a figure
     from atlas.process import set_up_process
 
     set_up_process()  # as the command does

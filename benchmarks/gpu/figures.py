@@ -1,4 +1,4 @@
-"""The figures that were measured: one JSON object a line in `figures.jsonl`, written as soon as it is known."""
+"""The measured figures: one JSON object per line in `figures.jsonl`, written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Setup:
 
     @property
     def file(self) -> Path:
-        """A rehearsal has a file of its own, so that no figure of it stands for one of a GPU."""
+        """The file of figures. A rehearsal has a separate one, so that none of its figures counts as a GPU's."""
         return self.output / ("rehearsal.jsonl" if self.rehearse else "figures.jsonl")
 
     @property
     def log(self) -> Path:
-        """What the jobs printed."""
+        """The output of the jobs."""
         return self.output / "log.txt"
 
     def as_json(self) -> str:
@@ -44,11 +44,11 @@ class Setup:
 
 
 class LeftOut(Exception):
-    """Why a job cannot run here: something optional is missing."""
+    """The reason why a job cannot run here: an optional package is missing."""
 
 
 class Figures:
-    """The lines of one part. `out` shows each new one."""
+    """The lines of one part. New lines are also written to `out`."""
 
     def __init__(self, file: Path, part: str, out: TextIO | None = None) -> None:
         self.file = file
@@ -56,7 +56,7 @@ class Figures:
         self.out = out or sys.stdout
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of this part. A line that was cut off when the time ended does not count."""
+        """The figures of this part. A line that was cut off when the time ended does not count."""
         found = []
         if self.file.exists():
             for line in self.file.read_text(encoding="utf-8").splitlines():
@@ -79,11 +79,11 @@ class Figures:
         return any(line.get("job") == job and line.get("done") for line in self.lines())
 
     def finish(self, job: str, seconds: float) -> None:
-        """All figures of `job` are in the file: another call skips it."""
+        """Note that all figures of `job` are in the file, so that another call skips it."""
         self._write({"part": self.part, "job": job, "done": True, "seconds": round(seconds, 1)})
 
     def fail(self, job: str, reason: str, seconds: float) -> None:
-        """Another call tries `job` again."""
+        """Remove the note, so that another call runs `job` again."""
         self._write({"part": self.part, "job": job, "error": reason, "seconds": round(seconds, 1)})
 
     def _write(self, entry: dict[str, Any]) -> None:

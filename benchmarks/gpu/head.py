@@ -1,4 +1,4 @@
-"""The head of `small`: its matrix products with 50,257 and with 50,304 rows, and the loss by rows a chunk."""
+"""The head of `small`: its matrix products with 50,257 and with 50,304 rows, and the loss by rows per chunk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def padded(rows: int) -> int:
 
 
 def products(setup: Setup, figures: Figures) -> None:
-    """TFLOP/s in bf16 of a large square product, and of the head's three."""
+    """TFLOP/s in bf16 of a large square product, and of the head's three products."""
     import torch
 
     device = setup.device
@@ -84,7 +84,7 @@ def loss(setup: Setup, figures: Figures) -> None:
 
 
 def set_chunk(rows: int, columns: int) -> None:
-    """From now on the loss takes `rows` rows of `columns` logits in bf16 at a time."""
+    """Make the loss process `rows` rows of `columns` logits in bf16 at a time from now on."""
     from atlas.training import loss, loss_cuda
 
     loss_cuda.CUDA_LOSS_BYTES = 2 * rows * columns

@@ -1,4 +1,5 @@
-"""What the figures were measured on; without a CUDA device and PyTorch 2.10 or newer nothing else runs."""
+"""The machine on which the figures were measured. Without a CUDA device and PyTorch 2.10 or newer, nothing else
+runs."""
 
 from __future__ import annotations
 

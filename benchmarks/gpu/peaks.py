@@ -1,6 +1,6 @@
 """Peak memory of training the largest presets, beside what `atlas plan` estimates: see `benchmarks/memory.py`.
 
-Compiled blocks are those of a card that is short of memory, as the presets' table assumes.
+Blocks are compiled as for a card that is short of memory, as the presets' table assumes.
 """
 
 from __future__ import annotations

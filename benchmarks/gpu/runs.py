@@ -1,7 +1,7 @@
 """`atlas train` of `tiny` in bf16 and in fp32 with one seed, and a run that is killed and resumed.
 
-The run in fp32 is the reference and not compiled. The losses of the resumed run must be those of the one that was not
-killed, within 1e-3 and after as many sequences: which sequences an update trains follows from how many came before.
+The run in fp32 is the reference and not compiled. The losses of the resumed run must equal those of the run that was
+not killed, within 1e-3 and after the same number of sequences, which determines the sequences of the next update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OBJECTS = ("the water", "a ring", "the reeds in winter", "the surface", "its own
 
 
 def text_file(setup: Setup) -> Path:
-    """About 3 MB of made-up sentences; 100 kB in a rehearsal. The same every time."""
+    """About 3 MB of made-up sentences, 100 kB in a rehearsal. They are the same every time."""
     path = setup.scratch / "text.txt"
     size = 100_000 if setup.rehearse else 3_000_000
     if not path.exists():
@@ -45,7 +45,7 @@ def text_file(setup: Setup) -> Path:
 
 
 def prepare(name: str, setup: Setup, **training: Any) -> tuple[list[str], Path]:
-    """The command of a fresh run of the preset, as a user would give it, and its folder."""
+    """The command of a new run of the preset, as a user would give it, and its folder."""
     folder = setup.scratch / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     settings = {
@@ -69,7 +69,7 @@ def prepare(name: str, setup: Setup, **training: Any) -> tuple[list[str], Path]:
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """The records of the updates so far. The last line may be half written."""
+    """The records of the updates so far. The last line may be incomplete."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -92,7 +92,7 @@ def bf16(setup: Setup, figures: Figures) -> None:
 
 
 def half(setup: Setup) -> str:
-    """Not every CPU has bf16."""
+    """Whether the device has bf16, which not every CPU has."""
     return "fp32" if setup.rehearse else "bf16"
 
 
@@ -105,7 +105,7 @@ def fp32(setup: Setup, figures: Figures) -> None:
 
 
 def killed(setup: Setup, figures: Figures) -> None:
-    """Kills a run with SIGKILL after a save, resumes it, and compares it with the one that was not killed."""
+    """Kill a run with SIGKILL after a save, resume it, and compare it with the run that was not killed."""
     reference = figures.get("bf16")
     if reference is None:
         raise SystemExit("the run to compare with did not end")

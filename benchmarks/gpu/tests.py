@@ -1,4 +1,4 @@
-"""The tests that need a GPU: a figure for each. Those that passed are not repeated by another call."""
+"""The tests that need a GPU, with a figure for each. Another call does not repeat tests that passed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tests(setup: Setup, figures: Figures) -> None:
     import pytest
 
     os.chdir(ROOT)
-    # Other files may import what is not installed.
+    # Other files may import packages that are not installed.
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").glob("test_*.py"))

@@ -1,4 +1,4 @@
-"""Seconds on the device: by CUDA events there, by the clock on a CPU."""
+"""Seconds on the device: by CUDA events on a GPU, by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def seconds_of_each(work: Callable[[], object], device: str, *, rounds: int) -> list[float]:
-    """Seconds of `rounds` calls of `work` without a pause between them, each from the device's end of the one before to
-    its own: what the host adds counts where the device waits for it."""
+    """Seconds of `rounds` calls of `work` without a pause between them. Each is measured from the device's end of the
+    previous call to its own, so that the host's time counts if the device waits for it."""
     marks = [_mark(device)]
     for _ in range(rounds):
         work()
@@ -43,7 +43,7 @@ def _between(start: Any, end: Any) -> float:
 
 
 def product_rate(device: str) -> float:
-    """FLOP/s of a large square product in bf16, of random numbers: what MFU refers to."""
+    """FLOP/s of a large square product of random numbers in bf16, the reference for MFU."""
     import torch
 
     size = 8192 if device == "cuda" else 256
@@ -53,7 +53,8 @@ def product_rate(device: str) -> float:
 
 
 def memory_rate(device: str) -> float:
-    """Bytes/s of the better of a copy, which reads and writes, and a sum, which reads; both too large for any cache."""
+    """Bytes/s of the better of a copy, which reads and writes, and a sum, which reads; both are too large for any
+    cache."""
     import torch
 
     source = torch.zeros(2**30 if device == "cuda" else 2**22, device=device)

@@ -1,7 +1,7 @@
-"""Tokens a second of training: what `atlas train` does, beside compiled nanoGPT, one model at a time.
+"""Tokens a second of training: Atlas's training code beside compiled nanoGPT, one model at a time.
 
-Both train random tokens in bf16 (autocast), compiled. At an equal micro-batch of 8 an update has one; where the
-micro-batch is chosen, by `auto` or as nanoGPT's fastest, an update has the 32 sequences of the preset `small`.
+Both train random tokens in bf16 (autocast), compiled. At an equal micro-batch of 8, an update has one micro-batch. If
+the micro-batch is chosen, by `auto` or as nanoGPT's fastest, an update has the 32 sequences of the preset `small`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIMIT = 140
 EQUAL = 8
 """The micro-batch at which both are compared."""
 SEQUENCES = 32
-"""Of an update where the micro-batch is chosen: the preset's."""
+"""Sequences of an update if the micro-batch is chosen: the preset's."""
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 32, "vocab_size": 257}
 
 
@@ -55,7 +55,7 @@ def shape_of(config: Any, setup: Setup) -> Any:
 
 
 def measure(name: str, make: Callable[[], Callable[[], None]], shape: Any, figures: Figures) -> None:
-    """Adds the figure `name` of the update that `make` gives: after it is compiled, the median of some."""
+    """Add the figure `name`: the median of some updates that `make` returns, after compilation."""
     import torch
 
     rate = product_rate(shape.device)
@@ -123,7 +123,7 @@ def nanogpt(micro_batch: int, setup: Setup, figures: Figures) -> None:
         name = f"small: nanoGPT, {micro_batch} x {shape.context}{ending}"
         if figures.get(name) is None:
             measure(name, functools.partial(nanogpt_step, shape, folder), shape, figures)
-            torch._dynamo.reset()  # it holds the model
+            torch._dynamo.reset()  # its cache refers to the model
             gc.collect()
 
 

@@ -1,7 +1,7 @@
-"""Which packages are missing here, and how they are installed from a folder of wheels, without a network.
+"""The packages that are missing here, and their installation from a folder of wheels, without a network.
 
-They go into a folder of their own, which Python looks into first; nothing that is installed is changed, PyTorch least
-of all. Only what is missing goes there.
+They go into a separate folder, which Python searches first. No installed package changes, and PyTorch least of all.
+Only missing packages go there.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 try:
     from packaging import requirements, tags, utils
-except ImportError:  # pip brings a copy
+except ImportError:  # pip contains a copy
     from pip._vendor.packaging import requirements, tags, utils  # type: ignore[no-redef]
 
 ROOT = Path(__file__).parents[2]
 ALSO = ["pytest>=8.2"]
-"""Beside what Atlas itself needs."""
+"""Packages beyond Atlas's own requirements."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
 class Missing(Exception):
-    """Requirements that nothing satisfies, as pip reads them."""
+    """Requirements that no package satisfies, as pip reads them."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__(", ".join(names))
@@ -36,7 +36,7 @@ class Missing(Exception):
 
 
 def needed() -> list[str]:
-    """What `pyproject.toml` requires, and pytest."""
+    """The requirements in `pyproject.toml`, and pytest."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -44,7 +44,7 @@ def needed() -> list[str]:
 
 
 def missing(wanted: Iterable[str], packages: Path) -> list[str]:
-    """Those of `wanted` that no distribution satisfies, neither installed nor in the folder `packages`."""
+    """The requirements of `wanted` that no distribution satisfies, neither installed nor in the folder `packages`."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=[str(packages), *sys.path]):
         found.setdefault(utils.canonicalize_name(distribution.metadata["Name"]), distribution.version)
@@ -59,7 +59,7 @@ def _is_satisfied(requirement: Any, found: dict[str, str]) -> bool:
 
 
 def choose(wanted: list[str], wheels: Path, packages: Path) -> list[Path]:
-    """The wheels for what is missing of `wanted`, and for what these need in turn. Raises `Missing`."""
+    """The wheels for the missing packages of `wanted`, and for their own requirements. Raises `Missing`."""
     chosen: dict[str, Path] = {}
     absent = []
     queue = missing(wanted, packages)
@@ -81,7 +81,7 @@ def choose(wanted: list[str], wheels: Path, packages: Path) -> list[Path]:
 
 
 def _best_wheel(requirement: Any, wheels: Path) -> Path | None:
-    """The newest that fits this Python."""
+    """The newest wheel that fits this Python."""
     ours = set(tags.sys_tags())
     found = []
     for path in wheels.glob("*.whl"):
@@ -112,7 +112,7 @@ def install(chosen: list[Path], packages: Path) -> None:
 
 
 def advice(names: list[str], wheels: Path) -> str:
-    """What is missing, and the commands that bring it."""
+    """The missing packages, and the commands that download them."""
     if any(requirements.Requirement(name).name == "torch" for name in names):
         return (
             "error: PyTorch 2.10 or newer with CUDA must be installed: no wheel of it is taken from a folder"

@@ -1,8 +1,8 @@
-"""Tokens a second of writing in bf16, one text and eight, beside transformers: see `benchmarks/decode.py`.
+"""Tokens a second of generation in bf16, for one text and eight, beside transformers: see `benchmarks/decode.py`.
 
-`tokens_per_second` are those of a call, with the recording of CUDA graphs in it; `steady_tokens_per_second` follow from
-the median time between two tokens. A token cannot come sooner than its weights are read: `part_of_limit` is the steady
-rate's part of that. The host waits for each token, so its clock gives the time.
+`tokens_per_second` includes the recording of CUDA graphs in a call; `steady_tokens_per_second` follows from the median
+time between two tokens. A token needs at least the time of reading its weights: `part_of_limit` is the fraction of this
+limit that the steady rate reaches. The host waits for each token, so its clock gives the time.
 """
 
 from __future__ import annotations
