@@ -7,11 +7,11 @@
     log.kernels
 
 An operator that is not compiled reads its inputs and writes its outputs once. In a compiled graph, matrix products,
-attention and embeddings are kernels of their own. Between these, operators that tensors connect are one kernel: the
-best that Inductor can reach. It reads tensors from outside and writes those that are needed outside. A sum over rows
-that are too long for a block's memory ends a pass: what needs its result reads the inputs again. The maximum that
-softmax subtracts ends none, since Inductor computes maximum and sum in one pass (online softmax, Milakov & Gimelshein
-2018, arXiv:1805.02867). Import this module after `FakeCuda` was created.
+attention and embeddings are separate kernels. Between these, operators that tensors connect are one kernel: the best
+that Inductor can reach. It reads tensors from outside and writes those that are needed outside. A sum over rows that
+are too long for a block's memory ends a pass: operators that need its result read the inputs again. The maximum that
+softmax subtracts does not end a pass, since Inductor computes maximum and sum in one pass (online softmax, Milakov &
+Gimelshein 2018, arXiv:1805.02867). Import this module after `FakeCuda` was created.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _FREE = {
 }
 _WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "random_", "bernoulli_"}
 _FIRST_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
-"""The place of a product's first matrix among its arguments."""
+"""The position of a product's first matrix among its arguments."""
 _LOOK_UPS = {"embedding", "gather", "index", "index_select"}
 _SCATTERS = {"scatter_add_", "scatter_", "index_put_"}
 _SUMS = {"sum", "mean", "var_mean", "logsumexp", "prod", "linalg_vector_norm"}
 
 
 class Cost(NamedTuple):
-    """Of one kernel."""
+    """The bytes and FLOPs of one kernel."""
 
     bytes: int
     flops: int = 0
@@ -117,7 +117,7 @@ class KernelLog:
             inference_compiler=self._compiler("blocks forward"),
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
-            keep_inference_input_mutations=True,  # as Inductor: it writes into its inputs by itself
+            keep_inference_input_mutations=True,  # like Inductor, which writes into its inputs itself
         )
 
     def _compiler(self, part: str) -> Callable[..., Any]:
@@ -147,7 +147,7 @@ class _Counting(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # under any other `torch.compile` does nothing
+        return True  # `torch.compile` does nothing under any other mode
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -364,8 +364,8 @@ def _is_view(function: Any) -> bool:
 
 
 def _bytes(tensor: Any) -> int:
-    """The memory that is read: a dimension of stride 0 counts once. A symbolic size becomes that of this call, and
-    another size is compiled anew."""
+    """The bytes that are read: a dimension of stride 0 counts once. A symbolic size becomes that of this call, since
+    another size is compiled again."""
     count: int = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= int(size) if stride else 1

@@ -3,9 +3,9 @@
     python benchmarks/loader.py
 
 Sequences of 1,024 tokens in random order from 1 GB of uint16, memory-mapped. "Reading alone" is the time of a batch
-when nothing else is done with it; "waiting beside a step" is how long a training loop waits for its batch when it
-computes for 50 ms in between (a matrix product in one thread). Cold: the file is dropped from the page cache before
-each run. The last lines seek to step 10⁷ of 10¹⁰ tokens in a sparse file. Runs are interleaved; figures are medians.
+when nothing else runs. "Waiting beside a step" is how long a training loop waits for its batch when it computes for 50
+ms in between (a matrix product in one thread). Cold: the file is dropped from the page cache before each run. The last
+lines seek to step 10⁷ of 10¹⁰ tokens in a sparse file. Runs are interleaved; figures are medians.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Batches = Iterator[Any]
 
 
 def sparse_dataset(folder: Path, *, tokens: int) -> Path:
-    """A prepared dataset of that many zeros, which takes no room on the disk until something is written to it."""
+    """A prepared dataset of that many zeros, which uses no disk space until something is written to it."""
     tokenizer = Tokenizer.gpt2()
     dtype = token_dtype(tokenizer.vocab_size)
     folder.mkdir()
@@ -106,7 +106,7 @@ WAYS: dict[str, Callable[[SequenceDataset, int], Batches]] = {
 
 
 def waits(stream: Batches, *, compute: Callable[[], None]) -> float:
-    """Median seconds that `next` takes, the first two batches (starting, filling) left out."""
+    """Median seconds of `next`, without the first two batches (starting, filling)."""
     times = []
     for _ in range(BATCHES + 2):
         start = time.perf_counter()
@@ -151,7 +151,7 @@ def compare(folder: Path) -> None:
 
 
 def seek(folder: Path) -> None:
-    """Step 10⁷ and after at 8 sequences a step, in a file that nobody has read: time, and then memory."""
+    """Time, then memory, at step 10⁷ and after at 8 sequences a step, in a file that was not read before."""
     sparse_dataset(folder, tokens=10**10)
     opened, sought = [], []
     for number in range(10**7, 10**7 + 20):
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=500_000_000, help="2 bytes each")
+    parser.add_argument("--tokens", type=int, default=500_000_000, help="number of tokens of 2 bytes")
     add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,11 +3,11 @@
     python benchmarks/loss.py
     python benchmarks/loss.py --tokens 8192 --width 768 --device cuda
 
-Each way is a process of its own, the same numbers go in, and they take turns; medians count. Memory is the peak of the
-process beyond what it had with hidden states, head and targets in place, so the gradients are in it. `difference` is
-that of the gradient by the head from Atlas's, as a part of its norm.
+Each way is a separate process with the same numbers, and they take turns; medians count. Memory is the peak of the
+process beyond its memory with hidden states, head and targets in place, so it includes the gradients. `difference` is
+that of the head's gradient from Atlas's, as a fraction of its norm.
 
-`F.linear_cross_entropy` is PyTorch's, from 2.13 on: with the chunks that Atlas takes, and with those it takes itself.
+`F.linear_cross_entropy` is PyTorch's, from 2.13 on: with Atlas's chunks, and with its own.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def loss_of(kind: str) -> Callable[[Any, Any, Any], Any]:
 
 
 def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
-    """What a child answers with: seconds, bytes beyond the inputs, and numbers to compare the gradient by."""
+    """The child's answer: seconds, bytes beyond the inputs, and numbers to compare the gradient by."""
     from atlas.process import set_up_process
 
-    set_up_process()  # for all of them alike
+    set_up_process()  # the same for all of them
     import psutil
     import torch
 
@@ -87,7 +87,7 @@ def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
         if shape.device == "cuda":
             torch.cuda.synchronize()
 
-    # A few rows load what the libraries need, which is no part of the loss.
+    # A few rows load what the libraries need, which does not belong to the loss.
     loss(hidden[:8], head[:8], targets[:8] % 8).backward()
     hidden.grad = head.grad = None
     if shape.device == "cuda":

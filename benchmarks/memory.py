@@ -1,19 +1,20 @@
-"""The peak memory of training, measured, beside what `atlas plan` says it will be; and beside other implementations.
+"""The measured peak memory of training beside the estimate of `atlas plan`, and beside other implementations.
 
     python benchmarks/memory.py                                     nano, tiny, small: those that fit this machine
     python benchmarks/memory.py --presets tiny --micro-batch 2
-    python benchmarks/memory.py --peer nanoGPT=../nanoGPT           the peers' peak, too
+    python benchmarks/memory.py --peer nanoGPT=../nanoGPT           also the peers' peak
     python benchmarks/memory.py --device cuda                       all seven presets
 
-Each preset trains two real updates on random tokens in a process of its own, with its dropout, precision, gradient
-checkpointing and micro-batch. Of its gradient accumulation two micro-batches are kept: more take longer, and no more
+Each preset trains two real updates on random tokens in a separate process, with its dropout, precision, gradient
+checkpointing and micro-batch. Gradient accumulation is limited to two micro-batches: more take longer, but no more
 memory.
 
-On a CPU the peak is the process's resident memory. On a GPU it is the allocator's peak and what the process takes there
-outside of it (the CUDA context, kernels, workspaces of libraries): the card's used memory after the updates, less that
-before the process came and what the allocator holds by then. Nothing else may start or end on the card meanwhile.
+On a CPU the peak is the process's resident memory. On a GPU it is the allocator's peak plus the process's memory
+outside of it (the CUDA context, kernels, workspaces of libraries). This is the card's used memory after the updates,
+minus that before the process started and minus the allocator's at that moment. No other program may start or end on the
+card.
 
-An estimate passes that is within 10 % of what was measured. The peers train what train_throughput.py has them train.
+An estimate passes if it is within 10 % of the measurement. The peers train the same as in train_throughput.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PEERS = {"preset": "tiny", "batch_size": 4}
 
 
 def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool = False) -> Any:
-    """The preset, with at most two micro-batches an update."""
+    """The preset, with at most two micro-batches per update."""
     from atlas.config.loader import overlay, read_yaml, resolve
     from atlas.config.presets import preset_path
     from atlas.training.memory.presets import assume_vocabulary
@@ -49,7 +50,8 @@ def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool 
 
 
 def child(preset: str, micro_batch: int | None, device: str, compiled: bool, free_before: int) -> None:
-    """Prints the bytes of each part of the peak. `free_before` were free on the device before this process came."""
+    """Print the bytes of each part of the peak. `free_before` is what was free on the device before this process
+    started."""
     from atlas.process import set_up_process
 
     set_up_process()  # as the command does
@@ -138,7 +140,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--presets", nargs="+", help="default: nano, tiny and small on a CPU, all on a GPU")
-    parser.add_argument("--micro-batch", type=int, help="sequences at once; default: the preset's")
+    parser.add_argument("--micro-batch", type=int, help="sequences per micro-batch; default: the preset's")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--no-peers", action="store_true", help="the estimates only")

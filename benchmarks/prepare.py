@@ -1,19 +1,19 @@
-"""How fast text becomes token shards, and in how much memory, beside other ways to do it.
+"""The speed and memory with which text becomes token shards, beside other ways to do it.
 
     python benchmarks/prepare.py                            300 MB of generated text: half an hour
     python benchmarks/prepare.py --megabytes 30             a quick look
-    python benchmarks/prepare.py --data text.txt            one's own text
-    python benchmarks/prepare.py --nanogpt ../nanoGPT       its data/shakespeare/prepare.py too
+    python benchmarks/prepare.py --data text.txt            your own text
+    python benchmarks/prepare.py --nanogpt ../nanoGPT       also its data/shakespeare/prepare.py
 
-The text lies in a zip in the layout of the Kaggle archive. Every way runs in a process of its own, all of them in
-turn in every round, and the medians count. MB are 10⁶ bytes of UTF-8 text, each counted once.
+The text is in a zip with the layout of the Kaggle archive. Every way runs in a separate process, all of them in turn in
+every round, and the medians count. MB are 10⁶ bytes of UTF-8 text, each counted once.
 
 Atlas is timed as a command, from its start to its exit: unzipping, finding the articles, splitting, tokenizing,
-hashing and writing. The others are timed without their start (imports, loading a vocabulary), which the last column
-includes: tiktoken encodes article by article what lies in memory already, and keeps nothing; `datasets` loads a JSONL
-file, maps a fast tokenizer over it in batches, and writes Arrow.
+hashing and writing. The others are timed without their start (imports, loading a vocabulary), which only the last
+column includes. tiktoken encodes articles that are already in memory, one by one, and keeps nothing. `datasets` loads a
+JSONL file, maps a fast tokenizer over it in batches, and writes Arrow.
 
-Memory is that of all processes of the command together, sampled every 50 ms in runs of their own.
+Memory is that of all processes of the command together, sampled every 50 ms in separate runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NEW_WORD_EVERY = 16
 
 
 def read_articles(path: Path, limit: int) -> list[str]:
-    """The articles of a text, which two or more empty lines set apart, up to `limit` bytes of them."""
+    """The articles of a text, separated by two or more empty lines, up to `limit` bytes of them."""
     articles: list[str] = []
     size = 0
     for article in re.split(r"\n(?:[ \t]*\n){2,}", path.read_text(encoding="utf-8")):
@@ -63,13 +63,12 @@ def read_articles(path: Path, limit: int) -> list[str]:
 
 
 def make_articles(folder: Path, limit: int) -> list[str]:
-    """Articles of sentences from Python's documentation, until they have `limit` bytes.
+    """Articles of sentences from Python's documentation, up to `limit` bytes.
 
-    The same sentences come again and again, and a tokenizer that remembers words would find all of them in its memory,
-    as in no real text. So every 16th word is a new one: the beginning of one word joined to the end of another, or, one
-    time in four, a number, drawn whenever a sentence is used. That is more variety than real text has: in 5 MB, 10.6 %
-    of the words have not been there before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest
-    (11.3 %).
+    The same sentences repeat, and a tokenizer that caches words would find all of them in its cache, unlike in real
+    text. So every 16th word is new: the beginning of one word joined to the end of another, or, one time in four, a
+    number. It is drawn whenever a sentence is used. This is more variety than in real text: in 5 MB, 10.6 % of the
+    words did not occur before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest (11.3 %).
     """
     from atlas.data.text.demo import write_demo_corpus
 
@@ -78,7 +77,7 @@ def make_articles(folder: Path, limit: int) -> list[str]:
     sentences = [text for text in re.split(r"(?<=[.!?]) ", corpus) if 20 <= len(text) <= 400]
     words = sorted(set(re.findall(r"[a-z]{4,}", corpus)))
     heads, tails = sorted({word[:3] for word in words}), sorted({word[-4:] for word in words})
-    heads += ["é", "Zür", "naï", "œu"]  # a few characters of more than a byte
+    heads += ["é", "Zür", "naï", "œu"]  # a few characters of more than one byte
     choose = random.Random(0)
 
     def new_word() -> str:
@@ -108,7 +107,7 @@ def make_articles(folder: Path, limit: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The same articles in the forms that each way wants, and their size in bytes."""
+    """The same articles in the format that each way needs, and their size in bytes."""
 
     archive: Path
     text: Path
@@ -132,11 +131,11 @@ class Corpus:
         return Corpus(folder / "archive.zip", folder / "input.txt", folder / "articles.jsonl", megabytes)
 
 
-# The ways, each in a process of its own
+# The ways, each in a separate process
 
 
 def gpt2_encoding() -> Any:
-    """tiktoken's GPT-2, from the merge table that Atlas brings: nothing is downloaded."""
+    """tiktoken's GPT-2, from the merge table in Atlas, so that nothing is downloaded."""
     import tiktoken
 
     from atlas.tokenizer import Tokenizer
@@ -182,7 +181,7 @@ def run_datasets(rows: str, processes: str) -> dict[str, float]:
 
 
 def run_nanogpt(script: str) -> dict[str, float]:
-    """nanoGPT's script as it is, but for the vocabulary, which it would download."""
+    """nanoGPT's script, changed only so that it does not download the vocabulary."""
     import numpy as np
     import tiktoken
 
@@ -204,12 +203,12 @@ CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
 
 @dataclass
 class Way:
-    """A command, and the seconds that it took in each round."""
+    """A command, and its seconds in each round."""
 
     name: str
     command: list[str]
     leaves: Path | None = None
-    """What is removed before each run, so that nothing is taken from the one before."""
+    """Files that are removed before each run, so that it reuses nothing from the one before."""
     alone: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -235,7 +234,7 @@ class Way:
         if self.leaves:
             shutil.rmtree(self.leaves, ignore_errors=True)
         if hasattr(os, "sync"):
-            os.sync()  # what the run before left unwritten is not this one's
+            os.sync()  # so that this run does not write data of the run before
 
 
 def child(kind: str, *arguments: object) -> list[str]:
@@ -266,11 +265,11 @@ def all_ways(corpus: Corpus, folder: Path, nanogpt: Path | None) -> dict[str, Wa
     return ways
 
 
-# What is told
+# The output
 
 
 def print_speed(ways: dict[str, Way], megabytes: float) -> None:
-    """A Markdown table, and how Atlas stands to the others."""
+    """A Markdown table, and Atlas's ratio to the others."""
     speeds = {key: megabytes / statistics.median(way.alone) for key, way in ways.items() if way.alone}
     print(f"\n| {'':<28} | MB/s | with its start | tokens |\n|{'-' * 30}|---:|---:|---:|")
     for key, way in ways.items():
@@ -289,8 +288,8 @@ def print_speed(ways: dict[str, Way], megabytes: float) -> None:
 
 
 def check_tokens(folder: Path, articles: Sequence[str], expected_tokens: int, *, generated: bool) -> None:
-    """Atlas's stream is what tiktoken makes of its documents, in a sample; and, of a generated text, which has nothing
-    to clean, these are the articles, and the tokens as many in total."""
+    """Check that Atlas's stream equals tiktoken's for its documents, in a sample. A generated text has nothing to
+    clean, so also check that the documents are its articles, and that the number of tokens is equal."""
     from atlas.data import open_dataset
 
     encoding = gpt2_encoding()
@@ -318,8 +317,8 @@ def check_tokens(folder: Path, articles: Sequence[str], expected_tokens: int, *,
 
 
 def peak_memory(command: list[str]) -> tuple[int, int]:
-    """Bytes: the most that a command and its children have at once, and the most that no file stands behind (pages of
-    mapped files are the system's to take back); the latter on Linux only, else 0."""
+    """Bytes: the peak of a command and its children together, and the peak of memory without a file behind it (the
+    system can reclaim pages of mapped files). The latter is 0 except on Linux."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     total = anonymous = 0
     while process.poll() is None:
@@ -334,8 +333,8 @@ def peak_memory(command: list[str]) -> tuple[int, int]:
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """A process's share of memory, and what of it is anonymous. Pages that processes share are divided among them where
-    the system tells (Linux: PSS), else left out (USS)."""
+    """A process's share of memory, and the anonymous part of it. Shared pages are divided among the processes if the
+    system reports it (Linux: PSS), else left out (USS)."""
     try:
         if not psutil.LINUX:
             return process.memory_full_info().uss, 0
@@ -365,10 +364,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megabytes", type=float, default=300, help="of text; default 300")
-    parser.add_argument("--data", type=Path, help="a text to take instead of a generated one")
-    parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT, to run its way too")
+    parser.add_argument("--data", type=Path, help="a text to use instead of a generated one")
+    parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT, whose way runs too")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=".", help="where to write, into a temporary folder")
+    parser.add_argument("--folder", default=".", help="folder for a temporary folder with all files")
     add_record_option(parser)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

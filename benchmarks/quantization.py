@@ -1,14 +1,14 @@
-"""What each type of `atlas export --quantize` makes of a model: its size, its speed and bits per byte in llama.cpp.
+"""The size, speed and bits per byte in llama.cpp of a model in each type of `atlas export --quantize`.
 
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data data/processed/wikipedia
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data held_out.txt --tokens 20000
 
-The checkpoint is exported in each type. llama.cpp (package `xllamacpp`) writes one text greedily with each file, on the
-CPU; every file is in a process of its own, they take turns, and medians count. Reading the prompt does not count.
+The checkpoint is exported in each type. llama.cpp (package `xllamacpp`) generates one text greedily with each file, on
+the CPU. Every file has a separate process; they take turns, and medians count. Reading the prompt does not count.
 
-Then each file predicts the tokens of the text, windows of it spread evenly (the validation part of a prepared folder).
-Bits per byte are the mean log-probability of these tokens in llama.cpp. The drift is how far the log-probability of a
-token is from that of the f32 file, on average and at most: what it is in nats, whichever way it goes.
+Then each file predicts the tokens of the text in evenly spread windows (of a prepared folder, its validation part).
+Bits per byte follow from the mean log-probability of these tokens in llama.cpp. The drift is the distance of a token's
+log-probability from that of the f32 file, on average and at most, as an absolute value in nats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT = "The river"
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of a type; `logprobs` is (tokens,)."""
+    """The results of a type; `logprobs` is (tokens,)."""
 
     type: str
     num_bytes: int
@@ -43,13 +43,13 @@ class Row:
 
 
 def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
-    """A number of tokens to write → tokens a second."""
+    """A function from a number of tokens to generate to tokens a second."""
     from atlas.export.llama_cpp import connect, load
 
     server = load(file, context, threads)
 
     def tokens_per_second(tokens: int) -> float:
-        post = connect(server)  # a new one for each turn: the server closes what is idle for seconds
+        post = connect(server)  # a new one for each turn: the server closes a connection that is idle
         request = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
         timings = post("/completion", request | {"cache_prompt": False})["timings"]
         if timings["predicted_n"] != tokens:
@@ -88,7 +88,7 @@ def contender(arguments: argparse.Namespace, name: str, file: Path, context: int
 
 
 def report(rows: Sequence[Row]) -> None:
-    """A table; the first row is what the others are compared with."""
+    """A table; the others are compared with the first row."""
     first = rows[0]
     print(
         f"| | MB | ÷ {first.type} | tokens/s | ÷ {first.type} | bits per byte | − {first.type} | drift | at most |"
@@ -112,8 +112,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", required=True, help="a prepared folder or plain text, as for atlas evaluate"
     )
-    parser.add_argument("--tokens", type=int, default=4000, help="of the text; default: %(default)s")
-    parser.add_argument("--written", type=int, default=200, help="tokens a round; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, default=4000, help="number of tokens of the text; default: %(default)s"
+    )
+    parser.add_argument(
+        "--written", type=int, default=200, help="tokens to generate per round; default: %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""What every benchmark here does with its figures: print them, and keep them in RESULTS.md when it is asked to.
+"""Printing the figures of a benchmark, and recording them in RESULTS.md if asked.
 
     python benchmarks/decode.py                 prints
-    python benchmarks/decode.py --record        prints, and appends what it printed to benchmarks/RESULTS.md
+    python benchmarks/decode.py --record        prints, and appends its output to benchmarks/RESULTS.md
 
-A section has the date, the machine, the versions, the command, and what it printed, as it was printed.
+A section has the date, the machine, the versions, the command, and its unchanged output.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="append what is printed to benchmarks/RESULTS.md; without it nothing in the checkout changes",
+        help="append the output to benchmarks/RESULTS.md; without it nothing in the checkout changes",
     )
 
 
 @contextlib.contextmanager
 def recorded(title: str, arguments: argparse.Namespace) -> Iterator[None]:
-    """The standard output of this block is a section of RESULTS.md where `--record` was given, unless it fails."""
+    """With `--record`, the standard output of this block becomes a section of RESULTS.md, unless it fails."""
     machine = describe_machine(getattr(arguments, "device", "cpu"))
     print(f"{machine}\n")
     printed = io.StringIO()
@@ -66,7 +66,7 @@ class _Both(io.TextIOBase):
 
 
 def describe_machine(device: str = "cpu") -> str:
-    """The date, and all that figures depend on, in a line."""
+    """The date and everything that figures depend on, in one line."""
     parts = [
         time.strftime("%Y-%m-%d"),
         f"{os.cpu_count()} cores ({_cpu_name()})",
@@ -81,7 +81,7 @@ def describe_machine(device: str = "cpu") -> str:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, which is not imported for that: importing PyTorch takes seconds."""
+    """The version of an installed package, without importing it: importing PyTorch takes seconds."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
@@ -101,6 +101,6 @@ def _gpu_name() -> str:
 
 
 def command() -> str:
-    """What was typed, without the folders of this machine: a peer in /somewhere/nanoGPT is ../nanoGPT."""
+    """The command as typed, without the folders of this machine: a peer in /somewhere/nanoGPT becomes ../nanoGPT."""
     words = [re.sub(r"(^|=)/.*?([^/]+)/?$", r"\1../\2", word) for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

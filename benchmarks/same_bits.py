@@ -2,9 +2,9 @@
 
     python benchmarks/same_bits.py BEFORE AFTER
 
-BEFORE and AFTER are folders with a checked-out version each. Both run five small configs for 60 updates on this
-machine, are killed (`kill -9`) on the way and resume. Compared are losses, weights, optimizer state, greedy text of 200
-tokens and the tensors of a GGUF file. Then AFTER reads the dataset and resumes the checkpoint that BEFORE wrote.
+BEFORE and AFTER are folders with a checked-out version each. Both train five small configs for 60 updates on this
+machine, are killed (`kill -9`) in between and resume. The script compares losses, weights, optimizer state, greedy text
+of 200 tokens and the tensors of a GGUF file. Then AFTER reads the dataset and resumes the checkpoint that BEFORE wrote.
 """
 
 from __future__ import annotations

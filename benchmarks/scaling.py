@@ -3,19 +3,20 @@
     python benchmarks/scaling.py                                nano, 1 and 2 processes
     python benchmarks/scaling.py --preset tiny --updates 1
     python benchmarks/scaling.py --processes 1 2 4 8
-    python benchmarks/scaling.py --parallel fsdp                in shards, beside plain `fully_shard`
-    python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     what one shard costs
+    python benchmarks/scaling.py --parallel fsdp                sharded, beside plain `fully_shard`
+    python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     the cost of one shard
 
-Atlas takes its updates as `atlas train` does under torchrun. The plain loop beside it is what one would write by hand:
-the same model and the same loss from random tokens, wrapped by PyTorch, a fused AdamW, clipping, and nothing of what a
-run needs besides (a sum over the whole batch's valid tokens, memory that runs short on one rank, numbers that are not
-finite). Every process has one thread and the same number of sequences, however many there are; one process is an
-ordinary run, without torchrun and wrapper, and with `--parallel fsdp` also one under torchrun, whose only shard is the
-whole. All in fp32 on the CPU, with what Atlas asks of the system's memory (atlas/process.py), or in bf16 on a GPU each.
+Atlas computes its updates as `atlas train` does under torchrun. The plain loop beside it is a typical loop by hand: the
+same model and the same loss from random tokens, wrapped by PyTorch, a fused AdamW, and clipping. It handles nothing
+else that a run needs (a sum over the valid tokens of the complete batch, lack of memory on one rank, numbers that are
+not finite). Every process has one thread and the same number of sequences, for any number of processes. One process is
+an ordinary run without torchrun and wrapper; with `--parallel fsdp` it is also one under torchrun, with a single shard.
+All run in fp32 on the CPU with Atlas's memory settings (atlas/process.py), or in bf16 with one GPU each.
 
-All contenders are started once; then they take turns, some updates each, and the others wait without computing. Medians
-count. Efficiency is the speed over that of as many times one process. Processes that share a core, its caches or the
-memory's bandwidth cannot reach 100 %, whoever trains; the last column is what Atlas adds to that.
+All contenders start once. Then they take turns, some updates each, and the others wait without computing. Medians
+count. Efficiency is the speed divided by the number of processes times the speed of one. Processes that share a core,
+its caches or the memory's bandwidth cannot reach 100 % in any program. The last column is Atlas's own share of the
+loss.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from atlas.training.devices.world import World
 
 VOCABULARY = 2048
-"""Of a preset that leaves it to the dataset."""
+"""The vocabulary of a preset that does not state one."""
 WARM_UP = 3
 PATIENCE = 3600.0
 """Seconds that the other ranks wait for the first, which waits for its turn."""
@@ -48,7 +49,7 @@ PATIENCE = 3600.0
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender trains; the batch is a process's own."""
+    """The model and batch of every contender; the batch is that of one process."""
 
     preset: str
     batch_size: int
@@ -81,7 +82,7 @@ class Task:
 Step = Callable[[], None]
 
 
-# The contenders, in their own processes
+# The contenders, in separate processes
 
 
 def atlas(task: Task, world: World) -> Step:
@@ -144,7 +145,7 @@ KINDS = {"atlas": atlas, "plain": plain}
 
 
 def serve(kind: str, task: Task) -> None:
-    """One rank of a contender: the first answers with the seconds of a turn, the others go along."""
+    """One rank of a contender: the first answers with the seconds of a turn, and the others compute with it."""
     from atlas.process import set_up_process
 
     set_up_process()
@@ -177,7 +178,7 @@ def serve(kind: str, task: Task) -> None:
             take_turns(prepare)
             world.broadcast(False)
         else:
-            os.dup2(2, 1)  # what a library prints is no answer
+            os.dup2(2, 1)  # output of libraries is not an answer
             prepare()(None)
 
 
@@ -186,7 +187,7 @@ def serve(kind: str, task: Task) -> None:
 
 @dataclass
 class Trainee:
-    """A contender and what it has shown."""
+    """A contender and its results."""
 
     contender: Contender
     processes: int
@@ -210,8 +211,8 @@ def main() -> None:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1 is always among them")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--updates", type=int, default=20, help="of a contender's turn")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a process in an update")
+    parser.add_argument("--updates", type=int, default=20, help="updates in a contender's turn")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per process and update")
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     add_record_option(parser)
@@ -248,7 +249,8 @@ def main() -> None:
 
 
 def report(task: Task, chosen: list[Trainee]) -> None:
-    """Each of `chosen` beside the first, Atlas, of as many processes, and beside itself in one process."""
+    """Each of `chosen` compared with the first, Atlas, for the same number of processes, and with itself in one
+    process."""
     context = task.config(1).model.max_seq_len
     print(
         f"{task.preset}: {task.batch_size} × {context} tokens a process, {task.parallel}, {task.device}, "

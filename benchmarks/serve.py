@@ -1,17 +1,17 @@
-"""`atlas serve` under load: many clients at once, and half of them cut off in mid-stream.
+"""`atlas serve` under load: many parallel clients, half of which disconnect during a stream.
 
     python benchmarks/serve.py                              nano, 64 clients, three minutes
     python benchmarks/serve.py --checkpoint checkpoints/atlas_best.pt --clients 16 --seconds 30
 
-A model with random weights in the preset's shape, and a vocabulary of 2,048 for `nano`, is served by `atlas serve` in a
-process of its own. First one client asks for texts, one after the other, then so many at once, each as soon as its last
-one ended: a new connection, a prompt of some words, `--tokens` new tokens as a stream. The client is this process: raw
-sockets, which look at nothing but the first event and the last, since it shares the cores with the server.
+`atlas serve` runs in a separate process, with a model with random weights in the preset's shape, and a vocabulary of
+2,048 for `nano`. First one client asks for texts, one after the other. Then N clients do so in parallel. Each request
+is a new connection with a prompt of some words and a stream of `--tokens` new tokens. The clients are in this process,
+which shares the cores with the server: raw sockets, which parse only the first and the last event.
 
 Tokens are those that the server counts at /metrics. Time to the first token is from the request's first byte to the
-first event, and so has the wait for a place in it. Memory is the server's resident set, after each minute. Last, half
-of the clients break their connections in mid-stream; the time until their places are free is told beside that of a
-step, which is what a token takes at that load.
+first event, so it includes the wait for a slot. Memory is the server's resident set, after each minute. Finally, half
+of the clients disconnect during their streams. The time until their slots are free is reported beside that of a step,
+which is the time of a token at that load.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--checkpoint", help="a trained model instead of random weights")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=180, help="with all clients")
+    parser.add_argument("--seconds", type=float, default=180, help="seconds with all clients")
     parser.add_argument("--alone", type=float, default=20, help="seconds with one client")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of each text")
     parser.add_argument("--device", default="cpu")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(server: Served, arguments: argparse.Namespace) -> None:
-    load(server, 1, 3, arguments.tokens)  # what is made at the first request is made
+    load(server, 1, 3, arguments.tokens)  # the first request loads and creates things
     alone = load(server, 1, arguments.alone, arguments.tokens)
     print(alone.line(1))
     minutes = []
@@ -89,7 +89,7 @@ def measure(server: Served, arguments: argparse.Namespace) -> None:
 
 
 class Measured:
-    """What some seconds of load came to."""
+    """The results of some seconds of load."""
 
     def __init__(self) -> None:
         self.seconds = self.tokens = 0.0
@@ -152,7 +152,7 @@ def served(checkpoint: str | Path, arguments: argparse.Namespace) -> Iterator[Se
 
 
 def random_checkpoint(preset: str, folder: Path) -> Path:
-    """Random weights, with a vocabulary learnt from made-up words: of 2,048 tokens, as the demo's."""
+    """Random weights, with a vocabulary trained on made-up words: of 2,048 tokens, like the demo's."""
     from atlas.config.loader import read_yaml, resolve
     from atlas.config.presets import preset_path
     from atlas.export.save_imported import save_imported
@@ -168,7 +168,7 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
 
 
 class Clients:
-    """So many clients in one thread, each with a connection of its own for each text."""
+    """N clients in one thread, with a new connection for each text."""
 
     def __init__(self, server: Served, number: int, tokens: int) -> None:
         self.server = server
@@ -206,9 +206,9 @@ class Clients:
         return measured
 
     def cut_off_half(self) -> float:
-        """Seconds until so many places are free."""
+        """Disconnect half of the clients; the seconds until their slots are free."""
         half = len(self.clients) // 2
-        # The others stay, and read on; texts that end meanwhile free places, too, so none may end: all begin anew.
+        # The others continue to read. Texts that end meanwhile free slots too, so all clients first start new ones.
         for client in self.clients:
             client.begin()
         while not all(client.first_at for client in self.clients):

@@ -1,16 +1,16 @@
-"""How long it takes until something happens: the help, and the first finished step of training.
+"""The time until something happens: the help, and the first finished step of training.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --rounds 9 --sequences 32      with the preset's own updates
 
-Wall time of whole commands, in turn in every round; medians count. The first round of each, which reads files from the
-disk, is left out.
+The figures are wall times of full commands, in turn in every round; medians count. The first round of each, which reads
+files from the disk, is left out.
 
-`atlas train --config tiny` begins on a dataset that is prepared already, with GPT-2's vocabulary. The time is that from
-the start of the command to the line of its first step in metrics.jsonl, which is written when the optimizer has taken
-the step. An update of tiny is 32 sequences, which is a matter of the processor and not of starting: here it is one, of
-512 tokens. What it took by itself stands beside, by the run's own count, which begins when model and data are there.
-The floor of both is `import torch`.
+`atlas train --config tiny` begins on a dataset that is already prepared, with GPT-2's vocabulary. The time is from the
+start of the command to the line of its first step in metrics.jsonl, which is written after the optimizer step. An
+update of tiny has 32 sequences, whose time does not belong to the start: here it has one, of 512 tokens. Its own time
+is shown beside it, as the run counts it, from the moment when model and data are ready. The lower bound of both is
+`import torch`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def prepare_data(folder: Path) -> Path:
 
 
 def first_step(data: Path, output: Path, sequences: int) -> tuple[float, float]:
-    """Seconds from the command to the end of the first step, and of that step alone; the run is ended then."""
+    """Seconds from the command to the end of the first step, and of that step alone; then the run is stopped."""
     settings = {
         "data.train_data": data,
         "checkpoint.output_dir": output,
@@ -92,7 +92,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sequences", type=int, default=1, help="of an update")
+    parser.add_argument("--sequences", type=int, default=1, help="sequences per update")
     add_record_option(parser)
     arguments = parser.parse_args()
 

@@ -1,16 +1,16 @@
-"""How well a model predicts held-out text after how long, beside other programs on the same text and machine.
+"""How well a model predicts held-out text over time, beside other programs on the same text and machine.
 
     python benchmarks/time_to_quality.py --data shakespeare_archive.zip --peer nanogpt=../nanoGPT
     python benchmarks/time_to_quality.py --data my_texts/ --seeds 1 --config my_config.yaml
 
-The peers train by nanoGPT's published recipe for a CPU: characters, 4 layers of 128, context 64, 2,000 updates of 12
-sequences. nanoGPT runs its own train.py, transformers a plain loop with the same settings. Atlas (`--config`) learns a
-vocabulary of `--vocabulary` tokens, prepares the text, and trains for as long as the first peer took, and once more for
-an eighth of that. Clocks start when a process has its imports done: learning the vocabulary counts, and so do
-tokenizing and saving. Every run has the machine for itself; with several seeds the medians count.
+The peers train with nanoGPT's published recipe for a CPU: characters, 4 layers of 128, context 64, 2,000 updates of 12
+sequences. nanoGPT runs its own train.py, transformers a plain loop with the same settings. Atlas (`--config`) trains a
+vocabulary of `--vocabulary` tokens, prepares the text, and trains for the time of the first peer, and once more for an
+eighth of it. Clocks start after a process's imports: training the vocabulary counts, and so do tokenizing and saving.
+Every run has the machine for itself; with several seeds the medians count.
 
-All are judged by the same text in bits per byte: the whole validation part, which Atlas splits off by document and
-nobody has seen, in windows of each one's own context, of checkpoints that the runs left behind, after they are over.
+All are evaluated on the same text in bits per byte: the full validation part, which Atlas splits off by document and no
+run has seen. After the runs, their checkpoints are evaluated in windows of their own context.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ LAYERS, WIDTH, CONTEXT, BATCH, UPDATES, RATE = 4, 128, 64, 12, 2000, 1e-3
 SAVE_EVERY = 250
 ATLAS_SAVES_EVERY = 50  # larger updates
 PART = 8
-"""Atlas's short run has the n-th part of the peer's time."""
+"""The peer's time divided by that of Atlas's short run."""
 
 
 @dataclass
 class Run:
-    """What a run came to: seconds and bits per byte, at each checkpoint."""
+    """The result of a run: seconds and bits per byte, at each checkpoint."""
 
     name: str
     seed: int
@@ -59,7 +59,7 @@ class Run:
         return self.curve[-1][1]
 
     def reaches(self, bits: float) -> float | None:
-        """Seconds until it is there, in a line between checkpoints."""
+        """Seconds until the run reaches `bits`, interpolated between checkpoints; None if it does not."""
         if self.curve[0][1] <= bits:
             return self.curve[0][0]
         for (t0, b0), (t1, b1) in itertools.pairwise(self.curve):
@@ -68,7 +68,7 @@ class Run:
         return None
 
 
-# The programs, each in a process of its own, in a folder of its own
+# The programs, each in a separate process and folder
 
 
 def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, float]]:
@@ -100,7 +100,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
         "checkpoint.save_interval": ATLAS_SAVES_EVERY,
         "checkpoint.keep_checkpoints": 1000,
         "training.eval_interval": 10**6,
-        "training.eval_sequences": 16,  # only at the end, and judged anew afterwards
+        "training.eval_sequences": 16,  # only at the end, and evaluated again afterwards
         "training.max_steps": "null",
         "training.max_hours": (arguments.seconds - before) / 3600,
         "seed": arguments.seed,
@@ -127,7 +127,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
 
 
 def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """Its own train.py, whose checkpoints are kept under names of their own."""
+    """nanoGPT's own train.py, whose checkpoints are kept under different names."""
     import numpy as np
     import torch
 
@@ -175,7 +175,7 @@ def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, fl
         }.items()
     ]
     start = time.monotonic()
-    # Its seed is a line of its own.
+    # The line that sets its seed.
     program = (
         (folder / "train.py").read_text().replace("manual_seed(1337", f"manual_seed({1337 + arguments.seed}")
     )
@@ -242,13 +242,13 @@ def text_of(arguments: argparse.Namespace, part: str) -> str:
 
 
 def vocabulary(arguments: argparse.Namespace) -> dict[str, int]:
-    """As nanoGPT has it: all characters there are."""
+    """nanoGPT's vocabulary: all characters of the text."""
     chars = sorted(set(text_of(arguments, "train") + text_of(arguments, "val")))
     return {char: id for id, char in enumerate(chars)}
 
 
 def bits_per_byte(arguments: argparse.Namespace, logits: Any) -> float:
-    """Of the whole validation text, in windows one after the other."""
+    """Bits per byte of the full validation text, in consecutive windows."""
     import torch
     import torch.nn.functional as F
 
@@ -268,7 +268,7 @@ def bits_per_byte(arguments: argparse.Namespace, logits: Any) -> float:
 PROGRAMS = {"atlas": atlas, "nanogpt": nanogpt, "transformers": transformers}
 
 
-# All of them
+# All programs
 
 
 def main() -> None:
@@ -293,7 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a text, folder or archive, as for atlas prepare")
     parser.add_argument("--peer", metavar="nanogpt=FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--config", default="modern-nano", help="what Atlas trains; default: %(default)s")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="tokens that Atlas learns")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="size of Atlas's vocabulary")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", metavar="FILE.png")
     for name in ("--child", "--text", "--seconds", "--seed", "--peer-folder"):
@@ -381,7 +381,7 @@ def _seconds(when: float | None) -> str:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Every run a line, those of a program in one colour."""
+    """Draw every run as a line, those of a program in one colour."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -6,15 +6,16 @@
     python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
-Every contender is a process of its own with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
-rows, as its author advises), dropout 0, biases on, and AdamW with clipping, on random tokens, in fp32 on a CPU and in
-bf16 (autocast) on a GPU. It trains some updates to warm up; then the processes take turns, one update each, and the
-others wait without computing. Medians count. Peak memory is the process's own (resident; on a GPU the allocator's). A
-peer's folder holds a `model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
+Every contender is a separate process with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
+rows, as its author advises), dropout 0, biases on, and AdamW with clipping. It trains on random tokens, in fp32 on a
+CPU and in bf16 (autocast) on a GPU. It trains some updates to warm up. Then the processes take turns, one update each,
+and the others wait without computing. Medians count. Peak memory is the process's own (resident; on a GPU the
+allocator's). A peer's folder contains a `model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the
+first Atlas.
 
-The ceiling is what the matrix products alone allow: their FLOPs in an update (6 for each weight and token, attention
-counted as causal), at the rate of a large one measured here in the same precision. A contender's part of it is its
-model FLOPs utilisation (MFU).
+The ceiling is the time of the matrix products alone: their FLOPs in an update (6 for each weight and token, attention
+counted as causal), at the rate of a large product measured here in the same precision. The fraction of it that a
+contender reaches is its model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PRODUCTS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """What all contenders train."""
+    """The model and batch of all contenders."""
 
     hidden_size: int
     num_layers: int
@@ -61,7 +62,8 @@ class Shape:
 
     @property
     def matrix_flops(self) -> float:
-        """Of an update, forward and backward: 6 for each weight and token, and attention's two products, causal."""
+        """FLOPs of an update, forward and backward: 6 for each weight and token, and attention's two products,
+        causal."""
         weights = 12 * self.num_layers * self.hidden_size**2 + self.vocabulary * self.hidden_size
         return 6 * self.tokens * (weights + self.num_layers * self.context * self.hidden_size)
 
@@ -120,7 +122,7 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
 
 
 def nanogpt(shape: Shape, folder: str) -> Step:
-    """As nanoGPT's train.py does it."""
+    """An update as nanoGPT's train.py computes it."""
     import torch
 
     folder, _, compiled = folder.partition(":")
@@ -140,9 +142,9 @@ def nanogpt(shape: Shape, folder: str) -> Step:
 
 
 def first_atlas(shape: Shape, folder: str) -> Step:
-    """The implementation that Atlas was first published with, as its trainer does it, without its collecting of
-    garbage after each update."""
-    sys.path.insert(0, folder)  # its package is called as ours
+    """The implementation with which Atlas was first published, as its trainer runs it, without its garbage collection
+    after each update."""
+    sys.path.insert(0, folder)  # its package has the same name as ours
     from atlas.config import ModelConfig
     from atlas.model import AtlasLM
     from atlas.training.loss import compute_lm_loss_with_logits_shift
@@ -212,7 +214,7 @@ def _plain_step(shape: Shape, network: Any, optimizer: Any, loss_of: Callable[[A
 
 
 def products(shape: Shape, folder: str) -> Step:
-    """No model: the matrix products of an update, at the rate of one well-shaped product."""
+    """The matrix products of an update without a model, at the rate of one well-shaped product."""
     import torch
 
     size = 8192 if shape.device == "cuda" else 2048
@@ -237,7 +239,7 @@ KINDS = {
 
 
 def prepare(kind: str, folder: str, shape: Shape) -> Callable[[Any], Any]:
-    """What a child answers with: the seconds of one update, and the peak memory so far."""
+    """The answer of a child: the seconds of one update, and the peak memory so far."""
     step = KINDS[kind](shape, folder)
     import torch
 
@@ -259,7 +261,7 @@ def prepare(kind: str, folder: str, shape: Shape) -> Callable[[Any], Any]:
 
 
 def peak_resident() -> int:
-    """Bytes. Not getrusage: its peak begins with that of the process that started this one."""
+    """Peak memory in bytes. getrusage would include the peak of the process that started this one."""
     import psutil
 
     if psutil.LINUX:
@@ -271,7 +273,7 @@ def peak_resident() -> int:
 
 @dataclass
 class Trainee:
-    """A contender and what it has shown."""
+    """A contender and its results."""
 
     contender: Contender
     seconds: list[float] = field(default_factory=list)
@@ -292,7 +294,7 @@ def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
 
 
 def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
-    """Atlas first, then those that are here."""
+    """Atlas first, then the available peers."""
     yield trainee("Atlas", "atlas", shape)
     if compiled:
         yield trainee("Atlas, compiled", "atlas", shape, "compiled")
@@ -311,7 +313,7 @@ def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trai
 
 
 def start(chosen: list[Trainee], *, at_once: bool) -> list[Trainee]:
-    """Those that are ready; the others are said. Their warming up goes on side by side where `at_once` says so."""
+    """The contenders that are ready; the output names the others. With `at_once` they warm up in parallel."""
     for one in chosen if at_once else ():
         one.contender.launch()
     started = []
@@ -333,7 +335,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled contenders")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled contenders")
     add_record_option(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -346,7 +348,7 @@ def main() -> None:
     chosen = list(trainees(shape, arguments.peer, compiled=not arguments.no_compile))
     ceiling = trainee("matrix products alone", "products", shape)
     with recorded("Training throughput", arguments):
-        # On a GPU compiling takes longest, a CPU core for each; on a CPU they would be in each other's way.
+        # On a GPU compiling takes longest, with a CPU core for each; on a CPU they would slow each other down.
         started = start([*chosen, ceiling], at_once=arguments.device == "cuda")
         if not {chosen[0].name, ceiling.name} <= {one.name for one in started}:
             raise SystemExit("nothing to compare")

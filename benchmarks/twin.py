@@ -6,7 +6,7 @@ from typing import Any
 
 
 def transformers_twin(model: Any) -> Any:
-    """transformers' GPT-2 with the weights of `model`; it stores most matrices the other way round."""
+    """transformers' GPT-2 with the weights of `model`; it stores most matrices transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config

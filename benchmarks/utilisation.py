@@ -1,9 +1,9 @@
-"""The part of the rate of matrix products that an update of training reaches, by the width of the model.
+"""The fraction of the rate of matrix products that an update of training reaches, by the width of the model.
 
     python benchmarks/utilisation.py --seconds 30
 
 Updates and products of 1024 × 1024 take turns in one process, so that other work on the machine slows both; medians
-count. `atlas plan` makes times from this: see `utilisation` in atlas/planning/run.py.
+count. `atlas plan` computes times from this: see `utilisation` in atlas/planning/run.py.
 """
 
 from __future__ import annotations

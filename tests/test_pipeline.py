@@ -53,7 +53,7 @@ def test_the_demo_goes_the_whole_road_on_ones_own_text(
     Path("river.txt").write_text(corpus(), encoding="utf-8")
     assert main(["pipeline", "--demo", "--data", "river.txt", *SMALLER]) == 0
     out, err = capfd.readouterr()
-    assert "proved: llama.cpp says what the model says" in err
+    assert "proved: llama.cpp's results equal the model's" in err
     assert "the demo took" in err
     assert out.count("─" * 40) == 3  # three samples
     folder = Path("demo-river")
