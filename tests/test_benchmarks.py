@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: what is kept of a run, contenders that do not start, how speeds are counted."""
+"""The helpers of the benchmarks: recording a run, contenders that do not start, the counting of speeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> object:
-    """A module of the folder, found as when a script there is run."""
+    """A module of the folder, found as if a script there ran."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def load(name: str) -> ModuleType:
@@ -40,7 +40,7 @@ def options(results: ModuleType, *words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_what_is_printed_is_kept_when_asked(
+def test_the_output_is_recorded_on_request(
     results: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--peer", "nanoGPT=/a b/c/nanoGPT/", "--record"])
@@ -54,7 +54,7 @@ def test_what_is_printed_is_kept_when_asked(
     assert re.search(r"\d{4}-\d\d-\d\d, \d+ cores \(.+\), \d+ GiB, .*Python 3\.\d+\.\d+, PyTorch \d", kept)
 
 
-def test_nothing_is_kept_unasked_or_of_a_failure(results: ModuleType) -> None:
+def test_nothing_is_recorded_without_a_request_or_after_a_failure(results: ModuleType) -> None:
     with results.recorded("Some figures", options(results)):
         print("| a | 1.00 |")
     with pytest.raises(SystemExit), results.recorded("Some figures", options(results, "--record")):
@@ -94,7 +94,7 @@ def test_contenders_answer_in_turn(
     assert "missing: did not start and is left out" in said
 
 
-def test_speed_counts_from_when_every_text_has_begun(module: object) -> None:
+def test_speed_counts_after_the_first_token_of_every_text(module: object) -> None:
     decode: ModuleType = module("decode")  # type: ignore[operator]
     assert decode.tokens_per_second([[1.0, 2.0, 3.0]]) == 1.0
     assert decode.tokens_per_second([[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]) == pytest.approx(5 / 3)
@@ -102,9 +102,7 @@ def test_speed_counts_from_when_every_text_has_begun(module: object) -> None:
     assert last == 2 * first == 2000
 
 
-def test_drift_counts_whichever_way_a_log_probability_went(
-    module: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drift_is_an_absolute_value(module: object, capsys: pytest.CaptureFixture[str]) -> None:
     quantization: ModuleType = module("quantization")  # type: ignore[operator]
     f32 = quantization.Row("f32", 8_000_000, 100.0, 2.0, np.array([-1.0, -2.0, -3.0, -4.0]))
     q8_0 = quantization.Row("q8_0", 2_000_000, 150.0, 1.9, np.array([-1.5, -1.5, -3.0, -4.0]))
@@ -114,11 +112,13 @@ def test_drift_counts_whichever_way_a_log_probability_went(
     assert lines[-1].endswith("| q8_0 | 2.00 | 0.25 | 150 | 1.50 | 1.9000 | -0.1000 | 0.2500 | 0.500 |")
 
 
-def test_efficiency_is_the_part_of_as_many_times_one_process(
+def test_efficiency_is_relative_to_n_times_one_process(
     module: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scaling: ModuleType = module("scaling")  # type: ignore[operator]
-    task = scaling.Task("nano", batch_size=4, parallel="ddp", updates=10)  # 10,240 tokens a process and turn
+    task = scaling.Task(
+        "nano", batch_size=4, parallel="ddp", updates=10
+    )  # 10,240 tokens per process and turn
     seconds = {("Atlas", 1): 2.0, ("plain DDP", 1): 1.0, ("Atlas", 2): 4.0, ("plain DDP", 2): 2.5}
     chosen = [scaling.trainee(name, "atlas", processes, task) for name, processes in seconds]
     for one, median in zip(chosen, seconds.values(), strict=True):

@@ -1,7 +1,7 @@
-"""What the documentation shows: its commands and Python run, its links, flags, settings, files and figures are true.
+"""The documentation is true: its commands and Python run, and its links, flags, settings, files and figures are right.
 
-All blocks of all pages run in one folder, in the order in which a newcomer would read them, so that what one
-leaves behind is there for the next. `shrink` makes a command small; nothing else changes one.
+All blocks of all pages run in one folder, in the order in which a newcomer would read them. So a block can use the
+files of earlier blocks. `shrink` makes a command small; nothing else changes one.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ OTHER_TOOLS = re.compile(
     r"|torchrun .*-m atlas doctor |sbatch |kubectl "
     r"|pytest |ruff |curl |mypy|\./scripts/(run_pipeline|test)\.sh|llama-(completion|server|quantize) |ollama "
 )
-"""Lines that the pages show and this test does not run."""
+"""Lines in the pages that this test does not run."""
 
 DOCUMENTED_STEPS, STEPS = 5000, 4
-"""A run of so many documented updates takes so many here."""
+"""A run of `DOCUMENTED_STEPS` updates in the pages has `STEPS` here."""
 
 
 # Reading the pages
@@ -100,7 +100,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 @functools.cache
 def prose_of(page: Path) -> str:
-    """The page without its fenced blocks."""
+    """The text of a page without its fenced blocks."""
     return re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
@@ -109,7 +109,7 @@ def code_spans(page: Path) -> list[str]:
 
 
 def command_lines(block: Block) -> list[str]:
-    """The commands of a shell block, continued lines joined, comments and empty lines left out."""
+    """The commands of a shell block, with continued lines joined, and without comments and empty lines."""
     joined = re.sub(r"\\\n\s*", "", block.text)
     lines = [line.strip() for line in joined.splitlines()]
     commands = [part.strip() for line in lines if not line.startswith("#") for part in line.split(" && ")]
@@ -120,7 +120,7 @@ def command_lines(block: Block) -> list[str]:
 
 
 def shrink(command: str, arguments: list[str]) -> list[str]:
-    """The same command at a size that takes no time: what is added last wins over what is written before."""
+    """The same command at a size that takes no time: later arguments override earlier ones."""
     arguments = [re.sub(r"atlas_step_\d+", "atlas_step_2", argument) for argument in arguments]
     settings = {
         "model.hidden_size": 16,
@@ -154,13 +154,13 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
     if command in ("evaluate", "look"):
         return [*arguments, "--device", "cpu"]
     if command == "export":
-        return [*arguments, "--no-verify"]  # the proof has tests of its own
+        return [*arguments, "--no-verify"]  # the proof has its own tests
     return arguments
 
 
 def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
-    """Run one documented line here, in this process; it must succeed and leave the file that it names. What torchrun
-    starts runs as one process; tests/test_distributed.py starts several."""
+    """Run one documented line here, in this process. It must succeed and write the file that it names. A torchrun line
+    runs as one process; tests/test_distributed.py starts several."""
     words = shlex.split(re.sub(r"torchrun .* -m (?=atlas )", "", line), comments=True)
     with pytest.MonkeyPatch.context() as patch:
         while "=" in words[0]:
@@ -195,11 +195,11 @@ def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
 
 
 SERVERS: list[tuple[subprocess.Popen[str], str]] = []
-"""Those that a page has started, and their addresses: they serve until the pages have been run."""
+"""Servers that a page has started, and their addresses: they run until all pages are done."""
 
 
 def start_server(arguments: list[str]) -> tuple[subprocess.Popen[str], str]:
-    """Ready, at a port that is free."""
+    """Start a server on a free port and wait until it is ready."""
     command = [sys.executable, "-m", "atlas", "serve", *arguments, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -230,7 +230,7 @@ def run_script(path: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> i
 
 
 def write_named_file(block: Block) -> bool:
-    """A block whose first line is `# some/file` is that file."""
+    """Write a block whose first line is `# some/file` to that file."""
     named = re.match(r"# ([\w./-]+\.(?:py|yaml))\n", block.text)
     if named:
         Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def is_not_run(block: Block) -> bool:
 
 
 def furnish(folder: Path) -> None:
-    """What the pages expect a reader to have: the archive, texts, prompts, and a checkout's presets."""
+    """Create what the pages expect a reader to have: the archive, texts, prompts, and a checkout's presets."""
     for name in ("data/raw", "data/processed/your_data", "my_texts"):
         (folder / name).mkdir(parents=True)
     write_zip(folder / "data/raw/archive.zip", kaggle_files())
@@ -272,7 +272,7 @@ def furnish(folder: Path) -> None:
     (folder / "prompts.txt").write_text("The river\n\nA small boat\n", encoding="utf-8")
     page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
     rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)
-    rows.append('{"prompt": "The river?", "response": "Past."}\n')  # which fits the context of 32 tokens
+    rows.append('{"prompt": "The river?", "response": "Past."}\n')  # fits the context of 32 tokens
     (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
     question = '{"question": "The river runs past the old", "answers": ["mill", "moon"], "right": 0}\n'
     (folder / "rivers.jsonl").write_text(question * 3, encoding="utf-8")
@@ -280,7 +280,8 @@ def furnish(folder: Path) -> None:
 
 
 def set_aside_first_run() -> None:
-    """The first model that the README trains makes room in `checkpoints/` for the larger ones of the other pages."""
+    """Move the first model, which the README trains, out of `checkpoints/`, so that the other pages can train larger
+    ones."""
     aside = Path("checkpoints").rename("checkpoints_of_the_readme")
     Path("checkpoints").mkdir()
     for folder in [path for path in aside.iterdir() if path.is_dir()]:
@@ -311,7 +312,7 @@ def test_few_python_blocks_are_not_run() -> None:
     assert sum(is_not_run(block) for page in PAGES for block in blocks_of(page)) == 0
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_names_its_language() -> None:
     languages = Counter(block.language for page in PAGES for block in blocks_of(page))
     assert set(languages) <= {"bash", "python", "yaml", "text"}
     assert languages["bash"] > 20
@@ -326,11 +327,11 @@ def test_configs_that_the_pages_show_are_configs(tmp_path: Path) -> None:
             resolve(read_yaml(file))
 
 
-# What they name
+# Names in the pages
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """The anchor that GitHub makes from a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading).strip().lower()
     return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
 
@@ -371,7 +372,7 @@ def flags_of(command: str) -> frozenset[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_exist(page: Path) -> None:
-    """A flag by itself must be some command's, one after a command that command's."""
+    """A single flag must belong to some command, a flag after a command to that command."""
     anywhere = frozenset({"--version"}).union(*map(flags_of, COMMANDS))
     unknown = []
     for span in code_spans(page):
@@ -416,7 +417,7 @@ def test_files_of_the_repository_exist(page: Path) -> None:
     assert {name for name in named - made_by_readers if not (ROOT / name).exists()} == set()
 
 
-# What they say
+# Figures in the pages
 
 
 Table = list[list[str]]
@@ -451,11 +452,11 @@ FIGURES: dict[str, tuple[str, float, Callable[[AtlasConfig], float]]] = {
         lambda config: TOKENS_PER_PARAMETER * number_of_parameters(config) / GOOD_PASSES,
     ),
 }
-"""What a column of a table of presets says: its unit, and where the number comes from."""
+"""The columns of a table of presets: their unit, and the function that computes the figure."""
 
 
 def preset_cells(page: Path) -> Iterator[tuple[str, str, str]]:
-    """(preset, column, cell) wherever a page states a figure of a preset."""
+    """(preset, column, cell) for each figure of a preset in a page."""
     for header, *rows in tables_of(page):
         for first, *cells in rows:
             for preset in set(re.findall(r"`([\w-]+)`", first)) & set(preset_names()):
@@ -466,7 +467,7 @@ def preset_cells(page: Path) -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_figures_of_presets_are_true(page: Path) -> None:
-    """A preset that takes the vocabulary of its data has a size only with one, which stands beside its parameters."""
+    """A preset that uses the vocabulary of its data has a size only for a given one, which the page states."""
     wrong = []
     for preset, column, cell in preset_cells(page):
         unit, scale, true = FIGURES[column]
@@ -502,8 +503,8 @@ def test_sampling_table_is_what_sampling_does() -> None:
             for flag, value in zip(words[::2], words[1::2], strict=True)
         }
         sampling = Sampling(**(off | options))
-        chances = probabilities(penalize_repetition(scores, [[0]], sampling.repetition_penalty), sampling)
-        expected = [round(100 * chance, 1) for chance in chances[0].tolist()]
+        predicted = probabilities(penalize_repetition(scores, [[0]], sampling.repetition_penalty), sampling)
+        expected = [round(100 * probability, 1) for probability in predicted[0].tolist()]
         assert [float(cell) for cell in cells] == expected, first
         checked += 1
     assert checked == 9

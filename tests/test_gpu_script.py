@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh` without a GPU: what is missing is named, figures are kept, limits hold, and every part runs."""
+"""`benchmarks/gpu.sh` without a GPU: missing packages are named, figures are kept, limits hold, and every part runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def lines(text: str) -> list[dict]:
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> Path:
-    """A Python that has nothing but its library, `packaging`, and PyTorch's name."""
+    """A Python that has only its library, `packaging`, and PyTorch's name."""
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "packaging").symlink_to(Path(packaging.__file__).parent)
@@ -116,7 +116,7 @@ def wheel(folder: Path, name: str, version: str, *requirements: str) -> Path:
     return path
 
 
-def test_missing_packages_are_named_at_once(tmp_path: Path, bare_python: Path) -> None:
+def test_missing_packages_are_named_immediately(tmp_path: Path, bare_python: Path) -> None:
     start = time.monotonic()
     done = call(tmp_path, PYTHON=str(bare_python))
     assert time.monotonic() - start < 5  # 0.2 s on an idle machine
@@ -130,7 +130,7 @@ def test_missing_packages_are_named_at_once(tmp_path: Path, bare_python: Path) -
     assert last == "Then here: benchmarks/gpu.sh --wheels wheels"
 
 
-def test_wheels_bring_what_is_missing_and_nothing_else(module: object, tmp_path: Path) -> None:
+def test_only_missing_packages_are_installed_from_wheels(module: object, tmp_path: Path) -> None:
     wheels: ModuleType = module("gpu.wheels")  # type: ignore[operator]
     folder, packages = tmp_path / "wheels", tmp_path / "packages"
     folder.mkdir()
@@ -158,7 +158,7 @@ def test_wheels_bring_what_is_missing_and_nothing_else(module: object, tmp_path:
     assert "PyTorch 2.10 or newer" in wheels.advice(["torch>=50"], folder)
 
 
-def test_figures_outlive_a_call_that_was_stopped(module: object, tmp_path: Path) -> None:
+def test_figures_survive_a_stopped_call(module: object, tmp_path: Path) -> None:
     figures: ModuleType = module("gpu.figures")  # type: ignore[operator]
     file = tmp_path / "figures.jsonl"
     one = figures.Figures(file, "head")
@@ -181,7 +181,7 @@ def test_a_job_ends_at_its_limit(module: object, tmp_path: Path, monkeypatch: py
     setup = figures.Setup(tmp_path, tmp_path, rehearse=True)
     one = figures.Figures(setup.file, "head")
     start = time.monotonic()
-    assert not script.run_job("loss", start + 0.2, setup, one)  # to import PyTorch takes longer
+    assert not script.run_job("loss", start + 0.2, setup, one)  # importing PyTorch takes longer
     assert time.monotonic() - start < 5
     assert one.lines()[-1]["error"] == "stopped at the part's limit"
     assert not script.run_job("products", start, setup, one)
@@ -213,7 +213,7 @@ def test_a_rehearsal_gives_figures_and_another_call_repeats_none(tmp_path: Path)
     assert (tmp_path / "out" / "rehearsal.jsonl").read_text(encoding="utf-8") == kept
 
 
-def test_without_a_gpu_nothing_but_a_rehearsal_runs(tmp_path: Path) -> None:
+def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path) -> None:
     done = call(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     [line] = lines(done.stdout)
@@ -268,7 +268,7 @@ with card, waits():
 
 
 @pytest.mark.slow
-def test_the_parts_ask_nothing_of_a_gpu_that_it_refuses(module: object, tmp_path: Path) -> None:
+def test_the_parts_call_only_what_a_gpu_accepts(module: object, tmp_path: Path) -> None:
     """On fake tensors of the device cuda: mixed devices and wrong dtypes fail."""
     if reason := module("fake_cuda").why_not():  # type: ignore[operator]
         pytest.skip(reason)

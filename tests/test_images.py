@@ -1,8 +1,8 @@
-"""The pictures in docs/images: made anew from a real run, and of the size that they are.
+"""The images in docs/images: rebuilt from a real run, with their sizes.
 
     ATLAS_REMAKE_IMAGES=1 pytest -m slow tests/test_images.py
 
-puts them into docs/images; without it they go to a temporary folder, and only their making is tested.
+puts them into docs/images. Without the variable they go to a temporary folder, which only tests that they can be built.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ def size_of(png: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_pictures_of_the_page_are_made_anew(
-    tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # the pictures name no folder of a machine
+def test_images_of_the_page_are_rebuilt(tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the images show no folder of this machine
     page.set_viewport_size({"width": 1280, "height": 760})
     target = IMAGES if os.environ.get("ATLAS_REMAKE_IMAGES") else tmp_path / "images"
     target.mkdir(exist_ok=True)
@@ -66,7 +64,7 @@ def test_pictures_of_the_page_are_made_anew(
             page.wait_for_timeout(3000)
             assert step.text_content() != before  # it grew
             page.screenshot(path=target / "page_runs.png")
-            page.goto("about:blank")  # it would go on to ask a server that has gone
+            page.goto("about:blank")  # it would otherwise send requests to a server that has ended
         with serving(*models) as (_, address):
             _walk(page, address, target)
     finally:

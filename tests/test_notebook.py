@@ -38,12 +38,12 @@ from tests.test_model import difference, transformers_twin
 ROOT = Path(__file__).parents[1]
 TOUR = ROOT / "docs/notebooks/tour.ipynb"
 
-# Loading, writing and looking
+# Loading, generating and inspecting
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that learnt text, with a vocabulary of its own."""
+    """A model trained on text, with a vocabulary trained on it."""
     folder = tmp_path_factory.mktemp("river")
     (folder / "river.txt").write_text(corpus(), encoding="utf-8")
     prepared = ["prepare", "--input", str(folder / "river.txt"), "--output", str(folder / "data")]
@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that learnt conversations, one id a byte: too few updates to say anything of sense."""
+    """A model trained on conversations, one id per byte: too few updates for sensible answers."""
     folder = tmp_path_factory.mktemp("chat")
     rows = [json.dumps({"prompt": f"colour {n}?", "response": f"blue {n}."}) for n in range(30)]
     (folder / "chats.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -79,7 +79,7 @@ def model(checkpoint: Path) -> LoadedModel:
     ],
 )
 @pytest.mark.parametrize("prompt", ["The river", ""])
-def test_text_is_that_of_the_command(
+def test_text_equals_that_of_the_command(
     checkpoint: Path, settings: dict[str, Any], prompt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = []
@@ -95,7 +95,7 @@ def test_text_is_that_of_the_command(
     assert len(said) > len(prompt) + 1
 
 
-def test_a_chat_answer_is_that_of_the_command(
+def test_a_chat_answer_equals_that_of_the_command(
     chatty: Path, model: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy = ["--tokenizer", "tests.toy:tokenizer"]
@@ -124,10 +124,10 @@ def test_without_a_seed_texts_differ(model: LoadedModel) -> None:
     assert len({model.generate("The river", temperature=2, top_k=0, top_p=1) for _ in range(3)}) == 3
 
 
-def test_one_stop_string_may_stand_by_itself(model: LoadedModel) -> None:
-    whole = model.generate("The river", seed=3)
-    stop = whole[len("The river") :][20:25]
-    assert model.generate("The river", seed=3, stop=stop) == whole[: whole.index(stop, len("The river"))]
+def test_stop_may_be_a_single_string(model: LoadedModel) -> None:
+    full = model.generate("The river", seed=3)
+    stop = full[len("The river") :][20:25]
+    assert model.generate("The river", seed=3, stop=stop) == full[: full.index(stop, len("The river"))]
 
 
 def test_text_follows_a_change_of_the_weights_and_leaves_the_model_as_it_is(checkpoint: Path) -> None:
@@ -148,7 +148,7 @@ def test_text_follows_a_change_of_the_weights_and_leaves_the_model_as_it_is(chec
     assert changed.startswith(loaded.tokenizer.decode(ids))
 
 
-def test_logits_are_those_of_transformers_gpt2(model: LoadedModel) -> None:
+def test_logits_equal_those_of_transformers_gpt2(model: LoadedModel) -> None:
     twin = transformers_twin(model.model)
     text = "The river runs past the old mill"
     ids = model.tokenizer.encode(text)
@@ -161,10 +161,10 @@ def test_logits_are_those_of_transformers_gpt2(model: LoadedModel) -> None:
     assert torch.equal(model.logits(ids), logits)
     assert torch.equal(model.logits(torch.tensor(ids)), logits)  # type: ignore[arg-type]
     assert torch.equal(model.logits(""), model.logits([model.tokenizer.eos_id]))
-    logits[0, 0] = -math.inf  # the caller's to change
+    logits[0, 0] = -math.inf  # the caller may change it
 
 
-def test_logits_in_half_precision_come_as_floats(model: LoadedModel) -> None:
+def test_logits_in_half_precision_are_returned_in_fp32(model: LoadedModel) -> None:
     half = dataclasses.replace(model, model=copy.deepcopy(model.model).half()).logits("The river")
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, model.logits("The river"), atol=0.02, rtol=0.02)
@@ -180,7 +180,7 @@ def test_logits_in_half_precision_come_as_floats(model: LoadedModel) -> None:
         ([-1], "id -1: .* 0 to 299"),
     ],
 )
-def test_what_has_no_logits_is_refused(model: LoadedModel, given: list[int], said: str) -> None:
+def test_invalid_ids_are_refused(model: LoadedModel, given: list[int], said: str) -> None:
     with pytest.raises(AtlasError, match=said):
         model.logits(given)
     assert model.logits([1] * 32).shape == (32, 300)
@@ -195,7 +195,7 @@ def test_a_missing_file_and_settings_without_meaning_are_refused(model: LoadedMo
         model.generate("The river", temperature=-1)
 
 
-def test_repr_says_what_it_is(checkpoint: Path, model: LoadedModel) -> None:
+def test_repr_describes_the_model(checkpoint: Path, model: LoadedModel) -> None:
     said = repr(model)
     card = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
     parameters = sum(p.numel() for p in model.model.parameters())
@@ -214,7 +214,7 @@ def test_repr_says_what_it_is(checkpoint: Path, model: LoadedModel) -> None:
     assert max(map(len, said.replace(str(checkpoint), "").splitlines())) < 80
 
 
-def test_import_atlas_brings_nothing_heavy() -> None:
+def test_import_atlas_loads_nothing_heavy() -> None:
     code = (
         "import sys; before = set(sys.modules); import atlas\n"
         "new = {m.split('.')[0] for m in {*sys.modules} - before}\n"
@@ -254,7 +254,7 @@ def test_the_tour_is_committed_without_outputs() -> None:
 
 
 def test_what_the_tour_imports_and_calls_exists() -> None:
-    """So that a change of a name is seen without the minute that the slow test takes."""
+    """So that a renamed function is found without the slow test, which takes a minute."""
     tree = ast.parse(code())
     imported = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert imported
@@ -279,10 +279,8 @@ def test_the_tours_commands_and_settings_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tour_leads_from_text_to_a_model_that_learnt_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Jupyter runs it; then its files are read by others, and the model is held to what its text says."""
+def test_the_tour_leads_from_text_to_a_model_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as in Jupyter. Then other programs read its files, and the model must agree with its text."""
     import nbclient
     import nbformat
 
@@ -305,7 +303,7 @@ def test_the_tour_leads_from_text_to_a_model_that_learnt_it(
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     text = (folder / "river.txt").read_text(encoding="utf-8")
-    # A sentence as a whole is drawn from 32: no loss can be below the entropy of that, which counting finds, too.
+    # Each sentence is drawn from 32: no loss can be below the entropy of that, which counting finds too.
     counts = Counter(text.splitlines()).values()
     nats = -sum(n / sum(counts) * math.log(n / sum(counts)) for n in counts)
     train = open_dataset(folder / "data").split("train")
@@ -315,7 +313,7 @@ def test_the_tour_leads_from_text_to_a_model_that_learnt_it(
     assert 0.9 < losses[-1] / (nats / tokens) < 1.2
 
     model = atlas.load(str(folder / "run/atlas_best.pt"), device="cpu")
-    # What its prose says: words of the text are one token each, and a word that is not there is several.
+    # Its prose says that words of the text are one token each, and a word that is not in it is several.
     for line in (text.splitlines()[0], "At dawn the heron stands in the reeds."):
         assert len(model.tokenizer.encode(line)) == len(line.split()) + 1  # the full stop
     assert len(model.tokenizer.encode(" dragon")) > 2
@@ -329,7 +327,7 @@ def test_the_tour_leads_from_text_to_a_model_that_learnt_it(
     chance = math.exp(sum(float(logprobs[t - 1, ids[t]]) for t in range(after, len(ids))))
     assert chance == pytest.approx(text.count("stands in the reeds") / text.count("stands in the"), abs=0.15)
 
-    # The heads look back at the verb, more than at its subject.
+    # The heads look back at the verb more than at its subject.
     ids = model.tokenizer.encode(beginning)
     heron, stands = (ids.index(model.tokenizer.encode(word)[0]) for word in (" heron", " stands"))
     last = look.attention(model, ids)[:, :, -1]

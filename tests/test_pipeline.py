@@ -45,9 +45,7 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_demo_goes_the_whole_road_on_ones_own_text(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_runs_all_steps_on_a_given_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
     Path("river.txt").write_text(corpus(), encoding="utf-8")
@@ -61,7 +59,7 @@ def test_the_demo_goes_the_whole_road_on_ones_own_text(
     reader = gguf.GGUFReader(folder / "atlas_demo.gguf")
     assert reader.fields["general.architecture"].contents() == "qwen3"
 
-    assert main(["pipeline", "--demo", "--data", "river.txt", *SMALLER]) == 0  # done already: not done again
+    assert main(["pipeline", "--demo", "--data", "river.txt", *SMALLER]) == 0  # done already, so not repeated
     assert "the run is complete at step 4" in capfd.readouterr().err
 
 
@@ -75,14 +73,14 @@ def test_the_demo_s_corpus_is_documentation_and_the_same_every_time(tmp_path: Pa
     assert json.__doc__.strip() in documents
 
 
-def test_a_python_without_documentation_is_said(tmp_path: Path) -> None:
+def test_a_python_without_documentation_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "broken.py").write_text("def (:")
     with pytest.raises(AtlasError, match="--data"):
         write_demo_corpus("corpus.jsonl", library=tmp_path / "library")
 
 
-def test_without_data_it_says_where_to_get_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_data_the_message_names_the_sources(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline"]) == 2
     error = capfd.readouterr().err
     for word in ("archive.zip", "kaggle.com", "--data", "--demo"):
@@ -150,7 +148,7 @@ def test_the_script_uses_the_active_environment(variables: dict[str, str], used:
     assert done.stdout.strip() == used.format(**places) + "/bin/python", done.stderr
 
 
-def test_a_person_without_data_is_asked_for_it_until_it_is_there(tmp_path: Path) -> None:
+def test_a_user_without_data_is_asked_until_there_is_a_text(tmp_path: Path) -> None:
     Path("river.txt").write_text("The river.", encoding="utf-8")
     answers = iter(["nowhere\n", "'river.txt'\n"])
     asked: list[str] = []
@@ -176,7 +174,7 @@ def test_without_a_terminal_nothing_is_asked(
 def test_the_suggestion_without_a_gpu_is_the_demos_recipe(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the commands that it ends with work as they stand."""
+    """The commands that it prints at the end work unchanged."""
     Path("my texts").mkdir()
     Path("my texts/river.txt").write_text(corpus(), encoding="utf-8")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -196,7 +194,7 @@ def test_the_suggestion_without_a_gpu_is_the_demos_recipe(
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The answers of a person at a terminal, taken one after the other; what is asked goes to standard error."""
+    """The answers of a user at a terminal, in order. Questions go to standard error."""
     answers: list[str] = []
 
     def answer(question: str) -> str:
@@ -208,7 +206,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return answers
 
 
-def test_a_person_is_shown_what_each_preset_needs_and_asked_until_the_answer_is_one(
+def test_a_user_sees_what_each_preset_needs_and_is_asked_until_the_answer_is_valid(
     typed: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("river.txt").write_text(corpus(), encoding="utf-8")
@@ -247,7 +245,7 @@ def test_the_menu_counts_parameters_with_the_datasets_own_vocabulary(
     assert row.split()[:2] == [f"{built:,}", f"{vocabulary:,}"]
 
 
-def test_another_preset_than_the_run_that_is_there_is_asked_about(
+def test_a_preset_that_differs_from_the_existing_run_is_asked_about(
     typed: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("river.txt").write_text(corpus(), encoding="utf-8")
@@ -255,7 +253,7 @@ def test_another_preset_than_the_run_that_is_there_is_asked_about(
     typed += ["modern-nano"]
     assert main(arguments) == 0
     typed += ["nano", "n"]
-    assert main(arguments) == 2  # not wanted: the run stays, and the message says how both can be
+    assert main(arguments) == 2  # the user says no: the run stays, and the message says how to keep both
     assert "--no-resume" in capfd.readouterr().err.splitlines()[-1]
     assert load_checkpoint("checkpoints/atlas_best.pt")["config"]["model"]["position"] == "rope"
     typed += ["nano", "y"]
@@ -267,7 +265,7 @@ def test_another_preset_than_the_run_that_is_there_is_asked_about(
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "prepare_data.py", "export_gguf.py"])
 def test_scripts_find_the_package_beside_them(script: str, tmp_path: Path) -> None:
-    """In a Python that Atlas is not installed in."""
+    """In a Python in which Atlas is not installed."""
     command = [sys.executable, "-S", str(ROOT / "scripts" / script), "--help"]  # -S: no installed packages
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,4 +1,5 @@
-"""The launch recipes, as far as one machine goes: Slurm's script with stand-ins, the Kubernetes job's command line."""
+"""The launch recipes, as far as one machine allows: Slurm's script with stand-ins, the Kubernetes job's command
+line."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def free_port() -> int:
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """With a `torchrun` of this Python in front."""
+    """The environment, with this Python's `torchrun` first on PATH."""
     torchrun = folder / "bin/torchrun"
     torchrun.parent.mkdir(exist_ok=True)
     torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')

@@ -1,4 +1,4 @@
-"""`atlas report`: what a person sees in the page, opened from the disk in a browser without network."""
+"""`atlas report`: what a user sees in the page, opened from the disk in a browser without a network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ATTACK = "</script><img src=x onerror=alert(1)>"
 NEW = {"tokens": 4096, "seconds": 2.5, "utilisation": 0.004, "memory": 1 << 20}
-"""What a record of today holds, each a step's worth."""
+"""Values that a record of today has, for one step."""
 
 
 def train_record(step: int, *, rate: float = 0.01, new: bool = True) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_two_runs_are_laid_over_each_other(tmp_path: Path, page: Page) -> None:
     assert "torch" in page.locator("section", has_text="Machine and versions").inner_text()
 
 
-def test_hover_tells_the_values_there(tmp_path: Path, page: Page) -> None:
+def test_hover_shows_the_values_there(tmp_path: Path, page: Page) -> None:
     page.goto(report(tmp_path, a_run(tmp_path / "slow"), a_run(tmp_path / "fast", rate=0.05)))
     over = page.locator('[data-chart="loss"] .u-over').bounding_box()
     assert over
@@ -142,7 +142,7 @@ def test_axis_switch_and_zoom(tmp_path: Path, page: Page) -> None:
     assert legend(page, "new")[3] == "4 min 10 s"  # 100 steps of 2.5 s
     assert legend(page, "old") == ["–", "–", "–", ""]
     page.reload()
-    assert legend(page, "new")[3] == "4 min 10 s"  # as a live page comes back
+    assert legend(page, "new")[3] == "4 min 10 s"  # like a live page that reloads itself
     page.get_by_role("button", name="Tokens", exact=True).click()
     assert legend(page, "new")[3] == "410k tokens"
     page.get_by_role("button", name="Log", exact=True).click()
@@ -178,7 +178,7 @@ def test_keys_read_and_zoom_and_a_run_can_be_hidden(tmp_path: Path, page: Page) 
 
 
 def test_new_data_go_into_the_charts_that_are_there(tmp_path: Path, page: Page) -> None:
-    """As a served page does it."""
+    """As a served page does."""
     folder = a_run(tmp_path / "one", steps=60)
     page.goto(report(tmp_path, folder))
     longer = chart_data(Run(a_run(tmp_path / "more" / "one", steps=90)))
@@ -197,14 +197,14 @@ def test_new_data_go_into_the_charts_that_are_there(tmp_path: Path, page: Page) 
     assert page.locator("#charts *").count() == 0
 
 
-def test_what_a_stranger_wrote_is_text(tmp_path: Path, page: Page) -> None:
+def test_text_from_a_stranger_stays_text(tmp_path: Path, page: Page) -> None:
     records = [train_record(step) for step in range(1, 20)]
     records += [
         {"kind": "sample", "step": 19, "prompt": ATTACK, "text": ATTACK * 2},
         {"kind": "event", "step": 19, "event": "rollback", "from_step": ATTACK, "reason": ATTACK},
         {"kind": "event", "step": 1, "event": "start", ATTACK: ATTACK},
     ]
-    # A folder cannot be called by what has a slash in it.
+    # The name of a folder cannot contain a slash.
     folder = write_run(tmp_path / ATTACK.replace("/", ""), records, config={"data": {"train_data": ATTACK}})
     told: list[str] = []
     page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
@@ -278,7 +278,7 @@ def test_the_best_evaluation_need_not_be_the_last(tmp_path: Path) -> None:
     assert [found["step"] for found in evaluations] == [5, 3]
 
 
-def test_refresh_reads_what_was_added_and_what_was_cut(tmp_path: Path) -> None:
+def test_refresh_reads_added_lines_and_truncated_files(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [train_record(1)])
     live = Run(folder)
     path, line = folder / "metrics.jsonl", json.dumps(train_record(2)) + "\n"
@@ -317,7 +317,7 @@ def test_many_samples_are_spread_over_the_run(tmp_path: Path) -> None:
     assert (len(texts), texts[0], texts[-1]) == (12, (1, "1"), (100, "100"))
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_different_names(tmp_path: Path) -> None:
     runs = read_runs([a_run(tmp_path / "a/nano", steps=20), a_run(tmp_path / "b/nano", steps=20)])
     assert [one.name for one in runs] == ["a/nano", "b/nano"]
 
@@ -329,7 +329,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (lambda folder: (folder / "metrics.jsonl").mkdir(), "cannot be read"),
     ],
 )
-def test_what_is_no_run_is_refused(tmp_path: Path, make: Any, message: str) -> None:
+def test_a_path_without_a_run_is_refused(tmp_path: Path, make: Any, message: str) -> None:
     make(tmp_path)
     with pytest.raises(AtlasError, match=rf"metrics\.jsonl: .*{message}.*name"):
         Run(tmp_path)
@@ -374,7 +374,7 @@ def test_live_rewrites_until_the_run_ends(tmp_path: Path, monkeypatch: pytest.Mo
     assert '"last_step": 21' in last
 
 
-def test_a_lock_of_a_process_that_is_gone_means_no_run(tmp_path: Path) -> None:
+def test_a_lock_of_an_ended_process_means_no_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [train_record(1)])
     lock = folder / "atlas.lock"
     gone = subprocess.Popen([sys.executable, "-c", ""])

@@ -1,8 +1,8 @@
-"""Runs the variants on fake CUDA, and prints of each the waits that were seen, or the traceback, as JSON:
+"""Run the variants on fake CUDA, and print each one's waits, or its traceback, as JSON:
 
     python -m tests.cuda_path.child [VARIANT …]
 
-Fake CUDA changes PyTorch for the whole process, so that this is one of its own.
+Fake CUDA changes PyTorch for the entire process, so this is a separate one.
 """
 
 from __future__ import annotations

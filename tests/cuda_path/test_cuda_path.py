@@ -1,8 +1,8 @@
-"""Atlas's code for a GPU, run where none is (`benchmarks/fake_cuda.py`): no tensor is left on the wrong device, and the
-host waits for the GPU only where it is known to.
+"""Atlas's code for a GPU, run without one (`benchmarks/fake_cuda.py`): no tensor is on the wrong device, and the host
+waits for the GPU only where the lists say so.
 
-A variant's list holds what it has to have: if a wait comes or goes, put that down here, and say why in the commit. How
-to see the lists: `python -m tests.cuda_path.child AdamW "server, modern, mixed"`.
+Each variant has a list of its waits. If a change adds or removes a wait, change the list and give the reason in the
+commit. To see the lists: `python -m tests.cuda_path.child AdamW "server, modern, mixed"`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 TO_DEVICE = "H2D async kv_cache.long_tensor"
 UPDATE = {"H2D async step._to_device": 4, "WAIT step.apply_gradient": 1}
-"""Of two micro-batches: inputs and targets go to the device, one wait reads the loss and the norm."""
+"""An update of two micro-batches: inputs and targets go to the device, and one wait reads the loss and the norm."""
 WITH_DOCUMENTS = {"H2D async step._to_device": 6, "WAIT step.apply_gradient": 1}
 GRAPH = "GRAPH decoder.replay"
 NUMBERS = "H2D async sampling.draw"
 TOKEN = {GRAPH: 1, "WAIT generate.generate": 1}
-"""The model is one launch, and the token that was chosen is what the host waits for."""
+"""The model is one launch, and the host waits only for the chosen token."""
 DRAWN = {NUMBERS: 1, **TOKEN}
 
 WAITS: dict[str, dict[str, int]] = {
@@ -106,11 +106,11 @@ GRAPHS: dict[str, dict[str, int]] = {
     "waits of the third update": UPDATE,
     "less memory, 2 + 2 + 1": {"block": 1},
 }
-"""Compiled in this order: one for training and one for evaluation, whatever their last micro-batch has."""
+"""The graphs compiled, in this order: one for training and one for evaluation, for any size of the last micro-batch."""
 
 
 def run_child(*variants: str, tree: Path = ROOT) -> dict[str, Any]:
-    """What `child.py` prints, with the package `atlas` that lies in `tree`."""
+    """The output of `child.py`, with the package `atlas` in `tree`."""
     path = os.pathsep.join([str(tree), str(ROOT)])
     child = subprocess.run(
         [sys.executable, "-m", "tests.cuda_path.child", *variants],
@@ -129,7 +129,7 @@ def run_child(*variants: str, tree: Path = ROOT) -> dict[str, Any]:
 def once(
     factory: pytest.TempPathFactory, name: str, make: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `make(folder)` returns, called by the first of pytest's workers that asks; the others wait for it."""
+    """The result of `make(folder)`, called by the first pytest worker that needs it; the others wait for it."""
     import fcntl
 
     folder = factory.getbasetemp()
@@ -145,7 +145,7 @@ def once(
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of all variants, in one process: to start one takes as long as six variants."""
+    """The results of all variants, in one process: starting one takes as long as six variants."""
     return once(tmp_path_factory, "cuda_path", lambda folder: run_child())
 
 
@@ -156,7 +156,7 @@ def seen_in(result: dict[str, Any]) -> dict[str, int]:
 
 
 def differences(seen: dict[str, int], listed: dict[str, int]) -> list[str]:
-    """A line for each kind and place that is not as listed."""
+    """One line for each kind and place that differs from the list."""
     added, removed = Counter(seen) - Counter(listed), Counter(listed) - Counter(seen)
     return [f"{count} more: {place}" for place, count in added.items()] + [
         f"{count} fewer: {place}" for place, count in removed.items()
@@ -172,7 +172,7 @@ def test_every_variant_is_listed(results: dict[str, Any]) -> None:
     assert list(results) == [*WAITS, "graphs", "saved"]
 
 
-def test_as_many_graphs_are_compiled_as_listed(results: dict[str, Any]) -> None:
+def test_the_number_of_compiled_graphs_is_as_listed(results: dict[str, Any]) -> None:
     assert seen_in(results["graphs"]) == GRAPHS
 
 
@@ -197,7 +197,8 @@ FAULTS = (
         "torch.arange(0, head_size, 2)",
     ),
 )
-"""An update reads a number too many; angles are made on the CPU. The one is in every variant, the other in `modern`."""
+"""The faults: an update reads one number too many, and angles are made on the CPU. The first is in every variant, the
+second in `modern`."""
 
 
 def run_faulty(folder: Path) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return once(tmp_path_factory, "cuda_path_faulty", run_faulty)
 
 
-def test_a_wait_too_many_is_found(faulty: dict[str, Any]) -> None:
+def test_an_extra_wait_is_found(faulty: dict[str, Any]) -> None:
     assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT step.apply_gradient"]
 
 
@@ -225,5 +226,5 @@ def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
     assert "found at least two devices, cuda:0 and cpu" in faulty["modern"]["error"]
 
 
-def test_a_wait_too_few_is_found() -> None:
+def test_a_missing_wait_is_found() -> None:
     assert differences({}, {"WAIT step.apply_gradient": 1}) == ["1 fewer: WAIT step.apply_gradient"]

@@ -1,4 +1,4 @@
-"""The code that a user runs on a GPU, each variant of it once on fake CUDA. `child.py` runs these.
+"""The code that a user runs on a GPU, once per variant on fake CUDA. `child.py` runs these.
 
 A variant does its work once, since the first time may allocate, clears `seen`, and does it again.
 """
@@ -45,7 +45,7 @@ from benchmarks.fake_cuda import FakeCuda
 from tests.toy import tokenizer
 
 Seen = Counter[str]
-VOCABULARY, LENGTH = 2000, 32  # more ids than top-p looks at first
+VOCABULARY, LENGTH = 2000, 32  # more ids than top-p sorts first
 MODERN = {
     "model.position": "rope",
     "model.norm": "rmsnorm",
@@ -63,7 +63,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "bf16-true": {"training.precision": "bf16-true"},
     "Muon": {"training.optimizer": "muon"},
     "Adafactor": {"training.optimizer": "adafactor"},
-    # adamw8bit is missing: torchao is not among the packages of the tests, and its step must be compiled by Triton.
+    # adamw8bit is missing: the tests do not install torchao, and Triton must compile its step.
     "gradient checkpointing": {"training.gradient_checkpointing": True},
     "LoRA": {"lora.rank": 4},
     "modern": MODERN,
@@ -87,7 +87,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "custom loss": {"training.loss": "tests.toy:stalling_loss"},
     "spikes": {"guard.spikes": "skip"},
 }
-"""Settings of two updates of two micro-batches each, in bf16 autocast by default."""
+"""Settings of two updates of two micro-batches each, with bf16 autocast by default."""
 
 
 def config_of(settings: dict[str, Any]) -> AtlasConfig:
@@ -96,7 +96,7 @@ def config_of(settings: dict[str, Any]) -> AtlasConfig:
         "model": {
             "hidden_size": 32,
             "num_layers": 2,
-            "num_heads": 2,  # 16 numbers each, the fewest that FlexAttention takes
+            "num_heads": 2,  # 16 numbers each, the minimum of FlexAttention
             "vocab_size": VOCABULARY,
             "max_seq_len": LENGTH,
         },
@@ -135,7 +135,7 @@ class Run:
         self.state.step += 1
 
     def check_devices(self) -> None:
-        """All weights, and all that an optimizer keeps of them but its count of steps, are on the GPU."""
+        """Check that all weights and optimizer states, except step counts, are on the GPU."""
         tensors: dict[str, Tensor] = dict(self.learner.model.state_dict())
         for number, state in self.learner.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
@@ -164,7 +164,7 @@ def train(settings: dict[str, Any], seen: Seen) -> None:
 
 
 def save(settings: dict[str, Any], seen: Seen) -> None:
-    """The copy for a checkpoint; the second one, whose memory is there."""
+    """The copy for a checkpoint: the second one, whose memory is already allocated."""
     settings = {**settings, **SHALLOW}
     run, snapshot = Run(settings), Snapshot()
     run.update()
@@ -176,7 +176,7 @@ def save(settings: dict[str, Any], seen: Seen) -> None:
 
 
 def resume(settings: dict[str, Any], seen: Seen) -> None:
-    """A checkpoint's contents, loaded into a new run on the device; and its first update, which allocates nothing."""
+    """A checkpoint's contents, loaded into a new run on the device, and its first update, which allocates nothing."""
     settings = {**settings, **SHALLOW}
     first = Run(settings)
     first.update()
@@ -208,7 +208,7 @@ class Windows:
 
 
 def evaluation(settings: dict[str, Any], seen: Seen) -> None:
-    """Two batches, of which the second is smaller; and the losses of a window's tokens."""
+    """Two batches, of which the second is smaller, and the losses of a window's tokens."""
     run = Run(settings)
     data: Any = Windows(documents=run.config.data.document_mask)
     seen.clear()
@@ -224,7 +224,7 @@ def model_of(settings: dict[str, Any]) -> AtlasLM:
 def generation(
     settings: dict[str, Any], prompts: list[list[int]], sampling: Sampling, seen: Seen, *, steps: int = 3
 ) -> None:
-    """What one token costs, the third: the first is the prompt's, and with the second a CUDA graph is recorded."""
+    """The cost of the third token: the first belongs to the prompt, and the second records a CUDA graph."""
     tokens = generate(model_of(settings), prompts, sampling, max_tokens=steps)
     for _ in range(steps):
         seen.clear()
@@ -240,7 +240,7 @@ def loaded_model(settings: dict[str, Any]) -> LoadedModel:
 
 
 def server_step(settings: dict[str, Any], texts: list[Generation], seen: Seen) -> None:
-    """The second step after all texts have joined: with the first a CUDA graph is recorded."""
+    """The second step after all sequences have joined: the first records a CUDA graph."""
     engine = Engine(loaded_model(settings), "fake", parallel=4, queue=8)
     with torch.inference_mode():
         engine.submit(texts)
@@ -252,7 +252,7 @@ def server_step(settings: dict[str, Any], texts: list[Generation], seen: Seen) -
 
 
 def server_joins(settings: dict[str, Any], seen: Seen) -> None:
-    """A text joins one that is being written, and both end with the next step."""
+    """A sequence joins one that is being generated, and both end with the next step."""
     engine = Engine(loaded_model(settings), "fake", parallel=4, queue=8)
     with torch.inference_mode():
         engine.submit([text([1, 2, 3], max_tokens=3)])
@@ -265,7 +265,7 @@ def server_joins(settings: dict[str, Any], seen: Seen) -> None:
 
 
 def look(seen: Seen) -> None:
-    """What `atlas look` and the server's page show of a text. It is small, and its waits do not count."""
+    """What `atlas look` and the server's page show of a text. It is short, and its waits do not count."""
     loaded, ids = loaded_model(MODERN), [1, 2, 3, 4]
     loaded.logits(ids)
     looking.expectations(loaded, ids)
@@ -283,7 +283,7 @@ GREEDY, RAGGED = Sampling(temperature=0), Sampling(repetition_penalty=1.2, min_p
 
 
 def others() -> dict[str, Callable[[Seen], None]]:
-    """All that is not training."""
+    """All variants except training."""
     long = [[1] * LENGTH]
     mixed = [text([1, 2, 3]), text([4], GREEDY, num_candidates=3), text([5, 6], RAGGED)]
     return {
@@ -310,8 +310,8 @@ def others() -> dict[str, Callable[[Seen], None]]:
 
 
 def graphs(device: FakeCuda, seen: Seen) -> dict[str, dict[str, int]]:
-    """How many graphs are compiled in each phase of a run, in this order: of a block, and of the loss; and the waits of
-    a compiled update."""
+    """The number of graphs compiled in each phase of a run, in this order, for a block and for the loss; and the waits
+    of a compiled update."""
     compiled: Seen = Counter()
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -353,7 +353,7 @@ def graphs(device: FakeCuda, seen: Seen) -> dict[str, dict[str, int]]:
 
 
 def patch() -> None:
-    """What fake CUDA cannot have: Triton, and a generator of the device, whose numbers nobody reads."""
+    """Replace what fake CUDA lacks: Triton, and a generator of the device, whose numbers nobody reads."""
     atlas.model.documents.has_flex_attention = lambda device: device.type == "cuda"
     atlas.training.step.rounding_generator = lambda *place: None  # type: ignore[assignment, return-value]
 
