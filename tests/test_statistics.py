@@ -339,7 +339,7 @@ def test_plot_is_refused_before_any_work(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plot, reason in {
-        tmp_path / "lengths.jpg": "writes a PNG picture: name a file that ends in .png",
+        tmp_path / "lengths.jpg": "is a PNG image: name a file that ends in .png",
         tmp_path / "none" / "lengths.png": f"there is no folder {tmp_path / 'none'}: make it first",
     }.items():
         assert info(capsys, dataset, "--plot", plot) == (2, "", f"error: --plot {plot}: {reason}\n")

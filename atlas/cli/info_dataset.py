@@ -23,11 +23,11 @@ from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 
 def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
-    """Print one screen about a dataset, and write a PNG of its document lengths to `plot`."""
-    from atlas.reporting.dataset_figure import check_plot
+    """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
+    from atlas.reporting.targets import check_png
 
     if plot:
-        check_plot(plot)
+        check_png("--plot", plot)
     dataset, state = _open(folder, verify)
     splits = {name: stream for name in ("train", "val") if (stream := dataset.split(name))}
     lengths = {name: measure_lengths(stream) for name, stream in splits.items() if stream.num_documents}

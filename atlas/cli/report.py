@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atlas.errors import AtlasError
-
 if TYPE_CHECKING:
     from atlas.reporting.runs import Run
 
@@ -36,17 +34,15 @@ def report(
 
     Several runs are drawn over each other, by step, tokens or time.
     """
-    from atlas.reporting.figure import check_figure, draw_losses, shared_axis
+    from atlas.reporting.figure import draw_losses, shared_axis
     from atlas.reporting.report import write_report
     from atlas.reporting.runs import read_runs
+    from atlas.reporting.targets import check_png, check_target
 
     page = Path(output)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise AtlasError(f"--output {output}: is an HTML page: name a file that ends in .html")
-    if not page.absolute().parent.is_dir():
-        raise AtlasError(f"--output {output}: there is no folder {page.parent}: make it first")
+    check_target("--output", page, "an HTML page", ".html", ".htm")
     if png:
-        check_figure(Path(png))
+        check_png("--png", Path(png))
     found = read_runs(runs)
     if live:
         _follow(page, found)

@@ -1,4 +1,4 @@
-"""A figure of the lengths of a dataset's documents."""
+"""A chart of the lengths of a dataset's documents."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas.errors import AtlasError
 from atlas.reporting.dataset_statistics import Lengths
+from atlas.reporting.targets import save_png
 
 _BINS = 35
 _COLORS = {"train": "tab:blue", "val": "tab:orange"}
-
-
-def check_plot(path: Path) -> None:
-    """Raise `AtlasError`, before any work, if `draw_lengths` cannot write to `path`."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise AtlasError('--plot: needs matplotlib: pip install "atlas-llm[plot]"') from None
-    if path.suffix.lower() != ".png":
-        raise AtlasError(f"--plot {path}: writes a PNG picture: name a file that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise AtlasError(f"--plot {path}: there is no folder {path.parent}: make it first")
 
 
 def draw_lengths(
@@ -31,8 +19,8 @@ def draw_lengths(
 ) -> None:
     """Write a histogram of document lengths by split, as a PNG of 1500 × 825 pixels.
 
-    Heights are shares of a split's documents, so a small validation split can be compared. `contexts` are context
-    lengths in tokens to mark, and their names.
+    Heights are shares of a split's documents, so that a small validation split can be compared. `contexts` are context
+    lengths in tokens to mark, with their labels.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, StrMethodFormatter
@@ -67,7 +55,4 @@ def draw_lengths(
     axes.set(title=title, xlabel="tokens in a document, end of text included", ylabel="share of documents")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise AtlasError(f"--plot {path}: cannot be written: {error.strerror}; name another file") from None
+    save_png("--plot", path, figure)

@@ -9,20 +9,9 @@ from typing import Any
 
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data
+from atlas.reporting.targets import save_png
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#7A6CC9")
-
-
-def check_figure(path: Path) -> None:
-    """Raise `AtlasError`, before any work, if `draw_losses` cannot write to `path`."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise AtlasError('--png: needs matplotlib: pip install "atlas-llm[plot]"') from None
-    if path.suffix.lower() != ".png":
-        raise AtlasError(f"--png {path}: is a PNG image: name a file that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise AtlasError(f"--png {path}: there is no folder {path.parent}: make it first")
 
 
 def shared_axis(runs: Sequence[Run]) -> str:
@@ -62,10 +51,7 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
         text.set_parse_math(False)  # a name with two $ is not a formula
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise AtlasError(f"--png {path}: cannot be written: {error.strerror}; name another file") from None
+    save_png("--png", path, figure)
 
 
 def _label(name: str) -> str:
