@@ -43,7 +43,7 @@ def made_up_pairs(seed: int = 3) -> list[dict[str, str]]:
     ]
 
 
-def count_learnt(checkpoint: Path, pairs: list[dict[str, str]], folder: Path) -> int:
+def count_learned(checkpoint: Path, pairs: list[dict[str, str]], folder: Path) -> int:
     """The number of answers of `pairs` that the model gives word for word."""
     questions, answers = folder / "questions.txt", folder / "answers.jsonl"
     questions.write_text("\n".join(pair["prompt"] for pair in pairs), encoding="utf-8")
@@ -72,10 +72,10 @@ def measure(
         arguments += ["--set", "tracking.samples=0", *(["--learning-rate", rate] if rate else [])]
         assert atlas(["train", "--init-from", str(checkpoint), "--train-data", str(chats), *arguments]) == 0
         step = last_step(run)
-        learnt = [
-            count_learnt(run / name, pairs, folder) for name in ("atlas_best.pt", f"atlas_step_{step}.pt")
+        learned = [
+            count_learned(run / name, pairs, folder) for name in ("atlas_best.pt", f"atlas_step_{step}.pt")
         ]
-    return step, learnt[0], learnt[1]
+    return step, learned[0], learned[1]
 
 
 def parse() -> argparse.Namespace:
@@ -107,7 +107,7 @@ def main() -> None:
             rows.append((rate or "Atlas's own", length, *measure(options.checkpoint, pairs, rate, length)))
     with recorded("Learning conversations", options):
         print(f"{options.checkpoint.parent.name}: {len(pairs)} pairs\n")
-        print("| rate | epochs x batch | updates | learnt by the best | by the last |")
+        print("| rate | epochs x batch | updates | learned by the best | by the last |")
         print("|---|---|---:|---:|---:|")
         for row in rows:
             print(f"| {' | '.join(map(str, row))} |")

@@ -158,14 +158,14 @@ def report(
     times: dict[str, list[float]], alone: list[float], beside: list[float], saves: list[float]
 ) -> None:
     blocking = statistics.median(times["blocking"])
-    print(f"\n{'training stands still for':<28}{'median':>10}{'of blocking':>14}")
+    print(f"\n{'pause of training':<28}{'median':>10}{'of blocking':>14}")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{name:<28}{median * 1e3:>7.0f} ms{median / blocking:>13.1%}")
     alone_median, beside_median = statistics.median(alone), statistics.median(beside)
-    print(f"\n{'an update takes':<28}{'median':>10}{'updates':>14}")
+    print(f"\n{'time of an update':<28}{'median':>10}{'updates':>14}")
     print(f"{'without a save':<28}{alone_median * 1e3:>7.0f} ms{len(alone):>14}")
-    print(f"{'with one in flight':<28}{beside_median * 1e3:>7.0f} ms{len(beside):>14}")
+    print(f"{'with one in progress':<28}{beside_median * 1e3:>7.0f} ms{len(beside):>14}")
     print(
         f"throughput beside a save: {alone_median / beside_median:.2f} of that without; a save takes "
         f"{statistics.median(saves):.2f} s"

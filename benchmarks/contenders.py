@@ -38,7 +38,7 @@ class Contender:
         """Wait until the program is ready. False, with a message, if it ends before."""
         if self._line():
             return True
-        print(f"{self.name}: did not start and is left out; its own words are above", file=sys.stderr)
+        print(f"{self.name}: did not start and is left out; its own output is above", file=sys.stderr)
         return False
 
     def ask(self, request: Any = None) -> Any:

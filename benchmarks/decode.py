@@ -284,7 +284,7 @@ def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
     else:
         print("llama.cpp: left out: xllamacpp is not installed, or the weights are not f32", file=sys.stderr)
     if not importlib.util.find_spec("transformers"):
-        print("transformers: is not installed: left out", file=sys.stderr)
+        print("transformers: is not installed and left out", file=sys.stderr)
         del kinds["transformers"]
     for name, (one, eight) in kinds.items():
         first = contender(one, shape)
@@ -330,9 +330,9 @@ def report(pairs: list[tuple[Writer, Writer]], rate: float, num_bytes: int) -> N
             f"| {first:.2f} → {last:.2f} | × {last / first:.2f} |"
         )
     bound = rate / num_bytes
-    print(f"| weights read once a token | {bound:,.1f} | {speeds['Atlas'] / bound:.2f} | | |")
+    print(f"| weights read once per token | {bound:,.1f} | {speeds['Atlas'] / bound:.2f} | | |")
     print(
-        f"\n| {len(PROMPTS)} texts at once | tokens/s in all | Atlas ÷ it | of one text |\n|---|---:|---:|---:|"
+        f"\n| {len(PROMPTS)} texts in parallel | tokens/s in total | Atlas ÷ it | of one text |\n|---|---:|---:|---:|"
     )
     together = {eight.name: statistics.median(eight.speeds) for _, eight in pairs}
     for name, speed in together.items():

@@ -132,7 +132,7 @@ def compare_with_peers(arguments: argparse.Namespace) -> None:
             peaks[one.name] = one.peak
             print(f"| {one.name} | {one.peak / 1e6:,.0f} MB | {peaks['Atlas'] / one.peak:.2f} |", flush=True)
     if arguments.device == "cuda":
-        print("\nOf the allocator alone; what is outside of it is the same for all.")
+        print("\nThese are the figures of the allocator alone; the memory outside of it is the same for all.")
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ class Way:
     leaves: Path | None = None
     """Files that are removed before each run, so that it reuses nothing from the one before."""
     alone: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
     tokens: int = 0
     problem: str = ""
 
@@ -220,15 +220,15 @@ class Way:
         self.clear()
         start = time.perf_counter()
         done = subprocess.run(self.command, capture_output=True, text=True, encoding="utf-8")
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         if done.returncode:
             self.problem = (done.stderr.strip().splitlines() or ["failed without a word"])[-1].strip(" │")
             return
         last = done.stdout.strip().splitlines()[-1]
-        told = json.loads(last) if "--child" in self.command else {"seconds": whole}
-        self.whole.append(whole)
-        self.alone.append(told["seconds"])
-        self.tokens = int(told.get("tokens", 0))
+        answer = json.loads(last) if "--child" in self.command else {"seconds": total}
+        self.total.append(total)
+        self.alone.append(answer["seconds"])
+        self.tokens = int(answer.get("tokens", 0))
 
     def clear(self) -> None:
         if self.leaves:
@@ -276,9 +276,9 @@ def print_speed(ways: dict[str, Way], megabytes: float) -> None:
         if way.problem:
             print(f"| {way.name:<28} | {way.problem} | | |")
         else:
-            whole = megabytes / statistics.median(way.whole)
+            with_start = megabytes / statistics.median(way.total)
             print(
-                f"| {way.name:<28} | {speeds[key]:.2f} | {whole:.2f} | {f'{way.tokens:,}' if way.tokens else ''} |"
+                f"| {way.name:<28} | {speeds[key]:.2f} | {with_start:.2f} | {f'{way.tokens:,}' if way.tokens else ''} |"
             )
     peers = [("tiktoken alone", ["tiktoken"]), ("datasets.map, the better", ["datasets 1", "datasets 2"])]
     for name, keys in peers:
@@ -347,7 +347,7 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
 
 def print_memory(corpora: Sequence[Corpus], folder: Path) -> None:
     kind = "PSS" if psutil.LINUX else "USS"
-    print(f"\n| atlas prepare, peak of all processes | {kind} | of it anonymous |\n|---|---:|---:|")
+    print(f"\n| atlas prepare, peak of all processes | {kind} | anonymous part |\n|---|---:|---:|")
     peaks = []
     for number, corpus in enumerate(corpora):
         output = folder / f"memory-{number}"
@@ -356,7 +356,7 @@ def print_memory(corpora: Sequence[Corpus], folder: Path) -> None:
         shown = f"{anonymous / 1e6:,.0f} MB" if anonymous else ""
         print(f"| {corpus.megabytes:,.3g} MB of text | {total / 1e6:,.0f} MB | {shown} |")
         peaks.append(total)
-    print(f"the larger text takes {peaks[-1] / peaks[0] - 1:+.1%}")
+    print(f"the larger text needs {peaks[-1] / peaks[0] - 1:+.1%}")
 
 
 def main() -> None:

@@ -45,9 +45,9 @@ def recorded(title: str, arguments: argparse.Namespace) -> Iterator[None]:
     with contextlib.redirect_stdout(_Both(sys.stdout, printed)):
         yield
     if arguments.record:
-        told = f"```bash\n{command()}\n```\n\n```text\n{printed.getvalue().strip()}\n```"
+        record = f"```bash\n{command()}\n```\n\n```text\n{printed.getvalue().strip()}\n```"
         with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(f"\n## {title}\n\n{machine}\n\n{told}\n")
+            file.write(f"\n## {title}\n\n{machine}\n\n{record}\n")
         print(f"appended to {RESULTS.parent.name}/{RESULTS.name}", file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ doi:10.1145/1498765.1498785). An update needs the sum over its kernels, or the t
 `kernel_costs.py` says what a kernel is, and atlas/planning/speed.py what speed a card reaches. MFU is relative to the
 speed of large matrix products, which is below the maker's peak.
 
---peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled as a whole, with the preset's layers, width, heads
+--peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled in full, with the preset's layers, width, heads
 and context, AdamW, the same micro-batches and Atlas's padded vocabulary (50,304, as nanoGPT recommends).
 """
 

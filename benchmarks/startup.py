@@ -113,9 +113,9 @@ def main() -> None:
         data = prepare_data(folder)
         for number in range(arguments.rounds + 1):
             measured = {name: seconds_of(command) for name, command in commands.items()}
-            whole, step = first_step(data, folder / f"run-{number}", arguments.sequences)
+            total, step = first_step(data, folder / f"run-{number}", arguments.sequences)
             if number > 0:
-                measured["train"] = whole
+                measured["train"] = total
                 for name, seconds in measured.items():
                     times.setdefault(name, []).append(seconds)
                 steps.append(step)
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def report(medians: dict[str, float], step: float, arguments: argparse.Namespace) -> None:
-    whole = medians.pop("train")
+    total = medians.pop("train")
     print(f"medians of {arguments.rounds} rounds in turn\n")
     print("| | seconds | aim | × `import torch` |\n|---|---:|---:|---:|")
     floor = medians["`import torch`, the floor"]
@@ -133,9 +133,9 @@ def report(medians: dict[str, float], step: float, arguments: argparse.Namespace
         print(f"| {name} | {seconds:.2f} | {aim} | {seconds / floor:.2f} |")
     tokens = f"{arguments.sequences} × 512 tokens"
     name = f"`atlas train --config tiny`, to the end of its first step of {tokens}"
-    print(f"| {name} | {whole:.2f} | {TRAIN_AIM} | {whole / floor:.2f} |")
+    print(f"| {name} | {total:.2f} | {TRAIN_AIM} | {total / floor:.2f} |")
     print(f"| of it that step | {step:.2f} | | |")
-    print(f"| of it before the step | {whole - step:.2f} | | {(whole - step) / floor:.2f} |")
+    print(f"| of it before the step | {total - step:.2f} | | {(total - step) / floor:.2f} |")
 
 
 if __name__ == "__main__":

@@ -256,13 +256,13 @@ def bits_per_byte(arguments: argparse.Namespace, logits: Any) -> float:
     data = torch.tensor([ids[char] for char in text])
     total = 0.0
     with torch.no_grad():
-        whole = (len(data) - 1) // CONTEXT * CONTEXT
-        x, y = data[:whole].view(-1, CONTEXT), data[1 : whole + 1].view(-1, CONTEXT)
+        covered = (len(data) - 1) // CONTEXT * CONTEXT
+        x, y = data[:covered].view(-1, CONTEXT), data[1 : covered + 1].view(-1, CONTEXT)
         for rows, targets in zip(x.split(256), y.split(256), strict=True):
             total += float(
                 F.cross_entropy(logits(rows, targets).flatten(0, 1), targets.flatten(), reduction="sum")
             )
-    return total / whole * len(data) / math.log(2) / len(text.encode())
+    return total / covered * len(data) / math.log(2) / len(text.encode())
 
 
 PROGRAMS = {"atlas": atlas, "nanogpt": nanogpt, "transformers": transformers}

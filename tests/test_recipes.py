@@ -93,7 +93,7 @@ def test_the_kubernetes_objects_fit_together() -> None:
     service, job = objects()
     pods = job["spec"]["template"]["spec"]
     (container,) = pods["containers"]
-    assert service["spec"]["clusterIP"] == "None", "pods have addresses of their own"
+    assert service["spec"]["clusterIP"] == "None", "each pod has its own address"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert pods["subdomain"] == service["metadata"]["name"]
     assert job["spec"]["completions"] == job["spec"]["parallelism"]

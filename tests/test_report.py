@@ -125,8 +125,8 @@ def test_hover_shows_the_values_there(tmp_path: Path, page: Page) -> None:
     page.mouse.move(over["x"] + over["width"] * (50 - 1) / 99, over["y"] + 60)
     assert 49 <= middle <= 51
     for name, rate in (("slow", 0.01), ("fast", 0.05)):
-        raw, told = legend(page, name)[1], legend(page, name)[3]
-        step = int(told.removeprefix("step "))
+        raw, shown = legend(page, name)[1], legend(page, name)[3]
+        step = int(shown.removeprefix("step "))
         assert abs(step - 50) <= 1
         assert float(raw) == pytest.approx(train_record(step, rate=rate)["loss"], abs=1e-4)
     page.mouse.move(5, 5)
@@ -206,13 +206,13 @@ def test_text_from_a_stranger_stays_text(tmp_path: Path, page: Page) -> None:
     ]
     # The name of a folder cannot contain a slash.
     folder = write_run(tmp_path / ATTACK.replace("/", ""), records, config={"data": {"train_data": ATTACK}})
-    told: list[str] = []
-    page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.goto(report(tmp_path, folder, a_run(tmp_path / "other")))
     page.locator(".charts").focus()
     page.keyboard.press("End")
     page.wait_for_timeout(100)
-    assert told == []
+    assert dialogs == []
     assert page.locator("img").count() == 0
     assert page.locator("dd", has_text="onerror").first.inner_text().count("onerror") == 2
 

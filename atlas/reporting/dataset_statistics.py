@@ -1,8 +1,7 @@
 """Statistics of a prepared dataset: the lengths of its documents, a few of them, and the places that its tokenizer
 compresses worst.
 
-Nothing here reads all tokens of a large dataset: lengths come from the document offsets, texts from a few
-memory-mapped places.
+Nothing here reads a complete dataset: lengths come from the document offsets, texts from a few memory-mapped places.
 """
 
 from __future__ import annotations

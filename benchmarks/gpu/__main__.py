@@ -63,7 +63,7 @@ def main() -> int:
     for name, ratio in training.ratios(Figures(setup.file, "training")).items():
         print(json.dumps({"part": "training", "ratio": name, "atlas_by_nanogpt": ratio}))
     if setup.file.read_bytes() == before:
-        print(f"{setup.file} has all of this already; --output DIR measures it again", file=sys.stderr)
+        print(f"{setup.file} already has all figures; --output DIR measures them again", file=sys.stderr)
     return 0 if all(results) else 1
 
 
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     if arguments.nanogpt and not (arguments.nanogpt / "model.py").is_file():
         parser.error(f"--nanogpt {arguments.nanogpt}: has no model.py")
     if arguments.wheels and not arguments.wheels.is_dir():
-        parser.error(f"--wheels {arguments.wheels}: is no folder")
+        parser.error(f"--wheels {arguments.wheels}: is not a folder")
     return arguments
 
 

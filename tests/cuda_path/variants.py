@@ -152,7 +152,7 @@ class Run:
 
 
 def fail(line: str) -> None:
-    raise AssertionError(f"nothing was to be said, but: {line}")
+    raise AssertionError(f"an unexpected message: {line}")
 
 
 def train(settings: dict[str, Any], seen: Seen) -> None:
