@@ -53,27 +53,31 @@ INSIDE = {
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
     "data.text": "archives decode demo hashes stdin < files wikipedia < documents < sources",
-    "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split "
-    "< batching tokenize train_tokenizer < merge ray_engine < workers < pipeline",
+    "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
+    "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
-    "model": "documents kv_cache recompute rope < norm < attention mlp < transformer < lora < cost",
-    "planning": "advice cards communication doctor inference < speed < machine < run < scaling summary < tables",
-    "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory network_check",
+    "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
+    "planning": "advice cards communication doctor inference < speed < machine < run < scaling summary < "
+    "tables",
+    "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory "
+    "network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
     "training.memory": "estimate < parallel presets < fit",
     "training.logs": "throughput trackers < run_log",
-    "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run "
-    "< recovery step summary < micro_batch < diagnostics launch train",
-    "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate "
-    "< retention shard_format < load < manager < async_saver convert verify < shard_saver < open_saver",
+    "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run < recovery "
+    "step summary < micro_batch < diagnostics launch train",
+    "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
+    "retention shard_format < load < convert manager verify < async_saver < "
+    "shard_saver < open_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
-    "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format import_first_version score "
-    "< huggingface import_hf peft verify",
-    "reporting": "curves dataset_statistics < dataset_figure runs < figure report",
-    "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < dispatcher "
-    "< openai pages < app",
-    "cli": "choose_text doctor_facts export generate import_model old_flags plan_report report serve < terminal "
-    "< doctor evaluate info_dataset look plan_output prepare train < info plan < choose_preset < demo < pipeline",
+    "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
+    "import_first_version score < huggingface import_hf peft verify",
+    "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
+    "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < "
+    "dispatcher < openai pages < app",
+    "cli": "choose_text doctor_facts export import_model old_flags options plan_report report < generate "
+    "serve terminal < choose_preset doctor evaluate info_dataset look plan_output prepare train < demo "
+    "info plan < pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""
