@@ -18,7 +18,7 @@ from atlas.config.loader import overlay, resolve
 from atlas.config.presets import preset_names
 from atlas.machine import _left_in_container, measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
-from atlas.model.cost import count_parameters, trace_saved_tensors
+from atlas.model.cost import Execution, count_parameters, trace_saved_tensors
 from atlas.planning.inference import estimate_inference_memory
 from atlas.training.loss import compute_lm_loss
 from atlas.training.memory.estimate import checkpoint_bytes, estimate_training_memory, output_folder_bytes
@@ -149,9 +149,11 @@ def test_activations_are_what_autograd_keeps_of_low_rank_updates_and_in_half_pre
 
 def test_ten_thousand_layers_are_traced_as_one() -> None:
     one, many = (config_of(model={"num_layers": layers}) for layers in (1, 10_000))
-    assert trace_saved_tensors(one.model, device="cpu") is trace_saved_tensors(many.model, device="cpu")
+    assert trace_saved_tensors(one.model, Execution("cpu")) is trace_saved_tensors(
+        many.model, Execution("cpu")
+    )
     activations = [estimate_training_memory(config, device="cpu").activations for config in (one, many)]
-    block = sum(saved.bytes(1, 64) for saved in trace_saved_tensors(one.model, device="cpu").block)
+    block = sum(saved.bytes(1, 64) for saved in trace_saved_tensors(one.model, Execution("cpu")).block)
     batch = one.training.batch_size
     assert activations[1] - activations[0] == 9_999 * batch * block
     assert count_parameters(many.model).attention == 10_000 * count_parameters(one.model).attention

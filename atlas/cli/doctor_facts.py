@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import psutil
@@ -44,6 +44,7 @@ from atlas.training.memory.presets import largest_that_fits, plan_presets
 from atlas.version import __version__
 
 Facts = dict[str, Any]
+T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -134,15 +135,9 @@ def _gpus() -> list[Facts]:
         return [{"name": "Apple GPU", "memory_total": torch.mps.recommended_max_memory()}]
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        gpus.append(
-            {
-                "name": properties.name,
-                "memory_total": properties.total_memory,
-                "compute_capability": capability,
-            }
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        capability = {"compute_capability": f"{gpu.major}.{gpu.minor}"}
+        gpus.append({"name": gpu.name, "memory_total": gpu.total_memory, **capability})
     return gpus
 
 
@@ -180,10 +175,8 @@ def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
     """None where PyTorch has no choice of kernels for training, or no memory is left."""
     if device.type != "cuda":
         return None
-    try:
-        return time_attention(device, _chosen(device).dtype, seconds=effort.seconds / 5)
-    except torch.OutOfMemoryError:
-        return None
+    dtype, seconds = _chosen(device).dtype, effort.seconds / 5
+    return _unless_full(lambda: time_attention(device, dtype, seconds=seconds))
 
 
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
@@ -231,8 +224,8 @@ def _products(device: torch.device, name: str, size: int | None, seconds: float)
     return _unless_full(lambda: measure_matrix_products(device, dtype, size=size, seconds=seconds))
 
 
-def _unless_full(measure: Callable[[], float]) -> float | None:
-    """Return a rate, or None where its matrices do not fit the GPU beside those of other programs."""
+def _unless_full(measure: Callable[[], T]) -> T | None:
+    """Return what `measure` returns, or None where its tensors do not fit the GPU beside those of other programs."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -267,20 +260,17 @@ def _choice(device_name: str, device: torch.device) -> Facts:
         [f"{name}: {refusal}" for name, refusal in others.items() if refusal]
         + ([f"{' and '.join(possible)} can be asked for"] if possible else [])
     )
+    notes: list[str] = []
+    compiles = choose_compile(AtlasConfig(), device, say=notes.append)
+    why_compile = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
     return {
         "device": runtime.device.type,
         "device_reason": why_device,
         "precision": runtime.precision,
         "precision_reason": why_precision,
-        **_compile_choice(device),
+        "compile": "on" if compiles else "off",
+        "compile_reason": notes[0] if notes else why_compile,
     }
-
-
-def _compile_choice(device: torch.device) -> Facts:
-    said: list[str] = []
-    compiles = choose_compile(AtlasConfig(), device, say=said.append)
-    why = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
-    return {"compile": "on" if compiles else "off", "compile_reason": said[0] if said else why}
 
 
 def _chosen(device: torch.device) -> Runtime:

@@ -52,13 +52,7 @@ class _ModelShape(AtlasLM):
 class _NoValues(TorchFunctionMode):
     """Skip the initial values of embeddings, for which PyTorch would load its compiler even on `meta`."""
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        arguments: tuple[Any, ...] = (),
-        options: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
         return options["tensor"] if function is nn.init.normal_ else function(*arguments, **options)
 
@@ -217,45 +211,41 @@ class SavedTensors:
     """Outside the blocks, without the loss and the table's copy in half precision."""
 
 
-def trace_saved_tensors(
-    model: ModelConfig,
-    lora: LoraConfig = _NO_LORA,
-    *,
-    device: str,
-    half: bool = False,
-    half_weights: bool = False,
-    dense_mask: bool = False,
-    compiled: str | None = None,
-) -> SavedTensors:
-    """Run the forward pass of one block on fake tensors and return what it saves.
+class Execution(NamedTuple):
+    """How a model is run in training."""
 
-    `half`: matrix products in half precision; `half_weights`: weights and residual stream as well; `dense_mask`: with
-    a mask of documents for attention. A `compiled` block saves `little` or `all`.
-    """
+    device: str
+    """`cpu`, `cuda` or `mps`."""
+    half: bool = False
+    """Matrix products are in half precision."""
+    half_weights: bool = False
+    """Weights and residual stream are in half precision too."""
+    dense_mask: bool = False
+    """Attention has a mask of documents."""
+    compiled: str | None = None
+    """A compiled block saves `little` or `all`; None: not compiled."""
+
+
+def trace_saved_tensors(
+    model: ModelConfig, execution: Execution, lora: LoraConfig = _NO_LORA
+) -> SavedTensors:
+    """Run the forward pass of one block on fake tensors and return what it saves."""
     shape = {"num_layers": 1, "max_seq_len": 1, "vocab_size": 1}
-    return _trace(model.model_copy(update=shape), lora, device, half, half_weights, dense_mask, compiled)
+    return _trace(model.model_copy(update=shape), lora, execution)
 
 
 @functools.lru_cache(maxsize=128)
-def _trace(
-    model: ModelConfig,
-    lora: LoraConfig,
-    device: str,
-    half: bool,
-    half_weights: bool,
-    dense_mask: bool,
-    compiled: str | None,
-) -> SavedTensors:
+def _trace(model: ModelConfig, lora: LoraConfig, execution: Execution) -> SavedTensors:
     sizes, inputs = [], []
     for sequences, context in _TRACED:
         one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
-        dtype = torch.bfloat16 if half_weights else torch.float32
-        recorder = _Recorder(one, device, half=half)
+        dtype = torch.bfloat16 if execution.half_weights else torch.float32
+        recorder = _Recorder(one, execution)
         with (
             warnings.catch_warnings(),
             FakeTensorMode(),
             recorder.hooks(),
-            torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False),
+            torch.autocast("cpu", torch.bfloat16, enabled=execution.half, cache_enabled=False),
         ):
             warnings.simplefilter("ignore")  # about kernels that a CPU lacks
             weights = {
@@ -263,10 +253,10 @@ def _trace(
                 for name, p in one.named_parameters()
             }
             tokens = torch.zeros(sequences, context, dtype=torch.long)
-            documents = tokens if dense_mask else None
+            documents = tokens if execution.dense_mask else None
             recorder.shared |= {recorder.hold(weight) for weight in weights.values()}
             torch.func.functional_call(one, weights, (tokens,), {"documents": documents})
-        sizes.append((recorder.block(compiled), [*recorder.outside.values()]))
+        sizes.append((recorder.block(execution.compiled), [*recorder.outside.values()]))
         inputs.append(next(iter(recorder.inside.values())))
     (block, rest), (large_block, large_rest) = sizes
     grown = [_growth(*pair) for pair in zip(rest, large_rest, strict=True)]
@@ -286,9 +276,9 @@ def _growth(small: int, large: int) -> Saved:
 class _Recorder(TorchFunctionMode):
     """Record the bytes of the storages that autograd saves inside and outside the block."""
 
-    def __init__(self, model: AtlasLM, device: str, *, half: bool) -> None:
+    def __init__(self, model: AtlasLM, execution: Execution) -> None:
         super().__init__()
-        self.device, self.width = device, 2 if half else 4
+        self.device, self.width = execution.device, 2 if execution.half else 4
         self.shared: set[int] = set()
         """Storages that are not counted: weights, and what all blocks use."""
         self.inside: dict[int, int] = {}
@@ -354,13 +344,7 @@ class _Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        arguments: tuple[Any, ...] = (),
-        options: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = dict(options or {})
         is_attention, is_dropout = function is F.scaled_dot_product_attention, function is F.dropout
         before = {*self.saved}

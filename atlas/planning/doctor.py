@@ -100,19 +100,15 @@ def nvidia_driver() -> tuple[str, str] | None:
     a driver or a card."""
     import pynvml
 
-    try:
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        if pynvml.nvmlDeviceGetCount() == 0:
-            return None
-        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-        return str(pynvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+        try:
+            if pynvml.nvmlDeviceGetCount():
+                cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+                return str(pynvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+        finally:
+            pynvml.nvmlShutdown()
+    return None
 
 
 def check_step(
@@ -167,23 +163,19 @@ def _gradient(model: AtlasLM) -> Tensor:
 
 def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
     """Return which of PyTorch's attention kernels compute here, forward and backward, on a small example."""
-    return {name: _attends(backend, device, dtype) for name, backend in _BACKENDS.items()}
-
-
-def _attends(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type == "mps" and backend != SDPBackend.MATH:
-        return False  # PyTorch has no choice of kernels there, and would use another than the requested one
-    query, key, value = (
-        torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-    )
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(backend):
+    works = dict.fromkeys(_BACKENDS, False)
+    for name, backend in _BACKENDS.items():
+        if device.type == "mps" and name != "math":
+            continue  # PyTorch has no choice of kernels there, and would use another than the requested one
+        q, k, v = (
+            torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+        )
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")  # a missing kernel is an answer here
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            (grad,) = torch.autograd.grad(out.sum(), query)
-            return bool(grad.isfinite().all())  # waits for the device, and for what failed there
-    except RuntimeError:
-        return False
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            (grad,) = torch.autograd.grad(out.sum(), q)
+            works[name] = bool(grad.isfinite().all())  # waits for the device, and for what failed there
+    return works
 
 
 def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> dict[str, Any]:

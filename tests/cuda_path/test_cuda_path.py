@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from atlas.model.cost import trace_saved_tensors
+from atlas.model.cost import Execution, trace_saved_tensors
 from benchmarks.fake_cuda import why_not
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def test_a_block_saves_what_the_traced_estimate_says(family: str, how: str, resu
 
     model = block_config(family).model
     compiled = None if how == "eager" else how
-    traced = trace_saved_tensors(model, device="cuda", half=True, compiled=compiled)
+    traced = trace_saved_tensors(model, Execution("cuda", half=True, compiled=compiled))
     estimated = sum(tensor.bytes(SEQUENCES, CONTEXT) for tensor in traced.block if tensor.sequences)
     assert estimated == pytest.approx(seen_in(results["saved"])[f"{family}, {how}"], rel=0.02)
 

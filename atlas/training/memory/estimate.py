@@ -17,6 +17,7 @@ from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS
 from atlas.config.model import FLEX_HEAD_SIZE
 from atlas.model.cost import (
+    Execution,
     SavedTensors,
     block_matrices,
     list_weights,
@@ -81,15 +82,9 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
         device != "cuda" or model.dropout > 0 or model.head_size < FLEX_HEAD_SIZE
     )
     compiles = device == "cuda" and training.compile != "off"
-    saved = trace_saved_tensors(
-        model,
-        config.lora,
-        device=device,
-        half=half,
-        half_weights=width == _HALF,
-        dense_mask=is_dense,
-        compiled="all" if keeps_all else "little" if compiles else None,
-    )
+    compiled = "all" if keeps_all else "little" if compiles else None
+    execution = Execution(device, half, width == _HALF, is_dense, compiled)
+    saved = trace_saved_tensors(model, execution, config.lora)
     tensors = [tensor.bytes(micro_batch, T) for tensor in saved.block if tensor.sequences]
     block, at_loss = sum(tensors), _at_the_loss(config, tokens, half=half, device=device)
     if training.gradient_checkpointing:
