@@ -17,7 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import platformdirs
 
@@ -153,7 +153,7 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
     """
     size = check_regular(path)
     try:
-        archive = zipfile.ZipFile(cast(IO[bytes], LimitedReads(path.open("rb"), directory_limit, size)))
+        archive = zipfile.ZipFile(LimitedReads(io.FileIO(path), directory_limit, size))
     except (NotImplementedError, EOFError, UnicodeError) as error:
         raise zipfile.BadZipFile(str(error)) from None
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
@@ -164,15 +164,16 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
     return archive
 
 
-class LimitedReads(io.RawIOBase):
+class LimitedReads(io.BufferedReader):
     """A seekable stream that refuses any single read of more than `limit` bytes.
 
     `zipfile` reads a directory and `tarfile` a header in one read, of the size that the file itself gives. `size` is
     the stream's length, for `zipfile`, which searches the rest of the stream for the directory.
     """
 
-    def __init__(self, stream: IO[bytes], limit: int, size: int = 0) -> None:
-        self._stream, self._limit, self._size = stream, limit, size
+    def __init__(self, stream: Any, limit: int, size: int = 0) -> None:
+        super().__init__(stream)
+        self._limit, self._size = limit, size
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Raises `ValueError` for a read that is too large."""
@@ -180,28 +181,10 @@ class LimitedReads(io.RawIOBase):
             size = max(0, self._size - self.tell())
         if size > self._limit:
             raise ValueError(f"its directory, or a header in it, has more than {self._limit:,} bytes")
-        return self._stream.read(size)
+        return super().read(size)
 
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Seek in the stream."""
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        """The position in the stream."""
-        return self._stream.tell()
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def close(self) -> None:
-        """Close the stream as well."""
-        self._stream.close()
-        super().close()
+    def __del__(self) -> None:
+        self.close()
 
 
 def cache_folder() -> Path:

@@ -124,7 +124,7 @@ def _open_tar(path: Path) -> tarfile.TarFile:
         raw = gzip.GzipFile(fileobj=raw)
     elif name.endswith(".zst"):
         raw = open_zstd(raw)
-    return tarfile.open(fileobj=cast(IO[bytes], LimitedReads(raw, _LARGEST_HEADER)), mode="r:")
+    return tarfile.open(fileobj=LimitedReads(raw, _LARGEST_HEADER), mode="r:")
 
 
 def _checked_zip(path: Path, trust: bool) -> list[zipfile.ZipInfo]:
