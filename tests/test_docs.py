@@ -160,7 +160,7 @@ def shrink(command: str, arguments: list[str]) -> list[str]:
 
 def run_command(line: str, capture: pytest.CaptureFixture[str]) -> None:
     """Run one documented line here, in this process. It must succeed and write the file that it names. A torchrun line
-    runs as one process; tests/test_distributed.py starts several."""
+    runs as one process; tests/training/devices/test_distributed.py starts several."""
     words = shlex.split(re.sub(r"torchrun .* -m (?=atlas )", "", line), comments=True)
     with pytest.MonkeyPatch.context() as patch:
         while "=" in words[0]:

@@ -348,12 +348,15 @@ def test_one_test_runs_by_its_name_after_the_faqs_installation() -> None:
 
 
 def test_a_test_that_needs_an_extra_says_which() -> None:
-    files = ("tests/test_huggingface.py", "tests/test_model.py")  # which import it as a whole, and in a test
+    files = (
+        "tests/export/test_huggingface.py",
+        "tests/test_model.py",
+    )  # which import it as a whole, and in a test
     options = ("-q", "-k", "transformers_gpt2", "--continue-on-collection-errors")
     done = run_pytest(*files, *options, without="transformers")
     assert done.returncode != 0
     for name in (
-        "tests/test_huggingface.py: ",
+        "tests/export/test_huggingface.py: ",
         "test_logits_and_all_gradients_equal_transformers_gpt2[tied]: ",
     ):
         assert f'{name}needs the package transformers: pip install -e ".[hf]"' in done.stdout

@@ -1,8 +1,8 @@
 """Graphics cards by name: their memory, the speed of their matrix products, and their power.
 
 The figures are meant to be those of the makers' whitepapers and data sheets, which the comments name. They were
-written down from common knowledge. tests/test_plan_run.py compares the rates with units × clock. H100 and H200 were
-compared with copies of their data sheets, the other cards not yet line by line. Nothing here was measured.
+written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. H100 and H200
+were compared with copies of their data sheets, the other cards not yet line by line. Nothing here was measured.
 `atlas.planning.speed` says what part of these peaks a card is expected to reach.
 
 Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as

@@ -29,7 +29,8 @@ class RankMemory(TrainingMemory):
     that `total` is an upper bound.
 
     Accuracy: 1 % below to 9 % above the peak resident memory of a process whose network does nothing, as one rank of 8
-    or 64 on a CPU, with an allocator that returns freed memory (tests/test_communication.py). No GPU was measured.
+    or 64 on a CPU, with an allocator that returns freed memory (tests/planning/test_communication.py). No GPU was
+    measured.
     """
 
     gathered: int

@@ -37,7 +37,7 @@ def tests(setup: Setup, figures: Figures) -> None:
     # Other files may import packages that are not installed.
     files = [
         str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]

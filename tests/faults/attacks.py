@@ -1,6 +1,7 @@
 """Hostile files, made by hand: each is an attack on one reader, with the expected error message.
 
-`tests/test_hostile.py` reads them one by one. `python -m tests.faults.fuzz` counts them and mutates sound files.
+`tests/training/checkpoint/test_safe_unpickle.py` reads them one by one. `python -m tests.faults.fuzz` counts them and
+mutates sound files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read sound files with a few places changed: the result is the file's content, or one line.
 
-Each reader is tested in the same way by hypothesis (`tests/test_hostile.py`), by random bytes, and, if it is installed,
-by atheris, which looks for bytes that reach new lines of code:
+Hypothesis tests each reader in the same way (`tests/training/checkpoint/test_safe_unpickle.py`). So do random bytes and,
+if it is installed, atheris, which looks for bytes that reach new lines of code:
 
     python -m tests.faults.fuzz --minutes 5            random bytes, every reader
     python -m tests.faults.fuzz --minutes 5 --atheris  the same, guided (pip install atheris)

@@ -44,7 +44,7 @@ def _true_full_disk(folder: Path) -> Counts:
 
 def heat() -> Counts:
     """The tests of `guard.max_gpu_temp` with a fake NVML, counted by pytest."""
-    tests = Path(__file__).parents[1] / "test_heat.py"
+    tests = Path(__file__).parents[1] / "training/devices/test_gpu_temperature.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
         capture_output=True,
