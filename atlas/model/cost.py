@@ -115,6 +115,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """All numbers of the model."""
         return sum(astuple(self))
 
 
@@ -151,6 +152,7 @@ class Matrix(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Numbers in the matrix."""
         return self.rows * self.columns
 
 
@@ -196,6 +198,7 @@ class Saved:
     """j."""
 
     def bytes(self, sequences: int, context: int) -> int:
+        """Bytes of the tensor for these sequences and this context."""
         return self.factor * sequences**self.sequences * context**self.tokens  # type: ignore[no-any-return]
 
 

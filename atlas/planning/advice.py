@@ -33,10 +33,12 @@ class Advice:
 
     @property
     def fits(self) -> bool:
+        """Whether the text is large enough for the model."""
         return self.passes <= GOOD_PASSES
 
     @property
     def verdict(self) -> str:
+        """What to do about it, in a few words."""
         if self.passes <= 1:
             return "fits: one pass is enough"
         if self.fits:

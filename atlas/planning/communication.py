@@ -72,6 +72,7 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
+        """All processes."""
         return self.gpus * self.nodes
 
     def rate_of_neighbours(self, size: int) -> float:
@@ -188,6 +189,7 @@ class Communication:
 
     @property
     def bytes(self) -> float:
+        """Bytes that a rank sends in an update."""
         return self.weights + self.gradients
 
 

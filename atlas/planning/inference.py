@@ -22,6 +22,7 @@ class InferenceMemory:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return sum(astuple(self))
 
 

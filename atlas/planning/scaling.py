@@ -60,10 +60,12 @@ class Scaling:
 
     @property
     def fits(self) -> bool:
+        """Whether the memory of a rank suffices."""
         return self.memory.total <= self.available
 
     @property
     def seconds(self) -> float:
+        """Seconds of an update with its communication."""
         return self.computing + self.communication.exposed
 
     @property

@@ -2,8 +2,8 @@
 and the bandwidth of its memory.
 
 The rule is fitted to benchmarks/roofline.py, which counts the bytes and FLOPs of Atlas's own code by running it on
-tensors without memory. tests/planning/test_roofline.py holds the rule within 15 % of that for every preset. Nothing here
-was measured on a GPU. The constants in capitals are stated: they are what such GPUs and hosts usually reach.
+tensors without memory. tests/planning/test_roofline.py holds the rule within 15 % of that for every preset. Nothing
+here was measured on a GPU. The constants in capitals are stated: they are what such GPUs and hosts usually reach.
 """
 
 from __future__ import annotations

@@ -134,6 +134,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
+        """The last step that the run logged, 0 if it logged none."""
         steps = [step for columns in self._columns.values() for step in columns["step"]]
         return int(max(steps, default=0))
 

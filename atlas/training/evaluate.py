@@ -33,6 +33,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """e to the power of the loss."""
         return perplexity(self.loss)
 
     @property

@@ -26,7 +26,9 @@ class Sampler(Protocol):
         *,
         seed: int,
         should_stop: Callable[[], bool],
-    ) -> list[str]: ...
+    ) -> list[str]:
+        """The generated texts."""
+        ...
 
 
 class SamplingFailed(Exception):

@@ -184,6 +184,7 @@ def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
 
 
 def as_yaml(config: AtlasConfig) -> str:
+    """The settings that are not None, as YAML."""
     return yaml.safe_dump(
         config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
     )

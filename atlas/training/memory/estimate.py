@@ -58,6 +58,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return sum(astuple(self))
 
 
