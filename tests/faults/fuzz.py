@@ -1,7 +1,7 @@
 """Read sound files with a few places changed: the result is the file's content, or one line.
 
-Hypothesis tests each reader in the same way (`tests/training/checkpoint/test_safe_unpickle.py`). So do random bytes and, if
-it is installed, atheris, which looks for bytes that reach new lines of code:
+Hypothesis tests each reader in the same way (`tests/training/checkpoint/test_safe_unpickle.py`). So do random bytes
+and, if it is installed, atheris, which looks for bytes that reach new lines of code:
 
     python -m tests.faults.fuzz --minutes 5            random bytes, every reader
     python -m tests.faults.fuzz --minutes 5 --atheris  the same, guided (pip install atheris)
