@@ -117,7 +117,7 @@ _EXTRAS = {"tensorboard": "tracking", "wandb": "wandb"}
 
 def _wanted(config: TrackingConfig) -> dict[str, str]:
     """The trackers that the config asks for, with their settings."""
-    asked = {name: str(getattr(config, name)).lower() for name in _OFF}
+    asked = {"tensorboard": str(config.tensorboard).lower(), "wandb": config.wandb}
     return {name: setting for name, setting in asked.items() if setting != _OFF[name]}
 
 
