@@ -329,7 +329,7 @@ MISTAKES = {
         "bad_json": "bad_json/dataset.json: cannot be read … prepare the dataset again",
         "bad_ids": "bad_ids: train holds token id … prepare the dataset again",
         "bad_ids --verify": "bad_ids/train-00000.npy: its content changed … prepare the dataset again",
-        "broken/atlas_step_2.pt --verify": "atlas_step_2.pt: is not the file that was saved (damaged … no other checkpoint",
+        "broken/atlas_step_2.pt --verify": "is not the file that was saved (damaged … no other checkpoint",
         "broken/cut_off.pt --verify": "cut_off.pt: is not … or is cut off",
         "small.yaml --verify": "--verify: reads checkpoints and datasets",
         "edited/dataset.json": "edited/dataset.json",
