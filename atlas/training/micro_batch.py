@@ -43,7 +43,7 @@ from atlas.training.step import (
     fresh_learner,
 )
 
-ROOMY = 0.75
+_ROOMY = 0.75
 """An update whose estimate is below this part of the free memory fits without a trial."""
 _COMFORTABLE = 0.6
 """The part of a GPU's free memory that micro-batches larger than `batch_size` may use."""
@@ -52,11 +52,11 @@ _LEFT_FREE = 0.05
 """The part of the free memory for what a run has and a trial has not: batches read ahead, the log, fragmentation."""
 _PROVEN = 3
 """Updates of one size after which several ranks assume that memory suffices."""
-_TOO_LARGE = 3
+_TOO_LARGE = 3  # the exit code of a trial that ran out of memory
 _KILLED = {-6, -9, -11}  # by an allocation that failed in C++, by the system, by a thread without a stack
 
 
-class RanOutElsewhere(Exception):
+class _OutOfMemoryElsewhere(Exception):
     """Another rank ran out of memory in this update."""
 
 
@@ -76,7 +76,7 @@ def gradient_within_memory(
     def join_others() -> None:
         nonlocal is_joint
         if not is_joint and world.any(False):
-            raise RanOutElsewhere
+            raise _OutOfMemoryElsewhere
         is_joint = world.size > 1
 
     while True:
@@ -98,7 +98,7 @@ def gradient_within_memory(
         except Stopped:
             clear_gradient(learner)
             return None
-        except RanOutElsewhere:
+        except _OutOfMemoryElsewhere:
             if min(size, num_sequences) == 1:
                 raise EndedElsewhere from None
         except (RuntimeError, MemoryError) as error:
@@ -176,7 +176,7 @@ def fit_micro_batch(
                 f"--set training.micro_batch_size={most} tries again"
             )
         return min(known, most)
-    if _estimate(config, most, runtime) <= ROOMY * free:
+    if _estimate(config, most, runtime) <= _ROOMY * free:
         return most
     say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB")
     guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
@@ -198,7 +198,7 @@ def fit_micro_batch(
 
 def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
     """Whether `size` sequences per micro-batch leave too little memory for compiled blocks that recompute nothing."""
-    return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
+    return _estimate(config, size, runtime, keeps_all=True) > _ROOMY * measure_memory(runtime.device.type)
 
 
 def _more_than_batch_size(
@@ -224,7 +224,10 @@ def _more_than_batch_size(
             continue
         if known == size or _trial_fits(config, size, runtime, limit, say):
             remember_micro_batch(config, runtime.device, size)
-            say(f"{size} sequences run per micro-batch: an update has {sequences}, and memory is ample")
+            say(
+                f"{size} sequences run per micro-batch: an update has {config.training.sequences_per_update}, and "
+                "memory is ample"
+            )
             return size
     return None
 
@@ -251,8 +254,10 @@ def _trial_fits(
 ) -> bool:
     """Whether an update with micro-batches of `size` runs in a child process that may use `limit` bytes, on a CPU
     everything included. The child compiles nothing, which would take a minute each time."""
+    # The child is one process: it has no ranks to share the model with.
+    alone = config.training.model_copy(update={"parallel": "auto", "shard_size": None})
     trial = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_copy(update={"training": alone}).model_dump(mode="json"),
         "size": size,
         "limit": limit,
         "threads": torch.get_num_threads(),
@@ -309,7 +314,7 @@ def _limit_memory(limit: int, device: torch.device) -> None:
     """Make an allocation beyond `limit` bytes fail, where PyTorch or the system has such a limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU, which it is
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU
     if device.type != "cpu":
         return
     try:

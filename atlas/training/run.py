@@ -104,14 +104,19 @@ class Run:
     log: RunLog
     saver: BackgroundSaver | ShardSaver
     saves_shards: bool = False
+    """Whether each rank writes its shards, instead of the first rank all."""
     initialized_from: str | None = None
     """The checkpoint whose weights the run began with."""
     sampler: Sampler | None = None
+    """Writes samples at each evaluation; None for none."""
     sensor: GpuSensor | None = None
+    """Reads the GPU's temperature, if training watches it."""
     lock: FolderLock | None = None
     """The claim on the output folder, held as long as the run lives."""
     is_amid_update: bool = False
-    """Whether the weights may have moved without the state that counts it."""
+    """Whether an update is being applied: the weights may have changed, and `state` does not count it yet."""
+    stops_early: bool = False
+    """Whether the run ends after this step, since the validation loss no longer falls."""
     stop: StopRequest = field(init=False)
     clock: RunClock = field(init=False)
     throughput: Throughput = field(init=False)
@@ -152,7 +157,7 @@ class Run:
         return self.saver.checkpoints
 
     @property
-    def total(self) -> int | None:
+    def num_updates(self) -> int | None:
         """The updates of the run, once they are known."""
         return self.state.horizon if self.state.is_planned else None
 
@@ -160,6 +165,12 @@ class Run:
     def epoch(self) -> int:
         """Complete passes over the training data so far."""
         return self.state.sequences_consumed // len(self.data.train)
+
+    @property
+    def has_ended_epoch(self) -> bool:
+        """Whether the last update reached the end of a pass over the training data."""
+        before = self.state.sequences_consumed - self.config.training.sequences_per_update
+        return self.epoch > before // len(self.data.train)
 
     @property
     def owes_evaluation(self) -> bool:

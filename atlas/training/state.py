@@ -130,7 +130,7 @@ class TrainState:
         patience = training.early_stopping_patience
         return patience is not None and self.evaluations_since_best >= patience
 
-    def kinds_due(self, *, is_final: bool, has_validation: bool) -> list[str]:
+    def end_save_interval(self, *, is_final: bool, has_validation: bool) -> list[str]:
         """The kinds of the save that is due at this step. In a streak of updates that were not applied there is none,
         unless it is the final one: the run would roll back to it."""
         kinds = ["step"] if is_final or not self.bad_in_a_row else []

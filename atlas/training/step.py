@@ -72,7 +72,7 @@ def accumulate_gradient(
     """Sum the gradient of (N, T) sequences over micro-batches.
 
     The loss is summed over valid targets and divided by their number in the whole update, so that the split changes
-    nothing. `before_reduction` is called once, before this rank adds up gradients with others. Raises `Stopped` when
+    nothing. `before_reduction` is called before this rank adds up gradients with others. Raises `Stopped` when
     any rank was asked to stop.
     """
     runtime, world, targets = learner.runtime, learner.runtime.world, batch[1]
@@ -119,6 +119,7 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
     for group in optimizer.param_groups:
         group["lr"] = rate
     if gradient.num_valid == 0:
+        clear_gradient(learner)
         return Update(0.0, 0.0, None, rate)
     scaler.unscale_(optimizer)
     limit = config.training.grad_clip or math.inf

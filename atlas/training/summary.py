@@ -127,7 +127,7 @@ def record_start(start: Start, run: Run) -> None:
         parameters=run.model.num_parameters(),
         data=run.data.identity["train_data"],
         data_tokens=run.data.train.num_tokens,
-        horizon=run.total,
+        horizon=run.num_updates,
         processes=run.world.size,
         parallel=run.runtime.parallel,
         machine=describe_machine(run.runtime),

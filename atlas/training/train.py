@@ -28,10 +28,10 @@ def train(run: Run) -> Result:
     config, state, log = run.config, run.state, run.log
     with _running(run) as after_update:
         run.keep_snapshot()
-        catch_up(run)
+        if run.owes_evaluation:  # an interrupt cut it short
+            finish_step(run)
         stream = run.batches()
-        while (outcome := ended(run)) is None:
-            epoch_before = run.epoch
+        while (outcome := outcome_of(run)) is None:
             update = train_step(run, stream)
             if update is None:  # a stop was requested
                 continue
@@ -43,26 +43,11 @@ def train(run: Run) -> Result:
                 plan_horizon(run)
             is_last = state.step == state.horizon
             if is_last or state.step % config.training.log_interval == 0:
-                log.train(metrics(run, update), total=run.total)
-
-            kinds = ["epoch"] if run.epoch > epoch_before and not state.bad_in_a_row else []
-            evaluation = None
-            if run.data.val and (is_last or state.step % config.training.eval_interval == 0):
-                evaluation = evaluate(run)
-                if evaluation is None:  # a stop was requested
-                    continue
-                kinds += ["best"] if state.update_best(evaluation.loss) else []
-            stops_early = state.is_out_of_patience(config.training) and not is_last
-            is_final = is_last or stops_early
-            if is_final or state.step % config.checkpoint.save_interval == 0:
-                kinds += state.kinds_due(is_final=is_final, has_validation=run.data.val is not None)
-            if kinds and not save_or_roll_back(run, kinds, evaluation, is_final=is_final):
+                log.train(metrics(run, update), total=run.num_updates)
+            if finish_step(run):
+                _cool_down(run)
+            else:
                 stream = run.batches()
-                continue
-            if stops_early:
-                outcome = "stopped early"
-                break
-            _cool_down(run)
         is_saved = True
         if outcome in ("interrupted", "stopped in time"):
             is_saved = save_if_sound(run, ["interrupt" if outcome == "interrupted" else "step"])
@@ -78,26 +63,32 @@ def _running(run: Run) -> Iterator[Callable[[], None]]:
     an unexpected error leaves a checkpoint. Yields what is to be called after each update."""
     run.model.train()
     run.clock.start()
-    progress = run.log.progress(done=run.state.step, total=run.total)
+    progress = run.log.progress(done=run.state.step, total=run.num_updates)
     with ExitStack() as stack:
         for context in (run.stop, run.log.tracked(), progress, run.saver, emergency_save(run)):
             stack.enter_context(context)
         yield stack.enter_context(collector_spares_the_run(run.runtime.device))
 
 
-def ended(run: Run) -> str | None:
+def outcome_of(run: Run) -> str | None:
     """How the run ended; None as long as another update is due. Every rank must call it."""
     state, clock, log = run.state, run.clock, run.log
+    if run.stops_early:
+        return "stopped early"
     if run.stop.requested and not run.is_complete:
         return "interrupted"
-    if run.stop.requested or state.step >= state.horizon:
+    if state.step >= state.horizon:
         return "finished"
     if clock.limit is None:
         return None
     at_the_end = run.saver.expected_seconds(run.num_bytes)
     if not run.world.broadcast(clock.is_over(at_the_end=at_the_end)):
         return None
-    slow = f" of {run.total} planned: updates took longer than when they were measured" if run.total else ""
+    slow = (
+        f" of {run.num_updates} planned: updates took longer than when they were measured"
+        if run.num_updates
+        else ""
+    )
     log.say(
         f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; a larger --max-hours continues"
     )
@@ -119,7 +110,8 @@ def train_step(run: Run, stream: Iterator[tuple[Tensor, ...]]) -> Update | None:
     update = apply_gradient(run.learner, gradient, state, rate=rate)
     state.step += 1
     state.sequences_consumed += per_update
-    count(state, update.loss, update.grad_norm, update.fault, guard=run.config.guard)
+    if gradient.num_valid:
+        count(state, update.loss, update.grad_norm, update.fault, guard=run.config.guard)
     run.is_amid_update = False
     _log_out_of_memory(run, "training", size, state.micro_batch_size)
     run.throughput.count(batch[0].numel() * run.world.size)
@@ -146,13 +138,24 @@ def metrics(run: Run, update: Update) -> dict[str, Any]:
     }
 
 
-def catch_up(run: Run) -> None:
-    """Do the evaluation that an interrupt cut short, so that a resumed run equals one that was never stopped."""
-    if run.owes_evaluation and (evaluation := evaluate(run)):
-        is_final = run.state.step == run.state.horizon
-        kinds = ["best"] if run.state.update_best(evaluation.loss) else []
-        if kinds := kinds + (["step"] if is_final else []):
-            save_or_roll_back(run, kinds, evaluation, is_final=is_final)
+def finish_step(run: Run) -> bool:
+    """Evaluate and save what is due at the current step. Return False if the run rolled back instead."""
+    config, state = run.config, run.state
+    is_last = state.step == state.horizon
+    kinds = ["epoch"] if run.has_ended_epoch and not state.bad_in_a_row else []
+    evaluation = None
+    if run.data.val and (is_last or state.step % config.training.eval_interval == 0):
+        evaluation = evaluate(run)
+        if evaluation is None:  # a stop was requested
+            return True
+        kinds += ["best"] if state.update_best(evaluation.loss) else []
+    run.stops_early = state.is_out_of_patience(config.training) and not is_last
+    is_final = is_last or run.stops_early
+    if is_final or state.step % config.checkpoint.save_interval == 0:
+        kinds += state.end_save_interval(is_final=is_final, has_validation=run.data.val is not None)
+    is_sound = not kinds or save_or_roll_back(run, kinds, evaluation, is_final=is_final)
+    run.stops_early = run.stops_early and is_sound
+    return is_sound
 
 
 def evaluate(run: Run) -> Evaluation | None:
@@ -189,16 +192,19 @@ def evaluate(run: Run) -> Evaluation | None:
 def plan_horizon(run: Run) -> None:
     """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""
     training, state, saver = run.config.training, run.state, run.saver
-    evaluation = 0.0
+    seconds = 0.0
     if run.data.val:
         start = time.perf_counter()
         some = run.val_windows[: state.eval_batch_size]
-        _validation_loss(run, some)
-        measured = time.perf_counter()
-        _samples(run)
-        evaluation = (measured - start) * len(run.val_windows) / len(some) + time.perf_counter() - measured
-    extra = evaluation / training.eval_interval + saver.stall / run.config.checkpoint.save_interval
-    at_the_end = evaluation + saver.expected_seconds(run.num_bytes)
+        with run.throughput.paused():
+            _validation_loss(run, some)
+            measured = time.perf_counter()
+            _samples(run)
+        if run.stop.requested:  # what was measured is too short; a resumed run measures again
+            return
+        seconds = (measured - start) * len(run.val_windows) / len(some) + time.perf_counter() - measured
+    extra = seconds / training.eval_interval + saver.stall / run.config.checkpoint.save_interval
+    at_the_end = seconds + saver.expected_seconds(run.num_bytes)
     left = run.clock.updates_left(extra_per_update=extra, at_the_end=at_the_end)
     state.horizon = run.world.broadcast(min(state.horizon, state.step + left))
     state.is_planned = True

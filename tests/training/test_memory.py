@@ -19,8 +19,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlas.config.loader import resolve
 from atlas.errors import AtlasError
+from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import collector_spares_the_run, is_out_of_memory
+from atlas.training.devices.world import World
 from atlas.training.loss import compute_lm_loss
 from atlas.training.micro_batch import _largest, _trial_fits
 from atlas.training.run import Run
@@ -231,6 +234,13 @@ def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
     too_many = fits + max(2, fits // 8)
     said, _ = train("more", micro_batch_size=too_many, max_steps=1)
     assert f"out of memory with {too_many} sequences per micro-batch" in said
+
+
+@pytest.mark.slow
+def test_a_trial_for_one_of_several_ranks_runs_alone(text_file: Path, tmp_path: Path) -> None:
+    config = resolve(layer(tmp_path, text_file, training__parallel="ddp", model__vocab_size=101))
+    runtime = Runtime(torch.device("cpu"), "fp32", world=World(0, 2), parallel="ddp")
+    assert _trial_fits(config, 1, runtime, 4 * 10**9, lambda line: None)
 
 
 @given(most=st.integers(1, 300), limit=st.integers(0, 400), guess=st.integers(1, 300))

@@ -438,6 +438,33 @@ def test_an_interrupt_in_the_last_evaluation_leaves_nothing_undone(tmp_path: Pat
     assert run_for(explicit).is_complete
 
 
+def test_an_interrupt_in_an_evaluation_changes_neither_the_early_stop_nor_the_names(
+    tmp_path: Path, text_file: Path
+) -> None:
+    def explicit(name: str) -> dict:
+        settings = {"training__learning_rate": 1e-30, "training__early_stopping_patience": 1}
+        settings |= {"training__eval_interval": 2, "checkpoint__save_interval": 2}
+        return layer(tmp_path / name, text_file, **settings)
+
+    _, result = trained(explicit("uninterrupted"))
+    assert (result.outcome, result.step) == ("stopped early", 4)
+    run = run_for(explicit("stopped"))
+
+    def stop() -> None:
+        run.stop.requested = run.state.step == 4
+
+    on_updates(run, after=stop)
+    assert train(run).outcome == "interrupted"
+    run.lock.release()
+    _, result = trained(explicit("stopped"))
+    assert (result.outcome, result.step) == ("stopped early", 4)
+    names = [
+        {path.name for path in (tmp_path / name).glob("atlas_*.pt")} for name in ("uninterrupted", "stopped")
+    ]
+    assert names[1] - names[0] == {"atlas_interrupt_step_4.pt"}
+    assert names[0] <= names[1]
+
+
 def test_a_checkpoint_without_fitting_optimizer_state_is_refused(done: tuple[dict, Path]) -> None:
     explicit, folder = done
     contents = load_checkpoint(folder / "atlas_step_6.pt")

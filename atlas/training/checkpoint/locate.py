@@ -45,7 +45,7 @@ def find_checkpoint(path: str | Path) -> Path:
     name = path.with_suffix("") if path.suffix in (".pt", ".json") else path
     if shards_of(name):
         return name
-    if not path.suffix and path.with_suffix(".pt").is_file():
+    if path.name and not path.suffix and path.with_suffix(".pt").is_file():
         return path.with_suffix(".pt")
     if path.is_dir():
         raise CheckpointError(

@@ -93,7 +93,7 @@ def sidecar_of(checkpoint: Path) -> Path:
 
 def shards_of(checkpoint: Path) -> Path | None:
     """The folder of a sharded checkpoint, whose name is that of its sidecar without `.json`; None for a file."""
-    if checkpoint.suffix:
+    if checkpoint.suffix or not checkpoint.name:  # `.` and `/` have no name
         return None
     manifest = _parse_sidecar(checkpoint)
     if manifest is None:
