@@ -21,7 +21,7 @@ def load(
 ) -> LoadedModel:
     """Load a trained model, for generation (`generate`) and inspection (`logits`).
 
-    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError`, as that does.
+    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError`, like the command.
     """
     from atlas.inference import load_model  # PyTorch comes with it, and takes a second
 

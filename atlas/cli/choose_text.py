@@ -65,7 +65,7 @@ def _path_of(answer: str) -> str:
 
 
 def _why_not(path: str) -> str | None:
-    """Why there is no text at `path`; None if there may be one."""
+    """Why `path` cannot contain text; None if it may."""
     if not path.strip():
         return "names nothing"
     try:

@@ -201,8 +201,8 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard's event files to tensorboard/ in the output folder as well."""
     wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(off_on)] = "off"
-    """Weights & Biases. offline: a run in wandb/ in the output folder, which `wandb sync` can send later. online: sent
-    during training."""
+    """Weights & Biases. offline: a run in wandb/ in the output folder, which `wandb sync` can send later. online:
+    sends the run while it trains."""
     samples: Int = Field(2, ge=0, le=16)
     """Texts that the model generates after each evaluation; 0: none."""
     sample_prompt: str = ""

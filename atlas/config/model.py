@@ -36,7 +36,7 @@ stands neither here nor above makes the model train-only, at any value."""
 
 
 class ModelConfig(Section):
-    """The shape of the network: enough, with the weights, to rebuild it."""
+    """The shape of the network. Together with the weights it is enough to rebuild it."""
 
     hidden_size: Int = Field(768, ge=1, le=2**24)
     """Width of the residual stream; divisible by num_heads."""

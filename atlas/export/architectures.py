@@ -79,7 +79,7 @@ VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
 
 
 def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
-    """A model in evaluation mode with the fp32 weights in `state`, in which no rows pad the vocabulary."""
+    """A model in evaluation mode with the weights `state`: fp32, without rows that pad the vocabulary."""
     padding = config.padded_vocab_size - config.vocabulary
     padded = {name: F.pad(state[name], (0, 0, 0, padding)) for name in VOCABULARY_ROWS & state.keys()}
     with torch.device("meta"):

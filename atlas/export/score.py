@@ -1,8 +1,8 @@
 """How well a GGUF file predicts a text in llama.cpp, compared with the original model in PyTorch.
 
-Both read the same windows of the text, spread evenly over it, and return the log-probability of each token but the
-first of a window. A window is one token shorter than the model's context, since llama.cpp's server accepts no prompt
-that fills it. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
+llama.cpp and PyTorch read the same windows, spread evenly over the text, and return the log-probability of every token
+except each window's first. A window is one token shorter than the model's context, since llama.cpp's server accepts no
+prompt that fills it. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
 """
 
 from __future__ import annotations

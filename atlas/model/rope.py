@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) where rows differ."""
+"""Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) where the rows have different positions."""
 
 
 def rotation_at(positions: Tensor, head_size: int, theta: float) -> Rotation:

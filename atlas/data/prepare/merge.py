@@ -125,7 +125,7 @@ class Merger:
                 file.close()
 
     def _add_documents(self, parts: list[Part], encoded: Encoded) -> None:
-        self._document = None  # a document that the rule has cut in two has no end of its own
+        self._document = None  # two halves of a document that the split cut have no end between them
         for step, (documents, characters) in encoded.changes.items():
             self._count(step, documents, characters)
         keep = encoded.num_chars >= self._min_chars

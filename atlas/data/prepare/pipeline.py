@@ -63,7 +63,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Options:
-    """What decides the shards besides text and tokenizer."""
+    """The settings that decide the shards, besides text and tokenizer."""
 
     val_fraction: float
     shard_tokens: int = SHARD_TOKENS
@@ -193,7 +193,7 @@ class _Preparation:
         return dataset if dataset and dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:
-        """Read every document once, write the shards and describe them; or resume an interrupted call's work."""
+        """Tokenize every document once, write the shards and describe them; or resume an interrupted call's work."""
         options, sources, folder = self.options, self.sources, workspace.dataset
         state = workspace.state or {}
         if state:

@@ -20,7 +20,7 @@ from atlas.data.text.sources import Group
 from atlas.errors import AtlasError, DataError
 
 _BUNDLE_BYTES = 64 << 20
-"""Small files are read together, since each task has a cost of its own."""
+"""Bytes of small files that one task reads together, since every task has a fixed cost."""
 _AHEAD = 3
 
 

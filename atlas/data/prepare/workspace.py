@@ -73,7 +73,8 @@ def locked(output: Path) -> Iterator[None]:
 
 
 class Workspace:
-    """A folder beside a dataset's place, where the dataset is made. A killed process leaves it to the next one.
+    """A folder beside a dataset's place, where the dataset is made. If a process is killed, the next one
+    takes the folder over.
 
     `dataset` will be moved to the place. `journal.json` holds the key of the dataset and the state of the work.
     """

@@ -226,7 +226,8 @@ def _cpu_name() -> str:
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
-    """Set the thread count that a checkpoint was trained with. Return a line for each other difference."""
+    """Set the thread count that a checkpoint was trained with. Return a line for each remaining difference from
+    that machine."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)

@@ -31,8 +31,8 @@ def wrap(
 
     `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds the full model, and gradients are averaged. `fsdp` (Zhao
     et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of weights, gradients and optimizer state, and
-    gathers the full weights of a block only while it runs. A group of `training.shard_size` ranks holds the full model,
-    and every group the same.
+    gathers the full weights of a block only while it runs. Each group of `training.shard_size` ranks holds one complete
+    model.
     """
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(
