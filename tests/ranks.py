@@ -22,7 +22,7 @@ import torch
 from atlas.cli import main
 from atlas.training import micro_batch as training
 from atlas.training.checkpoint import manager as checkpoint
-from atlas.training.checkpoint import shard_format as sharded
+from atlas.training.checkpoint import shard_saver as sharded
 from atlas.training.devices.world import World
 from atlas.training.run import Learner
 

@@ -294,7 +294,7 @@ def test_a_rank_that_fails_ends_all_and_a_restart_resumes(
     code, said = finish(launch(config, 2, "--no-resume", fault=fault, restarts=2))
     assert code == 0, said
     assert "at step 4 of 6" in said, "what was lost is no more than the updates since the last save"
-    assert "torchrun started the run again" in said
+    assert "torchrun restarted the run" in said
     trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(tmp_path / "alone", tmp_path / "one")
 
@@ -328,7 +328,7 @@ def test_a_kill_in_the_middle_of_a_save(tmp_path: Path, text_file: Path, format:
     config = write_config(tmp_path / "run.yaml", explicit)
     code, said = finish(launch(config, 2, fault=f"save@{rank}:4", restarts=2))
     assert code == 0, said
-    assert ("torchrun started the run again" in said) == (format == "sharded" or rank == 0)
+    assert ("torchrun restarted the run" in said) == (format == "sharded" or rank == 0)
     trained(elsewhere(explicit, tmp_path / "alone"))
     assert_close(
         tmp_path / "alone", tmp_path / "one", "atlas_step_6" if format == "sharded" else "atlas_step_6.pt"

@@ -144,7 +144,7 @@ def test_a_cable_unplugged_for_longer_than_the_timeout_costs_the_updates_since_t
             process.kill()
     said = said_on_both(config)
     assert "no answer from another rank within 8 s" in said
-    assert "torchrun started the run again" in said
+    assert "torchrun restarted the run" in said
     assert "resuming" in said
     trained(elsewhere(explicit, tmp_path / "one"))
     assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")
