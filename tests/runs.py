@@ -74,6 +74,20 @@ def on_updates(
     run.clock.update_begins, run.clock.update_ends = update_begins, update_ends  # type: ignore[method-assign]
 
 
+def stopped_and_resumed(explicit: dict) -> None:
+    """Stop a run after its second update, and resume it to its end."""
+    run = run_for(explicit)
+
+    def stop() -> None:
+        run.stop.requested = run.state.step == 2
+
+    on_updates(run, after=stop)
+    assert train(run).outcome == "interrupted"
+    assert run.lock is not None
+    run.lock.release()
+    trained(explicit, resume="auto")
+
+
 def update(run: Run, *batch: torch.Tensor) -> Update | None:
     """One update of a run, from the next sequences or from those of `batch`."""
     return train_step(run, iter([batch]) if batch else run.batches())

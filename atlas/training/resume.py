@@ -35,7 +35,7 @@ class OtherRunError(AtlasError):
 
 _OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
 _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
-"""Of the files that a run writes to its folder."""
+"""Names of files that a run writes to its folder."""
 
 
 @dataclass

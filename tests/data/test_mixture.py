@@ -16,9 +16,8 @@ from atlas.data import resolve_mixture
 from atlas.data.sequences.mixture import BLOCK, MixtureOrder, order_of, quotas
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from atlas.training.train import train
 from tests.model.test_documents import corpus
-from tests.runs import assert_same_run, layer, on_updates, run_for, trained
+from tests.runs import assert_same_run, layer, stopped_and_resumed, trained
 
 parts_of_a_mixture = st.lists(st.tuples(st.integers(1, 3000), st.floats(0.05, 20)), min_size=1, max_size=4)
 
@@ -108,15 +107,7 @@ def test_a_run_on_a_mixture_logs_its_shares_and_resumes_bit_for_bit(tmp_path: Pa
     assert drawn == {True: 3 * BLOCK // 4, False: BLOCK // 4}
 
     explicit = mixed(tmp_path / "parts", first, second, **settings_)
-    stopped = run_for(explicit)
-
-    def stop_after_two() -> None:
-        stopped.stop.requested = stopped.state.step == 2
-
-    on_updates(stopped, before=stop_after_two)
-    train(stopped)
-    stopped.lock.release()
-    trained(explicit, resume="auto")
+    stopped_and_resumed(explicit)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)
 
 

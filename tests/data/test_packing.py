@@ -15,10 +15,9 @@ from atlas.data import IGNORE_INDEX, open_dataset, prepare
 from atlas.data.sequences.packing import PackedDataset, best_fit_decreasing, pieces_of
 from atlas.data.shards import TokenStream
 from atlas.tokenizer import Tokenizer
-from atlas.training.train import train
 from tests.data.test_mixture import mixed
 from tests.model.test_documents import corpus
-from tests.runs import assert_same_run, on_updates, run_for, trained
+from tests.runs import assert_same_run, stopped_and_resumed, trained
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +116,5 @@ def test_mixture_packing_and_mask_together_resume_bit_for_bit(tmp_path: Path) ->
     trained(mixed(tmp_path / "whole", first, second, **both))
     assert "of positions are padding" in (tmp_path / "whole/training.log").read_text(encoding="utf-8")
     explicit = mixed(tmp_path / "parts", first, second, **both)
-    stopped = run_for(explicit)
-
-    def stop_after_two() -> None:
-        stopped.stop.requested = stopped.state.step == 2
-
-    on_updates(stopped, before=stop_after_two)
-    train(stopped)
-    stopped.lock.release()
-    trained(explicit, resume="auto")
+    stopped_and_resumed(explicit)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)

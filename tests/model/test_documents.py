@@ -17,8 +17,7 @@ from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.documents import dense_mask, document_positions, sparse_mask, takes_flex_attention
 from atlas.training.memory.estimate import estimate_training_memory
 from atlas.training.summary import _log_dense_attention
-from atlas.training.train import train
-from tests.runs import assert_same_run, layer, on_updates, run_for, trained
+from tests.runs import assert_same_run, layer, stopped_and_resumed, trained
 
 CONFIG = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50, max_seq_len=24)
 lengths_of_a_row = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(lambda lengths: lengths[:8])
@@ -181,15 +180,7 @@ def test_a_masked_run_resumes_bit_for_bit_and_differs_from_an_unmasked_one(tmp_p
     text = corpus(tmp_path)
     settings_ = {"data__document_mask": True, "training__micro_batch_size": 3, "training__eval_interval": 3}
     trained(layer(tmp_path / "whole", text, **settings_))
-    stopped = run_for(layer(tmp_path / "parts", text, **settings_))
-
-    def stop_after_two() -> None:
-        stopped.stop.requested = stopped.state.step == 2
-
-    on_updates(stopped, before=stop_after_two)
-    train(stopped)
-    stopped.lock.release()
-    trained(layer(tmp_path / "parts", text, **settings_), resume="auto")
+    stopped_and_resumed(layer(tmp_path / "parts", text, **settings_))
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=6)
     _, plain = trained(layer(tmp_path / "plain", text))
     _, masked = trained(layer(tmp_path / "masked", text, data__document_mask=True))
