@@ -347,6 +347,7 @@ def test_one_test_runs_by_its_name_after_the_faqs_installation() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_test_that_needs_an_extra_says_which() -> None:
     files = (
         "tests/export/test_huggingface.py",
