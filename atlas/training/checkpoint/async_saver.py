@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, tensor_bytes
 from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.devices.parallel import map_tensors
 from atlas.training.devices.pinned import pinned_like
 from atlas.training.logs.run_log import RunLog
 
@@ -34,42 +35,34 @@ class Snapshot:
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self._say = say
         self._buffers: dict[str, Tensor] = {}
-        self._from_gpu = False
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """Copy `contents` over the last copy. Returns when every byte is in main memory."""
-        self._allocate_pinned(contents)
-        copied = self._copy("", dict(contents))
-        if self._from_gpu:
+        tensors = dict(named_tensors(contents))
+        self._allocate(
+            {name: tensor for name, tensor in tensors.items() if not self._has_buffer(name, tensor)}
+        )
+        copied: dict[str, Any] = map_tensors(
+            contents, lambda name, tensor: self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+        )
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()  # the copies are asynchronous
         self.contents = copied
-        return copied  # type: ignore[no-any-return]
+        return copied
 
-    def _allocate_pinned(self, contents: Mapping[str, Any]) -> None:
-        """Allocate one pinned block for all GPU tensors that have no buffer yet: the weights at the start of a run, the
+    def _has_buffer(self, name: str, tensor: Tensor) -> bool:
+        buffer = self._buffers.get(name)
+        return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+
+    def _allocate(self, missing: Mapping[str, Tensor]) -> None:
+        """Allocate buffers, one pinned block for those of all GPU tensors: the weights at the start of a run, the
         optimizer's state at its first save."""
-        tensors = {key: tensor for key, tensor in named_tensors(contents) if tensor.is_cuda}
-        missing = {key: tensor for key, tensor in tensors.items() if not self._has_buffer(key, tensor)}
-        if missing:
-            self._from_gpu = True
-            self._buffers |= zip(missing, pinned_like([*missing.values()], say=self._say), strict=True)
-
-    def _has_buffer(self, key: str, value: Tensor) -> bool:
-        buffer = self._buffers.get(key)
-        return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
-
-    def _copy(self, key: str, value: Any) -> Any:
-        """Copy `value`, whose name in `named_tensors` is `key`."""
-        if isinstance(value, Tensor):
-            if not self._has_buffer(key, value):
-                self._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
-            return self._buffers[key].copy_(value.detach(), non_blocking=True)
-        if isinstance(value, Mapping):
-            return {name: self._copy(f"{key}.{name}".lstrip("."), entry) for name, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(f"{key}.{place}", entry) for place, entry in enumerate(value))
-        return value
+        on_gpu = {name: tensor for name, tensor in missing.items() if tensor.is_cuda}
+        if on_gpu:
+            self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
+        for name in missing.keys() - on_gpu:
+            self._buffers[name] = torch.empty(missing[name].shape, dtype=missing[name].dtype)
 
 
 class Pacer:

@@ -37,8 +37,7 @@ _LARGEST_STATE = 160 << 20
 def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
     """Nested dicts and lists → the same for JSON, with `{"tensor": its name}` for each tensor; and the tensors by name.
     A tensor of a single number, such as an optimizer's count of steps, is written to the JSON."""
-    named = named_tensors(contents, separator="/")
-    return _for_json(contents, ""), {name: tensor for name, tensor in named if tensor.dim()}
+    return _for_json(contents, ""), {name: tensor for name, tensor in named_tensors(contents) if tensor.dim()}
 
 
 def _for_json(value: Any, name: str) -> Any:
