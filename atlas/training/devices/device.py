@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
+import re
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -171,14 +171,16 @@ def _gpu_has_bf16() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    flags = torch.backends.cpu.get_cpu_capability()
-    if flags != "AVX512":
-        return False
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    info = _cpu_info() if torch.backends.cpu.get_cpu_capability() == "AVX512" else ""
     return "avx512_bf16" in info or "amx_bf16" in info
+
+
+def _cpu_info() -> str:
+    """What Linux reports about the CPU; empty on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
@@ -203,26 +205,19 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """What the bits of a result depend on. If it is equal here and in a checkpoint, a resumed run on a CPU repeats
     them."""
     device = runtime.device
+    name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
     return {
         "atlas": __version__,
         "torch": str(torch.__version__),
         "python": ".".join(map(str, sys.version_info[:3])),
         "system": platform.system(),
-        "cpu": _cpu_name(),
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "precision": runtime.precision,
         "compiled": "yes" if runtime.compiles else "no",
     }
-
-
-def _cpu_name() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:

@@ -104,11 +104,6 @@ class GpuSensor:
         except pynvml.NVMLError as error:
             raise AtlasError(f"the GPU cannot be read (NVML: {error}): check it with nvidia-smi") from None
 
-    @property
-    def has_temperature(self) -> bool:
-        """Whether this GPU reports its temperature."""
-        return "temperature" in self._queries
-
     def read(self) -> Reading:
         """Return the last reading, or a new one if that is a second old."""
         now = self.clock()
@@ -162,7 +157,7 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
         return None
     try:
         sensor = GpuSensor.open(device)
-        if limit is not None and not sensor.has_temperature:
+        if limit is not None and sensor.read().temperature is None:
             raise AtlasError("this GPU does not report its temperature: check it with nvidia-smi")
     except AtlasError as reason:
         if limit is None:
