@@ -64,7 +64,7 @@ class Tracker:
         thread = self._thread
         if thread is None:
             return
-        self._put(self._finish)
+        self._put(self._sink.close)
         thread.join(seconds)
         if thread.is_alive():
             self._drop(f"has not finished within {seconds:g} s")
@@ -85,18 +85,14 @@ class Tracker:
         self._drop(f"does not keep up with {_MOST_WAITING:,} records")
 
     def _work(self) -> None:
-        while not self._is_dropped:
-            try:
-                self._tasks.get()()
-            except _Finished:
-                return
-            except BaseException as error:  # whatever another package raises, training continues
-                reason = (str(error).strip().splitlines() or [""])[0]
-                self._drop(f"{type(error).__name__}: {reason:.200}")
-
-    def _finish(self) -> None:
-        self._sink.close()
-        raise _Finished
+        task = None
+        try:
+            while not self._is_dropped and task != self._sink.close:  # which is the last one
+                task = self._tasks.get()
+                task()
+        except BaseException as error:  # whatever another package raises, training continues
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._drop(f"{type(error).__name__}: {reason:.200}")
 
     def _drop(self, reason: str) -> None:
         with self._lock:
@@ -105,10 +101,6 @@ class Tracker:
             self._say(
                 f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has everything"
             )
-
-
-class _Finished(Exception):
-    """The thread has nothing left to do."""
 
 
 _OFF = {"tensorboard": "false", "wandb": "off"}
@@ -191,9 +183,8 @@ class WeightsAndBiases:
         """Do nothing: its charts use the steps in the records, see `_opened`."""
 
     def _opened(self) -> Any:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # else it reports crashes to its makers, online
+        # Else it reports crashes to its makers, online.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         run = wandb.init(
