@@ -67,8 +67,7 @@ INSIDE = {
     "training": "loss_cuda run_config samples schedule state < evaluate guard loss resume < run < recovery "
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
-    "retention shard_format < load < convert manager verify < async_saver < "
-    "shard_saver < open_saver",
+    "retention shard_format < load < convert manager verify < async_saver < shard_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,6 @@ from atlas.training.optimizers.build import build_optimizer
 from atlas.training.samples import Sampler
 from atlas.training.schedule import RunClock
 from atlas.training.state import TrainState
-
-if TYPE_CHECKING:
-    from atlas.training.checkpoint.shard_saver import ShardSaver
 
 
 @dataclass
@@ -102,9 +99,7 @@ class Run:
     data: RunData
     state: TrainState
     log: RunLog
-    saver: BackgroundSaver | ShardSaver
-    saves_shards: bool = False
-    """Whether each rank writes its shards, instead of the first rank all."""
+    saver: BackgroundSaver
     initialized_from: str | None = None
     """The checkpoint whose weights the run began with."""
     sampler: Sampler | None = None
@@ -243,13 +238,13 @@ class Run:
             "initialized_from": self.initialized_from,
         }
         with self.throughput.paused():
-            contents = self.contents(as_shards=self.saves_shards)
-            if self.world.is_first or self.saves_shards:
+            contents = self.contents(as_shards=self.saver.is_sharded)
+            if self.world.is_first or self.saver.is_sharded:
                 self.saver.save(contents, kinds, facts, wait=wait)
 
     def keep_snapshot(self) -> None:
         """Keep the current state in memory, to roll back to before the first save."""
-        if self.saves_shards:
+        if self.saver.is_sharded:
             return
         contents = self.contents()
         if self.world.is_first:

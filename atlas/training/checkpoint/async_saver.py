@@ -34,35 +34,28 @@ class Snapshot:
 
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self._say = say
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """Copy `contents` over the last copy. Returns when every byte is in main memory."""
-        tensors = dict(named_tensors(contents))
-        self._allocate(
-            {name: tensor for name, tensor in tensors.items() if not self._has_buffer(name, tensor)}
-        )
-        copied: dict[str, Any] = map_tensors(
-            contents, lambda name, tensor: self._buffers[name].copy_(tensor.detach(), non_blocking=True)
-        )
+        tensors = {(name, tensor.shape, tensor.dtype): tensor for name, tensor in named_tensors(contents)}
+        missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
+        on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
+        self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
+        if (
+            on_gpu
+        ):  # one pinned block for the weights at the start of a run, one for the optimizer's state later
+            self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
+
+        def copy(name: str, tensor: Tensor) -> Tensor:
+            return self._buffers[name, tensor.shape, tensor.dtype].copy_(tensor.detach(), non_blocking=True)
+
+        copied: dict[str, Any] = map_tensors(contents, copy)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()  # the copies are asynchronous
         self.contents = copied
         return copied
-
-    def _has_buffer(self, name: str, tensor: Tensor) -> bool:
-        buffer = self._buffers.get(name)
-        return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
-
-    def _allocate(self, missing: Mapping[str, Tensor]) -> None:
-        """Allocate buffers, one pinned block for those of all GPU tensors: the weights at the start of a run, the
-        optimizer's state at its first save."""
-        on_gpu = {name: tensor for name, tensor in missing.items() if tensor.is_cuda}
-        if on_gpu:
-            self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
-        for name in missing.keys() - on_gpu:
-            self._buffers[name] = torch.empty(missing[name].shape, dtype=missing[name].dtype)
 
 
 class Pacer:
@@ -101,6 +94,10 @@ class BackgroundSaver:
     With `in_background` false every save is written before `save` returns, directly from the state. `log` is flushed
     before each save is written, and gets an event after it. A subclass that writes in another way replaces `_prepare`.
     """
+
+    is_sharded = False
+    """Whether each rank writes its shards, instead of the first rank all. Then the end of the process leaves a save
+    unfinished, since the ranks that it needs may be gone."""
 
     def __init__(
         self, checkpoints: CheckpointManager, *, in_background: bool, log: RunLog | None = None
@@ -176,7 +173,7 @@ class BackgroundSaver:
                 target=self._write_or_keep_error,
                 args=(write, manifest["step"]),
                 name="atlas-save",
-                daemon=self._needs_other_ranks,
+                daemon=self.is_sharded,
             )
             self._thread.start()
             if wait:
@@ -184,9 +181,6 @@ class BackgroundSaver:
         else:
             self._write(write, manifest["step"])
         self.stall = time.perf_counter() - begin
-
-    _needs_other_ranks = False
-    """Whether the end of the process leaves a save unfinished, since the ranks that it needs may be gone."""
 
     def _is_busy(self) -> bool:
         return self.is_writing

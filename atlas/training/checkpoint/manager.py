@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atlas.config import CheckpointConfig
 from atlas.errors import AtlasError
 from atlas.files import flush_folder
 from atlas.training.checkpoint.atomic_write import (
@@ -64,12 +63,6 @@ class CheckpointManager:
         self.slim_old = slim_old
         self.say = say
         self._reported_no_space = False
-
-    @classmethod
-    def of(cls, config: CheckpointConfig, folder: Path, *, say: Callable[[str], None]) -> CheckpointManager:
-        """The manager of a run with these settings."""
-        settings = config.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
-        return cls(folder, say=say, **settings)
 
     # Reading
 

@@ -43,17 +43,14 @@ def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
 def _for_json(value: Any, name: str) -> Any:
     match value:
         case Tensor() if value.dim():
-            return {"tensor": name}
+            return {"tensor": name.lstrip("/")}
         case Tensor():
             number = gather_full(value)
             return {"number": number.item(), "dtype": str(number.dtype).removeprefix("torch.")}
         case Mapping():
-            keys = {key: f"#{key}" if isinstance(key, int) else key for key in value}
-            return {
-                "dict": {
-                    keys[key]: _for_json(entry, f"{name}/{key}".lstrip("/")) for key, entry in value.items()
-                }
-            }
+            names = [f"#{key}" if isinstance(key, int) else key for key in value]
+            entries = [_for_json(entry, f"{name}/{key}") for key, entry in value.items()]
+            return {"dict": dict(zip(names, entries, strict=True))}
         case list() | tuple():
             return {"list": [_for_json(entry, f"{name}/{place}") for place, entry in enumerate(value)]}
     return {"value": value}

@@ -31,7 +31,7 @@ class ShardSaver(BackgroundSaver):
     With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
 
-    _needs_other_ranks = True
+    is_sharded = True
 
     def __init__(
         self, checkpoints: CheckpointManager, world: World, *, in_background: bool, log: RunLog
