@@ -155,11 +155,9 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 
     Raises `AtlasError` for a dtype that the device does not compute in.
     """
-    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
-    if asked == "auto":
-        return _DTYPES[_own_precision(device)]
+    names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
-        raise AtlasError(f"--dtype {asked}: is not one of auto, {', '.join(names)}")
+        raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
     if reason := why_not_in(names[asked], device):
         raise AtlasError(f"--dtype {asked}: {reason}; use f32 or auto")
     return _DTYPES[names[asked]]

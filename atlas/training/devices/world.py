@@ -79,9 +79,7 @@ class World:
         message = json.dumps(value).encode() if self.is_first else b""
         length = torch.tensor(len(message))
         dist.broadcast(length, src=0)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        if self.is_first:
-            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(message.ljust(int(length))), dtype=torch.uint8)
         dist.broadcast(data, src=0)
         return json.loads(data.numpy().tobytes())
 

@@ -118,14 +118,13 @@ class RunLog:
     def tracked(self) -> Iterator[None]:
         """The context of a run: at its end the trackers get some time to finish, unless a Ctrl-C ends it
         immediately."""
-        waits = True
         try:
             yield
         except KeyboardInterrupt:
-            waits = False
+            self.trackers.clear()
             raise
         finally:
-            for tracker in self.trackers if waits else ():
+            for tracker in self.trackers:
                 tracker.close()
 
     @contextmanager
