@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from atlas.config import AtlasConfig
+from atlas.config.fields import DEVICE
 from atlas.errors import AtlasError
 from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import ALONE, World
@@ -88,12 +89,12 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 def choose_device(name: str) -> torch.device:
     """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
     PyTorch's current GPU. Raises `AtlasError` for a device that does not exist."""
+    if not re.fullmatch(DEVICE, name):
+        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
+    kind, _, number = name.partition(":")
     if kind == "cuda" and not has_cuda:
         raise AtlasError(f"device: {name}: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
     if kind == "mps" and not has_mps:

@@ -78,7 +78,7 @@ class GpuSensor:
         self.advised = False
         self.clock = clock
         self._error: type[Exception] = nvml.NVMLError
-        self._read_at: float | None = None
+        self._read_at = float("-inf")
         self._reading = Reading()
         self._queries = {
             field: (query, convert)
@@ -107,8 +107,7 @@ class GpuSensor:
     def read(self) -> Reading:
         """Return the last reading, or a new one if that is a second old."""
         now = self.clock()
-        is_old = self._read_at is None or now - self._read_at >= _SECONDS_BETWEEN_READINGS
-        if self.failure is None and is_old:
+        if self.failure is None and now - self._read_at >= _SECONDS_BETWEEN_READINGS:
             self._read_at = now
             try:
                 answers = {field: convert(query()) for field, (query, convert) in self._queries.items()}
