@@ -158,13 +158,12 @@ class CheckpointManager:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            if not self._make_space(needed + _SPARE_BYTES, step):
-                return False
-            staged.mkdir()
+            if self._make_space(needed + _SPARE_BYTES, step):
+                staged.mkdir()
+                return True
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
-            return False
-        return True
+        return False
 
     def commit_shards(
         self,

@@ -27,7 +27,7 @@ class Throughput:
     def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
         self._runtime = runtime
         self._flops_per_token = training_flops_per_token(config)
-        self._peak_rate: float | None = None
+        self._peak_rate = 0.0  # unknown
         self._reset()
 
     def _reset(self) -> None:
@@ -73,11 +73,9 @@ class Throughput:
 
     def _utilisation(self, tokens_per_second: float) -> float:
         flops = tokens_per_second * self._flops_per_token / self._runtime.world.size
-        if self._peak_rate is None:
-            self._peak_rate = remembered_peak_rate(self._runtime)
-        # It was not measured yet, or on a busy machine.
-        if self._peak_rate is None or flops > self._peak_rate:
-            self._peak_rate = max(self._peak_rate or 0.0, _measured_peak_rate(self._runtime))
+        self._peak_rate = self._peak_rate or remembered_peak_rate(self._runtime) or 0.0
+        if flops > self._peak_rate:  # not measured yet, or measured on a busy machine
+            self._peak_rate = max(self._peak_rate, _measured_peak_rate(self._runtime))
             remember_peak_rate(self._runtime, self._peak_rate)
         return flops / self._peak_rate if self._peak_rate else float("nan")
 
