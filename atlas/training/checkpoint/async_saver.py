@@ -66,7 +66,6 @@ class Pacer:
         self.hurry = threading.Event()
         """Set when training waits for the save: it no longer pauses."""
         self.is_abandoned = False
-        self.has_time = False
         self._work = self._pause = self._debt = 0.0
 
     def begin(self, interval: float, *, num_bytes: int) -> None:
@@ -74,7 +73,6 @@ class Pacer:
         work = self._work or num_bytes / _SLOW_DISK  # as long as the last one worked
         self._pause = min(_LONGEST_PAUSE, max(0.0, interval / 2 / work - 1))
         self._work = self._debt = 0.0
-        self.has_time = interval >= _LONG_INTERVAL
         self.hurry.clear()
 
     def __call__(self, seconds: float) -> None:
@@ -193,11 +191,12 @@ class BackgroundSaver:
         if not self.in_background:
             return lambda: self.checkpoints.save(contents, kinds, manifest)
         copied = self._snapshot.take(contents)
-        needs_cores = not any(weight.is_cuda for weight in contents["model_state_dict"].values())
-        self._pacer.begin(interval if needs_cores else 0.0, num_bytes=tensor_bytes(contents))
+        if any(weight.is_cuda for weight in contents["model_state_dict"].values()):
+            interval = 0.0  # training does not need the cores
+        self._pacer.begin(interval, num_bytes=tensor_bytes(contents))
 
         def write() -> list[Path]:
-            if self._pacer.has_time:
+            if interval >= _LONG_INTERVAL:
                 _yield_the_cores()
             return self.checkpoints.save(copied, kinds, manifest, pace=self._pacer)
 

@@ -104,13 +104,13 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state dict of full tensors, with each sharded like its parameter."""
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def shard(value: Any, parameter: Tensor) -> Any:
+        is_full = isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape
+        return shard_like(value, parameter) if is_full else value
+
     state = {
-        number: {
-            key: shard_like(value, parameters[number])
-            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameters[number].shape
-            else value
-            for key, value in entry.items()
-        }
+        number: {key: shard(value, parameters[number]) for key, value in entry.items()}
         for number, entry in saved["state"].items()
     }
     return {**saved, "state": state}
