@@ -74,7 +74,7 @@ INSIDE = {
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < "
     "dispatcher < openai pages < app",
-    "cli": "choose_text doctor_facts export import_model old_flags options plan_report report < generate "
+    "cli": "choose_text doctor_facts import_model old_flags options plan_report report < export generate "
     "serve terminal < choose_preset doctor evaluate info_dataset look plan_output prepare train < demo "
     "info plan < pipeline",
 }

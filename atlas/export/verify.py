@@ -144,7 +144,10 @@ def verify_gguf(
     read, metadata = read_gguf(path)
     tensors = file_tensors(model)
     types = tensor_types(model.config, tensors, quantize)
-    expected = {name: _rounded(tensor, types[name]) for name, tensor in tensors.items()}
+    expected = {
+        name: torch.from_numpy(gguf.dequantize(as_type(tensor.numpy(), types[name]), types[name]))
+        for name, tensor in tensors.items()
+    }
     file_differences = _differing(metadata, metadata_of(model, tokenizer, quantize), operator.eq)
     file_differences += _differing(file_tensors(read), expected, torch.equal)
 
@@ -153,8 +156,7 @@ def verify_gguf(
     context = read.config.max_seq_len
     prompts = _prompts(ids, tokenizer.eos_id, context, max_tokens)
     lengths = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    threads = max(1, torch.get_num_threads() // 2)
-    answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context, threads=threads)
+    answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context)
     tokenized = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
@@ -180,10 +182,6 @@ def verify_gguf(
         near_ties=int(((gaps > 0) & (gaps < bound)).sum()),
         wrong_steps=int((~(gaps < bound)).sum()),
     )
-
-
-def _rounded(tensor: Tensor, type: TensorType) -> Tensor:
-    return torch.from_numpy(gguf.dequantize(as_type(tensor.numpy(), type), type))
 
 
 def _differing(

@@ -145,9 +145,7 @@ def test_what_transformers_saved_goes_through_atlas_into_llama_cpp(
     greedy = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=50256)[
         0, prompt.shape[1] :
     ]
-    answer = llama_cpp.ask_llama_cpp(
-        "atlas_model.gguf", [], [prompt[0].tolist()], [20], context=64, threads=1
-    )
+    answer = llama_cpp.ask_llama_cpp("atlas_model.gguf", [], [prompt[0].tolist()], [20], context=64)
     assert [step.token for step in answer.continuations[0]][: len(greedy)] == greedy.tolist()
 
 
