@@ -5,7 +5,9 @@ Names and orders for llama.cpp are those of its own converter, `convert_hf_to_gg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import ExportError
+from atlas.errors import AtlasError, ExportError
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -86,6 +88,18 @@ def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
         model = AtlasLM(config)
     model.load_state_dict({**state, **padded}, assign=True)
     return model.eval()
+
+
+@contextmanager
+def import_of(source: Path, misfit: str) -> Iterator[None]:
+    """Within, an `AtlasError` becomes an `ExportError` that names `source`. PyTorch's `RuntimeError` for tensors of
+    other shapes becomes one that says `misfit`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExportError(f"{source}: {misfit}: {str(error).splitlines()[-1].strip()}") from None
+    except AtlasError as error:
+        raise ExportError(f"{source}: {error}") from None
 
 
 def architecture_of(config: ModelConfig) -> str:

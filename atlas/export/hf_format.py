@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import ExportError
+from atlas.config.loader import resolve
+from atlas.errors import ConfigError, ExportError
 from atlas.export.architectures import (
     ROTATED,
     VOCABULARY_ROWS,
@@ -58,6 +59,24 @@ _SIZES: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 """Per model type: a field of `ModelConfig` → its key in config.json, and the default of `transformers`."""
+_SILU_WITHOUT_BIASES: dict[str, tuple[Any, ...]] = {
+    "rope_scaling": (None,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+}
+_COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": _SILU_WITHOUT_BIASES,
+    "qwen3": _SILU_WITHOUT_BIASES,
+}
+"""Per model type: a key of config.json → the values that Atlas computes, the default of `transformers` first."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What older versions saved besides the weights: masks and RoPE's frequencies."""
 
@@ -144,39 +163,27 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
     family = stated.get("model_type")
     if family not in CLASSES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
-    wanted: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,)}
-    if family == "gpt2":
-        wanted |= {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-        }
-    else:
-        wanted |= {
-            "hidden_act": ("silu",),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "use_sliding_window": (False,),
-        }
-    for key, values in wanted.items():
+    for key, values in _COMPUTED[family].items():
         if (value := stated.get(key, values[0])) not in values:
             raise ExportError(
                 f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
             )
-    sizes = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
+    shape = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
     if family == "gpt2":
-        return ModelConfig(
-            **sizes, mlp="gelu_exact" if stated.get("activation_function") == "gelu" else "gelu"
-        )
-    return ModelConfig(**sizes, **ROTATED, rope_theta=_rope_theta(stated), qk_norm=family == "qwen3")
+        shape["mlp"] = "gelu_exact" if stated.get("activation_function") == "gelu" else "gelu"
+    else:
+        shape |= {**ROTATED, "rope_theta": _rope_theta(stated), "qk_norm": family == "qwen3"}
+    try:
+        return resolve({"model": shape}).model
+    except ConfigError as error:
+        raise ExportError(f"config.json: {error}") from None
 
 
-def _rope_theta(stated: Mapping[str, Any]) -> float:
+def _rope_theta(stated: Mapping[str, Any]) -> Any:
     """`rope_theta`, or, since version 5 of `transformers`, `rope_parameters`."""
     parameters = stated.get("rope_parameters") or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise ExportError(
             f"config.json: rope_parameters of type {kind!s:.60}: Atlas computes the default only"
         )
-    return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))  # type: ignore[no-any-return]
+    return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))

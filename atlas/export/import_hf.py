@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from atlas.errors import AtlasError, ExportError
-from atlas.export.architectures import build_from
+from atlas.errors import ExportError
+from atlas.export.architectures import build_from, import_of
 from atlas.export.hf_format import config_in, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
@@ -30,22 +29,9 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
     pickled weights.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ExportError(
-            f"{folder}: no such file or folder; give a folder with config.json and *.safetensors in it, "
-            "or a checkpoint of Atlas 1.x (.pt)"
-        )
-    try:
+    with import_of(folder, "config.json does not fit the weights"):
         config = config_in(_read_json(folder / "config.json"))
         model = build_from(state_in(_read_tensors(folder), config), config)
-    except ValidationError as error:
-        raise ExportError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
-    except RuntimeError as error:  # PyTorch's, of tensors of other shapes
-        raise ExportError(
-            f"{folder}: config.json does not fit the weights: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    except AtlasError as error:
-        raise ExportError(f"{folder}: {error}") from None
     return model, _read_tokenizer(folder, tokenizer, config.vocabulary)
 
 
@@ -61,7 +47,7 @@ def read_chat_template(folder: Path) -> str | None:
             return None
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
-    except AtlasError as error:
+    except ExportError as error:
         raise ExportError(f"{folder}: {error}") from None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
