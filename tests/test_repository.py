@@ -74,9 +74,9 @@ INSIDE = {
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < "
     "dispatcher < openai pages < app",
-    "cli": "choose_text doctor_facts import_model old_flags options plan_report report < export generate "
-    "serve terminal < choose_preset doctor evaluate info_dataset look plan_output prepare train < demo "
-    "info plan < pipeline",
+    "cli": "choose_text doctor_facts old_flags options plan_report < generate terminal < choose_preset doctor "
+    "evaluate export import_model info_dataset look plan_output prepare report serve train < demo info plan < "
+    "pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from atlas.cli import options
+from atlas.cli.terminal import print_table, say
 from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
 
@@ -66,20 +67,20 @@ def export(
 
     _check_options(format, quantize, modelfile, verify, data)
     path = find_checkpoint(checkpoint)
-    contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
+    contents = load_checkpoint(path, say=say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
             f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
             "file can hold; train with gpt2 or a tokenizer.json to export"
         )
+    target = Path(output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
     if format == "peft":
         from atlas.config.loader import resolve
         from atlas.export.peft import export_adapter
 
         config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
-        weights, folder = contents["model_state_dict"], Path(output or "atlas_model")
-        _list_files(export_adapter(weights, config.model, config.lora, folder, base=base))
-        return
+        weights = contents["model_state_dict"]
+        return _list_files(export_adapter(weights, config.model, config.lora, target, base=base))
     loaded = model_of(contents, path)
     if format == "hf":
         from atlas.export.huggingface import export_hf
@@ -87,21 +88,20 @@ def export(
         folder = export_hf(
             loaded.model,
             loaded.tokenizer,
-            output or "atlas_model",
+            target,
             dtype=quantize or "f32",  # type: ignore[arg-type]
-            name=Path(output or "atlas_model").name,
+            name=target.name,
             facts=loaded.facts,
             license=license,
             chat_template=loaded.chat_template,
         )
-        _list_files(folder)
-        return
+        return _list_files(folder)
     if modelfile and loaded.chat_template and not loaded.is_chat_model:
         raise AtlasError(
             "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
         )
-    target, sample = Path(output or "atlas_model.gguf"), None
+    sample = None
     if data is not None:
         from atlas.export.score import sample_of
 
@@ -154,7 +154,7 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
 
 def _list_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        _say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
+        say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
     typer.echo(folder)
 
 
@@ -192,23 +192,21 @@ def export_and_prove(
     }
     if len(counts) > 2:  # a mixture
         rows |= _types_by_tensor(types)
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        _say(f"{name:<{width}} {value}")
+    print_table(list(rows.items()), err=True)
     if quantize.startswith("q") and (in_f16 := counts["f16"]):
-        _say(
+        say(
             f"note: {in_f16} matrices are f16, not {quantize}: their rows do not divide into blocks of 32; "
             "to quantize them, train with a hidden_size that 32 divides"
         )
     if loaded.config.model.mlp == "gelu_exact":
-        _say(
+        say(
             "model.mlp gelu_exact: llama.cpp computes GELU's tanh form, which differs from it by at most 5e-4; "
             "--data TEXT measures what that changes"
         )
     if verify:
         _prove(loaded, output, quantize, texts, sample)
     else:
-        _say("not verified: --no-verify")
+        say("not verified: --no-verify")
     typer.echo(output)
 
 
@@ -219,20 +217,20 @@ def _prove(
     from atlas.export.verify import verify_gguf
 
     if not is_available():
-        _say('NOT VERIFIED: llama.cpp is not installed; pip install "atlas-llm[llama]", then export again')
+        say('NOT VERIFIED: llama.cpp is not installed; pip install "atlas-llm[llama]", then export again')
         return
     proof = verify_gguf(output, loaded.model, loaded.tokenizer, quantize=quantize, texts=texts)
-    _say(str(proof))
+    say(str(proof))
     if not proof.holds:
         failed = ", ".join(name for name, agrees, _ in proof.checks if not agrees)
         remedy = "do not use this file" if quantize == "f32" else "try --quantize f32"
         raise AtlasError(f"{output}: llama.cpp's results differ from the model's ({failed}); {remedy}")
-    _say("proved: llama.cpp's results equal the model's")
+    say("proved: llama.cpp's results equal the model's")
     if sample:
         from atlas.export.score import llama_cpp_logprobs, pytorch_logprobs
 
         theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
-        _say(
+        say(
             f"bits per byte  {sample.bits_per_byte(theirs):.4f} in llama.cpp, {sample.bits_per_byte(ours):.4f} in "
             f"PyTorch with the checkpoint's own weights, on {sample.num_tokens:,} tokens of {sample.name}"
         )
@@ -252,7 +250,3 @@ def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
         for stem, kinds in blocks.items()
         if set(kinds) != {"f32"}
     }
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

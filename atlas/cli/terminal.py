@@ -29,6 +29,11 @@ def ask_or_none() -> Callable[[str], bool] | None:
     return lambda question: typer.confirm(question, default=True, err=True)
 
 
+def say(line: str) -> None:
+    """Print a line on standard error. Standard output has a command's results only."""
+    typer.echo(line, err=True)
+
+
 def own_command() -> str:
     """The command that calls the `atlas` of this environment: its name if it is on PATH, else through its Python."""
     on_path = shutil.which("atlas")
