@@ -198,14 +198,19 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     """
     with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-        if metadata["general.architecture"] not in TENSOR_NAMES:
-            known, found = ", ".join(TENSOR_NAMES), metadata["general.architecture"]
-            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {known}")
+        if (found := metadata["general.architecture"]) not in TENSOR_NAMES:
+            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {', '.join(TENSOR_NAMES)}")
         tensors = {
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
         }
-        return _read_model(metadata, tensors), metadata
+        config = _config_in_file(metadata, tied="output.weight" not in tensors)
+        state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
+        if tensors:
+            raise ValueError(
+                f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}"
+            )
+        return build_from(from_llama_cpp(state, config), config), metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -231,14 +236,6 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
         raise ExportError(
             f"{path}: is not a complete GGUF file: {reason:.200}; download or export it again"
         ) from None
-
-
-def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
-    config = _config_in_file(metadata, tied="output.weight" not in tensors)
-    state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
-    if tensors:
-        raise ValueError(f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}")
-    return build_from(from_llama_cpp(state, config), config)
 
 
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:

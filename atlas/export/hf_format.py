@@ -81,6 +81,15 @@ _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What older versions saved besides the weights: masks and RoPE's frequencies."""
 
 
+def import_safetensors(problem: str) -> Any:
+    """The package, with `safetensors.torch`. Raises `ExportError` with `problem` if it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ExportError(f'{problem}; pip install "atlas-llm[hf]"') from None
+    return safetensors
+
+
 def names_of(config: ModelConfig) -> dict[str, str]:
     """Atlas's name → Hugging Face's, for each tensor."""
     return names_in(_NAMES, config)
@@ -88,11 +97,8 @@ def names_of(config: ModelConfig) -> dict[str, str]:
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A state dict of Atlas by Hugging Face's names, without the rows that only pad the vocabulary."""
-    split, tensors = exportable_state(state, config), {}
-    for ours, theirs in names_of(config).items():
-        tensor = split[ours]
-        tensors[theirs] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
-    return tensors
+    split = exportable_state(state, config)
+    return {theirs: _transposed(split[ours], ours, config) for ours, theirs in names_of(config).items()}
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -117,7 +123,7 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
                 f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
                 "one of the two files is of another model"
             )
-        state[ours] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
+        state[ours] = _transposed(tensor, ours, config)
     return joined(state, config)
 
 
@@ -129,13 +135,10 @@ def _full_name(name: str, config: ModelConfig) -> str:
     return name if name.startswith(prefix) else prefix + name
 
 
-def _is_transposed(config: ModelConfig, name: str) -> bool:
-    """Whether a matrix is stored as (in, out): GPT-2's linear layers are."""
-    return (
-        config.gguf_architecture == "gpt2"
-        and name.startswith("blocks.")
-        and name.endswith(("qkv.weight", "output.weight", "up.weight", "down.weight"))
-    )
+def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """The tensor, transposed if it is a linear layer of GPT-2, which is stored as (in, out)."""
+    is_turned = config.gguf_architecture == "gpt2" and name.startswith("blocks.") and tensor.dim() == 2
+    return (tensor.T if is_turned else tensor).contiguous()
 
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.config.loader import read_sections, resolve
 from atlas.errors import ExportError
-from atlas.export.architectures import VOCABULARY_ROWS, build_from, import_of, with_biases
+from atlas.export.architectures import VOCABULARY_ROWS, build_from, import_of, names_in, with_biases
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
@@ -187,14 +187,9 @@ def _shape_of(
 def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The state dict by Atlas's names, in fp32. Linear layers without biases get zeros."""
     state = {}
-    for ours, theirs in TENSOR_NAMES.items():
-        if ours == "lm_head.weight" and config.tie_embeddings:
-            continue
-        for block in range(config.num_layers if "{}" in ours else 1):
-            name = theirs.format(block)
-            if name in weights:
-                state[ours.format(block)] = weights[name].float()
-            else:
-                outputs = len(weights[name.removesuffix("bias") + "weight"])
-                state[ours.format(block)] = torch.zeros(outputs)
+    for ours, theirs in names_in({"gpt2": TENSOR_NAMES}, config).items():
+        if theirs in weights:
+            state[ours] = weights[theirs].float()
+        else:
+            state[ours] = torch.zeros(len(weights[theirs.removesuffix("bias") + "weight"]))
     return state | {name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}

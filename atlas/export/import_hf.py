@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atlas.errors import ExportError
 from atlas.export.architectures import build_from, import_of
-from atlas.export.hf_format import config_in, state_in
+from atlas.export.hf_format import config_in, import_safetensors, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -57,21 +57,17 @@ def read_chat_template(folder: Path) -> str | None:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of the shards that its index names."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ExportError('needs safetensors to be read; pip install "atlas-llm[hf]"') from None
+    safetensors = import_safetensors("needs safetensors to be read")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
             check_regular(folder / file)
-            tensors |= load_file(folder / file)
+            tensors |= safetensors.torch.load_file(folder / file)
         except FileNotFoundError:
             raise ExportError(
                 f"{file} is missing, which the index names: is the download complete?"
             ) from None
-        except (OSError, SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
     return tensors
 

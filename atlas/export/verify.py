@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,42 +236,42 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
     """Round as llama.cpp does: GELU's input and output to f16, SwiGLU's not, inputs of matrices as their weights."""
-    mlps = [module for module in model.modules() if isinstance(module, MLP) and not module.is_gated]
-    hooks = [mlp.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])) for mlp in mlps]
-    hooks += [mlp.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])) for mlp in mlps]
-    if quantize != "f32":
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        hooks += [
-            module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize))
-            for module in linear
-        ]
-        head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
-        hooks.append(model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head)))
-    try:
+    head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, MLP) and not module.is_gated:
+                hooks.enter_context(
+                    module.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1]))
+                )
+                hooks.enter_context(
+                    module.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0]))
+                )
+            elif isinstance(module, nn.Linear):
+                hooks.enter_context(
+                    module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize))
+                )
+        hooks.enter_context(
+            model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head))
+        )
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _as_in_gelu_table(x: Tensor) -> Tensor:
     """llama.cpp's table covers -10 to 10; beyond, GELU is 0 or its input."""
-    return torch.where(x.abs() < 10, _as_f16(x), x)
-
-
-def _as_f16(x: Tensor) -> Tensor:
-    return x.half().float()
+    return torch.where(x.abs() < 10, x.half().float(), x)
 
 
 def _as_multiplied(x: Tensor, quantize: str) -> Tensor:
     """Return `x` rounded as llama.cpp rounds what it multiplies with weights of that type: for quantized weights to
     8 bits with a scale for every 32 numbers, or for every 256 with K-quants. Where `x` does not consist of full blocks
     of 32, `quantize.tensor_type` keeps the weights in f16."""
+    if quantize == "f32":
+        return x
     if quantize == "bf16":
         return x.bfloat16().float()
     if quantize == "f16" or x.shape[-1] % 32:
-        return _as_f16(x)
+        return x.half().float()
     is_long = "_k" in quantize and x.shape[-1] % 256 == 0
     blocks = x.reshape(*x.shape[:-1], -1, 256 if is_long else 32)
     scales = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
-    return ((blocks / scales).round() * (scales if is_long else _as_f16(scales))).view_as(x)
+    return ((blocks / scales).round() * (scales if is_long else scales.half().float())).view_as(x)
