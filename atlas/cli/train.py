@@ -139,11 +139,10 @@ def _print_profile(explicit: Layer) -> None:
         f"an update: {profile.tokens:,} tokens in {profile.seconds:.3g} s, {rate:,.0f} tokens/s; recorded:"
     )
     recorded = sum(seconds for _, _, seconds in profile.operations)
-    rows = [
-        (name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}")
-        for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]
-    ]
-    print_table([("operation", "calls", "own time", "share"), *rows], right={1, 2, 3})
+    rows = [("operation", "calls", "own time", "share")]
+    for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]:
+        rows.append((name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}"))
+    print_table(rows, right={1, 2, 3})
     typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 

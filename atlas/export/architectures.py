@@ -158,8 +158,7 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The same, with the rows in llama.cpp's order: its `llama` rotates neighbouring rows of q and k, Atlas the rows i
     and i + D/2 of a head. Their products stay the same."""
-    splits = exportable_state(state, config)
-    return _with_rows(splits, config, from_shape=(2, config.head_size // 2))
+    return _with_rows(exportable_state(state, config), config, from_shape=(2, config.head_size // 2))
 
 
 def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

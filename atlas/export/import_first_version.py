@@ -71,7 +71,12 @@ def import_first_version(
         )
         raise ExportError(f"{path}: {reason}")
     stated = _model_section(read_sections(config) if config else contents.get("config"))
-    notes = [_what_is_left_out(contents)]
+    metadata = contents.get("metadata")
+    step = metadata.get("step") if isinstance(metadata, Mapping) else None
+    trained = f" after {step:,} steps" if type(step) is int else ""
+    notes = [
+        f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
+    ]
     if not stated:
         notes.append(
             "the file does not record the activation and norm_eps: taken as gelu and 1e-5, the defaults of Atlas 1.x; "
@@ -101,13 +106,6 @@ def _model_section(config: Any) -> Layer:
     section = config.get("model", config) if isinstance(config, Mapping) else {}
     entries = section.items() if isinstance(section, Mapping) else ()
     return {key: value for key, value in entries if isinstance(value, (int, float, str))}
-
-
-def _what_is_left_out(contents: Layer) -> str:
-    metadata = contents.get("metadata")
-    step = metadata.get("step") if isinstance(metadata, Mapping) else None
-    trained = f" after {step:,} steps" if type(step) is int else ""
-    return f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
 
 
 def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:

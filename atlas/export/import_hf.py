@@ -45,13 +45,11 @@ def read_chat_template(folder: Path) -> str | None:
             template = _read_json(folder / "tokenizer_config.json").get("chat_template")
         else:
             return None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
-    except ExportError as error:
-        raise ExportError(f"{folder}: {error}") from None
+    except (OSError, ValueError, ExportError) as error:
+        raise ExportError(f"{folder}: its chat template cannot be read: {error!s:.200}") from None
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     return template.encode("utf-8", "replace").decode() if isinstance(template, str) else None
 
 

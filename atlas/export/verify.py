@@ -238,21 +238,14 @@ def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[N
     """Round as llama.cpp does: GELU's input and output to f16, SwiGLU's not, inputs of matrices as their weights."""
     head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
     with ExitStack() as hooks:
+        add = hooks.enter_context
         for module in model.modules():
             if isinstance(module, MLP) and not module.is_gated:
-                hooks.enter_context(
-                    module.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1]))
-                )
-                hooks.enter_context(
-                    module.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0]))
-                )
+                add(module.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])))
+                add(module.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])))
             elif isinstance(module, nn.Linear):
-                hooks.enter_context(
-                    module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize))
-                )
-        hooks.enter_context(
-            model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head))
-        )
+                add(module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize)))
+        add(model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head)))
         yield
 
 
