@@ -138,14 +138,13 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """Write a Modelfile for Ollama: with the chat template, or one that passes the prompt on unchanged."""
-    context = loaded.config.model.max_seq_len
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
     target.write_text(
         f"FROM ./{file.name}\n"
         f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
-        f"PARAMETER num_ctx {context}\n"
+        f"PARAMETER num_ctx {loaded.config.model.max_seq_len}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
         encoding="utf-8",
     )
