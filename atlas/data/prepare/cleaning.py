@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from atlas.errors import DataError
@@ -76,12 +77,6 @@ class Cleaning:
         return asdict(self) | {"steps": list(self.steps)}
 
 
-def _compose(text: str) -> str:
-    if text.isascii() or unicodedata.is_normalized("NFC", text):
-        return text
-    return unicodedata.normalize("NFC", text)
-
-
 def _drop_control(text: str) -> str:
     content = text.encode()  # a test of bytes takes a tenth of the time
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
@@ -104,7 +99,7 @@ def _tidy_whitespace(text: str) -> str:
 
 
 _TEXT_STEPS: dict[str, Callable[[str], str]] = {
-    "nfc": _compose,
+    "nfc": partial(unicodedata.normalize, "NFC"),
     "control": _drop_control,
     "whitespace": _tidy_whitespace,
 }

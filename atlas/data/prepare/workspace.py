@@ -82,13 +82,13 @@ class Workspace:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self._journal = key, folder / "journal.json"
-        self.state: dict[str, Any] | None = None
-        """What was last committed, by whichever process; None if there is nothing to resume."""
+        self.state: dict[str, Any] = {}
+        """What was last committed, by whichever process; empty if there is nothing to resume."""
         with suppress(OSError, ValueError):
             content = json.loads(self._journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
                 self.state = content["state"]
-        if self.state is None:
+        if not self.state:
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
