@@ -56,11 +56,6 @@ class Cleaning:
             return ()
         return Cleaning(tuple(sorted(wanted, key=(*STEPS, *wanted).index))).steps
 
-    @property
-    def drops_duplicates(self) -> bool:
-        """Whether exact copies are left out."""
-        return "duplicates" in self.steps
-
     def clean(self, text: str, *, starts_document: bool = True) -> tuple[str, dict[str, int]]:
         """Return the cleaned text, and for each step that changed it the number of characters fewer."""
         changes: dict[str, int] = {}

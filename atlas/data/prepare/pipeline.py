@@ -28,7 +28,6 @@ from atlas.data.shards import (
     Manifest,
     PreparedDataset,
     SplitRecord,
-    is_prepared,
     open_dataset,
     token_dtype,
 )
@@ -187,10 +186,10 @@ class _Preparation:
     def _existing(self, output: Path) -> PreparedDataset | None:
         """The dataset in `output`, if it is intact and the wanted one."""
         try:
-            dataset = open_dataset(output) if is_prepared(output) else None
+            dataset = open_dataset(output)
         except (AtlasError, OSError):
-            return None  # damaged, or just being replaced by another process: it is prepared again
-        return dataset if dataset and dataset.manifest.key == self.key else None
+            return None  # missing, damaged, or just being replaced by another process: it is prepared again
+        return dataset if dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:
         """Tokenize every document once, write the shards and describe them; or resume an interrupted call's work."""

@@ -26,7 +26,6 @@ from atlas.data.prepare.workspace import WorkerKilled
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import notify
-from atlas.tokenizer import CustomTokenizer
 
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
@@ -77,9 +76,7 @@ def _cores() -> int:
 
 
 def _cannot_travel(encoder: Encoder) -> str | None:
-    """Why a custom tokenizer cannot be sent to another process."""
-    if not isinstance(encoder.tokenizer, CustomTokenizer):
-        return None
+    """Why a tokenizer, which may be a user's object, cannot be sent to another process."""
     from loky.backend.reduction import dumps
 
     try:
