@@ -29,6 +29,8 @@ class Extent(NamedTuple):
 class SplitWriter:
     """One split, in shards of `shard_tokens` tokens in `folder`, in constant memory.
 
+    Each call opens the files that it needs, so none stays open between two batches.
+
     `work` is a folder for what is needed until the end: `<split>.starts`, the places where documents begin. `state` is
     what `sync` returned: the writer resumes there and cuts off what was written later.
     """
