@@ -45,7 +45,7 @@ class Snapshot:
         self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
         if (
             on_gpu
-        ):  # one pinned block for the weights at the start of a run, one for the optimizer's state later
+        ):  # one pinned block: the weights at the start of a run, the optimizer's state at its first save
             self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
 
         def copy(name: str, tensor: Tensor) -> Tensor:
