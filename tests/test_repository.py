@@ -57,8 +57,7 @@ INSIDE = {
     "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
     "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
-    "planning": "advice cards communication doctor inference < speed < machine < run < scaling summary < "
-    "tables",
+    "planning": "advice cards communication doctor inference < speed < machine < run < scaling < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory "
     "network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",

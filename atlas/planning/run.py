@@ -79,8 +79,7 @@ def plan_run(
     if updates is None:
         return Run(None, None, None, None, per_token, None, reached, None, None)
     sequences, tokens = updates * config.training.sequences_per_update, updates * tokens_each
-    middle = None if seconds_each is None else updates * seconds_each
-    seconds = None if middle is None else (middle / SPREAD, middle * SPREAD)
+    seconds = None if seconds_each is None else spread(updates * seconds_each)
     return Run(
         updates=updates,
         tokens=tokens,
@@ -92,6 +91,11 @@ def plan_run(
         seconds=seconds,
         kilowatt_hours=_energy(seconds, machine.watts),
     )
+
+
+def spread(seconds: float) -> Range:
+    """Return the range in which a time that was estimated as `seconds` is expected."""
+    return seconds / SPREAD, seconds * SPREAD
 
 
 def _energy(seconds: Range | None, watts: int | None) -> Range | None:

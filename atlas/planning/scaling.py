@@ -90,38 +90,30 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
     if machine.device == "cpu":  # the ranks of a machine share it
         rate = machine.flops_per_second / cluster.gpus
         machine = replace(machine, memory=machine.memory // cluster.gpus, flops_per_second=rate)
-    sequences = _share(config.training.sequences_per_update, cluster.ranks)
+    sequences, left = divmod(config.training.sequences_per_update, cluster.ranks)
+    if left:
+        raise AtlasError(
+            f"an update of {config.training.sequences_per_update} sequences cannot be split evenly over "
+            f"{cluster.ranks} GPUs; choose training.batch_size × training.gradient_accumulation_steps as a multiple "
+            "of their number"
+        )
     micro_batch = min(config.training.sequences_at_once, sequences)
     parallel, shards = share_model(config, cluster.ranks, device=machine.device, memory=machine.memory)
     passes = _passes(config, machine, sequences, micro_batch)
-    sizes = sizes_of(config, device=machine.device)
+    sizes = _sizes_of(config, device=machine.device)
+    memory = _memory_of_a_rank(config, machine.device, parallel, shards, micro_batch)
     return Scaling(
         cluster=cluster,
         parallel=parallel,
         shard_size=shards,
         sequences=sequences,
         micro_batch=micro_batch,
-        memory=memory_of_a_rank(
-            config,
-            machine.device,
-            parallel=parallel,
-            shards=shards,
-            micro_batch=micro_batch,
-        ),
+        memory=memory,
         available=machine.memory,
         tokens=config.training.sequences_per_update * config.model.max_seq_len,
         computing=sum(each.times * (each.forward + each.backward) for each in passes),
         communication=communicate(sizes, cluster, passes, parallel=parallel, shards=shards),
     )
-
-
-def _share(sequences: int, ranks: int) -> int:
-    if sequences % ranks:
-        raise AtlasError(
-            f"an update of {sequences} sequences cannot be split evenly over {ranks} GPUs; choose "
-            "training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
-        )
-    return sequences // ranks
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
@@ -143,7 +135,7 @@ def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: 
     ]
 
 
-def sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
+def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     """Return the bytes of a model's parts."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
     width = 2 if training.precision == "bf16-true" else _FP32
@@ -158,8 +150,8 @@ def sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     return Sizes(blocks, root, blocks, root, root - head, gathered=gathered)
 
 
-def memory_of_a_rank(
-    config: AtlasConfig, device: str, *, parallel: str, shards: int, micro_batch: int
+def _memory_of_a_rank(
+    config: AtlasConfig, device: str, parallel: str, shards: int, micro_batch: int
 ) -> RankMemory:
     """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
     a model."""
@@ -176,7 +168,7 @@ def memory_of_a_rank(
         beside = full.half_precision_weights + full.activations + full.loss
         rebuilt = max(0, full.gradients - beside) if parallel == "ddp" else 0
         return RankMemory(**asdict(replace(full, gradients=full.gradients + rebuilt)), gathered=0)
-    sizes, layers = sizes_of(config, device=device), config.model.num_layers
+    sizes, layers = _sizes_of(config, device=device), config.model.num_layers
     two = min(2, layers) / layers
     # The head's gradient is in `loss`.
     table = _FP32 * config.model.padded_vocab_size * config.model.hidden_size

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from atlas.config.loader import read_yaml, resolve
-from atlas.config.presets import preset_path
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
 from atlas.planning.machine import machine_with
@@ -111,8 +109,8 @@ def with_tables(name: str, page: str) -> str:
 def _parameters(preset: PresetPlan) -> str:
     """The size, and with what vocabulary where the preset leaves it to the data."""
     size = f"{preset.parameters / 1e6:.1f} M"
-    stated = resolve(read_yaml(preset_path(preset.name))).model.vocab_size
-    return size if stated else f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}"
+    is_assumed = preset.config.model.vocab_size == ASSUMED_VOCABULARY
+    return f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}" if is_assumed else size
 
 
 def _titles(cards: Iterable[Card]) -> str:
