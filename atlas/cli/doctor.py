@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -33,7 +34,6 @@ def doctor(
             help="Folder whose disk is measured: the one that train will write to, which need not exist. Default: that "
             "of train.",
             metavar="DIR",
-            show_default=False,
         ),
     ] = None,
     distributed: Annotated[
@@ -49,7 +49,6 @@ def doctor(
             help="With --distributed: seconds that the processes wait for one another. Default: 60.",
             min=1,
             metavar="SECONDS",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -58,8 +57,6 @@ def doctor(
     This takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see
     the last lines, each of which names a remedy.
     """
-    import json
-
     if distributed:
         return _try_connection(as_json, device, output_dir, timeout)
     if timeout is not None:
@@ -79,8 +76,6 @@ def doctor(
 
 
 def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout: float | None) -> None:
-    import json
-
     # PyTorch reads it once. If it cannot reach an address, it prints pages; their last line is reported below.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
@@ -106,12 +101,8 @@ def _print_connection(facts: dict[str, Any]) -> None:
     for entry in facts["all_reduce"]:
         by_backend.setdefault(entry["backend"], []).append(entry)
     (smallest, *larger), *_ = by_backend.values()
-    titles = [
-        "backend",
-        "device",
-        f"latency, {_bytes(smallest)}",
-        *(f"GB/s, {_bytes(entry)}" for entry in larger),
-    ]
+    titles = ["backend", "device", f"latency, {_bytes(smallest)}"]
+    titles += [f"GB/s, {_bytes(entry)}" for entry in larger]
     rows = [
         [backend, first["device"], f"{first['seconds'] * 1e3:.2f} ms"]
         + [f"{entry['bus_bandwidth'] / 1e9:.2f}" for entry in rest]

@@ -60,18 +60,16 @@ def pipeline(
     ask = ask_person if confirm else None
     if data is not None or not demo:
         try:
-            data, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
+            data = choose_text(data, command="atlas pipeline", ask=ask)
         except NoTextError as error:
             raise AtlasError(str(error)) from None
-        demo = demo or chose_demo
-    if demo:
+    if demo or data is None:
         from atlas.cli.demo import run_demo
 
         folder = output_dir or Path("demo" if data is None else f"demo-{Path(data).stem}")
         return run_demo(data, folder, layer, no_resume=no_resume)
     from atlas.training.resume import Request
 
-    assert data is not None
     explicit = _settings(data, config, layer, ask)
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))

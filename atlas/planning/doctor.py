@@ -30,9 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atlas.config import ModelConfig
 from atlas.machine import best_time
 from atlas.model import AtlasLM, build_model
+from atlas.training.devices.device import Runtime
 
 LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
-"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tested."""
+"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar."""
 
 _SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
 _BATCH = 2
@@ -111,16 +112,14 @@ def nvidia_driver() -> tuple[str, str] | None:
     return None
 
 
-def check_step(
-    device: torch.device, dtype: torch.dtype, loss_of: LossOf, *, loss_scale: float = 1.0, seconds: float
-) -> dict[str, Any]:
-    """Compare a training step of a small model on `device` with the same in 64 bits on the CPU.
+def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str, Any]:
+    """Compare a training step of a small model with the same in 64 bits on the CPU.
 
     Returns the relative errors of loss and gradient, their `bound`, whether they are `right`, and the best time in
     about `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm.
-    `loss_scale` is the factor of fp16 training, which keeps small gradients. Raises `RuntimeError` for what the device
-    cannot compute at all.
+    Raises `RuntimeError` for what the device cannot compute at all.
     """
+    device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
     exact_model, inputs, targets = _example()
     exact_model.double()
     exact_loss = F.cross_entropy(exact_model(inputs).flatten(0, 1), targets.flatten())
@@ -134,12 +133,13 @@ def check_step(
     def step() -> None:
         nonlocal loss
         model.zero_grad()
-        loss = loss_of(model, inputs, targets)
-        (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+        with runtime.autocast():
+            loss = loss_of(model, inputs, targets)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
 
     best = best_time(step, device, seconds=seconds)
     bound = _BOUND_FP32 if dtype == torch.float32 else math.sqrt(_ROUNDINGS) * torch.finfo(dtype).eps / 2
-    difference = _gradient(model) / loss_scale - exact_gradient
+    difference = _gradient(model) / scale - exact_gradient
     errors = {
         "loss_error": abs(loss.item() / exact_loss.item() - 1),
         "gradient_error": float(difference.norm() / exact_gradient.norm()),
