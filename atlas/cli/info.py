@@ -159,11 +159,8 @@ def _model(config: Any) -> Facts:
     from atlas.model.cost import count_parameters
 
     yield "parameters", f"{count_parameters(config).total:,}"
-    yield (
-        "model",
-        f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads, context {config.max_seq_len}, "
-        f"vocabulary {config.vocab_size:,}",
-    )
+    shape = f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads"
+    yield "model", f"{shape}, context {config.max_seq_len}, vocabulary {config.vocab_size:,}"
     yield "architecture", config.gguf_architecture or f"for Atlas only: {config.train_only}"
 
 

@@ -60,21 +60,16 @@ def _facts(
     state = dataset.tokenizer_state
     yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
     for name, stream in splits.items():
-        yield (
-            name,
-            f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes, "
-            f"{stream.num_bytes / stream.num_tokens:.2f} bytes per token",
+        counts = (
+            f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes"
         )
+        yield name, f"{counts}, {stream.num_bytes / stream.num_tokens:.2f} bytes per token"
     for name, split in lengths.items():
         measured = split.documents
         sampled = f"; {measured:,} documents measured" if measured < splits[name].num_documents else ""
-        yield (
-            f"{name} lengths",
-            f"median {split.median:,.10g} tokens, longest {split.longest:,}, end of text included{sampled}",
-        )
-    yield from cleaning_facts(
-        {step: record.model_dump() for step, record in dataset.manifest.cleaning.items()}
-    )
+        middle = f"median {split.median:,.10g} tokens, longest {split.longest:,}"
+        yield f"{name} lengths", f"{middle}, end of text included{sampled}"
+    yield from cleaning_facts(dataset.manifest.model_dump(include={"cleaning"})["cleaning"])
     for note in dataset.manifest.notes:
         yield "note", note
     yield "fingerprint", dataset.fingerprint

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from atlas.cli.plan_report import Report, Summary
-from atlas.cli.terminal import figure, print_table, printable
+from atlas.cli.terminal import figure, gibibytes, print_table, printable
 from atlas.model.cost import count_parameters
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
 from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP, Cluster
@@ -44,8 +44,8 @@ def print_json(report: Report) -> None:
         "config": report.summary and _as_json(report.summary, device),
         "scaling": report.scaling and _scaling_as_json(report.scaling),
         "presets": {preset.name: _as_json(summary, device) for preset, summary in report.presets},
-        "largest_preset_that_fits": report.largest_that_fits,
-        "largest_preset_for_the_data": report.largest_for_text,
+        "largest_preset_that_fits": report.largest(),
+        "largest_preset_for_the_data": report.largest(for_text=True),
     }
     typer.echo(json.dumps(content, indent=2))
 
@@ -112,8 +112,8 @@ def _print_summary(report: Report, summary: Summary) -> None:
     _print_rows("Parameters", _parts(count_parameters(config.model), "{:,}".format))
     copy = snapshot_bytes(config)
     memory = {
-        **_parts(summary.memory, _gib),
-        "besides, in main memory": copy and _gib(copy),
+        **_parts(summary.memory, gibibytes),
+        "besides, in main memory": copy and gibibytes(copy),
         "sequences per micro-batch": f"{config.training.sequences_at_once:,}",
         "at most, of an update": f"{summary.largest_micro_batch:,}",
     }
@@ -124,10 +124,10 @@ def _print_summary(report: Report, summary: Summary) -> None:
             "with checkpoint.background=false, training waits for the disk.\n"
         )
     if summary.remedies and report.scaling is None:
-        there = f"Does not fit: {machine.name} has {_gib(machine.memory)}. What would help:"
+        there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
         typer.echo("\n".join([there, *summary.remedies, ""]))
     generating = estimate_inference_memory(config.model, device=machine.device)
-    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, _gib))
+    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, gibibytes))
     one, most = _gb(checkpoint_bytes(config)), _gb(output_folder_bytes(config))
     _print_rows("Disk", {"one checkpoint": one, "output folder, at most": most})
     figures = {
@@ -153,10 +153,10 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
         "sequences per micro-batch": f"{scaling.micro_batch:,}",
     }
     _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
-    _print_rows("Memory of each of them", _parts(scaling.memory, _gib))
+    _print_rows("Memory of each of them", _parts(scaling.memory, gibibytes))
     if not scaling.fits:
         remedies = ", ".join(_remedies(scaling, summary))
-        typer.echo(f"Does not fit: each has {_gib(scaling.available)}. What would help: {remedies}.\n")
+        typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
     parts = {"weights": sent.weights, "gradients": sent.gradients}
     moved = {name: size and _gb(size) for name, size in parts.items()}
     _print_rows("Sent in an update by each, and received", {**moved, "total": _gb(sent.bytes)})
@@ -260,25 +260,26 @@ def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
 
 
 def _print_presets(report: Report) -> None:
-    fits, enough, text = report.largest_that_fits, report.largest_for_text, report.text
+    fits, enough, text = report.largest(), report.largest(for_text=True), report.text
     verdict = f"the largest that fits is {fits}" if fits else "none fits"
-    if text:
-        largest = f"the largest of them that the text is enough for is {enough}"
-        verdict += f"; {largest if enough else 'the text is small for every one'}"
+    if enough:
+        verdict += f"; the largest of them that the text is enough for is {enough}"
+    elif text:
+        verdict += "; the text is small for every one"
     titles = [" preset", "parameters", "memory", "fits", "micro-batch", "at most", "time"]
     rows = [titles + ["passes"] * bool(text)]
     for preset, summary in report.presets:
         cells = [
             f" {preset.name}",
             f"{preset.parameters:,}",
-            _gib(preset.memory),
+            gibibytes(preset.memory),
             "yes" if preset.fits else "no",
             str(preset.config.training.sequences_at_once),
             str(summary.largest_micro_batch),
             describe_duration(summary.run.seconds) if summary.run.seconds and preset.fits else "",
         ]
         rows.append(cells + ([figure(summary.advice.passes)] if summary.advice else []))
-    typer.echo(f"Presets on {report.machine.name}, {_gib(report.machine.memory)}: {verdict}")
+    typer.echo(f"Presets on {report.machine.name}, {gibibytes(report.machine.memory)}: {verdict}")
     print_table(rows, right=range(1, len(rows[0])))
     typer.echo()
 
@@ -301,10 +302,6 @@ def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
 
 def _time(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{figure(seconds * 1e3)} ms"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _gb(size: float) -> str:

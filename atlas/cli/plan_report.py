@@ -48,20 +48,12 @@ class Report:
     scaling: Scaling | None
     presets: list[tuple[PresetPlan, Summary]]
 
-    @property
-    def largest_that_fits(self) -> str | None:
-        """The preset."""
-        return _name(largest_that_fits([preset for preset, _ in self.presets]))
-
-    @property
-    def largest_for_text(self) -> str | None:
-        """The largest preset that fits the machine and for which the text is enough."""
-        enough = [preset for preset, summary in self.presets if summary.advice and summary.advice.fits]
-        return _name(largest_that_fits(enough))
-
-
-def _name(preset: PresetPlan | None) -> str | None:
-    return preset.name if preset else None
+    def largest(self, *, for_text: bool = False) -> str | None:
+        """The largest preset that fits the machine, and with `for_text` also the text."""
+        enough = [plan for plan, summary in self.presets if summary.advice and summary.advice.fits]
+        plans = enough if for_text else [plan for plan, _ in self.presets]
+        largest = largest_that_fits(plans)
+        return largest.name if largest else None
 
 
 def choose_cluster(

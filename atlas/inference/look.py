@@ -156,12 +156,9 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
         raise AtlasError(f"layer {wrong[0]}: the model has layers 0 to {num_layers - 1}")
     blocks: Any = loaded.model.blocks
     streams, context = _streams(loaded, ids)
-    patterns = {
-        layer: block.attention.weights(block.attention_norm(x), context)[0].cpu()
-        for layer, (block, x) in enumerate(zip(blocks, streams, strict=False))
-        if layer in wanted
-    }
-    return torch.stack([patterns[layer] for layer in wanted])
+    taken = [(blocks[layer], streams[layer]) for layer in wanted]
+    patterns = (block.attention.weights(block.attention_norm(x), context)[0].cpu() for block, x in taken)
+    return torch.stack([*patterns])
 
 
 @torch.no_grad()

@@ -244,27 +244,22 @@ def nearest_folder(path: Path) -> Path:
 def measure_disk(folder: Path, *, size: int) -> dict[str, Any]:
     """Write `size` bytes in `folder`, until the disk confirms them, and read them. Raises `OSError`.
 
-    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file loses its name before it
-    is written, so that nothing stays however this ends.
+    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file has no name while it is
+    written, so that nothing stays however this ends.
     """
     if shutil.disk_usage(folder).free < 2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     block = os.urandom(min(_BLOCK, size))  # a disk may compress zeros
     blocks = math.ceil(size / len(block))
-    path = folder / f".atlas-doctor-{os.getpid()}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_TEMPORARY", 0)
-    descriptor = os.open(path, flags, 0o600)
-    if not hasattr(os, "O_TEMPORARY"):  # Windows has this instead: there an open file keeps its name
-        path.unlink()
     drops_cache = hasattr(os, "posix_fadvise")
-    with open(descriptor, "w+b", buffering=0) as file:
+    with tempfile.TemporaryFile(buffering=0, prefix=".atlas-doctor-", dir=folder) as file:
         start = time.perf_counter()
         for _ in range(blocks):
             file.write(block)
-        os.fsync(descriptor)
+        os.fsync(file.fileno())
         writing = time.perf_counter() - start
         if drops_cache:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         start = time.perf_counter()
         while file.readinto(bytearray(len(block))):

@@ -119,12 +119,9 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
     """The micro-batches of a rank's share; the last may be smaller. An update of the rank alone takes as long as all of
     them together; each gets its share by its FLOPs."""
-    training = config.training
     share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": micro_batch}
-    own = config.model_copy(update={"training": training.model_copy(update=share)})
-    plain = config.model_copy(
-        update={"training": training.model_copy(update={"gradient_checkpointing": False})}
-    )
+    own = config.replace("training", **share)
+    plain = config.replace("training", gradient_checkpointing=False)
     seconds = (seconds_of_update(own, machine) or 0.0) / sequences
     forward = seconds * training_flops_per_token(plain) / training_flops_per_token(config) / 3
     before = (sequences - 1) // micro_batch
@@ -155,13 +152,12 @@ def _memory_of_a_rank(
 ) -> RankMemory:
     """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
     a model."""
-    training = config.training
     if parallel != "none":
         # Between updates DDP keeps the memory of all gradients, and FSDP that of a shard: as if there were an earlier
         # micro-batch.
         alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
-        training = training.model_copy(update=alone)
-    full = estimate_training_memory(config.model_copy(update={"training": training}), device=device)
+        config = config.replace("training", **alone)
+    full = estimate_training_memory(config, device=device)
     if parallel != "fsdp":
         # In the second update DDP rebuilds its buckets in the order in which gradients came, beside the old ones;
         # nothing else of an update exists then.

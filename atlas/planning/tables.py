@@ -75,10 +75,10 @@ def scaling_table() -> str:
             cluster = cluster_of(_GPUS_OF_A_NODE, nodes, link)
             micro_batches = _MICRO_BATCHES * cluster.ranks
             size = {"batch_size": _PER_MICRO_BATCH, "gradient_accumulation_steps": micro_batches}
-            training = preset.config.training.model_copy(update=size)
-            scaling = scale(preset.config.model_copy(update={"training": training}), machine, cluster)
+            config = preset.config.replace("training", **size)
+            scaling = scale(config, machine, cluster)
             rows.append(
-                f"`{preset.name}` | {cluster.ranks} | {training.sequences_per_update:,} | {scaling.parallel} "
+                f"`{preset.name}` | {cluster.ranks} | {config.training.sequences_per_update:,} | {scaling.parallel} "
                 f"| {scaling.memory.total / 2**30:.1f} GiB | {scaling.computing * 1e3:,.0f} ms "
                 f"| {scaling.communication.exposed * 1e3:,.1f} ms | {scaling.efficiency:.1%} "
                 f"| {scaling.tokens_per_second / 1e6:,.2f} M"
