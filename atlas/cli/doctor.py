@@ -202,8 +202,8 @@ def _speed(facts: dict[str, Any]) -> Rows:
         yield "disk", f"{disk['folder']}: {disk['error']}"
     else:
         memory = " (perhaps from memory)" if disk["read_from_memory"] else ""
-        speeds = f"{_megabytes(disk['write'])} written, {_megabytes(disk['read'])} read{memory}"
-        yield "disk", f"{speeds}, in {disk['folder']}"
+        written, read = (f"{disk[way] / 1e6:,.0f} MB/s" for way in ("write", "read"))
+        yield "disk", f"{written} written, {read} read{memory}, in {disk['folder']}"
 
 
 def _attention_times(times: dict[str, Any]) -> str:
@@ -219,10 +219,5 @@ def _attention_times(times: dict[str, Any]) -> str:
 
 
 def _choice(train: dict[str, Any]) -> Rows:
-    yield "device", f"{train['device']}: {train['device_reason']}"
-    yield "precision", f"{train['precision']}: {train['precision_reason']}"
-    yield "compile", f"{train['compile']}: {train['compile_reason']}"
-
-
-def _megabytes(rate: float) -> str:
-    return f"{rate / 1e6:,.0f} MB/s"
+    for name in ("device", "precision", "compile"):
+        yield name, f"{train[name]}: {train[f'{name}_reason']}"

@@ -15,7 +15,6 @@ from atlas.errors import AtlasError
 if TYPE_CHECKING:
     from atlas.data.sequences.build import Windows
     from atlas.inference.load import LoadedModel
-    from atlas.inference.tasks import Score
     from atlas.training.devices.device import Runtime
 
 _MARKED, _AROUND = 8, 40
@@ -63,11 +62,7 @@ def evaluate(
     if data is not None:
         _on_text(loaded, data, batch_size, device, worst)
     else:
-        from atlas.inference.tasks import evaluate_tasks
-
-        track = _bar("answering")
-        scores = evaluate_tasks(loaded, names, limit, num_fewshot, batch_size=batch_size, track=track)
-        _print_scores(scores)
+        _in_tasks(loaded, names, limit, num_fewshot, batch_size)
 
 
 def _bar(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -109,9 +104,13 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
         _show_worst(loaded, dataset, runtime, worst)
 
 
-def _print_scores(scores: Iterable[Score]) -> None:
-    rows = [("task", "metric", "value", "±", "examples", "shots")]
-    for score in scores:
+def _in_tasks(
+    loaded: LoadedModel, tasks: list[str], limit: int | None, num_fewshot: int | None, batch_size: int
+) -> None:
+    from atlas.inference.tasks import evaluate_tasks
+
+    rows, track = [("task", "metric", "value", "±", "examples", "shots")], _bar("answering")
+    for score in evaluate_tasks(loaded, tasks, limit, num_fewshot, batch_size=batch_size, track=track):
         error = "" if score.error is None else f"{score.error:.4f}"
         counts = f"{score.examples:,}", str(score.shots)
         rows.append((score.task, score.metric, f"{score.value:.4f}", error, *counts))

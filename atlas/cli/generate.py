@@ -139,7 +139,7 @@ class _Run:
         """Print the prompts and their continuations, a blank line between. Returns the continuations."""
         texts: list[str] = []
         for prompt, pieces in self.generations(rows):
-            repeated = prompt if isinstance(prompt, str) else ""  # of a conversation nothing
+            repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
             print("\n" * bool(texts) + repeated, end="", flush=True)
             texts.append("")
             for piece in pieces:

@@ -126,7 +126,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     yield "training loss", _rounded(contents.get("loss"))
     yield "validation loss", _rounded(contents.get("val_loss"))
     best = contents.get("best_loss")
-    yield "best loss", None if best == math.inf else _rounded(best)
+    yield "best loss", _rounded(best) if math.isfinite(best or 0) else None
     yield from _model(config.model)
     yield "tokenizer", f"{tokenizer.get('name')}, {config.model.vocab_size:,} tokens"
     yield "trained on", contents["data"].get("train_data")

@@ -106,7 +106,7 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
 
 
 def _what_a_small_text_can_do(smallest: Advice, own: Advice) -> str:
-    """Of the smallest preset, with the text's vocabulary and with one of `ASSUMED_VOCABULARY` tokens."""
+    """`smallest` is the smallest preset with the text's vocabulary, `own` the same with `ASSUMED_VOCABULARY` tokens."""
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
     advice = (
         f"what to do: {smallest.preset} needs about {wanted:,} tokens, add text; or train it anyway and use "

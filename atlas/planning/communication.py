@@ -190,7 +190,7 @@ class Communication:
         return self.weights + self.gradients
 
     def add(self, times: int, weights: float, gradients: float, seconds: float, beside: float = 0.0) -> None:
-        """Add bytes that are sent `times` times, the seconds for that, and those of computing `beside` it."""
+        """Add `times` transfers: the bytes of one, its seconds, and the seconds of computing `beside` it."""
         self.weights += times * weights
         self.gradients += times * gradients
         self.seconds += times * seconds

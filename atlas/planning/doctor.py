@@ -5,6 +5,7 @@ Each function measures one thing and returns it as JSON can hold it; `atlas.cli.
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib.metadata
 import math
@@ -81,10 +82,9 @@ class Effort:
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
     """Return, by extra of Atlas's package, the versions of its requirements; None for one that is not installed."""
-    try:
+    required: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):  # run from a folder, never installed
         required = importlib.metadata.requires("atlas-llm") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a folder, never installed
-        return {}
     found: dict[str, dict[str, str | None]] = {}
     for requirement in required:
         named = re.match(r"([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
@@ -120,13 +120,14 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
     Raises `RuntimeError` for what the device cannot compute at all.
     """
     device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
-    exact_model, inputs, targets = _example()
-    exact_model.double()
+    model = build_model(_SHAPE, seed=0)
+    tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    exact_model = copy.deepcopy(model).double()
     exact_loss = F.cross_entropy(exact_model(inputs).flatten(0, 1), targets.flatten())
     exact_loss.backward()  # type: ignore[no-untyped-call]
     exact_gradient = _gradient(exact_model)
 
-    model, inputs, targets = _example()
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
     loss = torch.zeros(())
 
@@ -149,13 +150,6 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
     return {"right": is_right, **finite, "bound": bound, "seconds": best}
 
 
-def _example() -> tuple[AtlasLM, Tensor, Tensor]:
-    """Return the same weights and (B, T) tokens every time."""
-    model = build_model(_SHAPE, seed=0)
-    tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
-    return model, tokens[:, :-1], tokens[:, 1:]
-
-
 def _gradient(model: AtlasLM) -> Tensor:
     """Return the full gradient as one vector of 64 bits on the CPU."""
     return torch.cat([p.grad.cpu().double().flatten() for p in model.parameters() if p.grad is not None])
@@ -167,13 +161,12 @@ def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, boo
     for name, backend in _BACKENDS.items():
         if device.type == "mps" and name != "math":
             continue  # PyTorch has no choice of kernels there, and would use another than the requested one
-        q, k, v = (
-            torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-        )
+        qkv = torch.randn(3, 2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")  # a missing kernel is an answer here
+            q, k, v = qkv.unbind()
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            (grad,) = torch.autograd.grad(out.sum(), q)
+            (grad,) = torch.autograd.grad(out.sum(), qkv)
             works[name] = bool(grad.isfinite().all())  # waits for the device, and for what failed there
     return works
 

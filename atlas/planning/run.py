@@ -80,8 +80,9 @@ def plan_run(
     if updates is not None and sequences_per_epoch:
         epochs = updates * config.training.sequences_per_update / sequences_per_epoch
     if updates is not None and seconds_each is not None:
-        seconds = spread(updates * seconds_each)
-        energy = machine.watts and (seconds[0] * machine.watts / 3.6e6, seconds[1] * machine.watts / 3.6e6)
+        seconds = low, high = spread(updates * seconds_each)
+        if machine.watts is not None:
+            energy = low * machine.watts / 3.6e6, high * machine.watts / 3.6e6
     return Run(
         updates=updates,
         tokens=tokens,
