@@ -482,7 +482,7 @@ def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
         own = SourceReport()
         list(group.pieces(own, lambda _: None))
         merged.merge(own)
-        merged = SourceReport.from_json(json.loads(json.dumps(merged.to_json())))
+        merged = SourceReport(**json.loads(json.dumps(merged.model_dump())))
     assert merged == together
     assert isinstance(merged.articles, ArticleReport)
     assert merged.articles.articles == 55

@@ -228,7 +228,7 @@ class _Preparation:
     def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
         """Merge every batch, with a commit after each finished shard and every few seconds."""
         state = workspace.state
-        report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
+        report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
         committed, shown = time.monotonic(), 0
         with byte_progress(self.sources.total_bytes, "tokenizing") as advance:
@@ -238,7 +238,11 @@ class _Preparation:
                 advance(batch.bytes_read - shown)
                 shown = batch.bytes_read
                 if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                    progress = {"position": batch.end, "report": report.to_json(), "assembly": merger.sync()}
+                    progress = {
+                        "position": batch.end,
+                        "report": report.model_dump(),
+                        "assembly": merger.sync(),
+                    }
                     workspace.commit({"rule": vars(merger.rule)} | progress)
                     committed = time.monotonic()
         return report

@@ -16,7 +16,7 @@ from atlas.errors import DataError
 
 PIECE_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
-_WORD_END = re.compile(r"\S(?=[ \n])")
+_UP_TO_LAST_WORD_END = re.compile(r"(?s).*\S(?=[ \n])")
 _BINARY_BYTES = 8000
 _BINARY = {
     codecs.BOM_UTF32_LE: "UTF-32 text",
@@ -42,11 +42,8 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
     """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` gets their number."""
     try:
         text.encode()  # ten times as fast as a search
-        return text
     except UnicodeEncodeError:
-        pass
-    text, count = _SURROGATE.subn("\ufffd", text)
-    if count:
+        text, count = _SURROGATE.subn("\ufffd", text)
         on_undecodable(count)
     return text
 
@@ -105,9 +102,5 @@ def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Pie
 
 def last_word_end(text: str) -> int:
     """Return the last place where `text` can be cut without changing a token; its end, if there is none."""
-    for window in (1 << 12, len(text)):
-        start = max(0, len(text) - window)
-        ends = [match.end() for match in _WORD_END.finditer(text, start)]
-        if ends:
-            return ends[-1]
-    return len(text)
+    found = _UP_TO_LAST_WORD_END.match(text)
+    return found.end() if found else len(text)

@@ -136,14 +136,8 @@ class Sources:
     @cached_property
     def groups(self) -> list[Group]:
         """The groups of files that are read as one text, in reading order."""
-        groups: list[list[TextFile]] = []
-        for file in self.files:
-            last = groups[-1][-1] if groups else None
-            if last and file.is_part and last.is_part and _archive(file) == _archive(last):
-                groups[-1].append(file)
-            else:
-                groups.append([file])
-        return [Group(tuple(files), self.text_field) for files in groups]
+        groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
+        return [Group(tuple(files), self.text_field) for _, files in groups]
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
