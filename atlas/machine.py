@@ -47,9 +47,8 @@ def left_of_data_limit() -> int:
 
 def data_bytes() -> int:
     """Return the bytes of this process that `ulimit -d` counts."""
-    return (
-        int(psutil.Process().memory_info().data) if psutil.LINUX else int(psutil.Process().memory_info().rss)
-    )
+    memory = psutil.Process().memory_info()
+    return int(memory.data if psutil.LINUX else memory.rss)
 
 
 def _left_in_container(cgroup: Path) -> int:

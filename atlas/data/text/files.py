@@ -158,26 +158,24 @@ def open_root(root: str) -> IO[bytes]:
     """Open a file on the disk or behind a URL."""
     if not is_url(root):
         return Path(root).open("rb")
-    filesystem, path = filesystem_of(root)
-    try:
+    with filesystem_of(root) as (filesystem, path):
         return cast(IO[bytes], filesystem.open(path, "rb"))
-    except Exception as error:  # whatever a backend raises
-        raise DataError(f"{root}: cannot be opened ({error!s:.200}); check the URL and your access") from None
 
 
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem for a URL, and the path in it. Raises `DataError` without fsspec or its backend."""
+@contextmanager
+def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's filesystem for a URL, and the path in it. Raises `DataError` for any error of the two."""
     if "::" in url:
         raise DataError(f"{url}: a URL inside another cannot be read; download it")
     try:
         import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+        yield fsspec.core.url_to_fs(url)
+    except Exception as error:  # no such scheme, bucket, permission or network: whatever a backend raises
         raise DataError(
-            f"{url}: cannot be opened ({error!s:.200}); install what that scheme needs, or download it"
+            f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install what its scheme needs, or "
+            "download it"
         ) from None
-    return filesystem, path
 
 
 def _observed(stream: IO[bytes], on_read: Advance) -> io.BufferedReader:

@@ -80,13 +80,9 @@ class Sources:
         files = [file for path in self.paths for file in self._files_of(path)]
         self.files = self._without_doubled(files)
         if not self.files:
-            found = ""
-            if self.links_out:
-                link = self.links_out[0]
-                found = f" ({len(self.links_out)} links lead out of it, such as {link}: name what they mean)"
-            if self.ignored:
-                found += f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
-            raise DataError(f"{self.names}: nothing to read{found}; give {_KINDS}")
+            raise DataError(
+                f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
+            )
 
     @property
     def names(self) -> str:
@@ -143,8 +139,8 @@ class Sources:
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
         """Every document, in pieces. Fills `report`; `advance` receives the number of bytes read."""
-        filled = SourceReport() if report is None else report
-        return itertools.chain.from_iterable(group.pieces(filled, advance) for group in self.groups)
+        report = report or SourceReport()
+        return itertools.chain.from_iterable(group.pieces(report, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
         """What a dataset keeps about its origin."""
@@ -158,19 +154,7 @@ class Sources:
 
     def notes(self, report: SourceReport) -> list[str]:
         """What the user should know about the text, one line each."""
-        notes = []
-        if self.left_out:
-            notes.append(
-                f"{COMBINED} is used; {len(self.left_out)} parts that hold the same text are left out "
-                f"({self.left_out[0]} …)"
-            )
-        if self.ignored:
-            notes.append(f"{len(self.ignored)} files of other kinds are ignored ({self.ignored[0]} …)")
-        if self.links_out:
-            notes.append(
-                f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
-                "name what they point to with --input"
-            )
+        notes = self._skipped()
         own_order = "is a compressed tar and is read in its own order, not by the names of its files"
         notes += [f"{name}: {own_order}" for name in self.in_own_order]
         for counts, what in (
@@ -189,6 +173,15 @@ class Sources:
             warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
             notes += [f"warning: {warning}" for warning in warnings if warning]
         return notes
+
+    def _skipped(self) -> list[str]:
+        """What was found and is not read, one line for each reason."""
+        reasons = (
+            (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
+            (self.ignored, "files of other kinds are ignored"),
+            (self.links_out, "links that lead out of their folder are left out: name what they point to"),
+        )
+        return [f"{len(names)} {what} ({names[0]} …)" for names, what in reasons if names]
 
     # Paths → files
 
@@ -262,8 +255,7 @@ class Sources:
                 self.ignored.append(printable(f"{path}/{member.name}"))
 
     def _remote(self, url: str) -> Iterator[TextFile]:
-        filesystem, path = filesystem_of(url)
-        try:
+        with filesystem_of(url) as (filesystem, path):
             in_folder = False
             if _PATTERN.search(path):
                 found = filesystem.glob(path, detail=True)
@@ -271,10 +263,6 @@ class Sources:
                 found = {path: filesystem.info(path)}
             else:
                 in_folder, found = True, filesystem.find(path, detail=True)
-        except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
-            raise DataError(
-                f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
-            ) from None
         files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
         if not files:
             raise DataError(f"{url}: no such file or folder; give {_KINDS}")
@@ -292,10 +280,9 @@ class Sources:
 
     def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
         combined = [file for file in files if file.is_combined]
-        doubled = [file for file in files if file.is_part and any(_holds(other, file) for other in combined)]
-        self.left_out = [file.name for file in doubled]
-        dropped = set(doubled)
-        return [file for file in files if file not in dropped]
+        doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
+        self.left_out = [file.name for file in files if file in doubled]
+        return [file for file in files if file not in doubled]
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
@@ -334,12 +321,9 @@ def is_text_or_archive(path: Path) -> bool:
 
 def _url_key(url: str) -> str:
     """A value that changes with the content behind a URL: an ETag, a version, or size and time."""
-    filesystem, path = filesystem_of(url)
-    try:
+    with filesystem_of(url) as (filesystem, path):
         facts = filesystem.info(path)  # HTTP's `ukey` does not depend on the content
         return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
-    except Exception as error:  # whatever a backend raises
-        raise DataError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
