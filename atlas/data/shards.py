@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ class TokenStream:
         """Compare the largest recorded ids with the vocabulary, and in a small split every id. Raises `DataError`."""
         self._check_id(max((shard.largest_id or 0 for shard in self.record.shards), default=0))
         if self.num_tokens <= _CHECKED_WHEN_OPENED:
-            for _ in self.chunks():
-                pass
+            for start in range(0, self.num_tokens, _CHECK_TOKENS):
+                self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
     def _check_id(self, largest: int) -> None:
         if largest >= self.vocab_size:
@@ -178,11 +178,6 @@ class TokenStream:
         path = self.folder / shard.documents_file
         starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
         return starts
-
-    def chunks(self) -> Iterator[NDArray[Any]]:
-        """Every token once, in pieces of bounded size."""
-        for start in range(0, self.num_tokens, _CHECK_TOKENS):
-            yield self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
     def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
         """Map a shard. `at_random` turns off the system's read-ahead, which takes longer than reading a window."""

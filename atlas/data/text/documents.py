@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from atlas.data.text.decode import Piece, as_document, read_text, replace_undecodable, utf16_of
+from atlas.data.text.decode import Piece, as_document, is_utf16, read_text, replace_undecodable
 from atlas.data.text.files import Advance, TextFile, open_root
 from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
 from atlas.errors import DataError
@@ -135,10 +135,10 @@ def _is_object(line: bytes) -> bool:
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
     """The lines in UTF-8. One that is too long is cut to a byte more than the longest allowed."""
-    if codec := utf16_of(stream.peek(4)[:4]):
-        text = io.TextIOWrapper(stream, codec, errors="replace", newline="\n")
+    if is_utf16(stream.peek(4)):
+        text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
         for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
-            yield line.removeprefix("\ufeff").encode("utf-8", "replace")
+            yield line.encode("utf-8", "replace")
         return
     yield stream.readline(_LONGEST_ROW + 1).removeprefix(codecs.BOM_UTF8)
     yield from iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")

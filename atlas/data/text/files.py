@@ -85,7 +85,8 @@ class TextFile:
     """One file of text. `root` is its path or URL, or, with `member`, that of its archive."""
 
     root: str
-    format: Format
+    format: Format | None
+    """None for a kind that Atlas does not read."""
     size: int
     """Bytes to read: compressed ones, except where the archive itself compresses."""
     member: str | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 
 from atlas.files import cache_folder, sha256_of
@@ -20,7 +20,7 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
     """sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A copy that
     keeps the times of the original has another change time.)"""
     hashes, new = [], []
-    with _cache() as cache:
+    with closing(_open_cache()) as cache:
         try:
             for path in paths:
                 key, (stamp, changed), begun = os.fsencode(path.resolve()), _stamp(path), time.time()
@@ -36,8 +36,7 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
     return hashes
 
 
-@contextmanager
-def _cache() -> Iterator[sqlite3.Connection]:
+def _open_cache() -> sqlite3.Connection:
     """The cached hashes, or an empty table where the cache folder cannot be used."""
     folder = cache_folder()
     try:
@@ -47,8 +46,7 @@ def _cache() -> Iterator[sqlite3.Connection]:
     except (OSError, sqlite3.Error):
         cache = sqlite3.connect(":memory:")
         cache.execute(_TABLE)
-    with closing(cache):
-        yield cache
+    return cache
 
 
 def _stamp(path: Path) -> tuple[str, float]:

@@ -126,7 +126,7 @@ class Sources:
     @cached_property
     def content_key(self) -> str:
         """sha256 of the names below the given paths, and of the content."""
-        identity = [self.text_field, [[name, key] for name, key in self.roots.items()]]
+        identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @cached_property
@@ -217,18 +217,17 @@ class Sources:
                 self.links_out.append(printable(str(file)))
 
     def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
-        resolved, kind = str(path.resolve()), format_of(path.name)
+        resolved = str(path.resolve())
+        file = TextFile(str(path), format_of(path.name), path.stat().st_size, trusted=self._trust)
         if resolved in self._roots:
             return  # given twice, or by its folder and by itself
         if is_archive(path.name):
             self._roots[resolved] = name
             yield from self._members(path)
-        elif kind and _has_format(
-            file := TextFile(str(path), kind, path.stat().st_size, trusted=self._trust), named=named
-        ):
+        elif _has_format(file, named=named):
             self._roots[resolved] = name
             yield file
-        elif kind and named:
+        elif file.format and named:
             raise DataError(
                 f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
                 "jq -c '.[]' does with an array"
@@ -245,14 +244,14 @@ class Sources:
             self.in_own_order.append(str(path))
             in_order = members
         for member in in_order:
-            inner, kind = PurePosixPath(member.name), format_of(member.name)
-            if _is_hidden(inner) or "__MACOSX" in inner.parts:
+            kind = format_of(member.name)
+            file = TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
+            if _is_hidden(file.place) or "__MACOSX" in file.place.parts:
                 continue
-            file = TextFile(str(path), kind or "text", member.size, member=member.name, trusted=self._trust)
-            if member.is_file and kind and kind != "parquet" and _has_format(file):
+            if member.is_file and kind != "parquet" and _has_format(file):
                 yield file
             else:
-                self.ignored.append(printable(f"{path}/{member.name}"))
+                self.ignored.append(file.name)
 
     def _remote(self, url: str) -> Iterator[TextFile]:
         with filesystem_of(url) as (filesystem, path):
@@ -269,10 +268,10 @@ class Sources:
         for name in sorted(files, key=_natural):
             if is_archive(name):
                 raise DataError(f"{url}: an archive is read on the disk only; download {name}")
-            full, kind = filesystem.unstrip_protocol(name), format_of(name)
-            file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
+            full, size = filesystem.unstrip_protocol(name), int(files[name].get("size") or 0)
+            file = TextFile(full, format_of(name), size, trusted=self._trust)
             # Files that match a pattern are not opened: that would download the beginning of each.
-            if kind is None or (in_folder and not _has_format(file)):
+            if not file.format or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
                 self._roots[full] = full
@@ -291,7 +290,9 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
     A single JSON object is a row in a file that the user named. In a file that was found in a folder it may also be the
     settings of some program.
     """
-    return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
+    if file.format and is_json(file.basename):
+        return holds_rows(file, at_least=1 if named else 2)
+    return file.format is not None
 
 
 def _why_missing(given: str) -> str:
@@ -311,11 +312,9 @@ def _why_missing(given: str) -> str:
 
 def is_text_or_archive(path: Path) -> bool:
     """Whether Atlas reads a file with this name, and for a `.json` file, whether it holds rows."""
-    kind = format_of(path.name)
-    if not path.suffix or kind is None:
-        return bool(path.suffix) and is_archive(path.name)
+    file = TextFile(str(path), format_of(path.name), path.stat().st_size)
     with suppress(AtlasError):  # reading the file reports what is wrong with it
-        return _has_format(TextFile(str(path), kind, path.stat().st_size))
+        return bool(path.suffix) and (is_archive(path.name) or _has_format(file))
     return True
 
 
@@ -333,7 +332,7 @@ def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
 
 def _holds(combined: TextFile, part: TextFile) -> bool:
     """Whether `AllCombined.txt` is in the same archive as a part, or in a folder above it."""
-    same = combined.root == part.root if combined.member or part.member else True
+    same = combined.root == part.root or not (combined.member or part.member)
     return same and part.place.is_relative_to(combined.place.parent)
 
 

@@ -160,10 +160,7 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
     if not (text or is_open):
         return
     report.articles += 1
-    if len(text) <= PIECE_CHARS:
-        yield Piece(text)
-    else:
-        yield from as_document([text], is_open=is_open)
+    yield from as_document([text], is_open=True)
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
