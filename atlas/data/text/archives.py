@@ -45,10 +45,8 @@ _MOST_WINDOW_BITS = 27
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IF_TRUSTED = "if you know where it comes from, give atlas prepare --trust-archives"
 
-DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, zstd.ZstdError),
-    *(EOFError, UnicodeDecodeError),
-)
+_COMPRESSION_ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError)
+DAMAGE = (*_COMPRESSION_ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
 """What the readers of archives and compressed files raise for damaged ones."""
 
 

@@ -72,12 +72,15 @@ class Group:
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)
-        elif first.format == "rows":
-            yield from _rows(first, self.text_field, report, advance)
-        elif first.format == "parquet":
-            yield from _parquet(first, self.text_field, report, advance)
-        else:
+        elif first.format == "text":
             yield from as_document(_text(first, report, advance))
+        else:
+            rows = _rows if first.format == "rows" else _parquet
+            for text in rows(first, self.text_field, advance):
+                if text is None:
+                    report.empty_rows[first.name] += 1
+                else:
+                    yield from as_document([replace_undecodable(text, report.counter_of(first))])
 
     def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
         """The articles of all files as one text. If no title is found, each file is a document."""
@@ -98,14 +101,9 @@ def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[st
         yield from read_text(stream, file.name, on_undecodable=report.counter_of(file))
 
 
-def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-    on_undecodable = report.counter_of(file)
+def _rows(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
     for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
-        text = _row_text(row, place, text_field)
-        if text is None:
-            report.empty_rows[file.name] += 1
-        else:
-            yield from as_document([replace_undecodable(text, on_undecodable)])
+        yield _row_text(row, place, text_field)
 
 
 def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -184,7 +182,7 @@ def json_name(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -192,7 +190,6 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
         raise DataError(
             f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
         ) from None
-    on_undecodable = report.counter_of(file)
     try:
         with open_root(file.root) as stream:
             table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
@@ -204,12 +201,11 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
                 is_dictionary = pyarrow.types.is_dictionary(column.type)
                 for row in column:
                     if not row.is_valid:
-                        report.empty_rows[file.name] += 1
+                        yield None
                         continue
                     content = (row.value if is_dictionary else row).as_buffer()
                     on_unpacked(content.size)
-                    text = content.to_pybytes().decode("utf-8", errors="surrogateescape")
-                    yield from as_document([replace_undecodable(text, on_undecodable)])
+                    yield content.to_pybytes().decode("utf-8", errors="surrogateescape")
                 share = file.size * len(batch) // table.metadata.num_rows
                 unread -= share
                 advance(share)

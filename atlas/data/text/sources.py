@@ -206,13 +206,12 @@ class Sources:
             raise DataError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
-        found = [
-            file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder))
-        ]
+        found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         root = folder.resolve()
-        for file in sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix())):
+        for name in sorted(itertools.filterfalse(_is_hidden, found), key=_natural):
+            file = folder / name
             if file.resolve().is_relative_to(root):
-                yield from self._file(file, file.relative_to(folder).as_posix(), named=False)
+                yield from self._file(file, name, named=False)
             else:
                 self.links_out.append(printable(str(file)))
 
@@ -246,7 +245,7 @@ class Sources:
         for member in in_order:
             kind = format_of(member.name)
             file = TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
-            if _is_hidden(file.place) or "__MACOSX" in file.place.parts:
+            if _is_hidden(str(file.place)) or "__MACOSX" in file.place.parts:
                 continue
             if member.is_file and kind != "parquet" and _has_format(file):
                 yield file
@@ -336,8 +335,8 @@ def _holds(combined: TextFile, part: TextFile) -> bool:
     return same and part.place.is_relative_to(combined.place.parent)
 
 
-def _is_hidden(path: Path | PurePosixPath) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _natural(name: str) -> list[list[str | int]]:
