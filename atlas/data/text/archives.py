@@ -88,9 +88,7 @@ def open_member(root: str, name: str) -> IO[bytes]:
     """Open a member of an archive that `members_of` has checked."""
     path = Path(root)
     status = path.stat()
-    content = _opener(path, (status.st_size, status.st_mtime_ns))(name)
-    assert content is not None
-    return content
+    return cast(IO[bytes], _opener(path, (status.st_size, status.st_mtime_ns))(name))
 
 
 @functools.lru_cache(maxsize=2)
@@ -147,8 +145,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
                 if member.isdir():
                     continue
                 _refuse_unsafe_name(member.name, f"{path}: member {member.name!r:.200}")
-                is_file = member.isreg() and not member.issparse()
-                members.append(Member(member.name, member.size, is_file))
+                members.append(Member(member.name, member.size, member.isreg() and not member.issparse()))
             _check_end(archive, path, trust)
     except (OSError, ValueError, RecursionError, *DAMAGE) as error:
         # tarfile recurses along a chain of headers

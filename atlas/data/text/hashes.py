@@ -14,6 +14,7 @@ from atlas.files import cache_folder, sha256_of
 _SETTLED_SECONDS = 2.0
 """A file that changed less than this before it is hashed could change again without another time stamp."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
+_LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
 def hashes_of(paths: Iterable[Path]) -> list[str]:
@@ -24,9 +25,7 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
         try:
             for path in paths:
                 key, (stamp, changed), begun = os.fsencode(path.resolve()), _stamp(path), time.time()
-                row = cache.execute(
-                    "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?", (key, stamp)
-                ).fetchone()
+                row = cache.execute(_LOOKUP, (key, stamp)).fetchone()
                 hashes.append(row[0] if row else sha256_of(path))
                 if row is None and begun - changed > _SETTLED_SECONDS and _stamp(path)[0] == stamp:
                     new.append((key, stamp, hashes[-1]))

@@ -69,8 +69,6 @@ class Sources:
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
         """Files of kinds that Atlas does not read."""
-        self.left_out: list[str] = []
-        """Parts whose text is also in `AllCombined.txt`."""
         self.links_out: list[str] = []
         """Links in a folder that lead out of it. The folder may be a stranger's, the other files private."""
         self.in_own_order: list[str] = []
@@ -78,7 +76,11 @@ class Sources:
         self._roots: dict[str, str] = {}
         """Path or URL of each file or archive that is read → its name below the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
-        self.files = self._without_doubled(files)
+        combined = [file for file in files if file.is_combined]
+        doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
+        self.left_out = [file.name for file in files if file in doubled]
+        """Parts whose text is also in `AllCombined.txt`."""
+        self.files = [file for file in files if file not in doubled]
         if not self.files:
             raise DataError(
                 f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
@@ -87,9 +89,8 @@ class Sources:
     @property
     def names(self) -> str:
         """The given paths, for messages."""
-        return printable(
-            ", ".join("standard input" if path == STANDARD_INPUT else path for path in self.paths)
-        )
+        shown = ("standard input" if path == STANDARD_INPUT else path for path in self.paths)
+        return printable(", ".join(shown))
 
     @property
     def stem(self) -> str:
@@ -254,13 +255,10 @@ class Sources:
 
     def _remote(self, url: str) -> Iterator[TextFile]:
         with filesystem_of(url) as (filesystem, path):
-            in_folder = False
-            if _PATTERN.search(path):
-                found = filesystem.glob(path, detail=True)
-            elif filesystem.isfile(path):  # to look for files in one, HTTP would read it as a page of links
-                found = {path: filesystem.info(path)}
-            else:
-                in_folder, found = True, filesystem.find(path, detail=True)
+            # A file is found by its name, too: to look for files in it, HTTP would read it as a page of links.
+            in_folder = not _PATTERN.search(path) and not filesystem.isfile(path)
+            find = filesystem.find if in_folder else filesystem.glob
+            found = find(path, detail=True)
         files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
         if not files:
             raise DataError(f"{url}: no such file or folder; give {_KINDS}")
@@ -275,12 +273,6 @@ class Sources:
             elif full not in self._roots:
                 self._roots[full] = full
                 yield file
-
-    def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
-        combined = [file for file in files if file.is_combined]
-        doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
-        self.left_out = [file.name for file in files if file in doubled]
-        return [file for file in files if file not in doubled]
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
