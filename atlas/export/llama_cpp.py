@@ -136,22 +136,30 @@ def _answer(request: dict[str, Any]) -> None:
     print("\n" + json.dumps({"token_ids": token_ids, "continuations": continuations, "logprobs": logprobs}))
 
 
-def load(path: str, context: int, threads: int) -> Any:
-    """Load a file into llama.cpp's server, in this process."""
+def server_params(path: str, context: int, threads: int, *, parallel: int = 1) -> Any:
+    """The settings of llama.cpp's server for a file, and for `context` tokens of all `parallel` sequences together."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = context
-    params.n_parallel = 1
+    params.n_parallel = parallel
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.fit_params = False
+    params.warmup = False
+    params.verbosity = 1  # errors only
+    return params
+
+
+def load(path: str, context: int, threads: int) -> Any:
+    """Load a file into llama.cpp's server, in this process."""
+    import xllamacpp
+
+    params = server_params(path, context, threads)
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_gpu_layers = 0
     params.no_kv_offload = params.no_op_offload = True
-    params.fit_params = False
-    params.warmup = False
-    params.verbosity = 1  # errors only
     return xllamacpp.Server(params)
 
 

@@ -13,13 +13,14 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from atlas.errors import AtlasError
 from atlas.export.gguf import read_metadata
+from atlas.export.llama_cpp import server_params
 from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
@@ -56,8 +57,8 @@ class Llama(Backend):
         self._address = urlsplit(self._server.listening_address).netloc
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llama")
         self._lock = threading.Lock()
-        self._running: list[Generation] = []
-        self._waiting: list[Generation] = []
+        self._running: set[Generation] = set()
+        self._waiting: set[Generation] = set()
         self._closed = False
 
     def encode(self, text: str) -> list[int]:
@@ -89,10 +90,10 @@ class Llama(Backend):
     def submit(self, generations: Sequence[Generation]) -> None:
         """Accept all of them or raise `Busy`."""
         with self._lock:
-            self._waiting = [each for each in self._waiting if not each.cancelled]
+            self._waiting = {each for each in self._waiting if not each.cancelled}
             if len(self._running) + len(self._waiting) + len(generations) > self.capacity:
                 raise Busy
-            self._waiting += generations
+            self._waiting.update(generations)
         for generation in generations:
             self._pool.submit(self._generate, generation)
 
@@ -106,11 +107,10 @@ class Llama(Backend):
 
     def _generate(self, generation: Generation) -> None:
         with self._lock:
-            if generation in self._waiting:
-                self._waiting.remove(generation)
+            self._waiting.discard(generation)
             if generation.cancelled:
                 return
-            self._running.append(generation)
+            self._running.add(generation)
         try:
             for piece in self._pieces(generation):
                 self._send([(generation, piece)])
@@ -158,13 +158,10 @@ class Llama(Backend):
 
     @contextmanager
     def _post(self, route: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(self._address)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        try:
+        with closing(http.client.HTTPConnection(self._address)) as connection:
             connection.request("POST", route, json.dumps(body), headers)
             yield connection.getresponse()
-        finally:
-            connection.close()
 
     def _ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         with self._post(route, body) as response:
@@ -193,15 +190,8 @@ def _load(path: str, *, context: int, parallel: int, threads: int, key: str) -> 
         import xllamacpp
     except ImportError:
         raise AtlasError('--gguf: llama.cpp is not installed: pip install "atlas-llm[llama]"') from None
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx = context
-    params.n_parallel = parallel
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params = server_params(path, context, threads, parallel=parallel)
     params.api_keys = [key]
-    params.fit_params = False
-    params.warmup = False
-    params.verbosity = 1  # errors only
     try:
         return xllamacpp.Server(params)
     except RuntimeError as error:
