@@ -71,7 +71,7 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
-    "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < "
+    "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
     "dispatcher < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < generate terminal < choose_preset doctor "
     "evaluate export import_model info_dataset look plan_output prepare report serve train < demo info plan < "

@@ -7,33 +7,13 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from atlas.serving.errors import ApiError
 from atlas.serving.generation import Candidate, GenerationRequest, Piece
 from atlas.serving.stream import event
 
 _LOWEST = -9999.0
 """OpenAI's log-probability of an impossible token: JSON has no infinity."""
-
-
-@dataclass
-class _Choice:
-    """The text of one generation so far."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    offset: int = 0
-    """Characters of the tokens so far."""
-    decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
-
-    def advance(self, data: bytes) -> int:
-        """The offset at which a token begins, from its bytes."""
-        offset = self.offset
-        self.offset += len(self.decoder.decode(data))
-        return offset
 
 
 class Answer:
@@ -49,21 +29,21 @@ class Answer:
             "created": int(time.time()),
             "model": request.backend.id,
         }
-        self._choices = [_Choice() for _ in request.generations]
+        self._offsets = [0] * len(request.generations)
+        """Characters of each generation's tokens so far."""
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in request.generations]
 
     async def complete(self, seconds: float) -> dict[str, Any]:
         """The answer when all generations have ended. Raises `ApiError`."""
+        generated: list[list[Piece]] = [[] for _ in self.request.generations]
         async for index, piece in self.request.pieces(seconds):
-            if error := piece_error(piece, seconds):
-                raise error
-            self._choices[index].pieces.append(piece)
+            generated[index].append(piece)
         choices = []
-        for index, choice in enumerate(self._choices):
-            text = "".join(piece.text for piece in choice.pieces)
+        for index, pieces in enumerate(generated):
+            text = "".join(piece.text for piece in pieces)
             message = {"role": "assistant", "content": text, "refusal": None}
-            choices.append(
-                self._choice(index, {"message": message} if self.is_chat else {"text": text}, choice.pieces)
-            )
+            content = {"message": message} if self.is_chat else {"text": text}
+            choices.append(self._choice(index, content, pieces))
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def stream(self, seconds: float, *, include_usage: bool) -> AsyncIterator[str]:
@@ -72,15 +52,12 @@ class Answer:
         if include_usage:
             head["usage"] = None
         if self.is_chat:
-            for index in range(len(self._choices)):
+            for index in range(len(self.request.generations)):
                 first = {"delta": {"role": "assistant", "content": ""}}
                 yield event(
                     {**head, "choices": [{"index": index, **first, "logprobs": None, "finish_reason": None}]}
                 )
         async for index, piece in self.request.pieces(seconds):
-            if error := piece_error(piece, seconds):
-                yield event(error.body)
-                return
             if piece.text or piece.finish or self.logprobs:
                 delta = {"content": piece.text} if piece.text else {}
                 content = {"delta": delta} if self.is_chat else {"text": piece.text}
@@ -96,10 +73,10 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _choice(self, index: int, content: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
-        logprobs = self._logprobs(self._choices[index], pieces) if self.logprobs else None
+        logprobs = self._logprobs(index, pieces) if self.logprobs else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
-    def _logprobs(self, choice: _Choice, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         chosen = [(piece, piece.token) for piece in pieces if piece.token is not None]
         if self.is_chat:
             content = [
@@ -110,12 +87,16 @@ class Answer:
                 for piece, token in chosen
             ]
             return {"content": content, "refusal": None}
-        token_bytes = self.request.backend.token_bytes
+        offsets = []
+        for _, token in chosen:
+            offsets.append(self._offsets[index])
+            data = self.request.backend.token_bytes(token)
+            self._offsets[index] += len(self._decoders[index].decode(data))
         return {
             "tokens": [self._text(token) for _, token in chosen],
             "token_logprobs": [_finite(piece.logprob) for piece, _ in chosen],
             "top_logprobs": [self._top_logprobs(piece, token) for piece, token in chosen],
-            "text_offset": [choice.advance(token_bytes(token)) for _, token in chosen],
+            "text_offset": offsets,
         }
 
     def _top_logprobs(self, piece: Piece, token: int) -> dict[str, float]:
@@ -141,13 +122,3 @@ class Answer:
 
 def _finite(logprob: float | None) -> float:
     return _LOWEST if logprob is None or not math.isfinite(logprob) else logprob
-
-
-def piece_error(piece: Piece, seconds: float) -> ApiError | None:
-    """The error of a piece that ends its request, or None."""
-    if piece.finish == "timeout":
-        message = f"not finished within {seconds:g} s: request fewer tokens, or raise --timeout"
-        return ApiError(504, message)
-    if piece.finish == "error":
-        return ApiError(500, "the model failed at this generation: the server's log has the reason")
-    return None

@@ -68,12 +68,8 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
         media_type = "text/plain; version=0.0.4; charset=utf-8"
         return Response(dispatcher.metrics.text(), media_type=media_type)
 
-    for router in (
-        openai_routes(dispatcher),
-        file_routes(),
-        page_routes(dispatcher),
-        run_routes(settings.runs),
-    ):
+    pages = file_routes(), page_routes(dispatcher), run_routes(settings.runs)
+    for router in (openai_routes(dispatcher), *pages):
         app.include_router(router)
     app.add_middleware(limit_body, seconds=BODY_SECONDS)
     app.add_middleware(require_auth, api_key=settings.api_key, open_paths={*FILES, "/health"})

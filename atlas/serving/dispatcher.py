@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atlas.inference.sampling import Sampling, row_seed
+from atlas.inference.sampling import row_seed
 from atlas.serving.errors import ApiError
 from atlas.serving.generation import Backend, Busy, Generation, GenerationRequest
 from atlas.serving.metrics import Metrics
@@ -64,13 +64,7 @@ class Dispatcher:
             limit = f"This model's maximum context length is {backend.context} tokens"
             message = f"{limit}, the prompt has {longest}"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-        sampling = Sampling(
-            temperature=1.0 if params.temperature is None else params.temperature,
-            top_k=params.top_k or 0,
-            top_p=params.top_p or 1.0,
-            min_p=params.min_p or 0.0,
-            repetition_penalty=params.repetition_penalty or 1.0,
-        )
+        sampling = params.sampling()
         seed = secrets.randbelow(2**63) if params.seed is None else params.seed
         rows = [prompt for prompt in prompts for _ in range(params.n or 1)]
         generations = [
@@ -91,19 +85,18 @@ class Dispatcher:
     def _check(
         self, backend: Backend, prompts: Sequence[list[int]], params: SamplingParams, max_tokens: int
     ) -> None:
-        num_generations, most_tokens = len(prompts) * (params.n or 1), self.settings.max_tokens
-        largest = max(map(max, prompts))
-        reason = None
-        if len(params.stops) > MOST_STOPS:
-            param, reason = "stop", f"at most {MOST_STOPS} strings, not {len(params.stops)}"
-        elif params.stream_options and not params.stream:
-            param, reason = "stream_options", "only with stream"
-        elif num_generations > backend.capacity:
-            param, reason = "n", f"{num_generations} texts in one request: at most {backend.capacity}"
-        elif max_tokens > most_tokens:
-            param = "max_tokens"
-            reason = f"at most {most_tokens}, not {max_tokens} (--max-tokens of the server)"
-        elif largest >= backend.vocab_size:
-            param, reason = "prompt", f"token {largest}: the vocabulary has {backend.vocab_size}"
-        if reason:
-            raise ApiError(400, f"{param}: {reason}", param=param)
+        stops, texts = len(params.stops), len(prompts) * (params.n or 1)
+        most, largest, known = self.settings.max_tokens, max(map(max, prompts)), backend.vocab_size
+        for is_wrong, param, rule in (
+            (stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {stops}"),
+            (params.stream_options and not params.stream, "stream_options", "only with stream"),
+            (texts > backend.capacity, "n", f"{texts} texts in one request: at most {backend.capacity}"),
+            (
+                max_tokens > most,
+                "max_tokens",
+                f"at most {most}, not {max_tokens} (the server's --max-tokens)",
+            ),
+            (largest >= known, "prompt", f"token {largest}: the vocabulary has {known}"),
+        ):
+            if is_wrong:
+                raise ApiError(400, f"{param}: {rule}", param=param)

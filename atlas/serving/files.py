@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.routing import Route
 
 _HEADERS = {
     # Nothing loads from another host, whatever a model generates.
@@ -28,16 +28,9 @@ _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "html": "text/html"}
 
 def file_routes() -> APIRouter:
     """A route for each file, which is read now."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter()
     for path, ((package, folder), name) in FILES.items():
         content = resources.files(package).joinpath(folder, *name.split("/")).read_bytes()
-        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-        router.add_api_route(path, _endpoint(content, media_type), response_class=Response)
+        response = Response(content, headers=_HEADERS, media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
+        router.routes.append(Route(path, response, methods=["GET"], include_in_schema=False))
     return router
-
-
-def _endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    async def file() -> Response:
-        return Response(content, media_type=media_type, headers=_HEADERS)
-
-    return file

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from atlas.inference.sampling import Sampling
+from atlas.serving.errors import ApiError
 from atlas.tokenizer.chat import Message
 
 
@@ -150,7 +151,7 @@ class GenerationRequest:
         return sum(map(len, {id(each.prompt): each.prompt for each in self.generations}.values()))
 
     async def pieces(self, seconds: float) -> AsyncIterator[tuple[int, Piece]]:
-        """(index of the generation, piece) until all have ended. After `seconds` a last piece has the finish `timeout`;
+        """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and after `seconds`;
         unfinished generations then continue until `cancel`."""
         timeout = (0, failure("timeout"))
         timer = asyncio.get_running_loop().call_later(seconds, self._queue.put_nowait, timeout)
@@ -162,9 +163,12 @@ class GenerationRequest:
                     self.seconds_to_first = time.perf_counter() - self._accepted_at
                 self.num_generated += piece.num_tokens
                 self._count(piece.num_tokens)
+                if piece.finish == "error":
+                    raise ApiError(500, "the model failed here: the server's log has the reason")
+                if piece.finish == "timeout":
+                    late = f"not finished within {seconds:g} s: request fewer tokens, or raise --timeout"
+                    raise ApiError(504, late)
                 yield index, piece
-                if piece.finish in ("error", "timeout"):
-                    return
                 unfinished -= piece.finish is not None
         finally:
             timer.cancel()

@@ -47,8 +47,9 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         """Continue a text."""
         backend = dispatcher.model(body.model)
         prompts = await asyncio.to_thread(_prompts, body, backend)  # a long text takes a moment
+        max_tokens = body.max_tokens or _DEFAULT_TOKENS
         generations = dispatcher.submit(
-            backend, prompts, body, max_tokens=body.max_tokens or _DEFAULT_TOKENS, candidates=body.logprobs
+            backend, prompts, body, max_tokens=max_tokens, candidates=body.logprobs
         )
         answer = Answer(generations, is_chat=False, logprobs=body.logprobs is not None)
         return await _respond(dispatcher, answer, body, request)
@@ -66,13 +67,9 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         ]
         prompt = await asyncio.to_thread(backend.encode_chat, messages)
         room = max(1, min(backend.context - len(prompt), dispatcher.settings.max_tokens))
-        generations = dispatcher.submit(
-            backend,
-            [prompt],
-            body,
-            max_tokens=body.max_completion_tokens or body.max_tokens or room,
-            candidates=(body.top_logprobs or 0) if body.logprobs else None,
-        )
+        max_tokens = body.max_completion_tokens or body.max_tokens or room
+        candidates = (body.top_logprobs or 0) if body.logprobs else None
+        generations = dispatcher.submit(backend, [prompt], body, max_tokens=max_tokens, candidates=candidates)
         answer = Answer(generations, is_chat=True, logprobs=bool(body.logprobs))
         return await _respond(dispatcher, answer, body, request)
 

@@ -18,13 +18,11 @@ from pydantic import Field
 from atlas.inference import look
 from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
-from atlas.inference.sampling import Sampling
-from atlas.serving.answers import piece_error
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.engine import Engine
 from atlas.serving.errors import ApiError
 from atlas.serving.generation import Backend, GenerationRequest
-from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, TokenId
+from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenId
 from atlas.serving.stream import EventStream, event, until_disconnect
 
 _LIKELIEST = 24
@@ -56,14 +54,8 @@ class LookRequest(Body):
     """Tokens of the prompt that the model did not generate; None: all."""
 
 
-class SamplingRequest(LookRequest):
+class SamplingRequest(LookRequest, SamplingSettings):
     """A text, and the settings with which its next token is chosen."""
-
-    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
-    top_k: int = Field(50, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class AttentionRequest(LookRequest):
@@ -81,18 +73,16 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     async def in_turn(work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
-    async def look_inside(
-        body: LookRequest, request: Request, work: Callable[..., T], *arguments: Any
-    ) -> T | None:
+    async def look_inside(body: LookRequest, request: Request, work: Callable[..., T]) -> T | None:
+        """What `work` returns for the model, the ids of its window on the text, where that begins, and the request."""
         backend = dispatcher.model(body.model)
         if not isinstance(backend, Engine):
             message = f"{backend.id}: llama.cpp does not show how it chooses a token: serve the checkpoint"
             raise ApiError(400, message)
         ids = await _ids(backend, body.prompt)
         start = window_start(body.given or len(ids), len(ids), backend.context)
-        return await until_disconnect(
-            request.receive, in_turn(work, backend.loaded, ids[start:], start, *arguments)
-        )
+        looking = in_turn(work, backend.loaded, ids[start:], start, body)
+        return await until_disconnect(request.receive, looking)
 
     @router.post("/api/write")
     async def write(body: WriteRequest) -> Response:
@@ -118,12 +108,11 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
-        settings = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
-        return await look_inside(body, request, _sampling, settings)
+        return await look_inside(body, request, _sampling)
 
     @router.post("/api/attention")
     async def attention(body: AttentionRequest, request: Request) -> dict[str, Any] | None:
-        return await look_inside(body, request, _attention, body.layer)
+        return await look_inside(body, request, _attention)
 
     @router.post("/api/layers")
     async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
@@ -158,9 +147,6 @@ async def _events(
     finish = None
     async for _, piece in generations.pieces(seconds):
         finish = piece.finish
-        if error := piece_error(piece, seconds):
-            yield event(error.body)
-            return
         if piece.token is not None:
             options = [_option(backend, each.token, each.logprob) for each in piece.candidates[:alternatives]]
             own = shown(_option(backend, piece.token, piece.logprob or 0.0))
@@ -181,19 +167,19 @@ def _visible(text: str) -> str:
     )
 
 
-def _sampling(loaded: LoadedModel, ids: list[int], start: int, settings: Sampling) -> dict[str, Any]:
-    return asdict(look.next_token(loaded, ids, settings, candidates=_LIKELIEST))
+def _sampling(loaded: LoadedModel, ids: list[int], start: int, body: SamplingRequest) -> dict[str, Any]:
+    return asdict(look.next_token(loaded, ids, body.sampling(), candidates=_LIKELIEST))
 
 
-def _attention(loaded: LoadedModel, ids: list[int], start: int, layer: int) -> dict[str, Any]:
-    drawn = look.attention(loaded, ids, layers=[layer])[0, :, -_DRAWN:, -_DRAWN:]
+def _attention(loaded: LoadedModel, ids: list[int], start: int, body: AttentionRequest) -> dict[str, Any]:
+    drawn = look.attention(loaded, ids, layers=[body.layer])[0, :, -_DRAWN:, -_DRAWN:]
     return {
-        "layer": layer,
+        "layer": body.layer,
         "num_layers": loaded.config.model.num_layers,
         "first": start + len(ids) - drawn.shape[-1],
         "weights": [[[round(weight, 4) for weight in row] for row in head] for head in drawn.tolist()],
     }
 
 
-def _layers(loaded: LoadedModel, ids: list[int], start: int) -> dict[str, Any]:
+def _layers(loaded: LoadedModel, ids: list[int], start: int, body: LookRequest) -> dict[str, Any]:
     return {"layers": [asdict(each) for each in look.lens(loaded, ids, alternatives=_LENS)]}

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from atlas.inference.sampling import Sampling
+
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
 
 
@@ -45,10 +47,9 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
 
 
-class SamplingParams(Body):
-    """The fields that both kinds of request have."""
+class SamplingSettings(Body):
+    """How the next token is chosen."""
 
-    model: str | None = Field(None, description="A name from /v1/models. Default: the first.")
     temperature: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="0: always the likeliest token. Default: 1."
     )
@@ -65,6 +66,17 @@ class SamplingParams(Body):
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description="Above 1: repeat earlier tokens less."
     )
+
+    def sampling(self) -> Sampling:
+        """The settings; one that the request leaves out changes nothing."""
+        named = self.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
+        return Sampling(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **named})
+
+
+class SamplingParams(SamplingSettings):
+    """The fields that both kinds of request have."""
+
+    model: str | None = Field(None, description="A name from /v1/models. Default: the first.")
     n: Int | None = Field(None, ge=1, le=MOST_CHOICES, description="Generations for each prompt.")
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
     stop: Stop | list[Stop] | None = Field(

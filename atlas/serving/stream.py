@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from atlas.serving.errors import ApiError
+
 T = TypeVar("T")
 
 
@@ -33,12 +35,12 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
 class EventStream(StreamingResponse):
     """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) until the client disconnects.
 
-    `on_end` runs at the end, also after a disconnect or an error.
+    An `ApiError` becomes the last event. `on_end` runs at the end, also after a disconnect or an error.
     """
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        super().__init__(_until_error(events), headers=headers, media_type="text/event-stream")
         self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,6 +49,14 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.on_end()
+
+
+async def _until_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        async for each in events:
+            yield each
+    except ApiError as error:
+        yield event(error.body)
 
 
 def event(data: dict[str, Any]) -> str:
