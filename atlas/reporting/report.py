@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,9 @@ from atlas.version import __version__
 _STATIC = files("atlas.reporting") / "static"
 _MISSING = "–"
 _MOST_EVENTS_LISTED = 200
+_ABOUT_LOSSES = (
+    "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
+)
 
 STATES = {
     "finished": "finished",
@@ -81,7 +85,7 @@ def _sections(runs: Sequence[Run]) -> Iterator[str]:
     if any(run.samples for run in runs):
         yield _section("Samples over time", "".join(map(_samples, runs)))
     if any(run.events for run in runs):
-        yield _section("Events", "".join(_events(run, is_alone=len(runs) == 1) for run in runs))
+        yield _section("Events", "".join(map(_events, runs)))
     yield _section("Machine and versions", _machine(runs))
     yield _section("Configs", "".join(map(_config, runs)))
 
@@ -125,11 +129,8 @@ def _evaluation(runs: Sequence[Run]) -> str:
 def _evaluation_row(run: Run) -> list[str]:
     state, (axes, _) = run.state, run.axes()
     losses = run.records("train")["loss"]
-    if not losses.size:
-        loss = _MISSING
-    elif not np.isfinite(losses[-1]):
-        loss = "not finite"
-    else:
+    loss = "not finite" if losses.size else _MISSING
+    if losses.size and np.isfinite(losses[-1]):
         loss = f"{chart_data(run)['series']['smoothed_loss']['value'][-1]:.4f}"
     row = [
         escape(run.name),
@@ -152,23 +153,18 @@ def _evaluation_row(run: Run) -> list[str]:
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    notes = [
-        "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
-    ]
-    for run in runs:
-        if run.evaluations() is None:
-            notes.append(
-                f"{run.name} was not evaluated: it has no validation data, or has not come that far."
-            )
-        loss = run.records("train")["loss"]
-        if num_bad := int((~np.isfinite(loss)).sum()):
-            notes.append(
-                f"{run.name}: the loss of {num_bad:,} of {loss.size:,} records is not a finite number; the curves and "
-                "figures leave it out."
-            )
-        if run.unreadable:
-            notes.append(f"{run.unreadable:,} lines of {run.metrics_path} are not records and are left out.")
-    return "".join(map(_aside, notes))
+    return "".join(map(_aside, itertools.chain([_ABOUT_LOSSES], *map(_notes_of, runs))))
+
+
+def _notes_of(run: Run) -> Iterator[str]:
+    if run.evaluations() is None:
+        yield f"{run.name} was not evaluated: it has no validation data, or has not come that far."
+    loss = run.records("train")["loss"]
+    if num_bad := int((~np.isfinite(loss)).sum()):
+        bad = f"the loss of {num_bad:,} of {loss.size:,} records is not a finite number"
+        yield f"{run.name}: {bad}; the curves and figures leave it out."
+    if run.unreadable:
+        yield f"{run.unreadable:,} lines of {run.metrics_path} are not records and are left out."
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -207,22 +203,16 @@ def _samples(run: Run) -> str:
     return "".join(parts)
 
 
-def _events(run: Run, *, is_alone: bool) -> str:
+def _events(run: Run) -> str:
     if not run.events:
         return ""
-    rows = [
-        [
-            f"{event['step']:,}",
-            duration(event["time"]) if "time" in event else _MISSING,
-            escape(event["text"]),
-        ]
-        for event in chart_data(run)["events"][-_MOST_EVENTS_LISTED:]
-    ]
+    rows = []
+    for event in chart_data(run)["events"][-_MOST_EVENTS_LISTED:]:
+        time_of = duration(event["time"]) if "time" in event else _MISSING
+        rows.append([f"{event['step']:,}", time_of, escape(event["text"])])
     num_events = len(run.events)
     note = _aside(f"{num_events - len(rows):,} more are left out.") if num_events > len(rows) else ""
-    summary = f"{num_events:,} event{'' if num_events == 1 else 's'}"
-    if not is_alone:
-        summary = f"{escape(run.name)}: {summary}"
+    summary = f"{escape(run.name)}: {num_events:,} event{'' if num_events == 1 else 's'}"
     table = _table(("Step", "Time", "What happened"), rows)
     opened = " open" if len(rows) <= 12 else ""
     return f"<details{opened}><summary>{summary}</summary>{table}{note}</details>"
@@ -254,15 +244,13 @@ def _config(run: Run) -> str:
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return _MISSING
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, (bool, list, dict)):
         return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return _MISSING if value is None else str(value)
 
 
 def _figure(value: float, form: str) -> str:
@@ -278,11 +266,8 @@ def _large(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """A duration such as `1 d 2 h`, `3 h 25 min`, `4 min 7 s` or `12 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days:,} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    seconds = round(seconds)
+    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= length:
+            return f"{seconds // length:,} {unit} {seconds % length // part} {smaller}"
+    return f"{seconds} s"

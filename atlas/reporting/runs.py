@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -237,8 +238,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
     series["smoothed_loss"] = _series(axes, smooth(train["loss"]))
     for name in _NOISY:
         series[f"smoothed_{name}"] = _series(axes, smooth(train[name]), most=_MOST_SMALL_POINTS)
-    of_validation = {axis: _positions(axes, axis, validation) for axis in axes}
-    series["val_loss"] = _series(of_validation, validation["val_loss"])
+    series["val_loss"] = _series(_positions(axes, validation), validation["val_loss"])
     return {
         "name": run.name,
         "state": run.state,
@@ -256,12 +256,13 @@ def _series(axes: dict[str, Floats], values: Floats, *, most: int = MOST_POINTS)
     return {axis: _rounded(places[kept]) for axis, places in axes.items()} | {"value": _rounded(values[kept])}
 
 
-def _positions(axes: dict[str, Floats], axis: str, records: dict[str, Floats]) -> Floats:
-    """The positions of records on an axis: their own values, else interpolated between train records by step."""
-    own = records["seconds" if axis == "time" else axis]
-    if _all_known(own) or not axes["step"].size:
-        return own
-    return np.interp(records["step"], axes["step"], axes[axis])
+def _positions(axes: dict[str, Floats], records: dict[str, Floats]) -> dict[str, Floats]:
+    """The positions of records on each axis: their own values, else interpolated between train records by step."""
+    positions = {axis: records["seconds" if axis == "time" else axis] for axis in axes}
+    for axis, own in positions.items():
+        if not _all_known(own) and axes["step"].size:
+            positions[axis] = np.interp(records["step"], axes["step"], axes[axis])
+    return positions
 
 
 def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
@@ -273,7 +274,7 @@ def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
         key: np.array([_number(event.get(key)) for event in events], dtype=np.float64)
         for key in ("step", "tokens", "seconds")
     }
-    positions = {axis: _rounded(_positions(axes, axis, columns)) for axis in axes}
+    positions = {axis: _rounded(values) for axis, values in _positions(axes, columns).items()}
     return [
         {"event": event["event"][:80], "text": event_text(event)}
         | {axis: values[number] for axis, values in positions.items()}
@@ -344,12 +345,8 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def _number(value: Any) -> float:
     """The value as a float; NaN if it is not a finite number: null, a string, a bool, or too large for a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= sys.float_info.max else math.nan
 
 
 def encodable(text: str) -> str:
