@@ -11,7 +11,6 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +26,6 @@ _CAPTURE_LOCK = threading.Lock()
 """PyTorch captures one graph at a time in a process; a server may have several models."""
 
 
-@dataclass(frozen=True)
-class _CapturedStep:
-    """A captured step and the tensors that it reads its input from."""
-
-    newest: Tensor
-    window: CacheWindow
-    run: Callable[[], Tensor]
-
-
 class Decoder:
     """A model and the KV cache of the sequences that it generates."""
 
@@ -43,7 +33,7 @@ class Decoder:
         self.model = model
         self.cache = cache
         self._uses_graphs = cache.keys.is_cuda
-        self._graphs: dict[tuple[int, int], _CapturedStep] = {}
+        self._graphs: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
         self._pool: Any = None
         """The memory pool that all graphs share, since one runs at a time."""
 
@@ -53,14 +43,12 @@ class Decoder:
         step = self._captured_step(tokens) if self._uses_graphs else None
         if step is None:
             return self.model(tokens, self.cache)[:, -1]  # type: ignore[no-any-return]
-        step.newest.copy_(tokens)
-        step.window.lengths.copy_(self.cache.lengths)
-        logits = step.run()
+        logits = step(tokens)
         self.cache.advance(1)
         return logits
 
-    def _captured_step(self, tokens: Tensor) -> _CapturedStep | None:
-        """The graph for this number of rows and their lengths; None where PyTorch cannot capture one."""
+    def _captured_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Runs the graph for this number of rows and their lengths; None where PyTorch cannot capture one."""
         slots = _FEWEST_SLOTS
         while slots <= self.cache.longest:
             slots *= 2
@@ -78,7 +66,13 @@ class Decoder:
                 warnings.warn(f"no CUDA graphs, generation is slower: {reason:.200}", stacklevel=2)
                 self._uses_graphs = False
                 return None
-            self._graphs[key] = _CapturedStep(newest, window, run)
+
+            def replay(tokens: Tensor) -> Tensor:
+                newest.copy_(tokens)
+                window.lengths.copy_(self.cache.lengths)
+                return run()
+
+            self._graphs[key] = replay
         return self._graphs[key]
 
     def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -35,14 +35,10 @@ def generate(
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    weights = next(model.parameters())
     rows = [list(prompt) for prompt in prompts]
     generators = generators or row_generators(0, len(rows))
     done = [False] * len(rows)
-    decoder: Decoder | None = None
-    if use_cache:
-        cache = KVCache(model.config, len(rows), device=weights.device, dtype=weights.dtype)
-        decoder = Decoder(model, cache)
+    decoder = Decoder(model, empty_cache(model, len(rows))) if use_cache else None
     starts: list[int] = []
     for _ in range(max_tokens):
         before = starts
@@ -69,6 +65,12 @@ def generate(
         yield [None if ended else token for ended, token in zip(done, tokens, strict=True)]
         if all(done):
             return
+
+
+def empty_cache(model: AtlasLM, rows: int, *, max_len: int | None = None) -> KVCache:
+    """A KV cache on the model's device, in the dtype of its weights."""
+    weights = next(model.parameters())
+    return KVCache(model.config, rows, max_len=max_len, device=weights.device, dtype=weights.dtype)
 
 
 def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from atlas.errors import AtlasError
 from atlas.inference.decoder import Decoder
-from atlas.inference.generate import prefill, window_start
+from atlas.inference.generate import empty_cache, prefill, window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream, encode_prompt
-from atlas.model import KVCache, long_tensor
+from atlas.model import long_tensor
 from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, Send, failure
 from atlas.tokenizer.chat import Message, encode_chat
 
@@ -44,7 +44,7 @@ class Engine(Backend):
         self._outbox: list[tuple[Generation, Piece]] = []
         self._wake = threading.Condition()
         self._closed = False
-        self._cache = self._empty_cache(parallel)
+        self._cache = empty_cache(loaded.model, parallel)
         self._cache.truncate([])
         self._decoder = Decoder(loaded.model, self._cache)
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
@@ -129,7 +129,7 @@ class Engine(Backend):
         if joining := self._next_waiting(self.parallel - len(self._running)):
             self._running += joining  # from here on, an error ends these too
             windows = [each.tokens[each.start :] for each in joining]
-            cache = self._empty_cache(len(joining), max_len=max(map(len, windows)))
+            cache = empty_cache(self.loaded.model, len(joining), max_len=max(map(len, windows)))
             logits = prefill(self.loaded.model, windows, cache)
             self._cache.append(cache)
             self._sample(joining, logits)
@@ -183,11 +183,6 @@ class Engine(Backend):
         self._cache.remove(row)
         self._running[row] = self._running[-1]
         del self._running[-1]
-
-    def _empty_cache(self, rows: int, *, max_len: int | None = None) -> KVCache:
-        weights = next(self.loaded.model.parameters())
-        config = self.loaded.config.model
-        return KVCache(config, rows, max_len=max_len, device=weights.device, dtype=weights.dtype)
 
 
 class _Sequence:

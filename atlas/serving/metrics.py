@@ -20,13 +20,10 @@ class Metrics:
 
     def __init__(self, backends: Iterable[Backend]) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "atlas_requests", "Requests answered.", ["route", "status"], registry=registry
-        )
-        self._prompt_tokens = Counter(
-            "atlas_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry
-        )
-        self._tokens = Counter("atlas_completion_tokens", "Tokens generated.", ["model"], registry=registry)
+        count = functools.partial(Counter, namespace="atlas", registry=registry)
+        self._requests = count("requests", "Requests answered.", ["route", "status"])
+        self._prompt_tokens = count("prompt_tokens", "Tokens of prompts.", ["model"])
+        self._tokens = count("completion_tokens", "Tokens generated.", ["model"])
         self._first = Histogram(
             "atlas_time_to_first_token_seconds",
             "From a request's acceptance to its first token.",

@@ -31,13 +31,10 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
-    except socket.gaierror as error:
-        raise AtlasError(
-            f"--host {host}: is unknown here ({error.strerror}): give an address of this machine"
-        ) from None
     except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise AtlasError(
-            f"--host {host} --port {port}: cannot listen ({getattr(error, 'strerror', None) or error}): choose another "
+            f"--host {host} --port {port}: cannot listen ({reason}): give an address of this machine, and another "
             "--port, or stop the program that listens there"
         ) from None
     return listener
