@@ -61,7 +61,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
-    from atlas.inference.load import NOT_NEEDED, model_of
+    from atlas.inference.load import NOT_NEEDED, load_model
     from atlas.training.checkpoint.load import load_checkpoint
     from atlas.training.checkpoint.locate import find_checkpoint
 
@@ -81,7 +81,7 @@ def export(
         config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
         weights = contents["model_state_dict"]
         return _list_files(export_adapter(weights, config.model, config.lora, target, base=base))
-    loaded = model_of(contents, path)
+    loaded = load_model(path, contents=contents)
     if format == "hf":
         from atlas.export.huggingface import export_hf
 

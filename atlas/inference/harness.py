@@ -119,8 +119,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             room = self.max_length - max_tokens
             room = room if room > 0 else max(1, self.max_length // 2)
             steps = stream_ids(
-                self.loaded.model,
-                tokenizer,
+                self.loaded,
                 [prompts[number][-room:] for number in batch],
                 sampling,
                 # Seeded by the request's number, so that its text does not depend on the batch.

@@ -17,7 +17,7 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.inference.layout import lay_out_for_decoding
 from atlas.inference.sampling import Sampling
-from atlas.inference.text import encode_prompt, stream_text
+from atlas.inference.text import ModelAndTokenizer, encode_prompt, stream_text
 from atlas.model import AtlasLM
 from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
@@ -35,15 +35,13 @@ use of `meta` costs PyTorch a second and some 60 MB; to initialise and overwrite
 
 
 @dataclass(frozen=True, repr=False)
-class LoadedModel:
+class LoadedModel(ModelAndTokenizer):
     """A model that is ready for inference.
 
     `model` is in evaluation mode, on its device, in fp32 unless you asked for another dtype. `facts` is the checkpoint
     without its tensors.
     """
 
-    model: AtlasLM
-    tokenizer: Tokenizer
     config: AtlasConfig
     path: Path
     facts: dict[str, Any]
@@ -151,27 +149,21 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, device: str = "cpu", tokenizer: str | None = None, dtype: str = "f32"
-) -> LoadedModel:
-    """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
-
-    `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
-    Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
-    """
-    path = find_checkpoint(path)
-    contents = load_checkpoint(path, without=NOT_NEEDED)
-    return model_of(contents, path, device=device, tokenizer=tokenizer, dtype=dtype)
-
-
-def model_of(
-    contents: dict[str, Any],
-    path: Path,
+    path: str | Path,
     *,
     device: str = "cpu",
     tokenizer: str | None = None,
     dtype: str = "f32",
+    contents: dict[str, Any] | None = None,
 ) -> LoadedModel:
-    """As `load_model`, from the contents that `load_checkpoint` read from `path`."""
+    """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
+
+    `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
+    `contents` are those that `load_checkpoint` read from `path`; None: they are read here.
+    Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
+    """
+    path = find_checkpoint(path)
+    contents = contents or load_checkpoint(path, without=NOT_NEEDED)
     where = choose_device(device)
     kind = choose_weights_dtype(dtype, where)
     saved = contents["tokenizer"]

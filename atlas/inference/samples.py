@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from atlas.config import TrackingConfig
-from atlas.inference.sampling import Sampling, row_generators
-from atlas.inference.text import encode_prompt, stream_ids
+from atlas.inference.sampling import Sampling
+from atlas.inference.text import ModelAndTokenizer, stream_text
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 
@@ -25,11 +25,8 @@ def sample_texts(
     generators are not used.
     """
     texts = [""] * tracking.samples
-    prompts = [encode_prompt(tracking.sample_prompt, tokenizer)] * len(texts)
-    generators = row_generators(seed, len(texts))
-    for pieces in stream_ids(
-        model, tokenizer, prompts, Sampling(), generators, max_tokens=tracking.sample_tokens
-    ):
+    prompts, loaded = [tracking.sample_prompt] * len(texts), ModelAndTokenizer(model, tokenizer)
+    for pieces in stream_text(loaded, prompts, Sampling(), max_tokens=tracking.sample_tokens, seed=seed):
         if should_stop():
             return []
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]

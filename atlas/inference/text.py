@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
@@ -18,16 +18,12 @@ Prompt = str | Sequence[Message]
 """Text to continue, or a conversation to answer."""
 
 
-class ModelAndTokenizer(Protocol):
-    """The part of a `LoadedModel` that generation needs."""
+@dataclass(frozen=True, repr=False)
+class ModelAndTokenizer:
+    """A model in evaluation mode, on its device, and the tokenizer that it was trained with."""
 
-    @property
-    def model(self) -> AtlasLM:
-        """In evaluation mode, on its device."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The one that the model was trained with."""
+    model: AtlasLM
+    tokenizer: Tokenizer
 
 
 class TextStream:
@@ -64,7 +60,6 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._release(self.tokenizer.decode(self._pending_ids)[self._shown_of_pending :])
-        self._pending_ids.clear()
         return text if self.stopped else text + self._held
 
     def _release(self, text: str) -> str:
@@ -109,14 +104,11 @@ def stream_text(
         for prompt in prompts
     ]
     generators = row_generators(seed, len(ids), first_row=first_row)
-    yield from stream_ids(
-        loaded.model, tokenizer, ids, sampling, generators, max_tokens=max_tokens, stop=stop, count=count
-    )
+    yield from stream_ids(loaded, ids, sampling, generators, max_tokens=max_tokens, stop=stop, count=count)
 
 
 def stream_ids(
-    model: AtlasLM,
-    tokenizer: Tokenizer,
+    loaded: ModelAndTokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     generators: list[torch.Generator],
@@ -128,8 +120,8 @@ def stream_ids(
     """As `stream_text`, for prompts that are ids already, at least one each, and with a generator for each row."""
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
-    streams = [TextStream(tokenizer, stop) for _ in prompts]
-    eos_id = tokenizer.eos_id
+    model, eos_id = loaded.model, loaded.tokenizer.eos_id
+    streams = [TextStream(loaded.tokenizer, stop) for _ in prompts]
     steps = generate(model, prompts, sampling, max_tokens=max_tokens, eos_id=eos_id, generators=generators)
     for step in steps:
         count(sum(token is not None for token in step))

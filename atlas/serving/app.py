@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +14,7 @@ from atlas.errors import AtlasError
 from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.errors import ApiError, error_response, validation_error
 from atlas.serving.files import FILES, file_routes
-from atlas.serving.generation import Backend, Generation, Piece, deliver
+from atlas.serving.generation import Backend
 from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
@@ -32,14 +31,8 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-
-        def send(pieces: list[tuple[Generation, Piece]]) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and no client waits any more
-                loop.call_soon_threadsafe(deliver, pieces)
-
         for backend in backends:
-            backend.start(send)
+            backend.start()
         yield
         for backend in backends:
             backend.close()

@@ -23,7 +23,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream, encode_prompt
 from atlas.model import long_tensor
-from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, Send, failure
+from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024
@@ -49,9 +49,9 @@ class Engine(Backend):
         self._decoder = Decoder(loaded.model, self._cache)
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
-    def start(self, send: Send) -> None:
+    def start(self) -> None:
         """Start the thread."""
-        super().start(send)
+        super().start()
         self._thread.start()
 
     def encode(self, text: str) -> list[int]:

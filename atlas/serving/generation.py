@@ -6,6 +6,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Generation:
     cancelled: bool = False
 
 
-def deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
+def _deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
     """Put the pieces of a step into the queues of their requests; runs in the event loop."""
     for generation, piece in pieces:
         if generation.queue is not None and not generation.cancelled:
@@ -66,10 +67,6 @@ def deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
 def failure(finish: str) -> Piece:
     """The last piece of a generation that ends with `error` or `timeout`."""
     return Piece(None, "", finish=finish, num_tokens=0)
-
-
-Send = Callable[[list[tuple[Generation, Piece]]], None]
-"""Sends the pieces of a step, from any thread, to the requests that wait for them."""
 
 
 class Busy(Exception):
@@ -101,9 +98,14 @@ class Backend(ABC):
         """Sequences in the queue."""
         return len(self._waiting)
 
-    def start(self, send: Send) -> None:
-        """Get ready for generations, whose pieces go to `send`."""
-        self._send = send
+    def start(self) -> None:
+        """Get ready for generations, whose pieces go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def _send(self, pieces: list[tuple[Generation, Piece]]) -> None:
+        """Send the pieces of a step, from any thread, to the requests that wait for them."""
+        with suppress(RuntimeError):  # the loop has ended, and no client waits any more
+            self._loop.call_soon_threadsafe(_deliver, pieces)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
