@@ -98,21 +98,13 @@ def _aside(text: str) -> str:
     return f'<p class="aside">{escape(text)}</p>'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
-    """A table of rows of HTML, whose first cell is their name. From column `right` on, the cells are numbers."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "facts") -> str:
+    """A table of rows of HTML, whose first cell is their name. Of `figures`, all cells from the third are numbers."""
     if not rows:
         return ""
-
-    def cell(tag: str, place: int, content: str) -> str:
-        number = ' class="number"' if right is not None and place >= right else ""
-        return f"<{tag}{number}>{content}</{tag}>"
-
-    header = "".join(cell("th", place, escape(name)) for place, name in enumerate(head))
-    body = "\n".join(
-        "<tr>" + "".join(cell("td" if place else "th", place, c) for place, c in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    kind = "facts" if right is None else "figures"
+    header = "".join(f"<th>{escape(name)}</th>" for name in head)
+    cells = [f"<th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in row) for name, *row in rows]
+    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll {kind}"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -123,7 +115,7 @@ _COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per 
 
 
 def _evaluation(runs: Sequence[Run]) -> str:
-    return _table(_COLUMNS.split(","), [_evaluation_row(run) for run in runs], right=2)
+    return _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
 
 
 def _evaluation_row(run: Run) -> list[str]:

@@ -98,8 +98,7 @@ class Run:
         self._offset += end
         for line in lines[:end].splitlines():
             self._add(line)
-        self.config_problem: str | None = None
-        self.config = self._read_config()
+        self.config, self.config_problem = _read_config(self.folder / "config.yaml")
         self._interrupts = list(_interrupt_steps(self.folder))
 
     def _add(self, line: bytes) -> None:
@@ -118,18 +117,6 @@ class Run:
             self.events.append(record)
         elif kind == "sample":
             self.samples.append(record)
-
-    def _read_config(self) -> dict[str, Any]:
-        """Setting → value, as in `model.num_layers`; empty without a readable config.yaml."""
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            self.config_problem = "there is no config.yaml beside its metrics.jsonl"
-            return {}
-        try:
-            return dict(_flat(read_sections(path)))
-        except AtlasError as error:
-            self.config_problem = str(error)
-            return {}
 
     # Facts
 
@@ -197,9 +184,7 @@ class Run:
     def start(self) -> dict[str, Any]:
         """The facts that the latest start logged, such as versions, machine and precision; empty for an old run."""
         starts = [event for event in self.events if event.get("event") == "start"] or [{}]
-        return dict(
-            _flat({key: starts[-1][key] for key in starts[-1] if key not in ("kind", "event", "step")})
-        )
+        return {key: value for key, value in _flat(starts[-1]) if key not in ("kind", "event", "step")}
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -307,6 +292,16 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
         chosen = {round(place) for place in np.linspace(0, len(steps) - 1, min(most, len(steps)))}
         spread[prompt] = [(steps[place], texts[steps[place]]) for place in sorted(chosen)]
     return spread
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Setting → value, as in `model.num_layers`; empty, with the reason, without a readable file."""
+    if not path.exists():
+        return {}, "there is no config.yaml beside its metrics.jsonl"
+    try:
+        return dict(_flat(read_sections(path))), None
+    except AtlasError as error:
+        return {}, str(error)
 
 
 def _interrupt_steps(folder: Path) -> Iterable[float]:

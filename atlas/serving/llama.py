@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -129,10 +130,7 @@ class Llama(Backend):
             "stream": True,
             "return_tokens": True,
             "samplers": _SAMPLERS,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
+            **asdict(sampling),  # llama.cpp has the same names, except for the penalty
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": self.context + 1,
             "seed": generation.seed % (2**32 - 1),  # the last value means a random seed in llama.cpp

@@ -6,7 +6,6 @@ Types are strict and unknown fields are refused, so no setting of a client is ig
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -21,16 +20,16 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _literal(value: Any, *, is_bool: bool) -> Any:
+def _bool(value: Any) -> Any:
     """In Python, and so in a `Literal` of pydantic, `false` equals 0; in JSON it does not."""
-    if isinstance(value, bool) != is_bool:
-        raise ValueError("must be false" if is_bool else "must be a number")
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
     return value
 
 
 Int = Annotated[int, BeforeValidator(_integer)]
-Zero = Annotated[Literal[0], BeforeValidator(partial(_literal, is_bool=False))]
-IsFalse = Annotated[Literal[False], BeforeValidator(partial(_literal, is_bool=True))]
+Zero = Annotated[float, Field(ge=0, le=0)]
+IsFalse = Annotated[Literal[False], BeforeValidator(_bool)]
 TokenId = Annotated[Int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
