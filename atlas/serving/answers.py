@@ -33,10 +33,10 @@ class Answer:
         """Characters of each generation's tokens so far."""
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in request.generations]
 
-    async def complete(self, seconds: float) -> dict[str, Any]:
+    async def complete(self) -> dict[str, Any]:
         """The answer when all generations have ended. Raises `ApiError`."""
         generated: list[list[Piece]] = [[] for _ in self.request.generations]
-        async for index, piece in self.request.pieces(seconds):
+        async for index, piece in self.request.pieces():
             generated[index].append(piece)
         choices = []
         for index, pieces in enumerate(generated):
@@ -46,7 +46,7 @@ class Answer:
             choices.append(self._choice(index, content, pieces))
         return {**self.head, "choices": choices, "usage": self.usage}
 
-    async def stream(self, seconds: float, *, include_usage: bool) -> AsyncIterator[str]:
+    async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events, a chunk for each piece that shows anything."""
         head: dict[str, Any] = {**self.head, **({"object": "chat.completion.chunk"} if self.is_chat else {})}
         if include_usage:
@@ -57,7 +57,7 @@ class Answer:
                 yield event(
                     {**head, "choices": [{"index": index, **first, "logprobs": None, "finish_reason": None}]}
                 )
-        async for index, piece in self.request.pieces(seconds):
+        async for index, piece in self.request.pieces():
             if piece.text or piece.finish or self.logprobs:
                 delta = {"content": piece.text} if piece.text else {}
                 content = {"delta": delta} if self.is_chat else {"text": piece.text}

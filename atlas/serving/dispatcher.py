@@ -72,7 +72,8 @@ class Dispatcher:
             for row, prompt in enumerate(rows)
         ]
         try:
-            return GenerationRequest(backend, generations, self.metrics.counter(backend))
+            count = self.metrics.counter(backend)
+            return GenerationRequest(backend, generations, self.settings.seconds, count)
         except Busy:
             message = "too many texts wait: try again in a moment, or ask for fewer"
             raise ApiError(429, message, code="queue_full") from None

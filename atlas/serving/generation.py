@@ -128,35 +128,37 @@ class Backend(ABC):
         """Stop; unfinished generations stay unfinished."""
 
 
+@dataclass(eq=False)
 class GenerationRequest:
-    """The generations of one request and their progress."""
+    """The generations of one request and their progress. Raises `Busy`."""
 
-    def __init__(
-        self, backend: Backend, generations: Sequence[Generation], count: Callable[[int], object]
-    ) -> None:
-        """`count` receives the numbers of new tokens. Raises `Busy`."""
-        self._count = count
-        self.generations = generations
-        self.backend = backend
-        self.num_generated = 0
-        """Tokens so far, of all generations."""
-        self.seconds_to_first: float | None = None
+    backend: Backend
+    generations: Sequence[Generation]
+    seconds: float
+    """The time limit of `pieces`."""
+    count: Callable[[int], object]
+    """Receives the numbers of new tokens."""
+    num_generated: int = 0
+    """Tokens so far, of all generations."""
+    seconds_to_first: float | None = None
+
+    def __post_init__(self) -> None:
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._accepted_at = time.perf_counter()
-        for index, generation in enumerate(generations):
+        for index, generation in enumerate(self.generations):
             generation.index, generation.queue = index, self._queue
-        backend.submit(generations)
+        self.backend.submit(self.generations)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counts once, however many generations continue it."""
         return sum(map(len, {id(each.prompt): each.prompt for each in self.generations}.values()))
 
-    async def pieces(self, seconds: float) -> AsyncIterator[tuple[int, Piece]]:
-        """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and after `seconds`;
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and when time is up;
         unfinished generations then continue until `cancel`."""
         timeout = (0, failure("timeout"))
-        timer = asyncio.get_running_loop().call_later(seconds, self._queue.put_nowait, timeout)
+        timer = asyncio.get_running_loop().call_later(self.seconds, self._queue.put_nowait, timeout)
         unfinished = len(self.generations)
         try:
             while unfinished:
@@ -164,11 +166,11 @@ class GenerationRequest:
                 if self.seconds_to_first is None and piece.num_tokens:
                     self.seconds_to_first = time.perf_counter() - self._accepted_at
                 self.num_generated += piece.num_tokens
-                self._count(piece.num_tokens)
+                self.count(piece.num_tokens)
                 if piece.finish == "error":
                     raise ApiError(500, "the model failed here: the server's log has the reason")
                 if piece.finish == "timeout":
-                    late = f"not finished within {seconds:g} s: request fewer tokens, or raise --timeout"
+                    late = f"not finished within {self.seconds:g} s: request fewer tokens, or raise --timeout"
                     raise ApiError(504, late)
                 yield index, piece
                 unfinished -= piece.finish is not None

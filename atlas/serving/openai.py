@@ -79,13 +79,12 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
 async def _respond(
     dispatcher: Dispatcher, answer: Answer, params: SamplingParams, request: Request
 ) -> Response:
-    seconds = dispatcher.settings.seconds
     if params.stream:
         include_usage = bool(params.stream_options and params.stream_options.include_usage)
-        events = answer.stream(seconds, include_usage=include_usage)
+        events = answer.stream(include_usage=include_usage)
         return EventStream(events, lambda: dispatcher.close(answer.request))
     try:
-        content = await until_disconnect(request.receive, answer.complete(seconds))
+        content = await until_disconnect(request.receive, answer.complete())
     finally:
         dispatcher.close(answer.request)
     return JSONResponse(content or {})  # after a disconnect nobody reads it

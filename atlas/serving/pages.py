@@ -22,7 +22,7 @@ from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.engine import Engine
 from atlas.serving.errors import ApiError
 from atlas.serving.generation import Backend, GenerationRequest
-from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenId
+from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
 from atlas.serving.stream import EventStream, event, until_disconnect
 
 _LIKELIEST = 24
@@ -33,7 +33,7 @@ _DRAWN = 256
 """Tokens of a text whose attention is drawn; more would be megabytes, in a picture that shows nothing."""
 
 T = TypeVar("T")
-Prompt = str | Annotated[list[TokenId], Field(min_length=1)]
+Prompt = str | TokenIds
 
 
 class WriteRequest(SamplingParams):
@@ -103,7 +103,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
             may_exceed=is_known and isinstance(backend, Engine),
         )
         prompt = in_turn(_read, backend, ids, None if is_known else body.alternatives)
-        events = _events(generations, prompt, body.alternatives, dispatcher.settings.seconds)
+        events = _events(generations, prompt, body.alternatives)
         return EventStream(events, lambda: dispatcher.close(generations))
 
     @router.post("/api/sampling")
@@ -133,7 +133,7 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 
 async def _events(
-    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]], alternatives: int, seconds: float
+    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]], alternatives: int
 ) -> AsyncIterator[str]:
     backend = generations.backend
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -145,7 +145,7 @@ async def _events(
     tokens = [shown(token) for token in await prompt]
     yield event({"kind": "prompt", "tokens": tokens, "looks_inside": isinstance(backend, Engine)})
     finish = None
-    async for _, piece in generations.pieces(seconds):
+    async for _, piece in generations.pieces():
         finish = piece.finish
         if piece.token is not None:
             options = [_option(backend, each.token, each.logprob) for each in piece.candidates[:alternatives]]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from atlas.inference.sampling import Sampling
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
+"""`MOST_STOPS` also stands in the description of `stop`."""
 
 
 def _integer(value: Any) -> Any:
@@ -30,41 +31,37 @@ def _bool(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_integer)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 IsFalse = Annotated[Literal[False], BeforeValidator(_bool)]
-TokenId = Annotated[Int, Field(ge=0)]
+TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
+SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
-    """A JSON object with strict types and no unknown fields."""
+    """A JSON object with strict types and no unknown fields. Docstrings of fields are their descriptions."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class StreamOptions(Body):
     """Options of a stream."""
 
-    include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
+    include_usage: bool | None = None
+    """Send the token counts in a last chunk."""
 
 
 class SamplingSettings(Body):
     """How the next token is chosen."""
 
-    temperature: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="0: always the likeliest token. Default: 1."
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="Keep the likeliest tokens whose probabilities reach this sum."
-    )
-    top_k: Int | None = Field(None, ge=0, description="Keep the k likeliest tokens; 0: all.")
-    min_p: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Keep tokens with at least this fraction of the likeliest token's probability.",
-    )
-    repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, description="Above 1: repeat earlier tokens less."
-    )
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """0: always the likeliest token. Default: 1."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Keep the likeliest tokens whose probabilities reach this sum."""
+    top_k: Int | None = Field(None, ge=0)
+    """Keep the k likeliest tokens; 0: all."""
+    min_p: float | None = Field(None, ge=0, lt=1)
+    """Keep tokens with at least this fraction of the likeliest token's probability."""
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    """Above 1: repeat earlier tokens less."""
 
     def sampling(self) -> Sampling:
         """The settings; one that the request leaves out changes nothing."""
@@ -75,19 +72,26 @@ class SamplingSettings(Body):
 class SamplingParams(SamplingSettings):
     """The fields that both kinds of request have."""
 
-    model: str | None = Field(None, description="A name from /v1/models. Default: the first.")
-    n: Int | None = Field(None, ge=1, le=MOST_CHOICES, description="Generations for each prompt.")
-    seed: Int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text.")
-    stop: Stop | list[Stop] | None = Field(
-        None, description=f"End before one of these strings, at most {MOST_STOPS}."
-    )
-    stream: bool | None = Field(None, description="Send the text while it is generated.")
+    model: str | None = None
+    """A name from /v1/models. Default: the first."""
+    n: Int | None = Field(None, ge=1, le=MOST_CHOICES)
+    """Generations for each prompt."""
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
+    """Same seed, same text."""
+    stop: Stop | list[Stop] | None = None
+    """End before one of these strings, at most 16."""
+    stream: bool | None = None
+    """Send the text while it is generated."""
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Ignored.")
+    user: str | None = None
+    """Ignored."""
     # OpenAI's clients may send these with the value that changes nothing.
-    frequency_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
-    presence_penalty: Zero | None = Field(None, description="0; use repetition_penalty.")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Empty.")
+    frequency_penalty: Zero | None = None
+    """0; use repetition_penalty."""
+    presence_penalty: Zero | None = None
+    """0; use repetition_penalty."""
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    """Empty."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -98,24 +102,18 @@ class SamplingParams(SamplingSettings):
 class CompletionRequest(SamplingParams):
     """A text to continue."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
-        ]
-    ) = Field("", description="One text, several, or token ids. An empty text begins a document.")
-    max_tokens: Int | None = Field(None, ge=1, description="New tokens. Default: 16.")
-    logprobs: Int | None = Field(
-        None,
-        ge=0,
-        le=MOST_CANDIDATES,
-        description="Return each token's log-probability, and this many alternatives.",
-    )
-    echo: IsFalse | None = Field(None, description="False.")
-    suffix: None = Field(None, description="Nothing.")
-    best_of: Int | None = Field(None, ge=1, le=1, description="1.")
+    prompt: str | Annotated[list[str], SEVERAL] | TokenIds | Annotated[list[TokenIds], SEVERAL] = ""
+    """One text, several, or token ids. An empty text begins a document."""
+    max_tokens: Int | None = Field(None, ge=1)
+    """New tokens. Default: 16."""
+    logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
+    """Return each token's log-probability, and this many alternatives."""
+    echo: IsFalse | None = None
+    """False."""
+    suffix: None = None
+    """Nothing."""
+    best_of: Int | None = Field(None, ge=1, le=1)
+    """1."""
 
 
 class TextPart(Body):
@@ -130,20 +128,24 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = Field(None, description="Ignored.")
+    name: str | None = None
+    """Ignored."""
     # Fields of an answer that a client sends back as part of the conversation.
-    refusal: None = Field(None, description="Nothing.")
-    tool_calls: None = Field(None, description="Nothing.")
-    function_call: None = Field(None, description="Nothing.")
-    audio: None = Field(None, description="Nothing.")
-    annotations: list[Any] | None = Field(None, max_length=0, description="Empty.")
+    refusal: None = None
+    """Nothing."""
+    tool_calls: None = None
+    """Nothing."""
+    function_call: None = None
+    """Nothing."""
+    audio: None = None
+    """Nothing."""
+    annotations: list[Any] | None = Field(None, max_length=0)
+    """Empty."""
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ResponseFormat(Body):
@@ -156,14 +158,14 @@ class ChatRequest(SamplingParams):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_tokens: Int | None = Field(None, ge=1, description="As max_completion_tokens.")
-    max_completion_tokens: Int | None = Field(
-        None, ge=1, description="New tokens. Default: the free part of the context."
-    )
-    logprobs: bool | None = Field(None, description="Return each token's log-probability.")
-    top_logprobs: Int | None = Field(
-        None, ge=0, le=MOST_CANDIDATES, description="With logprobs: this many alternatives."
-    )
+    max_tokens: Int | None = Field(None, ge=1)
+    """As max_completion_tokens."""
+    max_completion_tokens: Int | None = Field(None, ge=1)
+    """New tokens. Default: the free part of the context."""
+    logprobs: bool | None = None
+    """Return each token's log-probability."""
+    top_logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
+    """With logprobs: this many alternatives."""
     response_format: ResponseFormat | None = None
 
 
