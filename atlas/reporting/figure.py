@@ -16,7 +16,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 def shared_axis(runs: Sequence[Run]) -> str:
     """Tokens if all runs logged them, since tokens compare batches of any size; else steps."""
-    return "tokens" if all("tokens" in run.axes()[0] for run in runs) else "step"
+    return "tokens" if all("tokens" in run.axes() for run in runs) else "step"
 
 
 def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:

@@ -119,7 +119,7 @@ def _evaluation(runs: Sequence[Run]) -> str:
 
 
 def _evaluation_row(run: Run) -> list[str]:
-    state, (axes, _) = run.state, run.axes()
+    state, axes = run.state, run.axes()
     losses = run.records("train")["loss"]
     loss = "not finite" if losses.size else _MISSING
     if losses.size and np.isfinite(losses[-1]):

@@ -32,6 +32,11 @@ _COLUMNS = {
     "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
     "validation": ("step", "tokens", "seconds", *VALIDATION),
 }
+_WHY_MISSING = {
+    "tokens": "some records have neither tokens nor sequences with a max_seq_len in config.yaml",
+    "time": "not all of its records contain seconds",
+}
+"""Why a run is not drawn over an axis."""
 _FINISHED = ("finished", "stopped early", "stopped in time")
 _INTERRUPTED = ("interrupted", "interrupt")
 """Events with which a run ends."""
@@ -152,24 +157,14 @@ class Run:
         kept = last_of_each_step(columns["step"])
         return {name: values[kept] for name, values in columns.items()}
 
-    def axes(self) -> tuple[dict[str, Floats], dict[str, str]]:
-        """The x axes of the train records, axis → float64 (N,); and why an axis is missing."""
-        train = self.records("train")
-        axes, missing = {"step": train["step"]}, {}
-        length = self.config.get("model.max_seq_len")
-        if _all_known(train["tokens"]):
-            axes["tokens"] = train["tokens"]
-        elif isinstance(length, int) and _all_known(train["sequences_consumed"]):
-            axes["tokens"] = train["sequences_consumed"] * length
-        else:
-            missing["tokens"] = (
-                "some records have neither tokens nor sequences with a max_seq_len in config.yaml"
-            )
-        if _all_known(train["seconds"]):
-            axes["time"] = train["seconds"]
-        else:
-            missing["time"] = "not all of its records contain seconds"
-        return axes, missing
+    def axes(self) -> dict[str, Floats]:
+        """The x axes of the train records: `step`, and of `tokens` and `time` those that every record has."""
+        train, length = self.records("train"), self.config.get("model.max_seq_len")
+        tokens = train["tokens"]
+        if isinstance(length, int) and not _all_known(tokens):
+            tokens = train["sequences_consumed"] * length
+        optional = {"tokens": tokens, "time": train["seconds"]}
+        return {"step": train["step"]} | {axis: at for axis, at in optional.items() if _all_known(at)}
 
     def evaluations(self) -> tuple[dict[str, float], dict[str, float]] | None:
         """The last validation record and the best; None without validation."""
@@ -215,7 +210,7 @@ def chart_data(run: Run) -> dict[str, Any]:
 
 def _chart_data(run: Run) -> dict[str, Any]:
     train, validation = run.records("train"), run.records("validation")
-    axes, missing = run.axes()
+    axes = run.axes()
     series = {
         name: _series(axes, train[name], most=MOST_POINTS if name == "loss" else _MOST_SMALL_POINTS)
         for name in METRICS
@@ -229,7 +224,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
         "state": run.state,
         "last_step": run.last_step,
         "axes": list(axes),
-        "axes_missing": missing,
+        "axes_missing": {axis: reason for axis, reason in _WHY_MISSING.items() if axis not in axes},
         "series": {name: found for name, found in series.items() if found["value"]},
         "events": _events(run, axes),
     }

@@ -49,9 +49,9 @@ class Dispatcher:
         backend: Backend,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        *,
         max_tokens: int,
         candidates: int | None,
+        *,
         may_exceed: bool = False,
     ) -> GenerationRequest:
         """Put `params.n` generations of each prompt into the queue of `backend`. Raises `ApiError`.

@@ -43,18 +43,16 @@ class Llama(Backend):
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
             raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
+        context, vocab_size = trained - 1, len(self._tokens)  # llama.cpp keeps a slot for the first new token
         super().__init__(
-            Path(path).stem,
-            context=trained - 1,  # llama.cpp keeps a slot for the first new token
-            vocab_size=len(self._tokens),
-            parallel=parallel,
-            queue=queue,
+            Path(path).stem, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue
         )
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self._has_template = "tokenizer.chat_template" in metadata
         self._key = secrets.token_hex()
-        context = trained * parallel
-        self._server = _load(path, context=context, parallel=parallel, threads=threads, key=self._key)
+        self._server = _load(
+            path, context=trained * parallel, parallel=parallel, threads=threads, key=self._key
+        )
         self._address = urlsplit(self._server.listening_address).netloc
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llama")
         self._lock = threading.Lock()

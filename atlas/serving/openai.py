@@ -48,9 +48,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         backend = dispatcher.model(body.model)
         prompts = await asyncio.to_thread(_prompts, body, backend)  # a long text takes a moment
         max_tokens = body.max_tokens or _DEFAULT_TOKENS
-        generations = dispatcher.submit(
-            backend, prompts, body, max_tokens=max_tokens, candidates=body.logprobs
-        )
+        generations = dispatcher.submit(backend, prompts, body, max_tokens, body.logprobs)
         answer = Answer(generations, is_chat=False, logprobs=body.logprobs is not None)
         return await _respond(dispatcher, answer, body, request)
 
@@ -69,7 +67,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         room = max(1, min(backend.context - len(prompt), dispatcher.settings.max_tokens))
         max_tokens = body.max_completion_tokens or body.max_tokens or room
         candidates = (body.top_logprobs or 0) if body.logprobs else None
-        generations = dispatcher.submit(backend, [prompt], body, max_tokens=max_tokens, candidates=candidates)
+        generations = dispatcher.submit(backend, [prompt], body, max_tokens, candidates)
         answer = Answer(generations, is_chat=True, logprobs=bool(body.logprobs))
         return await _respond(dispatcher, answer, body, request)
 

@@ -94,13 +94,9 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
         is_known = not isinstance(body.prompt, str)
+        may_exceed = is_known and isinstance(backend, Engine)
         generations = dispatcher.submit(
-            backend,
-            [ids],
-            body,
-            max_tokens=body.max_tokens,
-            candidates=body.alternatives,
-            may_exceed=is_known and isinstance(backend, Engine),
+            backend, [ids], body, body.max_tokens, body.alternatives, may_exceed=may_exceed
         )
         prompt = in_turn(_read, backend, ids, None if is_known else body.alternatives)
         events = _events(generations, prompt, body.alternatives)
