@@ -23,7 +23,6 @@ def draw_lengths(
     lengths in tokens to mark, with their labels.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -48,10 +47,8 @@ def draw_lengths(
         )
         label.set_transform(axes.get_xaxis_transform())  # 0.99 of the axes' height
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda share, _: f"{100 * share:.3g} %" if share <= 1 else "")
-    )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %" if share <= 1 else "")
     axes.set(title=title, xlabel="tokens in a document, end of text included", ylabel="share of documents")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

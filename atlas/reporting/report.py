@@ -217,12 +217,9 @@ def _machine(runs: Sequence[Run]) -> str:
         [escape(key.replace("_", " ").replace(".", ": ")), *(escape(_value(s.get(key))) for s in starts)]
         for key in keys
     ]
-    silent = "".join(
-        _aside(f"{run.name} did not record its machine: it is of an older Atlas.")
-        for run, start in zip(runs, starts, strict=True)
-        if not start
-    )
-    return _table(("", *(run.name for run in runs)), rows) + silent
+    silent = [run.name for run in runs if not run.start()]
+    notes = [_aside(f"{name} did not record its machine: it is of an older Atlas.") for name in silent]
+    return _table(("", *(run.name for run in runs)), rows) + "".join(notes)
 
 
 def _config(run: Run) -> str:

@@ -29,7 +29,7 @@ def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
             body = await asyncio.wait_for(_read(receive), seconds)
         except ApiError as large:
             await error_response(large, {"Connection": "close"})(scope, receive, send)
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             late = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
             await error_response(late, {"Connection": "close"})(scope, receive, send)
         else:

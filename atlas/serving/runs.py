@@ -52,15 +52,12 @@ class RunFolder:
                         yield path.stat().st_mtime_ns, path
 
     def _read(self, path: Path) -> Run | None:
-        try:
-            if path not in self._runs:
-                self._runs[path] = Run(path)
-            else:
-                self._runs[path].refresh()
-        except AtlasError:  # not a run, or no longer one
-            self._runs.pop(path, None)
-            return None
-        return self._runs[path]
+        run = self._runs.pop(path, None)
+        with suppress(AtlasError):  # not a run, or no longer one
+            if run:
+                run.refresh()
+            self._runs[path] = run or Run(path)
+        return self._runs.get(path)
 
     def _names(self, runs: Sequence[Run]) -> list[str]:
         """Their paths inside the folder; a run that is the folder itself has its own name."""
