@@ -152,18 +152,21 @@ class Engine(Backend):
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, each in enumerate(sequences):
             groups[each.generation.sampling].append(row)
-        chosen = long_tensor([0] * len(sequences), logits.device)
+        parts, order = [], []
         for sampling, rows in groups.items():
-            index, group = long_tensor(rows, logits.device), [sequences[row] for row in rows]
+            group = [sequences[row] for row in rows]
             seen, generators = [each.tokens for each in group], [each.generator for each in group]
-            chosen[index] = sample(logits[index], sampling, seen, generators)
-        tokens = chosen.tolist()  # the one host-device sync of a step
+            part = logits[long_tensor(rows, logits.device)] if len(groups) > 1 else logits
+            parts.append(sample(part, sampling, seen, generators))
+            order += rows
+        # The one host-device sync of a step.
+        tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
         wanted = {
             row: each.generation.num_candidates
             for row, each in enumerate(sequences)
             if each.generation.num_candidates is not None and tokens[row] >= 0
         }
-        candidates = _top_logprobs(logits, chosen, wanted) if wanted else {}
+        candidates = _top_logprobs(logits, tokens, wanted) if wanted else {}
         for row, each in enumerate(list(sequences)):
             if tokens[row] >= 0:
                 piece = each.add(tokens[row], candidates.get(row, []))
@@ -219,14 +222,15 @@ class _Sequence:
         return Piece(token, text, logprob, candidates[1:], finish)
 
 
-def _top_logprobs(logits: Tensor, tokens: Tensor, wanted: dict[int, int]) -> dict[int, list[Candidate]]:
+def _top_logprobs(
+    logits: Tensor, tokens: dict[int, int], wanted: dict[int, int]
+) -> dict[int, list[Candidate]]:
     """For each row in `wanted`: its token of `tokens`, then as many of the likeliest tokens as `wanted` has."""
-    rows = long_tensor(list(wanted), logits.device)
-    logprobs, own = logits[rows].float().log_softmax(dim=-1), tokens[rows, None]
+    logprobs = logits[long_tensor(list(wanted), logits.device)].float().log_softmax(dim=-1)
+    own = logprobs.gather(-1, long_tensor([[tokens[row]] for row in wanted], logits.device))
     top = logprobs.topk(min(max(wanted.values()), logprobs.shape[-1]), dim=-1)
-    ids = torch.cat([own, top.indices], dim=-1).tolist()
-    values = torch.cat([logprobs.gather(-1, own), top.values], dim=-1).tolist()
+    columns = zip(wanted, own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
     return {
-        row: list(map(Candidate, ids[place][: 1 + count], values[place]))
-        for place, (row, count) in enumerate(wanted.items())
+        row: [Candidate(tokens[row], logprob), *map(Candidate, ids[: wanted[row]], values)]
+        for row, [logprob], ids, values in columns
     }
