@@ -169,7 +169,7 @@ class Sources:
                 "read as plain text"
             )
         if articles := report.articles:
-            notes.append(f"{articles.articles:,} articles, told apart by {articles.rule}")
+            notes.append(f"{articles.articles:,} articles, separated by {articles.rule}")
             notes += [f"boundary: {boundary}" for boundary in articles.boundaries]
             warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
             notes += [f"warning: {warning}" for warning in warnings if warning]
