@@ -36,7 +36,7 @@ ROOMS = {
     "training.memory": "errors machine process config model training.devices training.optimizers",
     "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
     "training.logs",
-    "training": "errors machine process config tokenizer data data.sequences model training.devices "
+    "training": "errors files machine process config tokenizer data data.sequences model training.devices "
     "training.optimizers training.logs training.memory training.checkpoint",
     "planning": "errors machine config model training.devices training.optimizers training.memory",
     "inference": "errors config tokenizer model training.devices training.checkpoint",

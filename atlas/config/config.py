@@ -6,7 +6,7 @@ are made from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveInt, model_validator
 
@@ -227,3 +227,7 @@ class AtlasConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def updated(self, section: str, **values: Any) -> AtlasConfig:
+        """A copy with these values in one section. They are not validated."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})

@@ -16,7 +16,7 @@ from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, training_sequences
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
-from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 from atlas.training.devices.compile import choose_compile
 from atlas.training.devices.device import setup_runtime
 from atlas.training.devices.signals import StopRequest
@@ -50,13 +50,8 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     If it succeeds, look at the data or the schedule.
     """
     config, data = with_data(resolve(explicit), explicit, None)
-    config = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"dropout": 0.0}),
-            "training": config.training.model_copy(update={"weight_decay": 0.0}),
-            "guard": config.guard.model_copy(update={"spikes": "off"}),
-        }
-    )
+    config = config.updated("model", dropout=0.0).updated("training", weight_decay=0.0)
+    config = config.updated("guard", spikes="off")
     learner = fresh_learner(config, setup_runtime(config))
     batch = next(_batches(data, config, num_updates=1, most=config.training.batch_size))
     size, asked, rate = len(batch[0]), config.training.micro_batch_size, config.training.learning_rate
@@ -91,7 +86,9 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     """
     config, data = with_data(resolve(explicit), explicit, None)
     trace = Path(config.checkpoint.output_dir) / "profile.json"
-    _refuse_unwritable(trace)
+    with explain_failed_write(trace, "choose another --output-dir"):
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.touch()
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=say))
     on_gpu = runtime.device.type == "cuda"
@@ -145,13 +142,3 @@ def _update(
     update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)
     state.step += 1
     return update
-
-
-def _refuse_unwritable(trace: Path) -> None:
-    try:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        trace.touch()
-    except OSError as error:
-        raise AtlasError(
-            f"{trace}: cannot be written ({error.strerror}): choose another --output-dir"
-        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,26 +135,18 @@ def roll_back(run: Run, fault: Fault) -> None:
 def _target(run: Run) -> dict[str, Any] | None:
     """The contents of the save to roll back to: the last one, and if that did not help, the one before, since weights
     can be ruined and still finite. If there is none before, the same once more, past more data and at a lower rate."""
-    rollbacks, there = run.state.rollbacks, run.state.went_back_to
-    if run.world.size > 1:
-        return _target_of_all(run, [None] if rollbacks == 0 else [there, there + 1])
-    last = run.saver.last_good()
-    if rollbacks == 0:
-        return last
-    checkpoints = run.checkpoints
-    older = checkpoints.load_latest(before=there) or checkpoints.load_latest(before=there + 1)
-    return older[1] if older else last
-
-
-def _target_of_all(run: Run, befores: Sequence[int | None]) -> dict[str, Any] | None:
-    """`_target` for several ranks. Only the first has a copy in memory, so all load a checkpoint from the disk: the
-    newest before the first of `befores` that has one."""
-    world, found = run.world, None
+    saver, world, there = run.saver, run.world, run.state.went_back_to
+    if world.size == 1 and run.state.rollbacks == 0:
+        return saver.last_good()
+    found = None
     if world.is_first:
-        run.saver.join()
-        for before in befores:
+        saver.join()
+        for before in [there, there + 1] if run.state.rollbacks else [None]:
             found = found or run.checkpoints.load_latest(before=before)
-    path = world.broadcast(str(found[0]) if found else None)
+    if world.size == 1:
+        return found[1] if found else saver.last_good()
+    # Only the first rank has a copy in memory, so all load the checkpoint from the disk.
+    path = world.broadcast(found and str(found[0]))
     return found[1] if found else path and load_checkpoint(path)
 
 

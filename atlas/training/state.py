@@ -36,7 +36,7 @@ class Result:
 
 @dataclass
 class RunningMean:
-    """The mean of the values since the last reset."""
+    """The mean of some values."""
 
     total: float = 0.0
     count: int = 0
@@ -50,10 +50,6 @@ class RunningMean:
     def mean(self) -> float:
         """NaN without values."""
         return self.total / self.count if self.count else math.nan
-
-    def reset(self) -> None:
-        """Forget all values."""
-        self.total, self.count = 0.0, 0
 
 
 @dataclass
@@ -115,7 +111,7 @@ class TrainState:
         self.val_rises = self.val_rises + 1 if memorizes else 0
         self.val_loss, self.train_loss_at_evaluation = val_loss, train_loss
         self.evaluated_at = self.step
-        self.loss_since_evaluation.reset()
+        self.loss_since_evaluation = RunningMean()
 
     def update_best(self, loss: float) -> bool:
         """Count an evaluation; return whether `loss` is the lowest so far."""
@@ -138,7 +134,7 @@ class TrainState:
             self.rollbacks = 0
         if not has_validation and self.loss_since_save.count and not self.bad_in_a_row:
             kinds += ["best"] if self.update_best(self.loss_since_save.mean) else []
-            self.loss_since_save.reset()
+            self.loss_since_save = RunningMean()
         return kinds
 
     def owes_evaluation(self, interval: int) -> bool:

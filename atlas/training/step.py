@@ -51,9 +51,8 @@ def fresh_learner(config: AtlasConfig, runtime: Runtime) -> Learner:
     model = build_model(config.model, seed=config.seed)
     if config.lora.rank:
         add_lora(model, config.lora)
-    learner = Learner.build(
-        model, config, runtime, load_loss(config.training.loss) if config.training.loss else None
-    )
+    custom_loss = load_loss(config.training.loss) if config.training.loss else None
+    learner = Learner(model, config, runtime, custom_loss)
     if runtime.compiles:
         compile_blocks(model)
     model.train()

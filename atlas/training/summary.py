@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from atlas.model.cost import lora_parameters
 from atlas.model.documents import has_flex_attention
 from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
 from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
-from atlas.training.resume import Start
+from atlas.training.resume import Start, num_restarts
 from atlas.training.run import Run
 from atlas.training.state import TrainState
 
@@ -37,8 +36,8 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
         say(
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
         )
-    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        say(f"torchrun restarted the run ({restart} times so far): a process failed, see above")
+    if restarts := num_restarts():
+        say(f"torchrun restarted the run ({restarts} times so far): a process failed, see above")
     if start.mode == "resume":
         of_all = f" of {state.horizon}" if state.is_planned else ""
         say(f"resuming {start.source} at step {state.step}{of_all}")

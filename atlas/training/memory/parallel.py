@@ -72,6 +72,5 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
 
 
 def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    one = config.model_copy(update={"training": training})
+    one = config.updated("training", micro_batch_size=1)
     return estimate_training_memory(one, device=device).total <= _ROOMY * memory
