@@ -335,18 +335,17 @@ class _Recorder(TorchFunctionMode):
         is_attention, is_dropout = function is F.scaled_dot_product_attention, function is F.dropout
         before = {*self.saved}
         if is_attention:
-            qkv = {self.hold(tensor): tensor.untyped_storage().nbytes() for tensor in arguments[:3]}
-            self.attended, before = qkv, before | qkv.keys()
+            self.attended = {self.hold(tensor): tensor.untyped_storage().nbytes() for tensor in arguments[:3]}
+            before |= self.attended.keys()
             if self.device != "cpu":
                 options["dropout_p"] = 0.0
         if is_dropout and self.device == "cuda" and options["p"] > 0:
             result = torch.native_dropout(arguments[0], options["p"], options["training"])[0]
         else:
             result = function(*arguments, **options)
-        if (is_attention or is_dropout) and self.saved is self.inside:
-            own = {key: size for key, size in self.saved.items() if key not in before}
-            if is_attention:
-                self.of_attention = own
-            else:
-                self.masks |= own
+        own = {key: size for key, size in self.saved.items() if key not in before}
+        if is_attention:
+            self.of_attention = own
+        elif is_dropout and self.saved is self.inside:
+            self.masks |= own
         return result

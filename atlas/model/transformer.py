@@ -89,9 +89,8 @@ class AtlasLM(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-        self.token_embedding.weight[self.config.vocabulary :] = 0
-        if not self.config.tie_embeddings:
-            self.lm_head.weight[self.config.vocabulary :] = 0
+        for table in (self.token_embedding.weight, self.head_table):
+            table[self.config.vocabulary :] = 0
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None

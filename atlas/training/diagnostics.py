@@ -54,14 +54,14 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     config = config.updated("guard", spikes="off")
     learner = fresh_learner(config, setup_runtime(config))
     batch = next(_batches(data, config, num_updates=1, most=config.training.batch_size))
-    size, asked, rate = len(batch[0]), config.training.micro_batch_size, config.training.learning_rate
-    state = _state(size if asked == "auto" else min(asked, size), updates)
+    size, rate = len(batch[0]), config.training.learning_rate
+    state = TrainState(updates, min(config.training.sequences_at_once, size))
     say(
         f"one batch of {size} × {config.model.max_seq_len} tokens, up to {updates} updates at a rate of {rate:g}"
     )
-    best, stop = math.inf, StopRequest(say)  # not entered: Ctrl-C ends it at once
+    best = math.inf
     for number in range(1, updates + 1):
-        loss = _update(learner, batch, state, stop, say).loss
+        loss = _update(learner, batch, state, say).loss
         best = min(best, loss)
         if number % 20 == 0 or loss < LEARNED:
             say(f"update {number}: loss {loss:.4f}")
@@ -95,17 +95,17 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     most = config.training.sequences_per_update
     stream = _batches(data, config, num_updates=WARM_UP + 2, most=most, pin_memory=on_gpu)
     learner = fresh_learner(config, runtime)
-    state, stop = _state(config.training.sequences_at_once, WARM_UP + 2), StopRequest()
+    state = TrainState(WARM_UP + 2, config.training.sequences_at_once)
     for _ in range(WARM_UP):
-        _update(learner, next(stream), state, stop, say)
+        _update(learner, next(stream), state, say)
     start = time.perf_counter()
     batch = next(stream)
-    _update(learner, batch, state, stop, say)  # waits for the device, since the figures are read
+    _update(learner, batch, state, say)  # waits for the device, since the figures are read
     seconds = time.perf_counter() - start
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities, record_shapes=True) as recorded:
-        _update(learner, next(stream), state, stop, say)
+        _update(learner, next(stream), state, say)
     recorded.export_chrome_trace(str(trace))
     rows = [
         (row.key, row.count, (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6)
@@ -130,13 +130,8 @@ def _batches(
     )
 
 
-def _state(micro_batch_size: int, updates: int) -> TrainState:
-    return TrainState(horizon=updates, micro_batch_size=micro_batch_size, eval_batch_size=micro_batch_size)
-
-
-def _update(
-    learner: Learner, batch: Batch, state: TrainState, stop: StopRequest, say: Callable[[str], None]
-) -> Update:
+def _update(learner: Learner, batch: Batch, state: TrainState, say: Callable[[str], None]) -> Update:
+    stop = StopRequest(say)  # not entered: Ctrl-C ends it at once
     gradient = gradient_within_memory(learner, batch, state, stop=stop, say=say)
     assert gradient is not None
     update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)

@@ -37,8 +37,7 @@ from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.recovery import restore_optimizer
 from atlas.training.resume import Start, base_key, num_restarts, refuse_links
-from atlas.training.run import Learner, Run, RunData
-from atlas.training.samples import Sampler
+from atlas.training.run import Learner, Run, RunData, Sampler
 from atlas.training.schedule import horizon_steps
 from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
@@ -63,11 +62,9 @@ def start_run(
         _refuse_too_large(config)
         share_of_update(config.training.sequences_per_update, world.size)
         runtime = setup_runtime(config, world)
-        runtime = replace(
-            runtime,
-            parallel=choose_parallel(config, world, runtime.device),
-            compiles=choose_compile(config, runtime.device, say=start.notes.append),
-        )
+        parallel = choose_parallel(config, world, runtime.device)
+        compiles = choose_compile(config, runtime.device, say=start.notes.append)
+        runtime = replace(runtime, parallel=parallel, compiles=compiles)
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)
@@ -177,12 +174,9 @@ def _fresh_state(
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
         micro_batch = runtime.world.all_min(micro_batch)
-    return TrainState(
-        horizon_steps(config.training, sequences_per_epoch),
-        micro_batch,
-        _eval_batch(config, micro_batch),
-        is_planned=config.training.max_hours is None,
-    )
+    horizon = horizon_steps(config.training, sequences_per_epoch)
+    is_planned = config.training.max_hours is None
+    return TrainState(horizon, micro_batch, _eval_batch(config, micro_batch), is_planned)
 
 
 def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:

@@ -36,12 +36,8 @@ def compute_lm_loss(
     """
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
-        targets.reshape(-1),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+    rows = logits.reshape(-1, logits.shape[-1]).float()
+    total = F.cross_entropy(rows, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
     if reduction == "sum":
         return total
     if reduction != "mean":
@@ -50,12 +46,7 @@ def compute_lm_loss(
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocabulary: int | None = None,
-    compiled: bool = False,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None, compiled: bool = False
 ) -> Tensor:
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 

@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch
 
@@ -89,14 +88,7 @@ def gradient_within_memory(
         gradient = None
         try:
             with stop.at_once(enabled=learner.runtime.compiles):
-                gradient = accumulate_gradient(
-                    learner,
-                    batch,
-                    step=state.step,
-                    micro_batch_size=size,
-                    stop=stop,
-                    before_reduction=join_others,
-                )
+                gradient = accumulate_gradient(learner, batch, state, stop=stop, before_reduction=join_others)
             break
         except Stopped:
             clear_gradient(learner)
@@ -109,7 +101,13 @@ def gradient_within_memory(
             if not is_out_of_memory(error):
                 raise
             if is_joint:
-                _end_all_ranks(learner, state, size)
+                half = max(1, size // 2)
+                remember_micro_batch(learner.config, learner.runtime.device, half)
+                raise AtlasError(
+                    f"rank {world.rank}: step {state.step + 1}: out of memory with {size} sequences per micro-batch, "
+                    f"while it worked with other ranks: --set training.micro_batch_size={half}; a restart by torchrun "
+                    "sets it by itself. The checkpoints are intact"
+                ) from None
             world.any(True)
         # Here and not above: the exception holds on to the tensors of what failed.
         state.micro_batch_size = _fewer(learner, size, state.step, say=say)
@@ -191,16 +189,6 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
     return size // 2
 
 
-def _end_all_ranks(learner: Learner, state: TrainState, size: int) -> NoReturn:
-    remember_micro_batch(learner.config, learner.runtime.device, max(1, size // 2))
-    raise AtlasError(
-        f"rank {learner.runtime.world.rank}: step {state.step + 1}: out of memory with {size} sequences per "
-        "micro-batch, while it worked with other ranks: --set "
-        f"training.micro_batch_size={max(1, size // 2)}; a restart by torchrun "
-        "sets it by itself. The checkpoints are intact"
-    )
-
-
 def fit_micro_batch(
     config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None], may_exceed: bool = False
 ) -> int:
@@ -212,12 +200,9 @@ def fit_micro_batch(
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
-    if (
-        may_exceed
-        and runtime.device.type == "cuda"
-        and (found := _more_than_batch_size(config, runtime, free, say))
-    ):
-        return found
+    is_cuda = runtime.device.type == "cuda"
+    if may_exceed and is_cuda and (more := _more_than_batch_size(config, runtime, say)):
+        return more
     known = remembered_micro_batch(config, runtime.device)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
         if known < most:
@@ -251,9 +236,7 @@ def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool
     return _estimate(config, size, runtime, keeps_all=True) > _ROOMY * measure_memory(runtime.device.type)
 
 
-def _more_than_batch_size(
-    config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str], None]
-) -> int | None:
+def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
     """The size of micro-batches if an update is split into as few equal ones as leave a GPU's memory ample; None if
     that is not more than `batch_size`."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
@@ -264,7 +247,8 @@ def _more_than_batch_size(
             break
         if size * num_micro_batches > _FILLED * sequences:  # too many rows would only fill the last one up
             continue
-        limit, need = int(_COMFORTABLE * free), _estimate(config, size, runtime)
+        limit = int(_COMFORTABLE * measure_memory(runtime.device.type))
+        need = _estimate(config, size, runtime)
         if runtime.compiles:  # blocks keep more than in the trial, which compiles nothing
             limit -= _estimate(config, size, runtime, keeps_all=True) - need
         if need > limit or (known is not None and known < size):
@@ -333,13 +317,13 @@ def _run_trial() -> int:
     size = trial["size"]
     sequences = min(2 * size, config.training.sequences_per_update)
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
-    state = TrainState(horizon=1, micro_batch_size=size, eval_batch_size=size)
+    state = TrainState(horizon=1, micro_batch_size=size)
     try:
         learner = fresh_learner(config, runtime)
         documents = [torch.zeros_like(tokens[:, 1:])] if config.data.document_mask else []
         batch = [tokens[:, :-1], tokens[:, 1:], *documents]
         for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
-            gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=StopRequest())
+            gradient = accumulate_gradient(learner, batch, state, stop=StopRequest())
             apply_gradient(learner, gradient, state, rate=0.0)
     except (ImportError, RuntimeError, MemoryError) as error:
         # ImportError: no memory is left to map a library that PyTorch loads when it first needs it.

@@ -139,8 +139,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     _refuse_unasked_code(inherited, explicit)
     is_new_run = request.init_from is not None
     config, data = with_data(resolve(inherited, explicit), explicit, contents, is_new_run=is_new_run)
-    same_data = data.fingerprint == contents["data"].get("fingerprint")
-    resumes = same_data and not is_new_run
+    resumes = not is_new_run and data.fingerprint == contents["data"].get("fingerprint")
     notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
     if resumes:
         _refuse_other_optimizer(config, contents, source)
@@ -183,13 +182,14 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
         )
     ask = request.ask if request.resume is None else None
     try:
-        start = _continue(request, folder, latest, notes)
+        start = _continue(request, folder, latest)
     except OtherRunError:
         if ask is None:
             raise
         fresh = _start_over(request, folder)  # if this is refused too, there is nothing to ask
         _confirm_new_run(request, folder)
         return fresh
+    start.notes += notes
     step = start.contents["step"]
     if ask and not ask(
         f"{folder} holds this run at step {step}. Resume it? (n: start a new one, it moves to previous-N)"
@@ -204,9 +204,7 @@ def _start_over(request: Request, folder: Path) -> Start:
     return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
 
-def _continue(
-    request: Request, folder: Path, latest: tuple[Path, dict[str, Any]], notes: list[str] | None = None
-) -> Start:
+def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
     """Resume the run in a folder, if it has the same model and data."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
@@ -221,7 +219,7 @@ def _continue(
     if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
         raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
-    return Start("resume", config, data, folder, source, contents, [], notes or [])
+    return Start("resume", config, data, folder, source, contents)
 
 
 def _finetune_folder(

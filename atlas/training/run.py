@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas.config import AtlasConfig
+from atlas.config import AtlasConfig, TrackingConfig
 from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
@@ -31,7 +31,6 @@ from atlas.training.logs.run_log import RunLog, perplexity
 from atlas.training.logs.throughput import Throughput
 from atlas.training.loss import LossFunction, SummedLoss
 from atlas.training.optimizers.build import build_optimizer
-from atlas.training.samples import Sampler
 from atlas.training.schedule import RunClock
 from atlas.training.state import TrainState
 
@@ -59,6 +58,11 @@ class Learner:
         self.model.float()
         self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
         self.model.to(self.runtime.weights_dtype)
+
+
+Sampler = Callable[[AtlasLM, Tokenizer, TrackingConfig, int, Callable[[], bool]], list[str]]
+"""`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` texts, generated with a model in
+evaluation mode, by random numbers of its own. Inference has one; the code that starts a run passes it in."""
 
 
 @dataclass

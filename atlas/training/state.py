@@ -10,15 +10,6 @@ from typing import Any
 from atlas.config import TrainingConfig
 
 MAX_ROLLBACKS = 3
-_KEPT_AT_ROLLBACK = (
-    "horizon",
-    "is_planned",
-    "sequences_consumed",
-    "micro_batch_size",
-    "eval_batch_size",
-    "skipped",
-    "seconds",
-)
 ROLLBACK_RATE = 0.5
 """The learning rate is multiplied by this at each rollback."""
 
@@ -62,7 +53,7 @@ class TrainState:
     horizon: int
     """The update at which the run ends."""
     micro_batch_size: int
-    eval_batch_size: int
+    eval_batch_size: int = 1
     is_planned: bool = True
     """False until the measured speed has turned `training.max_hours` into a horizon."""
     step: int = 0
@@ -143,13 +134,15 @@ class TrainState:
 
     def roll_back_to(self, contents: dict[str, Any]) -> None:
         """Become the state of an earlier checkpoint, but skip the data used since, and lower the learning rate."""
-        kept = {name: getattr(self, name) for name in _KEPT_AT_ROLLBACK}
-        vars(self).update(
-            vars(TrainState.of(contents)),
-            **kept,
-            rollbacks=self.rollbacks + 1,
-            rate_scale=self.rate_scale * ROLLBACK_RATE,
-            trouble_at=max(self.trouble_at, self.step),
-            bad_in_a_row=0,
+        past = TrainState.of(contents)
+        past.horizon, past.is_planned = self.horizon, self.is_planned
+        past.micro_batch_size, past.eval_batch_size = self.micro_batch_size, self.eval_batch_size
+        past.sequences_consumed, past.skipped, past.seconds = (
+            self.sequences_consumed,
+            self.skipped,
+            self.seconds,
         )
-        self.went_back_to = self.step
+        past.rollbacks, past.rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
+        past.trouble_at, past.went_back_to = max(self.trouble_at, self.step), past.step
+        past.bad_in_a_row = 0
+        vars(self).update(vars(past))

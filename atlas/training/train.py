@@ -48,9 +48,8 @@ def train(run: Run) -> Result:
                 _cool_down(run)
             else:
                 stream = run.batches()
-        is_saved = True
-        if outcome in ("interrupted", "stopped in time"):
-            is_saved = save_if_sound(run, ["interrupt" if outcome == "interrupted" else "step"])
+        kind = {"interrupted": "interrupt", "stopped in time": "step"}.get(outcome)
+        is_saved = kind is None or save_if_sound(run, [kind])
         log.event(outcome, state.step)
     log.flush_to_disk()
     saved = run.saver.written if is_saved else []
@@ -235,13 +234,8 @@ def _samples(run: Run) -> list[str]:
             # The compiled blocks are compiled for the shapes of training.
             with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
                 # The same seed each time, so that only the model differs.
-                return run.sampler(
-                    run.model,
-                    run.data.tokenizer,
-                    run.config.tracking,
-                    seed=run.config.seed,
-                    should_stop=lambda: run.stop.requested,
-                )
+                tracking, seed = run.config.tracking, run.config.seed
+                return run.sampler(run.model, run.data.tokenizer, tracking, seed, lambda: run.stop.requested)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
