@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from atlas.config import AtlasConfig, LoraConfig, ModelConfig
+from atlas.model.attention import Context
 from atlas.model.lora import add_lora
 from atlas.model.transformer import AtlasLM
 
@@ -287,7 +288,7 @@ class _Recorder(TorchFunctionMode):
         """Queries, keys and values."""
         self._alive: list[Tensor] = []
         [block] = model.blocks
-        block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+        block.register_forward_pre_hook(self._enter_block)
         block.register_forward_hook(self._leave_block)
         for module in block.modules():
             if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2:
@@ -303,13 +304,11 @@ class _Recorder(TorchFunctionMode):
             kept = self.inputs | kept | self.attended | self.masks
         return [*kept.values()]
 
-    def _enter_block(self, block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _enter_block(self, block: nn.Module, arguments: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
         self.saved = self.inside
-        x, *others = arguments
-        self.shared |= {
-            self.hold(other) for other in tree_leaves((others, options)) if isinstance(other, Tensor)
-        }
-        return (x.detach().requires_grad_(), *others), options  # LoRA trains nothing before the first block
+        x, context = arguments
+        self.shared |= {self.hold(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor)}
+        return x.detach().requires_grad_(), context  # LoRA trains nothing before the first block
 
     def _leave_block(self, *_: Any) -> None:
         self.saved = self.outside

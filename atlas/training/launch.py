@@ -202,9 +202,8 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
         state.micro_batch_size = new.sequences_at_once
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
-    if state.step >= state.horizon and not (
-        data.val is not None and state.owes_evaluation(new.eval_interval)
-    ):
+    owes_evaluation = data.val is not None and state.owes_evaluation(new.eval_interval)
+    if state.step >= state.horizon and not owes_evaluation:
         start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
     # After a restart by torchrun, the size that the rank which ran out of memory has remembered.
     fewer = remembered_micro_batch(start.config, runtime.device) if num_restarts() else None
