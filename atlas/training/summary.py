@@ -45,7 +45,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
             say(line)
     elif start.mode == "finetune":
         say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
-    _warn_of_short_run(start, config, state, say)
+    _warn_of_short_run(start, run)
     say(as_yaml(config).rstrip())
     data, model = run.data.train, run.model
     if config.lora.rank:
@@ -100,18 +100,17 @@ def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> Non
     )
 
 
-def _warn_of_short_run(
-    start: Start, config: AtlasConfig, state: TrainState, say: Callable[[str], None]
-) -> None:
-    if start.data.has_conversations and state.horizon < _ENOUGH_CHAT_UPDATES:
-        say(
-            f"warning: {state.horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
+def _warn_of_short_run(start: Start, run: Run) -> None:
+    horizon, warmup_steps = run.state.horizon, run.config.training.warmup_steps
+    if start.data.has_conversations and horizon < _ENOUGH_CHAT_UPDATES:
+        run.log.say(
+            f"warning: {horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
             "give more --epochs or a smaller --batch-size"
         )
-    elif config.training.warmup_steps >= state.horizon:
-        say(
-            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
-            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
+    elif warmup_steps >= horizon:
+        run.log.say(
+            f"warning: warmup_steps {warmup_steps} is not shorter than the run ({horizon} updates): the learning rate "
+            "never reaches its peak; lower training.warmup_steps"
         )
 
 
