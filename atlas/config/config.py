@@ -228,6 +228,6 @@ class AtlasConfig(Section):
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def updated(self, section: str, **values: Any) -> AtlasConfig:
-        """A copy with these values in one section. They are not validated."""
-        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+    def replace(self, section: str, **changes: Any) -> AtlasConfig:
+        """The config with changed values in one section. They are not validated."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=changes)})

@@ -50,8 +50,8 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     If it succeeds, look at the data or the schedule.
     """
     config, data = with_data(resolve(explicit), explicit, None)
-    config = config.updated("model", dropout=0.0).updated("training", weight_decay=0.0)
-    config = config.updated("guard", spikes="off")
+    config = config.replace("model", dropout=0.0).replace("training", weight_decay=0.0)
+    config = config.replace("guard", spikes="off")
     learner = fresh_learner(config, setup_runtime(config))
     batch = next(_batches(data, config, num_updates=1, most=config.training.batch_size))
     size, rate = len(batch[0]), config.training.learning_rate

@@ -112,7 +112,7 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
         log = RunLog(start.folder, rank=world.rank)
         for note in start.notes:
             log.say(note)
-    config = start.config.updated("checkpoint", output_dir=str(start.folder))
+    config = start.config.replace("checkpoint", output_dir=str(start.folder))
     checkpoints = CheckpointManager.of(config.checkpoint, start.folder, say=log.say)
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)

@@ -264,7 +264,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
 
 
 def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bool = False) -> int:
-    config = config.updated("training", micro_batch_size=size)
+    config = config.replace("training", micro_batch_size=size)
     return estimate_training_memory(config, device=runtime.device.type, keeps_all=keeps_all).total
 
 
@@ -284,7 +284,7 @@ def _trial_fits(
     """Whether an update with micro-batches of `size` runs in a child process that may use `limit` bytes, on a CPU
     everything included. The child compiles nothing, which would take a minute each time."""
     # The child is one process: it has no ranks to share the model with.
-    alone = config.updated("training", parallel="auto", shard_size=None)
+    alone = config.replace("training", parallel="auto", shard_size=None)
     trial = {
         "config": alone.model_dump(mode="json"),
         "size": size,

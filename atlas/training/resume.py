@@ -84,7 +84,7 @@ def _continue_alone(start: Start) -> None:
     """Let one process resume a run of several."""
     asked = start.config.training.parallel
     if start.source and asked in ("ddp", "fsdp"):
-        start.config = start.config.updated("training", parallel="auto", shard_size=None)
+        start.config = start.config.replace("training", parallel="auto", shard_size=None)
         start.notes.append(f"training.parallel: {asked}: is for several processes, and this is one")
 
 

@@ -62,7 +62,7 @@ def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: b
         }
     for section, values in settings.items():
         unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
-        config = config.updated(section, **unwritten)
+        config = config.replace(section, **unwritten)
     return config
 
 
@@ -74,11 +74,11 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
             f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
             f"preset add --set model.vocab_size={vocab_size}"
         )
-    return config.updated("model", vocab_size=vocab_size)
+    return config.replace("model", vocab_size=vocab_size)
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
     """The config of a new run with the length that the user set, if any, instead of that of the checkpoint's run."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
-    return config.updated("training", **dict.fromkeys(lengths - written)) if written else config
+    return config.replace("training", **dict.fromkeys(lengths - written)) if written else config

@@ -32,7 +32,7 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
 
     A smaller model must fit `available` bytes; default: fewer than this one needs.
     """
-    config = config.updated("training", micro_batch_size=1)
+    config = config.replace("training", micro_batch_size=1)
     training, now = config.training, estimate_training_memory(config, device=device).total
 
     def less(memory: int) -> str:
@@ -66,4 +66,4 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
 
 
 def _estimate(config: AtlasConfig, device: str, section: str, **changes: object) -> int:
-    return estimate_training_memory(config.updated(section, **changes), device=device).total
+    return estimate_training_memory(config.replace(section, **changes), device=device).total

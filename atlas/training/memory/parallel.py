@@ -43,7 +43,7 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
         )
     parallel = asked
     if asked == "auto":
-        one = config.updated("training", micro_batch_size=1)
+        one = config.replace("training", micro_batch_size=1)
         fits = estimate_training_memory(one, device=device).total <= _ROOMY * memory
         parallel = "ddp" if fits else "fsdp"
     if ranks == 1 and asked in ("auto", "ddp"):

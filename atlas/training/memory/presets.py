@@ -30,7 +30,7 @@ def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
     """Return the config with a `vocab_size`: `ASSUMED_VOCABULARY` where it leaves it to the dataset."""
     if config.model.vocab_size is not None:
         return config
-    return config.updated("model", vocab_size=ASSUMED_VOCABULARY)
+    return config.replace("model", vocab_size=ASSUMED_VOCABULARY)
 
 
 def plan_presets(
@@ -44,7 +44,7 @@ def plan_presets(
     plans = []
     for name in preset_names():
         config = resolve(read_yaml(preset_path(name)))
-        config = config.updated("model", vocab_size=vocab_size or config.model.vocab_size or open_vocab_size)
+        config = config.replace("model", vocab_size=vocab_size or config.model.vocab_size or open_vocab_size)
         memory = estimate_training_memory(config, device=device).total
         plans.append(
             PresetPlan(name, config, count_parameters(config.model).total, memory, memory <= available)
