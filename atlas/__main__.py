@@ -1,5 +1,6 @@
 """`python -m atlas`, which torchrun starts, and the entry of every script in `scripts/`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,14 +23,12 @@ def run(*words: str) -> int:
 
 def _what_to_do(package: str) -> str:
     environment = next((name for name in (".venv", "venv") if Path(name, "pyvenv.cfg").exists()), None)
-    activate = (
-        f"{environment}\\Scripts\\activate"
-        if sys.platform == "win32"
-        else f"source {environment}/bin/activate"
-    )
-    remedy = (
-        f"activate the environment first: {activate}" if environment else "pip install -r requirements.txt"
-    )
+    remedy = "pip install -r requirements.txt"
+    if environment:
+        command = (
+            rf"{environment}\Scripts\activate" if os.name == "nt" else f"source {environment}/bin/activate"
+        )
+        remedy = f"activate the environment first: {command}"
     return f"this Python ({sys.executable}) has no {package}, which Atlas needs: {remedy}"
 
 

@@ -14,9 +14,7 @@ import traceback
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-_FAULTS_OF_A_DISK = {
-    getattr(errno, name, None) for name in ("EDQUOT", "EFBIG", "EIO", "ENOSPC", "EROFS", "ESTALE")
-}
+_FAULTS_OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
 """A read or write that fails for one of these has no file name."""
 _DEEPEST_CALL = 100
 """Frames of Atlas in a traceback. Where there are more, Atlas itself recurses without end."""

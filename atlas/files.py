@@ -41,6 +41,8 @@ else:
 
 
 _CHUNK = 1 << 20
+_HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""Codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
 
 
@@ -146,10 +148,8 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
         _lock(file)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EDEADLK):  # other codes for a lock that is held
+        if error.errno not in (*_HELD, errno.ENOENT):
             file.close()
             raise
     file.close()

@@ -6,6 +6,7 @@ than reading the weights at the second.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,22 +35,19 @@ def measure_memory(device: str) -> int:
 def left_of_data_limit() -> int:
     """Return the bytes that `ulimit -d` leaves this process, as Linux counts: private writable memory, touched or not.
     Without a limit, all memory."""
-    try:
-        import resource
+    total = psutil.virtual_memory().total
+    if sys.platform == "win32":
+        return total
+    import resource
 
-        limit, _hard = resource.getrlimit(resource.RLIMIT_DATA)
-    except ImportError:  # Windows
-        return psutil.virtual_memory().total
-    if limit == resource.RLIM_INFINITY:
-        return psutil.virtual_memory().total
-    return max(0, limit - data_bytes())
+    limit, _hard = resource.getrlimit(resource.RLIMIT_DATA)
+    return total if limit == resource.RLIM_INFINITY else max(0, limit - data_bytes())
 
 
 def data_bytes() -> int:
     """Return the bytes of this process that `ulimit -d` counts."""
-    return (
-        int(psutil.Process().memory_info().data) if psutil.LINUX else int(psutil.Process().memory_info().rss)
-    )
+    memory = psutil.Process().memory_info()
+    return int(memory.data if psutil.LINUX else memory.rss)
 
 
 def _left_in_container(cgroup: Path) -> int:
@@ -111,7 +109,5 @@ def best_time(work: Callable[[], object], device: torch.device, *, seconds: floa
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

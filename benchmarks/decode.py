@@ -377,7 +377,8 @@ def main() -> None:
             from atlas.export.gguf import export_gguf
             from atlas.tokenizer import Tokenizer
 
-            file = export_gguf(model, Tokenizer.gpt2(), Path(folder, "model.gguf"), quantize="f32").path
+            file = Path(folder, "model.gguf")
+            export_gguf(model, Tokenizer.gpt2(), file, quantize="f32")
             shape = Shape(arguments.preset, arguments.device, threads, str(file))
         del model
         pairs, rate = compare(shape, context, arguments.tokens, arguments.rounds)

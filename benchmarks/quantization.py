@@ -141,16 +141,15 @@ def main() -> None:
     shape = loaded.config.model
     sample = sample_of(arguments.data, loaded.tokenizer, shape.max_seq_len, num_tokens=arguments.tokens)
     with tempfile.TemporaryDirectory() as folder, recorded("Quantization", arguments):
-        files = {
-            kind: export_gguf(loaded.model, loaded.tokenizer, Path(folder, f"{kind}.gguf"), quantize=kind)
-            for kind in QUANTIZATIONS
-        }
-        rates = speeds(arguments, {kind: file.path for kind, file in files.items()}, shape.max_seq_len)
+        files = {kind: Path(folder, f"{kind}.gguf") for kind in QUANTIZATIONS}
+        for kind, file in files.items():
+            export_gguf(loaded.model, loaded.tokenizer, file, quantize=kind)
+        rates = speeds(arguments, files, shape.max_seq_len)
         rows = []
         for kind, file in files.items():
-            logprobs = llama_cpp_logprobs(file.path, sample)
+            logprobs = llama_cpp_logprobs(file, sample)
             bits = sample.bits_per_byte(logprobs)
-            rows.append(Row(kind, file.num_bytes, rates[kind], bits, logprobs))
+            rows.append(Row(kind, file.stat().st_size, rates[kind], bits, logprobs))
             print(f"{kind}: {bits:.4f} bits per byte", file=sys.stderr)
         print(
             f"{loaded.model.num_parameters():,} parameters, {shape.num_layers} layers of {shape.hidden_size}, "

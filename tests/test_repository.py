@@ -57,8 +57,7 @@ INSIDE = {
     "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader < packing < conversations < mixture open < build",
     "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
-    "planning": "advice cards communication doctor inference < speed < machine < run < scaling summary < "
-    "tables",
+    "planning": "advice cards communication doctor inference < speed < machine < run < scaling < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory "
     "network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
@@ -67,17 +66,16 @@ INSIDE = {
     "training": "loss_cuda run_config schedule state < evaluate guard loss resume < run < recovery "
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
-    "retention shard_format < load < convert manager verify < async_saver < "
-    "shard_saver < open_saver",
+    "retention shard_format < load < convert manager verify < async_saver < shard_saver",
     "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files generation runs schema server stream < answers engine limits llama metrics < "
     "dispatcher < openai pages < app",
-    "cli": "choose_text doctor_facts export import_model old_flags options plan_report report < generate "
-    "serve terminal < choose_preset doctor evaluate info_dataset look plan_output prepare train < demo "
-    "info plan < pipeline",
+    "cli": "choose_text doctor_facts old_flags options plan_report < generate terminal < choose_preset doctor "
+    "evaluate export import_model info_dataset look plan_output prepare report serve train < demo info plan < "
+    "pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""
@@ -347,6 +345,7 @@ def test_one_test_runs_by_its_name_after_the_faqs_installation() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_test_that_needs_an_extra_says_which() -> None:
     files = (
         "tests/export/test_huggingface.py",

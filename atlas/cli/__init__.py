@@ -20,8 +20,8 @@ from typing import Any
 
 import typer
 
-from atlas.cli.old_flags import hint
-from atlas.cli.terminal import INTERRUPTED, USER_MISTAKE, printable
+from atlas.cli.old_flags import OLD_FLAGS
+from atlas.cli.terminal import INTERRUPTED, USER_MISTAKE, printable, say
 from atlas.errors import AtlasError, EndedElsewhere, Interrupted, explain
 from atlas.process import set_up_process
 from atlas.version import __version__
@@ -63,21 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
     except _UsageError as error:
         help_command = f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
-        typer.echo(f"error: {_usage_problem(error, argv, invoked)}; see {help_command}", err=True)
+        say(f"error: {_usage_problem(error, argv, invoked)}; see {help_command}")
         return USER_MISTAKE
-    except (typer.Abort, KeyboardInterrupt):  # at a question (or its input's end), or before the command ran
-        typer.echo("interrupted", err=True)
+    except (typer.Abort, KeyboardInterrupt):  # an Abort also at a question, or at the end of its input
+        say("interrupted")
         return INTERRUPTED
-    except (OSError, RecursionError, MemoryError) as error:
-        if (line := explain(error)) is None:
+    except EndedElsewhere:
+        return USER_MISTAKE
+    except (AtlasError, OSError, RecursionError, MemoryError) as error:
+        line = str(error) if isinstance(error, AtlasError) else explain(error)
+        if line is None:
             raise
-        _print_error(line)
+        say(f"error: {printable(' '.join(line.splitlines()))}")
         return USER_MISTAKE
     return code or 0
-
-
-def _print_error(line: str) -> None:
-    typer.echo(f"error: {printable(' '.join(line.splitlines()))}", err=True)
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
@@ -123,7 +122,7 @@ def _build_app(invoked: str | None) -> typer.Typer:
         if name == invoked:
             place = FUNCTIONS.get(name, name)
             function = getattr(importlib.import_module(f"atlas.cli.{place}"), place)
-            app.command(name)(_with_readable_errors(function))
+            app.command(name)(_aborted_by_ctrl_c(function))
         else:
             app.command(name, help=summary)(lambda: None)
     return app
@@ -135,27 +134,23 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _with_readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
+    """At a `KeyboardInterrupt` typer would end without a line, or with an empty one."""
+
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except AtlasError as error:
-            _print_error(str(error))
-            raise typer.Exit(USER_MISTAKE) from None
-        except EndedElsewhere:
-            raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Abort from None
 
     return run
 
 
 def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:
     """The parser's message as one line with the value, as in `--max-tokens abc: must be a valid integer`."""
-    unknown = getattr(error, "option_name", None)
-    if unknown and (instead := hint(invoked, unknown)):
+    unknown = getattr(error, "option_name", "")
+    if instead := OLD_FLAGS.get(invoked or "", {}).get(unknown):
         return f"no such option: {unknown}; {instead}"
     flags = getattr(getattr(error, "param", None), "opts", [])
     message = str(getattr(error, "message", "")).removeprefix("Value error, ")

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
+from atlas.cli.terminal import own_command, print_table
+from atlas.config.loader import resolve
+from atlas.config.presets import find_config
 from atlas.errors import AtlasError
-
-if TYPE_CHECKING:
-    from atlas.planning.machine import Machine
-    from atlas.training.memory.presets import PresetPlan
+from atlas.planning.machine import Machine, this_machine
+from atlas.planning.run import describe_duration, plan_run
+from atlas.training.memory.presets import PresetPlan, largest_that_fits, plan_presets
 
 VOCABULARY = 1024
 """Size of the vocabulary that is trained on the text, for presets that do not state one."""
 ON_A_CPU = "modern-nano"
 
 
-def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, device: str = "auto") -> str:
+def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, device: str) -> str:
     """The name of the preset to train, or the path of a config file: the user's answer, or the default if `ask` is
     None. `vocab_size` is the dataset's, or None for text that is not prepared yet.
 
     Raises `AtlasError` if no preset fits into memory.
     """
-    from atlas.config.loader import resolve
-    from atlas.planning.machine import this_machine
-    from atlas.training.memory.presets import plan_presets
-
     machine = this_machine(resolve({"device": device}))
     plans = plan_presets(
         machine.memory, device=machine.device, vocab_size=vocab_size, open_vocab_size=VOCABULARY
     )
-    default = _default(plans, machine)
+    largest = largest_that_fits(plans)
+    if largest is None:
+        raise AtlasError(
+            f"{machine.memory / 1e9:.1f} GB of memory: too little for any preset; close other programs"
+        )
+    # A CPU has enough memory for large models, but is too slow for them.
+    default = largest.name if machine.device == "cuda" else ON_A_CPU
     _print_menu(plans, machine, default)
     if ask is None:
         typer.echo(f"training {default}; choose another with --config", err=True)
@@ -47,22 +51,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
             question = f"{error}\nNumber or name (Enter: {default}): "
 
 
-def _default(plans: Sequence[PresetPlan], machine: Machine) -> str:
-    """The largest preset that fits a GPU. A CPU has enough memory for large models, but is too slow for them."""
-    from atlas.training.memory.presets import largest_that_fits
-
-    largest = largest_that_fits(plans)
-    if largest is None:
-        raise AtlasError(
-            f"{machine.memory / 1e9:.1f} GB of memory: too little for any preset; close other programs"
-        )
-    return largest.name if machine.device == "cuda" else ON_A_CPU
-
-
 def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> None:
-    from atlas.cli.terminal import print_table
-    from atlas.planning.run import describe_duration, plan_run
-
     typer.echo(f"\n{machine.name}: {machine.memory / 1e9:.1f} GB of memory free\n", err=True)
     rows = [("", "preset", "parameters", "vocabulary", "context", "memory", "training time here")]
     for number, plan in enumerate(plans, start=1):
@@ -82,8 +71,6 @@ def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> 
 
 def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
     """The preset or the config file that an answer names. Raises `AtlasError`."""
-    from atlas.config.presets import find_config
-
     if answer.isdecimal():
         if not 1 <= int(answer) <= len(plans):
             raise AtlasError(f"{answer}: the presets are numbered 1 to {len(plans)}")
@@ -94,10 +81,6 @@ def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
 
 def print_next_commands(checkpoint: Path) -> None:
     """Print commands for a trained model, which work in this shell as printed."""
-    import shlex
-
-    from atlas.cli.terminal import own_command
-
     atlas, named = own_command(), f"--checkpoint {shlex.quote(str(checkpoint))}"
     for purpose, command in (
         ("generate text", f'{atlas} generate {named} --prompt "Once upon a time"'),

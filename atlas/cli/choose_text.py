@@ -22,11 +22,9 @@ class NoTextError(Exception):
     """There is no text to train on. The message is one line: value, reason, remedy."""
 
 
-def choose_text(
-    data: str | None, *, command: str, ask: Callable[[str], str] | None = None
-) -> tuple[str | None, bool]:
-    """(path of the text, whether the user chose the demo instead): `data` if it is given, else the archive of the FAQ,
-    else the user's answer. `ask` is None if nobody can answer; `command` is the command that the user called.
+def choose_text(data: str | None, *, command: str, ask: Callable[[str], str] | None) -> str | None:
+    """The path of the text: `data` if it is given, else the archive of the FAQ, else the user's answer, None for the
+    demo. `ask` is None if nobody can answer; `command` is the command that the user called.
 
     Raises `NoTextError` if there is no text.
     """
@@ -34,9 +32,9 @@ def choose_text(
         data = os.path.expanduser(data)
         if reason := _why_not(data):
             raise NoTextError(f"--data {data}: {reason}; give a text file, a folder of them, or an archive")
-        return data, False
+        return data
     if ARCHIVE.exists():
-        return str(ARCHIVE), False
+        return str(ARCHIVE)
     if ask is None:
         raise NoTextError(
             f"{ARCHIVE}: is not there, and no text is named. Train on your own with {command} --data FOLDER_OR_FILE, "
@@ -48,9 +46,9 @@ def choose_text(
         path = _path_of(answer)
         reason = _why_not(path)
         if reason is None:
-            return path, False
+            return path
         question = f"{path}: {reason}. Folder or file (Enter: the demo): "
-    return None, True
+    return None
 
 
 def _path_of(answer: str) -> str:
@@ -105,14 +103,14 @@ def _main(command: str, arguments: Sequence[str]) -> int:
         return 0
     try:
         ask = ask_person if somebody_can_answer() and not given.yes else None
-        text, is_demo = choose_text(given.data, command=command, ask=ask)
+        text = choose_text(given.data, command=command, ask=ask)
     except NoTextError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if is_demo:
+    if text is None:
         print("--demo")
     elif given.data is None:
         print(f"--data={text}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from atlas.cli.choose_preset import ON_A_CPU, VOCABULARY, print_next_commands
+from atlas.cli.terminal import say
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
     _headline(2, f"tokens: a byte-level BPE of {VOCABULARY:,} entries, trained on this text")
     summary = prepare([source], folder / "data", train_tokenizer=VOCABULARY)
     for note in summary.notes:
-        typer.echo(note, err=True)
+        say(note)
 
     _headline(3, f"training the {ON_A_CPU} model on it")
     checkpoints = folder / "checkpoints"
@@ -50,7 +51,7 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
 
     best = checkpoints / "atlas_best.pt"
     _finish(best, folder / "atlas_demo.gguf", summary.dataset.split("val"))
-    typer.echo(f"\nthe demo took {time.perf_counter() - start:.0f} s; all files are in {folder}/", err=True)
+    say(f"\nthe demo took {time.perf_counter() - start:.0f} s; all files are in {folder}/")
     print_next_commands(best)
 
 
@@ -90,4 +91,4 @@ def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:
 
 
 def _headline(number: int, text: str) -> None:
-    typer.echo(f"\n── {number}/5 {text}", err=True)
+    say(f"\n── {number}/5 {text}")

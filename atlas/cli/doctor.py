@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atlas.cli.terminal import print_table, printable
+from atlas.cli.terminal import gibibytes, print_facts, print_table, printable
 from atlas.errors import AtlasError
 
 Rows = Iterable[tuple[str, Any]]
@@ -33,7 +34,6 @@ def doctor(
             help="Folder whose disk is measured: the one that train will write to, which need not exist. Default: that "
             "of train.",
             metavar="DIR",
-            show_default=False,
         ),
     ] = None,
     distributed: Annotated[
@@ -49,7 +49,6 @@ def doctor(
             help="With --distributed: seconds that the processes wait for one another. Default: 60.",
             min=1,
             metavar="SECONDS",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -58,40 +57,30 @@ def doctor(
     This takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see
     the last lines, each of which names a remedy.
     """
-    import json
-
-    if distributed:
-        return _try_connection(as_json, device, output_dir, timeout)
-    if timeout is not None:
+    if distributed and output_dir is not None:
+        raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")
+    if timeout is not None and not distributed:
         raise AtlasError(f"--timeout {timeout:g}: is for --distributed; leave it out")
+    if distributed:
+        # PyTorch reads it once. If it cannot reach an address, it prints pages; their last line is reported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
 
-    from atlas.cli import doctor_facts
+        facts, show = try_connection(device, timeout or DEFAULT_TIMEOUT), _print_connection
+    else:
+        from atlas.cli.doctor_facts import examine
 
-    if sys.stderr.isatty():
-        typer.echo("measuring this machine for about half a minute", err=True)
-    facts = doctor_facts.examine(device, output_dir)
+        if sys.stderr.isatty():
+            typer.echo("measuring this machine for about half a minute", err=True)
+        facts, show = examine(device, output_dir), _print
+    if facts is None:  # on ranks other than the first
+        return
     if as_json:
         typer.echo(json.dumps(facts, indent=2, allow_nan=False))
     else:
-        _print(facts)
-    if facts["problems"]:
+        show(facts)
+    if facts.get("problems"):
         raise typer.Exit(SOMETHING_TO_FIX)
-
-
-def _try_connection(as_json: bool, device: str, output_dir: Path | None, timeout: float | None) -> None:
-    import json
-
-    # PyTorch reads it once. If it cannot reach an address, it prints pages; their last line is reported below.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
-
-    if output_dir is not None:
-        raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")
-    facts = try_connection(device, DEFAULT_TIMEOUT if timeout is None else timeout)
-    if facts and as_json:
-        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
-    elif facts:
-        _print_connection(facts)
 
 
 def _print_connection(facts: dict[str, Any]) -> None:
@@ -106,12 +95,8 @@ def _print_connection(facts: dict[str, Any]) -> None:
     for entry in facts["all_reduce"]:
         by_backend.setdefault(entry["backend"], []).append(entry)
     (smallest, *larger), *_ = by_backend.values()
-    titles = [
-        "backend",
-        "device",
-        f"latency, {_bytes(smallest)}",
-        *(f"GB/s, {_bytes(entry)}" for entry in larger),
-    ]
+    titles = ["backend", "device", f"latency, {_bytes(smallest)}"]
+    titles += [f"GB/s, {_bytes(entry)}" for entry in larger]
     rows = [
         [backend, first["device"], f"{first['seconds'] * 1e3:.2f} ms"]
         + [f"{entry['bus_bandwidth'] / 1e9:.2f}" for entry in rest]
@@ -139,17 +124,11 @@ def _print(facts: dict[str, Any]) -> None:
     }
     for title, rows in groups.items():
         typer.echo(title)
-        _print_rows(rows)
+        print_facts(rows, indent="  ", width=16)
     problems = facts["problems"]
     typer.echo(f"To fix: {len(problems)}" if problems else "Nothing to fix")
     for problem in problems:
         typer.echo(printable(f"  {problem['value']}: {problem['reason']}; {problem['remedy']}"))
-
-
-def _print_rows(rows: Rows) -> None:
-    for name, value in rows:
-        if value:
-            typer.echo(f"  {name:<16}  {printable(str(value))}")
 
 
 def _versions(versions: dict[str, Any]) -> Rows:
@@ -169,19 +148,17 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
     arithmetic = "computes in bf16" if machine["cpu_bf16"] else "no bf16 arithmetic"
     available, total = machine["memory_available"], machine["memory_total"]
     yield "system", machine["system"]
-    yield (
-        "CPU",
-        f"{machine['cpu']}: {threads} threads on {cpus} logical CPUs, {machine['cpu_capability']}, {arithmetic}",
-    )
-    yield "memory", f"{_gib(available)} free of {_gib(total)}"
+    cores = f"{threads} threads on {cpus} logical CPUs, {machine['cpu_capability']}"
+    yield "CPU", f"{machine['cpu']}: {cores}, {arithmetic}"
+    yield "memory", f"{gibibytes(available)} free of {gibibytes(total)}"
     yield "NVIDIA driver", machine["nvidia_driver"]
     for gpu in machine["gpus"]:
         known = gpu.get("compute_capability")
         computes = f", compute capability {known}" if known else ""
-        yield "GPU", f"{gpu['name']}: {_gib(gpu['memory_total'])}{computes}"
+        yield "GPU", f"{gpu['name']}: {gibibytes(gpu['memory_total'])}{computes}"
     if memory:
         fits = f"up to {memory['preset']}" if memory["preset"] else "none"
-        yield "presets that fit", f"{fits}, in {_gib(memory['available'])} on {memory['device']}"
+        yield "presets that fit", f"{fits}, in {gibibytes(memory['available'])} on {memory['device']}"
 
 
 def _precision(precision: dict[str, Any]) -> Rows:
@@ -225,8 +202,8 @@ def _speed(facts: dict[str, Any]) -> Rows:
         yield "disk", f"{disk['folder']}: {disk['error']}"
     else:
         memory = " (perhaps from memory)" if disk["read_from_memory"] else ""
-        speeds = f"{_megabytes(disk['write'])} written, {_megabytes(disk['read'])} read{memory}"
-        yield "disk", f"{speeds}, in {disk['folder']}"
+        written, read = (f"{disk[way] / 1e6:,.0f} MB/s" for way in ("write", "read"))
+        yield "disk", f"{written} written, {read} read{memory}, in {disk['folder']}"
 
 
 def _attention_times(times: dict[str, Any]) -> str:
@@ -242,14 +219,5 @@ def _attention_times(times: dict[str, Any]) -> str:
 
 
 def _choice(train: dict[str, Any]) -> Rows:
-    yield "device", f"{train['device']}: {train['device_reason']}"
-    yield "precision", f"{train['precision']}: {train['precision_reason']}"
-    yield "compile", f"{train['compile']}: {train['compile_reason']}"
-
-
-def _megabytes(rate: float) -> str:
-    return f"{rate / 1e6:,.0f} MB/s"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    for name in ("device", "precision", "compile"):
+        yield name, f"{train[name]}: {train[f'{name}_reason']}"

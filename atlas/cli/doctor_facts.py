@@ -115,7 +115,6 @@ def _versions() -> Facts:
 def _machine() -> Facts:
     on_cpu = describe_machine(Runtime(torch.device("cpu"), "fp32"))
     driver = nvidia_driver()
-    available = measure_memory("cpu")
     return {
         "system": platform.platform(),
         "cpu": on_cpu["cpu"],
@@ -124,7 +123,7 @@ def _machine() -> Facts:
         "cpu_capability": on_cpu["cpu_capability"],
         "cpu_bf16": why_not_in("bf16", torch.device("cpu")) is None,
         "memory_total": psutil.virtual_memory().total,
-        "memory_available": available,
+        "memory_available": measure_memory("cpu"),
         "nvidia_driver": driver and driver[0],
         "gpus": _gpus(),
     }
@@ -175,27 +174,21 @@ def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
     """None where PyTorch has no choice of kernels for training, or no memory is left."""
     if device.type != "cuda":
         return None
-    dtype, seconds = _chosen(device).dtype, effort.seconds / 5
-    return _unless_full(lambda: time_attention(device, dtype, seconds=seconds))
+    dtype = _chosen(device).dtype
+    return _unless_full(lambda: time_attention(device, dtype, seconds=effort.seconds / 5))
 
 
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
     """One training step in it; `refusal` is why training does not use it, None where it does."""
-    runtime = Runtime(device, name)
     step: Facts = {"refusal": why_not_in(name, device)}
-
-    def loss_of(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
-        with runtime.autocast():
-            return (
-                linear_cross_entropy(model.hidden_states(inputs), model.head_weight, targets)
-                / targets.numel()
-            )
-
     try:
-        scale = runtime.grad_scaler().get_scale()
-        return step | check_step(device, runtime.dtype, loss_of, loss_scale=scale, seconds=effort.seconds / 5)
+        return step | check_step(Runtime(device, name), _mean_loss, seconds=effort.seconds / 5)
     except RuntimeError as error:
         return step | {"right": False, "error": _first_line(error)}
+
+
+def _mean_loss(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy(model.hidden_states(inputs), model.head_weight, targets) / targets.numel()
 
 
 def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
@@ -254,12 +247,8 @@ def _choice(device_name: str, device: torch.device) -> Facts:
             "mps": "PyTorch sees no CUDA device, but an Apple GPU",
             "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
         }[device.type]
-    others = {name: why_not_in(name, device) for name in PRECISIONS if name != runtime.precision}
-    possible = [name for name, refusal in others.items() if refusal is None]
-    why_precision = f"auto on this {device.type}; " + "; ".join(
-        [f"{name}: {refusal}" for name, refusal in others.items() if refusal]
-        + ([f"{' and '.join(possible)} can be asked for"] if possible else [])
-    )
+    others = [name for name in PRECISIONS if name != runtime.precision]
+    reasons = [f"{name}: {why_not_in(name, device) or 'can be asked for'}" for name in others]
     notes: list[str] = []
     compiles = choose_compile(AtlasConfig(), device, say=notes.append)
     why_compile = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
@@ -267,7 +256,7 @@ def _choice(device_name: str, device: torch.device) -> Facts:
         "device": runtime.device.type,
         "device_reason": why_device,
         "precision": runtime.precision,
-        "precision_reason": why_precision,
+        "precision_reason": "; ".join([f"auto on this {device.type}", *reasons]),
         "compile": "on" if compiles else "off",
         "compile_reason": notes[0] if notes else why_compile,
     }

@@ -13,13 +13,8 @@ from atlas.cli.terminal import print_table, printable
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from atlas.data.sequences.build import Windows
     from atlas.inference.load import LoadedModel
-    from atlas.inference.tasks import Score
-    from atlas.model import AtlasLM
-    from atlas.tokenizer import Tokenizer
     from atlas.training.devices.device import Runtime
 
 _MARKED, _AROUND = 8, 40
@@ -61,33 +56,26 @@ def evaluate(
         raise AtlasError("--limit and --num-fewshot are for --tasks; leave them out")
     if names and worst:
         raise AtlasError(f"--worst {worst}: is for --data; leave it out")
-    from rich.console import Console
-
     from atlas.inference.load import load_model
 
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
-    console = Console(stderr=True)
     if data is not None:
-        _on_text(loaded, data, batch_size, device, worst, console)
+        _on_text(loaded, data, batch_size, device, worst)
     else:
-        from atlas.inference.tasks import evaluate_tasks
-
-        track = _bar("answering", console)
-        scores = evaluate_tasks(loaded, names, limit, num_fewshot, batch_size=batch_size, track=track)
-        _print_scores(scores)
+        _in_tasks(loaded, names, limit, num_fewshot, batch_size)
 
 
-def _bar(name: str, console: Console) -> Callable[[Sequence[Any]], Iterable[Any]]:
+def _bar(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
     """A function that draws a progress bar around a sequence, on a terminal only."""
+    from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
     return lambda items: track(items, name, console=console, disable=not console.is_terminal)
 
 
-def _on_text(
-    loaded: LoadedModel, data: str, batch_size: int, device: str, worst: int, console: Console
-) -> None:
-    from atlas.config.loader import nested, overlay, resolve
+def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst: int) -> None:
+    from atlas.config.loader import resolve
     from atlas.data import resolve_data, validation_windows
     from atlas.training.devices.device import setup_runtime
     from atlas.training.evaluate import evaluate as measure
@@ -101,8 +89,8 @@ def _on_text(
         )
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
-    runtime = setup_runtime(resolve(overlay({"device": device}, nested("training.precision", "fp32"))))
-    every, loss, track = range(len(dataset)), SummedLoss(loaded.model), _bar("evaluating", console)
+    runtime = setup_runtime(resolve({"device": device, "training": {"precision": "fp32"}}))
+    every, loss, track = range(len(dataset)), SummedLoss(loaded.model), _bar("evaluating")
     result = measure(loss, dataset, every, batch_size=batch_size, runtime=runtime, track=track)
     assert result is not None
     part = "validation part" if resolved.val else "full text"
@@ -113,44 +101,39 @@ def _on_text(
         f"bits per byte  {result.bits_per_byte:.4f}"
     )
     if worst:
-        _show_worst(loaded.model, dataset, resolved.tokenizer, runtime, worst, console)
+        _show_worst(loaded, dataset, runtime, worst)
 
 
-def _print_scores(scores: Iterable[Score]) -> None:
-    rows = [("task", "metric", "value", "±", "examples", "shots")]
-    for score in scores:
+def _in_tasks(
+    loaded: LoadedModel, tasks: list[str], limit: int | None, num_fewshot: int | None, batch_size: int
+) -> None:
+    from atlas.inference.tasks import evaluate_tasks
+
+    rows, track = [("task", "metric", "value", "±", "examples", "shots")], _bar("answering")
+    for score in evaluate_tasks(loaded, tasks, limit, num_fewshot, batch_size=batch_size, track=track):
         error = "" if score.error is None else f"{score.error:.4f}"
         counts = f"{score.examples:,}", str(score.shots)
         rows.append((score.task, score.metric, f"{score.value:.4f}", error, *counts))
     print_table(rows, right=(2, 3, 4, 5))
 
 
-def _show_worst(
-    model: AtlasLM, dataset: Windows, tokenizer: Tokenizer, runtime: Runtime, count: int, console: Console
-) -> None:
+def _show_worst(loaded: LoadedModel, dataset: Windows, runtime: Runtime, count: int) -> None:
     """Each window's mean loss, and the text around its worst token. Tokens with the highest loss are marked ⟦so⟧."""
     from atlas.training.evaluate import token_losses
 
-    windows = _bar("searching", console)(range(len(dataset)))
-    losses = {window: token_losses(model, dataset, window, runtime=runtime) for window in windows}
+    decode, windows = loaded.tokenizer.decode, _bar("searching")(range(len(dataset)))
+    losses = {window: token_losses(loaded.model, dataset, window, runtime=runtime) for window in windows}
     ranked = sorted(losses, key=lambda window: -float(losses[window].nanmean()))
     for rank, window in enumerate(ranked[:count], start=1):
         mean, costs = float(losses[window].nanmean()), losses[window].nan_to_num()
         ids, worst = dataset[window][1].tolist(), int(costs.argmax())
         marked = set(costs.topk(min(_MARKED, len(costs))).indices.tolist())
         around = range(max(0, worst - _AROUND), min(len(ids), worst + _AROUND))
-        shown = _marked_text(
-            [(ids[position], position in marked) for position in around if ids[position] >= 0], tokenizer
-        )
+        places, shown = [place for place in around if ids[place] >= 0], ""
+        for is_marked, run in itertools.groupby(places, marked.__contains__):
+            text = decode([ids[place] for place in run])
+            shown += f"⟦{text}⟧" if is_marked else text
         typer.echo(
             f"\n{rank}. window {window:,}: {mean:.3f} nats per token, {float(costs[worst]):.1f} for "
-            f"{printable(tokenizer.decode([ids[worst]]))!r}\n   {printable(' '.join(shown.split()))}"
+            f"{printable(decode([ids[worst]]))!r}\n   {printable(' '.join(shown.split()))}"
         )
-
-
-def _marked_text(tokens: list[tuple[int, bool]], tokenizer: Tokenizer) -> str:
-    runs = [
-        (is_marked, tokenizer.decode([id for id, _ in run]))
-        for is_marked, run in itertools.groupby(tokens, key=lambda token: token[1])
-    ]
-    return "".join(f"⟦{text}⟧" if is_marked else text for is_marked, text in runs)

@@ -5,47 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from atlas.cli import options
+from atlas.cli.terminal import print_table, say
 from atlas.errors import AtlasError
+from atlas.export.quantize import Quantization
 
 if TYPE_CHECKING:
-    from atlas.export.gguf import ExportedFile
-    from atlas.export.quantize import Quantization
     from atlas.export.score import Sample
     from atlas.inference.load import LoadedModel
 
 
-class Type(str, Enum):
-    """The types that `--quantize` takes, the largest file first."""
-
-    f32 = "f32"
-    f16 = "f16"
-    bf16 = "bf16"
-    q8_0 = "q8_0"
-    q6_k = "q6_k"
-    q5_k_m = "q5_k_m"
-    q5_1 = "q5_1"
-    q5_0 = "q5_0"
-    q4_k_m = "q4_k_m"
-    q4_1 = "q4_1"
-    q4_0 = "q4_0"
-
-
-class Format(str, Enum):
-    """The formats that `--format` takes."""
-
-    gguf = "gguf"
-    hf = "hf"
-    peft = "peft"
-
-
 def export(
-    checkpoint: Annotated[str, typer.Option(help="The checkpoint to export.")] = "checkpoints/atlas_best.pt",
+    checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     output: Annotated[
         str | None,
         typer.Option(
@@ -54,14 +30,14 @@ def export(
         ),
     ] = None,
     format: Annotated[
-        Format,
+        Literal["gguf", "hf", "peft"],
         typer.Option(
             help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers. "
             "peft: only the updates of lora."
         ),
-    ] = Format.gguf,
+    ] = "gguf",
     quantize: Annotated[
-        Type | None,
+        Quantization | None,
         typer.Option(
             help="Type of the matrices: f32 is exact, f16 and bf16 are half the size, q8_0 a quarter, q4_k_m a fifth.",
             show_default="gguf f16, hf f32",
@@ -91,65 +67,65 @@ def export(
 
     _check_options(format, quantize, modelfile, verify, data)
     path = find_checkpoint(checkpoint)
-    contents = load_checkpoint(path, say=_say, without=NOT_NEEDED)
+    contents = load_checkpoint(path, say=say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
             f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
             "file can hold; train with gpt2 or a tokenizer.json to export"
         )
-    if format is Format.peft:
+    target = Path(output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
+    if format == "peft":
         from atlas.config.loader import resolve
         from atlas.export.peft import export_adapter
 
         config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
-        weights, folder = contents["model_state_dict"], Path(output or "atlas_model")
-        _list_files(export_adapter(weights, config.model, config.lora, folder, base=base))
-        return
+        weights = contents["model_state_dict"]
+        return _list_files(export_adapter(weights, config.model, config.lora, target, base=base))
     loaded = model_of(contents, path)
-    if format is Format.hf:
+    if format == "hf":
         from atlas.export.huggingface import export_hf
 
         folder = export_hf(
             loaded.model,
             loaded.tokenizer,
-            output or "atlas_model",
-            dtype="f32" if quantize is None else quantize.value,  # type: ignore[arg-type]
-            name=Path(output or "atlas_model").name,
+            target,
+            dtype=quantize or "f32",  # type: ignore[arg-type]
+            name=target.name,
             facts=loaded.facts,
             license=license,
             chat_template=loaded.chat_template,
         )
-        _list_files(folder)
-        return
+        return _list_files(folder)
     if modelfile and loaded.chat_template and not loaded.is_chat_model:
         raise AtlasError(
             "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
         )
-    kind, target = quantize or Type.f16, Path(output or "atlas_model.gguf")
     sample = None
     if data is not None:
         from atlas.export.score import sample_of
 
         sample = sample_of(data, loaded.tokenizer, loaded.config.model.max_seq_len)
-    export_and_prove(loaded, target, quantize=kind.value, verify=verify, license=license, sample=sample)
+    export_and_prove(
+        loaded, target, quantize=quantize or "f16", verify=verify, license=license, sample=sample
+    )
     if modelfile:
         _write_modelfile(target, loaded)
 
 
 def _check_options(
-    format: Format, quantize: Type | None, modelfile: bool, verify: bool, data: str | None
+    format: str, quantize: str | None, modelfile: bool, verify: bool, data: str | None
 ) -> None:
     """Raise `AtlasError` for options that exclude each other."""
-    if data is not None and format is not Format.gguf:
-        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format.value} takes none")
+    if data is not None and format != "gguf":
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format} takes none")
     if data is not None and not verify:
         raise AtlasError("--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of them")
-    if format is Format.peft and (quantize or modelfile):
+    if format == "peft" and (quantize or modelfile):
         raise AtlasError("--format peft: takes no --quantize and no --modelfile")
-    if format is Format.hf and quantize not in (None, Type.f32, Type.f16, Type.bf16):
-        raise AtlasError(f"--quantize {quantize.value}: is for GGUF; --format hf takes f32, f16 or bf16")
-    if format is Format.hf and modelfile:
+    if format == "hf" and quantize not in (None, "f32", "f16", "bf16"):
+        raise AtlasError(f"--quantize {quantize}: is for GGUF; --format hf takes f32, f16 or bf16")
+    if format == "hf" and modelfile:
         raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
 
 
@@ -162,14 +138,13 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """Write a Modelfile for Ollama: with the chat template, or one that passes the prompt on unchanged."""
-    context = loaded.config.model.max_seq_len
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
     target.write_text(
         f"FROM ./{file.name}\n"
         f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
-        f"PARAMETER num_ctx {context}\n"
+        f"PARAMETER num_ctx {loaded.config.model.max_seq_len}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
         encoding="utf-8",
     )
@@ -178,7 +153,7 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
 
 def _list_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        _say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
+        say(f"{path.name:<26} {path.stat().st_size:>13,} bytes")
     typer.echo(folder)
 
 
@@ -199,7 +174,7 @@ def export_and_prove(
     """
     from atlas.export.gguf import export_gguf
 
-    written = export_gguf(
+    types = export_gguf(
         loaded.model,
         loaded.tokenizer,
         output,
@@ -208,21 +183,29 @@ def export_and_prove(
         license=license,
         chat_template=loaded.chat_template,
     )
-    _say(_table(written))
-    if in_f16 := sum(type == "f16" for type in written.tensor_types.values()) * quantize.startswith("q"):
-        _say(
+    counts = Counter(types.values())
+    rows = {
+        "architecture": str(loaded.config.model.gguf_architecture),
+        "tensors": f"{len(types)}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}",
+        "size": f"{output.stat().st_size / 1e6:,.1f} MB",
+    }
+    if len(counts) > 2:  # a mixture
+        rows |= _types_by_tensor(types)
+    print_table(list(rows.items()), err=True)
+    if quantize.startswith("q") and (in_f16 := counts["f16"]):
+        say(
             f"note: {in_f16} matrices are f16, not {quantize}: their rows do not divide into blocks of 32; "
             "to quantize them, train with a hidden_size that 32 divides"
         )
     if loaded.config.model.mlp == "gelu_exact":
-        _say(
+        say(
             "model.mlp gelu_exact: llama.cpp computes GELU's tanh form, which differs from it by at most 5e-4; "
             "--data TEXT measures what that changes"
         )
     if verify:
         _prove(loaded, output, quantize, texts, sample)
     else:
-        _say("not verified: --no-verify")
+        say("not verified: --no-verify")
     typer.echo(output)
 
 
@@ -233,37 +216,23 @@ def _prove(
     from atlas.export.verify import verify_gguf
 
     if not is_available():
-        _say('NOT VERIFIED: llama.cpp is not installed; pip install "atlas-llm[llama]", then export again')
+        say('NOT VERIFIED: llama.cpp is not installed; pip install "atlas-llm[llama]", then export again')
         return
     proof = verify_gguf(output, loaded.model, loaded.tokenizer, quantize=quantize, texts=texts)
-    _say(str(proof))
+    say(str(proof))
     if not proof.holds:
         failed = ", ".join(name for name, agrees, _ in proof.checks if not agrees)
         remedy = "do not use this file" if quantize == "f32" else "try --quantize f32"
         raise AtlasError(f"{output}: llama.cpp's results differ from the model's ({failed}); {remedy}")
-    _say("proved: llama.cpp's results equal the model's")
+    say("proved: llama.cpp's results equal the model's")
     if sample:
         from atlas.export.score import llama_cpp_logprobs, pytorch_logprobs
 
         theirs, ours = llama_cpp_logprobs(output, sample), pytorch_logprobs(loaded.model, sample)
-        _say(
+        say(
             f"bits per byte  {sample.bits_per_byte(theirs):.4f} in llama.cpp, {sample.bits_per_byte(ours):.4f} in "
             f"PyTorch with the checkpoint's own weights, on {sample.num_tokens:,} tokens of {sample.name}"
         )
-
-
-def _table(written: ExportedFile) -> str:
-    counts = Counter(written.tensor_types.values())
-    tensors = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    rows = {
-        "architecture": written.architecture,
-        "tensors": f"{len(written.tensor_types)}: {tensors}",
-        "size": f"{written.num_bytes / 1e6:,.1f} MB",
-    }
-    if len(counts) > 2:  # a mixture
-        rows |= _types_by_tensor(written.tensor_types)
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
 
 
 def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
@@ -280,7 +249,3 @@ def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
         for stem, kinds in blocks.items()
         if set(kinds) != {"f32"}
     }
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,6 @@ from atlas.tokenizer.chat import Message, newest_that_fit
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
-    from atlas.inference.sampling import Sampling
     from atlas.inference.text import Prompt
 
 _BATCH_SIZE = 16
@@ -59,6 +59,7 @@ def generate(
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.inference.load import load_model
     from atlas.inference.sampling import Sampling
+    from atlas.inference.text import stream_text
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if prompt is not None else _read_prompts(prompts_file) if prompts_file else []
@@ -73,7 +74,11 @@ def generate(
         seed = secrets.randbelow(2**31)
         if temperature > 0:
             typer.echo(f"seed {seed}", err=True)
-    run = _Run(loaded, sampling, max_tokens, stop or [], seed)
+    counts: list[int] = []  # tokens of each step
+    stream = functools.partial(
+        stream_text, loaded, sampling=sampling, max_tokens=max_tokens, stop=stop or [], count=counts.append
+    )
+    run, start = _Run(loaded, stream, max_tokens, seed), time.perf_counter()
     if interactive:
         run.interact(_ask_prompts(), chat=chat, num_samples=num_samples)
         return
@@ -81,21 +86,19 @@ def generate(
     if output_file:
         run.write(rows, Path(output_file))
     else:
-        run.print(rows)
-    typer.echo(f"{run.tokens} tokens, {run.tokens / max(1e-9, run.seconds):,.1f} tokens/s", err=True)
+        run.show(rows)
+    tokens, seconds = sum(counts), time.perf_counter() - start
+    typer.echo(f"{tokens} tokens, {tokens / max(1e-9, seconds):,.1f} tokens/s", err=True)
 
 
 @dataclass
 class _Run:
-    """The settings of one call, and its counts."""
+    """One call. `stream` is `stream_text` with the call's settings."""
 
     loaded: LoadedModel
-    sampling: Sampling
+    stream: Callable[..., Iterator[list[str]]]
     max_tokens: int
-    stop: list[str]
     seed: int
-    tokens: int = 0
-    seconds: float = 0.0
     has_forgotten: bool = False
 
     def interact(self, lines: Iterator[str], *, chat: bool, num_samples: int) -> None:
@@ -105,10 +108,10 @@ class _Run:
         for number, line in enumerate(lines):
             self.seed = first_seed + number
             if not chat:
-                self.print([line] * num_samples)
+                self.show([line] * num_samples)
             elif line.strip():
                 dialogue = self._remembered([*dialogue, Message("user", line)])
-                dialogue.append(Message("assistant", self.print([dialogue] * num_samples)[0]))
+                dialogue.append(Message("assistant", self.show([dialogue] * num_samples)[0]))
 
     def _remembered(self, dialogue: list[Message]) -> list[Message]:
         """The newest messages that leave room in the context for an answer."""
@@ -125,23 +128,24 @@ class _Run:
     def generations(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, Iterable[str]]]:
         """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
         if len(rows) == 1:
-            yield rows[0], (piece for [piece] in self._stream(rows, 0))
+            yield rows[0], (piece for [piece] in self.stream(rows, seed=self.seed))
             return
         for first in range(0, len(rows), _BATCH_SIZE):
             batch = rows[first : first + _BATCH_SIZE]
-            yield from zip(batch, zip(*self._stream(batch, first), strict=True), strict=True)
+            steps = self.stream(batch, seed=self.seed, first_row=first)
+            yield from zip(batch, zip(*steps, strict=True), strict=True)
 
-    def print(self, rows: Sequence[Prompt]) -> list[str]:
+    def show(self, rows: Sequence[Prompt]) -> list[str]:
         """Print the prompts and their continuations, a blank line between. Returns the continuations."""
         texts: list[str] = []
         for prompt, pieces in self.generations(rows):
-            # A conversation is not repeated.
-            _write(("\n" if texts else "") + (prompt if isinstance(prompt, str) else ""))
+            repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
+            print("\n" * bool(texts) + repeated, end="", flush=True)
             texts.append("")
             for piece in pieces:
-                _write(piece)
+                print(piece, end="", flush=True)
                 texts[-1] += piece
-            _write("\n")
+            print(flush=True)
         return texts
 
     def write(self, rows: Sequence[Prompt], path: Path) -> None:
@@ -157,30 +161,6 @@ class _Run:
                 f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
             ) from None
         typer.echo(f"{len(rows)} texts written to {path}", err=True)
-
-    def _stream(self, rows: Sequence[Prompt], first_row: int) -> Iterator[list[str]]:
-        from atlas.inference.text import stream_text
-
-        start = time.perf_counter()
-        yield from stream_text(
-            self.loaded,
-            rows,
-            self.sampling,
-            max_tokens=self.max_tokens,
-            stop=self.stop,
-            seed=self.seed,
-            first_row=first_row,
-            count=self._count,
-        )
-        self.seconds += time.perf_counter() - start
-
-    def _count(self, tokens: int) -> None:
-        self.tokens += tokens
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -200,13 +180,11 @@ def _read_prompts(path: str) -> list[str]:
 
 def _ask_prompts() -> Iterator[str]:
     """Lines of standard input, with a prompt sign for a person but not for a pipe."""
-    is_person = sys.stdin.isatty()
-    if is_person:
+    sign = ""
+    if sys.stdin.isatty():
         typer.echo("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.", err=True)
-    while True:
-        if is_person:
-            typer.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+        sign = "> "
+    typer.echo(sign, nl=False, err=True)
+    while line := sys.stdin.readline():
         yield line.rstrip("\r\n")
+        typer.echo(sign, nl=False, err=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from atlas.cli.terminal import say
 from atlas.errors import AtlasError
 
 
@@ -70,11 +71,10 @@ def import_model(
     written = save_imported(model, own, output, source=source, chat_template=chat_template)
     shape = model.config
     for note in notes:
-        typer.echo(note, err=True)
-    typer.echo(
+        say(note)
+    say(
         f"{shape.gguf_architecture}: {model.num_parameters():,} parameters, context {shape.max_seq_len:,}, "
-        f"tokenizer {own.name} of {own.vocab_size:,} tokens",
-        err=True,
+        f"tokenizer {own.name} of {own.vocab_size:,} tokens"
     )
     typer.echo(written)
 

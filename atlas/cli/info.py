@@ -13,7 +13,6 @@ from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from atlas.training.checkpoint.manifest import Manifest
-    from atlas.training.checkpoint.verify import Verdict
 
 Facts = Iterable[tuple[str, Any]]
 
@@ -39,7 +38,6 @@ def info(
         typer.Option(
             help="Convert a sharded checkpoint to one file, for every command that takes a .pt.",
             metavar="FILE.pt",
-            show_default=False,
         ),
     ] = None,
     plot: Annotated[
@@ -48,7 +46,6 @@ def info(
             help="Draw the document lengths of a dataset as a PNG picture. Needs matplotlib: "
             'pip install "atlas-llm[plot]".',
             metavar="FILE.png",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -103,22 +100,22 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     from atlas.training.checkpoint.validate import refuse_first_version
 
     path = find_checkpoint(path)
-    if not read_manifest(path, check_hash=False):
+    sidecar, shards, is_described = sidecar_of(path), shards_of(path), read_manifest(path, check_hash=False)
+    if not is_described:
         refuse_first_version(path)
-    if verify or (sidecar_of(path).exists() and not read_manifest(path, check_hash=False)):
+    if verify or (sidecar.exists() and not is_described):
         state = _verified(path)
-    elif sidecar_of(path).exists():
+    elif sidecar.exists():
         state = "size as saved; --verify compares every byte"
-    elif shards_of(path):
-        state = f"no {sidecar_of(path).name} beside it, so that its bytes cannot be compared"
+    elif shards:
+        state = f"no {sidecar.name} beside it, so that its bytes cannot be compared"
     else:
-        state = f"no {sidecar_of(path).name} beside it; --verify reads the checksums inside the file"
+        state = f"no {sidecar.name} beside it; --verify reads the checksums inside the file"
     contents = read_contents(path, remedy="atlas info --verify finds one to use instead", without=NOT_NEEDED)
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
         raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
-    shards = shards_of(path)
     in_shards = f" in {len(list(shards.iterdir()))} files of {shards.name}" if shards else ""
     yield "checkpoint", f"{path} ({checkpoint_size(path) / 1e6:,.1f} MB{in_shards})"
     yield "state", state
@@ -129,7 +126,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     yield "training loss", _rounded(contents.get("loss"))
     yield "validation loss", _rounded(contents.get("val_loss"))
     best = contents.get("best_loss")
-    yield "best loss", _rounded(best) if best is not None and math.isfinite(best) else None
+    yield "best loss", _rounded(best) if math.isfinite(best or 0) else None
     yield from _model(config.model)
     yield "tokenizer", f"{tokenizer.get('name')}, {config.model.vocab_size:,} tokens"
     yield "trained on", contents["data"].get("train_data")
@@ -149,11 +146,12 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def _consolidate(path: Path, target: Path) -> None:
+    from atlas.progress import notify
     from atlas.training.checkpoint.convert import consolidate
     from atlas.training.checkpoint.locate import find_checkpoint
 
     source = find_checkpoint(path)
-    size = consolidate(source, target, say=lambda line: typer.echo(line, err=True))
+    size = consolidate(source, target, say=notify)
     typer.echo(f"{target}: {size / 1e6:,.1f} MB, all that {source} holds")
 
 
@@ -161,16 +159,13 @@ def _model(config: Any) -> Facts:
     from atlas.model.cost import count_parameters
 
     yield "parameters", f"{count_parameters(config).total:,}"
-    yield (
-        "model",
-        f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads, context {config.max_seq_len}, "
-        f"vocabulary {config.vocab_size:,}",
-    )
+    shape = f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads"
+    yield "model", f"{shape}, context {config.max_seq_len}, vocabulary {config.vocab_size:,}"
     yield "architecture", config.gguf_architecture or f"for Atlas only: {config.train_only}"
 
 
-def _rounded(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.4f}"
+def _rounded(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def _verified(path: Path) -> str:
@@ -192,12 +187,13 @@ def _verified(path: Path) -> str:
 
 def _output_folder(folder: Path, verify: bool) -> None:
     """Print a row for each checkpoint, the latest step first, and the one that --resume auto uses."""
+    from atlas.cli.terminal import print_table
     from atlas.progress import byte_progress
-    from atlas.training.checkpoint.manager import CheckpointManager
+    from atlas.training.checkpoint.locate import list_checkpoints
     from atlas.training.checkpoint.manifest import checkpoint_size
     from atlas.training.checkpoint.verify import verify_checkpoint
 
-    manifests = {path: manifest for manifest, path in CheckpointManager(folder).found()}
+    manifests = {path: manifest for manifest, path in list_checkpoints(folder)}
     files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
     if not files:
         raise AtlasError(
@@ -206,7 +202,15 @@ def _output_folder(folder: Path, verify: bool) -> None:
         )
     with byte_progress(sum(map(checkpoint_size, files)), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
-    _print_checkpoints([(path, manifests.get(path), verdicts.get(path)) for path in files])
+    rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
+    for path in files:
+        manifest, size = manifests.get(path), f"{checkpoint_size(path) / 1e6:,.1f} MB"
+        facts = ("", "", "", "")
+        if manifest:
+            losses = _rounded(manifest.loss), _rounded(manifest.val_loss)
+            facts = (f"{manifest.step:,}", manifest.kind, *losses)
+        rows.append((path.name, *facts, size, str(verdicts.get(path) or _seen(path, manifest))))
+    print_table(rows, right={1, 3, 4, 5})
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):
         raise AtlasError(f"{folder}: none of its checkpoints is intact: take a copy of one, or train again")
@@ -218,21 +222,6 @@ def _output_folder(folder: Path, verify: bool) -> None:
             f"{folder}: {len(unsound)} of {len(files)} checkpoints are unsound ({', '.join(unsound)}): see the table; "
             "generate, export and resume from another"
         )
-
-
-def _print_checkpoints(checkpoints: list[tuple[Path, Manifest | None, Verdict | None]]) -> None:
-    from atlas.cli.terminal import print_table
-    from atlas.training.checkpoint.manifest import checkpoint_size
-
-    rows = [("name", "step", "kind", "loss", "validation", "size", "state")]
-    for path, manifest, verdict in checkpoints:
-        step, kind, loss, val_loss = "", "", None, None
-        if manifest:
-            step, kind, loss, val_loss = f"{manifest.step:,}", manifest.kind, manifest.loss, manifest.val_loss
-        size = f"{checkpoint_size(path) / 1e6:,.1f} MB"
-        state = str(verdict) if verdict else _seen(path, manifest)
-        rows.append((path.name, step, kind, _rounded(loss) or "", _rounded(val_loss) or "", size, state))
-    print_table(rows, right={1, 3, 4, 5})
 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
@@ -264,8 +253,7 @@ def _gguf(path: Path) -> Facts:
     from atlas.export.gguf import open_gguf
 
     with open_gguf(path) as reader:
-        small = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
-        fields = {name: field.contents() for name, field in small.items()}
+        fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
         vocabulary = reader.fields.get("tokenizer.ggml.tokens")
         types = Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors)
     yield "GGUF file", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)"

@@ -11,6 +11,9 @@ import typer
 from atlas.cli.terminal import figure, print_facts, print_table, printable
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
 from atlas.errors import AtlasError
+from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, Advice, advise
+from atlas.progress import byte_progress
+from atlas.reporting.dataset_figure import draw_lengths
 from atlas.reporting.dataset_statistics import (
     SAMPLE_TOKENS,
     STRETCH_TOKENS,
@@ -19,13 +22,13 @@ from atlas.reporting.dataset_statistics import (
     sample_documents,
     worst_stretches,
 )
+from atlas.reporting.targets import check_png
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
+from atlas.training.memory.presets import ASSUMED_VOCABULARY
 
 
 def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
     """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
-    from atlas.reporting.targets import check_png
-
     if plot:
         check_png("--plot", plot)
     dataset, state = _open(folder, verify)
@@ -43,8 +46,6 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
 
 def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
     """The dataset, and a description of its state."""
-    from atlas.progress import byte_progress
-
     total = sum(file.stat().st_size for file in folder.glob("*.npy"))
     with byte_progress(total if verify else 0, "reading") as advance:
         dataset = open_dataset(folder, verify=verify, advance=advance)
@@ -59,21 +60,16 @@ def _facts(
     state = dataset.tokenizer_state
     yield "tokenizer", f"{state['name']}, {state['vocab_size']:,} tokens"
     for name, stream in splits.items():
-        yield (
-            name,
-            f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes, "
-            f"{stream.num_bytes / stream.num_tokens:.2f} bytes per token",
+        counts = (
+            f"{stream.num_documents:,} documents, {stream.num_tokens:,} tokens, {stream.num_bytes:,} bytes"
         )
+        yield name, f"{counts}, {stream.num_bytes / stream.num_tokens:.2f} bytes per token"
     for name, split in lengths.items():
         measured = split.documents
         sampled = f"; {measured:,} documents measured" if measured < splits[name].num_documents else ""
-        yield (
-            f"{name} lengths",
-            f"median {split.median:,.10g} tokens, longest {split.longest:,}, end of text included{sampled}",
-        )
-    yield from cleaning_facts(
-        {step: record.model_dump() for step, record in dataset.manifest.cleaning.items()}
-    )
+        middle = f"median {split.median:,.10g} tokens, longest {split.longest:,}"
+        yield f"{name} lengths", f"{middle}, end of text included{sampled}"
+    yield from cleaning_facts(dataset.manifest.model_dump(include={"cleaning"})["cleaning"])
     for note in dataset.manifest.notes:
         yield "note", note
     yield "fingerprint", dataset.fingerprint
@@ -90,8 +86,6 @@ def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[
 
 
 def _print_advice(num_tokens: int, vocab_size: int) -> None:
-    from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
-
     advice = advise(num_tokens, vocab_size=vocab_size)
     fitting = max((row for row in advice if row.fits), key=lambda row: row.parameters, default=None)
     best = f"the largest preset that fits is {fitting.preset}" if fitting else "every preset is larger"
@@ -106,17 +100,13 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
         f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
         f"beyond about {GOOD_PASSES} passes over a text each helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
-
     if not fitting:
-        typer.echo(_what_a_small_text_can_do(num_tokens, vocab_size))
+        smallest, own = advice[0], advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)[0]
+        typer.echo(_what_a_small_text_can_do(smallest, own))
 
 
-def _what_a_small_text_can_do(num_tokens: int, vocab_size: int) -> str:
-    from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
-    from atlas.training.memory.presets import ASSUMED_VOCABULARY
-
-    smallest, *_ = advise(num_tokens, vocab_size=vocab_size)
-    own, *_ = advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)
+def _what_a_small_text_can_do(smallest: Advice, own: Advice) -> str:
+    """`smallest` is the smallest preset with the text's vocabulary, `own` the same with `ASSUMED_VOCABULARY` tokens."""
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
     advice = (
         f"what to do: {smallest.preset} needs about {wanted:,} tokens, add text; or train it anyway and use "
@@ -142,24 +132,15 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
     typer.echo(f"\n{len(excerpts)} random documents of train, by their tokens")
     print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
     if isinstance(tokenizer, ByteLevelTokenizer):
+        searched = f", of {SAMPLE_TOKENS:,} tokens evenly spread over the split"
+        of_all = searched if stream.num_tokens > SAMPLE_TOKENS else ""
+        typer.echo(f"\nworst compressed stretches of {STRETCH_TOKENS} tokens, by bytes per token{of_all}")
         stretches = worst_stretches(stream, tokenizer)
-        typer.echo(
-            f"\nworst compressed stretches of {STRETCH_TOKENS} tokens, by bytes per token{_searched(stream)}"
-        )
         rows = [(f"{stretch.bytes_per_token:.2f}", printable(stretch.text)) for stretch in stretches]
-        print_table(rows or [("none: no document is that long",)], right=set())
-
-
-def _searched(stream: TokenStream) -> str:
-    if stream.num_tokens <= SAMPLE_TOKENS:
-        return ""
-    return f", of {SAMPLE_TOKENS:,} tokens evenly spread over the split"
+        print_table(rows or [("none: no document is that long",)])
 
 
 def _draw(path: Path, folder: Path, lengths: Mapping[str, Lengths], vocab_size: int) -> None:
-    from atlas.planning.advice import advise
-    from atlas.reporting.dataset_figure import draw_lengths
-
     contexts: dict[int, list[str]] = {}
     for row in advise(1, vocab_size=vocab_size):
         contexts.setdefault(row.max_seq_len, []).append(row.preset)

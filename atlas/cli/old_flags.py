@@ -37,8 +37,3 @@ OLD_FLAGS = {
     },
 }
 """Command → option → what to do instead."""
-
-
-def hint(command: str | None, flag: str) -> str | None:
-    """What to write instead of an option of Atlas 1.x; None for any other option."""
-    return OLD_FLAGS.get(command or "", {}).get(flag)

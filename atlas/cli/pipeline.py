@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atlas.cli.train import NoResume, Overrides
+from atlas.cli.train import NoResume, Overrides, train_to_the_end
+from atlas.config.loader import Layer, nested, overlay, parse_overrides, read_yaml
+from atlas.config.presets import find_config, leaves_batch_size_open, preset_names
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from atlas.config.loader import Layer
     from atlas.data.shards import PreparedDataset
 
 
@@ -48,30 +49,25 @@ def pipeline(
     Without --demo, it shows what each preset needs on this machine, asks which one to train, prepares your text for it
     and trains. Without a terminal, or with --yes, it asks nothing.
     """
-    from atlas.cli.choose_preset import print_next_commands
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
-    from atlas.cli.train import train_to_the_end
-    from atlas.config.loader import nested, overlay, parse_overrides
-    from atlas.config.presets import leaves_batch_size_open
 
     layer = parse_overrides(overrides or [])
     confirm = None if yes else ask_or_none()
     ask = ask_person if confirm else None
     if data is not None or not demo:
         try:
-            data, chose_demo = choose_text(data, command="atlas pipeline", ask=ask)
+            data = choose_text(data, command="atlas pipeline", ask=ask)
         except NoTextError as error:
             raise AtlasError(str(error)) from None
-        demo = demo or chose_demo
-    if demo:
+    if demo or data is None:
         from atlas.cli.demo import run_demo
 
         folder = output_dir or Path("demo" if data is None else f"demo-{Path(data).stem}")
         return run_demo(data, folder, layer, no_resume=no_resume)
+    from atlas.cli.choose_preset import print_next_commands
     from atlas.training.resume import Request
 
-    assert data is not None
     explicit = _settings(data, config, layer, ask)
     if output_dir:
         explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
@@ -83,8 +79,6 @@ def pipeline(
 def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
     """The settings of the run, whose text is prepared for their vocabulary."""
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
-    from atlas.config.loader import nested, overlay, read_yaml
-    from atlas.config.presets import find_config, preset_names
     from atlas.data.sequences.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
     from atlas.data.text.sources import Sources

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from atlas.cli.train import Overrides
+
 
 def plan(
     config: Annotated[
@@ -39,10 +41,7 @@ def plan(
             metavar="NAME|GB/s[,…]",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: bytes, seconds, FLOPs, kWh.")
     ] = False,

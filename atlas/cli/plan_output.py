@@ -9,16 +9,14 @@ from typing import Any
 
 import typer
 
-from atlas.cli.plan_report import Report
-from atlas.cli.terminal import figure, print_table, printable
+from atlas.cli.plan_report import Report, Summary
+from atlas.cli.terminal import figure, gibibytes, print_table, printable
 from atlas.model.cost import count_parameters
 from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER
 from atlas.planning.communication import LINK_EFFICIENCY, OVERLAP, Cluster
 from atlas.planning.inference import estimate_inference_memory
-from atlas.planning.machine import Machine
-from atlas.planning.run import SPREAD, describe_duration
+from atlas.planning.run import describe_duration, spread
 from atlas.planning.scaling import Scaling
-from atlas.planning.summary import Summary
 from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes, snapshot_bytes
 
 
@@ -46,8 +44,8 @@ def print_json(report: Report) -> None:
         "config": report.summary and _as_json(report.summary, device),
         "scaling": report.scaling and _scaling_as_json(report.scaling),
         "presets": {preset.name: _as_json(summary, device) for preset, summary in report.presets},
-        "largest_preset_that_fits": report.largest_that_fits,
-        "largest_preset_for_the_data": report.largest_for_text,
+        "largest_preset_that_fits": report.largest(),
+        "largest_preset_for_the_data": report.largest(for_text=True),
     }
     typer.echo(json.dumps(content, indent=2))
 
@@ -63,7 +61,7 @@ def _as_json(summary: Summary, device: str) -> dict[str, Any]:
         "generating_memory_bytes": _with_total(estimate_inference_memory(config.model, device=device)),
         "checkpoint_bytes": checkpoint_bytes(config),
         "output_folder_bytes": output_folder_bytes(config),
-        "fits": summary.fits,
+        "fits": not summary.remedies,
         "micro_batch_size": config.training.sequences_at_once,
         "largest_micro_batch_size": summary.largest_micro_batch,
         **asdict(summary.run),
@@ -110,65 +108,58 @@ def print_report(report: Report) -> None:
 
 
 def _print_summary(report: Report, summary: Summary) -> None:
-    machine, config = report.machine, summary.config
-    generating = estimate_inference_memory(config.model, device=machine.device)
+    machine, config, run, text = report.machine, summary.config, summary.run, report.text
     _print_rows("Parameters", _parts(count_parameters(config.model), "{:,}".format))
-    memory = _parts(summary.memory, _gib)
-    if copy := snapshot_bytes(config):
-        memory["besides, in main memory"] = _gib(copy)
-    memory["sequences per micro-batch"] = f"{config.training.sequences_at_once:,}"
-    memory["at most, of an update"] = f"{summary.largest_micro_batch:,}"
+    copy = snapshot_bytes(config)
+    memory = {
+        **_parts(summary.memory, gibibytes),
+        "besides, in main memory": copy and gibibytes(copy),
+        "sequences per micro-batch": f"{config.training.sequences_at_once:,}",
+        "at most, of an update": f"{summary.largest_micro_batch:,}",
+    }
     _print_rows(f"Memory of training on {machine.device}", memory)
     if copy:
         typer.echo(
             "Besides: the copy that checkpoints are written from while training continues. Where it does not fit, or "
             "with checkpoint.background=false, training waits for the disk.\n"
         )
-    if not summary.fits and report.scaling is None:
-        there = f"Does not fit: {machine.name} has {_gib(machine.memory)}. What would help:"
+    if summary.remedies and report.scaling is None:
+        there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
         typer.echo("\n".join([there, *summary.remedies, ""]))
-    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, _gib))
-    sizes = {
-        "one checkpoint": checkpoint_bytes(config),
-        "output folder, at most": output_folder_bytes(config),
+    generating = estimate_inference_memory(config.model, device=machine.device)
+    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, gibibytes))
+    one, most = _gb(checkpoint_bytes(config)), _gb(output_folder_bytes(config))
+    _print_rows("Disk", {"one checkpoint": one, "output folder, at most": most})
+    figures = {
+        "tokens of the text": text and f"{text.num_tokens:,} in {text.num_documents:,} documents",
+        "updates": "not known" if run.updates is None else f"{run.updates:,}",
+        "tokens": run.tokens and f"{run.tokens:,}",
+        "epochs": run.epochs and f"{run.epochs:,.2f}",
+        "tokens per parameter": run.tokens_per_parameter and figure(run.tokens_per_parameter),
+        "FLOPs": run.flops and f"{run.flops:.2e}",
+        "time": run.seconds and describe_duration(run.seconds),
+        "energy of the card": run.kilowatt_hours and f"{' to '.join(map(figure, run.kilowatt_hours))} kWh",
     }
-    _print_rows("Disk", {name: _gb(size) for name, size in sizes.items()})
-    _print_rows("The run", dict(_run_rows(report, summary)))
-
-
-def _run_rows(report: Report, summary: Summary) -> Iterator[tuple[str, str]]:
-    run, text = summary.run, report.text
-    if text:
-        yield "tokens of the text", f"{text.num_tokens:,} in {text.num_documents:,} documents"
-    yield "updates", "not known" if run.updates is None else f"{run.updates:,}"
-    if run.tokens is not None and run.flops is not None:
-        yield "tokens", f"{run.tokens:,}"
-        if run.epochs is not None:
-            yield "epochs", f"{run.epochs:,.2f}"
-        yield "tokens per parameter", figure(run.tokens / count_parameters(summary.config.model).total)
-        yield "FLOPs", f"{run.flops:.2e}"
-    if run.seconds:
-        yield "time", describe_duration(run.seconds)
-    if run.kilowatt_hours:
-        yield "energy of the card", f"{' to '.join(map(figure, run.kilowatt_hours))} kWh"
+    _print_rows("The run", figures)
 
 
 def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
     """On several GPUs, or as several processes on a CPU; the sections before are about one."""
-    sent = scaling.communication
-    shared = {"training.parallel": scaling.parallel}
-    if scaling.parallel == "fsdp":
-        shared["ranks that share a model"] = f"{scaling.shard_size:,}"
-    shared["sequences of an update, each"] = f"{scaling.sequences:,}"
-    shared["sequences per micro-batch"] = f"{scaling.micro_batch:,}"
+    sent, updates = scaling.communication, summary.run.updates
+    shared = {
+        "training.parallel": scaling.parallel,
+        "ranks that share a model": scaling.parallel == "fsdp" and f"{scaling.shard_size:,}",
+        "sequences of an update, each": f"{scaling.sequences:,}",
+        "sequences per micro-batch": f"{scaling.micro_batch:,}",
+    }
     _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
-    _print_rows("Memory of each of them", _parts(scaling.memory, _gib))
+    _print_rows("Memory of each of them", _parts(scaling.memory, gibibytes))
     if not scaling.fits:
         remedies = ", ".join(_remedies(scaling, summary))
-        typer.echo(f"Does not fit: each has {_gib(scaling.available)}. What would help: {remedies}.\n")
-    parts = {"weights": sent.weights, "gradients": sent.gradients, "total": sent.bytes}
-    moved = {name: _gb(size) for name, size in parts.items() if size or name == "total"}
-    _print_rows("Sent in an update by each, and received", moved)
+        typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
+    parts = {"weights": sent.weights, "gradients": sent.gradients}
+    moved = {name: size and _gb(size) for name, size in parts.items()}
+    _print_rows("Sent in an update by each, and received", {**moved, "total": _gb(sent.bytes)})
     time = {
         "computing": _time(scaling.computing),
         "communication": _time(sent.seconds),
@@ -177,10 +168,8 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
         "total": _time(scaling.seconds),
         "efficiency": f"{scaling.efficiency:.1%}",
         "tokens a second, of all": figure(scaling.tokens_per_second),
+        "time of the run": updates and describe_duration(spread(scaling.seconds * updates)),
     }
-    if summary.run.updates is not None:
-        seconds = scaling.seconds * summary.run.updates
-        time["time of the run"] = describe_duration((seconds / SPREAD, seconds * SPREAD))
     _print_rows("Time of an update", time)
 
 
@@ -205,15 +194,12 @@ def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
 
 def _notes(report: Report) -> Iterator[str]:
     """How the figures came about, and what is not known."""
-    machine, summary = report.machine, report.summary
+    machine, summary, scaling = report.machine, report.summary, report.scaling
     if summary:
         yield from _notes_on_length(summary, has_text=report.text is not None)
-    if machine.flops_per_second is None:
-        yield "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
-    else:
-        yield _note_on_time(machine, summary or report.presets[-1][1], is_one=summary is not None)
-    if report.scaling:
-        yield from _notes_on_scaling(report.scaling, machine.device)
+    yield _note_on_time(report)
+    if scaling:
+        yield from _notes_on_scaling(scaling, machine.device)
     if summary and (advice := summary.advice):
         tokens = figure(advice.tokens_per_parameter)
         yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
@@ -229,14 +215,15 @@ def _notes(report: Report) -> Iterator[str]:
         )
 
 
-def _note_on_time(machine: Machine, summary: Summary, *, is_one: bool) -> str:
+def _note_on_time(report: Report) -> str:
     """Which the times are: measured, simulated or stated, and from what."""
-    reached, speed = summary.run.utilisation, machine.speed
-    assert reached is not None
-    assert machine.flops_per_second is not None
+    machine, speed = report.machine, report.machine.speed
+    reached = (report.summary or report.presets[-1][1]).run.utilisation
+    if machine.flops_per_second is None or reached is None:
+        return "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
     rate = f"{reached:.0%} of {machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}"
     if speed is None:
-        narrow = "; less for narrow models" if machine.device == "cpu" and not is_one else ""
+        narrow = "; less for narrow models" if machine.device == "cpu" and not report.summary else ""
         how = f"FLOPs at {rate} ({machine.time_is}{narrow})"
     else:
         how = (
@@ -273,49 +260,48 @@ def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
 
 
 def _print_presets(report: Report) -> None:
-    fits, enough, text = report.largest_that_fits, report.largest_for_text, report.text
+    fits, enough, text = report.largest(), report.largest(for_text=True), report.text
     verdict = f"the largest that fits is {fits}" if fits else "none fits"
-    if text:
-        largest = f"the largest of them that the text is enough for is {enough}"
-        verdict += f"; {largest if enough else 'the text is small for every one'}"
+    if enough:
+        verdict += f"; the largest of them that the text is enough for is {enough}"
+    elif text:
+        verdict += "; the text is small for every one"
     titles = [" preset", "parameters", "memory", "fits", "micro-batch", "at most", "time"]
     rows = [titles + ["passes"] * bool(text)]
     for preset, summary in report.presets:
         cells = [
             f" {preset.name}",
             f"{preset.parameters:,}",
-            _gib(preset.memory),
+            gibibytes(preset.memory),
             "yes" if preset.fits else "no",
             str(preset.config.training.sequences_at_once),
             str(summary.largest_micro_batch),
             describe_duration(summary.run.seconds) if summary.run.seconds and preset.fits else "",
         ]
         rows.append(cells + ([figure(summary.advice.passes)] if summary.advice else []))
-    typer.echo(f"Presets on {report.machine.name}, {_gib(report.machine.memory)}: {verdict}")
+    typer.echo(f"Presets on {report.machine.name}, {gibibytes(report.machine.memory)}: {verdict}")
     print_table(rows, right=range(1, len(rows[0])))
     typer.echo()
 
 
-def _print_rows(title: str, rows: dict[str, str]) -> None:
+def _print_rows(title: str, rows: dict[str, Any]) -> None:
+    """Print a section of figures; those that are None, 0 or False are left out."""
     typer.echo(title)
-    width = max(14, *map(len, rows.values()))
-    for name, value in rows.items():
+    shown = {name: value for name, value in rows.items() if value}
+    width = max(14, *map(len, shown.values()))
+    for name, value in shown.items():
         typer.echo(f"  {name:<30}    {value:>{width}}")
     typer.echo()
 
 
-def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, str]:
-    """The parts of an estimate by name, those of 0 left out, and their sum."""
-    named = {name.replace("_", " "): show(size) for name, size in vars(estimate).items() if size}
-    return {**named, "total": show(estimate.total)}
+def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
+    """The parts of an estimate by name, and their sum."""
+    sizes = {**vars(estimate), "total": estimate.total}
+    return {name.replace("_", " "): size and show(size) for name, size in sizes.items()}
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{figure(seconds * 1e3)} ms"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _gb(size: float) -> str:

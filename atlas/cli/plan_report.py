@@ -13,13 +13,28 @@ from atlas.data.sequences.build import training_windows
 from atlas.data.sequences.conversations import holds_conversations
 from atlas.data.shards import TokenStream, is_prepared, open_dataset
 from atlas.errors import AtlasError
+from atlas.planning.advice import Advice, advise_on
 from atlas.planning.communication import Cluster, cluster_of
 from atlas.planning.machine import Machine, choose_machine
+from atlas.planning.run import Run, plan_run
 from atlas.planning.scaling import Scaling, scale
-from atlas.planning.summary import Summary, summarize
+from atlas.training.memory.estimate import TrainingMemory, estimate_training_memory
+from atlas.training.memory.fit import largest_micro_batch, memory_advice
 from atlas.training.memory.presets import PresetPlan, assume_vocabulary, largest_that_fits, plan_presets
 from atlas.training.run_config import with_vocabulary
 from atlas.training.schedule import NO_LIMIT, horizon_steps
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a config needs on a machine. `advice` is None without a text, `remedies` are empty where the config fits."""
+
+    config: AtlasConfig
+    memory: TrainingMemory
+    largest_micro_batch: int
+    run: Run
+    advice: Advice | None
+    remedies: list[str]
 
 
 @dataclass(frozen=True)
@@ -33,20 +48,12 @@ class Report:
     scaling: Scaling | None
     presets: list[tuple[PresetPlan, Summary]]
 
-    @property
-    def largest_that_fits(self) -> str | None:
-        """The preset."""
-        return _name(largest_that_fits([preset for preset, _ in self.presets]))
-
-    @property
-    def largest_for_text(self) -> str | None:
-        """The largest preset that fits the machine and for which the text is enough."""
-        enough = [preset for preset, summary in self.presets if summary.advice and summary.advice.fits]
-        return _name(largest_that_fits(enough))
-
-
-def _name(preset: PresetPlan | None) -> str | None:
-    return preset.name if preset else None
+    def largest(self, *, for_text: bool = False) -> str | None:
+        """The largest preset that fits the machine, and with `for_text` also the text."""
+        enough = [plan for plan, summary in self.presets if summary.advice and summary.advice.fits]
+        plans = enough if for_text else [plan for plan, _ in self.presets]
+        largest = largest_that_fits(plans)
+        return largest.name if largest else None
 
 
 def choose_cluster(
@@ -78,17 +85,16 @@ def make_report(
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
     machine, known = choose_machine(wanted, gpu, memory), assume_vocabulary(wanted)
-    presets = plan_presets(
-        machine.memory, device=machine.device, vocab_size=text.vocab_size if text else None
-    )
-    return Report(
-        machine=machine,
-        text=text,
-        assumes_vocabulary=wanted.model.vocab_size is None,
-        summary=_summarize(known, machine, text) if config or overrides else None,
-        scaling=scale(known, machine, cluster) if cluster else None,
-        presets=[(preset, _summarize_preset(preset.config, machine, text)) for preset in presets],
-    )
+    summary = None
+    if config or overrides:
+        summary = _summarize(known, machine, text, len(training_windows(text, known)) if text else 0)
+    scaling = scale(known, machine, cluster) if cluster else None
+    presets, vocab_size = [], text.vocab_size if text else None
+    for preset in plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size):
+        # Without opening the text, which may be shorter than the preset's context.
+        windows = (text.num_tokens - 1) // preset.config.model.max_seq_len if text else 0
+        presets.append((preset, _summarize(preset.config, machine, text, windows)))
+    return Report(machine, text, wanted.model.vocab_size is None, summary, scaling, presets)
 
 
 def _open(data: Path) -> TokenStream:
@@ -106,25 +112,20 @@ def _open(data: Path) -> TokenStream:
     return stream
 
 
-def _summarize(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
-    if text is None:
-        return summarize(config, machine, updates=config.training.max_steps)
-    per_epoch = len(training_windows(text, config))
-    updates = horizon_steps(config.training, per_epoch)
-    return summarize(
-        config,
-        machine,
-        updates=None if updates == NO_LIMIT else updates,
-        sequences_per_epoch=per_epoch,
-        text_tokens=text.num_tokens,
-    )
-
-
-def _summarize_preset(config: AtlasConfig, machine: Machine, text: TokenStream | None) -> Summary:
-    """Without opening the text, which may be shorter than the preset's context."""
-    tokens = text.num_tokens if text else None
-    windows = (tokens - 1) // config.model.max_seq_len if tokens else 0
-    updates = config.training.max_steps
-    return summarize(
-        config, machine, updates=updates, sequences_per_epoch=windows or None, text_tokens=tokens
-    )
+def _summarize(
+    config: AtlasConfig, machine: Machine, text: TokenStream | None, sequences_per_epoch: int
+) -> Summary:
+    """Summarize a config with a known vocabulary, as a run over the text if there is one."""
+    device, updates = machine.device, config.training.max_steps
+    if text and (updates := horizon_steps(config.training, sequences_per_epoch)) == NO_LIMIT:
+        updates = None
+    memory = estimate_training_memory(config, device=device)
+    largest = largest_micro_batch(config, machine.memory, device=device)
+    remedies: list[str] = []
+    if memory.total > machine.memory:
+        remedies = [f"--set training.micro_batch_size={largest}: fits, and gives the same result"]
+        if not largest:
+            remedies = memory_advice(config, device=device, available=machine.memory)
+    run = plan_run(config, machine, updates=updates, sequences_per_epoch=sequences_per_epoch)
+    advice = advise_on(config.model, text.num_tokens, name="") if text else None
+    return Summary(config, memory, largest, run, advice, remedies)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atlas.cli.choose_text import ORIGIN
+from atlas.cli.terminal import print_table, printable, say
 from atlas.config.loader import describe
 
 if TYPE_CHECKING:
@@ -96,25 +97,21 @@ def prepare(
 
 
 def _print_summary(summary: Summary) -> None:
-    from atlas.cli.terminal import printable
-
     manifest, folder = summary.dataset.manifest, summary.dataset.folder
     if summary.unchanged:
-        typer.echo("unchanged: the same text, tokenizer and options as before; nothing to do", err=True)
+        say("unchanged: the same text, tokenizer and options as before; nothing to do")
     for note in summary.notes:
-        typer.echo(printable(note), err=True)
+        say(printable(note))
     for step, record in manifest.cleaning.items():
         what = "changed" if step in ("nfc", "control", "whitespace") else "left out"
         if record.documents:
-            typer.echo(
-                f"cleaning: {step}: {record.documents:,} documents {what}, {record.characters:,} characters fewer",
-                err=True,
+            say(
+                f"cleaning: {step}: {record.documents:,} documents {what}, {record.characters:,} characters fewer"
             )
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
-        typer.echo(
-            f"cleaning: {kept:,} documents are distinguished by a hash of 16 bytes each, {16 * kept / 1e6:,.2f} MB",
-            err=True,
+        say(
+            f"cleaning: {kept:,} documents are distinguished by a hash of 16 bytes each, {16 * kept / 1e6:,.2f} MB"
         )
     typer.echo(f"{folder}: {_tokenizer(manifest)}")
     for name, split in manifest.splits.items():
@@ -124,8 +121,8 @@ def _print_summary(summary: Summary) -> None:
         )
     # The larger presets state GPT-2's vocabulary; the nano ones take any.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
-    typer.echo(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}", err=True)
-    typer.echo(f"how large a model it is enough for: atlas info {folder}", err=True)
+    say(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}")
+    say(f"how large a model it is enough for: atlas info {folder}")
 
 
 def _print_list(root: Path) -> None:
@@ -136,10 +133,11 @@ def _print_list(root: Path) -> None:
         typer.echo(
             f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ORIGIN}"
         )
-    width = max((len(str(path)) for path, _, _ in listed), default=0)
-    for path, size, found in listed:
-        state = found if isinstance(found, str) else _contents(found)
-        typer.echo(f"{path!s:<{width}}  {size / 1e6:>10,.1f} MB  {state}")
+    rows = [
+        (str(path), f"{size / 1e6:,.1f} MB", found if isinstance(found, str) else _contents(found))
+        for path, size, found in listed
+    ]
+    print_table(rows, right={1})
 
 
 def _contents(manifest: Manifest) -> str:

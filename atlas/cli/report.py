@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.terminal import say
+
 if TYPE_CHECKING:
     from atlas.reporting.runs import Run
 
@@ -58,9 +60,7 @@ def _follow(page: Path, runs: Sequence[Run]) -> None:
     """Update the page while a run continues, or may continue, and until Ctrl-C."""
     from atlas.reporting.report import write_report
 
-    typer.echo(
-        f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier", err=True
-    )
+    say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")
     try:
         while any(run.state in ("running", "unknown") for run in runs):
             write_report(page, runs, refresh=_SECONDS)
@@ -68,4 +68,4 @@ def _follow(page: Path, runs: Sequence[Run]) -> None:
             for run in runs:
                 run.refresh()
     except KeyboardInterrupt:
-        typer.echo("no longer updated", err=True)
+        say("no longer updated")

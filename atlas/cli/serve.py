@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atlas.cli import options
+from atlas.cli.terminal import say
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     if device == "cpu":
         lay_out_for_decoding(model.model)
     step = model.facts.get("step")
-    typer.echo(f"{name}: {model.path}, step {step}: {parallel} sequences in parallel on {device}", err=True)
+    say(f"{name}: {model.path}, step {step}: {parallel} sequences in parallel on {device}")
     return Engine(model, name, parallel=parallel, queue=queue)
 
 
@@ -146,7 +147,7 @@ def _llama(path: str, *, parallel: int, queue: int) -> Backend:
     from atlas.serving.llama import Llama
 
     llama = Llama(path, parallel=parallel, queue=queue, threads=torch.get_num_threads())
-    typer.echo(f"{llama.id}: {path}: {parallel} sequences in parallel in llama.cpp", err=True)
+    say(f"{llama.id}: {path}: {parallel} sequences in parallel in llama.cpp")
     return llama
 
 
@@ -154,7 +155,7 @@ def _run(server: Server, address: str) -> None:
     """Serve until a signal; the second signal does not wait for unfinished generations."""
 
     def end(number: int, frame: object) -> None:
-        typer.echo("shutting down: current generations finish; repeat to stop them", err=True)
+        say("shutting down: current generations finish; repeat to stop them")
         server.drain()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
@@ -165,7 +166,4 @@ def _run(server: Server, address: str) -> None:
     while not server.wait(0.1):
         if server.is_ready and not is_reported:
             is_reported = True
-            typer.echo(
-                f"{address} to write and look, {address}/runs for curves, {address}/v1 for OpenAI's clients",
-                err=True,
-            )
+            say(f"{address} to write and look, {address}/runs for curves, {address}/v1 for OpenAI's clients")

@@ -29,6 +29,11 @@ def ask_or_none() -> Callable[[str], bool] | None:
     return lambda question: typer.confirm(question, default=True, err=True)
 
 
+def say(line: str) -> None:
+    """Print a line on standard error. Standard output has a command's results only."""
+    typer.echo(line, err=True)
+
+
 def own_command() -> str:
     """The command that calls the `atlas` of this environment: its name if it is on PATH, else through its Python."""
     on_path = shutil.which("atlas")
@@ -54,12 +59,18 @@ def figure(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
-    """Print a line for each fact, with its name in front, except for facts that are None or empty."""
+def print_facts(facts: Iterable[tuple[str, Any]], *, indent: str = "", width: int = 0) -> None:
+    """Print a line for each fact, with its name in front in `width` or more columns, except for facts that are None or
+    empty."""
     rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
-    width = max(len(name) for name, _ in rows)
+    width = max([width, *(len(name) for name, _ in rows)])
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {printable(value)}")
+        typer.echo(f"{indent}{name:<{width}}  {printable(value)}")
+
+
+def gibibytes(size: int) -> str:
+    """A size of memory in GiB, or a small one in MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = (), err: bool = False) -> None:

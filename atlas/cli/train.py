@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atlas.cli.terminal import INTERRUPTED
+from atlas.cli.terminal import INTERRUPTED, ask_or_none, own_command, print_table, say
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
@@ -100,16 +100,13 @@ def train(
     if overfit_batch:
         from atlas.training.diagnostics import overfit_one_batch
 
-        overfit_one_batch(
-            _explicit_layer(config, overrides, flags), say=lambda line: typer.echo(line, err=True)
-        )
+        overfit_one_batch(_explicit_layer(config, overrides, flags), say=say)
         return
     if profile:
         return _print_profile(_explicit_layer(config, overrides, flags))
     # Report a mistake before PyTorch is loaded, which takes seconds. With several processes, only the first reports it.
     explicit = None if "RANK" in os.environ else _explicit_layer(config, overrides, flags)
 
-    from atlas.cli.terminal import ask_or_none
     from atlas.config.presets import leaves_batch_size_open
     from atlas.training.devices.world import join_world, together
     from atlas.training.resume import Request
@@ -134,20 +131,18 @@ def _explicit_layer(config: str | None, overrides: list[str] | None, flags: dict
 
 
 def _print_profile(explicit: Layer) -> None:
-    from atlas.cli.terminal import print_table
     from atlas.training.diagnostics import profile_update
 
-    profile = profile_update(explicit, say=lambda line: typer.echo(line, err=True))
+    profile = profile_update(explicit, say=say)
     rate = profile.tokens / profile.seconds
     typer.echo(
         f"an update: {profile.tokens:,} tokens in {profile.seconds:.3g} s, {rate:,.0f} tokens/s; recorded:"
     )
     recorded = sum(seconds for _, _, seconds in profile.operations)
-    rows = [
-        (name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}")
-        for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]
-    ]
-    print_table([("operation", "calls", "own time", "share"), *rows], right={1, 2, 3})
+    rows = [("operation", "calls", "own time", "share")]
+    for name, calls, seconds in profile.operations[:_SHOWN_OPERATIONS]:
+        rows.append((name, f"{calls:,}", f"{1e3 * seconds:,.1f} ms", f"{seconds / recorded:.1%}"))
+    print_table(rows, right={1, 2, 3})
     typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
@@ -155,7 +150,6 @@ def train_to_the_end(
     request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
 ) -> Run:
     """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
-    from atlas.cli.terminal import own_command
     from atlas.errors import AtlasError
     from atlas.inference.samples import sample_texts
     from atlas.training.devices.world import ALONE

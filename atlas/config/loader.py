@@ -39,6 +39,10 @@ _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticE
 ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
+def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without keys given twice, of which PyYAML silently takes the last, and without aliases of aliases: ten lines
     of those can expand to more values than any memory holds (`<<` copies them)."""
@@ -53,11 +57,10 @@ class _StrictLoader(yaml.SafeLoader):
             self._aliases += 1
             if self._anchors_open or self._aliases > _MOST_ALIASES:
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
+                raise _refusal(problem, event)
             return super().compose_node(parent, index)
         if self._depth == _DEEPEST:  # PyYAML needs quadratic time for it
-            problem = f"nested deeper than {_DEEPEST} levels"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise _refusal(f"nested deeper than {_DEEPEST} levels", event)
         anchored = getattr(event, "anchor", None) is not None
         self._anchors_open += anchored
         self._depth += 1
@@ -69,8 +72,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
         if abs(number) >= 2**64:  # Python refuses to print one of 5,000 digits
-            problem = "a whole number beyond 2^64 is no setting"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            raise _refusal("a whole number beyond 2^64 is no setting", node)
         return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -80,13 +82,9 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a name", key_node.start_mark
-                )
+                raise _refusal("a key must be a name", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r:.80} is given twice", key_node.start_mark
-                )
+                raise _refusal(f"key {key!r:.80} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -121,14 +119,9 @@ def read_sections(path: str | Path) -> dict[Any, Any]:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; the presets are in configs/") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a config file ({error.strerror}); give a YAML file"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"{path}: cannot be read as a config file: it is not UTF-8 text; give a YAML file"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read as a config file: {reason}; give a YAML file") from None
     values = _decode_yaml(text, str(path))
     if values is None:
         return {}
@@ -216,16 +209,25 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
     unknown: list[str] = []
     wrong: list[str] = []
     for name, value in values.items():
-        if name in _SECTIONS:
-            if isinstance(value, Mapping):
-                for key, entry in value.items():
-                    _add_entry(layer, f"{name}.{key}", entry, unknown, wrong)
-            elif value is not None:  # None: a section with every line commented out
-                wrong.append(f"{name}: is a section with keys of its own, not {_BRIEF.repr(value)}")
+        if name in _SECTIONS and value is None:
+            continue  # a section with every line commented out
+        if name in _SECTIONS and not isinstance(value, Mapping):
+            wrong.append(f"{name}: is a section with keys of its own, not {_BRIEF.repr(value)}")
+        elif name in _SECTIONS or (name in OLD_SECTIONS and isinstance(value, Mapping) and value):
+            for key, entry in value.items():
+                home = ALSO_ACCEPTED.get(f"{name}.{key}", f"{name}.{key}")
+                section, _, leaf = home.partition(".")
+                known = layer.setdefault(section, {})
+                if home not in _FIELDS:
+                    unknown.append(home)
+                elif leaf in known and known[leaf] != entry:
+                    wrong.append(
+                        f"{leaf} is given twice, as {_BRIEF.repr(known[leaf])} and {_BRIEF.repr(entry)}"
+                    )
+                else:
+                    known[leaf] = entry
         elif name in _FIELDS and "." not in name:
             layer[name] = value
-        elif name in OLD_SECTIONS and isinstance(value, Mapping) and value:
-            unknown += [f"{name}.{key}" for key in value]
         else:
             unknown.append(str(name))
     if unknown or wrong:
@@ -236,36 +238,19 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
     return layer
 
 
-def _add_entry(layer: Layer, dotted: str, entry: Any, unknown: list[str], wrong: list[str]) -> None:
-    """Add one key of a section to `layer`, or to `unknown`; report a second, different value in `wrong`."""
-    key = ALSO_ACCEPTED.get(dotted, dotted)
-    if key not in _FIELDS:
-        unknown.append(dotted)
-        return
-    section, leaf = key.split(".")
-    known = layer.setdefault(section, {})
-    if leaf in known and known[leaf] != entry:
-        wrong.append(f"{leaf} is given twice, as {_BRIEF.repr(known[leaf])} and {_BRIEF.repr(entry)}")
-    known[leaf] = entry
-
-
 def _unknown(dotted: str) -> str:
     """`unknown setting training.lr: it is training.learning_rate here`."""
     dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
     if moved := hint(dotted):
         return f"unknown setting {dotted}: {moved}"
-    homes = [key for key in _FIELDS if key.rsplit(".", 1)[-1] == leaf]
-    if dotted in homes:
+    if dotted in _FIELDS:
         return f"{dotted}: write it as {leaf} in the section {dotted.split('.')[0]}"
-    if homes:
-        return f"{dotted} is not a setting here; write it as {homes[0]}"
-    if "." not in dotted:
-        close = difflib.get_close_matches(dotted, [*_SECTIONS, *(k for k in _FIELDS if "." not in k)], n=1)
-    else:
-        close = difflib.get_close_matches(dotted, _FIELDS, n=1)
-    if not close:
-        by_leaf = {key.rsplit(".", 1)[-1]: key for key in _FIELDS}
-        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    homes = {key.rsplit(".", 1)[-1]: key for key in _FIELDS}
+    if leaf in homes:
+        return f"{dotted} is not a setting here; write it as {homes[leaf]}"
+    names = _FIELDS if "." in dotted else [*_SECTIONS, *(key for key in _FIELDS if "." not in key)]
+    close = difflib.get_close_matches(dotted, names, n=1)
+    close = close or [homes[name] for name in difflib.get_close_matches(leaf, homes, n=1)]
     meant = f"did you mean {close[0]}?" if close else "docs/CONFIG.md lists every setting"
     return f"unknown setting {dotted}: {meant}"

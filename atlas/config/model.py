@@ -79,7 +79,7 @@ class ModelConfig(Section):
     zero for the projections that write to the residual stream."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> ModelConfig:
+    def _settings_fit(self) -> ModelConfig:
         if self.head_dim is None and self.hidden_size % self.num_heads:
             below = self.hidden_size // self.num_heads * self.num_heads
             sizes = " or ".join(str(size) for size in (below, below + self.num_heads) if size)
@@ -88,14 +88,11 @@ class ModelConfig(Section):
                 f"use hidden_size {sizes}"
             )
         if self.num_heads % self.kv_heads:
+            divisors = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}: "
-                f"use one of {', '.join(str(n) for n in _divisors(self.num_heads))}"
+                f"use one of {', '.join(divisors)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rope_can_rotate(self) -> ModelConfig:
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(
                 f"head_dim {self.head_size} is odd, and position rope rotates pairs: use head_dim {self.head_size + 1}"
@@ -163,25 +160,21 @@ class ModelConfig(Section):
     @property
     def train_only(self) -> str | None:
         """Why the model cannot be exported, and what to change; None if it can."""
-        if self.gguf_architecture:
-            return None
         if unknown := self._unknown_fields:
             return f"the table of llama.cpp's architectures does not name model.{unknown[0]}: remove this setting"
+        if self.gguf_architecture:
+            return None
         nearest = min(_ARCHITECTURES, key=lambda name: len(self._changes_for(name)))
-        changes = " and ".join(
-            f"model.{setting} to {str(value).lower()}"
-            for setting, value in self._changes_for(nearest).items()
+        changes = (
+            f"model.{name} to {str(value).lower()}" for name, value in self._changes_for(nearest).items()
         )
-        return f"no architecture of llama.cpp computes this model: for {nearest}, set {changes}"
+        return f"no architecture of llama.cpp computes this model: for {nearest}, set {' and '.join(changes)}"
 
     @property
     def _unknown_fields(self) -> list[str]:
         """Fields that the table of architectures does not name: an exported file would leave them out in silence."""
-        return [
-            name
-            for name in type(self).model_fields
-            if name not in _EVERY_VALUE and not all(name in values for values in _ARCHITECTURES.values())
-        ]
+        named = _EVERY_VALUE.union(set.intersection(*map(set, _ARCHITECTURES.values())))
+        return [name for name in type(self).model_fields if name not in named]
 
     def _changes_for(self, architecture: str) -> dict[str, Any]:
         """The settings that differ from a llama.cpp architecture, with the values that it needs."""
@@ -193,7 +186,3 @@ class ModelConfig(Section):
             if self.head_size * self.num_heads != self.hidden_size:
                 changes["head_dim"] = "null"
         return changes
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -100,12 +100,9 @@ def _section(title: str, about: str, properties: dict[str, Any]) -> str:
     for name, entry in properties.items():
         default = entry["default"]
         shown = "" if default is None else f"`{json.dumps(default).strip(chr(34))}`"
-        lines.append(f"| `{name}` | {_values(entry)} | {shown} | {entry['description']} |")
+        values = ", or ".join(map(_value, entry.get("anyOf", [entry])))
+        lines.append(f"| `{name}` | {values} | {shown} | {entry['description']} |")
     return "\n".join(lines) + "\n"
-
-
-def _values(entry: dict[str, Any]) -> str:
-    return ", or ".join(_value(choice) for choice in entry.get("anyOf", [entry]))
 
 
 def _value(choice: dict[str, Any]) -> str:

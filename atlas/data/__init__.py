@@ -37,16 +37,11 @@ __all__ = [
     "validation_windows",
 ]
 
-_NEED_TORCH = {
-    "build": "training_sequences validation_sequences validation_windows",
-    "dataset": "IGNORE_INDEX SequenceDataset TextDataset",
-    "loader": "SequenceOrder batches",
-    "open": "ResolvedData resolve_data resolve_mixture",
-}
-
 
 def __getattr__(name: str) -> Any:
-    for module, names in _NEED_TORCH.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f"{__name__}.sequences.{module}"), name)
+    if name in __all__:
+        for module in ("dataset", "loader", "open", "build"):
+            sequences = importlib.import_module(f"{__name__}.sequences.{module}")
+            if hasattr(sequences, name):
+                return getattr(sequences, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

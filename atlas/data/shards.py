@@ -18,10 +18,10 @@ import hashlib
 import itertools
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,12 @@ Split = str
 """`train` or `val`."""
 
 
-class ShardRecord(BaseModel):
-    """One token file and the document offsets beside it."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ShardRecord(_Strict):
+    """One token file and the document offsets beside it."""
 
     file: str = Field(pattern=r"^(train|val)-[0-9]{5,9}\.npy$")
     tokens: int = Field(ge=0, le=MAX_TOKENS)
@@ -64,10 +66,8 @@ class ShardRecord(BaseModel):
         return self.file.removesuffix(".npy") + ".docs.npy"
 
 
-class SplitRecord(BaseModel):
+class SplitRecord(_Strict):
     """What a split holds. `bytes` are those of its text in UTF-8."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     documents: int = Field(ge=0, le=MAX_TOKENS)
     tokens: int = Field(ge=0, le=MAX_TOKENS)
@@ -75,19 +75,15 @@ class SplitRecord(BaseModel):
     shards: list[ShardRecord]
 
 
-class StepRecord(BaseModel):
+class StepRecord(_Strict):
     """What a cleaning step did: the number of documents it changed or removed, and of characters it removed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     documents: int = 0
     characters: int = 0
 
 
-class Manifest(BaseModel):
+class Manifest(_Strict):
     """`dataset.json`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     format: str = "atlas-dataset"
     version: int
@@ -157,25 +153,21 @@ class TokenStream:
             parts.append(self._map(shard, at_random=is_window)[start - offset : end - offset])
             start = end
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dtype)])
-        if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
-            raise self._wrong_id(largest)
+        self._check_id(int(tokens.max(initial=0)))
         return tokens
 
     def check_ids(self) -> None:
         """Compare the largest recorded ids with the vocabulary, and in a small split every id. Raises `DataError`."""
-        largest = max((shard.largest_id or 0 for shard in self.record.shards), default=0)
-        if largest >= self.vocab_size:
-            raise self._wrong_id(largest)
+        self._check_id(max((shard.largest_id or 0 for shard in self.record.shards), default=0))
         if self.num_tokens <= _CHECKED_WHEN_OPENED:
-            for _ in self.chunks():
-                pass
+            for start in range(0, self.num_tokens, _CHECK_TOKENS):
+                self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
-    def _wrong_id(self, largest: int) -> DataError:
-        split = self.record.shards[0].file.partition("-")[0]
-        return DataError(
-            f"{self.folder}: {split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens; "
-            "prepare the dataset again"
-        )
+    def _check_id(self, largest: int) -> None:
+        if largest >= self.vocab_size:
+            split = self.record.shards[0].file.partition("-")[0]
+            found = f"{split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens"
+            raise _unusable(self.folder, found)
 
     def document_starts(self) -> NDArray[np.int64]:
         """The place where each document begins. (A split cut out of one document begins in its middle.)"""
@@ -186,11 +178,6 @@ class TokenStream:
         path = self.folder / shard.documents_file
         starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
         return starts
-
-    def chunks(self) -> Iterator[NDArray[Any]]:
-        """Every token once, in pieces of bounded size."""
-        for start in range(0, self.num_tokens, _CHECK_TOKENS):
-            yield self.read(start, min(start + _CHECK_TOKENS, self.num_tokens))
 
     def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
         """Map a shard. `at_random` turns off the system's read-ahead, which takes longer than reading a window."""
@@ -239,15 +226,13 @@ class PreparedDataset:
     @property
     def train(self) -> TokenStream:
         """The tokens of the training split, which every dataset has."""
-        stream = self.split("train")
-        assert stream is not None
-        return stream
+        return self._stream(self.manifest.splits["train"])
 
     def split(self, name: Split) -> TokenStream | None:
         """The tokens of `train` or `val`; None if there are none."""
-        record = self.manifest.splits.get(name)
-        if record is None:
-            return None
+        return self._stream(self.manifest.splits[name]) if name in self.manifest.splits else None
+
+    def _stream(self, record: SplitRecord) -> TokenStream:
         eos_id, vocab_size = (int(self.tokenizer_state[key]) for key in ("eos_id", "vocab_size"))
         return TokenStream(self.folder, record, self.manifest.dtype, eos_id, str(self.folder), vocab_size)
 
@@ -272,8 +257,7 @@ def open_dataset(
         try:
             state["json"] = read_limited(folder / "tokenizer.json", limit=MAX_FILE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-            raise DataError(f"{folder / 'tokenizer.json'}: {reason}; prepare the dataset again") from None
+            raise _unusable(folder / "tokenizer.json", "cannot be read", error) from None
     for record in manifest.splits.values():
         for shard in record.shards:
             for name, dtype, count, sha256 in (
@@ -283,11 +267,9 @@ def open_dataset(
                 path = folder / name
                 _check_file(path, np.dtype(dtype), count)
                 if verify and sha256_of(path, advance) != sha256:
-                    raise DataError(
-                        f"{path}: its content changed since it was prepared; prepare the dataset again"
-                    )
+                    raise _unusable(path, "its content changed since it was prepared")
     dataset = PreparedDataset(folder, manifest, state)
-    for stream in filter(None, map(dataset.split, manifest.splits)):
+    for stream in map(dataset._stream, manifest.splits.values()):
         stream.check_ids()
         _check_document_starts(stream)
     return dataset
@@ -302,8 +284,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{path.parent}: is not a prepared dataset (no {MANIFEST}); run atlas prepare"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path}: cannot be read: {reason}; prepare the dataset again") from None
+        raise _unusable(path, "cannot be read", error) from None
     if not isinstance(content, dict) or content.get("format") != "atlas-dataset":
         raise DataError(f"{path}: does not describe an Atlas dataset; prepare it with atlas prepare")
     if content.get("version") not in _READABLE:
@@ -316,11 +297,16 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"])
-        raise DataError(f"{path}: {place}: {first['msg']}; prepare the dataset again") from None
-    problem = _contradiction(manifest)
-    if problem:
-        raise DataError(f"{path}: {problem}; prepare the dataset again")
+        raise _unusable(path, f"{place}: {first['msg']}") from None
+    if problem := _contradiction(manifest):
+        raise _unusable(path, problem)
     return manifest
+
+
+def _unusable(path: Path, reason: str, error: Exception | None = None) -> DataError:
+    if error:
+        reason += f": {getattr(error, 'strerror', None) or str(error) or type(error).__name__:.200}"
+    return DataError(f"{path}: {reason}; prepare the dataset again")
 
 
 def _contradiction(manifest: Manifest) -> str | None:
@@ -359,28 +345,19 @@ def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
     try:
         size = check_regular(path)
         with path.open("rb") as file:
-            found = _npy_header(file)
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f".npy version {version}")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
             expected = file.tell() + count * dtype.itemsize
     except FileNotFoundError:
-        raise DataError(f"{path}: missing from the dataset; prepare it again") from None
+        raise _unusable(path, "missing from the dataset") from None
     except Exception as error:  # whatever NumPy raises for a header from anybody
-        reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
-        raise DataError(f"{path}: is not a token shard: {reason:.80}; prepare the dataset again") from None
-    if found != ((count,), dtype):
-        raise DataError(
-            f"{path}: is not a token shard: holds {found[0]} of {found[1]}, {MANIFEST} says ({count},) of {dtype}; "
-            "prepare the dataset again"
-        )
+        raise _unusable(path, "is not a token shard", error) from None
+    if (shape, found) != ((count,), dtype):
+        stated = f"{MANIFEST} says ({count},) of {dtype}"
+        raise _unusable(path, f"is not a token shard: holds {shape} of {found}, {stated}")
     if size != expected:
-        raise DataError(f"{path}: {size:,} bytes instead of {expected:,}; prepare the dataset again")
-
-
-def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f".npy version {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, dtype
+        raise _unusable(path, f"{size:,} bytes instead of {expected:,}")
 
 
 def _check_document_starts(stream: TokenStream) -> None:
@@ -392,5 +369,5 @@ def _check_document_starts(stream: TokenStream) -> None:
             piece = starts[place : place + _CHECK_TOKENS]
             if piece[0] <= last or piece[-1] >= end or not (piece[:-1] < piece[1:]).all():
                 path = stream.folder / shard.documents_file
-                raise DataError(f"{path}: its documents do not begin in order; prepare the dataset again")
+                raise _unusable(path, "its documents do not begin in order")
             last = int(piece[-1])

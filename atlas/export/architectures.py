@@ -5,7 +5,9 @@ Names and orders for llama.cpp are those of its own converter, `convert_hf_to_gg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import ExportError
+from atlas.errors import AtlasError, ExportError
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -88,6 +90,18 @@ def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
     return model.eval()
 
 
+@contextmanager
+def import_of(source: Path, misfit: str) -> Iterator[None]:
+    """Within, an `AtlasError` becomes an `ExportError` that names `source`. PyTorch's `RuntimeError` for tensors of
+    other shapes becomes one that says `misfit`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExportError(f"{source}: {misfit}: {str(error).splitlines()[-1].strip()}") from None
+    except AtlasError as error:
+        raise ExportError(f"{source}: {error}") from None
+
+
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's architecture that computes this model. Raises `ExportError` if there is none."""
     if config.gguf_architecture is None:
@@ -144,8 +158,7 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The same, with the rows in llama.cpp's order: its `llama` rotates neighbouring rows of q and k, Atlas the rows i
     and i + D/2 of a head. Their products stay the same."""
-    splits = exportable_state(state, config)
-    return _with_rows(splits, config, from_shape=(2, config.head_size // 2))
+    return _with_rows(exportable_state(state, config), config, from_shape=(2, config.head_size // 2))
 
 
 def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

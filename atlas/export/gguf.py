@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,6 @@ LARGEST_F16 = 65504.0
 _KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
 
 
-@dataclass(frozen=True)
-class ExportedFile:
-    """A file that was written. `tensor_types` are by the tensor's name in the file."""
-
-    path: Path
-    architecture: str
-    tensor_types: dict[str, str]
-    num_bytes: int
-
-
 def export_gguf(
     model: AtlasLM,
     tokenizer: Tokenizer,
@@ -83,8 +72,9 @@ def export_gguf(
     name: str = "Atlas",
     license: str | None = None,
     chat_template: str | None = None,
-) -> ExportedFile:
-    """Write `model` with `tokenizer` inside to `output`, which appears complete or not at all.
+) -> dict[str, str]:
+    """Write `model` with `tokenizer` inside to `output`, which appears complete or not at all. Return the type of each
+    tensor, by its name in the file.
 
     `name` is the model's name in lists of models, `license` an SPDX identifier such as `mit`, `chat_template` a Jinja
     template. Raises `ExportError` for a tokenizer or weights that the file cannot hold and where it cannot be written,
@@ -99,8 +89,7 @@ def export_gguf(
         _check_range(tensor, weights, types[tensor])
 
     temporary = output.with_name(output.name + ".tmp")
-    architecture = architecture_of(model.config)
-    writer = gguf.GGUFWriter(temporary, architecture)
+    writer = gguf.GGUFWriter(temporary, architecture_of(model.config))
     writer.add_name(name)
     writer.add_size_label(_size_label(model.num_parameters()))
     if license:
@@ -134,8 +123,7 @@ def export_gguf(
     except OSError as error:
         reason = error.strerror or error
         raise ExportError(f"{output}: cannot be written: {reason}; choose another place") from None
-    type_names = {tensor: type.name.lower() for tensor, type in types.items()}
-    return ExportedFile(output, architecture, type_names, output.stat().st_size)
+    return {tensor: type.name.lower() for tensor, type in types.items()}
 
 
 def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
@@ -197,9 +185,7 @@ def tensor_types(
 ) -> dict[str, TensorType]:
     """The type of each tensor of `file_tensors` in the file."""
     return {
-        name: tensor_type(
-            name, tuple(tensor.shape), quantize, num_layers=config.num_layers, is_tied=config.tie_embeddings
-        )
+        name: tensor_type(name, tensor.shape, quantize, config.num_layers, config.tie_embeddings)
         for name, tensor in tensors.items()
     }
 
@@ -212,14 +198,19 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     """
     with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-        if metadata["general.architecture"] not in TENSOR_NAMES:
-            known, found = ", ".join(TENSOR_NAMES), metadata["general.architecture"]
-            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {known}")
+        if (found := metadata["general.architecture"]) not in TENSOR_NAMES:
+            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {', '.join(TENSOR_NAMES)}")
         tensors = {
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
         }
-        return _read_model(metadata, tensors), metadata
+        config = _config_in_file(metadata, tied="output.weight" not in tensors)
+        state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
+        if tensors:
+            raise ValueError(
+                f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}"
+            )
+        return build_from(from_llama_cpp(state, config), config), metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -245,14 +236,6 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
         raise ExportError(
             f"{path}: is not a complete GGUF file: {reason:.200}; download or export it again"
         ) from None
-
-
-def _read_model(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> AtlasLM:
-    config = _config_in_file(metadata, tied="output.weight" not in tensors)
-    state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
-    if tensors:
-        raise ValueError(f"holds tensors that {config.gguf_architecture} does not have: {', '.join(tensors)}")
-    return build_from(from_llama_cpp(state, config), config)
 
 
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:

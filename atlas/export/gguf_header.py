@@ -7,11 +7,11 @@ and one that claims 2^62 entries never ends.
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import gguf
+import numpy as np
 from gguf import GGUFValueType as Kind
 
 from atlas.files import check_regular
@@ -21,12 +21,6 @@ MOST_VALUES = 4_000_000
 _MOST_ENTRIES = 1 << 17
 _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
-_SIZES = {
-    **dict.fromkeys((Kind.UINT8, Kind.INT8, Kind.BOOL), 1),
-    **dict.fromkeys((Kind.UINT16, Kind.INT16), 2),
-    **dict.fromkeys((Kind.UINT32, Kind.INT32, Kind.FLOAT32), 4),
-    **dict.fromkeys((Kind.UINT64, Kind.INT64, Kind.FLOAT64), 8),
-}
 
 
 def check_header(path: Path) -> None:
@@ -38,47 +32,44 @@ def check_header(path: Path) -> None:
 
 class _Header:
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size, self._order, self._values = file, size, "<", 0
+        self._file, self._size, self._values = file, size, 0
+        self._order: Literal["little", "big"] = "little"
 
     def check(self) -> None:
         if self._file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if self._number("I") & 0xFFFF == 0:
-            self._order = ">"  # the version reads as a small number in the writer's byte order
-        tensors, entries = self._number("Q"), self._number("Q")
+        if self._number(4) & 0xFFFF == 0:
+            self._order = "big"  # the version reads as a small number in the writer's byte order
+        tensors, entries = self._number(8), self._number(8)
         if max(tensors, entries) > _MOST_ENTRIES:
             raise ValueError(
                 f"it claims {tensors:,} tensors and {entries:,} entries, beyond {_MOST_ENTRIES:,}"
             )
         for _ in range(entries):
             self._skip_text(_LONGEST_NAME)
-            self._skip_value(Kind(self._number("I")))
+            self._skip_value(Kind(self._number(4)))
         total = sum(self._tensor_bytes() for _ in range(tensors))
         if total > self._size:
             raise ValueError(f"its tensors claim {total:,} bytes, the file has {self._size:,}")
 
     def _tensor_bytes(self) -> int:
         self._skip_text(_LONGEST_NAME)
-        rank = self._number("I")
+        rank = self._number(4)
         if rank > _MOST_DIMENSIONS:
             raise ValueError(f"a tensor claims {rank:,} dimensions")
-        numel = math.prod(self._number("Q") for _ in range(rank))
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self._number("I"))]
+        numel = math.prod(self._number(8) for _ in range(rank))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self._number(4))]
         num_bytes = -(-numel // block) * block_bytes
-        if self._number("Q") + num_bytes > self._size:
+        if self._number(8) + num_bytes > self._size:
             raise ValueError(f"a tensor of {numel:,} numbers lies beyond the end")
         return int(num_bytes)
 
     def _skip_value(self, kind: Kind) -> None:
-        if kind is not Kind.ARRAY:
-            self._skip_values(kind, 1)
-            return
-        kind = Kind(self._number("I"))
+        count = 1
         if kind is Kind.ARRAY:
-            raise ValueError("it holds lists of lists")
-        self._skip_values(kind, self._number("Q"))
-
-    def _skip_values(self, kind: Kind, count: int) -> None:
+            kind, count = Kind(self._number(4)), self._number(8)
+            if kind is Kind.ARRAY:
+                raise ValueError("it holds lists of lists")
         self._values += count
         if self._values > MOST_VALUES:
             raise ValueError(f"its metadata claim {self._values:,} values, beyond {MOST_VALUES:,}")
@@ -86,10 +77,10 @@ class _Header:
             for _ in range(count):
                 self._skip_text(self._size)
         else:
-            self._skip(count * _SIZES[kind])
+            self._skip(count * np.dtype(gguf.GGUFReader.gguf_scalar_to_np[kind]).itemsize)
 
     def _skip_text(self, longest: int) -> None:
-        length = self._number("Q")
+        length = self._number(8)
         if length > longest:
             raise ValueError(f"a name or text claims {length:,} bytes")
         self._skip(length)
@@ -99,10 +90,9 @@ class _Header:
             raise ValueError("it is cut off")
         self._file.seek(length, 1)
 
-    def _number(self, form: str) -> int:
-        content = self._file.read(struct.calcsize(form))
-        try:
-            (number,) = struct.unpack(self._order + form, content)
-        except struct.error:
-            raise ValueError("it is cut off") from None
-        return int(number)
+    def _number(self, num_bytes: int) -> int:
+        """The next unsigned number."""
+        content = self._file.read(num_bytes)
+        if len(content) < num_bytes:
+            raise ValueError("it is cut off")
+        return int.from_bytes(content, self._order)

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.errors import ExportError
+from atlas.config.loader import resolve
+from atlas.errors import ConfigError, ExportError
 from atlas.export.architectures import (
     ROTATED,
     VOCABULARY_ROWS,
@@ -58,8 +59,35 @@ _SIZES: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 """Per model type: a field of `ModelConfig` → its key in config.json, and the default of `transformers`."""
+_SILU_WITHOUT_BIASES: dict[str, tuple[Any, ...]] = {
+    "rope_scaling": (None,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+}
+_COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": _SILU_WITHOUT_BIASES,
+    "qwen3": _SILU_WITHOUT_BIASES,
+}
+"""Per model type: a key of config.json → the values that Atlas computes, the default of `transformers` first."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What older versions saved besides the weights: masks and RoPE's frequencies."""
+
+
+def import_safetensors(problem: str) -> Any:
+    """The package, with `safetensors.torch`. Raises `ExportError` with `problem` if it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ExportError(f'{problem}; pip install "atlas-llm[hf]"') from None
+    return safetensors
 
 
 def names_of(config: ModelConfig) -> dict[str, str]:
@@ -69,11 +97,8 @@ def names_of(config: ModelConfig) -> dict[str, str]:
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A state dict of Atlas by Hugging Face's names, without the rows that only pad the vocabulary."""
-    split, tensors = exportable_state(state, config), {}
-    for ours, theirs in names_of(config).items():
-        tensor = split[ours]
-        tensors[theirs] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
-    return tensors
+    split = exportable_state(state, config)
+    return {theirs: _transposed(split[ours], ours, config) for ours, theirs in names_of(config).items()}
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -98,7 +123,7 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
                 f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
                 "one of the two files is of another model"
             )
-        state[ours] = (tensor.T if _is_transposed(config, ours) else tensor).contiguous()
+        state[ours] = _transposed(tensor, ours, config)
     return joined(state, config)
 
 
@@ -110,13 +135,10 @@ def _full_name(name: str, config: ModelConfig) -> str:
     return name if name.startswith(prefix) else prefix + name
 
 
-def _is_transposed(config: ModelConfig, name: str) -> bool:
-    """Whether a matrix is stored as (in, out): GPT-2's linear layers are."""
-    return (
-        config.gguf_architecture == "gpt2"
-        and name.startswith("blocks.")
-        and name.endswith(("qkv.weight", "output.weight", "up.weight", "down.weight"))
-    )
+def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """The tensor, transposed if it is a linear layer of GPT-2, which is stored as (in, out)."""
+    is_turned = config.gguf_architecture == "gpt2" and name.startswith("blocks.") and tensor.dim() == 2
+    return (tensor.T if is_turned else tensor).contiguous()
 
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
@@ -144,39 +166,27 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
     family = stated.get("model_type")
     if family not in CLASSES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
-    wanted: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,)}
-    if family == "gpt2":
-        wanted |= {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-        }
-    else:
-        wanted |= {
-            "hidden_act": ("silu",),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "use_sliding_window": (False,),
-        }
-    for key, values in wanted.items():
+    for key, values in _COMPUTED[family].items():
         if (value := stated.get(key, values[0])) not in values:
             raise ExportError(
                 f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
             )
-    sizes = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
+    shape = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
     if family == "gpt2":
-        return ModelConfig(
-            **sizes, mlp="gelu_exact" if stated.get("activation_function") == "gelu" else "gelu"
-        )
-    return ModelConfig(**sizes, **ROTATED, rope_theta=_rope_theta(stated), qk_norm=family == "qwen3")
+        shape["mlp"] = "gelu_exact" if stated.get("activation_function") == "gelu" else "gelu"
+    else:
+        shape |= {**ROTATED, "rope_theta": _rope_theta(stated), "qk_norm": family == "qwen3"}
+    try:
+        return resolve({"model": shape}).model
+    except ConfigError as error:
+        raise ExportError(f"config.json: {error}") from None
 
 
-def _rope_theta(stated: Mapping[str, Any]) -> float:
+def _rope_theta(stated: Mapping[str, Any]) -> Any:
     """`rope_theta`, or, since version 5 of `transformers`, `rope_parameters`."""
     parameters = stated.get("rope_parameters") or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise ExportError(
             f"config.json: rope_parameters of type {kind!s:.60}: Atlas computes the default only"
         )
-    return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))  # type: ignore[no-any-return]
+    return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))

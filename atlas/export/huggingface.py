@@ -15,7 +15,7 @@ import torch
 
 from atlas.errors import ExportError
 from atlas.export.architectures import exportable_tokenizer
-from atlas.export.hf_format import CLASSES, config_out, state_out
+from atlas.export.hf_format import CLASSES, config_out, import_safetensors, state_out
 from atlas.files import write_folder
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -23,14 +23,6 @@ from atlas.tokenizer.foreign import ForeignTokenizer
 
 HFType = Literal["f32", "f16", "bf16"]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-)
 
 
 def export_hf(
@@ -51,10 +43,7 @@ def export_hf(
     `chat_template` a Jinja template. Raises `ExportError` for a tokenizer or a shape that the format cannot hold, for
     weights that `dtype` cannot hold, and if the folder cannot be written.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ExportError('--format hf: needs safetensors; pip install "atlas-llm[hf]"') from None
+    safetensors = import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
@@ -92,18 +81,19 @@ def export_hf(
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(
             folder / "README.md", folder / "model.safetensors"
         )  # which safetensors hides from others
 
-    return write_folder(folder, _FILES, write)
+    return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
 
 
 def _model_card(
     model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None, *, answers: bool
 ) -> str:
-    config = model.config
+    config, sequences = model.config, facts.get("sequences_consumed")
+    training = facts.get("config", {}).get("training", {})
     rows = {
         "parameters": f"{model.num_parameters():,}",
         "architecture": f"{CLASSES[str(config.gguf_architecture)]}: {config.num_layers} layers × {config.hidden_size}, "
@@ -111,10 +101,6 @@ def _model_card(
         "context": f"{config.max_seq_len:,} tokens",
         "vocabulary": f"{config.vocabulary:,} tokens",
         "weights": dtype,
-    }
-    training = facts.get("config", {}).get("training", {})
-    sequences = facts.get("sequences_consumed")
-    known = {
         "trained on": facts.get("data", {}).get("train_data"),
         "updates": facts.get("step"),
         "tokens seen": f"{sequences * config.max_seq_len:,}" if sequences else None,
@@ -124,7 +110,6 @@ def _model_card(
         "validation loss": _loss(facts.get("val_loss")),
         "started from": facts.get("initialized_from"),
     }
-    rows |= {key: str(value) for key, value in known.items() if value is not None}
     example = 'ids = tokenizer("The river", return_tensors="pt").input_ids'
     does = "answers" if answers else "continues text"
     if answers:
@@ -133,7 +118,7 @@ def _model_card(
             'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}\n'
             "ids = tokenizer.apply_chat_template(talk, **options).input_ids"
         )
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation{f"{chr(10)}license: {license}" if license else ""}

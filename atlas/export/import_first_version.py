@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from atlas.config import ModelConfig
-from atlas.config.loader import read_sections
-from atlas.errors import AtlasError, ExportError
-from atlas.export.architectures import VOCABULARY_ROWS, build_from, with_biases
+from atlas.config.loader import read_sections, resolve
+from atlas.errors import ExportError
+from atlas.export.architectures import VOCABULARY_ROWS, build_from, import_of, names_in, with_biases
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
@@ -71,30 +70,34 @@ def import_first_version(
             "needs no import: this Atlas wrote it" if is_ours else f"is no checkpoint of Atlas 1.x: {_REMEDY}"
         )
         raise ExportError(f"{path}: {reason}")
-    stated = _model_section(read_sections(config)) if config else _model_section(contents.get("config"))
-    notes = [_what_is_left_out(contents)]
+    stated = _model_section(read_sections(config) if config else contents.get("config"))
+    metadata = contents.get("metadata")
+    step = metadata.get("step") if isinstance(metadata, Mapping) else None
+    trained = f" after {step:,} steps" if type(step) is int else ""
+    notes = [
+        f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
+    ]
     if not stated:
         notes.append(
             "the file does not record the activation and norm_eps: taken as gelu and 1e-5, the defaults of Atlas 1.x; "
             "if your config differs, name it with --config"
         )
-    try:
+    with import_of(path, "its tensors do not fit together"):
         weights = _checked(contents["model_state_dict"])
-        own, note = _choose_tokenizer(tokenizer, len(weights[TOKEN_EMBEDDING]))
-        notes += note
+        own, rows = Tokenizer.resolve(tokenizer or "gpt2"), len(weights[TOKEN_EMBEDDING])
+        # Atlas 1.x gave a model with GPT-2's tokenizer rows for 4 more tokens, which its data never contained.
+        if own.name == "gpt2" and rows > own.vocab_size:
+            notes.append(
+                f"of {rows:,} tokens the last {rows - own.vocab_size} are left out: GPT-2's tokenizer has "
+                f"{own.vocab_size:,}, and Atlas 1.x trained on no others"
+            )
+        elif own.vocab_size != rows:
+            raise ExportError(
+                f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: name the right one with "
+                "--tokenizer"
+            )
         shape = _shape_of(weights, own.vocab_size, stated, num_heads)
         model = build_from(_converted(weights, shape), shape)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ExportError(f"{path}: its config: {f'{key}: ' if key else ''}{reason}") from None
-    except RuntimeError as error:  # PyTorch's, of tensors of other shapes
-        raise ExportError(
-            f"{path}: its tensors do not fit together: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    except AtlasError as error:
-        raise ExportError(f"{path}: {error}") from None
     return model, own, notes
 
 
@@ -103,13 +106,6 @@ def _model_section(config: Any) -> Layer:
     section = config.get("model", config) if isinstance(config, Mapping) else {}
     entries = section.items() if isinstance(section, Mapping) else ()
     return {key: value for key, value in entries if isinstance(value, (int, float, str))}
-
-
-def _what_is_left_out(contents: Layer) -> str:
-    metadata = contents.get("metadata")
-    step = metadata.get("step") if isinstance(metadata, Mapping) else None
-    trained = f" after {step:,} steps" if type(step) is int else ""
-    return f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
 
 
 def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -142,21 +138,6 @@ def _is_tied(weights: Mapping[str, Tensor]) -> bool:
     return table.data_ptr() == head.data_ptr() or torch.equal(table, head)
 
 
-def _choose_tokenizer(named: str | None, rows: int) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer, which must have the model's vocabulary, and notes. Atlas 1.x trained with GPT-2's tokenizer and
-    gave the model rows for 4 more tokens, which its data never contained."""
-    own = Tokenizer.resolve(named or "gpt2")
-    if own.name == "gpt2" and rows > own.vocab_size:
-        return own, [
-            f"of {rows:,} tokens the last {rows - own.vocab_size} are left out: GPT-2's tokenizer has "
-            f"{own.vocab_size:,}, and Atlas 1.x trained on no others"
-        ]
-    if own.vocab_size != rows:
-        remedy = "name the right one with --tokenizer"
-        raise ExportError(f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: {remedy}")
-    return own, []
-
-
 def _shape_of(
     weights: Mapping[str, Tensor], vocab_size: int, stated: Layer, num_heads: int | None
 ) -> ModelConfig:
@@ -180,39 +161,33 @@ def _shape_of(
         raise ExportError(
             f"has the activation {activation!s:.40}, which Atlas does not compute: train a new model"
         )
-    return ModelConfig(
-        **found | {"vocab_size": vocab_size},
-        num_heads=num_heads or stated.get("num_heads") or _ask_for_heads(hidden_size),
-        mlp_size=mlp_size,
-        norm_eps=stated.get("norm_eps", 1e-5),
-        mlp="gelu_exact",
-        tie_embeddings=_is_tied(weights),
-    )
-
-
-def _ask_for_heads(hidden_size: int) -> int:
-    """Raise `ExportError` with the possible numbers of heads."""
-    most = max(1, hidden_size // _NARROWEST_HEAD)
-    possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
-    preset = _PRESETS.get(hidden_size)
-    usual = f"; the presets of Atlas 1.x of this width have {preset}" if preset else ""
-    raise ExportError(
-        "does not record its number of attention heads: name the config that it was trained with (--config FILE), or "
-        f"give --num-heads, one of {possible} for its hidden_size {hidden_size:,}{usual}"
-    )
+    if not (heads := num_heads or stated.get("num_heads")):
+        most = max(1, hidden_size // _NARROWEST_HEAD)
+        possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
+        preset = _PRESETS.get(hidden_size)
+        usual = f"; the presets of Atlas 1.x of this width have {preset}" if preset else ""
+        raise ExportError(
+            "does not record its number of attention heads: name the config that it was trained with (--config FILE), "
+            f"or give --num-heads, one of {possible} for its hidden_size {hidden_size:,}{usual}"
+        )
+    shape = {
+        **found,
+        "vocab_size": vocab_size,
+        "num_heads": heads,
+        "mlp_size": mlp_size,
+        "norm_eps": stated.get("norm_eps", 1e-5),
+        "mlp": "gelu_exact",
+        "tie_embeddings": _is_tied(weights),
+    }
+    return resolve({"model": shape}).model
 
 
 def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The state dict by Atlas's names, in fp32. Linear layers without biases get zeros."""
     state = {}
-    for ours, theirs in TENSOR_NAMES.items():
-        if ours == "lm_head.weight" and config.tie_embeddings:
-            continue
-        for block in range(config.num_layers if "{}" in ours else 1):
-            name = theirs.format(block)
-            if name in weights:
-                state[ours.format(block)] = weights[name].float()
-            else:
-                outputs = len(weights[name.removesuffix("bias") + "weight"])
-                state[ours.format(block)] = torch.zeros(outputs)
+    for ours, theirs in names_in({"gpt2": TENSOR_NAMES}, config).items():
+        if theirs in weights:
+            state[ours] = weights[theirs].float()
+        else:
+            state[ours] = torch.zeros(len(weights[theirs.removesuffix("bias") + "weight"]))
     return state | {name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}

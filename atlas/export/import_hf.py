@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from atlas.errors import AtlasError, ExportError
-from atlas.export.architectures import build_from
-from atlas.export.hf_format import config_in, state_in
+from atlas.errors import ExportError
+from atlas.export.architectures import build_from, import_of
+from atlas.export.hf_format import config_in, import_safetensors, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -30,22 +29,9 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
     pickled weights.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ExportError(
-            f"{folder}: no such file or folder; give a folder with config.json and *.safetensors in it, "
-            "or a checkpoint of Atlas 1.x (.pt)"
-        )
-    try:
+    with import_of(folder, "config.json does not fit the weights"):
         config = config_in(_read_json(folder / "config.json"))
         model = build_from(state_in(_read_tensors(folder), config), config)
-    except ValidationError as error:
-        raise ExportError(f"{folder}: config.json: {error.errors()[0]['msg']}") from None
-    except RuntimeError as error:  # PyTorch's, of tensors of other shapes
-        raise ExportError(
-            f"{folder}: config.json does not fit the weights: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    except AtlasError as error:
-        raise ExportError(f"{folder}: {error}") from None
     return model, _read_tokenizer(folder, tokenizer, config.vocabulary)
 
 
@@ -59,33 +45,27 @@ def read_chat_template(folder: Path) -> str | None:
             template = _read_json(folder / "tokenizer_config.json").get("chat_template")
         else:
             return None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}: chat_template.jinja: cannot be read: {error!s:.200}") from None
-    except AtlasError as error:
-        raise ExportError(f"{folder}: {error}") from None
+    except (OSError, ValueError, ExportError) as error:
+        raise ExportError(f"{folder}: its chat template cannot be read: {error!s:.200}") from None
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     return template.encode("utf-8", "replace").decode() if isinstance(template, str) else None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of the shards that its index names."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ExportError('needs safetensors to be read; pip install "atlas-llm[hf]"') from None
+    safetensors = import_safetensors("needs safetensors to be read")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
             check_regular(folder / file)
-            tensors |= load_file(folder / file)
+            tensors |= safetensors.torch.load_file(folder / file)
         except FileNotFoundError:
             raise ExportError(
                 f"{file} is missing, which the index names: is the download complete?"
             ) from None
-        except (OSError, SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
     return tensors
 

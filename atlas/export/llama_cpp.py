@@ -49,10 +49,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """The token ids of each text, and the continuation of each prompt."""
+    """The token ids of each text, the continuation of each prompt, and for each window the log-probability of every
+    token but the first, given the tokens before it; None where llama.cpp computes nan."""
 
     token_ids: list[list[int]]
     continuations: list[list[Step]]
+    logprobs: list[list[float | None]]
 
 
 def is_available() -> bool:
@@ -62,44 +64,23 @@ def is_available() -> bool:
 
 def ask_llama_cpp(
     path: str | Path,
-    texts: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    lengths: Sequence[int],
+    texts: Sequence[str] = (),
+    prompts: Sequence[list[int]] = (),
+    lengths: Sequence[int] = (),
     *,
+    windows: Sequence[list[int]] = (),
     context: int,
-    threads: int,
 ) -> Answer:
-    """Tokenize `texts`, and continue each of `prompts` (token ids) greedily by its number of tokens in `lengths`.
+    """Tokenize `texts`, continue each of `prompts` (token ids) greedily by its number of tokens in `lengths`, and
+    evaluate `windows` (token ids, at most `context`).
 
     Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `ExportError`
     if llama.cpp cannot load or run the file.
     """
-    asked = {
-        "texts": list(texts),
-        "prompts": [list(prompt) for prompt in prompts],
-        "lengths": list(lengths),
-        "windows": [],
-    }
-    answer = _in_a_process(path, context, threads, asked)
-    continuations = [
-        [Step(token, {id: _number(p) for id, p in candidates}) for token, candidates in steps]
-        for steps in answer["continuations"]
-    ]
-    return Answer(answer["token_ids"], continuations)
+    import torch  # which the other process does not need
 
-
-def score_in_llama_cpp(
-    path: str | Path, windows: Sequence[Sequence[int]], *, context: int, threads: int
-) -> list[list[float]]:
-    """For each of `windows` (token ids, at most `context`), the log-probability of each token but the first, given the
-    tokens before it. It runs, and raises, as `ask_llama_cpp` does."""
-    asked = {"texts": [], "prompts": [], "lengths": [], "windows": [list(window) for window in windows]}
-    answer = _in_a_process(path, context, threads, asked)
-    return [[_number(p) for p in logprobs] for logprobs in answer["logprobs"]]
-
-
-def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str, Any]) -> dict[str, Any]:
-    request = {"path": str(path), "context": context, "threads": threads, **asked}
+    request = {"path": str(path), "context": context, "threads": max(1, torch.get_num_threads() // 2)}
+    request |= {"texts": texts, "prompts": prompts, "lengths": lengths, "windows": windows}
     # The child imports Atlas from where this process did, installed or not.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(
@@ -112,13 +93,15 @@ def _in_a_process(path: str | Path, context: int, threads: int, asked: dict[str,
     )
     if process.returncode != 0:
         raise ExportError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
-    answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return answer
-
-
-def _number(value: float | None) -> float:
-    """JSON has no nan: llama.cpp writes null."""
-    return math.nan if value is None else value
+    answer = json.loads(process.stdout.splitlines()[-1])
+    continuations = [  # JSON has no nan: llama.cpp writes null
+        [
+            Step(token, {id: math.nan if p is None else p for id, p in candidates})
+            for token, candidates in steps
+        ]
+        for steps in answer["continuations"]
+    ]
+    return Answer(answer["token_ids"], continuations, answer["logprobs"])
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from atlas.config import LoraConfig, ModelConfig
 from atlas.errors import ExportError
 from atlas.export.architectures import separated
-from atlas.export.hf_format import names_of
+from atlas.export.hf_format import import_safetensors, names_of
 from atlas.files import write_folder
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -35,10 +35,7 @@ def export_adapter(
 
     Raises `ExportError` if there are none, and as `write_folder` does.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ExportError('--format peft: needs safetensors; pip install "atlas-llm[hf]"') from None
+    safetensors = import_safetensors("--format peft: needs safetensors")
     if not lora.rank:
         raise ExportError(
             "--format peft: all weights of this model were trained (lora.rank 0); use --format hf"
@@ -61,7 +58,7 @@ def export_adapter(
 
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
         shutil.copymode(folder / _FILES[0], folder / _FILES[1])  # which safetensors hides from others
 
     return write_folder(Path(folder), _FILES, write)

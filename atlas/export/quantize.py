@@ -43,7 +43,7 @@ def file_type(quantize: Quantization) -> int:
 
 
 def tensor_type(
-    name: str, shape: tuple[int, ...], quantize: Quantization, *, num_layers: int, is_tied: bool
+    name: str, shape: tuple[int, ...], quantize: Quantization, num_layers: int, is_tied: bool
 ) -> TensorType:
     """The type of the tensor that llama.cpp calls `name`.
 
@@ -113,12 +113,10 @@ def _ggml(quantize: str) -> Any:
     problem = "the package xllamacpp is not installed"
     if found is not None and found.origin is not None:
         problem = "this xllamacpp does not export it"
-        for library in sorted(Path(found.origin).parent.glob("xllamacpp*.so")) + sorted(
-            Path(found.origin).parent.glob("xllamacpp*.pyd")
-        ):
+        for path in sorted(Path(found.origin).parent.glob("xllamacpp*")):
             try:
-                function = ctypes.CDLL(str(library)).ggml_quantize_chunk
-            except (OSError, AttributeError):
+                function = ctypes.CDLL(str(path)).ggml_quantize_chunk
+            except (OSError, AttributeError):  # no library, or one without the function
                 continue
             function.restype = ctypes.c_size_t
             number, pointer = ctypes.c_int64, ctypes.c_void_p

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
 from atlas.data.sequences.conversations import Conversations
 from atlas.errors import ExportError
-from atlas.export.llama_cpp import UNDERFLOW, score_in_llama_cpp
+from atlas.export.llama_cpp import UNDERFLOW, ask_llama_cpp
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.evaluate import Evaluation, fixed_subset
@@ -84,6 +84,6 @@ def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
 
 def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
     """The log-probabilities of a sample by the file. Raises `ExportError` if llama.cpp cannot run it."""
-    threads = max(1, torch.get_num_threads() // 2)
-    rows = score_in_llama_cpp(path, sample.windows, context=sample.context, threads=threads)
-    return np.maximum([logprob for row in rows for logprob in row], UNDERFLOW)
+    answer = ask_llama_cpp(path, windows=sample.windows, context=sample.context)
+    logprobs = [logprob for row in answer.logprobs for logprob in row]
+    return np.maximum(np.array(logprobs, dtype=np.float64), UNDERFLOW)  # None becomes nan

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,10 @@ def verify_gguf(
     read, metadata = read_gguf(path)
     tensors = file_tensors(model)
     types = tensor_types(model.config, tensors, quantize)
-    expected = {name: _rounded(tensor, types[name]) for name, tensor in tensors.items()}
+    expected = {
+        name: torch.from_numpy(gguf.dequantize(as_type(tensor.numpy(), types[name]), types[name]))
+        for name, tensor in tensors.items()
+    }
     file_differences = _differing(metadata, metadata_of(model, tokenizer, quantize), operator.eq)
     file_differences += _differing(file_tensors(read), expected, torch.equal)
 
@@ -153,8 +156,7 @@ def verify_gguf(
     context = read.config.max_seq_len
     prompts = _prompts(ids, tokenizer.eos_id, context, max_tokens)
     lengths = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    threads = max(1, torch.get_num_threads() // 2)
-    answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context, threads=threads)
+    answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context)
     tokenized = zip(corpus, ids, answer.token_ids, strict=True)
 
     differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
@@ -180,10 +182,6 @@ def verify_gguf(
         near_ties=int(((gaps > 0) & (gaps < bound)).sum()),
         wrong_steps=int((~(gaps < bound)).sum()),
     )
-
-
-def _rounded(tensor: Tensor, type: TensorType) -> Tensor:
-    return torch.from_numpy(gguf.dequantize(as_type(tensor.numpy(), type), type))
 
 
 def _differing(
@@ -238,42 +236,35 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
     """Round as llama.cpp does: GELU's input and output to f16, SwiGLU's not, inputs of matrices as their weights."""
-    mlps = [module for module in model.modules() if isinstance(module, MLP) and not module.is_gated]
-    hooks = [mlp.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])) for mlp in mlps]
-    hooks += [mlp.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])) for mlp in mlps]
-    if quantize != "f32":
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        hooks += [
-            module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize))
-            for module in linear
-        ]
-        head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
-        hooks.append(model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head)))
-    try:
+    head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
+    with ExitStack() as hooks:
+        add = hooks.enter_context
+        for module in model.modules():
+            if isinstance(module, MLP) and not module.is_gated:
+                add(module.up.register_forward_hook(lambda *args: _as_in_gelu_table(args[-1])))
+                add(module.down.register_forward_pre_hook(lambda _, args: _as_in_gelu_table(args[0])))
+            elif isinstance(module, nn.Linear):
+                add(module.register_forward_pre_hook(lambda _, args: _as_multiplied(args[0], quantize)))
+        add(model.final_norm.register_forward_hook(lambda *args: _as_multiplied(args[-1], head)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _as_in_gelu_table(x: Tensor) -> Tensor:
     """llama.cpp's table covers -10 to 10; beyond, GELU is 0 or its input."""
-    return torch.where(x.abs() < 10, _as_f16(x), x)
-
-
-def _as_f16(x: Tensor) -> Tensor:
-    return x.half().float()
+    return torch.where(x.abs() < 10, x.half().float(), x)
 
 
 def _as_multiplied(x: Tensor, quantize: str) -> Tensor:
     """Return `x` rounded as llama.cpp rounds what it multiplies with weights of that type: for quantized weights to
     8 bits with a scale for every 32 numbers, or for every 256 with K-quants. Where `x` does not consist of full blocks
     of 32, `quantize.tensor_type` keeps the weights in f16."""
+    if quantize == "f32":
+        return x
     if quantize == "bf16":
         return x.bfloat16().float()
     if quantize == "f16" or x.shape[-1] % 32:
-        return _as_f16(x)
+        return x.half().float()
     is_long = "_k" in quantize and x.shape[-1] % 256 == 0
     blocks = x.reshape(*x.shape[:-1], -1, 256 if is_long else 32)
     scales = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
-    return ((blocks / scales).round() * (scales if is_long else _as_f16(scales))).view_as(x)
+    return ((blocks / scales).round() * (scales if is_long else scales.half().float())).view_as(x)

@@ -110,11 +110,9 @@ def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int =
         states, targets = (part[start : start + _ROWS_AT_ONCE] for part in (hidden, following))
         log_probs = loaded.model.head(states).float().log_softmax(dim=-1)
         own = log_probs.gather(-1, targets[:, None])
-        columns = (own[:, 0].exp(), own[:, 0], (log_probs > own).sum(dim=-1) + 1, _entropy(log_probs.exp()))
-        likeliest = _likeliest(loaded, log_probs, alternatives)
-        for id, *row in zip(
-            targets.tolist(), *(column.tolist() for column in columns), likeliest, strict=True
-        ):
+        ranks, entropies = (log_probs > own).sum(dim=-1) + 1, _entropy(log_probs.exp())
+        columns = [column.tolist() for column in (targets, own[:, 0].exp(), own[:, 0], ranks, entropies)]
+        for id, *row in zip(*columns, _likeliest(loaded, log_probs, alternatives), strict=True):
             predictions.append(TokenPrediction(id, token_text(loaded.tokenizer, id), *row))
     return predictions
 
@@ -158,12 +156,9 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
         raise AtlasError(f"layer {wrong[0]}: the model has layers 0 to {num_layers - 1}")
     blocks: Any = loaded.model.blocks
     streams, context = _streams(loaded, ids)
-    patterns = {
-        layer: block.attention.weights(block.attention_norm(x), context)[0].cpu()
-        for layer, (block, x) in enumerate(zip(blocks, streams, strict=False))
-        if layer in wanted
-    }
-    return torch.stack([patterns[layer] for layer in wanted])
+    taken = [(blocks[layer], streams[layer]) for layer in wanted]
+    patterns = (block.attention.weights(block.attention_norm(x), context)[0].cpu() for block, x in taken)
+    return torch.stack([*patterns])
 
 
 @torch.no_grad()
@@ -187,11 +182,9 @@ def lens(
         own = log_probs[:, ids[position + 1], None]
         probabilities, ranks = own[:, 0].exp().tolist(), ((log_probs > own).sum(dim=-1) + 1).tolist()
     entropies = _entropy(log_probs.exp()).tolist()
-    columns = (_likeliest(loaded, log_probs, alternatives), entropies, probabilities, ranks)
-    layers = [None, *range(len(streams) - 1)]
-    return [
-        LayerPrediction(layer, *row) for layer, row in zip(layers, zip(*columns, strict=True), strict=True)
-    ]
+    layers, likeliest = [None, *range(len(streams) - 1)], _likeliest(loaded, log_probs, alternatives)
+    columns = (layers, likeliest, entropies, probabilities, ranks)
+    return [LayerPrediction(*row) for row in zip(*columns, strict=True)]
 
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:

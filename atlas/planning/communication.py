@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atlas.errors import AtlasError
@@ -100,10 +100,7 @@ def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
     for flag, count, what in (("--gpus", gpus, "GPUs in each node"), ("--nodes", nodes, "nodes")):
         if count < 1:
             raise AtlasError(f"{flag} {count}: is the number of {what}; write 1 or more")
-    if interconnect is None:
-        inside, between = map(_link, ASSUMED_LINKS)
-        return Cluster(gpus, nodes, inside, between if nodes > 1 else None, is_assumed=True)
-    names = interconnect.split(",")
+    names = ASSUMED_LINKS[: min(nodes, 2)] if interconnect is None else interconnect.split(",")
     if len(names) > 2 or (len(names) == 2 and nodes == 1):
         raise AtlasError(
             f"--interconnect {interconnect}: names {len(names)} links; give the one inside a node, and with --nodes "
@@ -115,7 +112,7 @@ def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
             f"as well: {interconnect},infiniband-400"
         )
     links = [_link(name) for name in names]
-    return Cluster(gpus, nodes, links[0], links[1] if nodes > 1 else None)
+    return Cluster(gpus, nodes, links[0], links[1] if nodes > 1 else None, is_assumed=interconnect is None)
 
 
 def _link(text: str) -> Link:
@@ -175,22 +172,29 @@ class Pass:
     backward: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Communication:
     """What one rank sends in one update."""
 
-    weights: float
+    weights: float = 0.0
     """Bytes sent; as many are received."""
-    gradients: float
+    gradients: float = 0.0
     """Likewise."""
-    seconds: float
-    exposed: float
+    seconds: float = 0.0
+    exposed: float = 0.0
     """The part of `seconds` in which nothing is computed."""
 
     @property
     def bytes(self) -> float:
         """Bytes that a rank sends in an update."""
         return self.weights + self.gradients
+
+    def add(self, times: int, weights: float, gradients: float, seconds: float, beside: float = 0.0) -> None:
+        """Add `times` transfers: the bytes of one, its seconds, and the seconds of computing `beside` it."""
+        self.weights += times * weights
+        self.gradients += times * gradients
+        self.seconds += times * seconds
+        self.exposed += times * max(0.0, seconds - OVERLAP * beside)
 
 
 def communicate(
@@ -200,53 +204,32 @@ def communicate(
 
     `parallel` is `none`, `ddp` or `fsdp`; `shards` ranks share a model.
     """
-    stages: list[_Stage] = []
+    sent = Communication()
     if parallel == "ddp":
-        stages = list(_of_ddp(sizes, cluster, passes[-1]))
-    if parallel == "fsdp":
-        stages = list(_of_fsdp(sizes, cluster, passes, shards))
-    return Communication(
-        weights=sum(stage.times * stage.weights for stage in stages),
-        gradients=sum(stage.times * stage.gradients for stage in stages),
-        seconds=sum(stage.times * stage.seconds for stage in stages),
-        exposed=sum(stage.times * max(0.0, stage.seconds - OVERLAP * stage.beside) for stage in stages),
-    )
+        rate = cluster.rate_of_neighbours(cluster.ranks)
+        late = all_reduce(sizes.embedding_gradients, cluster.ranks)
+        early = all_reduce(sizes.block_gradients + sizes.root_gradients, cluster.ranks) - late
+        sent.add(1, 0.0, early, early / rate, passes[-1].backward)
+        sent.add(1, 0.0, late, late / rate)
+    elif parallel == "fsdp":
+        _add_fsdp(sent, sizes, cluster, passes, shards)
+    return sent
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What happens `times` times in an update: bytes that a rank sends, the seconds for that, and the seconds of
-    computing `beside` it."""
-
-    times: int
-    weights: float
-    gradients: float
-    seconds: float
-    beside: float = 0.0
-
-
-def _of_ddp(sizes: Sizes, cluster: Cluster, last: Pass) -> Iterator[_Stage]:
-    rate = cluster.rate_of_neighbours(cluster.ranks)
-    late = all_reduce(sizes.embedding_gradients, cluster.ranks)
-    early = all_reduce(sizes.block_gradients + sizes.root_gradients, cluster.ranks) - late
-    yield _Stage(1, 0.0, early, early / rate, last.backward)
-    yield _Stage(1, 0.0, late, late / rate)
-
-
-def _of_fsdp(sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], shards: int) -> Iterator[_Stage]:
-    rate, groups = cluster.rate_of_neighbours(shards), cluster.ranks // shards
+def _add_fsdp(
+    sent: Communication, sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], shards: int
+) -> None:
+    rate, across = cluster.rate_of_neighbours(shards), cluster.rate_across(shards)
     root, blocks = gather(sizes.root, shards), gather(sizes.blocks, shards)
     root_sum, blocks_sum = gather(sizes.root_gradients, shards), gather(sizes.block_gradients, shards)
     for number, micro in enumerate(passes, start=1):
-        root_copies = blocks_copies = 0.0
-        if number == len(passes):
-            root_copies = all_reduce(sizes.root_gradients / shards, groups)
-            blocks_copies = all_reduce(sizes.block_gradients / shards, groups)
-        across, times = cluster.rate_across(shards), micro.times
-        yield _Stage(times, root, 0.0, root / rate)
-        yield _Stage(times, blocks, 0.0, blocks / rate, micro.forward)
+        groups = cluster.ranks // shards if number == len(passes) else 1
+        root_copies = all_reduce(sizes.root_gradients / shards, groups)
+        blocks_copies = all_reduce(sizes.block_gradients / shards, groups)
+        sent.add(micro.times, root, 0.0, root / rate)
+        sent.add(micro.times, blocks, 0.0, blocks / rate, micro.forward)
         seconds = (blocks + blocks_sum) / rate + blocks_copies / across
-        yield _Stage(times, blocks, blocks_sum + blocks_copies, seconds, micro.backward)
-        yield _Stage(times, 0.0, root_sum + root_copies, root_sum / rate + root_copies / across)
+        sent.add(micro.times, blocks, blocks_sum + blocks_copies, seconds, micro.backward)
+        sent.add(micro.times, 0.0, root_sum + root_copies, root_sum / rate + root_copies / across)
     full = gather(sizes.gathered, shards)
-    yield _Stage(1, 0.0, full, full / rate)
+    sent.add(1, 0.0, full, full / rate)

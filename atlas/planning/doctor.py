@@ -5,6 +5,7 @@ Each function measures one thing and returns it as JSON can hold it; `atlas.cli.
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib.metadata
 import math
@@ -30,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atlas.config import ModelConfig
 from atlas.machine import best_time
 from atlas.model import AtlasLM, build_model
+from atlas.training.devices.device import Runtime
 
 LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
-"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar, in the precision that is tested."""
+"""`(model, inputs (B, T), targets (B, T)) → mean loss`, a scalar."""
 
 _SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
 _BATCH = 2
@@ -80,10 +82,9 @@ class Effort:
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
     """Return, by extra of Atlas's package, the versions of its requirements; None for one that is not installed."""
-    try:
+    required: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):  # run from a folder, never installed
         required = importlib.metadata.requires("atlas-llm") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a folder, never installed
-        return {}
     found: dict[str, dict[str, str | None]] = {}
     for requirement in required:
         named = re.match(r"([\w.-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
@@ -111,35 +112,35 @@ def nvidia_driver() -> tuple[str, str] | None:
     return None
 
 
-def check_step(
-    device: torch.device, dtype: torch.dtype, loss_of: LossOf, *, loss_scale: float = 1.0, seconds: float
-) -> dict[str, Any]:
-    """Compare a training step of a small model on `device` with the same in 64 bits on the CPU.
+def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str, Any]:
+    """Compare a training step of a small model with the same in 64 bits on the CPU.
 
     Returns the relative errors of loss and gradient, their `bound`, whether they are `right`, and the best time in
     about `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm.
-    `loss_scale` is the factor of fp16 training, which keeps small gradients. Raises `RuntimeError` for what the device
-    cannot compute at all.
+    Raises `RuntimeError` for what the device cannot compute at all.
     """
-    exact_model, inputs, targets = _example()
-    exact_model.double()
+    device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
+    model = build_model(_SHAPE, seed=0)
+    tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    exact_model = copy.deepcopy(model).double()
     exact_loss = F.cross_entropy(exact_model(inputs).flatten(0, 1), targets.flatten())
     exact_loss.backward()  # type: ignore[no-untyped-call]
     exact_gradient = _gradient(exact_model)
 
-    model, inputs, targets = _example()
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
     loss = torch.zeros(())
 
     def step() -> None:
         nonlocal loss
         model.zero_grad()
-        loss = loss_of(model, inputs, targets)
-        (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+        with runtime.autocast():
+            loss = loss_of(model, inputs, targets)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
 
     best = best_time(step, device, seconds=seconds)
     bound = _BOUND_FP32 if dtype == torch.float32 else math.sqrt(_ROUNDINGS) * torch.finfo(dtype).eps / 2
-    difference = _gradient(model) / loss_scale - exact_gradient
+    difference = _gradient(model) / scale - exact_gradient
     errors = {
         "loss_error": abs(loss.item() / exact_loss.item() - 1),
         "gradient_error": float(difference.norm() / exact_gradient.norm()),
@@ -147,13 +148,6 @@ def check_step(
     is_right = all(error <= bound for error in errors.values())  # not for NaN, which JSON lacks
     finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
     return {"right": is_right, **finite, "bound": bound, "seconds": best}
-
-
-def _example() -> tuple[AtlasLM, Tensor, Tensor]:
-    """Return the same weights and (B, T) tokens every time."""
-    model = build_model(_SHAPE, seed=0)
-    tokens = torch.randint(_SHAPE.vocabulary, (_BATCH, _SHAPE.max_seq_len + 1))
-    return model, tokens[:, :-1], tokens[:, 1:]
 
 
 def _gradient(model: AtlasLM) -> Tensor:
@@ -167,13 +161,12 @@ def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, boo
     for name, backend in _BACKENDS.items():
         if device.type == "mps" and name != "math":
             continue  # PyTorch has no choice of kernels there, and would use another than the requested one
-        q, k, v = (
-            torch.randn(2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-        )
+        qkv = torch.randn(3, 2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")  # a missing kernel is an answer here
+            q, k, v = qkv.unbind()
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            (grad,) = torch.autograd.grad(out.sum(), q)
+            (grad,) = torch.autograd.grad(out.sum(), qkv)
             works[name] = bool(grad.isfinite().all())  # waits for the device, and for what failed there
     return works
 
@@ -244,27 +237,22 @@ def nearest_folder(path: Path) -> Path:
 def measure_disk(folder: Path, *, size: int) -> dict[str, Any]:
     """Write `size` bytes in `folder`, until the disk confirms them, and read them. Raises `OSError`.
 
-    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file loses its name before it
-    is written, so that nothing stays however this ends.
+    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file has no name while it is
+    written, so that nothing stays however this ends.
     """
     if shutil.disk_usage(folder).free < 2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     block = os.urandom(min(_BLOCK, size))  # a disk may compress zeros
     blocks = math.ceil(size / len(block))
-    path = folder / f".atlas-doctor-{os.getpid()}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_TEMPORARY", 0)
-    descriptor = os.open(path, flags, 0o600)
-    if not hasattr(os, "O_TEMPORARY"):  # Windows has this instead: there an open file keeps its name
-        path.unlink()
     drops_cache = hasattr(os, "posix_fadvise")
-    with open(descriptor, "w+b", buffering=0) as file:
+    with tempfile.TemporaryFile(buffering=0, prefix=".atlas-doctor-", dir=folder) as file:
         start = time.perf_counter()
         for _ in range(blocks):
             file.write(block)
-        os.fsync(descriptor)
+        os.fsync(file.fileno())
         writing = time.perf_counter() - start
         if drops_cache:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         start = time.perf_counter()
         while file.readinto(bytearray(len(block))):

@@ -84,8 +84,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
 def this_machine(config: AtlasConfig) -> Machine:
     """Return this machine as a config would use it. Measuring its speed takes about a second."""
     # How several processes share a model is planned, not set up.
-    alone = config.training.model_copy(update={"parallel": "auto"})
-    runtime = setup_runtime(config.model_copy(update={"training": alone}))
+    runtime = setup_runtime(config.replace("training", parallel="auto"))
     device = runtime.device.type
     memory, rate = measure_memory(device), measure_matrix_products(runtime.device, runtime.dtype)
     card = bandwidth = speed = None

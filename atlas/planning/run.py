@@ -73,31 +73,32 @@ def plan_run(
     """Plan a run of `updates` (None: not known), where an epoch has `sequences_per_epoch` sequences."""
     per_token, seconds_each = training_flops_per_token(config), seconds_of_update(config, machine)
     tokens_each = config.training.sequences_per_update * config.model.max_seq_len
-    reached = None
+    tokens = updates and updates * tokens_each
+    epochs = reached = seconds = energy = None
     if seconds_each is not None and machine.flops_per_second is not None:
         reached = tokens_each * per_token / seconds_each / machine.flops_per_second
-    if updates is None:
-        return Run(None, None, None, None, per_token, None, reached, None, None)
-    sequences, tokens = updates * config.training.sequences_per_update, updates * tokens_each
-    middle = None if seconds_each is None else updates * seconds_each
-    seconds = None if middle is None else (middle / SPREAD, middle * SPREAD)
+    if updates is not None and sequences_per_epoch:
+        epochs = updates * config.training.sequences_per_update / sequences_per_epoch
+    if updates is not None and seconds_each is not None:
+        seconds = low, high = spread(updates * seconds_each)
+        if machine.watts is not None:
+            energy = low * machine.watts / 3.6e6, high * machine.watts / 3.6e6
     return Run(
         updates=updates,
         tokens=tokens,
-        epochs=sequences / sequences_per_epoch if sequences_per_epoch else None,
-        tokens_per_parameter=tokens / count_parameters(config.model).total,
+        epochs=epochs,
+        tokens_per_parameter=tokens and tokens / count_parameters(config.model).total,
         flops_per_token=per_token,
-        flops=tokens * per_token,
+        flops=tokens and tokens * per_token,
         utilisation=reached,
         seconds=seconds,
-        kilowatt_hours=_energy(seconds, machine.watts),
+        kilowatt_hours=energy,
     )
 
 
-def _energy(seconds: Range | None, watts: int | None) -> Range | None:
-    if seconds is None or watts is None:
-        return None
-    return seconds[0] * watts / 3.6e6, seconds[1] * watts / 3.6e6
+def spread(seconds: float) -> Range:
+    """Return the range in which a time that was estimated as `seconds` is expected."""
+    return seconds / SPREAD, seconds * SPREAD
 
 
 def _two_digits(value: float) -> int:

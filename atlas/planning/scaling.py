@@ -90,24 +90,25 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
     if machine.device == "cpu":  # the ranks of a machine share it
         rate = machine.flops_per_second / cluster.gpus
         machine = replace(machine, memory=machine.memory // cluster.gpus, flops_per_second=rate)
-    sequences = _share(config.training.sequences_per_update, cluster.ranks)
+    sequences, left = divmod(config.training.sequences_per_update, cluster.ranks)
+    if left:
+        raise AtlasError(
+            f"an update of {config.training.sequences_per_update} sequences cannot be split evenly over "
+            f"{cluster.ranks} GPUs; choose training.batch_size × training.gradient_accumulation_steps as a multiple "
+            "of their number"
+        )
     micro_batch = min(config.training.sequences_at_once, sequences)
     parallel, shards = share_model(config, cluster.ranks, device=machine.device, memory=machine.memory)
     passes = _passes(config, machine, sequences, micro_batch)
-    sizes = sizes_of(config, device=machine.device)
+    sizes = _sizes_of(config, device=machine.device)
+    memory = _memory_of_a_rank(config, machine.device, parallel, shards, micro_batch)
     return Scaling(
         cluster=cluster,
         parallel=parallel,
         shard_size=shards,
         sequences=sequences,
         micro_batch=micro_batch,
-        memory=memory_of_a_rank(
-            config,
-            machine.device,
-            parallel=parallel,
-            shards=shards,
-            micro_batch=micro_batch,
-        ),
+        memory=memory,
         available=machine.memory,
         tokens=config.training.sequences_per_update * config.model.max_seq_len,
         computing=sum(each.times * (each.forward + each.backward) for each in passes),
@@ -115,24 +116,12 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
     )
 
 
-def _share(sequences: int, ranks: int) -> int:
-    if sequences % ranks:
-        raise AtlasError(
-            f"an update of {sequences} sequences cannot be split evenly over {ranks} GPUs; choose "
-            "training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
-        )
-    return sequences // ranks
-
-
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
     """The micro-batches of a rank's share; the last may be smaller. An update of the rank alone takes as long as all of
     them together; each gets its share by its FLOPs."""
-    training = config.training
     share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": micro_batch}
-    own = config.model_copy(update={"training": training.model_copy(update=share)})
-    plain = config.model_copy(
-        update={"training": training.model_copy(update={"gradient_checkpointing": False})}
-    )
+    own = config.replace("training", **share)
+    plain = config.replace("training", gradient_checkpointing=False)
     seconds = (seconds_of_update(own, machine) or 0.0) / sequences
     forward = seconds * training_flops_per_token(plain) / training_flops_per_token(config) / 3
     before = (sequences - 1) // micro_batch
@@ -143,7 +132,7 @@ def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: 
     ]
 
 
-def sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
+def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     """Return the bytes of a model's parts."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
     width = 2 if training.precision == "bf16-true" else _FP32
@@ -158,25 +147,24 @@ def sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     return Sizes(blocks, root, blocks, root, root - head, gathered=gathered)
 
 
-def memory_of_a_rank(
-    config: AtlasConfig, device: str, *, parallel: str, shards: int, micro_batch: int
+def _memory_of_a_rank(
+    config: AtlasConfig, device: str, parallel: str, shards: int, micro_batch: int
 ) -> RankMemory:
     """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
     a model."""
-    training = config.training
     if parallel != "none":
         # Between updates DDP keeps the memory of all gradients, and FSDP that of a shard: as if there were an earlier
         # micro-batch.
         alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
-        training = training.model_copy(update=alone)
-    full = estimate_training_memory(config.model_copy(update={"training": training}), device=device)
+        config = config.replace("training", **alone)
+    full = estimate_training_memory(config, device=device)
     if parallel != "fsdp":
         # In the second update DDP rebuilds its buckets in the order in which gradients came, beside the old ones;
         # nothing else of an update exists then.
         beside = full.half_precision_weights + full.activations + full.loss
         rebuilt = max(0, full.gradients - beside) if parallel == "ddp" else 0
         return RankMemory(**asdict(replace(full, gradients=full.gradients + rebuilt)), gathered=0)
-    sizes, layers = sizes_of(config, device=device), config.model.num_layers
+    sizes, layers = _sizes_of(config, device=device), config.model.num_layers
     two = min(2, layers) / layers
     # The head's gradient is in `loss`.
     table = _FP32 * config.model.padded_vocab_size * config.model.hidden_size

@@ -47,12 +47,8 @@ def card_speed(card: Card, *, products: float | None = None, bandwidth: float | 
     cards are limited by power and memory, and attention's softmax slows them down more.
     """
     reached, attention, misaligned = (0.95, 0.65, 0.5) if card.is_geforce else (0.8, 0.4, 0.33)
-    return Speed(
-        products or reached * card.tflops * 1e12,
-        bandwidth or 0.92 * card.bandwidth * 1e9,
-        attention,
-        misaligned,
-    )
+    products = products or reached * card.tflops * 1e12
+    return Speed(products, bandwidth or 0.92 * card.bandwidth * 1e9, attention, misaligned)
 
 
 def update_seconds(config: AtlasConfig, speed: Speed) -> float:

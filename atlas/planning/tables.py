@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from atlas.config.loader import read_yaml, resolve
-from atlas.config.presets import preset_path
 from atlas.planning.cards import Card, find_card
 from atlas.planning.communication import cluster_of
 from atlas.planning.machine import machine_with
@@ -77,10 +75,10 @@ def scaling_table() -> str:
             cluster = cluster_of(_GPUS_OF_A_NODE, nodes, link)
             micro_batches = _MICRO_BATCHES * cluster.ranks
             size = {"batch_size": _PER_MICRO_BATCH, "gradient_accumulation_steps": micro_batches}
-            training = preset.config.training.model_copy(update=size)
-            scaling = scale(preset.config.model_copy(update={"training": training}), machine, cluster)
+            config = preset.config.replace("training", **size)
+            scaling = scale(config, machine, cluster)
             rows.append(
-                f"`{preset.name}` | {cluster.ranks} | {training.sequences_per_update:,} | {scaling.parallel} "
+                f"`{preset.name}` | {cluster.ranks} | {config.training.sequences_per_update:,} | {scaling.parallel} "
                 f"| {scaling.memory.total / 2**30:.1f} GiB | {scaling.computing * 1e3:,.0f} ms "
                 f"| {scaling.communication.exposed * 1e3:,.1f} ms | {scaling.efficiency:.1%} "
                 f"| {scaling.tokens_per_second / 1e6:,.2f} M"
@@ -111,8 +109,8 @@ def with_tables(name: str, page: str) -> str:
 def _parameters(preset: PresetPlan) -> str:
     """The size, and with what vocabulary where the preset leaves it to the data."""
     size = f"{preset.parameters / 1e6:.1f} M"
-    stated = resolve(read_yaml(preset_path(preset.name))).model.vocab_size
-    return size if stated else f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}"
+    is_assumed = preset.config.model.vocab_size == ASSUMED_VOCABULARY
+    return f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}" if is_assumed else size
 
 
 def _titles(cards: Iterable[Card]) -> str:

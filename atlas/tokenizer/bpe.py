@@ -71,7 +71,7 @@ class BPETokenizer(ByteLevelTokenizer):
             raise TokenizerError(
                 f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
             ) from None
-        except _Foreign as error:
+        except NotGPT2s as error:
             raise NotGPT2s(
                 f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, others with the config.json of "
                 "their model beside them, or as --tokenizer package.module:factory"
@@ -80,7 +80,10 @@ class BPETokenizer(ByteLevelTokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of at most `vocab_size` tokens."""
+    """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on `texts`, which are read once, as a stream.
+
+    A text that is too small for `vocab_size` gives a smaller vocabulary: see `vocab_size` of the result.
+    """
     if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise TokenizerError(
             f"--train-tokenizer {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
@@ -103,20 +106,16 @@ class NotGPT2s(TokenizerError):
     """A tokenizer of another kind, perhaps a `ForeignTokenizer`."""
 
 
-class _Foreign(Exception):
-    """A tokenizer.json of another kind. The message is the difference."""
-
-
 def _demand(condition: bool, reason: str) -> None:
     if not condition:
-        raise _Foreign(reason)
+        raise NotGPT2s(reason)
 
 
 def _read(content: Any) -> tuple[list[str], list[Merge], int]:
-    """Tokens in id order, merges, and the id of the end of text. Raises `_Foreign`."""
+    """Tokens in id order, merges, and the id of the end of text. Raises `NotGPT2s`, whose message is the difference."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        raise _Foreign("has no model")
+        raise NotGPT2s("has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")
@@ -136,11 +135,10 @@ def _check_split(pre_tokenizer: Any) -> None:
 
 def _read_vocabulary(vocabulary: Any) -> list[str]:
     if not isinstance(vocabulary, dict):
-        raise _Foreign("has no vocabulary")
+        raise NotGPT2s("has no vocabulary")
     _demand(len(vocabulary) <= MAX_VOCAB_SIZE, f"{len(vocabulary):,} tokens are more than {MAX_VOCAB_SIZE:,}")
     by_id = {id: token for token, id in vocabulary.items() if type(id) is int}
-    if set(by_id) != set(range(len(vocabulary))):
-        raise _Foreign("its ids are not 0, 1, 2 … without a gap")
+    _demand(set(by_id) == set(range(len(vocabulary))), "its ids are not 0, 1, 2 … without a gap")
     tokens = [by_id[id] for id in range(len(by_id))]
     _demand(
         all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens), "its tokens are not byte-level"
@@ -154,7 +152,7 @@ def _read_vocabulary(vocabulary: Any) -> list[str]:
 
 def _read_merges(merges: Any, tokens: set[str]) -> list[Merge]:
     if not isinstance(merges, list):
-        raise _Foreign("has no merges")
+        raise NotGPT2s("has no merges")
     _demand(len(merges) <= MAX_VOCAB_SIZE, f"{len(merges):,} merges are more than {MAX_VOCAB_SIZE:,}")
     pairs: list[Merge] = []
     for merge in merges:

@@ -7,6 +7,7 @@ their encoder), so a vocabulary is readable text: a space is `Ġ`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,9 +24,10 @@ Merge = tuple[str, str]
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 BYTE_ORDER = _PRINTABLE + [byte for byte in range(256) if byte not in set(_PRINTABLE)]
 """The bytes in the order of GPT-2's first 256 ids."""
-CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE} | {
-    byte: chr(256 + place) for place, byte in enumerate(BYTE_ORDER[len(_PRINTABLE) :])
-}
+CHAR_OF_BYTE = dict(
+    zip(BYTE_ORDER, map(chr, itertools.chain(_PRINTABLE, itertools.count(256))), strict=False)
+)
+"""A printable byte is its own character, the others are those from U+0100 on."""
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 

@@ -48,8 +48,11 @@ class ForeignTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: Path, refusal: AtlasError) -> ForeignTokenizer:
         """Take the end of text and the number of rows from config.json beside it. Raises `refusal` if there is none."""
-        config = _json_beside(path, "config.json")
-        eos_id, rows = config.get("eos_token_id"), config.get("vocab_size")
+        try:
+            config = json.loads(read_limited(path.with_name("config.json"), limit=MAX_FILE_BYTES))
+            eos_id, rows = config["eos_token_id"], config["vocab_size"]
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
+            raise refusal from None
         if isinstance(eos_id, list) and eos_id:  # each of these ends a text; the first also begins one
             eos_id = eos_id[0]
         if type(eos_id) is not int or type(rows) is not int:
@@ -112,11 +115,3 @@ class ForeignTokenizer(Tokenizer):
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json."""
         Path(path).write_text(self._text, encoding="utf-8", newline="\n")
-
-
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(read_limited(path.with_name(name), limit=MAX_FILE_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -104,7 +104,7 @@ def _blankness(token: bytes) -> int:
 
 @cache
 def gpt2_tokenizer() -> GPT2Tokenizer:
-    """GPT-2's tokenizer, from the merge table in the package."""
+    """GPT-2's tokenizer of 50,257 tokens, from the merge table in the package."""
     table = (resources.files("atlas.tokenizer") / "assets" / "vocab.bpe").read_bytes()
     if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
         raise TokenizerError(

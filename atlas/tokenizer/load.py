@@ -1,43 +1,26 @@
 """Make a tokenizer: by name, from a file or stored state, by training, or around the user's object.
 
-`Tokenizer.gpt2()` and the like are the functions of this module. Each kind is imported when it is first used.
+This module gives `Tokenizer` its constructors: `Tokenizer.gpt2()` and the like.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from atlas.errors import TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, Tokenizer
+from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s, train_bpe
 from atlas.tokenizer.custom import CustomTokenizer, import_object
-
-
-def gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer of 50,257 tokens, from package data."""
-    from atlas.tokenizer.gpt2 import gpt2_tokenizer
-
-    return gpt2_tokenizer()
-
-
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on `texts`, which are read once, as a stream.
-
-    A text that is too small for `vocab_size` gives a smaller vocabulary: see `vocab_size` of the result.
-    """
-    from atlas.tokenizer.bpe import train_bpe
-
-    return train_bpe(texts, vocab_size)
+from atlas.tokenizer.foreign import ForeignTokenizer
+from atlas.tokenizer.gpt2 import gpt2_tokenizer
 
 
 def load(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `tokenizer.json`, of a folder that holds one, or of a prepared dataset."""
-    from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s
-    from atlas.tokenizer.foreign import ForeignTokenizer
-
     path = Path(path)
     if path.is_dir():
         if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
@@ -54,17 +37,15 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
 
     No code is imported: a file does not contain a custom tokenizer's code, so the user has to name it.
     """
-    from atlas.tokenizer.bpe import BPETokenizer
-    from atlas.tokenizer.foreign import ForeignTokenizer
-
     kind, name = state.get("kind"), state.get("name")
     if kind == "custom":
         reason = (
             "is custom code, which a file does not contain; name it with --tokenizer package.module:factory"
         )
         raise TokenizerError(f"tokenizer {name!s:.200}: {reason}")
+    tokenizer: Tokenizer
     if kind == "gpt2":
-        tokenizer = gpt2()
+        tokenizer = gpt2_tokenizer()
     elif kind == "bpe" and isinstance(state.get("json"), str):
         tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
     elif kind == "hf" and isinstance(state.get("json"), str):
@@ -87,7 +68,7 @@ def resolve(spec: str | Path) -> Tokenizer:
     """Return what `spec` names: `gpt2`, the path of a tokenizer.json (or a folder with one), or
     `package.module:factory`."""
     if spec == "gpt2":
-        return gpt2()
+        return gpt2_tokenizer()
     if Path(spec).exists():
         return load(spec)
     if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
@@ -117,5 +98,6 @@ def _state_in_dataset(path: Path) -> dict[str, Any]:
         ) from None
 
 
-for _constructor in (gpt2, train, load, from_state, resolve, wrap):
+Tokenizer.gpt2, Tokenizer.train = staticmethod(gpt2_tokenizer), staticmethod(train_bpe)
+for _constructor in (load, from_state, resolve, wrap):
     setattr(Tokenizer, _constructor.__name__, staticmethod(_constructor))

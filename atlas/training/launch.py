@@ -17,10 +17,10 @@ from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORMAT
+from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.open_saver import open_saver
 from atlas.training.checkpoint.retention import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
@@ -85,11 +85,9 @@ def start_run(
     state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     learner = Learner(model, config, runtime, custom_loss)
-    in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
-    sharded = world.broadcast(_saves_shards(config, runtime))
-    saver = open_saver(checkpoints, world, sharded=sharded, in_background=in_background, log=log)
+    saver = _open_saver(checkpoints, config, runtime, log)
     origin = start.contents.get("initialized_from") if resumes else str(start.source or "") or None
-    run = Run(learner, data, state, log, saver, sharded, origin, sampler, sensor, lock)
+    run = Run(learner, data, state, log, saver, origin, sampler, sensor, lock)
     if resumes:
         restore_optimizer(learner, start.contents, start.source)
     if not run.is_complete:
@@ -113,7 +111,8 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
         for note in start.notes:
             log.say(note)
     config = start.config.replace("checkpoint", output_dir=str(start.folder))
-    checkpoints = CheckpointManager.of(config.checkpoint, start.folder, say=log.say)
+    retention = config.checkpoint.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
+    checkpoints = CheckpointManager(start.folder, say=log.say, **retention)
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()
@@ -215,6 +214,19 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
 def _length(training: TrainingConfig) -> tuple[object, ...]:
     """What decides where the schedule ends."""
     return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
+
+
+def _open_saver(
+    checkpoints: CheckpointManager, config: AtlasConfig, runtime: Runtime, log: RunLog
+) -> BackgroundSaver:
+    """The saver of a run: each rank writes its shards, or the first rank writes everything to one file."""
+    world = runtime.world
+    in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
+    if not world.broadcast(_saves_shards(config, runtime)):
+        return BackgroundSaver(checkpoints, in_background=in_background, log=log)
+    from atlas.training.checkpoint.shard_saver import ShardSaver  # slow to import
+
+    return ShardSaver(checkpoints, world, in_background=in_background, log=log)
 
 
 def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:

@@ -88,8 +88,6 @@ class Run:
     state: TrainState
     log: RunLog
     saver: BackgroundSaver
-    saves_shards: bool = False
-    """Whether each rank writes its shards, instead of the first rank all."""
     initialized_from: str | None = None
     """The checkpoint whose weights the run began with."""
     sampler: Sampler | None = None
@@ -228,13 +226,13 @@ class Run:
             "initialized_from": self.initialized_from,
         }
         with self.throughput.paused():
-            contents = self.contents(as_shards=self.saves_shards)
-            if self.world.is_first or self.saves_shards:
+            contents = self.contents(as_shards=self.saver.is_sharded)
+            if self.world.is_first or self.saver.is_sharded:
                 self.saver.save(contents, kinds, facts, wait=wait)
 
     def keep_snapshot(self) -> None:
         """Keep the current state in memory, to roll back to before the first save."""
-        if self.saves_shards:
+        if self.saver.is_sharded:
             return
         contents = self.contents()
         if self.world.is_first:

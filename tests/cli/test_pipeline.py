@@ -153,9 +153,9 @@ def test_a_user_without_data_is_asked_until_there_is_a_text(tmp_path: Path) -> N
     answers = iter(["nowhere\n", "'river.txt'\n"])
     asked: list[str] = []
     text = choose_text(None, command="atlas pipeline", ask=lambda q: asked.append(q) or next(answers))
-    assert text == ("river.txt", False)
+    assert text == "river.txt"
     assert "nowhere: no such file or folder" in asked[1]
-    assert choose_text(None, command="atlas pipeline", ask=lambda _: "\n") == (None, True)
+    assert choose_text(None, command="atlas pipeline", ask=lambda _: "\n") is None
 
 
 def test_without_a_terminal_nothing_is_asked(

@@ -203,7 +203,7 @@ second in `modern`."""
 
 def run_faulty(folder: Path) -> dict[str, Any]:
     """Two variants of a copy of Atlas with these faults."""
-    shutil.copytree(ROOT / "atlas", folder / "atlas", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "atlas", folder / "atlas")
     for name, good, bad in FAULTS:
         file = folder / "atlas" / name
         source = file.read_text(encoding="utf-8")

@@ -113,6 +113,7 @@ def test_the_model_card_shows_how_to_prompt(
     assert asked in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_teaches_fifty_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

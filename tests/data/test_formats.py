@@ -183,6 +183,12 @@ def test_the_archive_may_be_a_tar(mode: str, tmp_path: Path) -> None:
     assert len(Sources([path]).left_out) == 3
 
 
+def test_names_in_a_tar_may_begin_with_the_folder_it_was_made_in(tmp_path: Path) -> None:
+    """`tar -c .` names the files `./a.txt`: they are not hidden."""
+    path = write_tar(tmp_path / "a.tar", {"./a.txt": "a", "./.hidden.txt": "no", "./.git/b.txt": "no"})
+    assert documents_of(path) == ["a"]
+
+
 def test_a_compressed_tar_is_read_in_its_own_order_with_a_note(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar.gz", {"b.txt": "b", "a.txt": "a"}, "w:gz")
     sources = Sources([path])
@@ -482,7 +488,7 @@ def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
         own = SourceReport()
         list(group.pieces(own, lambda _: None))
         merged.merge(own)
-        merged = SourceReport.from_json(json.loads(json.dumps(merged.to_json())))
+        merged = SourceReport(**json.loads(json.dumps(merged.model_dump())))
     assert merged == together
     assert isinstance(merged.articles, ArticleReport)
     assert merged.articles.articles == 55

@@ -449,7 +449,7 @@ def test_prepare_command_prints_what_it_made(
     output = capsys.readouterr()
     folder = str(Path("data/processed/wikipedia"))
     assert output.out.startswith(f"{folder}: tokenizer gpt2 (50,257 tokens)\ntrain")
-    assert "AllCombined.txt is used; 3 parts that hold the same text are left out" in output.err
+    assert "3 parts that hold the same text as AllCombined.txt are left out" in output.err
     assert "60 articles, told apart by two or more empty lines before a title" in output.err
     assert output.err.count("boundary: …") == 3
     assert f"atlas train --config modern-nano --train-data {folder} (on a GPU: --config small)" in output.err

@@ -260,7 +260,7 @@ def test_each_untitled_part_is_a_document(tmp_path: Path) -> None:
     folder, report = write_folder(tmp_path / "in", parts), SourceReport()
     assert whole(Sources([folder]).documents(report)) == ["It rained.", "The mill stood still.", "Why?"]
     assert report.articles is None
-    assert SourceReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert SourceReport(**json.loads(json.dumps(report.model_dump()))) == report
 
 
 @pytest.mark.parametrize("name", ["wiki_00", "AllCombined.txt"])

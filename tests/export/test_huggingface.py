@@ -27,7 +27,7 @@ from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.export import llama_cpp
 from atlas.export.huggingface import export_hf
-from atlas.export.import_hf import import_hf
+from atlas.export.import_hf import import_hf, read_chat_template
 from atlas.inference.load import load_model
 from atlas.model.cost import count_parameters
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
@@ -145,9 +145,7 @@ def test_what_transformers_saved_goes_through_atlas_into_llama_cpp(
     greedy = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=50256)[
         0, prompt.shape[1] :
     ]
-    answer = llama_cpp.ask_llama_cpp(
-        "atlas_model.gguf", [], [prompt[0].tolist()], [20], context=64, threads=1
-    )
+    answer = llama_cpp.ask_llama_cpp("atlas_model.gguf", [], [prompt[0].tolist()], [20], context=64)
     assert [step.token for step in answer.continuations[0]][: len(greedy)] == greedy.tolist()
 
 
@@ -312,6 +310,19 @@ def test_what_cannot_be_imported_is_one_line(
     assert reason in error
     assert error.count("\n") == 1
     assert not Path("checkpoints").exists()
+
+
+def test_the_default_of_several_chat_templates_is_read(tmp_path: Path) -> None:
+    templates = [{"name": ["default"], "template": "a"}, "b", {"name": "default", "template": "c"}]
+    for given, expected in ((templates, "c"), (templates[:2], None), ("d", "d"), (None, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+        assert read_chat_template(tmp_path) == expected
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(AtlasError, match=r"tokenizer_config\.json: cannot be read"):
+        read_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(AtlasError, match="its chat template cannot be read"):
+        read_chat_template(tmp_path)
 
 
 def test_a_folder_that_is_taken_is_left_alone(

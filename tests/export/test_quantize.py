@@ -120,7 +120,7 @@ def test_llama_cpp_computes_what_the_model_computes(
     shape = MODERN[name] | {"hidden_size": 256} if name in MODERN else {"hidden_size": 64, "max_seq_len": 128}
     model = sharp_model(bpe, **(shape | {"num_layers": 1}))
     written = export_gguf(model, bpe, tmp_path / "m.gguf", quantize=quantize)  # type: ignore[arg-type]
-    kinds = set(written.tensor_types.values()) - {"f32"}
+    kinds = set(written.values()) - {"f32"}
     assert kinds <= {TensorType[kind].name.lower() for kind in (*LOSS, "BF16")}
     proof = verify_gguf(tmp_path / "m.gguf", model, bpe, quantize=quantize, max_tokens=30)  # type: ignore[arg-type]
     assert proof.holds, str(proof)

@@ -268,7 +268,7 @@ def link_in_zip(folder: Path) -> Path:
     return folder / "a.zip"
 
 
-@attack("archive", "folder of links that lead out", "links lead out of it")
+@attack("archive", "folder of links that lead out", "links that lead out of their folder")
 def links_out(folder: Path) -> Path:
     (folder / "private.txt").write_text("secret", encoding="utf-8")
     given = folder / "given"

@@ -23,6 +23,7 @@ from atlas.cli import doctor_facts, main
 from atlas.model.mlp import MLP
 from atlas.planning import doctor as probes
 from atlas.planning.doctor import Effort, time_attention, try_compile, working_attention
+from atlas.training.devices.device import Runtime
 from tests.runs import layer, run_for
 
 LITTLE = Effort(seconds=0.01, matrix_size=64, copied=100_000, disk=100_000, compile_seconds=0.01)
@@ -110,10 +111,10 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU training does not take fp16 in any case."""
 
-    def step(device: torch.device, dtype: torch.dtype, *others: Any, **options: Any) -> dict[str, Any]:
-        if dtype == torch.float16:
+    def step(runtime: Runtime, *others: Any, **options: Any) -> dict[str, Any]:
+        if runtime.dtype == torch.float16:
             raise RuntimeError('"addmm" not implemented for Half')
-        return check_step(device, dtype, *others, **options)
+        return check_step(runtime, *others, **options)
 
     check_step = probes.check_step
     monkeypatch.setattr(doctor_facts, "check_step", step)

@@ -105,6 +105,7 @@ def test_kernels_cost_what_counting_by_hand_gives() -> None:
 
 
 @needs_fake_cuda
+@pytest.mark.slow
 def test_the_loss_of_an_update_moves_at_most_8_gb() -> None:
     """Of `small` with 8 × 1,024 tokens; it was 34.6 GB with chunks of 256 rows and a table of 50,257."""
     update = simulated("small", "--batch-size", "8", "--set", "model.num_layers=1")["small"]

@@ -39,9 +39,7 @@ class Batch:
 
 def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[Batch]:
     """The text behind `start`. The last batch may have no parts; it brings the last report."""
-    by_place = (
-        rule.cut_at is not None
-    )  # the place in the complete text decides, so all groups are read as one
+    by_place = rule.cut_at is not None  # in the complete text: all groups are read as one
     bytes_read = 0 if by_place else sum(group.size for group in groups[: start.group])
     parts: list[Part] = []
     chars, report, end = 0, SourceReport(), start

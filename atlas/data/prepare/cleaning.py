@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from atlas.errors import DataError
@@ -55,11 +56,6 @@ class Cleaning:
             return ()
         return Cleaning(tuple(sorted(wanted, key=(*STEPS, *wanted).index))).steps
 
-    @property
-    def drops_duplicates(self) -> bool:
-        """Whether exact copies are left out."""
-        return "duplicates" in self.steps
-
     def clean(self, text: str, *, starts_document: bool = True) -> tuple[str, dict[str, int]]:
         """Return the cleaned text, and for each step that changed it the number of characters fewer."""
         changes: dict[str, int] = {}
@@ -74,12 +70,6 @@ class Cleaning:
     def to_json(self) -> dict[str, Any]:
         """The settings as `dataset.json` keeps them."""
         return asdict(self) | {"steps": list(self.steps)}
-
-
-def _compose(text: str) -> str:
-    if text.isascii() or unicodedata.is_normalized("NFC", text):
-        return text
-    return unicodedata.normalize("NFC", text)
 
 
 def _drop_control(text: str) -> str:
@@ -104,7 +94,7 @@ def _tidy_whitespace(text: str) -> str:
 
 
 _TEXT_STEPS: dict[str, Callable[[str], str]] = {
-    "nfc": _compose,
+    "nfc": partial(unicodedata.normalize, "NFC"),
     "control": _drop_control,
     "whitespace": _tidy_whitespace,
 }

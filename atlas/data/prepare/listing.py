@@ -14,9 +14,7 @@ def list_data(root: Path) -> list[tuple[Path, int, Manifest | str]]:
 
     Each entry is its path, its bytes, and its manifest, or `text`, or the reason why the dataset cannot be used.
     """
-    processed = root / "processed"
-    folders = sorted(entry for entry in processed.iterdir() if entry.is_dir()) if processed.is_dir() else []
-    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    folders = [entry for entry in sorted((root / "processed").glob("[!.]*")) if entry.is_dir()]
     listed = [_dataset(folder) for folder in folders if is_prepared(folder)]
     for place in (root / "raw", *(folder for folder in folders if not is_prepared(folder))):
         for path in sorted(place.rglob("*")):

@@ -7,8 +7,8 @@ truncated to where it began.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,17 @@ from atlas.data.prepare.dedup import SeenDigests, SeenSignatures
 from atlas.data.prepare.shard_writer import Extent, SplitWriter
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded
+from atlas.data.prepare.workspace import Workspace
 from atlas.data.shards import SplitRecord, StepRecord
 
 SPLITS = ("train", "val")
-_DROPPING_STEPS = ("short", "duplicates", "near_duplicates")
 
 
 @dataclass
 class _OpenDocument:
-    """A document of which parts are still to come. `before` is what the splits held when it began."""
+    """A document of which parts are still to come. `before` is the extent of each split when it began."""
 
-    before: dict[str, Extent]
+    before: Mapping[str, Iterable[int]]
     split: str
     digest: str
     num_chars: int = 0
@@ -39,19 +39,17 @@ class _OpenDocument:
 
 
 class Merger:
-    """The splits as far as they are written. `state` is what `sync` returned, perhaps in another process."""
+    """The splits as far as they are written, in `workspace`. Resumes what `sync` returned, if that was committed."""
 
     def __init__(
         self,
-        folder: Path,
-        work: Path,
+        workspace: Workspace,
         rule: SplitRule,
         cleaning: Cleaning,
         dtype: np.dtype[Any],
         shard_tokens: int,
-        state: dict[str, Any] | None = None,
     ) -> None:
-        state = state or {}
+        state = workspace.state.get("assembly", {})
         self.rule, self.cleaning = rule, cleaning
         # With a cut the rule has left out and counted short documents. Half of a document, which may be empty, is not
         # checked again.
@@ -60,26 +58,17 @@ class Merger:
         near = ["near_duplicates"] if cleaning.near_dedup else []
         cleaned = state.get("cleaned") or {step: {} for step in (*cleaning.steps, "short", *near)}
         self.cleaned = {step: StepRecord(**record) for step, record in cleaned.items()}
-        if not state:
-            for step, places, chars in (
-                ("duplicates", rule.copies, rule.copied_chars),
-                ("short", rule.short, rule.short_chars),
-            ):
-                if places:
-                    self._count(step, len(places), chars)
-        splits = state.get("splits", {})
+        if rule.copies and not state:
+            self._count("duplicates", len(rule.copies), rule.copied_chars)
+        if rule.short and not state:
+            self._count("short", len(rule.short), rule.short_chars)
+        folder, work, splits = workspace.dataset, workspace.folder, state.get("splits", {})
         self.writers = {
             name: SplitWriter(folder, work, name, dtype, shard_tokens, splits.get(name)) for name in SPLITS
         }
         self.seen = SeenDigests(work / "seen.bin", count=state.get("seen", 0))
-        self.similar = (
-            SeenSignatures(work / "similar.bin", count=state.get("similar", 0))
-            if cleaning.near_dedup
-            else None
-        )
+        self.similar = SeenSignatures(work / "similar.bin", count=state.get("similar", 0)) if near else None
         self._document = _OpenDocument(**state["document"]) if state.get("document") else None
-        if self._document:
-            self._document.before = {name: Extent(*held) for name, held in self._document.before.items()}
 
     @property
     def tokens(self) -> int:
@@ -97,12 +86,6 @@ class Merger:
         finished = [writer.finish_full_shards() for writer in self.writers.values()]
         return any(finished)
 
-    @property
-    def left_out(self) -> dict[str, StepRecord]:
-        """The steps that left out documents."""
-        dropped = {step: self.cleaned.get(step, StepRecord()) for step in _DROPPING_STEPS}
-        return {step: record for step, record in dropped.items() if record.documents}
-
     def sync(self) -> dict[str, Any]:
         """Flush everything to the disk. Returns the state that stands for it."""
         return {
@@ -119,10 +102,10 @@ class Merger:
         return {name: record for name, record in records.items() if record}
 
     def close(self) -> None:
-        """Close all files."""
-        for file in (*self.writers.values(), self.seen, self.similar):
-            if file:
-                file.close()
+        """Close the files of the documents seen."""
+        self.seen.close()
+        if self.similar:
+            self.similar.close()
 
     def _add_documents(self, parts: list[Part], encoded: Encoded) -> None:
         self._document = None  # two halves of a document that the split cut have no end between them
@@ -131,7 +114,7 @@ class Merger:
         keep = encoded.num_chars >= self._min_chars
         if self._checks_length:
             self._drop("short", encoded, keep, np.flatnonzero(~keep))
-        if self.cleaning.drops_duplicates:
+        if "duplicates" in self.cleaning.steps:
             candidates = np.flatnonzero(keep)
             digests = np.frombuffer(encoded.digests, dtype="V16")[candidates].tobytes()
             self._drop("duplicates", encoded, keep, candidates[~self.seen.add(digests)])
@@ -176,19 +159,18 @@ class Merger:
                 if dropped_by != "short" or self._checks_length:
                     self._count(dropped_by, 1, document.num_chars)
                 for name, extent in document.before.items():
-                    self.writers[name].truncate(extent)
+                    self.writers[name].truncate(Extent(*extent))
             self._document = None
 
     def _step_that_drops(self, document: _OpenDocument) -> str | None:
         if document.num_chars < self._min_chars:
             return "short"
-        if self.cleaning.drops_duplicates and not self.seen.add(bytes.fromhex(document.digest))[0]:
+        if "duplicates" in self.cleaning.steps and not self.seen.add(bytes.fromhex(document.digest))[0]:
             return "duplicates"
         if self.similar and not self.similar.add(np.array(document.signature or (), dtype=np.uint32)):
             return "near_duplicates"
         return None
 
     def _count(self, step: str, documents: int, characters: int) -> None:
-        record = self.cleaned.setdefault(step, StepRecord())
-        record.documents += documents
-        record.characters += characters
+        self.cleaned[step].documents += documents
+        self.cleaned[step].characters += characters

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,6 @@ from atlas.data.shards import (
     Manifest,
     PreparedDataset,
     SplitRecord,
-    is_prepared,
     open_dataset,
     token_dtype,
 )
@@ -187,17 +186,16 @@ class _Preparation:
     def _existing(self, output: Path) -> PreparedDataset | None:
         """The dataset in `output`, if it is intact and the wanted one."""
         try:
-            dataset = open_dataset(output) if is_prepared(output) else None
+            dataset = open_dataset(output)
         except (AtlasError, OSError):
-            return None  # damaged, or just being replaced by another process: it is prepared again
-        return dataset if dataset and dataset.manifest.key == self.key else None
+            return None  # missing, damaged, or just being replaced by another process: it is prepared again
+        return dataset if dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:
         """Tokenize every document once, write the shards and describe them; or resume an interrupted call's work."""
         options, sources, folder = self.options, self.sources, workspace.dataset
-        state = workspace.state or {}
-        if state:
-            rule, tokenizer = SplitRule(**state["rule"]), self.tokenizer or Tokenizer.load(folder)
+        if workspace.state:
+            rule, tokenizer = SplitRule(**workspace.state["rule"]), self.tokenizer or Tokenizer.load(folder)
         else:
             rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
             wanted = options.train_tokenizer or 0
@@ -207,24 +205,13 @@ class _Preparation:
             if self.tokenizer is None:
                 workspace.commit({"rule": vars(rule)})
         dtype = token_dtype(tokenizer.vocab_size)
-        merger = Merger(
-            folder,
-            workspace.folder,
-            rule,
-            options.cleaning,
-            dtype,
-            options.shard_tokens,
-            state.get("assembly"),
-        )
-        _require_space(sources, tokenizer, output, done=merger.tokens)
-        if merger.tokens:
-            notify(f"{output}: {merger.tokens:,} tokens were done before; resuming behind them")
-        try:
+        with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
+            _require_space(sources, tokenizer, output, done=merger.tokens)
+            if merger.tokens:
+                notify(f"{output}: {merger.tokens:,} tokens were done before; resuming behind them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
-        finally:
-            merger.close()
-        self._require_text(splits, merger)
+        self._require_text(splits, merger.cleaned["short"].documents)
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         Manifest(
             version=FORMAT_VERSION,
@@ -240,8 +227,8 @@ class _Preparation:
 
     def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
         """Merge every batch, with a commit after each finished shard and every few seconds."""
-        state = workspace.state or {}
-        report = SourceReport.from_json(state["report"]) if "report" in state else SourceReport()
+        state = workspace.state
+        report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
         committed, shown = time.monotonic(), 0
         with byte_progress(self.sources.total_bytes, "tokenizing") as advance:
@@ -251,19 +238,23 @@ class _Preparation:
                 advance(batch.bytes_read - shown)
                 shown = batch.bytes_read
                 if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                    progress = {"position": batch.end, "report": report.to_json(), "assembly": merger.sync()}
+                    progress = {
+                        "position": batch.end,
+                        "report": report.model_dump(),
+                        "assembly": merger.sync(),
+                    }
                     workspace.commit({"rule": vars(merger.rule)} | progress)
                     committed = time.monotonic()
         return report
 
-    def _require_text(self, splits: Mapping[str, SplitRecord], merger: Merger) -> None:
-        left_out = [f"{record.documents:,} by {step}" for step, record in merger.left_out.items()]
-        if not splits and left_out:
+    def _require_text(self, splits: Mapping[str, SplitRecord], short: int) -> None:
+        # The first of several copies is kept, so all were too short.
+        if not splits and short:
             shortest = self.options.cleaning.min_chars
             less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
             raise DataError(
                 f"{self.sources.names}: cleaning leaves no text to train on: every document is left out "
-                f"({', '.join(left_out)}); give more text{less}"
+                f"({short:,} by short); give more text{less}"
             )
         if "train" not in splits:
             raise DataError(

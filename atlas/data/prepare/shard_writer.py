@@ -6,10 +6,10 @@ so the lengths alone are enough to resume what a killed process wrote.
 
 from __future__ import annotations
 
-import contextlib
 import io
+import os
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ class Extent(NamedTuple):
 class SplitWriter:
     """One split, in shards of `shard_tokens` tokens in `folder`, in constant memory.
 
+    Each call opens the files that it needs, so none stays open between two batches.
+
     `work` is a folder for what is needed until the end: `<split>.starts`, the places where documents begin. `state` is
     what `sync` returned: the writer resumes there and cuts off what was written later.
     """
@@ -43,37 +45,42 @@ class SplitWriter:
         state: dict[str, Any] | None = None,
     ) -> None:
         state = state or {"extent": (), "shards": []}
-        self.extent = Extent(*state["extent"])
         self.shards = [ShardRecord(**shard) for shard in state["shards"]]
         """The finished ones. Nothing in them is ever truncated."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._header_bytes = len(self._header(0))
-        self._file: IO[bytes] | None = None
-        self._shard = 0
-        """Number of the shard that `_file` is."""
-        starts = work / f"{split}.starts"
-        self._starts = starts.open("r+b" if starts.exists() else "w+b")
-        self._truncate_files()
+        self._starts = work / f"{split}.starts"
+        self._starts.touch()
+        self.extent = Extent(*state["extent"])
+        self.truncate(self.extent)
 
     def append(self, tokens: NDArray[Any], starts: NDArray[np.int64], num_bytes: int) -> None:
         """Append tokens that stand for `num_bytes` bytes of text. `starts` are the places in them where a document
         begins."""
         end = self.extent.tokens
-        self._starts.write((starts + end).astype("<i8").tobytes())
-        content = memoryview(tokens.astype(self._dtype).tobytes())
-        size = self._dtype.itemsize
-        while content:
-            space = (self._shard_tokens - end % self._shard_tokens) * size
-            self._open(end // self._shard_tokens).write(content[:space])
-            end += min(space, len(content)) // size
-            content = content[space:]
+        with self._starts.open("ab") as file:
+            file.write((starts + end).astype("<i8").tobytes())
+        tokens = tokens.astype(self._dtype)
+        while len(tokens):
+            shard, at = divmod(end, self._shard_tokens)
+            now = tokens[: self._shard_tokens - at]
+            with self._path(shard).open("ab") as file:
+                file.write((b"" if at else self._header(0)) + now.tobytes())
+            end += len(now)
+            tokens = tokens[len(now) :]
         self.extent = Extent(end, self.extent.documents + len(starts), self.extent.num_bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
         """Remove what was appended since `extent`."""
-        if extent != self.extent:
-            self.extent = extent
-            self._truncate_files()
+        self.extent = extent
+        os.truncate(self._starts, 8 * extent.documents)
+        shard, rest = divmod(extent.tokens, self._shard_tokens)
+        if rest:
+            os.truncate(self._path(shard), len(self._header(0)) + rest * self._dtype.itemsize)
+            shard += 1
+        while (stale := self._path(shard)).exists():
+            stale.unlink()
+            stale.with_suffix(".docs.npy").unlink(missing_ok=True)
+            shard += 1
 
     def finish_full_shards(self) -> bool:
         """Finish the full shards, which can then not be truncated. Returns whether there was one."""
@@ -84,8 +91,9 @@ class SplitWriter:
 
     def sync(self) -> dict[str, Any]:
         """Flush everything to the disk. Returns the state that stands for it."""
-        for file in (self._starts, self._file):
-            if file is not None:
+        shards = range(len(self.shards), -(-self.extent.tokens // self._shard_tokens))
+        for path in (self._starts, *map(self._path, shards)):
+            with path.open("r+b") as file:
                 flush_to_disk(file)
         return {"extent": self.extent, "shards": [shard.model_dump() for shard in self.shards]}
 
@@ -94,19 +102,10 @@ class SplitWriter:
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
-        self.close()
         tokens, documents, num_bytes = self.extent
         if not tokens:
             return None
         return SplitRecord(documents=documents, tokens=tokens, bytes=num_bytes, shards=self.shards)
-
-    def close(self) -> None:
-        """Close the files. On a full disk what is not yet written is lost."""
-        for file in (self._starts, self._file):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-        self._file = None
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.npy"
@@ -118,44 +117,12 @@ class SplitWriter:
         np.lib.format.write_array_header_1_0(header, description)
         return header.getvalue()
 
-    def _open(self, shard: int) -> IO[bytes]:
-        if self._file is not None and self._shard != shard:
-            flush_to_disk(self._file)
-            self._file.close()
-            self._file = None
-        if self._file is None:
-            path = self._path(shard)
-            self._file, self._shard = path.open("r+b" if path.exists() else "w+b"), shard
-            if not self._file.seek(0, io.SEEK_END):
-                self._file.write(self._header(0))
-        return self._file
-
-    def _truncate_files(self) -> None:
-        """Make the files as long as `extent` says."""
-        self._starts.truncate(8 * self.extent.documents)
-        self._starts.seek(0, io.SEEK_END)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        shard, rest = divmod(self.extent.tokens, self._shard_tokens)
-        if rest:
-            file = self._open(shard)
-            file.truncate(self._header_bytes + rest * self._dtype.itemsize)
-            file.seek(0, io.SEEK_END)
-        stale = shard + bool(rest)
-        while self._path(stale).exists():
-            self._path(stale).unlink()
-            self._path(stale).with_suffix(".docs.npy").unlink(missing_ok=True)
-            stale += 1
-
     def _finish(self, tokens: int) -> None:
         shard = len(self.shards)
         path = self._path(shard)
-        file = self._open(shard)
-        file.seek(0)
-        file.write(self._header(tokens))
-        file.seek(0, io.SEEK_END)
-        flush_to_disk(file)
+        with path.open("r+b") as file:
+            file.write(self._header(tokens))
+            flush_to_disk(file)
         documents = path.with_suffix(".docs.npy")
         starts = self._starts_before(shard * self._shard_tokens + tokens)
         # Through memory: when NumPy itself writes to a full disk, its error does not have the reason.
@@ -176,7 +143,5 @@ class SplitWriter:
     def _starts_before(self, end: int) -> NDArray[np.int64]:
         """The starts up to `end` that are in no shard yet."""
         done = sum(shard.documents for shard in self.shards)
-        self._starts.seek(8 * done)
-        starts = np.frombuffer(self._starts.read(8 * (self.extent.documents - done)), dtype="<i8")
-        self._starts.seek(0, io.SEEK_END)
+        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
         return starts[: np.searchsorted(starts, end)]

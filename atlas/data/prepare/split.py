@@ -67,7 +67,7 @@ class SplitRule:
             if cleaned < max(1, cleaning.min_chars):
                 short.append(count)
                 short_chars += cleaned
-            elif cleaning.drops_duplicates and digest.digest() in seen:
+            elif "duplicates" in cleaning.steps and digest.digest() in seen:
                 copies.append(count)
                 copied_chars += chars
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,21 @@ def what_changed(
         manifest = read_manifest(output / MANIFEST)
     except AtlasError as error:
         return [f"{output} is rebuilt: {error}"]
+    before, now = _flat(manifest.options), _flat(options)
     differences = [
         *_text_differences(manifest, sources),
         *_tokenizer_difference(manifest, tokenizer, options),
-        *_option_differences(manifest.options, options),
+        *(f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]),
     ]
     return [f"{output} is rebuilt: {difference}" for difference in differences or ["it is damaged"]]
 
 
-def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    before, now = _flat(before), _flat(now)
-    for name, value in now.items():
-        if name != "train_tokenizer" and before.get(name) != value:
-            yield f"{name} was {before.get(name)}, is {value}"
-
-
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with those of cleaning beside the others and as a user writes them."""
-    cleaning = options.get("cleaning") or {}
-    named = {"clean" if name == "steps" else name: value for name, value in cleaning.items()}
-    if "clean" in named:
-        named["clean"] = ",".join(named["clean"]) or "none"
-    return {name: value for name, value in options.items() if name != "cleaning"} | named
+    """The options besides the tokenizer, with those of cleaning beside the others and as a user writes them."""
+    flat = {name: value for name, value in options.items() if name not in ("cleaning", "train_tokenizer")}
+    for name, value in (options.get("cleaning") or {}).items():
+        flat |= {"clean": ",".join(value) or "none"} if name == "steps" else {name: value}
+    return flat
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:

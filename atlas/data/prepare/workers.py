@@ -26,7 +26,6 @@ from atlas.data.prepare.workspace import WorkerKilled
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import notify
-from atlas.tokenizer import CustomTokenizer
 
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
@@ -77,9 +76,7 @@ def _cores() -> int:
 
 
 def _cannot_travel(encoder: Encoder) -> str | None:
-    """Why a custom tokenizer cannot be sent to another process."""
-    if not isinstance(encoder.tokenizer, CustomTokenizer):
-        return None
+    """Why a tokenizer, which may be a user's object, cannot be sent to another process."""
     from loky.backend.reduction import dumps
 
     try:
@@ -98,9 +95,8 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
     with _pool(encoder, workers) as pool:
         under_way: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
-            with (
-                _signals_blocked()
-            ):  # this may start processes, which must not receive Ctrl-C before they ignore it
+            # This may start processes, which must not receive Ctrl-C before they ignore it.
+            with _signals_blocked():
                 under_way.append((batch, pool.submit(_encode, batch.parts)))
             if len(under_way) >= _AHEAD * workers:
                 batch, future = under_way.popleft()
@@ -124,21 +120,21 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
         initargs=(encoder, os.getpid()),
         env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
     )
-    finished = False
     try:
         yield pool
-        finished = True
-    except loky.process_executor.TerminatedWorkerError:
+    except BaseException as error:
+        # Dead workers and a closed pipe: nobody waits for a result that is half sent.
+        for worker in [*pool._processes.values()]:
+            worker.terminate()
+        pool._result_queue._writer.close()
+        pool.shutdown(kill_workers=True)
+        if not isinstance(error, loky.process_executor.TerminatedWorkerError):
+            raise
         raise WorkerKilled(
             "a worker process was killed, as happens where memory runs out: run the same command again with fewer "
             "--workers; it resumes behind what is done"
         ) from None
-    finally:
-        if not finished:  # dead workers and a closed pipe: nobody waits for a result that is half sent
-            for worker in [*pool._processes.values()]:
-                worker.terminate()
-            pool._result_queue._writer.close()
-        pool.shutdown(wait=True, kill_workers=not finished)
+    pool.shutdown()
 
 
 def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:

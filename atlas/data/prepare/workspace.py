@@ -81,29 +81,24 @@ class Workspace:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.dataset = folder, folder / "dataset"
-        self.key, self._journal = key, folder / "journal.json"
-        self.state: dict[str, Any] | None = None
-        """What was last committed, by whichever process; None if there is nothing to resume."""
+        self.key, self.journal = key, folder / "journal.json"
+        self.state: dict[str, Any] = {}
+        """What was last committed, by whichever process; empty if there is nothing to resume."""
         with suppress(OSError, ValueError):
-            content = json.loads(self._journal.read_text(encoding="utf-8"))
+            content = json.loads(self.journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
                 self.state = content["state"]
-        if self.state is None:
+        if not self.state:
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
-    @property
-    def can_resume(self) -> bool:
-        """Whether the journal is on the disk: an interrupt may come in the middle of a commit."""
-        return self._journal.exists()
-
     def commit(self, state: dict[str, Any]) -> None:
         """Let the next process resume here. All that `state` stands for must be on the disk."""
-        new = self._journal.with_suffix(".new")
+        new = self.journal.with_suffix(".new")
         with new.open("w", encoding="utf-8", newline="\n") as file:
             json.dump({"key": self.key, "state": state}, file)
             flush_to_disk(file)
-        os.replace(new, self._journal)
+        os.replace(new, self.journal)
         flush_folder(self.folder)
         self.state = state
 
@@ -128,7 +123,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
             output.rename(replaced)
         workspace.dataset.rename(output)
     except (KeyboardInterrupt, OSError, WorkerKilled):
-        keep = workspace.can_resume
+        keep = workspace.journal.exists()  # an interrupt may come in the middle of a commit
         if keep:
             notify(f"{output}: what is done so far is kept; the same command resumes it")
         raise

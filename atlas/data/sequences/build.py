@@ -8,6 +8,7 @@ from atlas.data.sequences.dataset import SequenceDataset
 from atlas.data.sequences.mixture import MixtureDataset
 from atlas.data.sequences.open import ResolvedData, Stream
 from atlas.data.sequences.packing import PackedDataset
+from atlas.data.shards import TokenStream
 
 Windows = SequenceDataset | ChatDataset
 SequenceSource = Windows | MixtureDataset
@@ -21,12 +22,10 @@ def training_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSourc
 
 def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
     """The windows of one training dataset."""
-    length, masked = config.model.max_seq_len, config.data.document_mask
-    if isinstance(stream, Conversations):
-        return ChatDataset(stream, length, with_documents=masked)
-    if config.data.packing == "best_fit":
-        return PackedDataset(stream, length, with_documents=masked)
-    return SequenceDataset(stream, length, with_documents=masked)
+    masked = config.data.document_mask
+    if isinstance(stream, TokenStream) and config.data.packing == "best_fit":
+        return PackedDataset(stream, config.model.max_seq_len, with_documents=masked)
+    return _windows(stream, config, masked, pad_last=False)
 
 
 def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource | None:
@@ -36,10 +35,14 @@ def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSou
     """
     trained_on = {stream.name for stream in data.trains}
     streams = [
-        stream for stream in data.vals if stream.name not in trained_on or _has_targets(stream, config)
+        stream
+        for stream in data.vals
+        if stream.name not in trained_on
+        or isinstance(stream, TokenStream)
+        or stream.answers_within(config.model.max_seq_len).any()
     ]
     masked = config.data.document_mask or all(isinstance(stream, Conversations) for stream in streams)
-    parts = [_windows(stream, config, masked) for stream in streams]
+    parts = [_windows(stream, config, masked, pad_last=True) for stream in streams]
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else MixtureDataset(parts, [1.0] * len(parts))
@@ -47,17 +50,12 @@ def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSou
 
 def validation_windows(stream: Stream, config: AtlasConfig) -> Windows:
     """Every token of a text, or every answer within a window, with each conversation by itself."""
-    return _windows(stream, config, config.data.document_mask or isinstance(stream, Conversations))
+    masked = config.data.document_mask or isinstance(stream, Conversations)
+    return _windows(stream, config, masked, pad_last=True)
 
 
-def _has_targets(stream: Stream, config: AtlasConfig) -> bool:
-    if not isinstance(stream, Conversations):
-        return True
-    return bool(stream.answers_within(config.model.max_seq_len).any())
-
-
-def _windows(stream: Stream, config: AtlasConfig, masked: bool) -> Windows:
+def _windows(stream: Stream, config: AtlasConfig, masked: bool, *, pad_last: bool) -> Windows:
     length = config.model.max_seq_len
     if isinstance(stream, Conversations):
         return ChatDataset(stream, length, with_documents=masked)
-    return SequenceDataset(stream, length, pad_last=True, with_documents=masked)
+    return SequenceDataset(stream, length, pad_last=pad_last, with_documents=masked)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,17 +89,10 @@ def read_conversations(
     """
     chats: list[_Chat] = []
     digests = b""
-    undecodable = 0
-
-    def count(replaced: int) -> None:
-        nonlocal undecodable
-        undecodable += replaced
-
+    undecodable: list[int] = []
     with byte_progress(Path(path).stat().st_size, "reading conversations") as advance:
-        rows = _rows(path, advance)
-        while some := [
-            messages_of(row, place, count) for place, row in itertools.islice(rows, _ROWS_PER_STEP)
-        ]:
+        read = (messages_of(row, place, undecodable.append) for place, row in _rows(path, advance))
+        while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
             digests += b"".join(
                 hashlib.blake2b(repr(messages).encode(), digest_size=16).digest() for messages in some
             )
@@ -109,12 +102,10 @@ def read_conversations(
     held_out = fractions(digests)[:, 0] < val_fraction
     if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
         held_out[:] = False
-    train, val = (
-        _joined(
-            str(path), [chat for chat, out in zip(chats, held_out, strict=True) if out == wanted], tokenizer
-        )
-        for wanted in (False, True)
-    )
+    train = _joined(str(path), itertools.compress(chats, ~held_out), tokenizer.eos_id)
+    val = None
+    if held_out.any():
+        val = _joined(str(path), itertools.compress(chats, held_out), tokenizer.eos_id)
     too_few = val_fraction and not held_out.any()
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if too_few else ""
     notes = [
@@ -122,8 +113,8 @@ def read_conversations(
         "loss is that of the answers"
     ]
     if undecodable:
-        notes.append(f"{path}: {undecodable:,} bytes are not UTF-8 and became U+FFFD")
-    return train, val if held_out.any() else None, notes
+        notes.append(f"{path}: {sum(undecodable):,} bytes are not UTF-8 and became U+FFFD")
+    return train, val, notes
 
 
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
@@ -140,14 +131,11 @@ def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: 
     return np.concatenate(tokens), np.concatenate(is_answer), sum(len(turn.answer.encode()) for turn in chat)
 
 
-def _joined(name: str, chats: Sequence[_Chat], tokenizer: Tokenizer) -> Conversations:
+def _joined(name: str, chats: Iterable[_Chat], eos_id: int) -> Conversations:
+    tokens, is_answer, answer_bytes = zip(*chats, strict=True)
+    ends = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
     return Conversations(
-        name,
-        np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _, _ in chats)]),
-        np.concatenate([np.zeros(0, np.bool_), *(is_answer for _, is_answer, _ in chats)]),
-        np.cumsum([len(tokens) for tokens, _, _ in chats], dtype=np.int64),
-        sum(answer_bytes for _, _, answer_bytes in chats),
-        tokenizer.eos_id,
+        name, np.concatenate(tokens), np.concatenate(is_answer), ends, sum(answer_bytes), eos_id
     )
 
 
@@ -221,14 +209,12 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.num_conversations = int(has_answer.sum())
         self.num_left_out = len(full_lengths) - self.num_conversations
         self.num_cut = int((has_answer & (full_lengths > lengths)).sum())
-        self._starts, self._lengths, self._ends = pack(
-            starts[has_answer], lengths[has_answer], max_seq_len + 1
-        )
+        self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all conversations that are kept."""
-        return int(self._lengths.sum())
+        return int(self._packing.lengths.sum())
 
     @property
     def bytes_per_token(self) -> float:
@@ -236,22 +222,21 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         return self.stream.answer_bytes / int(self.stream.is_answer.sum())
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._packing.ends)
 
     def __getitem__(self, window: int) -> tuple[Tensor, ...]:
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} of {len(self)}")
-        first, last = self._ends[window - 1] if window else 0, self._ends[window]
+        pieces = self._packing.pieces(window)
         tokens = np.full(self.max_seq_len + 1, self.stream.eos_id, np.int64)
         targets = np.full(self.max_seq_len + 1, IGNORE_INDEX, np.int64)
-        numbers = np.full(self.max_seq_len + 1, last - first, np.int64)
+        numbers = np.full(self.max_seq_len + 1, len(pieces), np.int64)
         at = 0
-        pieces = zip(self._starts[first:last].tolist(), self._lengths[first:last].tolist(), strict=True)
         for number, (start, length) in enumerate(pieces):
             is_answer = self.stream.is_answer[start : start + length]
             tokens[at : at + length] = self.stream.tokens[start : start + length]
             targets[at : at + length] = np.where(is_answer, tokens[at : at + length], IGNORE_INDEX)
             numbers[at : at + length] = number
             at += length
-        columns = (tokens[:-1], targets[1:], *([numbers[:-1]] if self.with_documents else []))
-        return tuple(torch.from_numpy(column.copy()) for column in columns)
+        columns = [torch.from_numpy(column) for column in (tokens[:-1], targets[1:], numbers[:-1])]
+        return tuple(columns if self.with_documents else columns[:2])

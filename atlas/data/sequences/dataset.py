@@ -68,8 +68,14 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         return self._num_windows
 
     def __getitem__(self, window: int) -> tuple[Tensor, ...]:
-        if not 0 <= window < self._num_windows:
-            raise IndexError(f"window {window} of {self._num_windows}")
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of {len(self)}")
+        inputs, targets = self._read(window)
+        if not self.with_documents:
+            return inputs, targets
+        return inputs, targets, documents_of(inputs, self.stream.eos_id)
+
+    def _read(self, window: int) -> tuple[Tensor, Tensor]:
         start = window * self.max_seq_len
         stop = min(start + self.max_seq_len + 1, self.stream.num_tokens)
         tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))
@@ -78,8 +84,6 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         if missing:
             inputs = torch.nn.functional.pad(inputs, (0, missing), value=self.stream.eos_id)
             targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
-        if self.with_documents:
-            return inputs, targets, documents_of(inputs, self.stream.eos_id)
         return inputs, targets
 
 

@@ -144,8 +144,7 @@ def _read_ahead(
                 return
             yield ahead.popleft().result()
     finally:  # also when the iterator is deleted: each thread ends after its current batch, and nothing waits for it
-        for (
-            batch
-        ) in ahead:  # `cancel_futures` would fail when the interpreter deletes the iterator at its own end
+        # `cancel_futures` would fail when the interpreter deletes the iterator at its own end.
+        for batch in ahead:
             batch.cancel()
         pool.shutdown(wait=False)

@@ -54,9 +54,7 @@ class MixtureOrder:
         self._ends = np.cumsum(self.quotas)
         self._offsets = np.concatenate([[0], np.cumsum(num_windows)[:-1]])
         self._slots = SequenceOrder(seed, BLOCK)
-        self._orders = [
-            SequenceOrder(seed + ((part + 1) << 64), count) for part, count in enumerate(num_windows)
-        ]
+        self._orders = [SequenceOrder(seed + (part << 64), n) for part, n in enumerate(num_windows, 1)]
 
     def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows of these sequences of the run, in their shape, numbered through all parts."""
@@ -91,11 +89,11 @@ def quotas(weights: Sequence[float]) -> list[int]:
     largest_first = np.argsort(counts - exact, kind="stable")
     counts[largest_first[: BLOCK - int(counts.sum())]] += 1
     if counts.min() == 0:
-        smallest = weights[int(counts.argmin())]
+        smallest = weights[counts.argmin()]
         raise DataError(
             f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: give more, or leave the part out"
         )
-    return [int(count) for count in counts]
+    return [*map(int, counts)]
 
 
 def order_of(

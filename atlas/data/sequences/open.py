@@ -11,7 +11,7 @@ from pathlib import Path
 from atlas.config.config import MixturePart
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.sequences.conversations import Conversations, holds_conversations, read_conversations
-from atlas.data.shards import PreparedDataset, TokenStream, is_prepared, open_dataset
+from atlas.data.shards import TokenStream, is_prepared, open_dataset
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 
@@ -79,7 +79,13 @@ def resolve_data(
     else:
         if is_prepared(train_data):
             dataset, notes = open_dataset(train_data), []
-            _refuse_other_tokenizer(dataset, tokenizer)
+            if tokenizer and dataset.tokenizer_fingerprint != tokenizer.fingerprint:
+                raise DataError(
+                    f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
+                    f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} "
+                    f"({tokenizer.fingerprint[:16]}); give the text that it was prepared from instead, or prepare "
+                    "that with atlas prepare --tokenizer"
+                )
             tokenizer = tokenizer or dataset.tokenizer()
         else:
             tokenizer = tokenizer or Tokenizer.gpt2()
@@ -88,7 +94,8 @@ def resolve_data(
         train, val = replace(dataset.train, name=str(train_data)), dataset.split("val")
         fingerprint = dataset.fingerprint
     if val_data is not None:
-        val = _validation_stream(val_data, tokenizer)
+        other = resolve_data(val_data, tokenizer=tokenizer, val_fraction=0.0)
+        val = other.val or other.train
     return ResolvedData((train,), (1.0,), (val,) if val else (), tokenizer, fingerprint, notes)
 
 
@@ -119,25 +126,4 @@ def resolve_mixture(
         tokenizer=parts[0].tokenizer,
         fingerprint=hashlib.sha256("\n".join(identity).encode()).hexdigest(),
         notes=[note for part in parts for note in part.notes],
-    )
-
-
-def _validation_stream(val_data: str | Path, tokenizer: Tokenizer) -> Stream:
-    if holds_conversations(val_data):
-        return read_conversations(val_data, tokenizer, val_fraction=0.0)[0]
-    if is_prepared(val_data):
-        dataset = open_dataset(val_data)
-        _refuse_other_tokenizer(dataset, tokenizer)
-    else:
-        dataset = open_dataset(prepare_text_cached([val_data], tokenizer, val_fraction=0.0))
-    return replace(dataset.split("val") or dataset.train, name=str(val_data))
-
-
-def _refuse_other_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer | None) -> None:
-    if tokenizer is None or dataset.tokenizer_fingerprint == tokenizer.fingerprint:
-        return
-    raise DataError(
-        f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
-        f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} ({tokenizer.fingerprint[:16]}); "
-        "give the text that it was prepared from instead, or prepare that with atlas prepare --tokenizer"
     )

@@ -12,24 +12,38 @@ import bisect
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atlas.data.sequences.dataset import IGNORE_INDEX, SequenceDataset, documents_of
+from atlas.data.sequences.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.data.shards import TokenStream
 from atlas.files import cache_folder
 
 _VERSION = 1
 _FILES = {"starts": "<i8", "lengths": "<i4", "ends": "<i8"}
 Array = NDArray[Any]
+
+
+class Packing(NamedTuple):
+    """The starts and lengths of all pieces in the order of the windows; the pieces of window w are those before
+    `ends[w]`."""
+
+    starts: Array
+    lengths: Array
+    ends: Array
+
+    def pieces(self, window: int) -> list[tuple[int, int]]:
+        """(start, length) of each piece in the window."""
+        here = slice(self.ends[window - 1] if window else 0, self.ends[window])
+        return list(zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
 
 
 class PackedDataset(SequenceDataset):
@@ -46,37 +60,25 @@ class PackedDataset(SequenceDataset):
         facts = json.loads((self._plan / "plan.json").read_text(encoding="utf-8"))
         self._num_windows = facts["windows"]
         self.padding = 1 - facts["tokens"] / (facts["windows"] * (max_seq_len + 1))
-        self._maps: dict[str, Array] = {}
 
-    def __getitem__(self, window: int) -> tuple[Tensor, ...]:
-        if not 0 <= window < self._num_windows:
-            raise IndexError(f"window {window} of {self._num_windows}")
+    def _read(self, window: int) -> tuple[Tensor, Tensor]:
         row = np.full(self.max_seq_len + 1, self.stream.eos_id, np.int64)
         targets = np.full(self.max_seq_len + 1, IGNORE_INDEX, np.int64)
         at = 0
-        for start, length in self._pieces(window):
+        for start, length in self._packing.pieces(window):
             row[at : at + length] = self.stream.read(start, start + length)
             targets[at : at + length] = row[at : at + length]
             if start and self.stream.read(start - 1, start)[0] != self.stream.eos_id:
                 targets[at] = IGNORE_INDEX
             at += length
-        inputs, shifted = torch.from_numpy(row[:-1]), torch.from_numpy(targets[1:])
-        if self.with_documents:
-            return inputs, shifted, documents_of(inputs, self.stream.eos_id)
-        return inputs, shifted
+        return torch.from_numpy(row[:-1]), torch.from_numpy(targets[1:])
 
-    def _pieces(self, window: int) -> list[tuple[int, int]]:
-        """(start, length) of each piece in the window."""
-        if not self._maps:
-            self._maps = {
-                name: np.memmap(self._plan / name, dtype=dtype, mode="r") for name, dtype in _FILES.items()
-            }
-        first, last = (int(self._maps["ends"][w]) if w >= 0 else 0 for w in (window - 1, window))
-        starts, lengths = self._maps["starts"][first:last], self._maps["lengths"][first:last]
-        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    @cached_property
+    def _packing(self) -> Packing:
+        return Packing(*(np.memmap(self._plan / name, dtype, mode="r") for name, dtype in _FILES.items()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_packing"}
 
 
 def pieces_of(starts: Array, ends: Array, max_seq_len: int) -> tuple[Array, Array]:
@@ -136,12 +138,11 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     return bin_of
 
 
-def pack(starts: Array, lengths: Array, capacity: int) -> tuple[Array, Array, Array]:
-    """Pieces → their starts and lengths in the order of the windows, and for each window the place where its pieces
-    end."""
+def pack(starts: Array, lengths: Array, capacity: int) -> Packing:
+    """Pack pieces into windows of `capacity` tokens."""
     window_of = best_fit_decreasing(lengths, capacity)
     by_window = np.argsort(window_of, kind="stable")
-    return starts[by_window], lengths[by_window], np.cumsum(np.bincount(window_of))
+    return Packing(starts[by_window], lengths[by_window], np.cumsum(np.bincount(window_of)))
 
 
 def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
@@ -163,15 +164,13 @@ def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
     if (folder / "plan.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write_plan(temporary, stream, max_seq_len)
-        os.replace(temporary, folder)
-    except OSError:
-        if not (folder / "plan.json").is_file():  # else another process made it meanwhile
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        try:
+            _write_plan(Path(temporary), stream, max_seq_len)
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / "plan.json").is_file():  # else another process made it meanwhile
+                raise
     return folder
 
 

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -42,6 +43,11 @@ _CHUNK = 1 << 20
 _MOST_WINDOW_BITS = 27
 """A Zstandard stream may make its reader remember up to 128 MiB."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_IF_TRUSTED = "if you know where it comes from, give atlas prepare --trust-archives"
+
+_COMPRESSION_ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError)
+DAMAGE = (*_COMPRESSION_ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
+"""What the readers of archives and compressed files raise for damaged ones."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +60,14 @@ class Member:
     """Not a link or a device."""
 
 
-def unpack_limit(packed: int, *, trusted: bool) -> int:
-    """How many bytes a file of `packed` bytes may unpack to."""
-    return sys.maxsize if trusted else max(RATIO_FREE_BYTES, MAX_RATIO * packed)
-
-
-def bomb(name: str, packed: int) -> DataError:
-    """The error for a file of `packed` bytes that unpacks to more than its limit."""
-    return DataError(
-        f"{name}: {packed:,} bytes that unpack to more than {MAX_RATIO} times as many may be a bomb; if you know "
-        "where it comes from, give atlas prepare --trust-archives"
-    )
+def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
+    """Raise `DataError` if a file of `packed` bytes that holds `unpacked` bytes, or more, may be a bomb."""
+    if unpacked > max(RATIO_FREE_BYTES, MAX_RATIO * packed):
+        kind = "zip bomb" if name.lower().endswith(".zip") else "bomb"
+        raise DataError(
+            f"{name}: {packed:,} bytes that unpack to {unpacked:,} or more, more than {MAX_RATIO} times as many, may "
+            f"be a {kind}; {_IF_TRUSTED}"
+        )
 
 
 def members_of(path: Path, *, trust: bool = False) -> list[Member]:
@@ -72,11 +75,7 @@ def members_of(path: Path, *, trust: bool = False) -> list[Member]:
 
     Raises `DataError` for what is no archive, is not safe to read, or, unless `trust`, may be a bomb.
     """
-    if path.suffix.lower() == ".zip":
-        zipped = _checked_zip(path, trust)
-        members = [Member(member.filename, member.file_size, _is_file(member)) for member in zipped]
-    else:
-        members = _checked_tar(path, trust)
+    members = _checked_zip(path, trust) if path.suffix.lower() == ".zip" else _checked_tar(path, trust)
     return list({member.name: member for member in members}.values())  # the last one of a name counts
 
 
@@ -89,45 +88,39 @@ def open_member(root: str, name: str) -> IO[bytes]:
     """Open a member of an archive that `members_of` has checked."""
     path = Path(root)
     status = path.stat()
-    archive = _open_archive(path, (status.st_size, status.st_mtime_ns))
-    if isinstance(archive, zipfile.ZipFile):
-        return archive.open(name)
-    content = archive.extractfile(_by_name(archive)[name])
-    assert content is not None
-    return content
+    return cast(IO[bytes], _opener(path, (status.st_size, status.st_mtime_ns))(name))
 
 
 @functools.lru_cache(maxsize=2)
-def _open_archive(path: Path, _stamp: tuple[int, int]) -> zipfile.ZipFile | tarfile.TarFile:
-    """Cached, since the directory of a large archive takes long to read. `_stamp` changes with the file."""
+def _opener(path: Path, _stamp: tuple[int, int]) -> Callable[[str], IO[bytes] | None]:
+    """Return the function that opens a member by its name.
+
+    Cached, since the directory of a large archive takes long to read. `_stamp` changes with the file.
+    """
     if path.suffix.lower() == ".zip":
-        return open_zip(path, directory_limit=_TRUSTED_DIRECTORY_LIMIT)
-    return _open_tar(path)
+        return open_zip(path, directory_limit=_TRUSTED_DIRECTORY_LIMIT).open
+    tar = _open_tar(path)
+    by_name = {member.name: member for member in tar}  # `tarfile` itself searches through every member
+    return lambda name: tar.extractfile(by_name[name])
 
 
-@functools.lru_cache(maxsize=2)
-def _by_name(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """An index, since `tarfile` itself searches through every member."""
-    return {member.name: member for member in archive.getmembers()}
-
-
-def open_zstd(stream: IO[bytes]) -> IO[bytes]:
-    """Decompress a Zstandard stream, in limited memory."""
-    options = {int(zstd.DecompressionParameter.window_log_max): _MOST_WINDOW_BITS}
-    return cast(IO[bytes], zstd.ZstdFile(stream, options=options))
+def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
+    """The content of a file with that name: `stream` itself, if it is not compressed. Uses limited memory."""
+    opened: Any = stream
+    if name.lower().endswith((".gz", ".tgz")):
+        opened = gzip.GzipFile(fileobj=stream)
+    elif name.lower().endswith(".zst"):
+        options = {int(zstd.DecompressionParameter.window_log_max): _MOST_WINDOW_BITS}
+        opened = zstd.ZstdFile(stream, options=options)
+    return cast(IO[bytes], opened)
 
 
 def _open_tar(path: Path) -> tarfile.TarFile:
-    name = path.name.lower()
-    raw: Any = path.open("rb")
-    if name.endswith((".gz", ".tgz")):
-        raw = gzip.GzipFile(fileobj=raw)
-    elif name.endswith(".zst"):
-        raw = open_zstd(raw)
-    return tarfile.open(fileobj=LimitedReads(raw, _LARGEST_HEADER), mode="r:")
+    stream = decompressed(path.open("rb"), path.name)
+    return tarfile.open(fileobj=LimitedReads(stream, _LARGEST_HEADER), mode="r:")
 
 
-def _checked_zip(path: Path, trust: bool) -> list[zipfile.ZipInfo]:
+def _checked_zip(path: Path, trust: bool) -> list[Member]:
     try:
         limit = _TRUSTED_DIRECTORY_LIMIT if trust else _DIRECTORY_LIMIT
         with open_zip(path, directory_limit=limit) as archive:
@@ -137,8 +130,8 @@ def _checked_zip(path: Path, trust: bool) -> list[zipfile.ZipInfo]:
     for member in members:
         _refuse_unsafe(path, member)
     if not trust:
-        _refuse_bomb(path, len(members), sum(member.file_size for member in members))
-    return members
+        _refuse_too_much(path, len(members), sum(member.file_size for member in members))
+    return [Member(member.filename, member.file_size, _is_file(member)) for member in members]
 
 
 def _checked_tar(path: Path, trust: bool) -> list[Member]:
@@ -148,24 +141,13 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
         with _open_tar(path) as archive:
             for count, member in enumerate(archive, start=1):
                 if not trust:  # before the member is skipped, which unpacks it
-                    _refuse_bomb(path, count, archive.offset)
+                    _refuse_too_much(path, count, archive.offset)
                 if member.isdir():
                     continue
                 _refuse_unsafe_name(member.name, f"{path}: member {member.name!r:.200}")
-                is_file = member.isreg() and not member.issparse()
-                members.append(Member(member.name, member.size, is_file))
-            _require_end_of_tar(archive)
-            if is_in_own_order(path):
-                _read_to_end(archive, path, trust)
-    except (
-        tarfile.TarError,
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        zstd.ZstdError,
-        RecursionError,
-    ) as error:
+                members.append(Member(member.name, member.size, member.isreg() and not member.issparse()))
+            _check_end(archive, path, trust)
+    except (OSError, ValueError, RecursionError, *DAMAGE) as error:
         # tarfile recurses along a chain of headers
         reason = "headers without end" if isinstance(error, RecursionError) else f"{error!s:.200}"
         raise DataError(
@@ -174,20 +156,16 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
     return members
 
 
-def _require_end_of_tar(archive: tarfile.TarFile) -> None:
-    """Require a block of zeros: `tarfile` takes anything that is no header for the end."""
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+def _check_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
+    """Require a block of zeros, since `tarfile` takes anything that is no header for the end. Then read a compressed
+    stream to its end, where its checksum is."""
+    stream: Any = archive.fileobj
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"neither a member nor the end at byte {archive.offset:,}")
-
-
-def _read_to_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
-    """Read to the end of the compressed stream, where its checksum is."""
-    assert archive.fileobj is not None
-    while archive.fileobj.read(_CHUNK):
+    while is_in_own_order(path) and stream.read(_CHUNK):
         if not trust:
-            _refuse_bomb(path, 0, archive.fileobj.tell())
+            _refuse_too_much(path, 0, stream.tell())
 
 
 def _is_file(member: zipfile.ZipInfo) -> bool:
@@ -218,15 +196,10 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
         raise DataError(f"{shown} contradicts itself about its size; download or pack it again")
 
 
-def _refuse_bomb(archive: Path, count: int, size: int) -> None:
-    packed = archive.stat().st_size
-    remedy = "if you know where it comes from, give atlas prepare --trust-archives"
+def _refuse_too_much(archive: Path, count: int, size: int) -> None:
     if count > MAX_MEMBERS:
-        raise DataError(f"{archive}: holds {count:,} files, more than {MAX_MEMBERS:,}; {remedy}")
+        raise DataError(f"{archive}: holds {count:,} files, more than {MAX_MEMBERS:,}; {_IF_TRUSTED}")
     if size > MAX_BYTES:
-        raise DataError(f"{archive}: holds {size / 1e12:,.1f} TB, more than {MAX_BYTES / 1e12:.0f}; {remedy}")
-    if size > RATIO_FREE_BYTES and size > MAX_RATIO * packed:
-        raise DataError(
-            f"{archive}: {packed:,} bytes that unpack to {size:,}, more than {MAX_RATIO} times as many, may be "
-            f"a {'zip ' if archive.suffix.lower() == '.zip' else ''}bomb; {remedy}"
-        )
+        held, most = size / 1e12, MAX_BYTES / 1e12
+        raise DataError(f"{archive}: holds {held:,.1f} TB, more than {most:.0f}; {_IF_TRUSTED}")
+    refuse_bomb(str(archive), archive.stat().st_size, size)

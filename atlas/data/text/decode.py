@@ -16,7 +16,7 @@ from atlas.errors import DataError
 
 PIECE_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
-_WORD_END = re.compile(r"\S(?=[ \n])")
+_UP_TO_LAST_WORD_END = re.compile(r"(?s).*\S(?=[ \n])")
 _BINARY_BYTES = 8000
 _BINARY = {
     codecs.BOM_UTF32_LE: "UTF-32 text",
@@ -42,11 +42,8 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
     """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` gets their number."""
     try:
         text.encode()  # ten times as fast as a search
-        return text
     except UnicodeEncodeError:
-        pass
-    text, count = _SURROGATE.subn("\ufffd", text)
-    if count:
+        text, count = _SURROGATE.subn("\ufffd", text)
         on_undecodable(count)
     return text
 
@@ -59,14 +56,12 @@ def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], No
     first = b""
     while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
         first += more
-    utf16 = utf16_of(first)
-    if utf16:
-        decoder = codecs.getincrementaldecoder(utf16)(errors="replace")
-        first = first[2:]
-    else:
-        refuse_binary(first, name)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-        first = first.removeprefix(codecs.BOM_UTF8)
+    utf16 = is_utf16(first)
+    if b"\0" in first[:_BINARY_BYTES] and not utf16:  # no text has a zero byte (git decides so, too)
+        shown = next((what for mark, what in _BINARY.items() if first.startswith(mark)), "a binary file")
+        raise DataError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
+    codec, errors = ("utf-16", "replace") if utf16 else ("utf-8", "surrogateescape")
+    decoder, first = codecs.getincrementaldecoder(codec)(errors), first.removeprefix(codecs.BOM_UTF8)
     for chunk in itertools.chain([first], iter(lambda: stream.read(_CHUNK_BYTES), b"")):
         text = decoder.decode(chunk)
         if utf16 and (count := text.count("\ufffd")):
@@ -75,19 +70,10 @@ def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], No
     yield replace_undecodable(decoder.decode(b"", final=True), on_undecodable)
 
 
-def utf16_of(beginning: bytes) -> str | None:
-    """Return the codec of a text that begins with a UTF-16 byte-order mark, else None."""
-    if beginning.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return None
-    marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-    return marks.get(beginning[:2])
-
-
-def refuse_binary(beginning: bytes, name: str) -> None:
-    """Raise `DataError` for a zero byte near the beginning, which no text has (git decides so, too)."""
-    if b"\0" in beginning[:_BINARY_BYTES]:
-        shown = next((what for mark, what in _BINARY.items() if beginning.startswith(mark)), "a binary file")
-        raise DataError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
+def is_utf16(beginning: bytes) -> bool:
+    """Whether a text begins with a UTF-16 byte-order mark. One of UTF-32's begins with the same two bytes."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return beginning.startswith(marks) and not beginning.startswith(codecs.BOM_UTF32_LE)
 
 
 def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:
@@ -105,9 +91,5 @@ def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Pie
 
 def last_word_end(text: str) -> int:
     """Return the last place where `text` can be cut without changing a token; its end, if there is none."""
-    for window in (1 << 12, len(text)):
-        start = max(0, len(text) - window)
-        ends = [match.end() for match in _WORD_END.finditer(text, start)]
-        if ends:
-            return ends[-1]
-    return len(text)
+    found = _UP_TO_LAST_WORD_END.match(text)
+    return found.end() if found else len(text)

@@ -13,12 +13,13 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from atlas.errors import DataError
 
 _SHORTEST = 80
-"""A docstring of fewer characters is no document."""
+"""A text of fewer characters is no document."""
 _ENOUGH_BYTES = 200_000
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -31,7 +32,8 @@ def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) ->
     Raises `DataError` if this Python carries too little documentation.
     """
     path = Path(path)
-    documents = dict.fromkeys(_documents(Path(library or sysconfig.get_paths()["stdlib"])))
+    texts = _documents(Path(library or sysconfig.get_paths()["stdlib"]))
+    documents = dict.fromkeys(text for text in texts if len(text) >= _SHORTEST)
     text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
     if len(text.encode()) < _ENOUGH_BYTES:
         raise DataError(
@@ -48,32 +50,18 @@ def _documents(library: Path) -> Iterator[str]:
     topics = library / "pydoc_data" / "topics.py"
     for source in sorted(library.rglob("*.py")):
         if source != topics and not _NOT_THE_LIBRARY & set(source.relative_to(library).parts):
-            yield from _docstrings(source)
+            for node in _nodes(source):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    yield ast.get_docstring(node) or ""
     if topics.exists():
-        yield from _strings(topics)
+        for node in _nodes(topics):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield inspect.cleandoc(node.value)
 
 
-def _docstrings(source: Path) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, in the order of the source."""
-    for node in ast.walk(_parsed(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(node, clean=True)
-            if docstring and len(docstring) >= _SHORTEST:
-                yield docstring
-
-
-def _strings(source: Path) -> Iterator[str]:
-    """The long string constants of a file of data."""
-    for node in ast.walk(_parsed(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= _SHORTEST:
-            yield inspect.cleandoc(node.value)
-
-
-def _parsed(source: Path) -> ast.AST:
-    """The syntax tree of a file; an empty one if this Python cannot parse it, as with templates."""
-    with warnings.catch_warnings():
+def _nodes(source: Path) -> list[ast.AST]:
+    """The syntax tree of a file; nothing if this Python cannot parse it, as with templates."""
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError):
         warnings.simplefilter("ignore")  # invalid escapes in old sources
-        try:
-            return ast.parse(source.read_bytes())
-        except (SyntaxError, ValueError):
-            return ast.Module(body=[], type_ignores=[])
+        return list(ast.walk(ast.parse(source.read_bytes())))
+    return []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import Any
 
-from atlas.data.text.archives import bomb, unpack_limit
-from atlas.data.text.decode import Piece, as_document, read_text, replace_undecodable, utf16_of
+from pydantic import BaseModel
+
+from atlas.data.text.decode import Piece, as_document, is_utf16, read_text, replace_undecodable
 from atlas.data.text.files import Advance, TextFile, open_root
 from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
 from atlas.errors import DataError
@@ -24,13 +26,12 @@ _PARQUET_ROWS = 32
 _BUFFER = 1 << 20
 
 
-@dataclass
-class SourceReport:
+class SourceReport(BaseModel):
     """What was found while reading the sources."""
 
-    undecodable: Counter[str] = field(default_factory=Counter)
+    undecodable: Counter[str] = Counter()
     """Number of replaced bytes by file."""
-    empty_rows: Counter[str] = field(default_factory=Counter)
+    empty_rows: Counter[str] = Counter()
     """Number of rows without text, by file."""
     articles: ArticleReport | None = None
     untitled: int = 0
@@ -49,23 +50,6 @@ class SourceReport:
             self.articles = other.articles
         elif other.articles:
             self.articles.merge(other.articles)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the journal of a preparation."""
-        articles = vars(self.articles) if self.articles else None
-        counts = {"undecodable": self.undecodable, "empty_rows": self.empty_rows, "untitled": self.untitled}
-        return counts | {"articles": articles}
-
-    @staticmethod
-    def from_json(content: dict[str, Any]) -> SourceReport:
-        """The report that `to_json` described."""
-        articles = content["articles"]
-        return SourceReport(
-            Counter(content["undecodable"]),
-            Counter(content["empty_rows"]),
-            ArticleReport(**articles) if articles else None,
-            content.get("untitled", 0),  # missing in what an older version left
-        )
 
 
 @dataclass(frozen=True)
@@ -88,12 +72,15 @@ class Group:
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)
-        elif first.format == "rows":
-            yield from _rows(first, self.text_field, report, advance)
-        elif first.format == "parquet":
-            yield from _parquet(first, self.text_field, report, advance)
-        else:
+        elif first.format == "text":
             yield from as_document(_text(first, report, advance))
+        else:
+            rows = _rows if first.format == "rows" else _parquet
+            for text in rows(first, self.text_field, advance):
+                if text is None:
+                    report.empty_rows[first.name] += 1
+                else:
+                    yield from as_document([replace_undecodable(text, report.counter_of(first))])
 
     def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
         """The articles of all files as one text. If no title is found, each file is a document."""
@@ -114,14 +101,9 @@ def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[st
         yield from read_text(stream, file.name, on_undecodable=report.counter_of(file))
 
 
-def _rows(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-    on_undecodable = report.counter_of(file)
+def _rows(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
     for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
-        text = _row_text(row, place, text_field)
-        if text is None:
-            report.empty_rows[file.name] += 1
-        else:
-            yield from as_document([replace_undecodable(text, on_undecodable)])
+        yield _row_text(row, place, text_field)
 
 
 def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,15 +119,9 @@ def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[
 
 def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
     """Return whether the first `at_least` lines of `file` that are not blank are JSON objects."""
-    found = 0
     with file.open() as stream:
-        for line in filter(bytes.strip, _lines(stream)):
-            if not _is_object(line):
-                return False
-            found += 1
-            if found == at_least:
-                return True
-    return False
+        lines = filter(bytes.strip, _lines(stream))
+        return sum(map(_is_object, itertools.islice(lines, at_least))) == at_least
 
 
 def _is_object(line: bytes) -> bool:
@@ -155,17 +131,15 @@ def _is_object(line: bytes) -> bool:
     return False
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
+def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
     """The lines in UTF-8. One that is too long is cut to a byte more than the longest allowed."""
-    beginning = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
-    if codec := utf16_of(beginning):
-        text = io.TextIOWrapper(stream, codec, errors="replace", newline="\n")
+    if is_utf16(stream.peek(4)):
+        text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
         for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
-            yield line.removeprefix("\ufeff").encode("utf-8", "replace")
+            yield line.encode("utf-8", "replace")
         return
-    first = stream.readline(_LONGEST_ROW + 1).removeprefix(b"\xef\xbb\xbf")
-    rest = iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
-    yield from itertools.chain([first] if first else [], rest)
+    yield stream.readline(_LONGEST_ROW + 1).removeprefix(codecs.BOM_UTF8)
+    yield from iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
 
 
 def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
@@ -204,13 +178,11 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
 
 def json_name(value: object) -> str:
     """The name of a parsed value's type in JSON."""
-    if value is None:
-        return "null"
-    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object", bool: "true or false"}
+    names = {str: "a string", list: "an array", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -218,33 +190,26 @@ def _parquet(file: TextFile, text_field: str, report: SourceReport, advance: Adv
         raise DataError(
             f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
         ) from None
-    on_undecodable = report.counter_of(file)
     try:
         with open_root(file.root) as stream:
             table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
             _check_column(file, table, text_field)
-            left = unpack_limit(file.size, trusted=file.trusted)
-            if _claimed_bytes(table, text_field) > left:
-                raise bomb(file.name, file.size)
-            done = 0
+            file.unpack_counter()(_claimed_bytes(table, text_field))
+            on_unpacked, unread = file.unpack_counter(), file.size
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
                 column = batch.column(0)
                 is_dictionary = pyarrow.types.is_dictionary(column.type)
                 for row in column:
                     if not row.is_valid:
-                        report.empty_rows[file.name] += 1
+                        yield None
                         continue
                     content = (row.value if is_dictionary else row).as_buffer()
-                    left -= content.size
-                    if left < 0:
-                        raise bomb(file.name, file.size)
-                    text = content.to_pybytes().decode("utf-8", errors="surrogateescape")
-                    yield from as_document([replace_undecodable(text, on_undecodable)])
-                before, done = done, done + len(batch)
-                rows = table.metadata.num_rows
-                advance(file.size * done // rows - file.size * before // rows)
-            if done == 0:
-                advance(file.size)
+                    on_unpacked(content.size)
+                    yield content.to_pybytes().decode("utf-8", errors="surrogateescape")
+                share = file.size * len(batch) // table.metadata.num_rows
+                unread -= share
+                advance(share)
+            advance(unread)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -5,27 +5,16 @@ A `TextFile` is only a name. It can be opened in this process or another.
 
 from __future__ import annotations
 
-import gzip
 import io
-import lzma
 import re
-import sys
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import IO, Any, Literal, cast
 
-from atlas.data.text.archives import bomb, open_member, open_zstd, unpack_limit
+from atlas.data.text.archives import DAMAGE, decompressed, open_member, refuse_bomb
 from atlas.errors import DataError
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 COMBINED = "AllCombined.txt"
 Advance = Callable[[int], None]
@@ -43,7 +32,6 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
 ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz")
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
-_DAMAGE = (gzip.BadGzipFile, zstd.ZstdError, lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError)
 
 
 def printable(name: str) -> str:
@@ -97,7 +85,8 @@ class TextFile:
     """One file of text. `root` is its path or URL, or, with `member`, that of its archive."""
 
     root: str
-    format: Format
+    format: Format | None
+    """None for a kind that Atlas does not read."""
     size: int
     """Bytes to read: compressed ones, except where the archive itself compresses."""
     member: str | None = None
@@ -133,7 +122,7 @@ class TextFile:
         return self.basename == COMBINED
 
     @contextmanager
-    def open(self, advance: Advance = lambda _: None) -> Iterator[BinaryIO]:
+    def open(self, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:
         """Open its bytes, unpacked. `advance` receives the number of bytes read, which are `size` in the end.
 
         Raises `DataError` for what cannot be read or unpacked, and, unless it is `trusted`, for a bomb.
@@ -141,14 +130,9 @@ class TextFile:
         try:
             with open_member(self.root, self.member) if self.member else open_root(self.root) as raw:
                 counted = _observed(raw, advance)
-                suffix = PurePosixPath(self.basename.lower()).suffix
-                if suffix not in COMPRESSED:
-                    yield counted
-                    return
-                unpacked = gzip.GzipFile(fileobj=counted) if suffix == ".gz" else open_zstd(counted)
-                with cast(IO[bytes], unpacked) as stream:
-                    yield _observed(stream, self._limit())
-        except (zipfile.BadZipFile, tarfile.TarError, *_DAMAGE) as error:
+                with decompressed(counted, self.basename) as stream:
+                    yield counted if stream is counted else _observed(stream, self.unpack_counter())
+        except DAMAGE as error:
             what = "the archive" if self.member else "the file"
             raise DataError(
                 f"{self.name}: {what} is damaged ({error!s:.200}); download or pack it again"
@@ -157,15 +141,16 @@ class TextFile:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
 
-    def _limit(self) -> Advance:
-        """A function that receives the number of unpacked bytes and raises `DataError` when they are too many."""
-        left = unpack_limit(self.size, trusted=self.trusted)
+    def unpack_counter(self) -> Advance:
+        """A function that receives the number of unpacked bytes. It raises `DataError` when they are too many, unless
+        the file is `trusted`."""
+        unpacked = 0
 
-        def count(unpacked: int) -> None:
-            nonlocal left
-            left -= unpacked
-            if left < 0:
-                raise bomb(self.name, self.size)
+        def count(more: int) -> None:
+            nonlocal unpacked
+            unpacked += more
+            if not self.trusted:
+                refuse_bomb(self.name, self.size, unpacked)
 
         return count
 
@@ -174,29 +159,27 @@ def open_root(root: str) -> IO[bytes]:
     """Open a file on the disk or behind a URL."""
     if not is_url(root):
         return Path(root).open("rb")
-    filesystem, path = filesystem_of(root)
-    try:
+    with filesystem_of(root) as (filesystem, path):
         return cast(IO[bytes], filesystem.open(path, "rb"))
-    except Exception as error:  # whatever a backend raises
-        raise DataError(f"{root}: cannot be opened ({error!s:.200}); check the URL and your access") from None
 
 
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem for a URL, and the path in it. Raises `DataError` without fsspec or its backend."""
+@contextmanager
+def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's filesystem for a URL, and the path in it. Raises `DataError` for any error of the two."""
     if "::" in url:
         raise DataError(f"{url}: a URL inside another cannot be read; download it")
     try:
         import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+        yield fsspec.core.url_to_fs(url)
+    except Exception as error:  # no such scheme, bucket, permission or network: whatever a backend raises
         raise DataError(
-            f"{url}: cannot be opened ({error!s:.200}); install what that scheme needs, or download it"
+            f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install what its scheme needs, or "
+            "download it"
         ) from None
-    return filesystem, path
 
 
-def _observed(stream: IO[bytes], on_read: Advance) -> BinaryIO:
+def _observed(stream: IO[bytes], on_read: Advance) -> io.BufferedReader:
     """A buffered stream whose `on_read` receives the size of each read."""
     return io.BufferedReader(_Observed(stream, on_read), _BUFFER)
 

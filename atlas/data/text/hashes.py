@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 
 from atlas.files import cache_folder, sha256_of
@@ -14,19 +14,18 @@ from atlas.files import cache_folder, sha256_of
 _SETTLED_SECONDS = 2.0
 """A file that changed less than this before it is hashed could change again without another time stamp."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
+_LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
 def hashes_of(paths: Iterable[Path]) -> list[str]:
     """sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A copy that
     keeps the times of the original has another change time.)"""
     hashes, new = [], []
-    with _cache() as cache:
+    with closing(_open_cache()) as cache:
         try:
             for path in paths:
                 key, (stamp, changed), begun = os.fsencode(path.resolve()), _stamp(path), time.time()
-                row = cache.execute(
-                    "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?", (key, stamp)
-                ).fetchone()
+                row = cache.execute(_LOOKUP, (key, stamp)).fetchone()
                 hashes.append(row[0] if row else sha256_of(path))
                 if row is None and begun - changed > _SETTLED_SECONDS and _stamp(path)[0] == stamp:
                     new.append((key, stamp, hashes[-1]))
@@ -36,8 +35,7 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
     return hashes
 
 
-@contextmanager
-def _cache() -> Iterator[sqlite3.Connection]:
+def _open_cache() -> sqlite3.Connection:
     """The cached hashes, or an empty table where the cache folder cannot be used."""
     folder = cache_folder()
     try:
@@ -47,8 +45,7 @@ def _cache() -> Iterator[sqlite3.Connection]:
     except (OSError, sqlite3.Error):
         cache = sqlite3.connect(":memory:")
         cache.execute(_TABLE)
-    with closing(cache):
-        yield cache
+    return cache
 
 
 def _stamp(path: Path) -> tuple[str, float]:

@@ -69,8 +69,6 @@ class Sources:
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
         """Files of kinds that Atlas does not read."""
-        self.left_out: list[str] = []
-        """Parts whose text is also in `AllCombined.txt`."""
         self.links_out: list[str] = []
         """Links in a folder that lead out of it. The folder may be a stranger's, the other files private."""
         self.in_own_order: list[str] = []
@@ -78,22 +76,21 @@ class Sources:
         self._roots: dict[str, str] = {}
         """Path or URL of each file or archive that is read → its name below the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
-        self.files = self._without_doubled(files)
+        combined = [file for file in files if file.is_combined]
+        doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
+        self.left_out = [file.name for file in files if file in doubled]
+        """Parts whose text is also in `AllCombined.txt`."""
+        self.files = [file for file in files if file not in doubled]
         if not self.files:
-            found = ""
-            if self.links_out:
-                link = self.links_out[0]
-                found = f" ({len(self.links_out)} links lead out of it, such as {link}: name what they mean)"
-            if self.ignored:
-                found += f" (ignored: {len(self.ignored)} of other kinds, such as {self.ignored[0]})"
-            raise DataError(f"{self.names}: nothing to read{found}; give {_KINDS}")
+            raise DataError(
+                f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
+            )
 
     @property
     def names(self) -> str:
         """The given paths, for messages."""
-        return printable(
-            ", ".join("standard input" if path == STANDARD_INPUT else path for path in self.paths)
-        )
+        shown = ("standard input" if path == STANDARD_INPUT else path for path in self.paths)
+        return printable(", ".join(shown))
 
     @property
     def stem(self) -> str:
@@ -130,27 +127,21 @@ class Sources:
     @cached_property
     def content_key(self) -> str:
         """sha256 of the names below the given paths, and of the content."""
-        identity = [self.text_field, [[name, key] for name, key in self.roots.items()]]
+        identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @cached_property
     def groups(self) -> list[Group]:
         """The groups of files that are read as one text, in reading order."""
-        groups: list[list[TextFile]] = []
-        for file in self.files:
-            last = groups[-1][-1] if groups else None
-            if last and file.is_part and last.is_part and _archive(file) == _archive(last):
-                groups[-1].append(file)
-            else:
-                groups.append([file])
-        return [Group(tuple(files), self.text_field) for files in groups]
+        groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
+        return [Group(tuple(files), self.text_field) for _, files in groups]
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
         """Every document, in pieces. Fills `report`; `advance` receives the number of bytes read."""
-        filled = SourceReport() if report is None else report
-        return itertools.chain.from_iterable(group.pieces(filled, advance) for group in self.groups)
+        report = report or SourceReport()
+        return itertools.chain.from_iterable(group.pieces(report, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
         """What a dataset keeps about its origin."""
@@ -164,19 +155,7 @@ class Sources:
 
     def notes(self, report: SourceReport) -> list[str]:
         """What the user should know about the text, one line each."""
-        notes = []
-        if self.left_out:
-            notes.append(
-                f"{COMBINED} is used; {len(self.left_out)} parts that hold the same text are left out "
-                f"({self.left_out[0]} …)"
-            )
-        if self.ignored:
-            notes.append(f"{len(self.ignored)} files of other kinds are ignored ({self.ignored[0]} …)")
-        if self.links_out:
-            notes.append(
-                f"{len(self.links_out)} links that lead out of their folder are left out ({self.links_out[0]} …): "
-                "name what they point to with --input"
-            )
+        notes = self._skipped()
         own_order = "is a compressed tar and is read in its own order, not by the names of its files"
         notes += [f"{name}: {own_order}" for name in self.in_own_order]
         for counts, what in (
@@ -195,6 +174,15 @@ class Sources:
             warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
             notes += [f"warning: {warning}" for warning in warnings if warning]
         return notes
+
+    def _skipped(self) -> list[str]:
+        """What was found and is not read, one line for each reason."""
+        reasons = (
+            (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
+            (self.ignored, "files of other kinds are ignored"),
+            (self.links_out, "links that lead out of their folder are left out: name what they point to"),
+        )
+        return [f"{len(names)} {what} ({names[0]} …)" for names, what in reasons if names]
 
     # Paths → files
 
@@ -219,29 +207,27 @@ class Sources:
             raise DataError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
-        found = [
-            file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder))
-        ]
+        found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         root = folder.resolve()
-        for file in sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix())):
+        for name in sorted(itertools.filterfalse(_is_hidden, found), key=_natural):
+            file = folder / name
             if file.resolve().is_relative_to(root):
-                yield from self._file(file, file.relative_to(folder).as_posix(), named=False)
+                yield from self._file(file, name, named=False)
             else:
                 self.links_out.append(printable(str(file)))
 
     def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
-        resolved, kind = str(path.resolve()), format_of(path.name)
+        resolved = str(path.resolve())
+        file = TextFile(str(path), format_of(path.name), path.stat().st_size, trusted=self._trust)
         if resolved in self._roots:
             return  # given twice, or by its folder and by itself
         if is_archive(path.name):
             self._roots[resolved] = name
             yield from self._members(path)
-        elif kind and _has_format(
-            file := TextFile(str(path), kind, path.stat().st_size, trusted=self._trust), named=named
-        ):
+        elif _has_format(file, named=named):
             self._roots[resolved] = name
             yield file
-        elif kind and named:
+        elif file.format and named:
             raise DataError(
                 f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
                 "jq -c '.[]' does with an array"
@@ -258,50 +244,35 @@ class Sources:
             self.in_own_order.append(str(path))
             in_order = members
         for member in in_order:
-            inner, kind = PurePosixPath(member.name), format_of(member.name)
-            if _is_hidden(inner) or "__MACOSX" in inner.parts:
+            kind = format_of(member.name)
+            file = TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
+            if _is_hidden(str(file.place)) or "__MACOSX" in file.place.parts:
                 continue
-            file = TextFile(str(path), kind or "text", member.size, member=member.name, trusted=self._trust)
-            if member.is_file and kind and kind != "parquet" and _has_format(file):
+            if member.is_file and kind != "parquet" and _has_format(file):
                 yield file
             else:
-                self.ignored.append(printable(f"{path}/{member.name}"))
+                self.ignored.append(file.name)
 
     def _remote(self, url: str) -> Iterator[TextFile]:
-        filesystem, path = filesystem_of(url)
-        try:
-            in_folder = False
-            if _PATTERN.search(path):
-                found = filesystem.glob(path, detail=True)
-            elif filesystem.isfile(path):  # to look for files in one, HTTP would read it as a page of links
-                found = {path: filesystem.info(path)}
-            else:
-                in_folder, found = True, filesystem.find(path, detail=True)
-        except Exception as error:  # whatever a backend raises: no such bucket, no permission, no network
-            raise DataError(
-                f"{url}: cannot be listed ({error!s:.200}); check the URL and your access"
-            ) from None
+        with filesystem_of(url) as (filesystem, path):
+            # A file is found by its name, too: to look for files in it, HTTP would read it as a page of links.
+            in_folder = not _PATTERN.search(path) and not filesystem.isfile(path)
+            find = filesystem.find if in_folder else filesystem.glob
+            found = find(path, detail=True)
         files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
         if not files:
             raise DataError(f"{url}: no such file or folder; give {_KINDS}")
         for name in sorted(files, key=_natural):
             if is_archive(name):
                 raise DataError(f"{url}: an archive is read on the disk only; download {name}")
-            full, kind = filesystem.unstrip_protocol(name), format_of(name)
-            file = TextFile(full, kind or "text", int(files[name].get("size") or 0), trusted=self._trust)
+            full, size = filesystem.unstrip_protocol(name), int(files[name].get("size") or 0)
+            file = TextFile(full, format_of(name), size, trusted=self._trust)
             # Files that match a pattern are not opened: that would download the beginning of each.
-            if kind is None or (in_folder and not _has_format(file)):
+            if not file.format or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
                 self._roots[full] = full
                 yield file
-
-    def _without_doubled(self, files: list[TextFile]) -> list[TextFile]:
-        combined = [file for file in files if file.is_combined]
-        doubled = [file for file in files if file.is_part and any(_holds(other, file) for other in combined)]
-        self.left_out = [file.name for file in doubled]
-        dropped = set(doubled)
-        return [file for file in files if file not in dropped]
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
@@ -310,7 +281,9 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
     A single JSON object is a row in a file that the user named. In a file that was found in a folder it may also be the
     settings of some program.
     """
-    return not is_json(file.basename) or holds_rows(file, at_least=1 if named else 2)
+    if file.format and is_json(file.basename):
+        return holds_rows(file, at_least=1 if named else 2)
+    return file.format is not None
 
 
 def _why_missing(given: str) -> str:
@@ -330,22 +303,17 @@ def _why_missing(given: str) -> str:
 
 def is_text_or_archive(path: Path) -> bool:
     """Whether Atlas reads a file with this name, and for a `.json` file, whether it holds rows."""
-    kind = format_of(path.name)
-    if not path.suffix or kind is None:
-        return bool(path.suffix) and is_archive(path.name)
+    file = TextFile(str(path), format_of(path.name), path.stat().st_size)
     with suppress(AtlasError):  # reading the file reports what is wrong with it
-        return _has_format(TextFile(str(path), kind, path.stat().st_size))
+        return bool(path.suffix) and (is_archive(path.name) or _has_format(file))
     return True
 
 
 def _url_key(url: str) -> str:
     """A value that changes with the content behind a URL: an ETag, a version, or size and time."""
-    filesystem, path = filesystem_of(url)
-    try:
+    with filesystem_of(url) as (filesystem, path):
         facts = filesystem.info(path)  # HTTP's `ukey` does not depend on the content
         return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
-    except Exception as error:  # whatever a backend raises
-        raise DataError(f"{url}: cannot be read ({error!s:.200}); check the URL and your access") from None
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
@@ -355,12 +323,12 @@ def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
 
 def _holds(combined: TextFile, part: TextFile) -> bool:
     """Whether `AllCombined.txt` is in the same archive as a part, or in a folder above it."""
-    same = combined.root == part.root if combined.member or part.member else True
+    same = combined.root == part.root or not (combined.member or part.member)
     return same and part.place.is_relative_to(combined.place.parent)
 
 
-def _is_hidden(path: Path | PurePosixPath) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _natural(name: str) -> list[list[str | int]]:

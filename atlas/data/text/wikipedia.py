@@ -93,9 +93,7 @@ class _Rule:
         first = _SHORT_LINE.match(text) if at_beginning else None
         end_of_short_line = first.end(1) if first and _is_title(first[1]) else -1
         for gap in _BEFORE_SHORT_LINE.finditer(text):
-            if not _is_title(gap[1]):
-                continue
-            if gap[1].strip() in self.headings:
+            if not _is_title(gap[1]) or gap[1].strip() in self.headings:
                 continue
             below_another = gap.start() == end_of_short_line
             end_of_short_line = gap.end(1)
@@ -108,7 +106,7 @@ def has_titles(chunks: Iterable[str]) -> bool:
     """Return whether the beginning of a text has a title. Without one it has no articles to separate."""
     sample = "".join(_take_sample(iter(chunks))).lstrip("\r\n")
     rule, _ = _choose_rule(sample)
-    return not rule.by_title or bool(_titles(sample, list(rule.gaps(sample, at_beginning=True))))
+    return not rule.by_title or bool(_titles(sample, rule))
 
 
 def _take_sample(chunks: Iterator[str]) -> list[str]:
@@ -162,10 +160,7 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
     if not (text or is_open):
         return
     report.articles += 1
-    if len(text) <= PIECE_CHARS:
-        yield Piece(text)
-    else:
-        yield from as_document([text], is_open=is_open)
+    yield from as_document([text], is_open=True)
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
@@ -201,23 +196,22 @@ def _doubt_about_runs(lines: list[str]) -> str | None:
     return "; ".join(doubts) or None
 
 
-def _titles(sample: str, gaps: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The matches that hold a title: the first line, if it is one, and the line after each gap."""
+def _titles(sample: str, rule: _Rule) -> list[re.Match[str]]:
+    """The matches that hold a title: the first line, if it is one, and the gap before each other title."""
     first = _SHORT_LINE.match(sample)
-    return ([first] if first and _is_title(first[1]) else []) + gaps
+    return [*([first] if first and _is_title(first[1]) else []), *rule.gaps(sample, at_beginning=True)]
 
 
 def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
     """What many titles that `rule` finds have in common with lists, headings and sentences."""
-    gaps = list(rule.gaps(sample, at_beginning=True))
-    found = _titles(sample, gaps)
+    found = _titles(sample, rule)
     if not found:
         return
     in_all = f"of {len(found):,} titles in the beginning"
     followed = sum(_is_followed_by_short_line(sample, title.end(1)) for title in found)
     if followed > _DOUBTFUL_SHARE * len(found):
         yield f"{followed:,} {in_all} have another short line below them, as has a list"
-    ends = [*(gap.start() for gap in gaps[len(gaps) - len(found) + 1 :]), len(sample)]
+    ends = [*(title.start() for title in found[1:]), len(sample)]
     unnamed = sum(
         not _is_named_in(sample[title.end(1) : min(end, title.end(1) + _NAMED_WITHIN)], title[1])
         for title, end in zip(found, ends, strict=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, tensor_bytes
 from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.devices.parallel import map_tensors
 from atlas.training.devices.pinned import pinned_like
 from atlas.training.logs.run_log import RunLog
 
@@ -33,43 +34,28 @@ class Snapshot:
 
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self._say = say
-        self._buffers: dict[str, Tensor] = {}
-        self._from_gpu = False
+        self._buffers: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """Copy `contents` over the last copy. Returns when every byte is in main memory."""
-        self._allocate_pinned(contents)
-        copied = self._copy("", dict(contents))
-        if self._from_gpu:
+        tensors = {(name, tensor.shape, tensor.dtype): tensor for name, tensor in named_tensors(contents)}
+        missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
+        on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
+        self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
+        if (
+            on_gpu
+        ):  # one pinned block: the weights at the start of a run, the optimizer's state at its first save
+            self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
+
+        def copy(name: str, tensor: Tensor) -> Tensor:
+            return self._buffers[name, tensor.shape, tensor.dtype].copy_(tensor.detach(), non_blocking=True)
+
+        copied: dict[str, Any] = map_tensors(contents, copy)
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()  # the copies are asynchronous
         self.contents = copied
-        return copied  # type: ignore[no-any-return]
-
-    def _allocate_pinned(self, contents: Mapping[str, Any]) -> None:
-        """Allocate one pinned block for all GPU tensors that have no buffer yet: the weights at the start of a run, the
-        optimizer's state at its first save."""
-        tensors = {key: tensor for key, tensor in named_tensors(contents) if tensor.is_cuda}
-        missing = {key: tensor for key, tensor in tensors.items() if not self._has_buffer(key, tensor)}
-        if missing:
-            self._from_gpu = True
-            self._buffers |= zip(missing, pinned_like([*missing.values()], say=self._say), strict=True)
-
-    def _has_buffer(self, key: str, value: Tensor) -> bool:
-        buffer = self._buffers.get(key)
-        return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
-
-    def _copy(self, key: str, value: Any) -> Any:
-        """Copy `value`, whose name in `named_tensors` is `key`."""
-        if isinstance(value, Tensor):
-            if not self._has_buffer(key, value):
-                self._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
-            return self._buffers[key].copy_(value.detach(), non_blocking=True)
-        if isinstance(value, Mapping):
-            return {name: self._copy(f"{key}.{name}".lstrip("."), entry) for name, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(f"{key}.{place}", entry) for place, entry in enumerate(value))
-        return value
+        return copied
 
 
 class Pacer:
@@ -80,7 +66,6 @@ class Pacer:
         self.hurry = threading.Event()
         """Set when training waits for the save: it no longer pauses."""
         self.is_abandoned = False
-        self.has_time = False
         self._work = self._pause = self._debt = 0.0
 
     def begin(self, interval: float, *, num_bytes: int) -> None:
@@ -88,7 +73,6 @@ class Pacer:
         work = self._work or num_bytes / _SLOW_DISK  # as long as the last one worked
         self._pause = min(_LONGEST_PAUSE, max(0.0, interval / 2 / work - 1))
         self._work = self._debt = 0.0
-        self.has_time = interval >= _LONG_INTERVAL
         self.hurry.clear()
 
     def __call__(self, seconds: float) -> None:
@@ -108,6 +92,10 @@ class BackgroundSaver:
     With `in_background` false every save is written before `save` returns, directly from the state. `log` is flushed
     before each save is written, and gets an event after it. A subclass that writes in another way replaces `_prepare`.
     """
+
+    is_sharded = False
+    """Whether each rank writes its shards, instead of the first rank all. Then the end of the process leaves a save
+    unfinished, since the ranks that it needs may be gone."""
 
     def __init__(
         self, checkpoints: CheckpointManager, *, in_background: bool, log: RunLog | None = None
@@ -183,7 +171,7 @@ class BackgroundSaver:
                 target=self._write_or_keep_error,
                 args=(write, manifest["step"]),
                 name="atlas-save",
-                daemon=self._needs_other_ranks,
+                daemon=self.is_sharded,
             )
             self._thread.start()
             if wait:
@@ -191,9 +179,6 @@ class BackgroundSaver:
         else:
             self._write(write, manifest["step"])
         self.stall = time.perf_counter() - begin
-
-    _needs_other_ranks = False
-    """Whether the end of the process leaves a save unfinished, since the ranks that it needs may be gone."""
 
     def _is_busy(self) -> bool:
         return self.is_writing
@@ -206,11 +191,12 @@ class BackgroundSaver:
         if not self.in_background:
             return lambda: self.checkpoints.save(contents, kinds, manifest)
         copied = self._snapshot.take(contents)
-        needs_cores = not any(weight.is_cuda for weight in contents["model_state_dict"].values())
-        self._pacer.begin(interval if needs_cores else 0.0, num_bytes=tensor_bytes(contents))
+        if any(weight.is_cuda for weight in contents["model_state_dict"].values()):
+            interval = 0.0  # training does not need the cores
+        self._pacer.begin(interval, num_bytes=tensor_bytes(contents))
 
         def write() -> list[Path]:
-            if self._pacer.has_time:
+            if interval >= _LONG_INTERVAL:
                 _yield_the_cores()
             return self.checkpoints.save(copied, kinds, manifest, pace=self._pacer)
 

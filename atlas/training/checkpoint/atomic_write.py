@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +13,7 @@ import torch
 
 from atlas.files import flush_folder, flush_to_disk
 from atlas.training.checkpoint.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from atlas.training.devices.parallel import map_tensors
 
 _PIECE = 4 << 20
 
@@ -34,16 +35,11 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(value))
 
 
-def named_tensors(value: Any, name: str = "", *, separator: str = ".") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dicts and lists. Its name is the keys that lead to it."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from named_tensors(entry, f"{name}{separator}{key}".lstrip(separator), separator=separator)
-    elif isinstance(value, (list, tuple)):
-        for place, entry in enumerate(value):
-            yield from named_tensors(entry, f"{name}{separator}{place}", separator=separator)
+def named_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists, with its name as in `map_tensors`."""
+    found: list[tuple[str, torch.Tensor]] = []
+    map_tensors(value, lambda name, tensor: found.append((name, tensor)))
+    return found
 
 
 def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manifest | None) -> int:
@@ -80,7 +76,7 @@ class _HashingWriter:
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file
-        self._digest = hashlib.sha256()
+        self.digest = hashlib.sha256()
         self._pace = pace
         self.size = 0
         self.error: OSError | Abandoned | None = None
@@ -89,7 +85,7 @@ class _HashingWriter:
         try:
             for start in range(0, len(data), _PIECE):
                 piece, begin = data[start : start + _PIECE], time.perf_counter()
-                self._digest.update(piece)
+                self.digest.update(piece)
                 self._file.write(piece)
                 self.size += len(piece)
                 self._pace(time.perf_counter() - begin)
@@ -100,10 +96,6 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self._file.flush()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
 
 def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pause) -> tuple[int, str]:
@@ -121,7 +113,7 @@ def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pa
         if writer.error is not None:
             raise writer.error
         flush_to_disk(file)
-    return writer.size, writer.sha256
+    return writer.size, writer.digest.hexdigest()
 
 
 def copy_file(source: Path, target: Path, *, pace: Pace = no_pause) -> None:

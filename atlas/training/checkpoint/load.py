@@ -58,12 +58,10 @@ def compare_bytes(
     if manifest := read_manifest(path, check_hash=True, advance=advance):
         return "sha256 as saved", manifest
     refuse_first_version(path)
+    described = "files" if shards else f"{checkpoint_size(path):,} bytes"
+    reason = f"{sidecar.name} does not describe its {described}"
     if read_manifest(path, check_hash=False):
         reason = f"damaged: sha256 differs from {sidecar.name}"
-    elif shards is None:
-        reason = f"{sidecar.name} does not describe its {checkpoint_size(path):,} bytes"
-    else:
-        reason = f"{sidecar.name} does not describe its files"
     raise CheckpointError(f"{path}: is not the file that was saved ({reason}): {remedy}")
 
 

@@ -8,23 +8,25 @@ from pathlib import Path
 from atlas.errors import CheckpointError
 from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of
 
-_NAME = re.compile(r"atlas_(?:(step)_\d+|(interrupt)_step_\d+|(epoch)_\d+_step_\d+|(best))(?:\.pt)?")
+_NAMES = {
+    "step": "atlas_step_{step}",
+    "epoch": "atlas_epoch_{epoch}_step_{step}",
+    "interrupt": "atlas_interrupt_step_{step}",
+    "best": "atlas_best",
+}
+"""Kinds of checkpoints and their names, in the order in which those of one step are listed."""
 
 
 def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
     """The file name of a checkpoint of this kind."""
-    return {
-        "step": f"atlas_step_{step}.pt",
-        "epoch": f"atlas_epoch_{epoch}_step_{step}.pt",
-        "best": "atlas_best.pt",
-        "interrupt": f"atlas_interrupt_step_{step}.pt",
-    }[kind]
+    return f"{_NAMES[kind].format(step=step, epoch=epoch)}.pt"
 
 
 def kind_of(path: Path) -> str | None:
     """The kind of a checkpoint by its file name; None for another name."""
-    match = _NAME.fullmatch(path.name)
-    return match[match.lastindex or 0] if match else None
+    stem = path.name.removesuffix(".pt")
+    names = {kind: name.format(step=r"\d+", epoch=r"\d+") for kind, name in _NAMES.items()}
+    return next((kind for kind, name in names.items() if re.fullmatch(name, stem)), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -36,12 +38,11 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix == ".json" and path.with_suffix(".pt").is_file():
         path = path.with_suffix(".pt")
+    best = path.with_name("atlas_best.pt") if path.name == "best_model.pt" and not path.is_file() else None
+    if best and (best.is_file() or shards_of(best.with_suffix(""))):
+        path = best
     if path.is_file() and path.suffix != ".json":
         return path
-    if path.name == "best_model.pt":
-        if path.with_name("atlas_best.pt").is_file():
-            return path.with_name("atlas_best.pt")
-        path = path.with_name("atlas_best.pt") if shards_of(path.with_name("atlas_best")) else path
     name = path.with_suffix("") if path.suffix in (".pt", ".json") else path
     if shards_of(name):
         return name
@@ -67,10 +68,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:
     """The checkpoints whose sizes match their sidecars, the latest step first; within a step, by kind."""
-    order = {"step": 0, "epoch": 1, "interrupt": 2, "best": 3}
+    order = [*_NAMES]
     pairs = [
         (manifest, path)
         for path in checkpoint_paths(folder)
         if kind_of(path) and (manifest := read_manifest(path, check_hash=False))
     ]
-    return sorted(pairs, key=lambda pair: (-pair[0].step, order[pair[0].kind], pair[1].name))
+    return sorted(pairs, key=lambda pair: (-pair[0].step, order.index(pair[0].kind), pair[1].name))

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atlas.config import CheckpointConfig
 from atlas.errors import AtlasError
 from atlas.files import flush_folder
 from atlas.training.checkpoint.atomic_write import (
@@ -64,12 +63,6 @@ class CheckpointManager:
         self.slim_old = slim_old
         self.say = say
         self._reported_no_space = False
-
-    @classmethod
-    def of(cls, config: CheckpointConfig, folder: Path, *, say: Callable[[str], None]) -> CheckpointManager:
-        """The manager of a run with these settings."""
-        settings = config.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
-        return cls(folder, say=say, **settings)
 
     # Reading
 
@@ -165,13 +158,12 @@ class CheckpointManager:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            if not self._make_space(needed + _SPARE_BYTES, step):
-                return False
-            staged.mkdir()
+            if self._make_space(needed + _SPARE_BYTES, step):
+                staged.mkdir()
+                return True
         except OSError as error:
             self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
-            return False
-        return True
+        return False
 
     def commit_shards(
         self,
@@ -184,20 +176,18 @@ class CheckpointManager:
 
         The bytes exist before a sidecar does, and a sidecar is replaced atomically: a kill leaves the old or the new.
         """
-        written: list[Path] = []
-        previous = {shards_of(self._path(kind, manifest).with_suffix("")) for kind in kinds}
+        paths = {kind: self._path(kind, manifest).with_suffix("") for kind in kinds}
+        previous = {shards_of(path) for path in paths.values()}
         folder = self._free_folder(manifest["step"])
         os.replace(staged, folder)
         flush_folder(self.folder)
-        for kind in kinds:
-            path = self._path(kind, manifest).with_suffix("")
+        for kind, path in paths.items():
             write_manifest(path, Manifest(kind=kind, folder=folder.name, files=files, **manifest))
-            written.append(path)
         named = {shards_of(path) for _, path in self.found()}
         for old in previous - named - {None, folder}:
             remove_folder(old)  # type: ignore[arg-type]
         self._remove_surplus(kinds)
-        return written
+        return [*paths.values()]
 
     def _free_folder(self, step: int) -> Path:
         """`atlas_step_100`, or, if a sidecar names that one already, `atlas_step_100-2`, and so on."""
@@ -221,7 +211,7 @@ class CheckpointManager:
         """Whether there is space for `needed` bytes; older checkpoints are removed if that is necessary."""
         found = self.found()
         space = find_space(self.folder, found, needed, max_total=self.max_total)
-        if not space.is_enough:
+        if space.free < needed:
             if not self._reported_no_space:
                 newest = f"; the newest is {found[0][1].name}" if found else ""
                 self.say(

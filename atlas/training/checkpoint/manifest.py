@@ -80,11 +80,6 @@ class Manifest(BaseModel):
             return False
         return not check_hash or all(sha256_of(place, advance) == entry.sha256 for place, entry in pairs)
 
-    @property
-    def size(self) -> int:
-        """The bytes of all files."""
-        return sum(entry.size for entry in self.files)
-
 
 def sidecar_of(checkpoint: Path) -> Path:
     """The path of a checkpoint's sidecar, whether it exists or not."""

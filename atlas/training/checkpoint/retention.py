@@ -6,11 +6,11 @@ import itertools
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from atlas.training.checkpoint.atomic_write import replace_checkpoint
-from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
 from atlas.training.checkpoint.validate import read_plain
 
 Found = Sequence[tuple[Manifest, Path]]
@@ -20,46 +20,37 @@ RESUMABLE = 2
 """This many of the newest step checkpoints are never removed for space, and keep their optimizer state."""
 
 
-@dataclass(frozen=True)
-class Space:
-    """Whether `needed` bytes may be written, and which checkpoints must be removed first."""
+class Space(NamedTuple):
+    """The bytes that are free, by the stricter limit, once the victims are removed."""
 
-    needed: int
     free: int
     limit: str
-    victims: tuple[Path, ...] = ()
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether the space suffices once the victims are removed."""
-        return self.free >= self.needed
+    victims: list[Path]
 
 
 def find_space(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Space:
     """How to get `needed` bytes: on the disk, and within `max_total` bytes of checkpoints.
 
     For the disk, step checkpoints beyond the newest two are removed, the oldest first. For `max_total` every one may be
-    removed but the newest and the best. None is removed if that would not suffice.
+    removed but the newest and the best. If that would not suffice, fewer bytes than `needed` are free.
     """
-    disk = shutil.disk_usage(folder).free
     steps = [entry for entry in found if entry[0].kind == "step"]
-    space = _choose_victims(Space(needed, disk, "free on the disk"), steps[RESUMABLE:])
-    if max_total is None or not space.is_enough:
+    on_disk = Space(shutil.disk_usage(folder).free, "free on the disk", [])
+    space = _choose_victims(on_disk, needed, steps[RESUMABLE:])
+    if max_total is None or space.free < needed:
         return space
     allowed = max_total - sum(_size(path) for _, path in found if path not in space.victims)
     others = [entry for entry in found[1:] if entry[0].kind != "best" and entry[1] not in space.victims]
-    within = _choose_victims(Space(needed, allowed, "left of checkpoint.max_total"), others)
-    return replace(within, victims=(*space.victims, *within.victims))
+    return _choose_victims(Space(allowed, "left of checkpoint.max_total", space.victims), needed, others)
 
 
-def _choose_victims(space: Space, candidates: Found) -> Space:
-    free, victims = space.free, []
+def _choose_victims(space: Space, needed: int, candidates: Found) -> Space:
+    free, victims = space.free, [*space.victims]
     for _, path in reversed(candidates):  # the oldest first
-        if free >= space.needed:
-            break
-        victims.append(path)
-        free += _size(path)
-    return replace(space, free=free, victims=tuple(victims)) if free >= space.needed else space
+        if free < needed:
+            victims.append(path)
+            free += _size(path)
+    return Space(free, space.limit, victims) if free >= needed else space
 
 
 def surplus(found: Found, kind: str, keep: int) -> list[Path]:
@@ -119,8 +110,5 @@ def drop_optimizer_state(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """The bytes that are free once it is removed."""
-    file = _files_of(path)[0]
-    if file.is_dir():
-        return sum(shard.stat().st_size for shard in file.iterdir())
-    return file.stat().st_size if file == path and file.exists() else 0
+    """The bytes that are free once it is removed: 0 if its folder stays, since another name shares it."""
+    return checkpoint_size(path) if len(_files_of(path)) > 1 else 0

@@ -37,14 +37,7 @@ _DTYPES = {
     "torch ByteStorage": torch.uint8,
 }
 _DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
-_CONSTRUCTED: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 
 
@@ -144,8 +137,12 @@ def _run(program: bytes) -> Any:
                 return stack.pop()
             case name if name in _LITERALS:
                 stack.append(argument)
-            case name if name in _CONSTRUCTED:
-                stack.append(_CONSTRUCTED[name]())
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(opcode.name[-1])
                 stack[-size:] = [tuple(stack[i] for i in range(-size, 0))]

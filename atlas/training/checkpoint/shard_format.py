@@ -37,24 +37,20 @@ _LARGEST_STATE = 160 << 20
 def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
     """Nested dicts and lists → the same for JSON, with `{"tensor": its name}` for each tensor; and the tensors by name.
     A tensor of a single number, such as an optimizer's count of steps, is written to the JSON."""
-    named = named_tensors(contents, separator="/")
-    return _for_json(contents, ""), {name: tensor for name, tensor in named if tensor.dim()}
+    return _for_json(contents, ""), {name: tensor for name, tensor in named_tensors(contents) if tensor.dim()}
 
 
 def _for_json(value: Any, name: str) -> Any:
     match value:
         case Tensor() if value.dim():
-            return {"tensor": name}
+            return {"tensor": name.lstrip("/")}
         case Tensor():
             number = gather_full(value)
             return {"number": number.item(), "dtype": str(number.dtype).removeprefix("torch.")}
         case Mapping():
-            keys = {key: f"#{key}" if isinstance(key, int) else key for key in value}
-            return {
-                "dict": {
-                    keys[key]: _for_json(entry, f"{name}/{key}".lstrip("/")) for key, entry in value.items()
-                }
-            }
+            names = [f"#{key}" if isinstance(key, int) else key for key in value]
+            entries = [_for_json(entry, f"{name}/{key}") for key, entry in value.items()]
+            return {"dict": dict(zip(names, entries, strict=True))}
         case list() | tuple():
             return {"list": [_for_json(entry, f"{name}/{place}") for place, entry in enumerate(value)]}
     return {"value": value}

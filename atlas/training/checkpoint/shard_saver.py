@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -25,9 +24,6 @@ from atlas.training.checkpoint.shard_format import split
 from atlas.training.devices.world import World, has_joined
 from atlas.training.logs.run_log import RunLog
 
-# One process may save and read shards, too, and PyTorch need not warn each time that there are no others.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
 
 class ShardSaver(BackgroundSaver):
     """Saves sharded checkpoints, one at a time; every rank must call `save`.
@@ -35,7 +31,7 @@ class ShardSaver(BackgroundSaver):
     With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
 
-    _needs_other_ranks = True
+    is_sharded = True
 
     def __init__(
         self, checkpoints: CheckpointManager, world: World, *, in_background: bool, log: RunLog
@@ -51,9 +47,6 @@ class ShardSaver(BackgroundSaver):
         if kind is None:
             self.join()
 
-    def keep_snapshot(self, contents: Mapping[str, Any]) -> None:
-        """Do nothing: a sharded run rolls back to what is on the disk."""
-
     def _is_busy(self) -> bool:
         return self._world.any(self.is_writing)
 
@@ -61,11 +54,9 @@ class ShardSaver(BackgroundSaver):
         self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], interval: float
     ) -> Callable[[], list[Path]] | None:
         plain, tensors = split(contents)
-        staged = self.checkpoints.folder / f"atlas_step_{manifest['step']}.tmp"
-        is_first = self._world.is_first
-        has_space = is_first and self.checkpoints.begin_shards(
-            staged, tensor_bytes(tensors), manifest["step"]
-        )
+        is_first, step = self._world.is_first, manifest["step"]
+        staged = self.checkpoints.folder / f"atlas_step_{step}.tmp"
+        has_space = is_first and self.checkpoints.begin_shards(staged, tensor_bytes(tensors), step)
         if not self._world.broadcast(has_space):
             return None
         arguments: dict[str, Any] = {

@@ -121,11 +121,10 @@ def check_zip(path: Path, *, remedy: str) -> None:
     """Refuse a file that is no zip, or whose bytes do not match its own checksums (CRC-32)."""
     with _open(path, remedy) as archive:
         try:
-            broken = archive.testzip()
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {broken!r:.80}")
         except _BROKEN as error:
             raise CheckpointError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
-    if broken:
-        raise CheckpointError(f"{path}: is damaged (checksum of {broken!r:.80}): {remedy}")
 
 
 def _open(path: Path, remedy: str) -> zipfile.ZipFile:
@@ -139,11 +138,10 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
         if len(set(archive.namelist())) < len(archive.namelist()):
             raise zipfile.BadZipFile("it has two records of the same name")
     except _BROKEN as error:
+        reason = f"is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
         if path.suffix == ".gguf":
             reason = "is a GGUF file and no checkpoint: atlas serve --gguf takes it"
-            raise CheckpointError(f"{path}: {reason}") from None
-        reason = f"is not an Atlas checkpoint, or is cut off ({error!s:.200})"
-        raise CheckpointError(f"{path}: {reason}: {remedy}") from None
+        raise CheckpointError(f"{path}: {reason}") from None
     return archive
 
 
@@ -214,10 +212,8 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
 def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
     """Refuse a config that describes more parameters than the file holds, before memory is allocated for them."""
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
-    sizes = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.itemsize
-        for tensor in tensors
-    }
+    storages = [(tensor.untyped_storage(), tensor.itemsize) for tensor in tensors]
+    sizes = {storage.data_ptr(): storage.nbytes() // itemsize for storage, itemsize in storages}
     there, needed = sum(sizes.values()), 0 if model.vocab_size is None else count_parameters(model).total
     if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
         reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
@@ -241,21 +237,18 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
     expected = [state_shapes(group, p) for group in optimizer.param_groups for p in group["params"]]
     for number, shapes in zip(numbers, expected, strict=True):
         if states.get(number, {}) != {} and _shapes(states[number]) != shapes:
-            raise ValueError(f"parameter {number} does not have {_text(shapes)}")
+            wanted = ", ".join(f"{key} {tuple(shape)}" for key, shape in sorted(shapes.items()))
+            raise ValueError(f"parameter {number} does not have {wanted}")
 
 
 def _shapes(state: Any, key: object = "") -> Any:
     """Nested dicts of tensors → of their shapes; None for any other value, or for a tensor of the wrong kind."""
     if isinstance(state, dict):
         return {key: _shapes(value, key) for key, value in state.items()}
-    is_kind = isinstance(state, Tensor) and (
-        state.dtype == torch.uint8 if key == "codes" else state.is_floating_point()
-    )
+    if not isinstance(state, Tensor):
+        return None
+    is_kind = state.dtype == torch.uint8 if key == "codes" else state.is_floating_point()
     return state.shape if is_kind else None
-
-
-def _text(shapes: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {tuple(shape)}" for key, shape in sorted(shapes.items()))
 
 
 def _alike(group: Any, own: dict[str, Any]) -> bool:
@@ -271,6 +264,6 @@ def _alike(group: Any, own: dict[str, Any]) -> bool:
 def _kind(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_kind(entry) for entry in value]
-    return (
-        "number" if type(value) in (int, float) else value if isinstance(value, (bool, str)) else type(value)
-    )
+    if isinstance(value, (bool, str)):
+        return value
+    return "number" if isinstance(value, (int, float)) else type(value)

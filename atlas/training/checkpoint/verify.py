@@ -19,23 +19,15 @@ from atlas.training.checkpoint.manifest import checkpoint_size
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for one checkpoint. `broken` and `not_finite` describe a problem, or are empty."""
+    """The result for one checkpoint, and one line about it."""
 
-    size: int
-    broken: str = ""
-    not_finite: str = ""
-    compared_by: str = ""
-    tensors: int = 0
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with the checkpoint; empty if nothing is."""
-        return self.broken or self.not_finite
+    line: str
+    broken: bool = False
+    problem: bool = True
+    """Whether it is broken, or its bytes are as saved but hold numbers that are not finite."""
 
     def __str__(self) -> str:
-        if self.problem:
-            return self.problem
-        return f"intact: {self.size:,} bytes, {self.compared_by}; {self.tensors:,} tensors, all finite"
+        return self.line
 
 
 def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda done: None) -> Verdict:
@@ -55,17 +47,19 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
             model = AtlasLM(config)
         load_weights(model, contents, path)
     except AtlasError as error:
-        return Verdict(size, broken=str(error).removeprefix(f"{path}: ").rstrip(":; "))
+        return Verdict(str(error).removeprefix(f"{path}: ").rstrip(":; "), broken=True)
     if manifest and manifest.step != contents["step"]:
-        return Verdict(size, broken=f"holds step {contents['step']}, its sidecar says {manifest.step}")
+        return Verdict(f"holds step {contents['step']}, its sidecar says {manifest.step}", broken=True)
     tensors = dict(named_tensors(contents))
     bad = {name: count for name, tensor in tensors.items() if (count := int((~tensor.isfinite()).sum()))}
-    not_finite = ""
     if bad:
         name, count = next(iter(bad.items()))
         more = f" and of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        not_finite = f"its bytes are as saved, but {count:,} numbers of {name}{more} are not finite"
-    return Verdict(size, not_finite=not_finite, compared_by=compared_by, tensors=len(tensors))
+        place = name.replace("/", ".") + more
+        return Verdict(f"its bytes are as saved, but {count:,} numbers of {place} are not finite")
+    return Verdict(
+        f"intact: {size:,} bytes, {compared_by}; {len(tensors):,} tensors, all finite", problem=False
+    )
 
 
 def intact_alternative(path: Path) -> Path | None:

@@ -43,16 +43,13 @@ def why_not_compile(device: torch.device) -> str | None:
     torch._dynamo.reset()
     weight = torch.ones(8, device=device, requires_grad=True)
     try:
-        torch.compile(_step)(weight).backward()  # type: ignore[no-untyped-call]
+        step = torch.compile(lambda weight: F.gelu(weight * 2).sum())
+        step(weight).backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         return _first_line(error)
     finally:
         torch._dynamo.reset()  # so that the run's own compilations do not count this one
     return None
-
-
-def _step(weight: torch.Tensor) -> torch.Tensor:
-    return F.gelu(weight * 2).sum()
 
 
 def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
+import re
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from atlas.config import AtlasConfig
+from atlas.config.fields import DEVICE
 from atlas.errors import AtlasError
 from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import ALONE, World
@@ -88,12 +89,12 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 def choose_device(name: str) -> torch.device:
     """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
     PyTorch's current GPU. Raises `AtlasError` for a device that does not exist."""
+    if not re.fullmatch(DEVICE, name):
+        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
-        raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
+    kind, _, number = name.partition(":")
     if kind == "cuda" and not has_cuda:
         raise AtlasError(f"device: {name}: {_why_no_cuda()}; or train and generate on the CPU: --device cpu")
     if kind == "mps" and not has_mps:
@@ -155,11 +156,9 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 
     Raises `AtlasError` for a dtype that the device does not compute in.
     """
-    names = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
-    if asked == "auto":
-        return _DTYPES[_own_precision(device)]
+    names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
-        raise AtlasError(f"--dtype {asked}: is not one of auto, {', '.join(names)}")
+        raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
     if reason := why_not_in(names[asked], device):
         raise AtlasError(f"--dtype {asked}: {reason}; use f32 or auto")
     return _DTYPES[names[asked]]
@@ -171,14 +170,16 @@ def _gpu_has_bf16() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    flags = torch.backends.cpu.get_cpu_capability()
-    if flags != "AVX512":
-        return False
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    info = _cpu_info() if torch.backends.cpu.get_cpu_capability() == "AVX512" else ""
     return "avx512_bf16" in info or "amx_bf16" in info
+
+
+def _cpu_info() -> str:
+    """What Linux reports about the CPU; empty on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
@@ -203,26 +204,19 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """What the bits of a result depend on. If it is equal here and in a checkpoint, a resumed run on a CPU repeats
     them."""
     device = runtime.device
+    name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
     return {
         "atlas": __version__,
         "torch": str(torch.__version__),
         "python": ".".join(map(str, sys.version_info[:3])),
         "system": platform.system(),
-        "cpu": _cpu_name(),
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "precision": runtime.precision,
         "compiled": "yes" if runtime.compiles else "no",
     }
-
-
-def _cpu_name() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:

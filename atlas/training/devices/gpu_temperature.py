@@ -78,7 +78,7 @@ class GpuSensor:
         self.advised = False
         self.clock = clock
         self._error: type[Exception] = nvml.NVMLError
-        self._read_at: float | None = None
+        self._read_at = float("-inf")
         self._reading = Reading()
         self._queries = {
             field: (query, convert)
@@ -104,16 +104,10 @@ class GpuSensor:
         except pynvml.NVMLError as error:
             raise AtlasError(f"the GPU cannot be read (NVML: {error}): check it with nvidia-smi") from None
 
-    @property
-    def has_temperature(self) -> bool:
-        """Whether this GPU reports its temperature."""
-        return "temperature" in self._queries
-
     def read(self) -> Reading:
         """Return the last reading, or a new one if that is a second old."""
         now = self.clock()
-        is_old = self._read_at is None or now - self._read_at >= _SECONDS_BETWEEN_READINGS
-        if self.failure is None and is_old:
+        if self.failure is None and now - self._read_at >= _SECONDS_BETWEEN_READINGS:
             self._read_at = now
             try:
                 answers = {field: convert(query()) for field, (query, convert) in self._queries.items()}
@@ -162,7 +156,7 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
         return None
     try:
         sensor = GpuSensor.open(device)
-        if limit is not None and not sensor.has_temperature:
+        if limit is not None and sensor.read().temperature is None:
             raise AtlasError("this GPU does not report its temperature: check it with nvidia-smi")
     except AtlasError as reason:
         if limit is None:

@@ -3,6 +3,7 @@ collector."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -44,12 +45,10 @@ def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None
     They live as long as the run, and a full collection visits all of them, which stops training for some 0.2 s with
     PyTorch's compiler loaded. Later objects are collected as usual.
     """
-    is_frozen = device.type == "cpu"
 
+    @functools.cache  # so that only the first call does it
     def after_update() -> None:
-        nonlocal is_frozen
-        if not is_frozen:
-            is_frozen = True
+        if device.type != "cpu":
             gc.collect()
             gc.freeze()
 

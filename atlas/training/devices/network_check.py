@@ -54,25 +54,23 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
         world = join_world(timeout)
     except AtlasError as error:
         reason = f"the others could not be reached within {timeout:g} s ({_first_line(error.__context__ or error)})"
-        raise _refusal(os.environ["RANK"], os.environ["WORLD_SIZE"], "gloo", reason) from None
+        raise _refusal("gloo", reason) from None
     with together(world):
         hosts = _hosts(world)
         with world.in_step():
             device = choose_device(device_name)
-        devices = [torch.device("cpu")]
         has_own = device.type == "cuda" and world.local_rank < torch.cuda.device_count()
-        left_out = {}
-        if world.all_min(int(has_own)) == 1:
-            devices.append(torch.device("cuda", world.local_rank))
-        else:
-            no_gpu = "not every rank has a GPU of its own"
-            left_out["nccl"] = "--device cpu" if device_name == "cpu" else no_gpu
         facts: Facts = {
             "ranks": world.size,
             "hosts": hosts,
-            "all_reduce": [entry for device in devices for entry in _measure(world, device)],
-            "left_out": left_out,
+            "all_reduce": _measure(world, torch.device("cpu")),
+            "left_out": {},
         }
+        if world.all_min(int(has_own)) == 1:
+            facts["all_reduce"] += _measure(world, torch.device("cuda", world.local_rank))
+        else:
+            no_gpu = "not every rank has a GPU of its own"
+            facts["left_out"]["nccl"] = "--device cpu" if device_name == "cpu" else no_gpu
     return facts if world.is_first else None
 
 
@@ -94,7 +92,7 @@ def _measure(world: World, device: torch.device) -> list[Facts]:
             seconds[size].append(took)
     except (RuntimeError, Empty) as error:
         reason = _first_line(error) or f"no answer within {world.timeout:g} s"
-        raise _refusal(world.rank, world.size, backend, f"{backend}: {reason}") from None
+        raise _refusal(backend, f"{backend}: {reason}") from None
     traffic = 2 * (world.size - 1) / world.size  # of each rank's bytes, in each direction of a ring
     medians = {size: statistics.median(rounds) for size, rounds in seconds.items()}
     common = {"backend": backend, "device": device.type}
@@ -141,9 +139,7 @@ def _sum_and_check(world: World, numbers: torch.Tensor) -> float:
     """Sum each rank's number (its rank + 1) over the ranks and check the result. Return the seconds."""
     numbers.fill_(world.rank + 1)
     start = _now(numbers.device)
-    work = dist.all_reduce(numbers, async_op=True)
-    assert work is not None  # this rank is in the group
-    work.wait()
+    world.all_reduce_async(numbers)()
     took = _now(numbers.device) - start
     expected = world.size * (world.size + 1) // 2
     with world.in_step():
@@ -151,7 +147,7 @@ def _sum_and_check(world: World, numbers: torch.Tensor) -> float:
         if len(wrong):
             backend = _BACKENDS[numbers.device.type]
             found = f"{len(wrong)} of {len(numbers)} sums are wrong, {wrong[0]:g} instead of {expected}"
-            raise _refusal(world.rank, world.size, backend, f"{backend}: {found}")
+            raise _refusal(backend, f"{backend}: {found}")
     return took
 
 
@@ -166,26 +162,21 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0][:200]
 
 
-def _refusal(rank: int | str, size: int | str, backend: str, reason: str) -> AtlasError:
-    """The error for a failed connection, with the settings that help."""
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    first = f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {address}"
-    if backend == "nccl":
-        first = (
-            "NCCL_P2P_DISABLE=1 helps with consumer cards whose peer-to-peer is broken, NCCL_IB_DISABLE=1 without "
-            "InfiniBand, and NCCL_DEBUG=INFO says more"
-        )
-    return AtlasError(
-        f"rank {rank} of {size} on {socket.gethostname()}: {reason}: {first}; a firewall must let the ranks' "
-        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> selects one; "
-        f"here: {', '.join(_interfaces())}"
-    )
-
-
-def _interfaces() -> list[str]:
-    """This host's network interfaces, each with its first address."""
-    found = {
+def _refusal(backend: str, reason: str) -> AtlasError:
+    """The error for a failed connection, with the settings that help and each network interface's first address."""
+    rank, size, host, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    first = {
+        "gloo": f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {host}:{port}",
+        "nccl": "NCCL_P2P_DISABLE=1 helps with consumer cards whose peer-to-peer is broken, NCCL_IB_DISABLE=1 without "
+        "InfiniBand, and NCCL_DEBUG=INFO says more",
+    }[backend]
+    interfaces = {
         name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
         for name, entries in psutil.net_if_addrs().items()
     }
-    return [f"{name} ({addresses[0]})" for name, addresses in found.items() if addresses]
+    here = ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items() if addresses)
+    return AtlasError(
+        f"rank {rank} of {size} on {socket.gethostname()}: {reason}: {first}; a firewall must let the ranks' "
+        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> selects one; "
+        f"here: {here}"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,11 +42,9 @@ def wrap(
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        size, shards = world.size, config.training.shard_size or world.size
-        shape, names = (
-            ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("copy", "shard"))
-        )
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        shards = config.training.shard_size or world.size
+        shape = (shards,) if shards == world.size else (world.size // shards, shards)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
         model: Any = objective.model
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -58,11 +56,8 @@ def no_sync_except_last(wrapped: nn.Module, *, is_last: bool) -> AbstractContext
     """The context of a micro-batch: only after the last one of an update are gradients summed over equal replicas."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
-    sharded: Any = wrapped
-    if hasattr(
-        sharded, "set_requires_all_reduce"
-    ):  # of FSDP; the reduction to shards still runs, which keeps memory small
-        sharded.set_requires_all_reduce(is_last)
+    if set_all_reduce := getattr(wrapped, "set_requires_all_reduce", None):
+        set_all_reduce(is_last)  # the reduction to shards still runs, which keeps memory small
     return nullcontext()
 
 
@@ -71,17 +66,29 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
+    """Nested dicts and lists with each tensor replaced by what `change` returns for its name and the tensor. The name
+    is the keys that lead to it, with `/` between them."""
+    if isinstance(value, Tensor):
+        return change(name.lstrip("/"), value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(entry, change, f"{name}/{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(entry, change, f"{name}/{place}") for place, entry in enumerate(value))
+    return value
+
+
 def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
     """Nested dicts and lists with every sharded tensor gathered to its full shape. Every rank must call it. With `keep`
     false the full tensors are dropped one by one: this rank takes part only because the others need it."""
-    if is_sharded(value):
-        full = value.full_tensor()
+
+    def gather(_: str, tensor: Any) -> Any:
+        if not is_sharded(tensor):
+            return tensor
+        full = tensor.full_tensor()
         return (full.cpu() if to_cpu else full) if keep else None
-    if isinstance(value, Mapping):
-        return {key: gather_full(entry, keep=keep, to_cpu=to_cpu) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(gather_full(entry, keep=keep, to_cpu=to_cpu) for entry in value)
-    return value
+
+    return map_tensors(value, gather)
 
 
 def shard_like(tensor: Tensor, other: Any) -> Tensor:
@@ -97,13 +104,13 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state dict of full tensors, with each sharded like its parameter."""
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def shard(value: Any, parameter: Tensor) -> Any:
+        is_full = isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape
+        return shard_like(value, parameter) if is_full else value
+
     state = {
-        number: {
-            key: shard_like(value, parameters[number])
-            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameters[number].shape
-            else value
-            for key, value in entry.items()
-        }
+        number: {key: shard(value, parameters[number]) for key, value in entry.items()}
         for number, entry in saved["state"].items()
     }
     return {**saved, "state": state}

@@ -31,11 +31,8 @@ def pinned_like(tensors: Sequence[Tensor], *, say: Callable[[str], None]) -> lis
     _lock(block, block.ctypes.data + offset, _rounded(size, _PAGE), say)
     buffers = []
     for tensor in tensors:
-        if tensor.numel():
-            buffer = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-            buffers.append(buffer.view(tensor.shape))
-        else:
-            buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype))
+        piece = torch.from_numpy(block[offset : offset + tensor.nbytes])
+        buffers.append(piece.view(tensor.dtype).view(tensor.shape))
         offset += _rounded(tensor.nbytes, _ALIGNED)
     return buffers
 

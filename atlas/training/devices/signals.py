@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 from atlas.errors import Interrupted
 
@@ -31,7 +30,7 @@ class StopRequest:
         self._is_alone = is_alone
         self._say = say
         self._raises = False
-        self._previous: dict[int, Any] = {}
+        self._previous_handlers = ExitStack()
 
     @contextmanager
     def at_once(self, *, enabled: bool = True) -> Iterator[None]:
@@ -48,12 +47,13 @@ class StopRequest:
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
                 number = getattr(signal, name, None)
                 if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    self._previous[number] = signal.signal(number, self._handle)
+                    previous = signal.signal(number, self._handle)
+                    self._previous_handlers.callback(signal.signal, number, previous)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            self._restore()
+            self._previous_handlers.close()
             raise Interrupted
         self.asked = True
         if self._is_alone:
@@ -75,10 +75,5 @@ class StopRequest:
             "stopping after this micro-batch, then saving; a second request ends at once, without saving"
         )
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._previous_handlers.close()

@@ -79,9 +79,7 @@ class World:
         message = json.dumps(value).encode() if self.is_first else b""
         length = torch.tensor(len(message))
         dist.broadcast(length, src=0)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        if self.is_first:
-            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(message.ljust(int(length))), dtype=torch.uint8)
         dist.broadcast(data, src=0)
         return json.loads(data.numpy().tobytes())
 
@@ -176,7 +174,11 @@ def together(world: World) -> Iterator[None]:
             raise silence from None
         if not any(sign in text for sign in _LOST):
             raise
-        _wait_for_the_end()
+        if dist.is_torchelastic_launched():
+            with suppress(
+                KeyboardInterrupt
+            ):  # until torchrun, which reports the first failure, ends this rank
+                time.sleep(_GRACE)
         raise EndedElsewhere from None
     with suppress(RuntimeError):
         dist.destroy_process_group()
@@ -188,10 +190,3 @@ def _record(error: AtlasError) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-def _wait_for_the_end() -> None:
-    """Wait until torchrun ends this rank, so that its report names the rank that failed first."""
-    if dist.is_torchelastic_launched():
-        with suppress(KeyboardInterrupt):
-            time.sleep(_GRACE)

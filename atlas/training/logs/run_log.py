@@ -91,25 +91,21 @@ class RunLog:
         self._metrics.write_waiting()
         if not self._is_first or not self.metrics_path.exists():
             return
-        kept: list[str] = []
-        lost: list[str] = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            (kept if _step_of(line) <= step else lost).append(line + "\n")
-        if lost:
-            try:
-                self._cut(kept, lost)
-            except OSError as error:
-                raise AtlasError(
-                    f"{self.metrics_path}: cannot be cut back to step {step} ({error.strerror}): free some space"
-                ) from None
-
-    def _cut(self, kept: list[str], lost: list[str]) -> None:
-        lost_path = self.metrics_path.with_name("metrics.lost.jsonl")
-        with open(lost_path, "a", encoding="utf-8") as file:
-            file.writelines(lost)
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [f"{line}\n" for line in lines if _step_of(line) <= step]
+        lost = [f"{line}\n" for line in lines if _step_of(line) > step]
+        if not lost:
+            return
         temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.metrics_path)
+        try:
+            with open(self.metrics_path.with_name("metrics.lost.jsonl"), "a", encoding="utf-8") as file:
+                file.writelines(lost)
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.metrics_path)
+        except OSError as error:
+            raise AtlasError(
+                f"{self.metrics_path}: cannot be cut back to step {step} ({error.strerror}): free some space"
+            ) from None
 
     def flush_to_disk(self) -> None:
         """Flush `metrics.jsonl` before a checkpoint is written. After a power cut the log must hold the checkpoint's
@@ -122,14 +118,13 @@ class RunLog:
     def tracked(self) -> Iterator[None]:
         """The context of a run: at its end the trackers get some time to finish, unless a Ctrl-C ends it
         immediately."""
-        waits = True
         try:
             yield
         except KeyboardInterrupt:
-            waits = False
+            self.trackers.clear()
             raise
         finally:
-            for tracker in self.trackers if waits else ():
+            for tracker in self.trackers:
                 tracker.close()
 
     @contextmanager
@@ -206,7 +201,7 @@ class RunLog:
     def _record(self, kind: str, facts: dict[str, Any]) -> None:
         if not self._is_first:
             return
-        record = finite(facts)
+        record = {key: None if _is_not_finite(value) else value for key, value in facts.items()}
         self._metrics.append(json.dumps({"kind": kind, **record}, ensure_ascii=False))
         for tracker in self.trackers:
             tracker.record(kind, record)
@@ -249,12 +244,9 @@ class _AppendedFile:
                 self._waiting.clear()
 
 
-def finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, since JSON has none of them."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in facts.items()
-    }
+def _is_not_finite(value: Any) -> bool:
+    """Whether `value` is a number that JSON does not have."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: str) -> float:

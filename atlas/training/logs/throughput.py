@@ -27,7 +27,7 @@ class Throughput:
     def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
         self._runtime = runtime
         self._flops_per_token = training_flops_per_token(config)
-        self._peak_rate: float | None = None
+        self._peak_rate = 0.0  # unknown
         self._reset()
 
     def _reset(self) -> None:
@@ -59,12 +59,12 @@ class Throughput:
         once and stored for the machine. `memory`: the peak bytes so far, of the GPU's allocator or of the process.
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
-        rate = self._tokens / seconds
+        rate, device = self._tokens / seconds, self._runtime.device
         metrics: dict[str, float | int] = {
             "steps_per_second": self._steps / seconds,
             "tokens_per_second": rate,
             "data_wait": min(1.0, self._waited / seconds),
-            "memory": _peak_memory(self._runtime.device),
+            "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident(),
         }
         if self._runtime.world.is_first:
             metrics["utilisation"] = self._utilisation(rate)
@@ -73,12 +73,9 @@ class Throughput:
 
     def _utilisation(self, tokens_per_second: float) -> float:
         flops = tokens_per_second * self._flops_per_token / self._runtime.world.size
-        if self._peak_rate is None:
-            self._peak_rate = remembered_peak_rate(self._runtime)
-        if (
-            self._peak_rate is None or flops > self._peak_rate
-        ):  # not measured yet, or measured on a busy machine
-            self._peak_rate = max(self._peak_rate or 0.0, _measured_peak_rate(self._runtime))
+        self._peak_rate = self._peak_rate or remembered_peak_rate(self._runtime) or 0.0
+        if flops > self._peak_rate:  # not measured yet, or measured on a busy machine
+            self._peak_rate = max(self._peak_rate, _measured_peak_rate(self._runtime))
             remember_peak_rate(self._runtime, self._peak_rate)
         return flops / self._peak_rate if self._peak_rate else float("nan")
 
@@ -92,7 +89,3 @@ def _measured_peak_rate(runtime: Runtime) -> float:
         if not is_out_of_memory(error):
             raise
         return 0.0
-
-
-def _peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()

@@ -49,7 +49,7 @@ class Tracker:
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._is_dropped = False
-        self._lock = threading.Lock()  # the thread that saves in the background logs events, too
+        self._lock = threading.RLock()  # the thread that saves in the background logs events, too
 
     def record(self, kind: str, record: Record) -> None:
         """Queue a record."""
@@ -64,7 +64,7 @@ class Tracker:
         thread = self._thread
         if thread is None:
             return
-        self._put(self._finish)
+        self._put(self._sink.close)
         thread.join(seconds)
         if thread.is_alive():
             self._drop(f"has not finished within {seconds:g} s")
@@ -79,24 +79,18 @@ class Tracker:
                 self._thread.start()
             try:
                 self._tasks.put_nowait(task)
-                return
             except queue.Full:
-                pass
-        self._drop(f"does not keep up with {_MOST_WAITING:,} records")
+                self._drop(f"does not keep up with {_MOST_WAITING:,} records")
 
     def _work(self) -> None:
-        while not self._is_dropped:
-            try:
-                self._tasks.get()()
-            except _Finished:
-                return
-            except BaseException as error:  # whatever another package raises, training continues
-                reason = (str(error).strip().splitlines() or [""])[0]
-                self._drop(f"{type(error).__name__}: {reason:.200}")
-
-    def _finish(self) -> None:
-        self._sink.close()
-        raise _Finished
+        task = None
+        try:
+            while not self._is_dropped and task != self._sink.close:  # which is the last one
+                task = self._tasks.get()
+                task()
+        except BaseException as error:  # whatever another package raises, training continues
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._drop(f"{type(error).__name__}: {reason:.200}")
 
     def _drop(self, reason: str) -> None:
         with self._lock:
@@ -105,10 +99,6 @@ class Tracker:
             self._say(
                 f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has everything"
             )
-
-
-class _Finished(Exception):
-    """The thread has nothing left to do."""
 
 
 _OFF = {"tensorboard": "false", "wandb": "off"}
@@ -161,15 +151,11 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # it takes a second
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purged)
-        step = record["step"]
-        if kind == "sample":
-            # in Markdown, four spaces keep a text as it is
-            text = "    " + (record["prompt"] + record["text"]).replace("\n", "\n    ")
-            self._writer.add_text(f"samples/{record['number']}", text, step)
-        elif kind == "event":
-            self._writer.add_text("events", "    " + json.dumps(record, ensure_ascii=False), step)
-        for name, value in numbers(kind, record).items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in _named(kind, record, event="events").items():
+            if isinstance(value, str):  # in Markdown, four spaces keep a text as it is
+                self._writer.add_text(name, "    " + value.replace("\n", "\n    "), record["step"])
+            else:
+                self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Write what is left."""
@@ -191,9 +177,8 @@ class WeightsAndBiases:
         """Do nothing: its charts use the steps in the records, see `_opened`."""
 
     def _opened(self) -> Any:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # else it reports crashes to its makers, online
+        # Else it reports crashes to its makers, online.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         run = wandb.init(
@@ -220,12 +205,7 @@ class WeightsAndBiases:
     def record(self, kind: str, record: Record) -> None:
         """Write a record, see `Sink`."""
         self._run = self._run or self._opened()
-        facts: Record = {f"{kind}/{name}": value for name, value in numbers(kind, record).items()}
-        if kind == "sample":
-            facts[f"samples/{record['number']}"] = record["prompt"] + record["text"]
-        elif kind == "event":
-            facts["event"] = json.dumps(record, ensure_ascii=False)
-        self._run.log({"step": record["step"], **facts})
+        self._run.log({"step": record["step"], **_named(kind, record, event="event")})
 
     def close(self) -> None:
         """Write what is left."""
@@ -234,12 +214,14 @@ class WeightsAndBiases:
         self._run = None
 
 
-def numbers(kind: str, record: Record) -> dict[str, float]:
-    """The numbers in a record of training or validation, for charts."""
-    if kind not in ("train", "validation"):
-        return {}
+def _named(kind: str, record: Record, *, event: str) -> dict[str, float | str]:
+    """The numbers in a record of training or validation, for charts, or the text of a sample or an event, by name."""
+    if kind == "sample":
+        return {f"samples/{record['number']}": record["prompt"] + record["text"]}
+    if kind == "event":
+        return {event: json.dumps(record, ensure_ascii=False)}
     return {
-        name: value
+        f"{kind}/{name}": value
         for name, value in record.items()
         if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }

@@ -207,7 +207,7 @@ def test_the_backends_error_is_reported(first_of_four: Play, capsys: pytest.Capt
 
 
 def test_the_error_names_settings_that_help_nccl() -> None:
-    said = str(connection._refusal(0, 2, "nccl", "nothing comes"))
+    said = str(connection._refusal("nccl", "nothing comes"))
     for name in (
         "NCCL_SOCKET_IFNAME=",
         "NCCL_P2P_DISABLE=1",
