@@ -15,7 +15,8 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +52,15 @@ def check_regular(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return status.st_size
+
+
+@contextmanager
+def explain_failed_write(path: Path, remedy: str) -> Iterator[None]:
+    """Within this context a write to `path` that fails raises `AtlasError`, which ends with `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise AtlasError(f"{path}: cannot be written ({error.strerror}): {remedy}") from None
 
 
 def read_limited(path: Path, *, limit: int) -> bytes:

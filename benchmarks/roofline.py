@@ -124,7 +124,7 @@ def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool
         def step(micro_batches: int) -> None:
             tokens = torch.randint(config.model.vocabulary, (size * micro_batches, length + 1))
             batch = tokens[:, :-1], tokens[:, 1:]
-            gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=stop)
+            gradient = accumulate_gradient(learner, batch, state, stop=stop)
             apply_gradient(learner, gradient, state, rate=1e-3)
 
         return count_update("Atlas", step, log, config)

@@ -100,8 +100,7 @@ def atlas(task: Task, world: World) -> Step:
     stop = StopRequest(print, is_alone=world.size == 1)
 
     def step() -> None:
-        batch, size = task.batch(config), task.batch_size
-        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=size, stop=stop)
+        gradient = accumulate_gradient(learner, task.batch(config), state, stop=stop)
         apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
 

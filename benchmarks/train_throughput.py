@@ -114,7 +114,7 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
     def step() -> None:
         tokens = torch.randint(0, config.model.vocabulary, shape)
         batch = tokens[:, :-1], tokens[:, 1:]
-        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=size, stop=stop)
+        gradient = accumulate_gradient(learner, batch, state, stop=stop)
         apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
 

@@ -46,7 +46,7 @@ def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
         tokens = torch.randint(0, config.model.vocabulary, (BATCH, config.model.max_seq_len + 1))
         start = time.perf_counter()
         batch = tokens[:, :-1], tokens[:, 1:]
-        gradient = accumulate_gradient(learner, batch, step=state.step, micro_batch_size=BATCH, stop=stop)
+        gradient = accumulate_gradient(learner, batch, state, stop=stop)
         apply_gradient(learner, gradient, state, rate=3e-4)
         state.step += 1
         updates.append(time.perf_counter() - start)

@@ -192,7 +192,7 @@ def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Con
     x, context = loaded.model.embed(loaded.batch_of(ids))
     streams = [x]
     for block in loaded.model.blocks:
-        streams.append(block(streams[-1], None, *context))
+        streams.append(block(streams[-1], context))
     return streams, context
 
 

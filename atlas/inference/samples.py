@@ -15,7 +15,6 @@ def sample_texts(
     model: AtlasLM,
     tokenizer: Tokenizer,
     tracking: TrackingConfig,
-    *,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:

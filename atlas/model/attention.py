@@ -25,11 +25,13 @@ class Context(NamedTuple):
     """What the attention of every block takes beside the residual stream."""
 
     positions: Tensor
-    """(T,) or (B, T): of the new tokens."""
+    """(T,) or (B, T): of the new tokens; (B, T) with a cache."""
     mask: Tensor | BlockMask | None = None
     """(B, 1, T, S): the tokens that each query attends to; None: itself and all earlier ones."""
     rotation: Rotation | None = None
     """Applied to queries and keys."""
+    cache: KVCache | None = None
+    """Keys and values of earlier tokens."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -50,20 +52,12 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) → (B, T, C).
 
-        `mask` (B, 1, T, S) selects the tokens that each query attends to; default: itself and all earlier ones. With a
-        cache, `positions` (B, T) are those of the new tokens. `rotation` is applied to queries and keys. Where K < H,
-        each head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
+        Where K < H, each head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
         """
+        positions, mask, rotation, cache = context
         B, T, _ = x.shape
         q_BHTD, k_BKTD, v_BKTD = self._project(x, rotation)
         if isinstance(mask, BlockMask):
@@ -71,7 +65,6 @@ class CausalSelfAttention(nn.Module):
             out_BHTD = attend_sparsely(q_BHTD, k_BKTD, v_BKTD, mask)
         else:
             if cache is not None:
-                assert positions is not None
                 k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
             # With one query per sequence, the heads that share a head of keys become rows: on CUDA no fused kernel
             # supports both a mask and shared heads.

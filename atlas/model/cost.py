@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from atlas.config import AtlasConfig, LoraConfig, ModelConfig
+from atlas.model.attention import Context
 from atlas.model.lora import add_lora
 from atlas.model.transformer import AtlasLM
 
@@ -42,15 +42,8 @@ _GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
 # Parameters and FLOPs
 
 
-class _ModelShape(AtlasLM):
-    """The model without initial values."""
-
-    def init_weights(self) -> None:
-        pass
-
-
 class _NoValues(TorchFunctionMode):
-    """Skip the initial values of embeddings, for which PyTorch would load its compiler even on `meta`."""
+    """Skip initial values, for which PyTorch would load its compiler even on `meta`."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -60,7 +53,7 @@ class _NoValues(TorchFunctionMode):
 def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
     """Return the model with a single block and, where `lora.rank` asks for them, low-rank updates, on `meta`."""
     with torch.device("meta"), _NoValues():
-        one = _ModelShape(model.model_copy(update={"num_layers": 1}))
+        one = AtlasLM(model.model_copy(update={"num_layers": 1}))
         if lora.rank:
             add_lora(one, lora)
     return one.train()
@@ -87,19 +80,13 @@ class Weight:
         return self.copies * torch.Size(self.shape).numel()
 
 
+@functools.lru_cache(maxsize=128)
 def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weight, ...]:
     """Return all parameters, with the rows that only pad the vocabulary. The model may have 10,000 layers."""
-    one = model.model_copy(update={"num_layers": 1})
     return tuple(
-        Weight(name, shape, model.num_layers if is_in_block(name) else 1, is_trainable)
-        for name, shape, is_trainable in _shapes(one, lora)
+        Weight(name, tuple(p.shape), model.num_layers if is_in_block(name) else 1, p.requires_grad)
+        for name, p in one_block_model(model, lora).named_parameters()
     )
-
-
-@functools.lru_cache(maxsize=128)
-def _shapes(model: ModelConfig, lora: LoraConfig) -> list[tuple[str, tuple[int, ...], bool]]:
-    parameters = one_block_model(model, lora).named_parameters()
-    return [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in parameters]
 
 
 @dataclass(frozen=True)
@@ -239,35 +226,38 @@ def trace_saved_tensors(
 
 @functools.lru_cache(maxsize=128)
 def _trace(model: ModelConfig, lora: LoraConfig, execution: Execution) -> SavedTensors:
-    sizes, inputs = [], []
-    for sequences, context in _TRACED:
-        one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
-        dtype = torch.bfloat16 if execution.half_weights else torch.float32
-        recorder = _Recorder(one, execution)
-        with (
-            warnings.catch_warnings(),
-            FakeTensorMode(),
-            recorder.hooks(),
-            torch.autocast("cpu", torch.bfloat16, enabled=execution.half, cache_enabled=False),
-        ):
-            warnings.simplefilter("ignore")  # about kernels that a CPU lacks
-            weights = {
-                name: torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad)
-                for name, p in one.named_parameters()
-            }
-            tokens = torch.zeros(sequences, context, dtype=torch.long)
-            documents = tokens if execution.dense_mask else None
-            recorder.shared |= {recorder.hold(weight) for weight in weights.values()}
-            torch.func.functional_call(one, weights, (tokens,), {"documents": documents})
-        sizes.append((recorder.block(execution.compiled), [*recorder.outside.values()]))
-        inputs.append(next(iter(recorder.inside.values())))
-    (block, rest), (large_block, large_rest) = sizes
-    grown = [_growth(*pair) for pair in zip(rest, large_rest, strict=True)]
-    return SavedTensors(
-        _growth(*inputs),
-        tuple(_growth(*pair) for pair in zip(block, large_block, strict=True)),
-        tuple(saved for saved in grown if saved.sequences),
+    small, large = (_saved_bytes(model, lora, execution, *size) for size in _TRACED)
+    [block_input], block, rest = (
+        [_growth(*pair) for pair in zip(*sizes, strict=True)] for sizes in zip(small, large, strict=True)
     )
+    return SavedTensors(block_input, tuple(block), tuple(saved for saved in rest if saved.sequences))
+
+
+def _saved_bytes(
+    model: ModelConfig, lora: LoraConfig, execution: Execution, sequences: int, context: int
+) -> tuple[list[int], ...]:
+    """The bytes of a block's input, of what the block saves, and of what is saved outside it."""
+    one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
+    dtype = torch.bfloat16 if execution.half_weights else torch.float32
+    recorder = _Recorder(one, execution)
+    with (
+        warnings.catch_warnings(),
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor),
+        recorder,
+        torch.autocast("cpu", torch.bfloat16, enabled=execution.half, cache_enabled=False),
+    ):
+        warnings.simplefilter("ignore")  # about kernels that a CPU lacks
+        weights = {
+            name: torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad)
+            for name, p in one.named_parameters()
+        }
+        tokens = torch.zeros(sequences, context, dtype=torch.long)
+        documents = tokens if execution.dense_mask else None
+        recorder.shared |= {recorder.hold(weight) for weight in weights.values()}
+        torch.func.functional_call(one, weights, (tokens,), {"documents": documents})
+    inside = [*recorder.inside.values()]
+    return inside[:1], recorder.block(execution.compiled), [*recorder.outside.values()]
 
 
 def _growth(small: int, large: int) -> Saved:
@@ -298,18 +288,11 @@ class _Recorder(TorchFunctionMode):
         """Queries, keys and values."""
         self._alive: list[Tensor] = []
         [block] = model.blocks
-        block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+        block.register_forward_pre_hook(self._enter_block)
         block.register_forward_hook(self._leave_block)
         for module in block.modules():
             if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2:
                 module.register_forward_hook(self._record_product)
-
-    def hooks(self) -> AbstractContextManager[Any]:
-        """A context in which everything is recorded."""
-        stack = ExitStack()
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor))
-        stack.enter_context(self)
-        return stack
 
     def block(self, compiled: str | None) -> list[int]:
         """Return the bytes of each storage that the block saves."""
@@ -321,13 +304,11 @@ class _Recorder(TorchFunctionMode):
             kept = self.inputs | kept | self.attended | self.masks
         return [*kept.values()]
 
-    def _enter_block(self, block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _enter_block(self, block: nn.Module, arguments: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
         self.saved = self.inside
-        x, *others = arguments
-        self.shared |= {
-            self.hold(other) for other in tree_leaves((others, options)) if isinstance(other, Tensor)
-        }
-        return (x.detach().requires_grad_(), *others), options  # LoRA trains nothing before the first block
+        x, context = arguments
+        self.shared |= {self.hold(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor)}
+        return x.detach().requires_grad_(), context  # LoRA trains nothing before the first block
 
     def _leave_block(self, *_: Any) -> None:
         self.saved = self.outside
@@ -337,7 +318,8 @@ class _Recorder(TorchFunctionMode):
         self.inputs.setdefault(self.hold(x), x.numel() * self.width)
         self.outputs[self.hold(output)] = output.untyped_storage().nbytes()
 
-    def _save(self, tensor: Tensor) -> Tensor:
+    def save(self, tensor: Tensor) -> Tensor:
+        """Record a tensor that autograd saves."""
         if (key := self.hold(tensor)) not in self.shared and tensor.dtype != torch.long:
             self.saved.setdefault(key, tensor.untyped_storage().nbytes())
         return tensor
@@ -352,18 +334,17 @@ class _Recorder(TorchFunctionMode):
         is_attention, is_dropout = function is F.scaled_dot_product_attention, function is F.dropout
         before = {*self.saved}
         if is_attention:
-            qkv = {self.hold(tensor): tensor.untyped_storage().nbytes() for tensor in arguments[:3]}
-            self.attended, before = qkv, before | qkv.keys()
+            self.attended = {self.hold(tensor): tensor.untyped_storage().nbytes() for tensor in arguments[:3]}
+            before |= self.attended.keys()
             if self.device != "cpu":
                 options["dropout_p"] = 0.0
         if is_dropout and self.device == "cuda" and options["p"] > 0:
             result = torch.native_dropout(arguments[0], options["p"], options["training"])[0]
         else:
             result = function(*arguments, **options)
-        if (is_attention or is_dropout) and self.saved is self.inside:
-            own = {key: size for key, size in self.saved.items() if key not in before}
-            if is_attention:
-                self.of_attention = own
-            else:
-                self.masks |= own
+        own = {key: size for key, size in self.saved.items() if key not in before}
+        if is_attention:
+            self.of_attention = own
+        elif is_dropout and self.saved is self.inside:
+            self.masks |= own
         return result

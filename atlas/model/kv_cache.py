@@ -107,14 +107,13 @@ class KVCache:
 
     def remove(self, row: int) -> None:
         """Remove a row; the last one moves to its place."""
-        last = len(self._lengths) - 1
+        *lengths, length = self._lengths
+        last = len(lengths)
         if row != last:
-            length = self._lengths[last]
             self.keys[:, row, :, :length] = self.keys[:, last, :, :length]
             self.values[:, row, :, :length] = self.values[:, last, :, :length]
-        lengths = list(self._lengths)
-        lengths[row] = lengths[last]
-        self.truncate(lengths[:last])
+            lengths[row] = length
+        self.truncate(lengths)
 
     def clear(self, row: int | None = None) -> None:
         """Fill the slots of a row, or of all rows, with zeros: NaN in them would corrupt the next sequence."""

@@ -21,7 +21,7 @@ from atlas.model.documents import document_mask, document_positions
 from atlas.model.kv_cache import KVCache
 from atlas.model.mlp import MLP
 from atlas.model.norm import build_norm
-from atlas.model.rope import Rotation, rotation_at
+from atlas.model.rope import rotation_at
 
 
 class Block(nn.Module):
@@ -35,16 +35,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """(B, T, C) → (B, T, C); see `Context` for the arguments."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, positions, mask, rotation))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
 
@@ -96,9 +89,8 @@ class AtlasLM(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-        self.token_embedding.weight[self.config.vocabulary :] = 0
-        if not self.config.tie_embeddings:
-            self.lm_head.weight[self.config.vocabulary :] = 0
+        for table in (self.token_embedding.weight, self.head_table):
+            table[self.config.vocabulary :] = 0
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
@@ -117,9 +109,9 @@ class AtlasLM(nn.Module):
         x, context = self.embed(tokens, cache, documents)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cache, *context, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, cache, *context)
+                x = block(x, context)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.final_norm(x)  # type: ignore[no-any-return]
@@ -153,7 +145,7 @@ class AtlasLM(nn.Module):
                 mask = document_mask(documents, head_size=self.config.head_size, dropout=dropout)
         if self.config.position == "rope":
             rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
-        return Context(positions, mask, rotation)
+        return Context(positions, mask, rotation, cache)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, C)."""

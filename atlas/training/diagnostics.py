@@ -16,7 +16,7 @@ from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, training_sequences
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
-from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 from atlas.training.devices.compile import choose_compile
 from atlas.training.devices.device import setup_runtime
 from atlas.training.devices.signals import StopRequest
@@ -50,23 +50,18 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     If it succeeds, look at the data or the schedule.
     """
     config, data = with_data(resolve(explicit), explicit, None)
-    config = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"dropout": 0.0}),
-            "training": config.training.model_copy(update={"weight_decay": 0.0}),
-            "guard": config.guard.model_copy(update={"spikes": "off"}),
-        }
-    )
+    config = config.replace("model", dropout=0.0).replace("training", weight_decay=0.0)
+    config = config.replace("guard", spikes="off")
     learner = fresh_learner(config, setup_runtime(config))
     batch = next(_batches(data, config, num_updates=1, most=config.training.batch_size))
-    size, asked, rate = len(batch[0]), config.training.micro_batch_size, config.training.learning_rate
-    state = _state(size if asked == "auto" else min(asked, size), updates)
+    size, rate = len(batch[0]), config.training.learning_rate
+    state = TrainState(updates, min(config.training.sequences_at_once, size))
     say(
         f"one batch of {size} × {config.model.max_seq_len} tokens, up to {updates} updates at a rate of {rate:g}"
     )
-    best, stop = math.inf, StopRequest(say)  # not entered: Ctrl-C ends it at once
+    best = math.inf
     for number in range(1, updates + 1):
-        loss = _update(learner, batch, state, stop, say).loss
+        loss = _update(learner, batch, state, say).loss
         best = min(best, loss)
         if number % 20 == 0 or loss < LEARNED:
             say(f"update {number}: loss {loss:.4f}")
@@ -91,24 +86,26 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     """
     config, data = with_data(resolve(explicit), explicit, None)
     trace = Path(config.checkpoint.output_dir) / "profile.json"
-    _refuse_unwritable(trace)
+    with explain_failed_write(trace, "choose another --output-dir"):
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.touch()
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=say))
     on_gpu = runtime.device.type == "cuda"
     most = config.training.sequences_per_update
     stream = _batches(data, config, num_updates=WARM_UP + 2, most=most, pin_memory=on_gpu)
     learner = fresh_learner(config, runtime)
-    state, stop = _state(config.training.sequences_at_once, WARM_UP + 2), StopRequest()
+    state = TrainState(WARM_UP + 2, config.training.sequences_at_once)
     for _ in range(WARM_UP):
-        _update(learner, next(stream), state, stop, say)
+        _update(learner, next(stream), state, say)
     start = time.perf_counter()
     batch = next(stream)
-    _update(learner, batch, state, stop, say)  # waits for the device, since the figures are read
+    _update(learner, batch, state, say)  # waits for the device, since the figures are read
     seconds = time.perf_counter() - start
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities, record_shapes=True) as recorded:
-        _update(learner, next(stream), state, stop, say)
+        _update(learner, next(stream), state, say)
     recorded.export_chrome_trace(str(trace))
     rows = [
         (row.key, row.count, (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6)
@@ -133,25 +130,10 @@ def _batches(
     )
 
 
-def _state(micro_batch_size: int, updates: int) -> TrainState:
-    return TrainState(horizon=updates, micro_batch_size=micro_batch_size, eval_batch_size=micro_batch_size)
-
-
-def _update(
-    learner: Learner, batch: Batch, state: TrainState, stop: StopRequest, say: Callable[[str], None]
-) -> Update:
+def _update(learner: Learner, batch: Batch, state: TrainState, say: Callable[[str], None]) -> Update:
+    stop = StopRequest(say)  # not entered: Ctrl-C ends it at once
     gradient = gradient_within_memory(learner, batch, state, stop=stop, say=say)
     assert gradient is not None
     update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)
     state.step += 1
     return update
-
-
-def _refuse_unwritable(trace: Path) -> None:
-    try:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        trace.touch()
-    except OSError as error:
-        raise AtlasError(
-            f"{trace}: cannot be written ({error.strerror}): choose another --output-dir"
-        ) from None

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 
 from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.dataset import IGNORE_INDEX
-from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.training.devices.compile import filled_up, refuse_failed_compilation
+from atlas.training.devices.compile import filled_up
 from atlas.training.devices.device import Runtime
-from atlas.training.devices.memory import is_out_of_memory, release_memory
-from atlas.training.devices.signals import Stopped, StopRequest
 from atlas.training.logs.run_log import perplexity
-from atlas.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -104,50 +100,3 @@ def token_losses(model: AtlasLM, dataset: SequenceSource, window: int, *, runtim
         logits = model(inputs, documents=documents[0] if documents else None)
     losses = F.cross_entropy(logits[0].float(), targets[0], ignore_index=IGNORE_INDEX, reduction="none")
     return losses.masked_fill(targets[0] == IGNORE_INDEX, math.nan).cpu()
-
-
-def evaluate_within_memory(
-    objective: nn.Module,
-    dataset: SequenceSource,
-    windows: Sequence[int],
-    *,
-    state: TrainState,
-    runtime: Runtime,
-    stop: StopRequest,
-    say: Callable[[str], None],
-) -> Evaluation | None:
-    """`evaluate` in batches of `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
-    asked = min(state.eval_batch_size, len(windows))
-    while True:
-        try:
-            with stop.at_once(enabled=runtime.compiles):
-                evaluation = evaluate(
-                    objective,
-                    dataset,
-                    windows,
-                    batch_size=state.eval_batch_size,
-                    runtime=runtime,
-                    should_stop=lambda: stop.requested,
-                )
-            break
-        except Stopped:
-            return None
-        except (RuntimeError, MemoryError) as error:
-            refuse_failed_compilation(error)
-            if not is_out_of_memory(error):
-                raise
-        # Here and not above: the exception holds on to the tensors of what failed.
-        release_memory(runtime.device)
-        running = min(state.eval_batch_size, len(windows))
-        if running == 1 or runtime.parallel == "fsdp":
-            raise AtlasError(
-                f"step {state.step}: out of memory while evaluating {running} sequences in a batch: a lower "
-                "training.eval_batch_size, a shorter model.max_seq_len or a smaller model helps"
-            )
-        state.eval_batch_size = running // 2
-    if state.eval_batch_size < asked:
-        say(
-            f"step {state.step}: out of memory while evaluating {asked} sequences in a batch: {state.eval_batch_size} "
-            "from now on (training.eval_batch_size)"
-        )
-    return evaluation

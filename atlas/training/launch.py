@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import training_sequences, validation_sequences
 from atlas.data.sequences.loader import share_of_update
 from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
@@ -25,25 +24,20 @@ from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.retention import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
-from atlas.training.devices.device import (
-    Runtime,
-    restore_machine,
-    setup_runtime,
-)
+from atlas.training.devices.device import Runtime, restore_machine, setup_runtime
 from atlas.training.devices.gpu_temperature import open_sensor
 from atlas.training.devices.memory import remembered_micro_batch
 from atlas.training.devices.world import ALONE, World
 from atlas.training.logs.run_log import RunLog
 from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
-from atlas.training.memory.estimate import checkpoint_bytes, memory_of_a_step, snapshot_bytes
+from atlas.training.memory.estimate import checkpoint_bytes, memory_of_a_step
 from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.recovery import restore_optimizer
-from atlas.training.resume import Start, base_key, is_a_restart, refuse_links
-from atlas.training.run import Learner, Run, RunData
-from atlas.training.samples import Sampler
+from atlas.training.resume import Start, base_key, num_restarts, refuse_links
+from atlas.training.run import Learner, Run, RunData, Sampler
 from atlas.training.schedule import horizon_steps
 from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
@@ -56,7 +50,7 @@ _FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
 def start_run(
     start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Build the run. What can be refused is refused first; files are written from `_claim` on, by the first rank alone.
+    """Build the run. What can be refused is refused first; from the lock of the folder on, the first rank writes files.
     `sampler` writes the samples that `tracking.samples` asks for; without one there are none. Where the user set no
     `training.batch_size`, more than that may run per micro-batch."""
     config, folder = start.config, start.folder
@@ -68,11 +62,9 @@ def start_run(
         _refuse_too_large(config)
         share_of_update(config.training.sequences_per_update, world.size)
         runtime = setup_runtime(config, world)
-        runtime = replace(
-            runtime,
-            parallel=choose_parallel(config, world, runtime.device),
-            compiles=choose_compile(config, runtime.device, say=start.notes.append),
-        )
+        parallel = choose_parallel(config, world, runtime.device)
+        compiles = choose_compile(config, runtime.device, say=start.notes.append)
+        runtime = replace(runtime, parallel=parallel, compiles=compiles)
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)
@@ -80,19 +72,22 @@ def start_run(
         model = _build(start, config)
         _refuse_other_optimizer_state(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
-        lock = _claim(folder) if world.is_first else None
+        lock = None
+        if world.is_first:
+            with explain_failed_write(folder, "choose another --output-dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = FolderLock(folder)
     if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
         runtime = replace(runtime, parallel="fsdp")
-    resumed = _resumed_state(start, len(train_data), validates=val_data is not None) if resumes else None
+    state = _resumed_state(start, data, runtime) if resumes else None
     config, log, checkpoints = _open_folder(start, world)
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
-    if resumed:
-        _lower_micro_batch_after_restart(resumed, config, runtime)
-    state = resumed or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
+    state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
-    learner = Learner.build(model, config, runtime, custom_loss)
+    learner = Learner(model, config, runtime, custom_loss)
     saver = _open_saver(checkpoints, config, runtime, log)
-    run = Run(learner, data, state, log, saver, _origin(start), sampler, sensor, lock)
+    origin = start.contents.get("initialized_from") if resumes else str(start.source or "") or None
+    run = Run(learner, data, state, log, saver, origin, sampler, sensor, lock)
     if resumes:
         restore_optimizer(learner, start.contents, start.source)
     if not run.is_complete:
@@ -109,25 +104,22 @@ def start_run(
 def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
     """The config with its output folder, the log and the checkpoints there."""
     with world.in_step():  # the others' logs go to the folder, which is there now
-        if world.is_first:
-            _set_aside(start)
-        log = _open_log(start, world)
-    section = start.config.checkpoint.model_copy(update={"output_dir": str(start.folder)})
-    config = start.config.model_copy(update={"checkpoint": section})
-    retention = section.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
+        if world.is_first and start.set_aside:
+            target = move_aside(start.folder, start.set_aside)
+            start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
+        log = RunLog(start.folder, rank=world.rank)
+        for note in start.notes:
+            log.say(note)
+    config = start.config.replace("checkpoint", output_dir=str(start.folder))
+    retention = config.checkpoint.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
     checkpoints = CheckpointManager(start.folder, say=log.say, **retention)
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()
-        _keep_config(start.folder, config)
+        path = start.folder / "config.yaml"
+        with explain_failed_write(path, "free some space, or choose another --output-dir"):
+            path.write_text(as_yaml(config), encoding="utf-8")
     return config, log, checkpoints
-
-
-def _origin(start: Start) -> str | None:
-    """The checkpoint whose weights the run began with."""
-    if start.mode == "resume":
-        return start.contents.get("initialized_from")
-    return str(start.source or "") or None
 
 
 def _identity(start: Start) -> dict[str, Any]:
@@ -145,34 +137,30 @@ def _identity(start: Start) -> dict[str, Any]:
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:
     """The model with the weights that the run begins with, on the CPU."""
     model = build_model(config.model, seed=None if start.contents else config.seed)
-    if start.mode == "resume":
+    resumes = start.mode == "resume"
+    if resumes:
         saved = resolve(start.contents["config"]).lora
         if saved != config.lora:
             raise AtlasError(
                 f"{start.source}: was trained with lora.rank {saved.rank}, alpha {saved.alpha:g}, targets "
                 f"{', '.join(saved.targets)}: leave these as they were, or start a new run from it with --init-from"
             )
-        if config.lora.rank:
-            add_lora(model, config.lora)
-        load_weights(model, start.contents, start.source)
-        return model
-    if start.contents:
-        _shorten_positions(start.contents["model_state_dict"], config.model.max_seq_len)
-        load_weights(model, start.contents, start.source)
-    elif config.lora.rank:
+    elif config.lora.rank and not start.contents:
         raise AtlasError(
             f"lora.rank: {config.lora.rank}: updates beside frozen weights need a trained model: name it with "
             "--init-from, or set lora.rank to 0"
         )
-    if config.lora.rank:
+    if resumes and config.lora.rank:
+        add_lora(model, config.lora)
+    if start.contents:
+        weights = start.contents["model_state_dict"]
+        if (positions := weights.get("position_embedding.weight")) is not None:
+            # A new run may have a shorter context: it uses the first learned positions.
+            weights["position_embedding.weight"] = positions[: config.model.max_seq_len]
+        load_weights(model, start.contents, start.source)
+    if config.lora.rank and not resumes:
         add_lora(model, config.lora, seed=config.seed)
     return model
-
-
-def _shorten_positions(weights: dict[str, Tensor], max_seq_len: int) -> None:
-    """Keep the first `max_seq_len` learned positions, which is all that a new run with a shorter context uses."""
-    if (positions := weights.get("position_embedding.weight")) is not None:
-        weights["position_embedding.weight"] = positions[:max_seq_len]
 
 
 def _fresh_state(
@@ -185,12 +173,9 @@ def _fresh_state(
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
         micro_batch = runtime.world.all_min(micro_batch)
-    return TrainState(
-        horizon_steps(config.training, sequences_per_epoch),
-        micro_batch,
-        _eval_batch(config, micro_batch),
-        is_planned=config.training.max_hours is None,
-    )
+    horizon = horizon_steps(config.training, sequences_per_epoch)
+    is_planned = config.training.max_hours is None
+    return TrainState(horizon, micro_batch, _eval_batch(config, micro_batch), is_planned)
 
 
 def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
@@ -198,16 +183,15 @@ def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
     return micro_batch if asked == "auto" else asked
 
 
-def _resumed_state(start: Start, sequences_per_epoch: int, *, validates: bool) -> TrainState:
+def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     """The checkpoint's state; horizon and micro-batch change only if the settings behind them did."""
     state = TrainState.of(start.contents)
-    old = resolve(start.contents["config"]).training
-    new = start.config.training
+    old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
         state.best_loss = math.inf  # the best before that one was overwritten by it
     if _length(old) != _length(new):
         horizon = horizon_steps(
-            new, sequences_per_epoch, step=state.step, sequences_consumed=state.sequences_consumed
+            new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
         )
         if horizon != state.horizon:
             start.notes.append(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
@@ -217,17 +201,14 @@ def _resumed_state(start: Start, sequences_per_epoch: int, *, validates: bool) -
         state.micro_batch_size = new.sequences_at_once
     if (old.eval_batch_size, old.micro_batch_size) != (new.eval_batch_size, new.micro_batch_size):
         state.eval_batch_size = _eval_batch(start.config, state.micro_batch_size)
-    if state.step >= state.horizon and not (validates and state.owes_evaluation(new.eval_interval)):
+    owes_evaluation = data.val is not None and state.owes_evaluation(new.eval_interval)
+    if state.step >= state.horizon and not owes_evaluation:
         start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
+    # After a restart by torchrun, the size that the rank which ran out of memory has remembered.
+    fewer = remembered_micro_batch(start.config, runtime.device) if num_restarts() else None
+    size = state.micro_batch_size
+    state.micro_batch_size = runtime.world.all_min(min(size, fewer or size))
     return state
-
-
-def _lower_micro_batch_after_restart(state: TrainState, config: AtlasConfig, runtime: Runtime) -> None:
-    """After a restart by torchrun, use the size that the rank which ran out of memory remembered."""
-    fewer = state.micro_batch_size
-    if is_a_restart():
-        fewer = min(fewer, remembered_micro_batch(config, runtime.device) or fewer)
-    state.micro_batch_size = runtime.world.all_min(fewer)
 
 
 def _length(training: TrainingConfig) -> tuple[object, ...]:
@@ -250,18 +231,17 @@ def _open_saver(
 
 def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
     asked = config.checkpoint.format
-    if asked == "auto":
-        return runtime.parallel == "fsdp" and checkpoint_bytes(config) > _GATHERED_PART * measure_memory(
-            "cpu"
-        )
-    return asked == "sharded"
+    if asked != "auto":
+        return asked == "sharded"
+    most = _GATHERED_PART * measure_memory("cpu")
+    return runtime.parallel == "fsdp" and checkpoint_bytes(config) > most
 
 
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
     """Whether the copy that a save writes from fits into memory beside all that a step needs."""
     if not config.checkpoint.background:
         return False
-    copy, free = snapshot_bytes(config), measure_memory("cpu")
+    copy, free = checkpoint_bytes(config), measure_memory("cpu")
     step = 0 if runtime.device.type == "cuda" else memory_of_a_step(config, device=runtime.device.type)
     if copy + step <= free:
         return True
@@ -270,19 +250,6 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
         f"that a step needs does not fit into the {free / 1e9:.2f} GB of memory that are free"
     )
     return False
-
-
-def _open_log(start: Start, world: World) -> RunLog:
-    log = RunLog(start.folder, rank=world.rank)
-    for note in start.notes:
-        log.say(note)
-    return log
-
-
-def _set_aside(start: Start) -> None:
-    if start.set_aside:
-        target = move_aside(start.folder, start.set_aside)
-        start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
 
 
 def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
@@ -331,24 +298,3 @@ def _refuse_retention(config: AtlasConfig) -> None:
             f"(the best, the newest, and both being replaced): give at least {math.ceil(4 * one / 1e6):,}MB, or "
             "leave it out"
         )
-
-
-def _keep_config(folder: Path, config: AtlasConfig) -> None:
-    try:
-        (folder / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise AtlasError(
-            f"{folder}: config.yaml cannot be written ({error.strerror}): free some space, or choose another "
-            "--output-dir"
-        ) from None
-
-
-def _claim(folder: Path) -> FolderLock:
-    """Make the folder, and be the only run that writes to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return FolderLock(folder)
-    except OSError as error:
-        raise AtlasError(
-            f"{folder}: cannot be written ({error.strerror}): choose another --output-dir"
-        ) from None

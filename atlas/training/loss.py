@@ -6,8 +6,8 @@ micro-batches of the update. A mean of micro-batch means would weigh a token by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from atlas.errors import AtlasError
 from atlas.model import AtlasLM
 from atlas.tokenizer.base import DOTTED_NAME
 from atlas.tokenizer.custom import import_object
-from atlas.training.loss_cuda import linear_cross_entropy_on_cuda, scaled_gradients
+from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_cuda, loss_with_gradients
 
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
@@ -36,12 +36,8 @@ def compute_lm_loss(
     """
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
-        targets.reshape(-1),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+    rows = logits.reshape(-1, logits.shape[-1]).float()
+    total = F.cross_entropy(rows, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
     if reduction == "sum":
         return total
     if reduction != "mean":
@@ -50,12 +46,7 @@ def compute_lm_loss(
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocabulary: int | None = None,
-    compiled: bool = False,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None, compiled: bool = False
 ) -> Tensor:
     """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
 
@@ -65,82 +56,57 @@ def linear_cross_entropy(
     (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once. CUDA has its own implementation
     (`loss_cuda`), which may be `compiled`.
     """
-    device = hidden.device.type
+    device, num_tokens = hidden.device.type, vocabulary or len(weight)
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if device == "cuda":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             return linear_cross_entropy_on_cuda(
-                hidden.flatten(0, -2),
-                weight,
-                targets.flatten(),
-                vocabulary=vocabulary or len(weight),
-                dtype=dtype,
-                compiled=compiled,
+                hidden, weight, targets, vocabulary=num_tokens, dtype=dtype, compiled=compiled
             )
     if torch.is_autocast_enabled(device):
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
-    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, -2),
-            weight,
-            targets.flatten(),
-            vocabulary or len(weight),
-            differentiated,
-            differentiated and weight.requires_grad,
-        )
-    return loss
+        compute = functools.partial(_loss_and_gradients, targets=targets, vocabulary=num_tokens)
+        return loss_with_gradients(compute, hidden, weight)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """(N, C), (V or more, C), (N,) → the sum of the losses. The forward pass computes the gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocabulary: int,
-        differentiated: bool,
-        weight_is_trainable: bool,
-    ) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden) if differentiated else None
-        table_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_is_trainable else None
-        weight = weight[:vocabulary]
-        weight_grad = None if table_grad is None else table_grad[:vocabulary]
-        # Allocated once: new memory for each chunk would cost as much as a quarter of its product.
-        logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), len(weight))
-        log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
-            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
-            rows, goals = hidden[chunk], targets[chunk]
-            counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
-            goals = goals.clamp(min=0)[:, None]
-            logits, log_probs = logits[: len(rows)], log_probs[: len(rows)]
-            torch.mm(rows, weight.T, out=logits)
-            torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
-            total -= (log_probs.gather(1, goals) * counts).sum()
-            if hidden_grad is not None:
-                # The gradient of the logits: the probabilities, minus one at the target. For ignored rows it is zero;
-                # it is cheaper to zero the narrow factors instead.
-                grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
-                counts = counts.to(hidden.dtype)
-                torch.mul(grad @ weight, counts, out=hidden_grad[chunk])
-                if weight_grad is None:
-                    continue
-                rows = rows * counts
-                if weight_grad.dtype == grad.dtype:
-                    weight_grad.addmm_(grad.T, rows)
-                else:
-                    weight_grad += grad.T @ rows
-        ctx.grads = hidden_grad, None if table_grad is None else table_grad.to(weight.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled_gradients(ctx, grads[0]), None, None, None, None)
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int
+) -> LossAndGradients:
+    """(N, C), (V or more, C) and `targets` (N,) → the sum of the losses and the gradients that are needed."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    needs_hidden, needs_weight = needed
+    hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+    table_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    rows_of_table = weight[:vocabulary]
+    # Allocated once: new memory for each chunk would cost as much as a quarter of its product.
+    logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
+    log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
+        chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+        rows, goals = hidden[chunk], targets[chunk]
+        counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
+        goals = goals.clamp(min=0)[:, None]
+        logits, log_probs = logits[: len(rows)], log_probs[: len(rows)]
+        torch.mm(rows, rows_of_table.T, out=logits)
+        torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
+        total -= (log_probs.gather(1, goals) * counts).sum()
+        if not (needs_hidden or needs_weight):
+            continue
+        # The gradient of the logits: the probabilities, minus one at the target. For ignored rows it is zero; it is
+        # cheaper to zero the narrow factors instead.
+        grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
+        counts = counts.to(hidden.dtype)
+        if hidden_grad is not None:
+            torch.mul(grad @ rows_of_table, counts, out=hidden_grad[chunk])
+        if table_grad is not None:
+            rows = rows * counts
+            if table_grad.dtype == grad.dtype:
+                table_grad[:vocabulary].addmm_(grad.T, rows)
+            else:
+                table_grad[:vocabulary] += grad.T @ rows
+    return total, hidden_grad, None if table_grad is None else table_grad.to(weight.dtype)
 
 
 class SummedLoss(nn.Module):

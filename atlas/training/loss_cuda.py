@@ -16,7 +16,7 @@ benchmarks/roofline.py counts the bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The logits
 become their gradient."""
 
+LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
+"""The loss, a scalar, and its gradients by the hidden states and by the head's table, if they are needed."""
+
 _EAGER_BYTES = 8
 """The bytes of a logit in fp32, before and after the log-softmax, if no kernel is compiled."""
 
@@ -38,63 +41,62 @@ def linear_cross_entropy_on_cuda(
 ) -> Tensor:
     """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Products are
     computed in `dtype`. Differentiable once."""
-    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or table.requires_grad)
-    is_trainable = differentiated and table.requires_grad
-    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.to(dtype), table, targets, vocabulary, compiled, differentiated, is_trainable
+    compute = functools.partial(
+        _loss_and_gradients, targets=targets, vocabulary=vocabulary, compiled=compiled
     )
+    return loss_with_gradients(compute, hidden.to(dtype), table)
+
+
+def loss_with_gradients(
+    compute: Callable[[Tensor, Tensor, Sequence[bool]], LossAndGradients], hidden: Tensor, table: Tensor
+) -> Tensor:
+    """The loss of `compute(hidden, table, needed)`, which computes the gradients that are `needed` in the forward pass.
+
+    Differentiable once: raises `RuntimeError` in a second backward pass.
+    """
+    if not torch.is_grad_enabled():
+        hidden, table = hidden.detach(), table.detach()
+    loss: Tensor = _LossWithGradients.apply(compute, hidden, table)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _HeadLoss(torch.autograd.Function):
-    """The forward pass computes the gradients, one chunk of rows at a time."""
+class _LossWithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: Any, hidden: Tensor, table: Tensor) -> Tensor:
+        loss, *ctx.grads = compute(hidden, table, ctx.needs_input_grad[1:])
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        table: Tensor,
-        targets: Tensor,
-        vocabulary: int,
-        compiled: bool,
-        differentiated: bool,
-        table_is_trainable: bool,
-    ) -> Tensor:
-        rounded = table.to(hidden.dtype)
-        kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
-        row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
-        chunk_size = _chunk_size(len(hidden), row_bytes)
-        buffer = rounded.new_empty(chunk_size, len(table))
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden) if differentiated else None
-        table_grad = None
-        for start in range(0, len(hidden), chunk_size):
-            rows, goals = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
-            logits = buffer[: len(rows)]
-            torch.mm(rows, rounded.T, out=logits)
-            total += kernel(logits, goals.clamp(min=0), (goals != IGNORE_INDEX).float(), vocabulary)
-            if hidden_grad is not None:
-                torch.mm(logits, rounded, out=hidden_grad[start : start + chunk_size])
-            if table_is_trainable:
-                table_grad = _add_product(table_grad, logits.T, rows)
-        ctx.grads = hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled_gradients(ctx, grads[0]), None, None, None, None, None)
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
+        grads, ctx.grads = ctx.grads, None
+        return None, *(grad if grad is None else grad.mul_(factors[0]) for grad in grads)
 
 
-def scaled_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients that a forward pass computed and left in `ctx.grads`, multiplied by that of the loss, in place.
-
-    Raises `RuntimeError` in a second backward pass.
-    """
-    if ctx.grads is None:
-        raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
-    hidden_grad, table_grad = ctx.grads
-    ctx.grads = None
-    return hidden_grad.mul_(factor), None if table_grad is None else table_grad.mul_(factor)
+def _loss_and_gradients(
+    hidden: Tensor, table: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int, compiled: bool
+) -> LossAndGradients:
+    """One chunk of rows at a time."""
+    rounded = table.to(hidden.dtype)
+    kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
+    row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
+    chunk_size = _chunk_size(len(hidden), row_bytes)
+    buffer = rounded.new_empty(chunk_size, len(table))
+    total = hidden.new_zeros((), dtype=torch.float32)
+    needs_hidden, needs_table = needed
+    hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+    table_grad = None
+    for start in range(0, len(hidden), chunk_size):
+        rows, goals = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
+        logits = buffer[: len(rows)]
+        torch.mm(rows, rounded.T, out=logits)
+        total += kernel(logits, goals.clamp(min=0), (goals != IGNORE_INDEX).float(), vocabulary)
+        if hidden_grad is not None:
+            torch.mm(logits, rounded, out=hidden_grad[start : start + chunk_size])
+        if needs_table:
+            table_grad = _add_product(table_grad, logits.T, rows)
+    return total, hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
 
 
 def _chunk_size(num_rows: int, row_bytes: int) -> int:

@@ -1,4 +1,5 @@
-"""How many sequences run per micro-batch: as many as fit into memory, found before a run and lowered during it.
+"""How many sequences run per micro-batch, and per batch of an evaluation: as many as fit into memory. The number is
+found before a run and lowered during it.
 
 Before a run a size is tried in a process of its own, so that a failed try leaves nothing behind. The estimate says
 where to look; what counts is whether an update runs. On CUDA more than `batch_size` may run, since few sequences leave
@@ -10,13 +11,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
 
 import torch
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
+from atlas.data.sequences.build import SequenceSource
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.machine import data_bytes, measure_memory
 from atlas.process import keep_memory
@@ -30,6 +31,7 @@ from atlas.training.devices.memory import (
 )
 from atlas.training.devices.parallel import wrap
 from atlas.training.devices.signals import Stopped, StopRequest
+from atlas.training.evaluate import Evaluation, evaluate
 from atlas.training.memory.estimate import estimate_training_memory
 from atlas.training.memory.fit import largest_micro_batch, memory_advice
 from atlas.training.run import Learner
@@ -80,36 +82,35 @@ def gradient_within_memory(
         is_joint = world.size > 1
 
     while True:
-        size = state.micro_batch_size
+        size = min(state.micro_batch_size, num_sequences)
         is_proven = learner.proven == (size, _PROVEN)
         is_joint = world.size > 1 and (is_proven or learner.runtime.parallel == "fsdp")
         gradient = None
         try:
             with stop.at_once(enabled=learner.runtime.compiles):
-                gradient = accumulate_gradient(
-                    learner,
-                    batch,
-                    step=state.step,
-                    micro_batch_size=size,
-                    stop=stop,
-                    before_reduction=join_others,
-                )
+                gradient = accumulate_gradient(learner, batch, state, stop=stop, before_reduction=join_others)
             break
         except Stopped:
             clear_gradient(learner)
             return None
         except _OutOfMemoryElsewhere:
-            if min(size, num_sequences) == 1:
+            if size == 1:
                 raise EndedElsewhere from None
         except (RuntimeError, MemoryError) as error:
             refuse_failed_compilation(error)
             if not is_out_of_memory(error):
                 raise
             if is_joint:
-                _end_all_ranks(learner, state, min(size, num_sequences))
+                half = max(1, size // 2)
+                remember_micro_batch(learner.config, learner.runtime.device, half)
+                raise AtlasError(
+                    f"rank {world.rank}: step {state.step + 1}: out of memory with {size} sequences per micro-batch, "
+                    f"while it worked with other ranks: --set training.micro_batch_size={half}; a restart by torchrun "
+                    "sets it by itself. The checkpoints are intact"
+                ) from None
             world.any(True)
         # Here and not above: the exception holds on to the tensors of what failed.
-        state.micro_batch_size = _fewer(learner, min(size, num_sequences), state.step, say=say)
+        state.micro_batch_size = _fewer(learner, size, state.step, say=say)
     proven_size, updates = learner.proven
     learner.proven = size, min(_PROVEN, updates + 1) if proven_size == size else 1
     if size < asked:
@@ -120,6 +121,53 @@ def gradient_within_memory(
         )
         remember_micro_batch(learner.config, learner.runtime.device, size)
     return gradient
+
+
+def evaluate_within_memory(
+    learner: Learner,
+    dataset: SequenceSource,
+    windows: Sequence[int],
+    state: TrainState,
+    *,
+    stop: StopRequest,
+    say: Callable[[str], None],
+) -> Evaluation | None:
+    """`evaluate` in batches of `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
+    runtime = learner.runtime
+    asked = min(state.eval_batch_size, len(windows))
+    while True:
+        size = min(state.eval_batch_size, len(windows))
+        try:
+            with stop.at_once(enabled=runtime.compiles):
+                evaluation = evaluate(
+                    learner.objective,
+                    dataset,
+                    windows,
+                    batch_size=state.eval_batch_size,
+                    runtime=runtime,
+                    should_stop=lambda: stop.requested,
+                )
+            break
+        except Stopped:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            refuse_failed_compilation(error)
+            if not is_out_of_memory(error):
+                raise
+        # Here and not above: the exception holds on to the tensors of what failed.
+        release_memory(runtime.device)
+        if size == 1 or runtime.parallel == "fsdp":
+            raise AtlasError(
+                f"step {state.step}: out of memory while evaluating {size} sequences in a batch: a lower "
+                "training.eval_batch_size, a shorter model.max_seq_len or a smaller model helps"
+            )
+        state.eval_batch_size = size // 2
+    if size < asked:
+        say(
+            f"step {state.step}: out of memory while evaluating {asked} sequences in a batch: {size} from now on "
+            "(training.eval_batch_size)"
+        )
+    return evaluation
 
 
 def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]) -> int:
@@ -141,16 +189,6 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
     return size // 2
 
 
-def _end_all_ranks(learner: Learner, state: TrainState, size: int) -> NoReturn:
-    remember_micro_batch(learner.config, learner.runtime.device, max(1, size // 2))
-    raise AtlasError(
-        f"rank {learner.runtime.world.rank}: step {state.step + 1}: out of memory with {size} sequences per "
-        "micro-batch, while it worked with other ranks: --set "
-        f"training.micro_batch_size={max(1, size // 2)}; a restart by torchrun "
-        "sets it by itself. The checkpoints are intact"
-    )
-
-
 def fit_micro_batch(
     config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None], may_exceed: bool = False
 ) -> int:
@@ -162,12 +200,9 @@ def fit_micro_batch(
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
-    if (
-        may_exceed
-        and runtime.device.type == "cuda"
-        and (found := _more_than_batch_size(config, runtime, free, say))
-    ):
-        return found
+    is_cuda = runtime.device.type == "cuda"
+    if may_exceed and is_cuda and (more := _more_than_batch_size(config, runtime, say)):
+        return more
     known = remembered_micro_batch(config, runtime.device)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
         if known < most:
@@ -201,9 +236,7 @@ def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool
     return _estimate(config, size, runtime, keeps_all=True) > _ROOMY * measure_memory(runtime.device.type)
 
 
-def _more_than_batch_size(
-    config: AtlasConfig, runtime: Runtime, free: int, say: Callable[[str], None]
-) -> int | None:
+def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
     """The size of micro-batches if an update is split into as few equal ones as leave a GPU's memory ample; None if
     that is not more than `batch_size`."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
@@ -212,15 +245,13 @@ def _more_than_batch_size(
         size = -(-sequences // num_micro_batches)
         if size <= config.training.batch_size:
             break
-        if (
-            size * num_micro_batches > _FILLED * sequences
-        ):  # too many rows of the last one would only fill it up
+        if size * num_micro_batches > _FILLED * sequences:  # too many rows would only fill the last one up
             continue
-        # What compiled blocks keep and the trial does not, since it compiles nothing.
-        more = _estimate(config, size, runtime, keeps_all=True) - _estimate(config, size, runtime)
-        more = more if runtime.compiles else 0
-        limit = int(_COMFORTABLE * free) - more
-        if _estimate(config, size, runtime) > limit or (known is not None and known < size):
+        limit = int(_COMFORTABLE * measure_memory(runtime.device.type))
+        need = _estimate(config, size, runtime)
+        if runtime.compiles:  # blocks keep more than in the trial, which compiles nothing
+            limit -= _estimate(config, size, runtime, keeps_all=True) - need
+        if need > limit or (known is not None and known < size):
             continue
         if known == size or _trial_fits(config, size, runtime, limit, say):
             remember_micro_batch(config, runtime.device, size)
@@ -233,10 +264,8 @@ def _more_than_batch_size(
 
 
 def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bool = False) -> int:
-    training = config.training.model_copy(update={"micro_batch_size": size})
-    return estimate_training_memory(
-        config.model_copy(update={"training": training}), device=runtime.device.type, keeps_all=keeps_all
-    ).total
+    config = config.replace("training", micro_batch_size=size)
+    return estimate_training_memory(config, device=runtime.device.type, keeps_all=keeps_all).total
 
 
 def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
@@ -255,28 +284,23 @@ def _trial_fits(
     """Whether an update with micro-batches of `size` runs in a child process that may use `limit` bytes, on a CPU
     everything included. The child compiles nothing, which would take a minute each time."""
     # The child is one process: it has no ranks to share the model with.
-    alone = config.training.model_copy(update={"parallel": "auto", "shard_size": None})
+    alone = config.replace("training", parallel="auto", shard_size=None)
     trial = {
-        "config": config.model_copy(update={"training": alone}).model_dump(mode="json"),
+        "config": alone.model_dump(mode="json"),
         "size": size,
         "limit": limit,
         "threads": torch.get_num_threads(),
     }
+    command = [sys.executable, "-m", "atlas.training.micro_batch"]
     child = subprocess.run(
-        [sys.executable, "-m", "atlas.training.micro_batch"],
-        input=json.dumps(trial),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
+        command, input=json.dumps(trial), capture_output=True, encoding="utf-8", errors="replace", check=False
     )
-    fits = child.returncode == 0
-    if not fits and child.returncode != _TOO_LARGE and child.returncode not in _KILLED:
+    if child.returncode not in {0, _TOO_LARGE, *_KILLED}:
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise AtlasError(
             f"training.micro_batch_size: auto: an update could not be tried ({reason:.200}): give a number"
         )
+    fits = child.returncode == 0
     say(f"  {size} per micro-batch: {'fits' if fits else 'does not fit'}")
     return fits
 
@@ -293,18 +317,17 @@ def _run_trial() -> int:
     size = trial["size"]
     sequences = min(2 * size, config.training.sequences_per_update)
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
-    state = TrainState(horizon=1, micro_batch_size=size, eval_batch_size=size)
+    state = TrainState(horizon=1, micro_batch_size=size)
     try:
         learner = fresh_learner(config, runtime)
         documents = [torch.zeros_like(tokens[:, 1:])] if config.data.document_mask else []
         batch = [tokens[:, :-1], tokens[:, 1:], *documents]
         for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
-            gradient = accumulate_gradient(learner, batch, step=0, micro_batch_size=size, stop=StopRequest())
+            gradient = accumulate_gradient(learner, batch, state, stop=StopRequest())
             apply_gradient(learner, gradient, state, rate=0.0)
-    except ImportError:  # no memory is left to map a library that PyTorch loads when it first needs it
-        return _TOO_LARGE
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (ImportError, RuntimeError, MemoryError) as error:
+        # ImportError: no memory is left to map a library that PyTorch loads when it first needs it.
+        if not isinstance(error, ImportError) and not is_out_of_memory(error):
             raise
         return _TOO_LARGE
     return 0
@@ -315,15 +338,12 @@ def _limit_memory(limit: int, device: torch.device) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU
-    if device.type != "cpu":
-        return
-    try:
+    if device.type == "cpu" and sys.platform != "win32":
         import resource
-    except ImportError:  # Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
 
 
 if __name__ == "__main__":

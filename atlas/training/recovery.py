@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,13 +26,12 @@ def recover(run: Run, fault: Fault) -> bool:
     last = state.sequences_consumed - 1
     first = last + 1 - run.config.training.sequences_per_update
     log.event("skipped", state.step, reason=fault.reason, first_sequence=first, last_sequence=last)
-    if not fault.is_benign:
-        log.say(
-            f"step {state.step}: not applied: {fault.reason} (sequences {first:,} to {last:,} of the run)"
-        )
-    goes_back = (
-        guard.spikes == "rollback" if fault.is_spike else state.bad_in_a_row >= guard.max_bad_steps
-    ) and not fault.is_benign
+    if fault.is_benign:
+        return False
+    log.say(f"step {state.step}: not applied: {fault.reason} (sequences {first:,} to {last:,} of the run)")
+    goes_back = state.bad_in_a_row >= guard.max_bad_steps
+    if fault.is_spike:
+        goes_back = guard.spikes == "rollback"
     if goes_back:
         roll_back(run, fault)
     return goes_back
@@ -101,31 +100,21 @@ def roll_back(run: Run, fault: Fault) -> None:
         )
     load_full_weights(run.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it is given, and these may be needed once more.
-    restore_optimizer(
-        run.learner, {**good, "optimizer_state_dict": copy.deepcopy(good["optimizer_state_dict"])}
-    )
+    optimizer_state = copy.deepcopy(good["optimizer_state_dict"])
+    restore_optimizer(run.learner, {**good, "optimizer_state_dict": optimizer_state})
     since = state.went_back_to if state.rollbacks else good["step"]
     state.roll_back_to(good)
     run.keep_snapshot()  # the last save is now one that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * run.config.training.sequences_per_update
     run.log.rewind(state.step)
-    abandoned = [
-        path
-        for manifest, path in run.checkpoints.found()
-        if manifest.step > state.step and manifest.kind != "best"
-    ]
+    found = run.checkpoints.found()
+    abandoned = [path for entry, path in found if entry.step > state.step and entry.kind != "best"]
     if abandoned and run.world.is_first:  # else --resume auto would take what did not help
         target = move_aside(run.checkpoints.folder, abandoned)
         run.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
-    run.log.event(
-        "rollback",
-        state.step,
-        from_step=came_to,
-        reason=fault.reason,
-        first_sequence=first,
-        last_sequence=last,
-    )
+    facts = {"from_step": came_to, "reason": fault.reason, "first_sequence": first, "last_sequence": last}
+    run.log.event("rollback", state.step, **facts)
     run.log.say(
         f"step {came_to}: rolled back to step {state.step} (rollback {state.rollbacks} of {MAX_ROLLBACKS}): sequences "
         f"{first:,} to {last:,} are skipped, the learning rate is {state.rate_scale:g} of the planned one"
@@ -135,26 +124,18 @@ def roll_back(run: Run, fault: Fault) -> None:
 def _target(run: Run) -> dict[str, Any] | None:
     """The contents of the save to roll back to: the last one, and if that did not help, the one before, since weights
     can be ruined and still finite. If there is none before, the same once more, past more data and at a lower rate."""
-    rollbacks, there = run.state.rollbacks, run.state.went_back_to
-    if run.world.size > 1:
-        return _target_of_all(run, [None] if rollbacks == 0 else [there, there + 1])
-    last = run.saver.last_good()
-    if rollbacks == 0:
-        return last
-    checkpoints = run.checkpoints
-    older = checkpoints.load_latest(before=there) or checkpoints.load_latest(before=there + 1)
-    return older[1] if older else last
-
-
-def _target_of_all(run: Run, befores: Sequence[int | None]) -> dict[str, Any] | None:
-    """`_target` for several ranks. Only the first has a copy in memory, so all load a checkpoint from the disk: the
-    newest before the first of `befores` that has one."""
-    world, found = run.world, None
+    saver, world, there = run.saver, run.world, run.state.went_back_to
+    if world.size == 1 and run.state.rollbacks == 0:
+        return saver.last_good()
+    found = None
     if world.is_first:
-        run.saver.join()
-        for before in befores:
+        saver.join()
+        for before in [there, there + 1] if run.state.rollbacks else [None]:
             found = found or run.checkpoints.load_latest(before=before)
-    path = world.broadcast(str(found[0]) if found else None)
+    if world.size == 1:
+        return found[1] if found else saver.last_good()
+    # Only the first rank has a copy in memory, so all load the checkpoint from the disk.
+    path = world.broadcast(found and str(found[0]))
     return found[1] if found else path and load_checkpoint(path)
 
 

@@ -25,6 +25,7 @@ from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.run_config import with_data, with_written_length
 
+_DEFAULT_FOLDER = Path(AtlasConfig().checkpoint.output_dir)
 _MAY_CHANGE = {"dropout"}
 """Model settings that may differ between a checkpoint and the run that resumes from it."""
 
@@ -81,12 +82,10 @@ def choose_start(request: Request, world: World = ALONE) -> Start:
 
 def _continue_alone(start: Start) -> None:
     """Let one process resume a run of several."""
-    training = start.config.training
-    if start.source and training.parallel in ("ddp", "fsdp"):
-        alone = training.model_copy(update={"parallel": "auto", "shard_size": None})
-        start.config = start.config.model_copy(update={"training": alone})
-        asked = f"training.parallel: {training.parallel}"
-        start.notes.append(f"{asked}: is for several processes, and this is one")
+    asked = start.config.training.parallel
+    if start.source and asked in ("ddp", "fsdp"):
+        start.config = start.config.replace("training", parallel="auto", shard_size=None)
+        start.notes.append(f"training.parallel: {asked}: is for several processes, and this is one")
 
 
 def _decision(start: Start) -> dict[str, Any]:
@@ -103,9 +102,7 @@ def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
     source = decision["source"] and Path(decision["source"])
     contents = load_checkpoint(source, without=left_in_shards(source)) if source else {}
     is_new_run = decision["mode"] == "finetune"
-    config, data = with_data(
-        resolve(decision["config"]), request.explicit, contents or None, is_new_run=is_new_run
-    )
+    config, data = with_data(resolve(decision["config"]), request.explicit, contents, is_new_run=is_new_run)
     if data.fingerprint != decision["fingerprint"]:
         raise AtlasError(
             f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
@@ -114,7 +111,7 @@ def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
 
 
 def _decide(request: Request) -> Start:
-    if is_a_restart():  # the folder was set aside when the run began, and now holds that run
+    if num_restarts():  # the folder was set aside when the run began, and now holds that run
         request = replace(request, no_resume=False)
     if request.init_from and request.resume:
         raise AtlasError("--init-from starts a new run and --resume continues one: give one of them")
@@ -123,62 +120,56 @@ def _decide(request: Request) -> Start:
     source = request.init_from or (request.resume if request.resume != "auto" else None)
     if source:
         return _from_named_checkpoint(request, find_checkpoint(source))
-    config = resolve(request.explicit)
-    folder = Path(config.checkpoint.output_dir)
-    if request.no_resume or not _checkpoint_files(folder, own_names_only=True):
-        config, data = with_data(config, request.explicit, None)
-        start = Start("fresh", config, data, folder, notes=list(data.notes))
-        if request.resume:
-            start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
+    folder = Path(resolve(request.explicit).checkpoint.output_dir)
+    if not request.no_resume and _has_checkpoint(folder):
+        return _from_occupied_folder(request, folder)
+    start = _start_over(request, folder)
+    if request.resume:
+        start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
+    if not request.no_resume:
         # A file without a sidecar is no checkpoint: a kill in the first save left it, or it came from elsewhere.
-        start.set_aside = _run_files(folder) if request.no_resume else _checkpoint_files(folder)
-        return start
-    return _from_occupied_folder(request, folder)
+        start.set_aside = checkpoint_paths(folder)
+    return start
 
 
 def _from_named_checkpoint(request: Request, source: Path) -> Start:
     notes: list[str] = []
     contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
-    inherited = dict(contents["config"])
-    _refuse_unasked_code(inherited, request.explicit)
+    inherited, explicit = contents["config"], request.explicit
+    _refuse_unasked_code(inherited, explicit)
     is_new_run = request.init_from is not None
-    config, data = with_data(
-        resolve(inherited, request.explicit), request.explicit, contents, is_new_run=is_new_run
-    )
-    same_data = data.fingerprint == contents["data"].get("fingerprint")
-    resumes = same_data and not is_new_run
+    config, data = with_data(resolve(inherited, explicit), explicit, contents, is_new_run=is_new_run)
+    resumes = not is_new_run and data.fingerprint == contents["data"].get("fingerprint")
     notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
     if resumes:
         _refuse_other_optimizer(config, contents, source)
-        asked_folder = _explicit_folder(request.explicit)
         owned = read_manifest(source, check_hash=False) is not None
         # A file without a sidecar came from elsewhere, so this run does not write to its folder.
-        folder = asked_folder or (source.parent if owned else Path(AtlasConfig().checkpoint.output_dir))
-        if folder.resolve() != source.parent.resolve() and _checkpoint_files(folder):
+        folder = _explicit_folder(explicit) or (source.parent if owned else _DEFAULT_FOLDER)
+        if folder.resolve() != source.parent.resolve() and checkpoint_paths(folder):
             raise AtlasError(
                 f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
             )
-        latest = CheckpointManager(folder).load_latest(to_resume=True) if is_a_restart() else None
+        latest = CheckpointManager(folder).load_latest(to_resume=True) if num_restarts() else None
         if latest and latest[1]["step"] > contents["step"]:
             return _continue(request, folder, latest)
-        newer = [
-            path for manifest, path in CheckpointManager(folder).found() if manifest.step > contents["step"]
-        ]
+        found = CheckpointManager(folder).found()
+        newer = [path for manifest, path in found if manifest.step > contents["step"]]
         return Start("resume", config, data, folder, source, contents, newer, notes)
-    if not request.init_from:
+    if not is_new_run:
         notes.append(
             f"{source}: was trained on other data: this is fine-tuning, from its weights, with a fresh schedule"
         )
     folder, latest, set_aside = _finetune_folder(request, config, data, base_key(contents))
     if latest:
         return _continue(request, folder, latest)
-    config = with_written_length(config, request.explicit)
+    config = with_written_length(config, explicit)
     return Start("finetune", config, data, folder, source, contents, set_aside, [*notes, *data.notes])
 
 
-def is_a_restart() -> bool:
-    """Whether torchrun has restarted the run: what the command says about its beginning has been done."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def num_restarts() -> int:
+    """How often torchrun has restarted the run. After a restart, what the command says about its beginning is done."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _from_occupied_folder(request: Request, folder: Path) -> Start:
@@ -191,14 +182,14 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
         )
     ask = request.ask if request.resume is None else None
     try:
-        start = _continue(request, folder, latest, notes)
+        start = _continue(request, folder, latest)
     except OtherRunError:
         if ask is None:
             raise
         fresh = _start_over(request, folder)  # if this is refused too, there is nothing to ask
-        if ask(_asks_for_new_run(folder)):
-            return fresh
-        raise AtlasError(_other_run(folder, request)) from None
+        _confirm_new_run(request, folder)
+        return fresh
+    start.notes += notes
     step = start.contents["step"]
     if ask and not ask(
         f"{folder} holds this run at step {step}. Resume it? (n: start a new one, it moves to previous-N)"
@@ -213,9 +204,7 @@ def _start_over(request: Request, folder: Path) -> Start:
     return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
 
-def _continue(
-    request: Request, folder: Path, latest: tuple[Path, dict[str, Any]], notes: list[str] | None = None
-) -> Start:
+def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
     """Resume the run in a folder, if it has the same model and data."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
@@ -230,7 +219,7 @@ def _continue(
     if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
         raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
-    return Start("resume", config, data, folder, source, contents, [], notes or [])
+    return Start("resume", config, data, folder, source, contents)
 
 
 def _finetune_folder(
@@ -239,36 +228,34 @@ def _finetune_folder(
     """The folder that fine-tuning writes to, never one that holds another run; the checkpoint to resume from, if the
     same fine-tuning had begun there; and the files to set aside."""
     asked_folder = _explicit_folder(request.explicit)
-    folder = asked_folder or Path(AtlasConfig().checkpoint.output_dir)
+    folder = asked_folder or _DEFAULT_FOLDER
     if request.no_resume:
         return folder, None, _run_files(folder)
-    if not _checkpoint_files(folder, own_names_only=True):
+    if not _has_checkpoint(folder):
         return folder, None, []
     if asked_folder is None:
         folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
-        if not _checkpoint_files(folder):
+        if not checkpoint_paths(folder):
             return folder, None, []
     latest = CheckpointManager(folder).load_latest(to_resume=True)
     if latest and latest[1].get("initialized_from"):
         run = latest[1]["data"]
         if run.get("fingerprint") == data.fingerprint and run.get("base", base) == base:
             return folder, latest, []
-    if request.ask and request.ask(_asks_for_new_run(folder)):
-        return folder, None, _run_files(folder)
-    raise AtlasError(_other_run(folder, request))
+    _confirm_new_run(request, folder)
+    return folder, None, _run_files(folder)
 
 
-def _asks_for_new_run(folder: Path) -> str:
-    return (
+def _confirm_new_run(request: Request, folder: Path) -> None:
+    """Raise `AtlasError` unless somebody can be asked and agrees to a new run in a folder that holds another one."""
+    question = (
         f"{folder} holds another run: of another model, other data or other weights to start from. Start a new one? "
         f"The old one moves to {folder / 'previous-N'}"
     )
-
-
-def _other_run(folder: Path, request: Request) -> str:
-    """The message for a folder that is refused: after a person's "no", or if nobody could be asked."""
+    if request.ask and request.ask(question):
+        return
     unchanged = " and stays as it is" if request.ask else ""
-    return (
+    raise AtlasError(
         f"{folder}: holds another run{unchanged}: give the new one another --output-dir, or move the old one aside "
         "with --no-resume"
     )
@@ -296,7 +283,7 @@ def _refuse_other_shape(
     old, new = (one.model.model_dump(mode="json") for one in (saved, config))
     differing = [key for key in new if old[key] != new[key] and key not in _MAY_CHANGE]
     changed = {key: f"{key} {old[key]} → {new[key]}" for key in differing}
-    other_context = changed.pop("max_seq_len", None) if is_new_run else None
+    context = changed.pop("max_seq_len", None) if is_new_run else None
     length, is_longer = old["max_seq_len"], new["max_seq_len"] > old["max_seq_len"]
     fits = new["position"] != "learned" or not is_longer
     if changed:
@@ -306,15 +293,13 @@ def _refuse_other_shape(
         raise AtlasError(
             f"{source}: is another model's checkpoint (model: {', '.join(changed.values())}): {remedy}"
         )
-    if other_context is None:
-        return []
-    if not fits:
+    if context and not fits:
         raise AtlasError(
-            f"{source}: model: {other_context}: the model has {length} trained positions and no others: set "
+            f"{source}: model: {context}: the model has {length} trained positions and no others: set "
             f"model.max_seq_len to at most {length}, or train a model with position rope"
         )
     untrained = f"; it has not been trained on distances beyond {length}" if is_longer else ""
-    return [f"model: {other_context}: the new run has another context than {source}{untrained}"]
+    return [f"model: {context}: the new run has another context than {source}{untrained}"] if context else []
 
 
 def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
@@ -342,9 +327,9 @@ def _explicit_folder(explicit: Layer) -> Path | None:
     return None if folder is None else Path(str(folder))
 
 
-def _checkpoint_files(folder: Path, *, own_names_only: bool = False) -> list[Path]:
-    """The checkpoints of a run in `folder`; with `own_names_only`, those that have a sidecar."""
-    return [path for path in checkpoint_paths(folder) if not own_names_only or sidecar_of(path).exists()]
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether `folder` has a checkpoint with a sidecar."""
+    return any(sidecar_of(path).exists() for path in checkpoint_paths(folder))
 
 
 def refuse_links(folder: Path) -> None:

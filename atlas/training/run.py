@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from atlas.config import AtlasConfig
+from atlas.config import AtlasConfig, TrackingConfig
 from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
@@ -31,43 +31,26 @@ from atlas.training.logs.run_log import RunLog, perplexity
 from atlas.training.logs.throughput import Throughput
 from atlas.training.loss import LossFunction, SummedLoss
 from atlas.training.optimizers.build import build_optimizer
-from atlas.training.samples import Sampler
 from atlas.training.schedule import RunClock
 from atlas.training.state import TrainState
 
 
-@dataclass
 class Learner:
-    """A model, its loss and its optimizer on one device: what an update computes with."""
+    """A model, its loss and a new optimizer on one device: what an update computes with."""
 
-    config: AtlasConfig
-    runtime: Runtime
-    model: AtlasLM
-    objective: SummedLoss
-    wrapped: nn.Module
-    """`objective` as the ranks share it (DDP, FSDP2); in a run of one process the objective itself."""
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    proven: tuple[int, int] = (0, 0)
-    """Sequences per micro-batch, and how many updates of that size have fitted into memory (`micro_batch`)."""
-
-    @classmethod
-    def build(
-        cls, model: AtlasLM, config: AtlasConfig, runtime: Runtime, custom_loss: LossFunction | None = None
-    ) -> Learner:
-        """Move `model` to the device and give it a loss and a new optimizer."""
-        model = model.to(runtime.device, runtime.weights_dtype)
-        model.gradient_checkpointing = config.training.gradient_checkpointing
-        objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
-        return cls(
-            config,
-            runtime,
-            model,
-            objective,
-            wrap(objective, config, runtime.world, runtime.parallel, runtime.device),
-            build_optimizer(model, config.training),
-            runtime.grad_scaler(),
-        )
+    def __init__(
+        self, model: AtlasLM, config: AtlasConfig, runtime: Runtime, custom_loss: LossFunction | None = None
+    ) -> None:
+        self.config, self.runtime = config, runtime
+        self.model = model.to(runtime.device, runtime.weights_dtype)
+        self.model.gradient_checkpointing = config.training.gradient_checkpointing
+        self.objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
+        self.wrapped = wrap(self.objective, config, runtime.world, runtime.parallel, runtime.device)
+        """`objective` as the ranks share it (DDP); with FSDP2 and in a run of one process the objective itself."""
+        self.optimizer = build_optimizer(model, config.training)
+        self.scaler = runtime.grad_scaler()
+        self.proven = (0, 0)
+        """Sequences per micro-batch, and how many updates of that size have fitted into memory (`micro_batch`)."""
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
         """Load an optimizer's state dict of full tensors. PyTorch casts a state to the dtype of its parameter; the
@@ -75,6 +58,11 @@ class Learner:
         self.model.float()
         self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
         self.model.to(self.runtime.weights_dtype)
+
+
+Sampler = Callable[[AtlasLM, Tokenizer, TrackingConfig, int, Callable[[], bool]], list[str]]
+"""`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` texts, generated with a model in
+evaluation mode, by random numbers of its own. Inference has one; the code that starts a run passes it in."""
 
 
 @dataclass

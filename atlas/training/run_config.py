@@ -20,7 +20,7 @@ def with_data(
     config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
 ) -> tuple[AtlasConfig, ResolvedData]:
     """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
-    from. On the same data the run resumes it, unless it `is_new_run`."""
+    from, if any. On the same data the run resumes it, unless it `is_new_run`."""
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
             "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to resume "
@@ -30,7 +30,7 @@ def with_data(
     tokenizer: Tokenizer | None = None
     if asked is not None:
         tokenizer = Tokenizer.resolve(asked)
-    elif contents is not None:
+    elif contents:
         tokenizer = Tokenizer.from_state(contents["tokenizer"])
     val_data, val_fraction = config.data.val_data, config.data.val_fraction
     if config.data.mixture is not None:
@@ -38,15 +38,15 @@ def with_data(
     else:
         assert config.data.train_data is not None
         data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
-    if contents is not None and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
+    if contents and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
         raise AtlasError(
             f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
             f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
             f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
         )
-    resumes = contents is not None and data.fingerprint == contents["data"].get("fingerprint")
+    resumes = contents and data.fingerprint == contents["data"].get("fingerprint")
     if data.has_conversations and (is_new_run or not resumes):
-        config = _for_conversations(config, explicit, is_finetuning=contents is not None)
+        config = _for_conversations(config, explicit, is_finetuning=bool(contents))
     return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
 
 
@@ -62,8 +62,7 @@ def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: b
         }
     for section, values in settings.items():
         unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
-        changed = getattr(config, section).model_copy(update=unwritten)
-        config = config.model_copy(update={section: changed})
+        config = config.replace(section, **unwritten)
     return config
 
 
@@ -75,15 +74,11 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
             f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
             f"preset add --set model.vocab_size={vocab_size}"
         )
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config.model_copy(update={"model": model})
+    return config.replace("model", vocab_size=vocab_size)
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
     """The config of a new run with the length that the user set, if any, instead of that of the checkpoint's run."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
-    if not written:
-        return config
-    training = config.training.model_copy(update=dict.fromkeys(lengths - written))
-    return config.model_copy(update={"training": training})
+    return config.replace("training", **dict.fromkeys(lengths - written)) if written else config

@@ -26,13 +26,11 @@ def horizon_steps(
     With `step` and `sequences_consumed`, the end of a run that is at that point already.
     """
     epochs = config.epochs if config.epochs or config.max_steps or config.max_hours else 1
-    ends = [NO_LIMIT]
-    if config.max_steps:
-        ends.append(config.max_steps)
+    end = min(config.max_steps or NO_LIMIT, NO_LIMIT)
     if epochs:
         remaining = max(0, epochs * sequences_per_epoch - sequences_consumed)
-        ends.append(step + math.ceil(remaining / config.sequences_per_update))
-    return min(ends)
+        end = min(end, step + math.ceil(remaining / config.sequences_per_update))
+    return end
 
 
 def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:

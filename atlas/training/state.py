@@ -10,15 +10,6 @@ from typing import Any
 from atlas.config import TrainingConfig
 
 MAX_ROLLBACKS = 3
-_KEPT_AT_ROLLBACK = (
-    "horizon",
-    "is_planned",
-    "sequences_consumed",
-    "micro_batch_size",
-    "eval_batch_size",
-    "skipped",
-    "seconds",
-)
 ROLLBACK_RATE = 0.5
 """The learning rate is multiplied by this at each rollback."""
 
@@ -36,7 +27,7 @@ class Result:
 
 @dataclass
 class RunningMean:
-    """The mean of the values since the last reset."""
+    """The mean of some values."""
 
     total: float = 0.0
     count: int = 0
@@ -51,10 +42,6 @@ class RunningMean:
         """NaN without values."""
         return self.total / self.count if self.count else math.nan
 
-    def reset(self) -> None:
-        """Forget all values."""
-        self.total, self.count = 0.0, 0
-
 
 @dataclass
 class TrainState:
@@ -66,7 +53,7 @@ class TrainState:
     horizon: int
     """The update at which the run ends."""
     micro_batch_size: int
-    eval_batch_size: int
+    eval_batch_size: int = 1
     is_planned: bool = True
     """False until the measured speed has turned `training.max_hours` into a horizon."""
     step: int = 0
@@ -115,7 +102,7 @@ class TrainState:
         self.val_rises = self.val_rises + 1 if memorizes else 0
         self.val_loss, self.train_loss_at_evaluation = val_loss, train_loss
         self.evaluated_at = self.step
-        self.loss_since_evaluation.reset()
+        self.loss_since_evaluation = RunningMean()
 
     def update_best(self, loss: float) -> bool:
         """Count an evaluation; return whether `loss` is the lowest so far."""
@@ -138,7 +125,7 @@ class TrainState:
             self.rollbacks = 0
         if not has_validation and self.loss_since_save.count and not self.bad_in_a_row:
             kinds += ["best"] if self.update_best(self.loss_since_save.mean) else []
-            self.loss_since_save.reset()
+            self.loss_since_save = RunningMean()
         return kinds
 
     def owes_evaluation(self, interval: int) -> bool:
@@ -147,13 +134,15 @@ class TrainState:
 
     def roll_back_to(self, contents: dict[str, Any]) -> None:
         """Become the state of an earlier checkpoint, but skip the data used since, and lower the learning rate."""
-        kept = {name: getattr(self, name) for name in _KEPT_AT_ROLLBACK}
-        vars(self).update(
-            vars(TrainState.of(contents)),
-            **kept,
-            rollbacks=self.rollbacks + 1,
-            rate_scale=self.rate_scale * ROLLBACK_RATE,
-            trouble_at=max(self.trouble_at, self.step),
-            bad_in_a_row=0,
+        past = TrainState.of(contents)
+        past.horizon, past.is_planned = self.horizon, self.is_planned
+        past.micro_batch_size, past.eval_batch_size = self.micro_batch_size, self.eval_batch_size
+        past.sequences_consumed, past.skipped, past.seconds = (
+            self.sequences_consumed,
+            self.skipped,
+            self.seconds,
         )
-        self.went_back_to = self.step
+        past.rollbacks, past.rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
+        past.trouble_at, past.went_back_to = max(self.trouble_at, self.step), past.step
+        past.bad_in_a_row = 0
+        vars(self).update(vars(past))

@@ -51,9 +51,8 @@ def fresh_learner(config: AtlasConfig, runtime: Runtime) -> Learner:
     model = build_model(config.model, seed=config.seed)
     if config.lora.rank:
         add_lora(model, config.lora)
-    learner = Learner.build(
-        model, config, runtime, load_loss(config.training.loss) if config.training.loss else None
-    )
+    custom_loss = load_loss(config.training.loss) if config.training.loss else None
+    learner = Learner(model, config, runtime, custom_loss)
     if runtime.compiles:
         compile_blocks(model)
     model.train()
@@ -63,13 +62,12 @@ def fresh_learner(config: AtlasConfig, runtime: Runtime) -> Learner:
 def accumulate_gradient(
     learner: Learner,
     batch: Batch,
+    state: TrainState,
     *,
-    step: int,
-    micro_batch_size: int,
     stop: StopRequest,
     before_reduction: Callable[[], None] = lambda: None,
 ) -> Gradient:
-    """Sum the gradient of (N, T) sequences over micro-batches.
+    """Sum the gradient of (N, T) sequences over micro-batches of `state.micro_batch_size`.
 
     The loss is summed over valid targets and divided by their number in the whole update, so that the split changes
     nothing. `before_reduction` is called before this rank adds up gradients with others. Raises `Stopped` when
@@ -77,7 +75,9 @@ def accumulate_gradient(
     """
     runtime, world, targets = learner.runtime, learner.runtime.world, batch[1]
     num_sequences = len(targets)
-    size = even_split(num_sequences, micro_batch_size) if runtime.compiles else micro_batch_size
+    size = state.micro_batch_size
+    if runtime.compiles:
+        size = even_split(num_sequences, size)
     clear_gradient(learner)
     counts = functools.cache(world.sums_async(_num_valid(targets), stop.asked))
     total = torch.zeros((), device=runtime.device)
@@ -91,7 +91,7 @@ def accumulate_gradient(
         is_last = start + size >= num_sequences
         if runtime.compiles and learner.objective.custom_loss is None:
             micro = filled_up(micro, size)
-        seed_micro_step(learner.config.seed, step, world.rank * num_sequences + start)
+        seed_micro_step(learner.config.seed, state.step, world.rank * num_sequences + start)
         with no_sync_except_last(learner.wrapped, is_last=is_last):
             with runtime.autocast():
                 columns = [_to_device(column, runtime.device) for column in micro]
@@ -126,22 +126,20 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
     grad_norm = torch.nn.utils.clip_grad_norm_(list(learner.model.parameters()), limit)
     grad_norm = gather_full(grad_norm, to_cpu=False)
     figures = torch.stack([gradient.loss, grad_norm.to(gradient.loss)])
-    if _skips_by_flag(learner):
+    steps_by_flag = _skips_by_flag(learner)
+    if steps_by_flag:
         # The optimizer changes nothing where `found_inf` is 1, so the device need not wait until the host has read
         # the figures.
         optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
         optimizer.step()
-        loss, norm = figures.tolist()
-        fault = check_update(loss, norm, state=state, guard=config.guard)
-    else:
-        loss, norm = figures.tolist()
-        # Reading the scale is one more wait, and only an overflow needs it.
-        needs_scale = scaler.is_enabled() and not math.isfinite(norm)
-        scale = scaler.get_scale() if needs_scale else None
-        fault = check_update(loss, norm, state=state, guard=config.guard, loss_scale=scale)
-        if fault is None:
-            _step(learner, state.step)
-        scaler.update()
+    loss, norm = figures.tolist()
+    # Reading the scale is one more wait, and only an overflow needs it.
+    needs_scale = scaler.is_enabled() and not math.isfinite(norm)
+    scale = scaler.get_scale() if needs_scale else None
+    fault = check_update(loss, norm, state=state, guard=config.guard, loss_scale=scale)
+    if fault is None and not steps_by_flag:
+        _step(learner, state.step)
+    scaler.update()
     clear_gradient(learner)
     return Update(loss, norm, fault, rate)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from atlas.model.cost import lora_parameters
 from atlas.model.documents import has_flex_attention
 from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
 from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
-from atlas.training.resume import Start
+from atlas.training.resume import Start, num_restarts
 from atlas.training.run import Run
 from atlas.training.state import TrainState
 
@@ -37,8 +36,8 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
         say(
             "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
         )
-    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        say(f"torchrun restarted the run ({restart} times so far): a process failed, see above")
+    if restarts := num_restarts():
+        say(f"torchrun restarted the run ({restarts} times so far): a process failed, see above")
     if start.mode == "resume":
         of_all = f" of {state.horizon}" if state.is_planned else ""
         say(f"resuming {start.source} at step {state.step}{of_all}")
@@ -46,7 +45,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
             say(line)
     elif start.mode == "finetune":
         say(f"fine-tuning from the weights of {start.source}: step 0, fresh schedule, new optimizer state")
-    _warn_of_short_run(start, config, state, say)
+    _warn_of_short_run(start, run)
     say(as_yaml(config).rstrip())
     data, model = run.data.train, run.model
     if config.lora.rank:
@@ -101,18 +100,17 @@ def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> Non
     )
 
 
-def _warn_of_short_run(
-    start: Start, config: AtlasConfig, state: TrainState, say: Callable[[str], None]
-) -> None:
-    if start.data.has_conversations and state.horizon < _ENOUGH_CHAT_UPDATES:
-        say(
-            f"warning: {state.horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
+def _warn_of_short_run(start: Start, run: Run) -> None:
+    horizon, warmup_steps = run.state.horizon, run.config.training.warmup_steps
+    if start.data.has_conversations and horizon < _ENOUGH_CHAT_UPDATES:
+        run.log.say(
+            f"warning: {horizon} updates are too few to learn answers, about {_ENOUGH_CHAT_UPDATES} are needed: "
             "give more --epochs or a smaller --batch-size"
         )
-    elif config.training.warmup_steps >= state.horizon:
-        say(
-            f"warning: warmup_steps {config.training.warmup_steps} is not shorter than the run "
-            f"({state.horizon} updates): the learning rate never reaches its peak; lower training.warmup_steps"
+    elif warmup_steps >= horizon:
+        run.log.say(
+            f"warning: warmup_steps {warmup_steps} is not shorter than the run ({horizon} updates): the learning rate "
+            "never reaches its peak; lower training.warmup_steps"
         )
 
 

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atlas.training.devices.gpu_temperature import cool_down
-from atlas.training.devices.memory import collector_spares_the_run
-from atlas.training.evaluate import Evaluation, evaluate_within_memory
+from atlas.training.devices.memory import collector_spares_the_run, release_memory
+from atlas.training.evaluate import Evaluation
 from atlas.training.guard import count
 from atlas.training.logs.run_log import perplexity
-from atlas.training.micro_batch import gradient_within_memory
+from atlas.training.micro_batch import evaluate_within_memory, gradient_within_memory
 from atlas.training.recovery import emergency_save, recover, save_if_sound, save_or_roll_back
 from atlas.training.run import Run
-from atlas.training.samples import SamplingFailed, sample
 from atlas.training.schedule import learning_rate_at
 from atlas.training.state import Result
 from atlas.training.step import Update, apply_gradient
@@ -48,9 +48,8 @@ def train(run: Run) -> Result:
                 _cool_down(run)
             else:
                 stream = run.batches()
-        is_saved = True
-        if outcome in ("interrupted", "stopped in time"):
-            is_saved = save_if_sound(run, ["interrupt" if outcome == "interrupted" else "step"])
+        kind = {"interrupted": "interrupt", "stopped in time": "step"}.get(outcome)
+        is_saved = kind is None or save_if_sound(run, [kind])
         log.event(outcome, state.step)
     log.flush_to_disk()
     saved = run.saver.written if is_saved else []
@@ -84,11 +83,9 @@ def outcome_of(run: Run) -> str | None:
     at_the_end = run.saver.expected_seconds(run.num_bytes)
     if not run.world.broadcast(clock.is_over(at_the_end=at_the_end)):
         return None
-    slow = (
-        f" of {run.num_updates} planned: updates took longer than when they were measured"
-        if run.num_updates
-        else ""
-    )
+    slow = ""
+    if run.num_updates:
+        slow = f" of {run.num_updates} planned: updates took longer than when they were measured"
     log.say(
         f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; a larger --max-hours continues"
     )
@@ -217,35 +214,36 @@ def plan_horizon(run: Run) -> None:
 
 def _validation_loss(run: Run, windows: list[int]) -> Evaluation | None:
     assert run.data.val is not None
-    learner = run.learner
     return evaluate_within_memory(
-        learner.wrapped if run.runtime.parallel == "fsdp" else learner.objective,
-        run.data.val,
-        windows,
-        state=run.state,
-        runtime=run.runtime,
-        stop=run.stop,
-        say=run.log.say,
+        run.learner, run.data.val, windows, run.state, stop=run.stop, say=run.log.say
     )
 
 
 def _samples(run: Run) -> list[str]:
-    """What the model writes now. The first failure is logged, and from then on there are no samples."""
+    """`tracking.samples` texts on the first rank, none on the others. Texts to look at are no reason to end a run: the
+    first failure is logged, and from then on there are no samples."""
     if run.sampler is None or not run.config.tracking.samples:
         return []
-    try:
-        return sample(
-            run.sampler,
-            run.model,
-            run.data.tokenizer,
-            run.config,
-            run.runtime,
-            should_stop=lambda: run.stop.requested,
-        )
-    except SamplingFailed as reason:
-        run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason}")
-        run.sampler = None
+    if run.runtime.parallel == "fsdp":
+        reason = "each process holds a part of the weights"
+    elif not run.world.is_first:
         return []
+    else:
+        run.model.eval()
+        try:
+            # The compiled blocks are compiled for the shapes of training.
+            with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
+                # The same seed each time, so that only the model differs.
+                tracking, seed = run.config.tracking, run.config.seed
+                return run.sampler(run.model, run.data.tokenizer, tracking, seed, lambda: run.stop.requested)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        finally:
+            run.model.train()
+        release_memory(run.runtime.device)  # here: the exception holds on to the tensors of what failed
+    run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason:.200}")
+    run.sampler = None
+    return []
 
 
 def _log_out_of_memory(run: Run, work: str, before: int, sequences: int) -> None:

@@ -124,11 +124,7 @@ class Run:
         tokens = torch.randint(0, VOCABULARY, (self.config.training.sequences_per_update, LENGTH + 1))
         documents = [torch.zeros_like(tokens[:, 1:])] if self.config.data.document_mask else []
         gradient = accumulate_gradient(
-            self.learner,
-            [tokens[:, :-1], tokens[:, 1:], *documents],
-            step=self.state.step,
-            micro_batch_size=self.state.micro_batch_size,
-            stop=self.stop,
+            self.learner, [tokens[:, :-1], tokens[:, 1:], *documents], self.state, stop=self.stop
         )
         update = apply_gradient(self.learner, gradient, self.state, rate=1e-3)
         assert update.fault is None

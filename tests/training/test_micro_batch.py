@@ -20,6 +20,7 @@ from atlas.training.evaluate import evaluate
 from atlas.training.memory.estimate import estimate_training_memory
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.run import Learner
+from atlas.training.state import TrainState
 from atlas.training.step import accumulate_gradient, fresh_learner
 from tests.runs import layer, run_for
 
@@ -159,8 +160,8 @@ def test_compiled_micro_batches_have_one_shape_and_give_the_same(tmp_path: Path,
         learner.objective.register_forward_pre_hook(
             lambda module, columns, seen=seen: seen.append(len(columns[0]))
         )
-        batch, stop = (tokens[:, :-1], targets), StopRequest(pytest.fail)
-        losses.append(float(accumulate_gradient(learner, batch, step=0, micro_batch_size=5, stop=stop).loss))
+        batch, state = (tokens[:, :-1], targets), TrainState(horizon=1, micro_batch_size=5)
+        losses.append(float(accumulate_gradient(learner, batch, state, stop=StopRequest(pytest.fail)).loss))
         gradients.append([parameter.grad for parameter in learner.model.parameters()])
         shapes.append(seen)
     assert shapes == [[5, 2], [4, 4]]  # 4 and 3, filled up

@@ -95,6 +95,9 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
         kept = L * block
     kept += sum(tensor.bytes(micro_batch, T) for tensor in saved.rest) + is_dense * _DENSE_MASK * tokens * T
 
+    allocator = 0
+    if device == "cpu":
+        allocator = int(_CPU_SLACK * L * sum(size for size in tensors if size < KEPT_BELOW))
     half_weights = 0
     if half and width == _FP32:
         half_weights = _half_copies(config, saved, keeps_all=keeps_all)
@@ -110,9 +113,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
         gradients=gradients,
         half_precision_weights=half_weights,
         activations=kept,
-        allocator=int(_CPU_SLACK * L * sum(size for size in tensors if size < KEPT_BELOW))
-        if device == "cpu"
-        else 0,
+        allocator=allocator,
         loss=at_loss,
         process=PROCESS_BYTES[device],
     )

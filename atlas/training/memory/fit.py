@@ -32,10 +32,8 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
 
     A smaller model must fit `available` bytes; default: fewer than this one needs.
     """
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    config = config.model_copy(update={"training": training})
-    now = estimate_training_memory(config, device=device).total
-    limit = now if available is None else available
+    config = config.replace("training", micro_batch_size=1)
+    training, now = config.training, estimate_training_memory(config, device=device).total
 
     def less(memory: int) -> str:
         return f"{(now - memory) / 1e9:.2f} GB less"
@@ -56,7 +54,7 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
         "4. gradient accumulation: a micro-batch of one sequence is that already",
     ]
     parameters = count_parameters(config.model).total
-    plans = plan_presets(min(now - 1, limit), device=device)
+    plans = plan_presets(min(now - 1, now if available is None else available), device=device)
     if smaller := largest_that_fits([plan for plan in plans if plan.parameters < parameters]):
         lines.append(
             f"5. a smaller model, such as --config {smaller.name}, a new run: {less(smaller.memory)}"
@@ -68,5 +66,4 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
 
 
 def _estimate(config: AtlasConfig, device: str, section: str, **changes: object) -> int:
-    changed = getattr(config, section).model_copy(update=changes)
-    return estimate_training_memory(config.model_copy(update={section: changed}), device=device).total
+    return estimate_training_memory(config.replace(section, **changes), device=device).total

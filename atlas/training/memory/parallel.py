@@ -41,8 +41,11 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
         raise AtlasError(
             f"training.parallel: none: {ranks} processes would each train a model of their own: use auto"
         )
-    parallel = "ddp" if asked == "auto" and _fits_one_device(config, device, memory) else asked
-    parallel = "fsdp" if parallel == "auto" else parallel
+    parallel = asked
+    if asked == "auto":
+        one = config.replace("training", micro_batch_size=1)
+        fits = estimate_training_memory(one, device=device).total <= _ROOMY * memory
+        parallel = "ddp" if fits else "fsdp"
     if ranks == 1 and asked in ("auto", "ddp"):
         parallel = "none"
     if parallel != "fsdp":
@@ -69,9 +72,3 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
             f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: use a size that divides them"
         )
     return parallel, shards
-
-
-def _fits_one_device(config: AtlasConfig, device: str, memory: int) -> bool:
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    one = config.model_copy(update={"training": training})
-    return estimate_training_memory(one, device=device).total <= _ROOMY * memory

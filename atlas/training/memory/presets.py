@@ -30,8 +30,7 @@ def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
     """Return the config with a `vocab_size`: `ASSUMED_VOCABULARY` where it leaves it to the dataset."""
     if config.model.vocab_size is not None:
         return config
-    model = config.model.model_copy(update={"vocab_size": ASSUMED_VOCABULARY})
-    return config.model_copy(update={"model": model})
+    return config.replace("model", vocab_size=ASSUMED_VOCABULARY)
 
 
 def plan_presets(
@@ -45,9 +44,7 @@ def plan_presets(
     plans = []
     for name in preset_names():
         config = resolve(read_yaml(preset_path(name)))
-        wanted = vocab_size or config.model.vocab_size or open_vocab_size
-        model = config.model.model_copy(update={"vocab_size": wanted})
-        config = config.model_copy(update={"model": model})
+        config = config.replace("model", vocab_size=vocab_size or config.model.vocab_size or open_vocab_size)
         memory = estimate_training_memory(config, device=device).total
         plans.append(
             PresetPlan(name, config, count_parameters(config.model).total, memory, memory <= available)

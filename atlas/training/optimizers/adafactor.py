@@ -44,16 +44,18 @@ class AdafactorWithoutWaits(torch.optim.Adafactor):
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     if not state:
-                        state.update(_new_state(parameter.grad))
+                        state["step"] = torch.tensor(0.0)  # on the CPU, so that the host can read it
+                        for name, shape in variance_shapes(parameter).items():
+                            state[name] = parameter.grad.new_zeros(shape)
                     _update(parameter, parameter.grad, state, group)
 
 
-def _new_state(gradient: Tensor) -> dict[str, Tensor]:
-    step = torch.tensor(0.0)  # on the CPU, so that the host can read it
-    if gradient.dim() < 2:
-        return {"step": step, "variance": torch.zeros_like(gradient)}
-    rows, columns = gradient.shape
-    return {"step": step, "row_var": gradient.new_zeros(rows, 1), "col_var": gradient.new_zeros(1, columns)}
+def variance_shapes(parameter: Tensor) -> dict[str, torch.Size]:
+    """The shapes of the mean squared gradients that Adafactor keeps for a parameter."""
+    if parameter.dim() < 2:
+        return {"variance": parameter.shape}
+    rows, columns = parameter.shape
+    return {"row_var": torch.Size((rows, 1)), "col_var": torch.Size((1, columns))}
 
 
 def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

@@ -39,12 +39,8 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
         raise AtlasError(
             f"training.optimizer: adamw8bit: compiles its step, and no {missing} is here: install it, {_INSTEAD}"
         )
-    optimizer = AdamW8bit(
-        [{**group, "is_8bit": True} for group in groups],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        block_size=_BLOCK,
-    )
+    groups, betas = [{**group, "is_8bit": True} for group in groups], (config.beta1, config.beta2)
+    optimizer = AdamW8bit(groups, lr=config.learning_rate, betas=betas, block_size=_BLOCK)
     optimizer.register_step_pre_hook(_rate_as_tensor)
     optimizer.register_state_dict_post_hook(_to_plain)
     optimizer.register_load_state_dict_pre_hook(_from_plain)

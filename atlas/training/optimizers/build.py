@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas.config import TrainingConfig
-from atlas.training.optimizers.adafactor import build_adafactor
+from atlas.training.optimizers.adafactor import build_adafactor, variance_shapes
 from atlas.training.optimizers.adamw import build_adamw
 from atlas.training.optimizers.adamw8bit import build_adamw8bit, shapes_8bit
 from atlas.training.optimizers.muon import MuonWithAdamW
@@ -41,7 +41,4 @@ def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
         return {"momentum_buffer": parameter.shape}
     if "beta2_decay" not in group:
         return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-    if parameter.dim() < 2:
-        return {"step": torch.Size(), "variance": parameter.shape}
-    rows, columns = parameter.shape
-    return {"step": torch.Size(), "row_var": torch.Size((rows, 1)), "col_var": torch.Size((1, columns))}
+    return {"step": torch.Size(), **variance_shapes(parameter)}

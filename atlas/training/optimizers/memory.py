@@ -45,10 +45,8 @@ def _bytes(shapes: dict[str, Any]) -> int:
 
 def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *, device: str) -> int:
     """Bytes that the optimizer's step needs on `device` beside weights, gradients and state."""
-    trainable = [weight.size for weight in list_weights(model, lora) if weight.is_trainable]
-    largest = _FP32 * max(
-        weight.size // weight.copies for weight in list_weights(model, lora) if weight.is_trainable
-    )
+    weights = [weight for weight in list_weights(model, lora) if weight.is_trainable]
+    largest = _FP32 * max(weight.size // weight.copies for weight in weights)
     is_rounded = training.precision == "bf16-true"  # such weights are updated one after the other
     if training.optimizer == "muon":
         matrices = count_matrices(one_block_model(model, lora))
@@ -60,7 +58,7 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
     else:
         # PyTorch's optimizers make a temporary copy of all parameters where they have no fused step.
         own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}.get(
-            training.optimizer, largest if is_rounded else _FP32 * sum(trainable)
+            training.optimizer, largest if is_rounded else _FP32 * sum(weight.size for weight in weights)
         )
     if not is_rounded:
         return own

@@ -36,22 +36,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inside = _matrices_of_blocks(model)
         tables = [p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2]
-        common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        vectors = [p for name, p in named if p.dim() < 2 or is_lora(name)]
         matrices = [
             {"params": [p for name, p in inside if name.endswith("qkv.weight") == is_qkv], "is_qkv": is_qkv}
-            | common
             for is_qkv in (True, False)
         ]
         self._splits = {p: _rows_of_splits(name, model) for name, p in inside}
         self._tables = set(tables)
-        self._adamw = build_adamw(
-            [
-                {"params": tables, "weight_decay": config.weight_decay},
-                {"params": [p for name, p in named if p.dim() < 2 or is_lora(name)], "weight_decay": 0.0},
-            ],
-            config,
-        )
-        super().__init__([*matrices, *self._adamw.param_groups], {})
+        others = [
+            {"params": tables, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._adamw = build_adamw(others, config)
+        defaults = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        super().__init__([*matrices, *self._adamw.param_groups], defaults)
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
