@@ -85,8 +85,8 @@ class CausalSelfAttention(nn.Module):
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and earlier ones.
-        For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
+        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and all earlier
+        tokens. For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
         q_BHTD, k_BKTD, _ = self._project(x, context.rotation)
         k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
         scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)

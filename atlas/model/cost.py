@@ -7,8 +7,8 @@ behaviour of a GPU; tests/cuda_path checks both:
 - On a GPU the fused attention kernel saves q, k, v, its output and a logarithm per head and token (Dao et al. 2022,
   arXiv:2205.14135), and on CUDA dropout saves a mask of one byte per number.
 - A compiled block saves its input, the outputs of its matrix products except the last, and attention's output and
-  logarithms; all other tensors are recomputed. If memory is ample, it also saves the inputs of these products, q, k and
-  v, dropout's masks, and the weights in half precision.
+  logarithms; all other tensors are recomputed. If memory is ample, the block also saves the inputs of these products,
+  q, k and v, dropout's masks, and the weights in half precision.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers.
 """
@@ -52,7 +52,7 @@ class _NoValues(TorchFunctionMode):
 
 
 def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
-    """Return the model with a single block, on `meta`. With a `lora.rank`, it has low-rank updates."""
+    """Return the model with a single block, on `meta`. With a `lora.rank`, the model has low-rank updates."""
     with torch.device("meta"), _NoValues():
         one = AtlasLM(model.model_copy(update={"num_layers": 1}))
         if lora.rank:
@@ -83,8 +83,8 @@ class Weight:
 
 @functools.lru_cache(maxsize=128)
 def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weight, ...]:
-    """Return all parameters, with the rows that only pad the vocabulary. This is fast even for a model of 10,000
-    layers."""
+    """Return all parameters, with the rows that only pad the vocabulary. The function is fast even for a model of
+    10,000 layers."""
     return tuple(
         Weight(name, tuple(p.shape), model.num_layers if is_in_block(name) else 1, p.requires_grad)
         for name, p in one_block_model(model, lora).named_parameters()
@@ -196,7 +196,7 @@ class SavedTensors:
     """The tensors that the forward pass saves, except weights. Each storage counts once."""
 
     input: Saved
-    """The input of a block, which is the residual stream. `block` contains it too."""
+    """The input of a block, which is the residual stream. `block` contains this input too."""
     block: tuple[Saved, ...]
     """The tensors of one block."""
     rest: tuple[Saved, ...]
@@ -249,7 +249,7 @@ def _saved_bytes(
         recorder,
         torch.autocast("cpu", torch.bfloat16, enabled=execution.half, cache_enabled=False),
     ):
-        warnings.simplefilter("ignore")  # about kernels that a CPU lacks
+        warnings.simplefilter("ignore")  # hide warnings about kernels that a CPU lacks
         weights = {
             name: torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad)
             for name, p in one.named_parameters()
@@ -310,7 +310,7 @@ class _Recorder(TorchFunctionMode):
         self.saved = self.inside
         x, context = arguments
         self.shared |= {self.hold(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor)}
-        # With LoRA, only the first block's input needs no gradient; here it stands for the input of every block.
+        # With LoRA, the input of the first block needs no gradient, but the inputs of all other blocks do.
         return x.detach().requires_grad_(), context
 
     def _leave_block(self, *_: Any) -> None:

@@ -33,7 +33,7 @@ class KVCache:
     """Preallocated keys and values, with one length per row.
 
     `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,). B is the number
-    of rows in use. It is `batch_size` until `truncate`, `append` or `remove` changes it.
+    of rows in use. B is `batch_size` until `truncate`, `append` or `remove` changes it.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class KVCache:
         self._lengths = [length + num_new for length in self._lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Set the length of each row. This drops the slots beyond it, such as the padding of prompts. Afterwards,
-        `len(lengths)` rows are in use."""
+        """Set the length of each row, and drop the slots beyond this length, such as the padding of prompts.
+        Afterwards, `len(lengths)` rows are in use."""
         num_rows = len(lengths)
         self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
         self.lengths = long_tensor(lengths, self.keys.device)

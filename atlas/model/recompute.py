@@ -1,5 +1,4 @@
-"""Recompute outputs in the backward pass, instead of keeping them, if they are cheap (Chen et al. 2016,
-arXiv:1604.06174)."""
+"""Recompute cheap outputs in the backward pass, instead of keeping them (Chen et al. 2016, arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return `function(x)`, but keep only `x` for the backward pass.
 
-    Use it for a cheap operation before a matrix product: recomputation stops at the product's input and does not repeat
-    the product. `function` must be deterministic: no dropout.
+    Use this function for a cheap operation before a matrix product: recomputation stops at the product's input and does
+    not repeat the product. `function` must be deterministic: no dropout.
 
     Under torch.compile, only `function` is called, and the compiler decides which tensors to keep (`training.compile`).
     Told to recompute, the compiler would repeat the matrix product too.
@@ -37,7 +36,7 @@ def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (…, in) → (…, out). If `x` came from `recomputable`, this keeps the tensor from which `x` was
+    """`F.linear`, (…, in) → (…, out). If `x` came from `recomputable`, `linear` keeps the tensor from which `x` was
     computed."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(x, "recompute_from"):
         return F.linear(x, weight, bias)

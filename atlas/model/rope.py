@@ -27,7 +27,7 @@ def rotation_at(positions: Tensor, head_size: int, theta: float) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """(B, T, H, D) → the same, rotated. Computed in fp32, whatever the dtype of `x`."""
+    """(B, T, H, D) → the same shape, rotated. The computation is in fp32, for any dtype of `x`."""
     cos, sin = rotation
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         rotated: Tensor = _RotationOnCPU.apply(x, cos, sin)  # type: ignore[no-untyped-call]

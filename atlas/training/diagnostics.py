@@ -84,7 +84,7 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
 
 
 def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
-    """Perform some updates with the settings in `explicit`, profile the last one, and write its Chrome trace to
+    """Perform some updates with the settings in `explicit`, profile the last update, and write the Chrome trace to
     `profile.json` in the output folder.
 
     To view the trace, open it in chrome://tracing or ui.perfetto.dev. The function saves nothing else. Raises

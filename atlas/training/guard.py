@@ -1,4 +1,4 @@
-"""Detect updates with bad numbers, which are not applied. List what to check if such updates end a run."""
+"""Detect updates with bad numbers, which are not applied. List the possible causes if such updates end a run."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def check_update(
 def weights_fault(model: nn.Module, world: World) -> Fault | None:
     """Return a fault if a weight of any rank is not finite, else None. Every rank must call this function.
 
-    `check_update` cannot find such weights: it sees the loss and the gradient from before the update changes the
-    weights.
+    `check_update` cannot find such weights: that function sees only the loss and the gradient norm from before the
+    update.
     """
     own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
     is_finite = torch.stack([part.isfinite().all() for part in own]).all()

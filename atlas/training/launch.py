@@ -159,7 +159,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
     if start.contents:
         weights = start.contents["model_state_dict"]
         if (positions := weights.get("position_embedding.weight")) is not None:
-            # A new run may have a shorter context: it uses the first learned positions.
+            # A new run with a shorter context uses the first learned positions.
             weights["position_embedding.weight"] = positions[: config.model.max_seq_len]
         load_weights(model, start.contents, start.source)
     if config.lora.rank and not resumes:
@@ -192,7 +192,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     state = TrainState.of(start.contents)
     old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
-        state.best_loss = math.inf  # this file replaced the best checkpoint of this state
+        state.best_loss = math.inf  # this file was overwritten after the checkpoint was saved
     if _length(old) != _length(new):
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
@@ -223,7 +223,7 @@ def _length(training: TrainingConfig) -> tuple[object, ...]:
 def _open_saver(
     checkpoints: CheckpointManager, config: AtlasConfig, runtime: Runtime, log: RunLog
 ) -> BackgroundSaver:
-    """Return the saver of a run. With it, each rank writes its shards, or the first rank writes one file."""
+    """Return the saver of a run. Either every rank writes its own shards, or the first rank writes one file."""
     world = runtime.world
     in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
     if not world.broadcast(_saves_shards(config, runtime)):

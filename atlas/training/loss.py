@@ -22,7 +22,7 @@ from atlas.tokenizer.custom import import_object
 from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_cuda, loss_with_gradients
 
 LossFunction = Callable[..., Tensor]
-"""`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
+"""`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the given tokens`, a scalar."""
 
 
 def compute_lm_loss(
@@ -48,11 +48,11 @@ def compute_lm_loss(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without all logits in memory.
+    """Return `compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without all logits in memory.
 
     `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, only the first `vocabulary`
     rows are used. If the caller sliced `weight` instead, the gradient would be copied once more. The (B × T, V) logits
-    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of them exist at a time, and the
+    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits exist at a time, and the
     forward pass computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). The result
     supports one backward pass. CUDA has its own implementation (`loss_cuda`), which may be `compiled`.
     """
@@ -95,8 +95,8 @@ def _loss_and_gradients(
         total -= (log_probs.gather(1, goals) * counts).sum()
         if not (needs_hidden or needs_weight):
             continue
-        # The gradient of the logits is the probabilities, minus 1 at the target. It must be zero for ignored rows.
-        # Zeroing the narrow matrices below instead has the same effect and is cheaper.
+        # The gradient of the logits is the probabilities, minus 1 at the target. The gradient must be zero for ignored
+        # rows. Zeroing the narrow matrices below instead has the same effect and is cheaper.
         grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
         counts = counts.to(hidden.dtype)
         if hidden_grad is not None:

@@ -31,8 +31,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 replaces the logits by their gradient."""
 
 LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-"""The loss, a scalar, and its gradients with respect to the hidden states and to the head's table; None if not
-needed."""
+"""The loss, a scalar, and its gradients with respect to the hidden states and to the head's table. A gradient that is
+not needed is None."""
 
 _EAGER_BYTES = 8
 """Bytes per logit of the two fp32 copies, before and after the log-softmax, that exist if no kernel is compiled."""
@@ -109,7 +109,7 @@ def _chunk_size(num_rows: int, row_bytes: int) -> int:
 
 
 def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """A `Kernel` to compile. It passes over the logits twice: for the sum of each softmax, and to write the
+    """A `Kernel` to compile, with two passes over the logits: for the sums of the softmax, and to write the
     gradient."""
     # The compiler recognizes `log_softmax` and computes maximum and sum in one pass.
     column = torch.arange(logits.shape[1], device=logits.device)

@@ -51,12 +51,12 @@ _COMFORTABLE = 0.6
 """The fraction of a GPU's free memory that micro-batches larger than `batch_size` may use."""
 _FILLED = 1.05
 _LEFT_FREE = 0.05
-"""The fraction of the free memory that a trial may not use. A run needs it for prefetched batches, the log and
+"""The fraction of the free memory that a trial may not use. A run needs this memory for prefetched batches, the log and
 fragmentation."""
 _PROVEN = 3
 """After this many updates with one micro-batch size, several ranks assume that memory suffices."""
 _TOO_LARGE = 3  # the exit code of a trial that ran out of memory
-_KILLED = {-6, -9, -11}  # a failed allocation in C++; the system; a thread without a stack
+_KILLED = {-6, -9, -11}  # a failed allocation in C++, the system, or a thread without a stack ended the trial
 
 
 class _OutOfMemoryElsewhere(Exception):
@@ -69,10 +69,10 @@ def gradient_within_memory(
     """Call `accumulate_gradient`. If memory runs out, lower the micro-batch size, also for later updates, and try
     again. Return None if a stop was requested.
 
-    Several ranks lower the size together, but only in the first updates with a size. Later the ranks do not ask each
-    other, since each update would have to wait for the slowest rank once more. Raises `AtlasError` if a rank runs out
-    of memory in a later update, or while it exchanges gradients or sharded weights. Also raises it if not even one
-    sequence fits.
+    Several ranks lower the size together, but only in the first updates with that size. Later the ranks do not ask each
+    other, since each update would have to wait for the slowest rank once more. Raises `AtlasError` if not even one
+    sequence fits, if a rank runs out of memory in a later update, or if a rank runs out while it exchanges gradients or
+    sharded weights.
     """
     world, num_sequences = learner.runtime.world, len(batch[0])
     asked = min(state.micro_batch_size, num_sequences)
@@ -187,8 +187,8 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
             "the checkpoints are intact"
         )
     if runtime.parallel == "ddp":
-        # DDP still waits for the failed backward pass, so wrap again. The old wrapper goes first: it removes its hooks
-        # when freed.
+        # DDP still waits for the failed backward pass, so wrap the model again. First free the old wrapper, which then
+        # removes its hooks.
         learner.wrapped = learner.objective
         learner.wrapped = wrap(learner.objective, config, runtime.world, runtime.parallel, runtime.device)
     return size // 2
@@ -243,8 +243,8 @@ def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool
 
 
 def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
-    """Return the largest size above `batch_size` for micro-batches that split an update evenly and leave a GPU's memory
-    ample, or None."""
+    """Return the largest micro-batch size above `batch_size` that splits an update evenly and leaves enough GPU memory
+    free, or None."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
     known = remembered_micro_batch(config, runtime.device)
     for num_micro_batches in range(1, config.training.gradient_accumulation_steps):
@@ -276,7 +276,7 @@ def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bo
 
 def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
     """Return the largest number from 1 to `most` for which `fits` is true, or 0. The search is a bisection that starts
-    at `guess`. It assumes that below a number that fits, all numbers fit."""
+    at `guess`. If a number fits, all smaller numbers must fit too."""
     low, high, size = 0, most + 1, min(guess, most)
     while high - low > 1:
         low, high = (size, high) if fits(size) else (low, size)
@@ -288,8 +288,8 @@ def _trial_fits(
     config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]
 ) -> bool:
     """Whether an update with micro-batches of `size` sequences runs in a child process that may use `limit` bytes. On a
-    CPU this includes the memory of Python and PyTorch. The child does not compile, since compilation takes about a
-    minute."""
+    CPU, the limit includes the memory of Python and PyTorch. The child does not compile, since compilation takes about
+    a minute."""
     # The child is a single process, so it cannot share the model with other ranks.
     alone = config.replace("training", parallel="auto", shard_size=None)
     trial = {
@@ -316,7 +316,7 @@ def _run_trial() -> int:
     """Run the trial in the child process and return its exit code. If an update has several micro-batches, run two: the
     gradient of the first is in memory during the second."""
     trial = json.load(sys.stdin)
-    keep_memory()  # like the run itself; this setting needs a little more memory
+    keep_memory()  # as in the run, where this setting uses a little more memory
     config = resolve(trial["config"])
     torch.set_num_threads(trial["threads"])
     runtime = setup_runtime(config)

@@ -117,7 +117,7 @@ def roll_back(run: Run, fault: Fault) -> None:
     run.log.rewind(state.step)
     found = run.checkpoints.found()
     abandoned = [path for entry, path in found if entry.step > state.step and entry.kind != "best"]
-    if abandoned and run.world.is_first:  # otherwise --resume auto would load one of these
+    if abandoned and run.world.is_first:  # otherwise --resume auto would load one of these checkpoints
         target = move_aside(run.checkpoints.folder, abandoned)
         run.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
     facts = {"from_step": came_to, "reason": fault.reason, "first_sequence": first, "last_sequence": last}
@@ -131,9 +131,9 @@ def roll_back(run: Run, fault: Fault) -> None:
 def _target(run: Run) -> dict[str, Any] | None:
     """Return the contents of the save to roll back to, or None.
 
-    The first rollback uses the last save. If that did not help, the next rollback uses the save before it, since finite
-    weights can be ruined too. Without an earlier save, the same save is used again, with more data skipped and a lower
-    learning rate.
+    The first rollback uses the last save. If the first rollback did not help, the next rollback uses the save before
+    it, since finite weights can be ruined too. Without an earlier save, the same save is used again, with more data
+    skipped and a lower learning rate.
     """
     saver, world, there = run.saver, run.world, run.state.went_back_to
     if world.size == 1 and run.state.rollbacks == 0:

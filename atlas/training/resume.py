@@ -1,7 +1,7 @@
 """Decide how a run begins: fresh, resumed from a checkpoint, or from another run's weights.
 
-`choose_start` decides from the user's settings and the contents of the output folder. It writes nothing, so that an
-error changes no file. `launch.py` carries out the decision.
+`choose_start` decides from the user's settings and the contents of the output folder. This function writes nothing, so
+that an error changes no file. `launch.py` carries out the decision.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank
 @dataclass
 class Request:
     """The options of the command. `explicit` holds only the config keys that the user set. `ask` asks the user a
-    yes-or-no question; it is None without a terminal."""
+    yes-or-no question; without a terminal, `ask` is None."""
 
     explicit: Layer
     resume: str | None = None
@@ -208,7 +208,7 @@ def _start_over(request: Request, folder: Path) -> Start:
 
 
 def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
-    """Resume the run in a folder. Raises `OtherRunError` if its model, optimizer or data differ."""
+    """Resume the run in a folder. Raises `OtherRunError` if that run has another model, optimizer or dataset."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
     _refuse_unasked_code(inherited, request.explicit)
@@ -320,7 +320,7 @@ def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], so
 
 
 def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
-    """Raise `AtlasError` if a checkpoint names code that the user does not name too. Such a checkpoint may come from a
+    """Raise `AtlasError` if a checkpoint names code that the user does not name too. The checkpoint may come from a
     stranger."""
     loss = inherited.get("training", {}).get("loss")
     if loss and "loss" not in explicit.get("training", {}):

@@ -146,7 +146,7 @@ class Run:
 
     @property
     def num_updates(self) -> int | None:
-        """The number of updates of the run, or None until it is known."""
+        """The number of updates of the run, or None while it is unknown."""
         return self.state.horizon if self.state.is_planned else None
 
     @property

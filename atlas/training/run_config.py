@@ -13,8 +13,8 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
-"""The peak learning rate for fine-tuning on conversations at this `hidden_size`. A wider model has a proportionally
-lower rate."""
+"""The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which it was chosen. A wider model
+has a proportionally lower rate."""
 CHAT_WARMUP_STEPS = 10
 
 
@@ -86,7 +86,7 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """Return the config of a new run. If the user set a length, it replaces the length of the checkpoint's run."""
+    """Return the config of a new run. A length that the user set replaces the length of the checkpoint's run."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
     return config.replace("training", **dict.fromkeys(lengths - written)) if written else config

@@ -12,8 +12,8 @@ from atlas.config import TrainingConfig
 
 NO_LIMIT = 10**9
 _WARM_UP = 2  # first updates, not measured: they warm up caches, allocators and compilers
-_ENOUGH = 10  # measured updates
-_SHARE = 0.02  # fraction of the time limit; after it, fewer measured updates suffice
+_ENOUGH = 10  # measured updates that suffice
+_SHARE = 0.02  # after this fraction of the time limit, fewer measured updates suffice
 _MARGIN = 0.03  # fraction of the time limit, for updates slower than the measured ones
 
 
@@ -84,7 +84,7 @@ class RunClock:
 
     @property
     def has_measured(self) -> bool:
-        """Whether enough updates have been timed to know how long one takes."""
+        """Whether enough updates have been timed to know how long an update takes."""
         measured = len(self._updates) - _WARM_UP
         return measured >= _ENOUGH or (measured >= 1 and self.elapsed > _SHARE * (self.limit or 0))
 
@@ -94,8 +94,8 @@ class RunClock:
         return statistics.fmean(list(self._updates)[_WARM_UP:])
 
     def updates_left(self, *, extra_per_update: float, at_the_end: float) -> int:
-        """Return how many more updates fit into the limit, but at least one. Each takes `extra_per_update` more seconds
-        for evaluation and saving. The run takes `at_the_end` seconds after its last update."""
+        """Return how many more updates fit into the limit, but at least one. Each update takes `extra_per_update` more
+        seconds for evaluation and saving. The run takes `at_the_end` seconds after its last update."""
         assert self.limit is not None
         left = self.limit * (1 - _MARGIN) - self.elapsed - at_the_end
         return max(1, int(left / (self.seconds_per_update + extra_per_update)))

@@ -55,8 +55,8 @@ class TrainState:
     micro_batch_size: int
     eval_batch_size: int = 1
     is_planned: bool = True
-    """Whether `horizon` is final. With `training.max_hours` it is not, until Atlas has measured the speed and computed
-    the horizon."""
+    """Whether `horizon` is final. With `training.max_hours`, Atlas computes the final horizon after it has measured the
+    speed."""
     step: int = 0
     sequences_consumed: int = 0
     seconds: float = 0.0
@@ -71,7 +71,7 @@ class TrainState:
     train_loss_at_evaluation: float = math.inf
     val_rises: int = 0
     loss_since_save: RunningMean = field(default_factory=RunningMean)
-    """The mean training loss since the last save. Without validation data it selects the best checkpoint."""
+    """The mean training loss since the last save. Without validation data, this mean selects the best checkpoint."""
     loss_since_evaluation: RunningMean = field(default_factory=RunningMean)
 
     skipped: int = 0

@@ -73,8 +73,8 @@ def accumulate_gradient(
     """Sum the gradient of (N, T) sequences over micro-batches of `state.micro_batch_size`.
 
     The loss is summed over valid targets and divided by their number in the whole update, so that the split into
-    micro-batches does not change it. `before_reduction` is called before this rank sums its gradient with those of the
-    other ranks. Raises `Stopped` if a stop was requested on any rank.
+    micro-batches does not change the loss. `before_reduction` is called before this rank sums its gradient with those
+    of the other ranks. Raises `Stopped` if a stop was requested on any rank.
     """
     runtime, world, targets = learner.runtime, learner.runtime.world, batch[1]
     num_sequences = len(targets)

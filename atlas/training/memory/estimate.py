@@ -42,10 +42,10 @@ _DENSE_MASK = 5
 class TrainingMemory:
     """Bytes at the peak of an update; the parts add up to `total`.
 
-    `gradients` are the gradients of earlier micro-batches of the same update. An update of a single micro-batch has
-    none when activations peak. Then this part counts only the memory of gradients that exceeds the memory freed by
-    activations and loss. `half_precision_weights` are the copies that matrix products keep at the peak. `allocator` is
-    the freed memory that the allocator keeps.
+    `gradients` are the gradients of earlier micro-batches of the same update. An update of a single micro-batch has no
+    gradients when activations peak. For such an update, `gradients` counts only the memory that gradients need beyond
+    the memory freed by activations and loss. `half_precision_weights` are the copies that matrix products keep at the
+    peak. `allocator` is the freed memory that the allocator keeps.
     """
 
     weights: int
@@ -64,7 +64,7 @@ class TrainingMemory:
 
 
 def weight_bytes(training: TrainingConfig) -> int:
-    """Return the bytes of a weight, which are also those of a number in the residual stream."""
+    """Return the bytes per weight. A number in the residual stream has the same size."""
     return _HALF if training.precision == "bf16-true" else _FP32
 
 
@@ -128,7 +128,7 @@ def _table_gradient(config: AtlasConfig) -> int:
 
 def _recomputed(config: AtlasConfig, tokens: int, *, half: bool) -> int:
     """Return the bytes of the tensors that the backward pass of a block recomputes, in addition to the block's saved
-    tensors. These are GELU's output, or SwiGLU's activated gates and their products with the values."""
+    tensors. The tensors are GELU's output, or SwiGLU's activated gates and their products with the values."""
     tensors = 2 if config.model.mlp == "swiglu" else 1
     return tensors * tokens * config.model.mlp_width * (_HALF if half else _FP32)
 
@@ -138,7 +138,7 @@ def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -
 
     Each block keeps the traced copies. The copies of the other matrices are recomputed one by one; the largest matrix
     is one of these. With gradient checkpointing, the copies of a block exist only during the block's backward pass. The
-    copy of the head is freed before.
+    copy of the head is freed before that.
     """
     model = config.model
     matrices = [_HALF * matrix.size for matrix in block_matrices(model).values()]
@@ -161,7 +161,7 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
         return max(3 * logits, logits + 2 * table)
     # The gradients of the last hidden states and of the head, and the logits of a chunk, whose gradient replaces them.
     gradients = tokens * model.hidden_size * width + table
-    if device == "cuda":  # without a compiled kernel, two copies in fp32 are added
+    if device == "cuda":  # without a compiled kernel, there are two fp32 copies more
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
     # In half precision there are a second gradient of the head, and the logits, log-probabilities and gradient of a
@@ -188,7 +188,7 @@ def snapshot_bytes(config: AtlasConfig) -> int:
 
 
 def output_folder_bytes(config: AtlasConfig) -> int:
-    """Return the largest number of bytes that the checkpoints of a run need on the disk. They are the kept checkpoints
-    of steps, epochs and interrupts, the best one, and one that is being written."""
+    """Return the largest number of bytes that the checkpoints of a run need on the disk. These are the kept checkpoints
+    of steps, epochs and interrupts, the best checkpoint, and one that is being written."""
     most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
     return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -13,7 +13,7 @@ from atlas.training.memory.presets import largest_that_fits, plan_presets
 def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> int:
     """Return the largest micro-batch whose estimate is within `available` bytes, 0 if not even one sequence fits.
 
-    An update of a single micro-batch holds no gradients when activations peak. So this micro-batch may fit even if a
+    An update of a single micro-batch holds no gradients when activations peak. So such a micro-batch may fit even if a
     smaller one does not.
     """
     every = config.training.sequences_per_update
@@ -30,7 +30,8 @@ def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> 
 def memory_advice(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
     """List what helps if not even one sequence fits, in the FAQ's order. Each remedy has its estimated saving.
 
-    The suggested smaller model fits into `available` bytes. By default it only needs less memory than this model.
+    The suggested smaller model fits into `available` bytes. Without `available`, it only needs less memory than the
+    model of `config`.
     """
     config = config.replace("training", micro_batch_size=1)
     training, now = config.training, estimate_training_memory(config, device=device).total

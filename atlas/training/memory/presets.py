@@ -39,8 +39,8 @@ def plan_presets(
 ) -> list[PresetPlan]:
     """Plan every preset, smallest first, for `available` bytes on `device` (`cpu`, `cuda` or `mps`).
 
-    `vocab_size` replaces the `vocab_size` of every preset, like a dataset. `open_vocab_size` is for presets without a
-    `vocab_size`.
+    `vocab_size` replaces the `vocab_size` of every preset, as a dataset does. `open_vocab_size` is for presets without
+    a `vocab_size`.
     """
     plans = []
     for name in preset_names():
@@ -54,6 +54,6 @@ def plan_presets(
 
 
 def largest_that_fits(plans: Sequence[PresetPlan]) -> PresetPlan | None:
-    """Return the plan with the most parameters that fits, or None. Among equals, return the first, which trades less
-    time for memory."""
+    """Return the plan with the most parameters that fits, or None. If several are equally large, return the first,
+    which trades less time for memory."""
     return max((plan for plan in plans if plan.fits), key=lambda plan: plan.parameters, default=None)

@@ -17,13 +17,14 @@ _EPS = (1e-15, 1.0)
 def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
     """Build Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum.
 
-    For a matrix, Adafactor keeps the mean squared gradient of each row and of each column. It clips the update to a
-    root mean square (RMS) of 1.
+    For a matrix, Adafactor keeps the mean squared gradient of each row and of each column. The optimizer clips the
+    update to a root mean square (RMS) of 1.
 
     PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³,
     the step would be relative to the size of the weights: about 50 times smaller than AdamW's step at the same rate.
     With ε₂ = 1, the step equals the rate for every parameter whose RMS is below 1. Only the norms' gains have a larger
-    RMS, which stays near 1. The bound 1 / √step is above any usual rate: it falls to 1e-3 only after a million updates.
+    RMS, which stays near 1. The bound 1 / √step is above any usual rate: the bound falls to 1e-3 only after a million
+    updates.
 
     ε₁ is a lower bound for the mean squared gradient. ε₁², which is 10⁻³⁰ as in the paper, is a lower bound for each
     estimated square. PyTorch's default ε₁, 10⁻⁷, exceeds the mean squared gradient of a large model whose gradient norm
@@ -37,7 +38,8 @@ def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
 
 
 class AdafactorWithoutWaits(torch.optim.Adafactor):
-    """PyTorch's Adafactor without waits of the host. The state is the same, and the step is the same up to rounding.
+    """PyTorch's Adafactor, but the host does not wait for the device. The state is the same, and the step is the same
+    up to rounding.
 
     PyTorch reads two norms of every parameter on the host, which waits for the device each time. Here the norms stay on
     the device.

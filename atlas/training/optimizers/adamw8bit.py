@@ -1,8 +1,8 @@
 """AdamW whose two moments need one byte per number, from torchao (Dettmers et al. 2021, arXiv:2110.02861).
 
-torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for each 256 numbers. Small
-tensors stay in fp32. A checkpoint holds plain tensors only, so that no code runs when it is read. So saving the state
-splits a moment into plain tensors, and loading the state rebuilds the moment.
+torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for every 256 numbers.
+Small tensors stay in fp32. A checkpoint holds plain tensors only, so that reading a checkpoint runs no code. So saving
+the state splits a moment into plain tensors, and loading the state rebuilds the moment.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
 
 
 def shapes_8bit(parameter: Tensor) -> dict[str, Any]:
-    """Return the shapes in a parameter's saved state. An 8-bit moment has two: the shapes of its bytes and of its
+    """Return the shapes in a parameter's saved state. An 8-bit moment has two shapes: those of its bytes and of its
     scales."""
     moment: Any = parameter.shape
     if parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0:

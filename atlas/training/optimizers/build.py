@@ -24,13 +24,13 @@ _BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.opti
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `training.optimizer` names.
 
-    Matrices and embeddings have weight decay, biases and norms do not. A learning rate means the same for all
+    Matrices and embeddings have weight decay, biases and norms do not. A learning rate has the same meaning for all
     optimizers. The training loop sets the rate of each step.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
-    if config.optimizer == "muon":  # selects its matrices by name
+    if config.optimizer == "muon":  # Muon selects its matrices by name
         return MuonWithAdamW(model, config)
     return _BUILDERS[config.optimizer]([matrices, vectors], config)
 

@@ -47,7 +47,7 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
     """Return the bytes that the optimizer's step needs on `device`, in addition to weights, gradients and state."""
     weights = [weight for weight in list_weights(model, lora) if weight.is_trainable]
     largest = _FP32 * max(weight.size // weight.copies for weight in weights)
-    is_rounded = training.precision == "bf16-true"  # such weights are updated one after the other
+    is_rounded = training.precision == "bf16-true"  # bf16 weights are updated one after the other
     if training.optimizer == "muon":
         matrices = count_matrices(one_block_model(model, lora))
         layers = 1 if is_rounded else model.num_layers
@@ -68,8 +68,8 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
 def _muon_bytes(rows: int, columns: int, count: int, device: str) -> int:
     """Return the bytes for the matrices, of `count`, that Muon orthogonalizes together.
 
-    These are their mean gradients, their stack before and after an iteration, and two products of the size of the
-    shorter side squared.
+    The bytes hold the mean gradients, the stack before and after an iteration, and two products whose sides are the
+    shorter side.
     """
     width, short, size = (_FP32 if device == "cpu" else 2), min(rows, columns), rows * columns
     stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // size))

@@ -21,8 +21,8 @@ _MUON_MOMENTUM = 0.95
 
 _WIDTH = 768
 """The width at which Muon's learning rate equals AdamW's, see `_muon_update`. AdamW updates the embedding tables and
-the head. Their learning rate grows as the model gets narrower, since the head sums fewer products. Their weight decay
-per step does not depend on the width."""
+the head. The learning rate of both grows as the model gets narrower, since the head sums fewer products. The weight
+decay per step of both does not depend on the width."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -63,8 +63,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Perform one update.
 
-        q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each of them is orthogonalized as a
-        separate matrix. Otherwise the matrix with the largest gradients would get most of the update.
+        q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each of these matrices is
+        orthogonalized separately. Otherwise the matrix with the largest gradients would get most of the update.
         """
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
