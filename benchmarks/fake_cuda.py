@@ -1,16 +1,18 @@
-"""A CUDA device on a machine without one. The real code runs on PyTorch's fake tensors, which have a device, a shape
-and a dtype but no memory, with real autograd, autocast, compilation and optimizers.
+"""Imitate a CUDA device on a machine without one.
+
+The real code runs on PyTorch's fake tensors, which have a device, a shape and a dtype but no memory. Autograd,
+autocast, compilation and optimizers are real.
 
     device = FakeCuda()     # before anything imports torch
     with device, waits() as asked:
         …                   # code that uses cuda
     print(asked.seen)
 
-It finds tensors on two devices, dtypes that an operator refuses and waits of the host. From the shapes follow the
-kernels' bytes and FLOPs (`roofline.py`). It computes no numbers, and finds neither a kernel that refuses its input nor
-the true speed. A Python list as an index fails (on a GPU it is a copy that waits). A CPU build of PyTorch lacks a
-device guard for CUDA: `fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s. `tests/cuda_path`
-runs Atlas on it.
+Fake CUDA finds operations on tensors of two devices, dtypes that an operator refuses, and waits of the host.
+`roofline.py` derives the kernels' bytes and FLOPs from the shapes. Fake CUDA computes no numbers. It does not find a
+kernel that refuses its input, and it does not measure speed. A Python list as an index fails; on a GPU, such an index
+is a copy for which the host waits. A CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such a
+guard; g++ builds it once into the temporary folder, in about 6 s. `tests/cuda_path` runs Atlas on fake CUDA.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ GiB = 1 << 30
 
 
 def why_not() -> str | None:
-    """What this machine lacks for it; None if it works."""
+    """Return what this machine lacks for fake CUDA, or None if fake CUDA works here."""
     if sys.platform != "linux":
         return "fake CUDA needs Linux"
     if (
         not (_torch_folder() / "lib/libtorch_cpu.so").exists()
         or (_torch_folder() / "lib/libtorch_cuda.so").exists()
     ):
-        return "fake CUDA needs a CPU build of PyTorch"  # another one has its own hooks and guard
+        return "fake CUDA needs a CPU build of PyTorch"  # another build has its own hooks and guard
     return None if shutil.which("g++") else "fake CUDA needs g++ (apt install g++)"
 
 
 def _torch_folder() -> Path:
-    """The folder of PyTorch, found without importing it."""
+    """Return the folder of PyTorch, without importing PyTorch."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -53,7 +55,7 @@ def _torch_folder() -> Path:
 
 
 def build_guard() -> Path:
-    """The library built from `fake_cuda.cpp` for the installed PyTorch."""
+    """Return the library that is built from `fake_cuda.cpp` for the installed PyTorch."""
     source = Path(__file__).with_suffix(".cpp")
     torch_root = _torch_folder()
     version = (torch_root / "version.py").read_bytes()
@@ -83,16 +85,19 @@ class Card:
 
 
 class Runtime:
-    """The functions of CUDA itself that Atlas calls, for page-locked memory. They return 0: success."""
+    """The CUDA functions that Atlas calls directly, for page-locked memory. Each returns 0: success."""
 
     cudaHostRegister = staticmethod(lambda address, size, flags: 0)
     cudaHostUnregister = staticmethod(lambda address: 0)
 
 
 class FakeCuda:
-    """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a class derived from `FakeTensorMode`
-    (it sees every operator), or PyTorch's. `backend` compiles for `torch.compile`, since no kernel can be built here;
-    None leaves functions as they are. It may be changed at any time."""
+    """Fake CUDA for the rest of this process, from the first `with` on.
+
+    `mode` is `FakeTensorMode` or a class derived from it; the mode sees every operator. `backend` is the backend of
+    `torch.compile`, since no kernel can be built here. With `backend` None, functions are not compiled. `backend` may
+    be changed at any time.
+    """
 
     def __init__(
         self, mode: type[Any] | None = None, *, backend: Callable[..., Any] | str | None = None
@@ -101,7 +106,7 @@ class FakeCuda:
         ctypes.CDLL(str(build_guard()))
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        # Create it before CUDA seems available: it would ask the driver then.
+        # Create the mode before CUDA seems available: later, the mode would ask the driver.
         self.mode = (mode or FakeTensorMode)(allow_non_fake_inputs=True)
         self.backend = backend
         _pretend()
@@ -115,7 +120,7 @@ class FakeCuda:
 
 
 def _pretend() -> None:
-    """PyTorch's Python side, which a CPU build compiles without CUDA."""
+    """Replace the functions of PyTorch's Python side that need CUDA."""
     import torch
     import torch.nn.attention.flex_attention as flex
     import torch.nn.functional as F
@@ -157,11 +162,11 @@ def _pretend() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, answer)
     cuda.random.get_rng_state = cuda.get_rng_state
-    torch.autograd.set_multithreading_enabled(False)  # its own threads would not know the mode
+    torch.autograd.set_multithreading_enabled(False)  # threads of autograd would not know the mode
 
     torch.nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise it would compile itself
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise FlexAttention would compile itself
     torch.tensor, torch.as_tensor = _tensor(torch.tensor), _tensor(torch.as_tensor)
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
     # PyTorch decomposes composite operators before a mode sees them only if gradients are off in the usual way.

@@ -49,7 +49,9 @@ def check_update(
         checks = ("loss", loss, state.recent_losses), ("gradient norm", grad_norm, state.recent_norms)
         for name, value, recent in checks:
             if (score := z_score(value, recent)) > guard.spike_z_score:
-                return Fault(f"{name} {value:.4g} is {score:.1f} standard deviations high", is_spike=True)
+                return Fault(
+                    f"{name} {value:.4g} is {score:.1f} standard deviations above the mean", is_spike=True
+                )
     return None
 
 

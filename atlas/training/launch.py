@@ -151,7 +151,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
             )
     elif config.lora.rank and not start.contents:
         raise AtlasError(
-            f"lora.rank: {config.lora.rank}: updates beside frozen weights need a trained model: name it with "
+            f"lora.rank: {config.lora.rank}: low-rank updates need a trained model: name it with "
             "--init-from, or set lora.rank to 0"
         )
     if resumes and config.lora.rank:

@@ -37,7 +37,7 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
     missing = _missing_compiler(groups)
     if missing:
         raise AtlasError(
-            f"training.optimizer: adamw8bit: compiles its step, and no {missing} is here: install it, {_INSTEAD}"
+            f"training.optimizer: adamw8bit: compiles its step, but no {missing} was found: install it, {_INSTEAD}"
         )
     groups, betas = [{**group, "is_8bit": True} for group in groups], (config.beta1, config.beta2)
     optimizer = AdamW8bit(groups, lr=config.learning_rate, betas=betas, block_size=_BLOCK)
