@@ -197,8 +197,11 @@ class _Graph:
 
 
 def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: Any = None) -> Any:
-    """`Module.to`. On another device a parameter becomes a new one, since a real parameter cannot get fake memory, and
-    a fake one cannot change its device. On the same device it stays the same object, as an optimizer expects."""
+    """Replacement for `Module._apply`, which `Module.to` calls.
+
+    On another device a parameter becomes a new object, since a real parameter cannot get fake memory, and a fake
+    parameter cannot change its device. On the same device, a parameter stays the same object, as an optimizer expects.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -224,7 +227,7 @@ def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: 
 
 
 def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels that a GPU would choose, since a CPU build chooses others."""
+    """Return attention that calls the kernels of a GPU, since a CPU build calls other kernels."""
     import torch
 
     aten = torch.ops.aten
@@ -244,7 +247,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
             return real(q, k, v, attn_mask, dropout_p, is_causal, **options)
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
-        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention shares keys itself
+        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention itself supports shared keys
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         if enable_gqa:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
@@ -260,7 +263,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.tensor` without real memory: the mode must see that the numbers move to the device, which has none."""
+    """Return `torch.tensor` for a device without real memory. The mode must see that the numbers move to the device."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -275,7 +278,7 @@ def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tolist(tensor: Any) -> Any:
-    """Made-up numbers; the host waits once for all of them."""
+    """Return made-up numbers. The host waits once for all of them."""
     number = tensor.new_zeros(()).item()
     for size in reversed(tensor.shape):
         number = [number] * size
@@ -300,7 +303,7 @@ def _compile_with(device: FakeCuda) -> None:
 
 
 _counters: list[Counter[str]] = []
-"""The `waits` that are active."""
+"""The counters of the active `waits` modes."""
 
 
 def _note(kind: str) -> None:
@@ -309,9 +312,11 @@ def _note(kind: str) -> None:
 
 
 def waits() -> Any:
-    """A dispatch mode for use inside `FakeCuda`. Its `seen` counts `KIND module.function` for everything that makes the
-    host wait for the device (`WAIT`, a copy `D2H wait` or `H2D wait`) and for copies that do not wait (`D2H async`,
-    `H2D async`). Numbers that the host reads are made up: 1.0, True and 7."""
+    """Return a dispatch mode for use inside `FakeCuda`. Its counter `seen` has the keys `KIND module.function`.
+
+    The kinds in which the host waits for the device are `WAIT`, and the copies `D2H wait` and `H2D wait`. The copies
+    `D2H async` and `H2D async` do not wait. Numbers that the host reads are made up: 1.0, True and 7.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -327,7 +332,7 @@ def waits() -> Any:
 
         @classmethod
         def is_infra_mode(cls) -> bool:
-            return True  # `torch.compile` does nothing under any other mode
+            return True  # `torch.compile` does nothing under a mode that is not `infra`
 
         def __enter__(self) -> Any:
             _counters.append(self.seen)
@@ -369,8 +374,8 @@ def _note_copy(source: str, target: str, is_async: Any) -> None:
 
 
 def _index(index: Any) -> Any:
-    """The indices as a GPU needs them: a CPU tensor is copied to it, and of a mask the host must know the number of
-    hits."""
+    """Return the index as a GPU needs it. A CPU tensor is copied to the GPU. For a mask, the host must know the number
+    of true entries."""
     import torch
 
     if index is None:
@@ -395,8 +400,8 @@ def _tensors(values: Any) -> Iterator[Any]:
 
 
 def _place() -> str:
-    """`module.function` of the Atlas code that led here, preceded by that of PyTorch's optimizers and clipping, if
-    involved.
+    """Return `module.function` of the Atlas code that made this call. If PyTorch's optimizers or clipping are in
+    between, their `module.function` comes first.
 
     Comprehensions and lambdas get no name, so that the result is the same in every version of Python.
     """
