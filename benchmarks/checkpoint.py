@@ -103,7 +103,7 @@ def updates_beside_a_save(
     run: Run, folder: Path, rounds: int, interval: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Return the seconds of updates without a save, of updates during a save, and of the saves. A save is due every
-    `interval` updates. Its speed depends on when the next save is due."""
+    `interval` updates. The speed of a save depends on when the next save is due."""
     saver = BackgroundSaver(CheckpointManager(folder / "beside"), in_background=True)
     alone, beside, saves = [], [], []
     for number in range(rounds + 1):
@@ -113,7 +113,7 @@ def updates_beside_a_save(
             seconds = run.update()
             if was_writing == saver.is_writing:  # not the one in which a save ended
                 (during if was_writing else after).append(seconds)
-        if number > 0:  # before the first save there is none in progress
+        if number > 0:  # before the first save, no save is in progress
             beside += during
             alone += after
             saves.append(saver.seconds)
@@ -123,7 +123,7 @@ def updates_beside_a_save(
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    keep_memory()  # as the `atlas` command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -5,11 +5,11 @@ weights.
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
     python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
-The model has random weights, the preset's shape and GPT-2's vocabulary. It generates greedily, in f32 or bf16. Atlas
-runs the code of `atlas generate`. transformers runs `generate` with its cache. llama.cpp (package `xllamacpp`) uses the
-slots of its server, the file that Atlas exports, and an f32 cache. In bf16, llama.cpp is left out. All programs have
-the same number of threads. Each program is a separate process. The processes take turns, and medians count. Programs
-that are not installed are left out, with a note.
+The model has random weights, the preset's shape and GPT-2's vocabulary. The model generates greedily, in f32 or bf16.
+Atlas runs the code of `atlas generate`. transformers runs `generate` with its cache. llama.cpp (package `xllamacpp`)
+uses the slots of its server, the file that Atlas exports, and an f32 cache. In bf16, llama.cpp is left out. All
+programs have the same number of threads. Each program is a separate process. The processes take turns, and medians
+count. Programs that are not installed are left out, with a note.
 
 Each token is timed when it is generated. Counting starts when every text has its first token, so reading the prompt
 does not count. "Over the context" shows the milliseconds per token in a text that fills the context, in its first and
@@ -89,7 +89,7 @@ Write = Callable[[Sequence[str], int], list[list[float]]]
 def atlas(shape: Shape) -> Write:
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     from atlas.config import AtlasConfig
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.inference.load import LoadedModel
@@ -279,8 +279,8 @@ def contender(kind: str, shape: Shape) -> Contender:
 
 
 def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
-    """Return the contenders for one text and for eight texts. Both use the same process, except with llama.cpp, whose
-    slots divide its context."""
+    """Return the contenders for one text and for eight texts. One text and eight texts use the same process, except
+    with llama.cpp, whose slots divide its context."""
     kinds = {"Atlas": ("atlas", "atlas"), "transformers": ("transformers", "transformers")}
     if shape.gguf:
         kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")

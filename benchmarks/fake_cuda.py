@@ -9,10 +9,10 @@ autocast, compilation and optimizers are real.
     print(asked.seen)
 
 Fake CUDA finds operations on tensors of two devices, dtypes that an operator refuses, and waits of the host.
-`roofline.py` derives the kernels' bytes and FLOPs from the shapes. Fake CUDA computes no numbers. It does not find a
-kernel that refuses its input, and it does not measure speed. A Python list as an index fails; on a GPU, such an index
-is a copy for which the host waits. A CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such a
-guard; g++ builds it once into the temporary folder, in about 6 s. `tests/cuda_path` runs Atlas on fake CUDA.
+`roofline.py` derives the kernels' bytes and FLOPs from the shapes. Fake CUDA computes no numbers. Fake CUDA does not
+find a kernel that refuses its input, and does not measure speed. A Python list as an index fails; on a GPU, such an
+index is a copy for which the host waits. A CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such
+a guard; g++ builds it once into the temporary folder, in about 6 s. `tests/cuda_path` runs Atlas on fake CUDA.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build_guard() -> Path:
     key = hashlib.sha256(source.read_bytes() + version + str(torch_root).encode()).hexdigest()[:12]
     library = Path(tempfile.gettempdir()) / f"atlas-fake-cuda-{key}.so"
     if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")  # several processes may build it
+        made = library.with_suffix(f".{os.getpid()}")  # several processes may build the library
         libraries = [f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_root}/lib"]
         options = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{torch_root}/include"]
         subprocess.run(["g++", *options, str(source), "-o", str(made), *libraries], check=True)
@@ -169,7 +169,7 @@ def _pretend() -> None:
     flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise FlexAttention would compile itself
     torch.tensor, torch.as_tensor = _tensor(torch.tensor), _tensor(torch.as_tensor)
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
-    # PyTorch decomposes composite operators before a mode sees them only if gradients are off in the usual way.
+    # Replace inference mode by `no_grad`: only then does PyTorch decompose composite operators before a mode sees them.
     inference_mode = torch.inference_mode
     torch.inference_mode = lambda mode=True: (  # type: ignore[assignment, misc]
         torch.no_grad() if mode is True else torch.no_grad()(mode) if callable(mode) else inference_mode(mode)
@@ -278,7 +278,7 @@ def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tolist(tensor: Any) -> Any:
-    """Return made-up numbers. The host waits once for all of them."""
+    """Return made-up numbers. The host waits once for all numbers."""
     number = tensor.new_zeros(()).item()
     for size in reversed(tensor.shape):
         number = [number] * size

@@ -4,7 +4,7 @@
     python benchmarks/loader.py
 
 The data is 1 GB of memory-mapped uint16, read as sequences of 1,024 tokens in random order. "Reading alone" is the time
-of a batch when nothing else runs. "Waiting beside a step" is the time that a training loop waits for a batch, if it
+of a batch when nothing else runs. "Waiting beside a step" is the time that a training loop waits for a batch. The loop
 computes for 50 ms between two batches (a matrix product in one thread). "Cold" means that the file is dropped from the
 page cache before each run. The last lines show the time to seek step 10⁷ in a sparse file of 10¹⁰ tokens. Runs are
 interleaved, and figures are medians.

@@ -11,8 +11,8 @@ but needs no more memory.
 
 On a CPU the peak is the process's resident memory. On a GPU, the peak is that of the allocator plus the memory outside
 the allocator (the CUDA context, kernels, workspaces of libraries). The memory outside is the card's used memory after
-the updates, minus the used memory before the process started, and minus the memory of the allocator after the updates.
-No other program may start or end on the card.
+the updates, minus the allocator's memory, and minus the card's used memory before the process started. No other program
+may start or end on the card.
 
 An estimate passes if it is within 10 % of the measurement. The peers train as in train_throughput.py.
 """
@@ -54,7 +54,7 @@ def child(preset: str, micro_batch: int | None, device: str, compiled: bool, fre
     started."""
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     import torch
 
     from atlas.machine import measure_memory

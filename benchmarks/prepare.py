@@ -67,9 +67,9 @@ def make_articles(folder: Path, limit: int) -> list[str]:
 
     The same sentences repeat, so a tokenizer that caches words would find all words in its cache, unlike in real text.
     So every 16th word is new: the beginning of one word joined to the end of another, or, one time in four, a number.
-    New words are drawn each time that a sentence is used. This gives more variety than real text has: in 5 MB, 10.6 %
-    of the words did not occur before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest (11.3
-    %).
+    New words are drawn each time that a sentence is used. This gives more variety than real text has. In 5 MB, 10.6 %
+    of the words did not occur before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest words
+    (11.3 %).
     """
     from atlas.data.text.demo import write_demo_corpus
 
@@ -235,7 +235,7 @@ class Way:
         if self.leaves:
             shutil.rmtree(self.leaves, ignore_errors=True)
         if hasattr(os, "sync"):
-            os.sync()  # so that this run does not write data of the run before
+            os.sync()  # so that this run does not wait for writes of the previous run
 
 
 def child(kind: str, *arguments: object) -> list[str]:
@@ -324,7 +324,7 @@ def peak_memory(command: list[str]) -> tuple[int, int]:
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     total = anonymous = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
             sizes = [_memory(one) for one in [process, *process.children(recursive=True)]]
             total = max(total, sum(size for size, _ in sizes))
             anonymous = max(anonymous, sum(size for _, size in sizes))
@@ -341,7 +341,7 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
         if not psutil.LINUX:
             return process.memory_full_info().uss, 0
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-    except (psutil.Error, OSError):  # it has ended
+    except (psutil.Error, OSError):  # the process has ended
         return 0, 0
     sizes = dict(re.findall(r"^(Pss|Pss_Anon): +(\d+) kB", rollup, re.MULTILINE))
     return int(sizes.get("Pss", 0)) * 1024, int(sizes.get("Pss_Anon", 0)) * 1024

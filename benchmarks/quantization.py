@@ -55,7 +55,8 @@ def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
         timings = post("/completion", request | {"cache_prompt": False})["timings"]
         if timings["predicted_n"] != tokens:
             raise SystemExit(f"wrote {timings['predicted_n']} tokens instead of {tokens}")
-        return float((tokens - 1) / timings["predicted_ms"] * 1000)  # its clock starts with the first token
+        # llama.cpp's clock starts with the first token.
+        return float((tokens - 1) / timings["predicted_ms"] * 1000)
 
     tokens_per_second(8)  # to warm up
     return tokens_per_second

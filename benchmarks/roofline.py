@@ -12,8 +12,8 @@ these kernels, whichever is longer. `kernel_costs.py` defines a kernel. atlas/pl
 cards reach. MFU is relative to the speed of large matrix products, which is below the maker's peak.
 
 --peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled in full. This model has the preset's layers, width,
-heads and context, and Atlas's padded vocabulary (50,304, as nanoGPT recommends). It trains with AdamW and the same
-micro-batches.
+heads and context, and Atlas's padded vocabulary (50,304, as nanoGPT recommends). The model trains with AdamW and the
+same micro-batches.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@
     python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     the cost of one shard
 
 Atlas computes its updates as `atlas train` does under torchrun. The plain loop is a typical loop written by hand: the
-same model and loss on random tokens, wrapped by PyTorch, with a fused AdamW and clipping. This loop lacks everything
-else that a run needs: a sum over the valid tokens of the complete batch, and checks for lack of memory on one rank and
-for numbers that are not finite. Every process has one thread and the same number of sequences, for any number of
-processes. One process is an ordinary run without torchrun and wrapper. With `--parallel fsdp`, one process under
+same model and loss on random tokens, PyTorch's wrapper, a fused AdamW, and clipping. This loop lacks everything else
+that a run needs. Examples are a sum over the valid tokens of the complete batch, and checks for lack of memory on one
+rank or for numbers that are not finite. Every process has one thread and the same number of sequences, for any number
+of processes. One process is an ordinary run without torchrun and wrapper. With `--parallel fsdp`, one process under
 torchrun, with a single shard, is measured too. All processes run in fp32 on the CPU with Atlas's memory settings
 (atlas/process.py), or in bf16 with one GPU per process.
 

@@ -6,7 +6,7 @@
 `atlas serve` runs in a separate process. The model has random weights in the preset's shape, and a vocabulary of 2,048
 for `nano`. First, one client requests texts, one after the other. Then N clients do the same in parallel. Each request
 is a new connection with a prompt of some words and a stream of `--tokens` new tokens. The clients run in this process,
-which shares the cores with the server. They use raw sockets and parse only the first and the last event.
+which shares the cores with the server. The clients use raw sockets and parse only the first and the last event.
 
 The server counts the tokens, at /metrics. The time to the first token is from the request's first byte to the first
 event, so this time includes the wait for a slot. Memory is the server's resident set, after each minute. Finally, half

@@ -60,7 +60,7 @@ class Run:
 
     def reaches(self, bits: float) -> float | None:
         """Return the seconds until the run reaches `bits`, interpolated between checkpoints, or None if the run does
-        not reach them."""
+        not reach this value."""
         if self.curve[0][1] <= bits:
             return self.curve[0][0]
         for (t0, b0), (t1, b1) in itertools.pairwise(self.curve):

@@ -8,14 +8,14 @@
 
 Every contender is a separate process with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
 rows, as its author advises). Dropout is 0, biases are on, and the optimizer is AdamW with clipping. A contender trains
-on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. It first warms up with some updates. Then the
-processes take turns of one update, while the others wait without computing. Medians count. Peak memory is the resident
-memory of the process, or on a GPU the peak of the allocator. A peer's folder contains a `model.py` with nanoGPT's `GPT`
-and `GPTConfig`, or the package `atlas` of the first Atlas.
+on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. Each contender first warms up with some updates.
+Then the processes take turns of one update, while the others wait without computing. Medians count. Peak memory is the
+resident memory of the process, or on a GPU the peak of the allocator. A peer's folder contains a `model.py` with
+nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
 
-The ceiling is the speed at which an update would take only the time of its matrix products. Their FLOPs are 6 per
-weight and token, with attention counted as causal. Their rate is that of a large product, measured here in the same
-precision. The fraction of the ceiling that a contender reaches is its model FLOPs utilisation (MFU).
+The ceiling is the speed at which an update would take only the time of its matrix products. The FLOPs of these products
+are 6 per weight and token, with attention counted as causal. The rate is that of a large product, measured here in the
+same precision. The fraction of the ceiling that a contender reaches is its model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ Step = Callable[[], None]
 def atlas(shape: Shape, folder: str) -> Step:
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     from atlas.config.loader import resolve
 
     model = {name: getattr(shape, name) for name in ("hidden_size", "num_layers", "num_heads")}

@@ -58,7 +58,7 @@ def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    keep_memory()  # as the `atlas` command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -28,7 +28,8 @@ class Context(NamedTuple):
     positions: Tensor
     """The positions of the new tokens: (T,), or (B, T) if the rows have different positions."""
     mask: Tensor | BlockMask | None = None
-    """(B, 1, T, S): the tokens that each query attends to; None: itself and all earlier ones."""
+    """(B, 1, T, S): the tokens to which each query attends. With None, a query attends to itself and all earlier
+    tokens."""
     rotation: Rotation | None = None
     """Applied to queries and keys."""
     cache: KVCache | None = None

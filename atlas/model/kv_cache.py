@@ -1,7 +1,7 @@
 """A cache of the keys and values of earlier tokens, so that the model computes only the new tokens.
 
 The caller owns the cache and passes it to `AtlasLM.forward`; the model keeps no state. Slot `s` of a row holds the
-token at position `s`, so the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
+token at position `s`. So the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
 length are never attended to and are overwritten later. For prompts of different lengths, pad on the right, run the
 model, then call `truncate` with the true lengths.
 
@@ -62,8 +62,8 @@ class KVCache:
     def visible(self, positions: Tensor) -> Tensor | None:
         """Return the mask (B, 1, T, S) bool of the first S slots to which the queries at `positions` (B, T) attend.
 
-        Return None if attention needs no mask, which is faster: for a single query that attends to every slot, and for
-        an empty cache, where attention is causal.
+        Return None, which is faster, if attention needs no mask. No mask is needed for a single query that attends to
+        every slot, and for an empty cache, where attention is causal.
         """
         if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None

@@ -68,8 +68,8 @@ class AtlasLM(nn.Module):
         """Set biases to zero, gains to 1, and weights to normally distributed numbers. Rows that only pad the
         vocabulary are zero.
 
-        `gpt2`: std 0.02, and 0.02/√(2 · num_layers) for the projections that write to the residual stream, so that its
-        variance does not grow with depth (Radford et al. 2019, section 2.3).
+        `gpt2`: std 0.02. For the projections that write to the residual stream, std is 0.02/√(2 · num_layers), so that
+        the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
 
         `scaled`: std 1/(2√inputs) in the blocks, so that outputs have the same scale at any width (Yang et al. 2022,
         arXiv:2203.03466). The projections that write to the residual stream are zero, so every block starts as the

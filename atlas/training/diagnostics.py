@@ -36,9 +36,9 @@ WARM_UP = 3
 class Profile:
     """The result of `profile_update`.
 
-    `seconds` is the time of an update without the profiler, and `tokens` its number of tokens. `operations` lists the
-    operations of the profiled update on the training device as (name, calls, seconds without nested operations), the
-    longest first.
+    `seconds` is the time of an update without the profiler. `tokens` is the number of tokens of an update. `operations`
+    lists the operations of the profiled update on the training device as (name, calls, seconds without nested
+    operations), the longest first.
     """
 
     seconds: float
@@ -49,7 +49,7 @@ class Profile:
 
 def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: int = OVERFIT_UPDATES) -> bool:
     """Train on the run's first sequences at a constant learning rate, without dropout. Return whether the model
-    memorized them.
+    memorized these sequences.
 
     Use this check first if the loss of a run does not decrease. If the check fails, the fault is in the settings, the
     loss or the code. If the check succeeds, look at the data or the schedule.
@@ -88,7 +88,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     `profile.json` in the output folder.
 
     To view the trace, open it in chrome://tracing or ui.perfetto.dev. The function saves nothing else. Raises
-    `AtlasError` like training, and if it cannot write to the folder.
+    `AtlasError` in the same cases as training, and if the folder is not writable.
     """
     config, data = with_data(resolve(explicit), explicit, None)
     trace = Path(config.checkpoint.output_dir) / "profile.json"

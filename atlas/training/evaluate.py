@@ -34,7 +34,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits per byte. Unlike loss and perplexity, it is comparable between tokenizers."""
+        """The loss in bits per byte, which is comparable between tokenizers, unlike loss and perplexity."""
         return self.loss * self.tokens / (math.log(2) * self.num_bytes)
 
 

@@ -192,7 +192,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     state = TrainState.of(start.contents)
     old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
-        state.best_loss = math.inf  # this file was overwritten after the checkpoint was saved
+        state.best_loss = math.inf  # atlas_best.pt was overwritten after this checkpoint was saved
     if _length(old) != _length(new):
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
@@ -257,7 +257,7 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
 
 
 def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
-    optimizer = build_optimizer(model, start.config.training)  # raises an error if it is not installed
+    optimizer = build_optimizer(model, start.config.training)  # raises an error if torchao is missing
     if start.mode != "resume" or left_in_shards(start.source or Path()):
         return  # shards are checked when they are read
     try:

@@ -52,9 +52,9 @@ def linear_cross_entropy(
 
     `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, only the first `vocabulary`
     rows are used. If the caller sliced `weight` instead, the gradient would be copied once more. The (B × T, V) logits
-    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits exist at a time, and the
-    forward pass computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). The result
-    supports one backward pass. CUDA has its own implementation (`loss_cuda`), which may be `compiled`.
+    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits exist at a time. The
+    forward pass already computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989).
+    The result supports one backward pass. CUDA has its own implementation (`loss_cuda`), which may be `compiled`.
     """
     device, num_tokens = hidden.device.type, vocabulary or len(weight)
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
@@ -81,7 +81,7 @@ def _loss_and_gradients(
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
     table_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     rows_of_table = weight[:vocabulary]
-    # Allocated once: new memory for each chunk would take a quarter of the time of its matrix product.
+    # Allocated once: new memory for each chunk would take a quarter of the time of the chunk's matrix product.
     logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
     log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
     for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):

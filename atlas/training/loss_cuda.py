@@ -4,10 +4,10 @@ The logits are the largest tensor of a language model, and most of their cost is
 writes each logit once. A kernel then reads the logits twice: first to sum the exponentials of each row, then to replace
 each logit by its gradient. The next two matrix products read this gradient.
 
-- The matrix product includes the padding rows of the head's table. Without them, a row of GPT-2's logits would have
+- The matrix product includes the padding rows of the head's table. Without padding, a row of GPT-2's logits would have
   50,257 numbers, and most rows would begin at an address that tensor cores cannot load from.
 - One compiled kernel computes the softmax, the loss and the gradient. Without a compiler, PyTorch's own kernels compute
-  them.
+  all three.
 - The matrix product itself adds up the table's gradient in fp32.
 - Each chunk reads the table and the table's gradient again, so chunks are large.
 

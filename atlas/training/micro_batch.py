@@ -71,8 +71,8 @@ def gradient_within_memory(
 
     Several ranks lower the size together, but only in the first updates with that size. Later the ranks do not ask each
     other, since each update would have to wait for the slowest rank once more. Raises `AtlasError` if not even one
-    sequence fits, if a rank runs out of memory in a later update, or if a rank runs out while it exchanges gradients or
-    sharded weights.
+    sequence fits. With several ranks, the function also raises the error if memory runs out in a later update, or
+    during an exchange of gradients or sharded weights.
     """
     world, num_sequences = learner.runtime.world, len(batch[0])
     asked = min(state.micro_batch_size, num_sequences)

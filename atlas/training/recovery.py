@@ -132,8 +132,8 @@ def _target(run: Run) -> dict[str, Any] | None:
     """Return the contents of the save to roll back to, or None.
 
     The first rollback uses the last save. If the first rollback did not help, the next rollback uses the save before
-    it, since finite weights can be ruined too. Without an earlier save, the same save is used again, with more data
-    skipped and a lower learning rate.
+    the last, since finite weights can be ruined too. Without an earlier save, the same save is used again, with more
+    data skipped and a lower learning rate.
     """
     saver, world, there = run.saver, run.world, run.state.went_back_to
     if world.size == 1 and run.state.rollbacks == 0:

@@ -65,8 +65,8 @@ class Learner:
 
 Sampler = Callable[[AtlasLM, Tokenizer, TrackingConfig, int, Callable[[], bool]], list[str]]
 """`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` generated texts. The model is in
-evaluation mode. A sampler uses its own random generator. `atlas.inference` has a sampler; the code that starts a run
-passes it in."""
+evaluation mode. A sampler uses its own random generator. `atlas.inference` has a sampler, which is passed in by the
+code that starts a run."""
 
 
 @dataclass

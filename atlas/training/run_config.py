@@ -13,8 +13,8 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
-"""The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which it was chosen. A wider model
-has a proportionally lower rate."""
+"""The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which this rate was chosen. A
+wider model has a proportionally lower rate."""
 CHAT_WARMUP_STEPS = 10
 
 

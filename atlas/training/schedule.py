@@ -14,7 +14,7 @@ NO_LIMIT = 10**9
 _WARM_UP = 2  # first updates, not measured: they warm up caches, allocators and compilers
 _ENOUGH = 10  # measured updates that suffice
 _SHARE = 0.02  # after this fraction of the time limit, fewer measured updates suffice
-_MARGIN = 0.03  # fraction of the time limit, for updates slower than the measured ones
+_MARGIN = 0.03  # fraction of the time limit, for updates slower than the measured updates
 
 
 def horizon_steps(

@@ -122,7 +122,7 @@ class TrainState:
     def end_save_interval(self, *, is_final: bool, has_validation: bool) -> list[str]:
         """Return the kinds of the save that is due at this step.
 
-        After a faulty update, only the final save is due: a rollback would return to any other save.
+        After a faulty update, only the final save is due. Any other save would be the target of the next rollback.
         """
         kinds = ["step"] if is_final or not self.bad_in_a_row else []
         if self.step > self.trouble_at:

@@ -72,7 +72,7 @@ def accumulate_gradient(
 ) -> Gradient:
     """Sum the gradient of (N, T) sequences over micro-batches of `state.micro_batch_size`.
 
-    The loss is summed over valid targets and divided by their number in the whole update, so that the split into
+    The loss is summed over valid targets and divided by their number in the whole update. So the split into
     micro-batches does not change the loss. `before_reduction` is called before this rank sums its gradient with those
     of the other ranks. Raises `Stopped` if a stop was requested on any rank.
     """
@@ -167,7 +167,8 @@ def _to_device(column: Tensor, device: torch.device) -> Tensor:
 
 
 def _skips_by_flag(learner: Learner) -> bool:
-    """Whether the optimizer's kernel skips the step if `found_inf` is 1. AdamW's kernel does, on a CPU and on CUDA."""
+    """Whether the optimizer's kernel skips the step if `found_inf` is 1. AdamW's kernel does so on a CPU and on
+    CUDA."""
     return (
         isinstance(learner.optimizer, torch.optim.AdamW)
         and learner.runtime.device.type in ("cpu", "cuda")

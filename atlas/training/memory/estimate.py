@@ -4,7 +4,7 @@ The peak of an update is at the start of the backward pass, when most activation
 traces the tensors that autograd has saved at this point, with one real block. This module adds the memory of the loss.
 
 Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small` with an allocator that keeps
-freed memory (`atlas.process`); the estimates were 1 to 5 % below. No GPU has been measured yet.
+freed memory (`atlas.process`). The estimates were 1 to 5 % below the measured peaks. No GPU has been measured yet.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers, V vocabulary.
 """
@@ -159,9 +159,9 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
         # copy is left, and the head's gradient exists before and after padding.
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
-    # The gradients of the last hidden states and of the head, and the logits of a chunk, whose gradient replaces them.
+    # The gradients of the last hidden states and of the head, and a chunk of logits, which is replaced by its gradient.
     gradients = tokens * model.hidden_size * width + table
-    if device == "cuda":  # without a compiled kernel, there are two fp32 copies more
+    if device == "cuda":  # without a compiled kernel, the logits have two more copies in fp32
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
     # In half precision there are a second gradient of the head, and the logits, log-probabilities and gradient of a

@@ -30,8 +30,8 @@ def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> 
 def memory_advice(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
     """List what helps if not even one sequence fits, in the FAQ's order. Each remedy has its estimated saving.
 
-    The suggested smaller model fits into `available` bytes. Without `available`, it only needs less memory than the
-    model of `config`.
+    The suggested smaller model fits into `available` bytes. Without `available`, the suggested model only needs less
+    memory than the model of `config`.
     """
     config = config.replace("training", micro_batch_size=1)
     training, now = config.training, estimate_training_memory(config, device=device).total

@@ -21,10 +21,10 @@ def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
     update to a root mean square (RMS) of 1.
 
     PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³,
-    the step would be relative to the size of the weights: about 50 times smaller than AdamW's step at the same rate.
-    With ε₂ = 1, the step equals the rate for every parameter whose RMS is below 1. Only the norms' gains have a larger
-    RMS, which stays near 1. The bound 1 / √step is above any usual rate: the bound falls to 1e-3 only after a million
-    updates.
+    the step would be relative to the size of the weights. Such a step would be about 50 times smaller than AdamW's step
+    at the same rate. With ε₂ = 1, the step equals the rate for every parameter whose RMS is below 1. Only the norms'
+    gains have a larger RMS, which stays near 1. The bound 1 / √step is above any usual rate: the bound falls to 1e-3
+    only after a million updates.
 
     ε₁ is a lower bound for the mean squared gradient. ε₁², which is 10⁻³⁰ as in the paper, is a lower bound for each
     estimated square. PyTorch's default ε₁, 10⁻⁷, exceeds the mean squared gradient of a large model whose gradient norm

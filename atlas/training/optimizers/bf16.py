@@ -11,8 +11,8 @@ def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Gen
     """Apply `optimizer.step()` to bf16 weights: in fp32, one parameter after the other, with stochastic rounding of the
     result.
 
-    Rounding to the nearest value would leave a weight unchanged in nearly every update: the update is smaller than half
-    of bf16's last digit (1/256 of the weight). With stochastic rounding, a weight changes by the right amount on
+    Rounding to the nearest value would leave a weight unchanged in nearly every update, since an update is smaller than
+    half of bf16's last digit (1/256 of the weight). With stochastic rounding, a weight changes by the right amount on
     average (Gupta et al. 2015, arXiv:1502.02551). Each gradient is freed as soon as its parameter is updated.
     """
     groups = optimizer.param_groups

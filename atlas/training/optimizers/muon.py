@@ -167,8 +167,9 @@ def _orthogonalized(matrices: Tensor) -> Tensor:
     """(N, R, C) → approximately U Vᵀ of each matrix U S Vᵀ. The singular values are between 0.7 and 1.2, so that all
     directions move by about the same amount.
 
-    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU it is
-    fp32: a CPU without bf16 arithmetic is about 30 times as slow in bf16 (measured with AVX2, one thread).
+    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU the
+    iteration runs in fp32: a CPU without bf16 arithmetic is about 30 times as slow in bf16 (measured with AVX2, one
+    thread).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
