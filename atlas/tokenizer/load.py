@@ -39,10 +39,10 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
     """
     kind, name = state.get("kind"), state.get("name")
     if kind == "custom":
-        reason = (
-            "is custom code, which a file does not contain; name it with --tokenizer package.module:factory"
+        raise TokenizerError(
+            f"tokenizer {name!s:.200}: is custom code, which a file does not contain; name it with --tokenizer "
+            "package.module:factory"
         )
-        raise TokenizerError(f"tokenizer {name!s:.200}: {reason}")
     tokenizer: Tokenizer
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()
