@@ -132,12 +132,10 @@ def _read_vocabulary(vocabulary: Any) -> list[str]:
     by_id = {id: token for token, id in vocabulary.items() if type(id) is int}
     _demand(set(by_id) == set(range(len(vocabulary))), "its ids are not 0, 1, 2 … without a gap")
     tokens = [by_id[id] for id in range(len(by_id))]
-    _demand(
-        all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens), "its tokens are not byte-level"
-    )
-    _demand(
-        max(map(len, tokens), default=0) <= _LONGEST_TOKEN, f"a token has more than {_LONGEST_TOKEN:,} bytes"
-    )
+    are_of_bytes = all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens)
+    _demand(are_of_bytes, "its tokens are not byte-level")
+    longest = max(map(len, tokens), default=0)
+    _demand(longest <= _LONGEST_TOKEN, f"a token has more than {_LONGEST_TOKEN:,} bytes")
     _demand(BYTE_OF_CHAR.keys() <= set(tokens), "it lacks some of the 256 bytes")
     return tokens
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ class ForeignTokenizer(HFTokenizerBase):
 
     kind = name = "hf"
 
-    def __init__(self, text: str, *, eos_id: int, vocab_size: int, origin: str) -> None:
+    def __init__(self, text: str, *, eos_id: Any, vocab_size: Any, origin: str) -> None:
+        if type(eos_id) is not int or type(vocab_size) is not int:
+            raise TokenizerError(f"{origin}: has no eos_id or vocab_size; the file is damaged or was edited")
         try:
             self.hf = HFTokenizer.from_str(text)
         except Exception as error:  # whatever the library raises for a file from anybody
@@ -59,16 +61,6 @@ class ForeignTokenizer(HFTokenizerBase):
             raise refusal
         text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         return cls(text, eos_id=eos_id, vocab_size=rows, origin=str(path))
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> ForeignTokenizer:
-        """The tokenizer that `state()` described."""
-        eos_id, vocab_size = state.get("eos_id"), state.get("vocab_size")
-        if type(eos_id) is not int or type(vocab_size) is not int:
-            raise TokenizerError(
-                "stored tokenizer: has no eos_id or vocab_size; the file is damaged or was edited"
-            )
-        return cls(state["json"], eos_id=eos_id, vocab_size=vocab_size, origin="stored tokenizer")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
