@@ -67,7 +67,7 @@ INSIDE = {
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "retention shard_format < load < convert manager verify < async_saver < shard_saver",
-    "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
+    "inference": "decoder layout sampling < generate < text < load < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",

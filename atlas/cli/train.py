@@ -151,7 +151,7 @@ def train_to_the_end(
 ) -> Run:
     """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
     from atlas.errors import AtlasError
-    from atlas.inference.samples import sample_texts
+    from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
     from atlas.training.launch import start_run
     from atlas.training.resume import choose_start
