@@ -53,13 +53,13 @@ def locked(output: Path) -> Iterator[None]:
     output = output.absolute()
     made = [folder for folder in output.parents if not folder.exists()]
     path = output.with_name(f".{output.name}.lock")
-    lock, waits = None, False
+    lock = None
     try:
-        while (lock := try_to_lock(path)) is None:
-            if not waits:
-                notify(f"{output}: another process prepares it; waiting for its end")
-            waits = True
+        if (lock := try_to_lock(path)) is None:
+            notify(f"{output}: another process prepares it; waiting for its end")
+        while lock is None:
             time.sleep(0.1)
+            lock = try_to_lock(path)
         yield
     finally:
         with suppress(OSError):
@@ -117,7 +117,10 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     keep = False
     try:
         yield workspace
-        _flush(workspace.dataset)
+        for file in workspace.dataset.iterdir():  # so it is complete under its new name after a power cut too
+            with file.open("rb+") as opened:
+                flush_to_disk(opened)
+        flush_folder(workspace.dataset)
         refuse_foreign(output)
         if output.exists():
             output.rename(replaced)
@@ -147,11 +150,3 @@ def clean_up(output: Path) -> None:
                 folder.unlink()
         elif match:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Flush every file to the disk, so the folder is complete under its new name after a power cut too."""
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            flush_to_disk(file)
-    flush_folder(folder)
