@@ -85,6 +85,8 @@ class Sources:
         groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
         self.groups = [Group(tuple(texts), text_field) for _, texts in groups]
         """The groups of files that are read as one text, in reading order."""
+        self.is_kaggle = any(file.is_part or file.is_combined for file in self.files)
+        """Whether this is the Kaggle archive, which the documentation uses."""
         if not self.files:
             raise DataError(
                 f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
@@ -107,11 +109,6 @@ class Sources:
         while path.suffix.lower() in ENDINGS:
             path = path.with_suffix("")
         return path.name
-
-    @property
-    def is_kaggle(self) -> bool:
-        """Whether this is the Kaggle archive, which the documentation uses."""
-        return any(file.is_part or file.is_combined for file in self.files)
 
     @cached_property
     def roots(self) -> dict[str, str]:
