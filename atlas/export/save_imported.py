@@ -39,10 +39,8 @@ def save_imported(
         "initialized_from": source,
         "machine": {},
     }
-    facts = {key: contents[key] for key in ("step", "epoch", "sequences_consumed", "initialized_from")}
-    facts |= {"model": contents["config"]["model"], "data_fingerprint": "", "slim": True}
     problems: list[str] = []
-    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"], facts)
+    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"])
     if not written:
         raise ExportError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
     return written[0]

@@ -148,28 +148,26 @@ class BackgroundSaver:
         """How long a save takes: as long as the last one, or for `num_bytes` at the rate of a slow disk."""
         return self.seconds or num_bytes / _SLOW_DISK
 
-    def save(
-        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], *, wait: bool
-    ) -> None:
+    def save(self, contents: Mapping[str, Any], kinds: list[str], *, wait: bool) -> None:
         """Save `contents` under the names of `kinds`.
 
         If the previous save is still being written, this one waits for it, unless it is only a regular step save:
         that one is skipped, and a note says so once. A new best or the end of an epoch would not come again.
         """
         if self._is_busy() and kinds == ["step"] and not wait:
-            self._report_skip(contents, manifest["step"])
+            self._report_skip(contents)
             return
         begin = time.perf_counter()
         interval, self._due_at = begin - self._due_at, begin
         self.join()
-        write = self._prepare(contents, kinds, manifest, interval)
+        write = self._prepare(contents, kinds, interval)
         if write is None:
             return
         self._began = time.perf_counter()
         if self.in_background:
             self._thread = threading.Thread(
                 target=self._write_or_keep_error,
-                args=(write, manifest["step"]),
+                args=(write, contents["step"]),
                 name="atlas-save",
                 daemon=self.is_sharded,
             )
@@ -177,19 +175,19 @@ class BackgroundSaver:
             if wait:
                 self.join()
         else:
-            self._write(write, manifest["step"])
+            self._write(write, contents["step"])
         self.stall = time.perf_counter() - begin
 
     def _is_busy(self) -> bool:
         return self.is_writing
 
     def _prepare(
-        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], interval: float
+        self, contents: Mapping[str, Any], kinds: list[str], interval: float
     ) -> Callable[[], list[Path]] | None:
         """Copy `contents`, if the save is in the background. Return the function that writes the copy and returns the
         paths, or None if nothing can be saved."""
         if not self.in_background:
-            return lambda: self.checkpoints.save(contents, kinds, manifest)
+            return lambda: self.checkpoints.save(contents, kinds)
         copied = self._snapshot.take(contents)
         if any(weight.is_cuda for weight in contents["model_state_dict"].values()):
             interval = 0.0  # training does not need the cores
@@ -198,7 +196,7 @@ class BackgroundSaver:
         def write() -> list[Path]:
             if interval >= _LONG_INTERVAL:
                 _yield_the_cores()
-            return self.checkpoints.save(copied, kinds, manifest, pace=self._pacer)
+            return self.checkpoints.save(copied, kinds, pace=self._pacer)
 
         return write
 
@@ -227,11 +225,12 @@ class BackgroundSaver:
             error, self._error = self._error, None
             raise error
 
-    def _report_skip(self, contents: Mapping[str, Any], step: int) -> None:
+    def _report_skip(self, contents: Mapping[str, Any]) -> None:
         if self._reported_skip:
             return
         self._reported_skip = True
-        size, seconds = tensor_bytes(contents), time.perf_counter() - self._began
+        step, size = contents["step"], tensor_bytes(contents)
+        seconds = time.perf_counter() - self._began
         self.checkpoints.say(
             f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB in more "
             f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), and this one falls due after "
