@@ -112,18 +112,10 @@ def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
     else:
         machine = [device.type, psutil.virtual_memory().total]
     training = config.training
-    facts = [
-        config.model.model_dump(mode="json"),
-        training.batch_size,
-        training.sequences_per_update,
-        training.precision,
-        training.optimizer,
-        training.gradient_checkpointing,
-        training.compile,
-        config.lora.model_dump(mode="json"),
-        machine,
-    ]
-    return _note("micro_batch", facts)
+    amount = [training.batch_size, training.sequences_per_update, training.precision]
+    method = [training.optimizer, training.gradient_checkpointing, training.compile]
+    model, lora = config.model.model_dump(mode="json"), config.lora.model_dump(mode="json")
+    return _note("micro_batch", [model, *amount, *method, lora, machine])
 
 
 def _note(kind: str, facts: list[Any]) -> Path:

@@ -10,7 +10,6 @@ import re
 import socket
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from queue import Empty, Queue
 from threading import Thread
@@ -86,15 +85,13 @@ def _hosts(world: World) -> list[str]:
 def _measure(world: World, device: torch.device) -> list[Facts]:
     """The median time of the all-reduces on `device`, for each size."""
     backend = _BACKENDS[device.type]
-    seconds = defaultdict(list)
     try:
-        for size, took in _answers(_all_reduces(world, device), world.timeout):
-            seconds[size].append(took)
+        answers = list(_answers(_all_reduces(world, device), world.timeout))
     except (RuntimeError, Empty) as error:
         reason = _first_line(error) or f"no answer within {world.timeout:g} s"
         raise _refusal(backend, f"{backend}: {reason}") from None
     traffic = 2 * (world.size - 1) / world.size  # of each rank's bytes, in each direction of a ring
-    medians = {size: statistics.median(rounds) for size, rounds in seconds.items()}
+    medians = {size: statistics.median(took for of, took in answers if of == size) for size in ROUNDS}
     common = {"backend": backend, "device": device.type}
     return [
         {**common, "bytes": size, "seconds": median, "bus_bandwidth": traffic * size / median}

@@ -175,10 +175,8 @@ def together(world: World) -> Iterator[None]:
         if not any(sign in text for sign in _LOST):
             raise
         if dist.is_torchelastic_launched():
-            with suppress(
-                KeyboardInterrupt
-            ):  # until torchrun, which reports the first failure, ends this rank
-                time.sleep(_GRACE)
+            with suppress(KeyboardInterrupt):
+                time.sleep(_GRACE)  # until torchrun, which reports the first failure, ends this rank
         raise EndedElsewhere from None
     with suppress(RuntimeError):
         dist.destroy_process_group()
