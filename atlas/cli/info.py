@@ -177,12 +177,12 @@ def _verified(path: Path) -> str:
     with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
     if not verdict.problem:
-        return str(verdict)
+        return verdict.line
     instead = intact_alternative(path)
     remedy = (
         f"take {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
     )
-    raise AtlasError(f"{path}: {verdict}: {remedy}")
+    raise AtlasError(f"{path}: {verdict.line}: {remedy}")
 
 
 def _output_folder(folder: Path, verify: bool) -> None:
@@ -209,7 +209,7 @@ def _output_folder(folder: Path, verify: bool) -> None:
         if manifest:
             losses = _rounded(manifest.loss), _rounded(manifest.val_loss)
             facts = (f"{manifest.step:,}", manifest.kind, *losses)
-        rows.append((path.name, *facts, size, str(verdicts.get(path) or _seen(path, manifest))))
+        rows.append((path.name, *facts, size, verdicts[path].line if verify else _seen(path, manifest)))
     print_table(rows, right={1, 3, 4, 5})
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):

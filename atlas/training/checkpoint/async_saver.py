@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ class Snapshot:
         missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
         on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
         self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
-        if (
-            on_gpu
-        ):  # one pinned block: the weights at the start of a run, the optimizer's state at its first save
+        if on_gpu:
+            # One pinned block: the weights at the start of a run, the optimizer's state at its first save.
             self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
 
         def copy(name: str, tensor: Tensor) -> Tensor:
@@ -164,18 +164,14 @@ class BackgroundSaver:
         if write is None:
             return
         self._began = time.perf_counter()
+        work = partial(self._write, write, contents["step"])
         if self.in_background:
-            self._thread = threading.Thread(
-                target=self._write_or_keep_error,
-                args=(write, contents["step"]),
-                name="atlas-save",
-                daemon=self.is_sharded,
-            )
+            self._thread = threading.Thread(target=work, name="atlas-save", daemon=self.is_sharded)
             self._thread.start()
-            if wait:
-                self.join()
         else:
-            self._write(write, contents["step"])
+            work()
+        if wait or not self.in_background:
+            self.join()
         self.stall = time.perf_counter() - begin
 
     def _is_busy(self) -> bool:
@@ -201,17 +197,14 @@ class BackgroundSaver:
         return write
 
     def _write(self, write: Callable[[], list[Path]], step: int) -> None:
-        if self._log:
-            self._log.flush_to_disk()
-        self.written = write()
-        self.seconds = time.perf_counter() - self._began
-        if self._log and self.written:
-            names = [path.name for path in self.written]
-            self._log.event("save", step, names=names, save_seconds=self.seconds)
-
-    def _write_or_keep_error(self, write: Callable[[], list[Path]], step: int) -> None:
         try:
-            self._write(write, step)
+            if self._log:
+                self._log.flush_to_disk()
+            self.written = write()
+            self.seconds = time.perf_counter() - self._began
+            if self._log and self.written:
+                names = [path.name for path in self.written]
+                self._log.event("save", step, names=names, save_seconds=self.seconds)
         except BaseException as error:  # a bug: `join` raises it in the training thread
             self._error = error
 

@@ -117,13 +117,12 @@ class CheckpointManager:
         """
         written: list[Path] = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._make_space(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, contents["step"]):
+            if not self._make_space(tensor_bytes(contents) * len(kinds), contents["step"]):
                 return written
             temporary = self.folder / "atlas_writing.tmp"
             size, sha256 = write_tensors(temporary, contents, pace=pace)
             for kind in kinds:
-                path = self._path(kind, contents)
+                path = self.folder / checkpoint_name(kind, contents)
                 staged = path.with_name(path.name + ".tmp")
                 entry = FileEntry(name=path.name, size=size, sha256=sha256)
                 try:
@@ -150,9 +149,8 @@ class CheckpointManager:
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Whether there is space for a sharded checkpoint of `needed` bytes. If so, make the folder `staged` for it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            if self._make_space(needed + _SPARE_BYTES, step):
+            if self._make_space(needed, step):
                 staged.mkdir()
                 return True
         except OSError as error:
@@ -166,7 +164,7 @@ class CheckpointManager:
 
         The bytes exist before a sidecar does, and a sidecar is replaced atomically: a kill leaves the old or the new.
         """
-        paths = {kind: self._path(kind, contents).with_suffix("") for kind in kinds}
+        paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
         previous = {shards_of(path) for path in paths.values()}
         folder = self._free_folder(contents["step"])
         os.replace(staged, folder)
@@ -189,17 +187,16 @@ class CheckpointManager:
         remove_folder(folder)  # left by a kill before its sidecar was written
         return folder
 
-    def _path(self, kind: str, contents: Mapping[str, Any]) -> Path:
-        return self.folder / checkpoint_name(kind, step=contents["step"], epoch=contents["epoch"])
-
     def _remove_surplus(self, kinds: list[str]) -> None:
         for kind in kinds:
             for path in surplus(self.found(), kind, self.keep_checkpoints):
                 remove(path)
 
     def _make_space(self, needed: int, step: int) -> bool:
-        """Whether there is space for `needed` bytes; older checkpoints are removed if that is necessary."""
-        found = self.found()
+        """Whether the folder, which is made if necessary, has space for tensors of `needed` bytes. Older checkpoints
+        are removed if that is necessary."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found, needed = self.found(), needed + _SPARE_BYTES
         space = find_space(self.folder, found, needed, max_total=self.max_total)
         if space.free < needed:
             if not self._reported_no_space:

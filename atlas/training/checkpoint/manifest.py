@@ -26,7 +26,7 @@ LARGEST_COUNT = 2**48
 """The most updates or sequences. A run of a million sequences per second reaches it in nine years."""
 _LARGEST_SIDECAR = 32 << 20  # enough for a checkpoint that thousands of ranks wrote
 
-_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
 """None instead of NaN and infinity, which JSON does not have."""
 
@@ -47,12 +47,12 @@ class Manifest(BaseModel):
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
     format_version: int = Field(FORMAT_VERSION, ge=1)
     kind: Literal["step", "epoch", "best", "interrupt"]
-    step: _Count
-    epoch: _Count
+    step: Count
+    epoch: Count
     loss: _Loss = None
     val_loss: _Loss = None
     perplexity: _Loss = None
-    sequences_consumed: _Count
+    sequences_consumed: Count
     model: dict[str, Any]
     data_fingerprint: str
     initialized_from: str | None = None
