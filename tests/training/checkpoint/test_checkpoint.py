@@ -15,6 +15,7 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.training.checkpoint import manager as module
+from atlas.training.checkpoint import manifest
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
 
@@ -124,6 +125,23 @@ def test_a_flipped_bit_is_found_with_and_without_sidecar(tmp_path: Path) -> None
     (tmp_path / "atlas_step_6.json").unlink()
     with pytest.raises(AtlasError, match="damaged"):
         load_checkpoint(path)
+
+
+def test_loading_an_intact_checkpoint_reads_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2, 3):
+        save(manager, step)
+    compare, read = manifest.sha256_of, []
+
+    def noting(path: Path, advance: Callable[[int], None]) -> str:
+        read.append(path.name)
+        return compare(path, advance)
+
+    monkeypatch.setattr(manifest, "sha256_of", noting)
+    load_checkpoint(tmp_path / "atlas_step_1.pt")
+    assert read == ["atlas_step_1.pt"]
 
 
 def test_a_renamed_checkpoint_loads_with_a_note(tmp_path: Path) -> None:
