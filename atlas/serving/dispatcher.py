@@ -9,7 +9,7 @@ from pathlib import Path
 
 from atlas.inference.sampling import row_seed
 from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend, Busy, Generation, GenerationRequest
+from atlas.serving.generation import Backend, Generation, GenerationRequest
 from atlas.serving.metrics import Metrics
 from atlas.serving.schema import MOST_STOPS, SamplingParams
 
@@ -71,12 +71,8 @@ class Dispatcher:
             Generation(prompt, sampling, max_tokens, row_seed(seed, row), params.stops, candidates)
             for row, prompt in enumerate(rows)
         ]
-        try:
-            count = self.metrics.counter(backend)
-            return GenerationRequest(backend, generations, self.settings.seconds, count)
-        except Busy:
-            message = "too many texts wait: try again in a moment, or ask for fewer"
-            raise ApiError(429, message, code="queue_full") from None
+        count = self.metrics.tokens.labels(backend.id).inc
+        return GenerationRequest(backend, generations, self.settings.seconds, count)
 
     def close(self, request: GenerationRequest) -> None:
         """End a request, when its client has the answer or has disconnected."""

@@ -99,8 +99,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
             backend, [ids], body, body.max_tokens, body.alternatives, may_exceed=may_exceed
         )
         prompt = in_turn(_read, backend, ids, None if is_known else body.alternatives)
-        events = _events(generations, prompt, body.alternatives)
-        return EventStream(events, lambda: dispatcher.close(generations))
+        return EventStream(_events(generations, prompt), lambda: dispatcher.close(generations))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
@@ -129,7 +128,7 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 
 async def _events(
-    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]], alternatives: int
+    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]]
 ) -> AsyncIterator[str]:
     backend = generations.backend
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -143,10 +142,9 @@ async def _events(
     finish = None
     async for _, piece in generations.pieces():
         finish = piece.finish
-        if piece.token is not None:
-            options = [_option(backend, each.token, each.logprob) for each in piece.candidates[:alternatives]]
-            own = shown(_option(backend, piece.token, piece.logprob or 0.0))
-            yield event({"kind": "token", **own, "alternatives": options})
+        if piece.candidates:
+            chosen, *likeliest = [_option(backend, *each) for each in piece.candidates]
+            yield event({"kind": "token", **shown(chosen), "alternatives": likeliest})
     yield event({"kind": "end", "tokens": generations.num_generated, "finish": finish})
 
 
