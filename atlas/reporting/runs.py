@@ -25,12 +25,11 @@ from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smoot
 
 _NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
 """Metrics with small charts that show a smoothed curve over the raw one."""
-METRICS = ("loss", "learning_rate", "memory", *_NOISY)
+_METRICS = ("loss", "learning_rate", "memory", *_NOISY)
 """Metrics of train records that are drawn."""
-VALIDATION = ("val_loss", "val_perplexity", "bits_per_byte")
 _COLUMNS = {
-    "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
-    "validation": ("step", "tokens", "seconds", *VALIDATION),
+    "train": ("step", "tokens", "seconds", "sequences_consumed", *_METRICS),
+    "validation": ("step", "tokens", "seconds", "val_loss", "val_perplexity", "bits_per_byte"),
 }
 _WHY_MISSING = {
     "tokens": "some records have neither tokens nor sequences with a max_seq_len in config.yaml",
@@ -211,14 +210,13 @@ def chart_data(run: Run) -> dict[str, Any]:
 def _chart_data(run: Run) -> dict[str, Any]:
     train, validation = run.records("train"), run.records("validation")
     axes = run.axes()
+    curves = {name: train[name] for name in _METRICS}
+    curves |= {f"smoothed_{name}": smooth(train[name]) for name in ("loss", *_NOISY)}
     series = {
-        name: _series(axes, train[name], most=MOST_POINTS if name == "loss" else _MOST_SMALL_POINTS)
-        for name in METRICS
+        name: _series(axes, values, most=MOST_POINTS if name.endswith("loss") else _MOST_SMALL_POINTS)
+        for name, values in curves.items()
     }
-    series["smoothed_loss"] = _series(axes, smooth(train["loss"]))
-    for name in _NOISY:
-        series[f"smoothed_{name}"] = _series(axes, smooth(train[name]), most=_MOST_SMALL_POINTS)
-    series["val_loss"] = _series(_positions(axes, validation), validation["val_loss"])
+    series["val_loss"] = _series(_positions(axes, validation), validation["val_loss"], most=MOST_POINTS)
     return {
         "name": run.name,
         "state": run.state,
@@ -230,7 +228,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _series(axes: dict[str, Floats], values: Floats, *, most: int = MOST_POINTS) -> dict[str, list[float]]:
+def _series(axes: dict[str, Floats], values: Floats, *, most: int) -> dict[str, list[float]]:
     known = np.flatnonzero(np.isfinite(values))
     kept = known[thin(values[known], most)]
     return {axis: _rounded(places[kept]) for axis, places in axes.items()} | {"value": _rounded(values[kept])}
