@@ -20,12 +20,9 @@ from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
 from atlas.version import __version__
 
-_STATIC = files("atlas.reporting") / "static"
 _MISSING = "–"
 _MOST_EVENTS_LISTED = 200
-_ABOUT_LOSSES = (
-    "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
-)
+_COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
 
 STATES = {
     "finished": "finished",
@@ -38,7 +35,7 @@ STATES = {
 
 def static_file(name: str) -> str:
     """The text of a file of `static/`: `charts.js`, `report.css`, `uplot/uPlot.iife.min.js`, …"""
-    return _STATIC.joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return files("atlas.reporting").joinpath("static", *name.split("/")).read_text(encoding="utf-8")
 
 
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
@@ -81,9 +78,10 @@ def json_in_html(value: Any) -> str:
 
 def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     """The titles and their HTML."""
-    evaluation = _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
-    notes = itertools.chain([_ABOUT_LOSSES], *map(_notes, runs))
-    yield "Evaluation", evaluation + "".join(map(_aside, notes))
+    about = "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
+    notes = map(_aside, itertools.chain([about], *map(_notes, runs)))
+    table = _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
+    yield "Evaluation", table + "".join(notes)
     yield "Curves", '<div id="charts"></div>'
     if len(runs) > 1:
         yield "Differences of the configs", _differences(runs)
@@ -110,9 +108,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "f
 
 
 # The sections
-
-
-_COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
 
 
 def _evaluation_row(run: Run) -> list[str]:

