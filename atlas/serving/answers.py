@@ -52,10 +52,8 @@ class Answer:
             head["usage"] = None
         if self.is_chat:
             for index in range(len(self.request.generations)):
-                first = {"delta": {"role": "assistant", "content": ""}}
-                yield event(
-                    {**head, "choices": [{"index": index, **first, "logprobs": None, "finish_reason": None}]}
-                )
+                first = {"index": index, "delta": {"role": "assistant", "content": ""}}
+                yield event({**head, "choices": [{**first, "logprobs": None, "finish_reason": None}]})
         async for index, piece in self.request.pieces():
             if piece.text or piece.finish or self.has_logprobs:
                 delta = {"content": piece.text} if piece.text else {}

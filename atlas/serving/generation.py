@@ -159,7 +159,7 @@ class GenerationRequest:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and when time is up;
-        unfinished generations then continue until `cancel`."""
+        unfinished generations then continue until they are `cancelled`."""
         timeout = (0, failure("timeout"))
         timer = asyncio.get_running_loop().call_later(self.seconds, self._queue.put_nowait, timeout)
         unfinished = len(self.generations)
@@ -179,8 +179,3 @@ class GenerationRequest:
                 unfinished -= piece.finish is not None
         finally:
             timer.cancel()
-
-    def cancel(self) -> None:
-        """Free the slots of unfinished generations."""
-        for generation in self.generations:
-            generation.cancelled = True

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,9 @@ class Llama(Backend):
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
             raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
-        context, vocab_size = trained - 1, len(self._tokens)  # llama.cpp keeps a slot for the first new token
-        super().__init__(
-            Path(path).stem, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue
-        )
+        context = trained - 1  # llama.cpp keeps a slot for the first new token
+        name, vocab_size = Path(path).stem, len(self._tokens)
+        super().__init__(name, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self._has_template = "tokenizer.chat_template" in metadata
         self._key = secrets.token_hex()
@@ -78,7 +77,7 @@ class Llama(Backend):
         """Ids of a conversation in the file's own template. Raises `AtlasError` where it has none."""
         if not self._has_template:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
-        body = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+        body = {"messages": [message._asdict() for message in messages]}
         return self._tokenize(self._ask("/apply-template", body)["prompt"], parse_special=True)
 
     def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
@@ -90,10 +89,8 @@ class Llama(Backend):
         """The bytes of a token."""
         text = self._tokens[token]
         if self._is_byte_level:
-            try:
+            with suppress(KeyError):  # an added token, which is stored as plain text
                 return token_bytes(text)
-            except KeyError:  # an added token, which is stored as plain text
-                pass
         return text.encode("utf-8")
 
     def submit(self, generations: Sequence[Generation]) -> None:

@@ -1,4 +1,4 @@
-"""What the page at / requests from this server: generations, and looks inside the model at each token."""
+"""What the pages request from this server: generations, looks inside the model at each token, and curves of runs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.engine import Engine
 from atlas.serving.errors import ApiError
 from atlas.serving.generation import Backend, GenerationRequest
+from atlas.serving.runs import RunFolder
 from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
 from atlas.serving.stream import EventStream, event, until_disconnect
 
@@ -65,8 +66,8 @@ class AttentionRequest(LookRequest):
 
 
 def page_routes(dispatcher: Dispatcher) -> APIRouter:
-    """The page's routes under `/api/`."""
-    router = APIRouter(include_in_schema=False)
+    """The pages' routes under `/api/`."""
+    router, run_folder = APIRouter(include_in_schema=False), RunFolder(dispatcher.settings.runs)
     # Looks inside run one after the other in their own thread, so that generation and tokenization continue meanwhile.
     thread = ThreadPoolExecutor(1, thread_name_prefix="look")
 
@@ -112,6 +113,10 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     @router.post("/api/layers")
     async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
         return await look_inside(body, request, _layers)
+
+    @router.get("/api/runs")
+    async def runs() -> dict[str, Any]:
+        return await asyncio.to_thread(run_folder.curves)
 
     return router
 
