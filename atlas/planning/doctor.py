@@ -61,11 +61,8 @@ _BLOCK = 4_000_000  # bytes written at once
 
 _COMPILED = """\
 import sys, torch
-x = torch.ones(64, device=sys.argv[1], requires_grad=True)
-try:
-    torch.compile(lambda x: (2 * x).relu().sum())(x).backward()
-except Exception as error:
-    sys.exit(str(error).strip().splitlines()[0])
+from atlas.training.devices.compile import why_not_compile
+sys.exit(why_not_compile(torch.device(sys.argv[1])))
 """
 
 
