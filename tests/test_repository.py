@@ -32,7 +32,7 @@ ROOMS = {
     "model": "errors config",
     "training.devices": "errors files machine version config data.sequences model",
     "training.optimizers": "errors config model training.devices",
-    "training.logs": "errors machine config model training.devices",
+    "training.logs": "errors files machine config model training.devices",
     "training.memory": "errors machine process config model training.devices training.optimizers",
     "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
     "training.logs",
@@ -43,9 +43,9 @@ ROOMS = {
     "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
     "reporting": "errors files version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
-    "cli": "errors machine process progress version config tokenizer data data.text data.prepare data.sequences model "
-    "planning training.devices training.logs training.memory training.checkpoint training inference export reporting "
-    "serving",
+    "cli": "errors files machine process progress version config tokenizer data data.text data.prepare data.sequences "
+    "model planning training.devices training.logs training.memory training.checkpoint training inference export "
+    "reporting serving",
 }
 INSIDE = {
     "": "errors machine process progress version < files",

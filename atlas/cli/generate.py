@@ -16,6 +16,7 @@ import typer
 from atlas.cli import options
 from atlas.cli.terminal import say
 from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 from atlas.tokenizer.chat import Message, newest_that_fit
 
 if TYPE_CHECKING:
@@ -140,16 +141,12 @@ def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
 
 def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> None:
     """Write every row as a JSON line."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            for prompt, pieces in _generations(stream, rows, seed):
-                question = prompt if isinstance(prompt, str) else prompt[-1].content
-                row = {"prompt": question, "text": "".join(pieces)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise AtlasError(
-            f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
-        ) from None
+    failures = explain_failed_write(f"--output-file {path}", "choose another place")
+    with failures, open(path, "w", encoding="utf-8") as file:
+        for prompt, pieces in _generations(stream, rows, seed):
+            question = prompt if isinstance(prompt, str) else prompt[-1].content
+            row = {"prompt": question, "text": "".join(pieces)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     say(f"{len(rows)} texts written to {path}")
 
 

@@ -6,10 +6,9 @@ the choice of tensors that stay in 32 bits follow llama.cpp's own converter, `co
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from atlas.export.architectures import (
 )
 from atlas.export.gguf_header import check_header
 from atlas.export.quantize import Quantization, as_type, check_available, file_type, num_bytes, tensor_type
-from atlas.files import flush_folder, flush_to_disk
+from atlas.files import explain_failed_write, replacing
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
@@ -85,8 +84,7 @@ def export_gguf(
     tensors = file_tensors(model)
     types = tensor_types(model.config, tensors, quantize)
 
-    temporary = output.with_name(output.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, architecture_of(model.config))
+    writer = gguf.GGUFWriter(None, architecture_of(model.config))
     writer.add_name(name)
     writer.add_size_label(_size_label(model.num_parameters()))
     if license:
@@ -100,25 +98,14 @@ def export_gguf(
     for tensor, weights in tensors.items():
         _check_range(tensor, weights, types[tensor])
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
-    try:
+    with explain_failed_write(output, "choose another place", kind=ExportError):
         _check_place(output, sum(sizes.values()))
-        try:
-            writer.write_header_to_file()
+        with replacing(output) as temporary, closing(writer):
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor, weights in tensors.items():  # one converted tensor in memory at a time
                 writer.write_tensor_data(as_type(weights.numpy(), types[tensor]))
-            writer.close()
-            with open(temporary, "rb+") as file:
-                flush_to_disk(file)
-            os.replace(temporary, output)
-            flush_folder(output.parent)
-        finally:
-            writer.close()
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ExportError(f"{output}: cannot be written: {reason}; choose another place") from None
     return {tensor: type.name.lower() for tensor, type in types.items()}
 
 

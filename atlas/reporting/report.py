@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas.errors import AtlasError
+from atlas.files import explain_failed_write, replacing
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
 from atlas.version import __version__
 
@@ -41,15 +40,8 @@ def static_file(name: str) -> str:
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
     """Write the report of `runs` to `path`, completely or not at all. With `refresh` the page reloads itself after that
     many seconds. Raises `AtlasError` if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with explain_failed_write(f"--output {path}", "name another file"), replacing(path) as temporary:
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise AtlasError(
-            f"--output {path}: cannot be written ({error.strerror or error}): name another file"
-        ) from None
 
 
 def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:

@@ -17,7 +17,7 @@ import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
-from atlas.files import flush_folder, flush_to_disk, try_to_lock
+from atlas.files import flush_folder, flush_to_disk, replacing, try_to_lock
 from atlas.progress import notify
 
 
@@ -94,12 +94,8 @@ class Workspace:
 
     def commit(self, state: dict[str, Any]) -> None:
         """Let the next process resume here. All that `state` stands for must be on the disk."""
-        new = self.journal.with_suffix(".new")
-        with new.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump({"key": self.key, "state": state}, file)
-            flush_to_disk(file)
-        os.replace(new, self.journal)
-        flush_folder(self.folder)
+        with replacing(self.journal) as new:
+            new.write_text(json.dumps({"key": self.key, "state": state}), encoding="utf-8", newline="\n")
         self.state = state
 
 
