@@ -31,7 +31,7 @@ class Context(NamedTuple):
     """(B, 1, T, S): the tokens to which each query attends. With None, a query attends to itself and all earlier
     tokens."""
     rotation: Rotation | None = None
-    """Applied to queries and keys."""
+    """The rotation of queries and keys."""
     cache: KVCache | None = None
     """Keys and values of earlier tokens."""
 

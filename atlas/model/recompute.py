@@ -18,7 +18,7 @@ def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     not repeat the product. `function` must be deterministic: no dropout.
 
     Under torch.compile, only `function` is called, and the compiler decides which tensors to keep (`training.compile`).
-    Told to recompute, the compiler would repeat the matrix product too.
+    A checkpoint there would make the compiler repeat the matrix product too.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)

@@ -147,7 +147,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
         if saved != config.lora:
             raise AtlasError(
                 f"{start.source}: was trained with lora.rank {saved.rank}, alpha {saved.alpha:g}, targets "
-                f"{', '.join(saved.targets)}: leave these as they were, or start a new run from it with --init-from"
+                f"{', '.join(saved.targets)}: leave these settings as they were, or start a new run with --init-from"
             )
     elif config.lora.rank and not start.contents:
         raise AtlasError(

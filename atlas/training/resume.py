@@ -31,7 +31,7 @@ _MAY_CHANGE = {"dropout"}
 
 
 class OtherRunError(AtlasError):
-    """The output folder holds a run of another model or other data."""
+    """The output folder holds a run with another model or other data."""
 
 
 _OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}

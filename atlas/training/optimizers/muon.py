@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else."""
+"""Muon for the matrices inside the blocks, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
