@@ -256,8 +256,8 @@ def _confirm_new_run(request: Request, folder: Path) -> None:
     """Ask the user whether to start a new run in a folder that holds another run. Raise `AtlasError` if the user
     disagrees or cannot be asked."""
     question = (
-        f"{folder} holds another run: its model, its data or its initial weights differ. Start a new run?  "
-        f"The old one moves to {folder / 'previous-N'}"
+        f"{folder} holds another run: its model, its data or its initial weights differ. Start a new run? "
+        f"The old run moves to {folder / 'previous-N'}"
     )
     if request.ask and request.ask(question):
         return
