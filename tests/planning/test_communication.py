@@ -527,7 +527,10 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 0", "--gpus 0: is the number of GPUs in each node; write 1 or more"),
         ("--gpus 8 --nodes -1", "--nodes -1: is the number of nodes; write 1 or more"),
         ("--gpus 8 --interconnect nvlink", "--interconnect nvlink: .*did you mean nvlink[34]"),
-        ("--gpus 8 --interconnect abacus", "take one of pcie3, .*infiniband-400; of another give GB/s"),
+        (
+            "--gpus 8 --interconnect abacus",
+            "use one of pcie3, .*infiniband-400; for any other link, give its GB/s",
+        ),
         ("--gpus 8 --interconnect 0", "--interconnect 0: is not a speed; write GB/s, above 0"),
         ("--gpus 8 --interconnect nan", "--interconnect nan: is not a speed"),
         (
