@@ -535,9 +535,12 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 8 --interconnect nan", "--interconnect nan: is not a speed"),
         (
             "--gpus 8 --interconnect pcie4,pcie4",
-            "names 2 links; give the one inside a node, and with --nodes",
+            "names 2 links; give the link inside a node, and with --nodes",
         ),
-        ("--gpus 8 --nodes 2 --interconnect pcie4", "pcie4: is the link inside a node; with --nodes 2 give"),
+        (
+            "--gpus 8 --nodes 2 --interconnect pcie4",
+            "pcie4: is the link inside a node; with --nodes 2 also give",
+        ),
         ("--gpus 8 --nodes 2 --interconnect 1,2,3", "1,2,3: names 3 links"),
         (
             "--gpus 5",
