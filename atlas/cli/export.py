@@ -1,4 +1,5 @@
-"""`atlas export`: write a checkpoint as a GGUF file, proved in llama.cpp, or in Hugging Face's format."""
+"""`atlas export`: write a checkpoint as a GGUF file and verify it in llama.cpp, or write it in Hugging Face's
+format."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
+    """Write a model with its tokenizer for other programs: a GGUF file, verified in llama.cpp, or a folder."""
     from atlas.inference.load import NOT_NEEDED, load_model
     from atlas.training.checkpoint.load import load_checkpoint
     from atlas.training.checkpoint.locate import find_checkpoint
@@ -116,7 +117,7 @@ def export(
 def _check_options(
     format: str, quantize: str | None, modelfile: bool, verify: bool, data: str | None
 ) -> None:
-    """Raise `AtlasError` for options that exclude each other."""
+    """Raise `AtlasError` for options that cannot be combined."""
     if data is not None and format != "gguf":
         raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format} takes none")
     if data is not None and not verify:
@@ -133,11 +134,12 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|endoftext|>
 {{ end }}<|assistant|>
 \"\"\""""
-"""`CHAT_TEMPLATE` in Ollama's template language, except that it keeps white space around a message."""
+"""`CHAT_TEMPLATE` in Ollama's template language. Unlike `CHAT_TEMPLATE`, it keeps white space around a message."""
 
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
-    """Write a Modelfile for Ollama: with the chat template, or one that passes the prompt on unchanged."""
+    """Write a Modelfile for Ollama beside `file`. The template is the chat template, or the unchanged prompt for other
+    models."""
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
@@ -167,10 +169,11 @@ def export_and_prove(
     license: str | None = None,
     sample: Sample | None = None,
 ) -> None:
-    """Write `output` and print its path. Unless `verify` is off, compare the file in llama.cpp with the model, and
-    report how well it predicts `sample`.
+    """Write the GGUF file `output` and print its path.
 
-    Raises `AtlasError` for a file that fails the proof; the file stays for inspection.
+    With `verify`, compare llama.cpp's results for the file with the model's, and report the bits per byte of `sample`.
+
+    Raises `AtlasError` if the results differ. The file remains for inspection.
     """
     from atlas.export.gguf import export_gguf
 
@@ -189,7 +192,7 @@ def export_and_prove(
         "tensors": f"{len(types)}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}",
         "size": f"{output.stat().st_size / 1e6:,.1f} MB",
     }
-    if len(counts) > 2:  # a mixture
+    if len(counts) > 2:  # the matrices have several types
         rows |= _types_by_tensor(types)
     print_table(list(rows.items()), err=True)
     if quantize.startswith("q") and (in_f16 := counts["f16"]):
@@ -236,7 +239,8 @@ def _prove(
 
 
 def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
-    """The type of each matrix; where blocks differ, the blocks of each type."""
+    """Return name of a matrix → its type. If the type differs between blocks, the text lists the blocks of each
+    type."""
     blocks: dict[str, dict[str, list[str]]] = {}
     for name, kind in types.items():
         block = re.match(r"blk\.(\d+)\.", name)

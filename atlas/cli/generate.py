@@ -1,4 +1,4 @@
-"""`atlas generate`: prompt and text on standard output, everything else on standard error."""
+"""`atlas generate`: print prompts and generated text on standard output, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BATCH_SIZE = 16
 
 Stream = Callable[..., Iterator[list[str]]]
-"""`stream_text` with the settings of the call."""
+"""The type of `stream_text` with the settings of this command filled in."""
 
 
 def generate(
@@ -78,7 +78,7 @@ def generate(
         seed = secrets.randbelow(2**31)
         if temperature > 0:
             say(f"seed {seed}")
-    counts: list[int] = []  # tokens of each step
+    counts: list[int] = []  # number of tokens in each step
     stream = functools.partial(
         stream_text, loaded, sampling=sampling, max_tokens=max_tokens, stop=stop or [], count=counts.append
     )
@@ -98,9 +98,10 @@ def generate(
 def _interact(
     loaded: LoadedModel, stream: Stream, seed: int, *, max_tokens: int, chat: bool, num_samples: int
 ) -> None:
-    """Continue each line, or with `chat` answer it as part of one conversation. Each line has its own seed."""
+    """Continue each line of input, or with `chat` answer each line as a message of one conversation. Each line has its
+    own seed."""
     context = loaded.config.model.max_seq_len
-    room = context - min(max_tokens, context // 2)  # an answer needs the rest
+    room = context - min(max_tokens, context // 2)  # the answer needs the rest of the context
     dialogue: list[Message] = []
     has_forgotten = False
     for number, line in enumerate(_ask_prompts()):
@@ -116,7 +117,7 @@ def _interact(
 
 
 def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[tuple[Prompt, Iterable[str]]]:
-    """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
+    """Yield (prompt, pieces of its continuation) for every row. A single row is streamed; several rows are batched."""
     if len(rows) == 1:
         yield rows[0], (piece for [piece] in stream(rows, seed=seed))
         return
@@ -126,10 +127,10 @@ def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[
 
 
 def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
-    """Print the prompts and their continuations, a blank line between. Returns the continuations."""
+    """Print the prompts and their continuations, separated by blank lines. Return the continuations."""
     texts: list[str] = []
     for prompt, pieces in _generations(stream, rows, seed):
-        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
+        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not repeated
         print("\n" * bool(texts) + repeated, end="", flush=True)
         texts.append("")
         for piece in pieces:
@@ -140,7 +141,7 @@ def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
 
 
 def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> None:
-    """Write every row as a JSON line."""
+    """Write the prompt and the generated text of every row as a JSON line to `path`."""
     failures = explain_failed_write(f"--output-file {path}", "choose another place")
     with failures, open(path, "w", encoding="utf-8") as file:
         for prompt, pieces in _generations(stream, rows, seed):
@@ -166,7 +167,7 @@ def _read_prompts(path: str) -> list[str]:
 
 
 def _ask_prompts() -> Iterator[str]:
-    """Lines of standard input, with a prompt sign for a person but not for a pipe."""
+    """Yield the lines of standard input. On a terminal, print a prompt sign before each line."""
     sign = ""
     if sys.stdin.isatty():
         say("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.")

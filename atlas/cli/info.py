@@ -98,7 +98,7 @@ def _tokenizer(path: Path) -> Facts:
 
 
 def _gguf(path: Path) -> Facts:
-    """Describe any GGUF file, also one that Atlas did not write."""
+    """Yield the facts of a GGUF file, which may come from another program."""
     from collections import Counter
 
     from atlas.export.gguf import open_gguf

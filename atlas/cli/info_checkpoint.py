@@ -1,4 +1,4 @@
-"""`atlas info` of checkpoints: what one holds, whether it is intact, and which of a folder a run resumes from."""
+"""`atlas info` for checkpoints: contents, integrity, and the checkpoint from which a run in the folder resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from atlas.training.checkpoint.verify import intact_alternative, verify_checkpoi
 
 
 def is_checkpoint(file: Path) -> bool:
-    """Whether the name is that of a checkpoint; `find_checkpoint` also accepts names without a suffix."""
+    """Whether `file` names a checkpoint. As in `find_checkpoint`, the name may have no suffix."""
     if file.suffix == ".pt":
         return True
     if file.suffix == ".json":
@@ -34,7 +34,7 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
-    """What a checkpoint holds, and its state: with `verify`, that of every byte."""
+    """Yield the contents and the state of a checkpoint. With `verify`, the state results from a check of every byte."""
     path = find_checkpoint(path)
     sidecar, shards, is_described = sidecar_of(path), shards_of(path), read_manifest(path, check_hash=False)
     if not is_described:
@@ -71,7 +71,7 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
 
 
 def model_facts(config: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """The size and shape of a model."""
+    """Yield the size and shape of a model."""
     yield "parameters", f"{count_parameters(config).total:,}"
     shape = f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads"
     yield "model", f"{shape}, context {config.max_seq_len}, vocabulary {config.vocab_size:,}"
@@ -83,7 +83,8 @@ def _rounded(loss: float | None) -> str:
 
 
 def _verified(path: Path) -> str:
-    """The verdict on an intact file. Raises `AtlasError` with the problem, and the file to use instead."""
+    """Check every byte of a checkpoint and return the verdict. For a damaged checkpoint, raise `AtlasError` with the
+    problem and the checkpoint to use instead."""
     with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
     if not verdict.problem:
@@ -96,7 +97,7 @@ def _verified(path: Path) -> str:
 
 
 def print_folder(folder: Path, *, verify: bool) -> None:
-    """Print a row for each checkpoint, the latest step first, and the one that --resume auto uses."""
+    """Print a row for each checkpoint, the latest step first, and then the checkpoint that --resume auto uses."""
     manifests = {path: manifest for manifest, path in list_checkpoints(folder)}
     files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
     if not files:
@@ -129,7 +130,7 @@ def print_folder(folder: Path, *, verify: bool) -> None:
 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
-    """The state of a checkpoint as far as it is known without reading the file."""
+    """Return the state of a checkpoint, as known without reading its contents."""
     if manifest is None:
         if holds_first_version(path):
             return "of the first Atlas (1.x): atlas import"

@@ -1,4 +1,4 @@
-"""`atlas info DATASET`: what a prepared dataset holds, how large a model it is enough for, and how its text looks."""
+"""`atlas info DATASET`: contents of a prepared dataset, suitable model sizes, and sample documents."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
 
 
 def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
-    """The dataset, and a description of its state."""
+    """Return the dataset, and a description of its state."""
     total = sum(file.stat().st_size for file in folder.glob("*.npy"))
     with byte_progress(total if verify else 0, "reading") as advance:
         dataset = open_dataset(folder, verify=verify, advance=advance)
@@ -76,7 +76,7 @@ def _facts(
 
 
 def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]]:
-    """A row for each cleaning step that found something, and one for all others."""
+    """Yield a row for each cleaning step that removed text, and one row that names all other steps."""
     for step, removed in cleaning.items():
         if any(removed.values()):
             counts = ", ".join(f"{count:,} {what}" for what, count in removed.items() if count)
@@ -117,7 +117,7 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
 
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
-    """Print ten random documents of the training split, and the text that the tokenizer compresses worst."""
+    """Print ten random documents of the training split, and the stretches that the tokenizer compresses worst."""
     if dataset.tokenizer_state.get("kind") == "custom":
         name = dataset.tokenizer_state["name"]
         text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"

@@ -1,4 +1,4 @@
-"""Options that several commands share, as annotations of their parameters."""
+"""Options that several commands share, as typer annotations of the commands' parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`atlas pipeline`: from text to a model in one command, with questions on a terminal and without them in a script."""
+"""`atlas pipeline`: from text to a model in one command. On a terminal the command asks questions, in a script it does
+not."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ def pipeline(
 ) -> None:
     """All steps in one command: text → tokens → model → text → GGUF.
 
-    Without --demo, it shows what each preset needs on this machine, asks which one to train, prepares your text for it
-    and trains. Without a terminal, or with --yes, it asks nothing.
+    Without --demo, the command shows the memory and time of each preset on this machine and asks for a preset. Then it
+    prepares your text for the preset and trains the model. Without a terminal, or with --yes, it asks nothing.
     """
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
@@ -78,7 +79,7 @@ def pipeline(
 
 
 def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
-    """The settings of the run, whose text is prepared for their vocabulary."""
+    """Return the settings of the run. If needed, prepare the text with the vocabulary of these settings."""
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.data.sequences.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
@@ -95,7 +96,7 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
         )
     prepared = open_dataset(data) if is_prepared(data) else None
     if prepared is None:
-        Sources([data])  # refuses an unreadable text before a question is asked
+        Sources([data])  # refuses an unreadable text before Atlas asks a question
     vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
     device = str(overrides.get("device", "auto"))
     preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
@@ -110,8 +111,8 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
 
 
 def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -> PreparedDataset:
-    """The dataset of a text, prepared if needed. One with a trained vocabulary gets a separate folder, so that it does
-    not replace the one with GPT-2's."""
+    """Prepare a text, if needed, and return its dataset. A dataset with a trained vocabulary has its own folder, so
+    that it does not replace the dataset with GPT-2's vocabulary."""
     from atlas.data import prepare
     from atlas.data.prepare.pipeline import default_output
     from atlas.data.text.sources import Sources

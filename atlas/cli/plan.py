@@ -1,4 +1,4 @@
-"""`atlas plan`: what a config needs, before any work."""
+"""`atlas plan`: estimate the needs of a config, before any work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def plan(
         bool, typer.Option("--json", help="One JSON object: bytes, seconds, FLOPs, kWh.")
     ] = False,
 ) -> None:
-    """Memory, disk, tokens and time of a config, and which presets fit: this machine, a card, a text."""
+    """Estimate the memory, disk space, tokens and time of a config, and list the presets that fit this machine or a
+    card, and a text."""
     from atlas.cli.plan_output import print_json, print_report
     from atlas.cli.plan_report import choose_cluster, make_report
 

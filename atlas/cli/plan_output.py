@@ -1,4 +1,4 @@
-"""What `atlas plan` reports, as tables for a person and as one JSON object for a program."""
+"""The output of `atlas plan`: tables for people, or one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
 
 
 def print_json(report: Report) -> None:
-    """Numbers in bytes, seconds, FLOPs and kWh; null where one is not known."""
+    """Print the report as JSON, with numbers in bytes, seconds, FLOPs and kWh, and null for unknown values."""
     machine, text, device = report.machine, report.text, report.machine.device
     content = {
         "machine": {
@@ -97,7 +97,7 @@ def _with_total(parts: Any) -> dict[str, int]:
 
 
 def print_report(report: Report) -> None:
-    """Tables and notes on standard output."""
+    """Print the report as tables and notes on standard output."""
     if report.summary:
         _print_summary(report, report.summary)
         if report.scaling:
@@ -144,7 +144,8 @@ def _print_summary(report: Report, summary: Summary) -> None:
 
 
 def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
-    """On several GPUs, or as several processes on a CPU; the sections before are about one."""
+    """Print the plan of a run on several GPUs, or in several processes on a CPU. All sections before are for a single
+    rank."""
     sent, updates = scaling.communication, summary.run.updates
     shared = {
         "training.parallel": scaling.parallel,
@@ -193,7 +194,7 @@ def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    """How the figures came about, and what is not known."""
+    """Yield notes on the sources of the figures, and on unknown values."""
     machine, summary, scaling = report.machine, report.summary, report.scaling
     if summary:
         yield from _notes_on_length(summary, has_text=report.text is not None)
@@ -216,7 +217,7 @@ def _notes(report: Report) -> Iterator[str]:
 
 
 def _note_on_time(report: Report) -> str:
-    """Which the times are: measured, simulated or stated, and from what."""
+    """Return a note that says whether the times are measured, simulated or stated, and from which rates."""
     machine, speed = report.machine, report.machine.speed
     reached = (report.summary or report.presets[-1][1]).run.utilisation
     if machine.flops_per_second is None or reached is None:
@@ -285,7 +286,7 @@ def _print_presets(report: Report) -> None:
 
 
 def _print_rows(title: str, rows: dict[str, Any]) -> None:
-    """Print a section of figures; those that are None, 0 or False are left out."""
+    """Print a section of figures. Figures that are None, 0 or False are left out."""
     typer.echo(title)
     shown = {name: value for name, value in rows.items() if value}
     width = max(14, *map(len, shown.values()))
@@ -295,7 +296,7 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
 
 
 def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
-    """The parts of an estimate by name, and their sum."""
+    """Return name → text for the parts of an estimate and their total."""
     sizes = {**vars(estimate), "total": estimate.total}
     return {name.replace("_", " "): size and show(size) for name, size in sizes.items()}
 

@@ -41,7 +41,7 @@ _TRUST_HELP = (
 
 def prepare(
     inputs: Annotated[
-        list[str] | None,  # a Path would make s3:/ of s3://
+        list[str] | None,  # a Path would turn s3:// into s3:/
         typer.Option("--input", help=_INPUT_HELP, metavar="PATH"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help=_OUTPUT_HELP, metavar="DIR", show_default=False)] = None,
@@ -119,7 +119,7 @@ def _print_summary(summary: Summary) -> None:
             f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
-    # The larger presets state GPT-2's vocabulary; the nano ones take any.
+    # The larger presets require GPT-2's vocabulary; the nano presets accept any vocabulary.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
     say(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}")
     say(f"how large a model it is enough for: atlas info {folder}")

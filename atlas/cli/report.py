@@ -1,4 +1,4 @@
-"""`atlas report`: the records of runs on one page."""
+"""`atlas report`: write the records of runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from atlas.reporting.runs import Run
 
 _SECONDS = 5
-"""Between two updates of a live report."""
+"""Seconds between two updates of a live report."""
 
 
 def report(
@@ -32,9 +32,9 @@ def report(
         typer.Option("--live", help=f"Update it every {_SECONDS} seconds until the runs end or Ctrl-C."),
     ] = False,
 ) -> None:
-    """Write an HTML file with the curves, configs, samples and results of runs, which opens without a network.
+    """Write an HTML file with the curves, configs, samples and results of runs. The file needs no network.
 
-    Several runs are drawn over each other, by step, tokens or time.
+    The charts show all runs together, by step, tokens or time.
     """
     from atlas.reporting.figure import draw_losses, shared_axis
     from atlas.reporting.report import write_report
@@ -57,7 +57,7 @@ def report(
 
 
 def _follow(page: Path, runs: Sequence[Run]) -> None:
-    """Update the page while a run continues, or may continue, and until Ctrl-C."""
+    """Update the page until all runs have ended, or until Ctrl-C. A run of another machine counts as running."""
     from atlas.reporting.report import write_report
 
     say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")

@@ -1,4 +1,4 @@
-"""`atlas serve`: an OpenAI-compatible server for your own checkpoints."""
+"""`atlas serve`: start an OpenAI-compatible server for your own checkpoints."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def serve(
     dtype: options.Dtype = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
-    """Start an OpenAI-compatible server, until Ctrl-C or SIGTERM, which let generations finish."""
+    """Start an OpenAI-compatible server. Ctrl-C or SIGTERM stops the server after current generations have finished."""
     if host not in _LOOPBACK and not api_key:
         raise AtlasError(
             f"--host {host}: others can reach this address: set --api-key (or ATLAS_API_KEY), or listen on 127.0.0.1"
         )
     if api_key is not None:
         api_key = api_key.strip()
-        if not re.fullmatch("[!-~]+", api_key):  # what every client can put into a header
+        if not re.fullmatch("[!-~]+", api_key):  # the characters that every client can send in a header
             raise AtlasError("--api-key: must be ASCII letters, digits and signs, no spaces; or leave it out")
     try:
         from atlas.serving.app import build_app
@@ -111,7 +111,8 @@ def serve(
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The names of the models in the API: the file's name, with its folder's name where that alone is ambiguous."""
+    """Return the models' names in the API: the file's name, with the folder's name in front if two files have the same
+    name."""
     stems = [path.stem for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
@@ -149,7 +150,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
 
 
 def _run(server: Server, address: str) -> None:
-    """Serve until a signal; the second signal does not wait for unfinished generations."""
+    """Serve until a signal. After the first signal, current generations finish; a second signal ends them."""
 
     def end(number: int, frame: object) -> None:
         say("shutting down: current generations finish; repeat to stop them")

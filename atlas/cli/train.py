@@ -1,4 +1,4 @@
-"""`atlas train`: start a run, or resume the one in the output folder."""
+"""`atlas train`: start a run, or resume the run in the output folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SHOWN_OPERATIONS = 12
 _FLAGS: dict[str, str] = {}
-"""Parameter of `train` → the setting that it gives."""
+"""Parameter of `train` → the key of the setting that the parameter sets."""
 
 Config = Annotated[
     str | None,
@@ -34,7 +34,8 @@ NoResume = Annotated[
 
 
 def _setting(key: str, metavar: str = "N") -> Any:
-    """The option of a setting, named like the last part of its key; noted in `_FLAGS`."""
+    """Return the typer option for the setting `key`, and record the setting in `_FLAGS`. The option has the name of the
+    key's last part."""
     _FLAGS[key.rpartition(".")[2]] = key
     return typer.Option(help=describe(key), metavar=metavar, show_default=False)
 
@@ -105,7 +106,8 @@ def train(
         return
     if profile:
         return _print_profile(explicit_layer(config, overrides, flags))
-    # Report a mistake before PyTorch is loaded, which takes seconds. With several processes, only the first reports it.
+    # Report a mistake in the settings before loading PyTorch, which takes seconds. With several processes, the settings
+    # are read later, so that only the first process reports a mistake.
     explicit = None if "RANK" in os.environ else explicit_layer(config, overrides, flags)
 
     from atlas.config.presets import leaves_batch_size_open
@@ -122,7 +124,7 @@ def train(
 
 
 def explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
-    """What the user wrote: config file < --set < flags."""
+    """Return the settings that the user gave. Flags take precedence over --set, and --set over the config file."""
     from atlas.config.presets import find_config
 
     layer = overlay(read_yaml(find_config(config)) if config else {}, parse_overrides(overrides or []))
@@ -150,7 +152,8 @@ def _print_profile(explicit: Layer) -> None:
 def train_to_the_end(
     request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
+    """Start or resume the requested run, train it to its end, and report the outcome. Exit with 130 if it was
+    interrupted."""
     from atlas.errors import AtlasError
     from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
