@@ -34,13 +34,13 @@ def export(
         Literal["gguf", "hf", "peft"],
         typer.Option(
             help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers. "
-            "peft: only the updates of lora."
+            "peft: a folder with only the LoRA weights."
         ),
     ] = "gguf",
     quantize: Annotated[
         Quantization | None,
         typer.Option(
-            help="Type of the matrices: f32 is exact, f16 and bf16 are half the size, q8_0 a quarter, q4_k_m a fifth.",
+            help="Type of the matrices: f32 is exact; f16 and bf16 need half its size, q8_0 a quarter, q4_k_m a fifth.",
             show_default="gguf f16, hf f32",
         ),
     ] = None,
@@ -57,7 +57,7 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="gguf: evaluate the file on this text, plain or prepared: bits per byte in llama.cpp and in PyTorch."
+            help="gguf: evaluate the file on this text or prepared dataset: bits per byte in llama.cpp and in PyTorch."
         ),
     ] = None,
 ) -> None:
@@ -71,8 +71,8 @@ def export(
     contents = load_checkpoint(path, say=say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
-            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
-            "file can hold; train with gpt2 or a tokenizer.json to export"
+            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that an "
+            "exported file cannot contain; to export a model, train with gpt2 or a tokenizer.json"
         )
     target = Path(output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
     if format == "peft":
@@ -99,7 +99,7 @@ def export(
         return _list_files(folder)
     if modelfile and loaded.chat_template and not loaded.is_chat_model:
         raise AtlasError(
-            "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
+            "--modelfile: the imported model has its own chat template, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
         )
     sample = None
@@ -119,15 +119,17 @@ def _check_options(
 ) -> None:
     """Raise `AtlasError` for options that cannot be combined."""
     if data is not None and format != "gguf":
-        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format} takes none")
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; leave it out with --format {format}")
     if data is not None and not verify:
-        raise AtlasError("--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of them")
+        raise AtlasError(
+            "--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of the two options"
+        )
     if format == "peft" and (quantize or modelfile):
         raise AtlasError("--format peft: takes no --quantize and no --modelfile")
     if format == "hf" and quantize not in (None, "f32", "f16", "bf16"):
         raise AtlasError(f"--quantize {quantize}: is for GGUF; --format hf takes f32, f16 or bf16")
     if format == "hf" and modelfile:
-        raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
+        raise AtlasError("--modelfile: is for GGUF; Ollama cannot read a folder of --format hf")
 
 
 _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
@@ -202,8 +204,8 @@ def export_and_prove(
         )
     if loaded.config.model.mlp == "gelu_exact":
         say(
-            "model.mlp gelu_exact: llama.cpp computes GELU's tanh form, which differs from it by at most 5e-4; "
-            "--data TEXT measures what that changes"
+            "model.mlp gelu_exact: llama.cpp computes the tanh approximation of GELU, which differs by at most 5e-4; "
+            "--data TEXT measures the effect on bits per byte"
         )
     if verify:
         _prove(loaded, output, quantize, texts, sample)

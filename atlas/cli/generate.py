@@ -31,7 +31,9 @@ Stream = Callable[..., Iterator[list[str]]]
 
 def generate(
     checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; empty: begin a document.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; an empty text begins a document.")
+    ] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with a prompt on each line.")] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask for prompts until end of input.")
@@ -48,10 +50,15 @@ def generate(
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the generation before this string; may be repeated.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Generations per prompt.", min=1)] = 1,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text. Default: a new seed, which is printed.")
+        int | None,
+        typer.Option(
+            help="Random seed: the same seed gives the same text. Default: a new seed, which Atlas prints."
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -112,7 +119,9 @@ def _interact(
             dialogue = newest_that_fit(asked, loaded.tokenizer, room)
             if len(dialogue) < len(asked) and not has_forgotten:
                 has_forgotten = True
-                say(f"the context of {context:,} tokens is full: the oldest messages are forgotten")
+                say(
+                    f"the context of {context:,} tokens is full: the model no longer sees the oldest messages"
+                )
             dialogue.append(Message("assistant", _show(stream, [dialogue] * num_samples, seed + number)[0]))
 
 
@@ -162,7 +171,7 @@ def _read_prompts(path: str) -> list[str]:
         raise AtlasError(f"--prompts-file {path}: is not UTF-8 text; save it as UTF-8") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise AtlasError(f"--prompts-file {path}: contains no prompt; write one on each line")
+        raise AtlasError(f"--prompts-file {path}: contains no prompt; write one prompt on each line")
     return prompts
 
 
@@ -170,7 +179,7 @@ def _ask_prompts() -> Iterator[str]:
     """Yield the lines of standard input. On a terminal, print a prompt sign before each line."""
     sign = ""
     if sys.stdin.isatty():
-        say("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.")
+        say("Write a prompt and press Enter; Ctrl-D (on Windows Ctrl-Z) ends the program.")
         sign = "> "
     typer.echo(sign, nl=False, err=True)
     while line := sys.stdin.readline():

@@ -92,9 +92,9 @@ def _check_folder(folder: Path, *, takes_shape: bool) -> None:
         best = folder / "atlas_best.pt"
         example = best if best in files else files[-1]
         raise AtlasError(
-            f"{folder}: has no config.json; to convert a checkpoint of Atlas 1.x in it, name it, such as {example}"
+            f"{folder}: has no config.json; to convert a checkpoint of Atlas 1.x, name the file, such as {example}"
         )
     if takes_shape:
         raise AtlasError(
-            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt), and {folder} is none: leave them out"
+            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); {folder} is a folder: leave them out"
         )

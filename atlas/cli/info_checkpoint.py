@@ -44,13 +44,17 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
     elif sidecar.exists():
         state = "size as saved; --verify compares every byte"
     elif shards:
-        state = f"no {sidecar.name} beside it, so that its bytes cannot be compared"
+        state = f"no {sidecar.name} beside it, so Atlas cannot check the bytes"
     else:
         state = f"no {sidecar.name} beside it; --verify reads the checksums inside the file"
-    contents = read_contents(path, remedy="atlas info --verify finds one to use instead", without=NOT_NEEDED)
+    contents = read_contents(
+        path, remedy="atlas info --verify finds a checkpoint to use instead", without=NOT_NEEDED
+    )
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
-        raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
+        raise AtlasError(
+            f"{path}: its config has no model.vocab_size; use a checkpoint that atlas train wrote"
+        )
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
     in_shards = f" in {len(list(shards.iterdir()))} files of {shards.name}" if shards else ""
     yield "checkpoint", f"{path} ({checkpoint_size(path) / 1e6:,.1f} MB{in_shards})"
@@ -91,7 +95,7 @@ def _verified(path: Path) -> str:
         return verdict.line
     instead = intact_alternative(path)
     remedy = (
-        f"take {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
+        f"use {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
     )
     raise AtlasError(f"{path}: {verdict.line}: {remedy}")
 
@@ -103,7 +107,8 @@ def print_folder(folder: Path, *, verify: bool) -> None:
     if not files:
         raise AtlasError(
             f"{folder}: is neither a prepared dataset nor a folder with checkpoints; "
-            f"what is prepared: atlas prepare --list; if it holds text: atlas prepare --input {folder}"
+            "to list prepared datasets: atlas prepare --list; "
+            f"to prepare text in this folder: atlas prepare --input {folder}"
         )
     with byte_progress(sum(map(checkpoint_size, files)), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
@@ -118,14 +123,16 @@ def print_folder(folder: Path, *, verify: bool) -> None:
     print_table(rows, right={1, 3, 4, 5})
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):
-        raise AtlasError(f"{folder}: none of its checkpoints is intact: take a copy of one, or train again")
+        raise AtlasError(
+            f"{folder}: none of its checkpoints is intact: use a copy of a checkpoint from elsewhere, or train again"
+        )
     resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
-    takes = f"takes {resumable[0].name}" if resumable else "finds none to resume from"
+    takes = f"takes {resumable[0].name}" if resumable else "finds no checkpoint to resume from"
     typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))
     if unsound := [path.name for path, verdict in verdicts.items() if verdict.problem]:
         raise AtlasError(
             f"{folder}: {len(unsound)} of {len(files)} checkpoints are unsound ({', '.join(unsound)}): see the table; "
-            "generate, export and resume from another"
+            "use an intact checkpoint to generate, export and resume"
         )
 
 
@@ -143,4 +150,4 @@ def consolidate(path: Path, target: Path) -> None:
     """Convert the sharded checkpoint at `path` to one file."""
     source = find_checkpoint(path)
     size = convert.consolidate(source, target, say=say)
-    typer.echo(f"{target}: {size / 1e6:,.1f} MB, all that {source} holds")
+    typer.echo(f"{target}: {size / 1e6:,.1f} MB, with all contents of {source}")
