@@ -42,7 +42,9 @@ def look(
     ] = False,
     position: Annotated[
         int | None,
-        typer.Option(help="The token for --lens, from 0, or from the end as -1 (default: the last)."),
+        typer.Option(
+            help="Position of the token for --lens, from 0, or from the end as -1. Default: the last."
+        ),
     ] = None,
     attention: Annotated[
         str | None,
@@ -56,13 +58,13 @@ def look(
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     device: options.Device = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Show a model's prediction at each position of a text, and how the next token is chosen."""
     if position is not None and not lens:
-        raise AtlasError(f"--position {position}: is the token for --lens; give both, or neither")
+        raise AtlasError(f"--position {position}: is the token for --lens; give both options, or neither")
     head = None if attention is None else re.fullmatch(r"(\d+)\.(\d+)", attention)
     if attention is not None and head is None:
         raise AtlasError(f"--attention {attention}: must be a layer's and a head's number, such as 0.1")

@@ -23,14 +23,15 @@ def pipeline(
     demo: Annotated[
         bool,
         typer.Option(
-            "--demo", help="A small model on this machine's CPU in minutes, from text to a proved GGUF file."
+            "--demo",
+            help="Train a small model on this machine's CPU in minutes, from text to a verified GGUF file.",
         ),
     ] = False,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text file, folder or archive. Default: data/raw/archive.zip, or Atlas asks; with --demo, "
-            "Python's own documentation.",
+            help="Text file, folder or archive. Default: data/raw/archive.zip if it exists, else Atlas asks; with "
+            "--demo, Python's own documentation.",
             metavar="PATH",
         ),
     ] = None,
@@ -40,7 +41,7 @@ def pipeline(
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; default checkpoints, with --demo demo.", metavar="DIR"),
+        typer.Option(help="Folder of the run. Default: checkpoints, or demo with --demo.", metavar="DIR"),
     ] = None,
     no_resume: NoResume = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing and use the defaults.")] = False,
@@ -87,11 +88,11 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
 
     if {"train_data", "mixture"} & overrides.get("data", {}).keys():
         raise AtlasError(
-            "--set data: the pipeline trains on one text: name it with --data, or use atlas train"
+            "--set data: the pipeline trains on one text: name the text with --data, or use atlas train"
         )
     if holds_conversations(data):
         raise AtlasError(
-            f"--data {data}: contains conversations, which make a trained model answer: train one on text first, then "
+            f"--data {data}: contains conversations, which fine-tune a model: train a model on text first, then run "
             f"atlas train --init-from CHECKPOINT --train-data {data}"
         )
     prepared = open_dataset(data) if is_prepared(data) else None

@@ -120,8 +120,8 @@ def _print_summary(report: Report, summary: Summary) -> None:
     _print_rows(f"Memory of training on {machine.device}", memory)
     if copy:
         typer.echo(
-            "Besides: the copy that checkpoints are written from while training continues. Where it does not fit, or "
-            "with checkpoint.background=false, training waits for the disk.\n"
+            "Besides: the copy of the state from which Atlas writes a checkpoint while training continues. If the copy "
+            "does not fit, or with checkpoint.background=false, training waits for the disk.\n"
         )
     if summary.remedies and report.scaling is None:
         there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
@@ -160,7 +160,7 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
         typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
     parts = {"weights": sent.weights, "gradients": sent.gradients}
     moved = {name: size and _gb(size) for name, size in parts.items()}
-    _print_rows("Sent in an update by each, and received", {**moved, "total": _gb(sent.bytes)})
+    _print_rows("Bytes that each sends in an update, and receives", {**moved, "total": _gb(sent.bytes)})
     time = {
         "computing": _time(scaling.computing),
         "communication": _time(sent.seconds),
@@ -206,13 +206,13 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
     if report.text:
         yield (
-            f"Passes: over the text until a parameter has seen {TOKENS_PER_PARAMETER} tokens, which uses training "
-            f"time best; beyond about {GOOD_PASSES} each gives less. More: atlas info {printable(report.text.name)}"
+            f"Passes: over the text, for {TOKENS_PER_PARAMETER} tokens per parameter, the best use of time. Each "
+            f"pass beyond about {GOOD_PASSES} helps less. More: atlas info {printable(report.text.name)}"
         )
     if report.assumes_vocabulary and summary:
         yield (
-            f"vocab_size is left out, so the dataset's will be taken; {summary.config.model.vocab_size} is assumed "
-            "here. GPT-2's: --set model.vocab_size=50257"
+            f"model.vocab_size is not set, so training uses the dataset's; this plan assumes "
+            f"{summary.config.model.vocab_size}. For GPT-2's: --set model.vocab_size=50257"
         )
 
 
@@ -221,7 +221,7 @@ def _note_on_time(report: Report) -> str:
     machine, speed = report.machine, report.machine.speed
     reached = (report.summary or report.presets[-1][1]).run.utilisation
     if machine.flops_per_second is None or reached is None:
-        return "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
+        return "Time: not known without the GPU's speed. --gpu uses a known card's speed, in half precision only."
     rate = f"{reached:.0%} of {machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}"
     if speed is None:
         narrow = "; less for narrow models" if machine.device == "cpu" and not report.summary else ""
@@ -231,7 +231,7 @@ def _note_on_time(report: Report) -> str:
             f"simulated: the FLOPs and bytes of an update at {speed.products / 1e9:,.0f} GFLOP/s and "
             f"{speed.bandwidth / 1e9:,.0f} GB/s; its FLOPs are at {rate}"
         )
-    return f"Time: {how}. Evaluations and saves come on top."
+    return f"Time: {how}. Evaluations and saves take additional time."
 
 
 def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
@@ -239,34 +239,34 @@ def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
     if training.max_hours:
         yield f"Updates: training.max_hours ends the run after {training.max_hours:g} hours at the latest."
     elif summary.run.updates is None:
-        yield "Updates: neither training.max_steps nor --data says how many there will be."
+        yield "Updates: the number is not known without training.max_steps or --data."
     if training.epochs and not has_text and summary.run.updates is not None:
-        yield "Updates: training.epochs may end the run sooner; --data says whether it does."
+        yield "Updates: training.epochs may end the run sooner; to check this, give --data."
 
 
 def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
     cluster = scaling.cluster
-    yield f"Ranks: the sections up to “The run” are of one, those after it of {cluster.ranks:,}."
+    yield f"Ranks: the sections up to “The run” are for one rank, the later sections for {cluster.ranks:,}."
     if device == "cpu" and cluster.ranks > 1:
-        yield "On a CPU they share its cores: more of them compute no faster. --gpu plans for cards."
+        yield "On a CPU, the ranks share its cores, so more ranks compute no faster. --gpu plans for cards."
     if scaling.parallel != "none":
         yield (
             f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal speed, hidden behind {OVERLAP:.0%} "
-            "of the computing beside them (assumed, not measured); their latency is left out."
+            "of the simultaneous computation (assumed, not measured); the links' latency is left out."
         )
     if cluster.is_assumed:
         ports = ", one port for all GPUs of a node" if cluster.between and cluster.between.is_shared else ""
         between = f", {cluster.between.name} between nodes{ports}" if cluster.between else ""
-        yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect names others."
+        yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect sets other links."
 
 
 def _print_presets(report: Report) -> None:
     fits, enough, text = report.largest(), report.largest(for_text=True), report.text
     verdict = f"the largest that fits is {fits}" if fits else "none fits"
     if enough:
-        verdict += f"; the largest of them that the text is enough for is {enough}"
+        verdict += f"; the largest for which the text is also large enough is {enough}"
     elif text:
-        verdict += "; the text is small for every one"
+        verdict += "; the text is too small for every preset"
     titles = [" preset", "parameters", "memory", "fits", "micro-batch", "at most", "time"]
     rows = [titles + ["passes"] * bool(text)]
     for preset, summary in report.presets:
