@@ -206,8 +206,8 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
     if report.text:
         yield (
-            f"Passes: over the text, for {TOKENS_PER_PARAMETER} tokens per parameter, the best use of time. Each "
-            f"pass beyond about {GOOD_PASSES} helps less. More: atlas info {printable(report.text.name)}"
+            f"Passes: the passes over the text that give {TOKENS_PER_PARAMETER} tokens per parameter, the best use of "
+            f"training time. Each pass beyond about {GOOD_PASSES} helps less. More: atlas info {printable(report.text.name)}"
         )
     if report.assumes_vocabulary and summary:
         yield (
