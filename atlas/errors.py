@@ -8,9 +8,12 @@ Atlas and shows its traceback.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -55,6 +58,22 @@ class Interrupted(KeyboardInterrupt):
     from a text, may end by SIGINT whatever exit code was asked for: seen in 4 of 16 runs that were interrupted
     while modules were loaded.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that gives a reason, at most 200 characters; else the name of its class.
+
+    PyTorch's compiler puts a line with its backend before the reason, and gloo a place in PyTorch's source.
+    """
+    lines = (re.sub(r"^\[\S+\] ", "", line.strip()) for line in str(error).splitlines())
+    reasons = (line for line in lines if line and not line.endswith("raised:"))
+    return next(reasons, type(error).__name__)[:200]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Ask for the known name that is closest to a wrong one; `otherwise` if none is close."""
+    close = difflib.get_close_matches(name, [*known], n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def explain(error: BaseException) -> str | None:

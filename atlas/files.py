@@ -55,12 +55,15 @@ def check_regular(path: Path) -> int:
 
 
 @contextmanager
-def explain_failed_write(path: Path, remedy: str) -> Iterator[None]:
-    """Within this context a write to `path` that fails raises `AtlasError`, which ends with `remedy`."""
+def explain_failed_write(
+    place: object, remedy: str, *, kind: type[AtlasError] = AtlasError, problem: str = "cannot be written"
+) -> Iterator[None]:
+    """Within this context an `OSError` becomes an error of class `kind`: the place, the problem with the system's
+    reason, the remedy."""
     try:
         yield
     except OSError as error:
-        raise AtlasError(f"{path}: cannot be written ({error.strerror}): {remedy}") from None
+        raise kind(f"{place}: {problem} ({error.strerror or error}): {remedy}") from None
 
 
 def read_limited(path: Path, *, limit: int) -> bytes:
@@ -104,6 +107,22 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file's path beside `path`. What is written there replaces `path` at the end, complete and
+    flushed to the disk; it is removed after an error."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # a link of that name would lead the bytes out of the folder
+        yield temporary
+        with open(temporary, "rb+") as file:
+            flush_to_disk(file)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
     """Let `write` make the files `names` in a folder that then appears as `folder`, complete or not at all.
 
@@ -114,19 +133,17 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
     temporary = folder.with_name(folder.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for name in names:
-            with open(temporary / name, "rb+") as written:
-                flush_to_disk(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise AtlasError(f"{folder}: cannot be written: {reason}; choose another place") from None
+        with explain_failed_write(folder, "choose another place"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for name in names:
+                with open(temporary / name, "rb+") as written:
+                    flush_to_disk(written)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            flush_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

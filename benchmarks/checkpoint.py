@@ -34,8 +34,6 @@ from atlas.training.devices.device import setup_runtime
 from atlas.training.loss import compute_lm_loss
 from atlas.training.optimizers.build import build_optimizer
 
-FACTS = {"step": 1, "epoch": 0, "sequences_consumed": 0, "model": {}, "data_fingerprint": "-"}
-
 
 class Run:
     """A model and its optimizer after some updates on random tokens."""
@@ -61,8 +59,13 @@ class Run:
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def contents(self) -> dict[str, Any]:
+    def contents(self, step: int = 1) -> dict[str, Any]:
         return {
+            "step": step,
+            "epoch": 0,
+            "sequences_consumed": 0,
+            "config": {},
+            "data": {},
             "model_state_dict": dict(self.model.state_dict()),
             "optimizer_state_dict": self.optimizer.state_dict(),
         }
@@ -80,15 +83,14 @@ def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
     blocking = BackgroundSaver(CheckpointManager(folder / "blocking"), in_background=False)
     times: dict[str, list[float]] = {"in the background": [], "blocking": [], "torch.save in the loop": []}
     for number in range(rounds + 1):
-        facts = FACTS | {"step": number}
         measured = {
             "in the background": timed(
-                lambda facts=facts: background.save(run.contents(), ["step"], facts, wait=False)
+                lambda step=number: background.save(run.contents(step), ["step"], wait=False)
             )
         }
         background.join()
         measured["blocking"] = timed(
-            lambda facts=facts: blocking.save(run.contents(), ["step"], facts, wait=False)
+            lambda step=number: blocking.save(run.contents(step), ["step"], wait=False)
         )
         measured["torch.save in the loop"] = timed(
             lambda: torch.save(run.contents(), folder / f"peer_{os.getpid()}.pt")
@@ -117,7 +119,7 @@ def updates_beside_a_save(
             beside += during
             alone += after
             saves.append(saver.seconds)
-        saver.save(run.contents(), ["step"], FACTS | {"step": number}, wait=False)
+        saver.save(run.contents(number), ["step"], wait=False)
     saver.join()
     return alone, beside, saves
 

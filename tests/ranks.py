@@ -95,10 +95,10 @@ def within_save(step: int, fault: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def noting(save: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, contents: Any, kinds: Any, manifest: Any, **named: Any) -> Any:
-            if manifest["step"] >= step and not (fault == "disk" and manifest["step"] > step):
+        def call(self: Any, contents: Any, kinds: Any, **named: Any) -> Any:
+            if contents["step"] >= step and not (fault == "disk" and contents["step"] > step):
                 due.append(True)
-            return save(self, contents, kinds, manifest, **named)
+            return save(self, contents, kinds, **named)
 
         return call
 

@@ -517,7 +517,7 @@ def test_every_preset_takes_a_real_step(preset: str, text_file: Path, tmp_path: 
     }
     run = run_for(layer)
     saved: list[list[str]] = []
-    run.checkpoints.save = lambda contents, kinds, facts: saved.append(kinds) or []  # type: ignore[method-assign]
+    run.checkpoints.save = lambda contents, kinds: saved.append(kinds) or []  # type: ignore[method-assign]
     before = run.model.blocks[0].mlp.up.weight.detach().clone()
     result = train(run)
     assert (result.outcome, result.step) == ("finished", steps)

@@ -32,7 +32,7 @@ ROOMS = {
     "model": "errors config",
     "training.devices": "errors files machine version config data.sequences model",
     "training.optimizers": "errors config model training.devices",
-    "training.logs": "errors machine config model training.devices",
+    "training.logs": "errors files machine config model training.devices",
     "training.memory": "errors machine process config model training.devices training.optimizers",
     "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
     "training.logs",
@@ -43,9 +43,9 @@ ROOMS = {
     "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
     "reporting": "errors files version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
-    "cli": "errors machine process progress version config tokenizer data data.text data.prepare data.sequences model "
-    "planning training.devices training.logs training.memory training.checkpoint training inference export reporting "
-    "serving",
+    "cli": "errors files machine process progress version config tokenizer data data.text data.prepare data.sequences "
+    "model planning training.devices training.logs training.memory training.checkpoint training inference export "
+    "reporting serving",
 }
 INSIDE = {
     "": "errors machine process progress version < files",
@@ -67,15 +67,15 @@ INSIDE = {
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "retention shard_format < load < convert manager verify < async_saver < shard_saver",
-    "inference": "decoder layout sampling < generate < text < load samples < harness look < tasks",
+    "inference": "decoder layout sampling < generate < text < load < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
     "dispatcher < openai pages < app",
-    "cli": "choose_text doctor_facts old_flags options plan_report < generate terminal < choose_preset doctor "
-    "evaluate export import_model info_dataset look plan_output prepare report serve train < demo info plan < "
-    "pipeline",
+    "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset doctor evaluate "
+    "export generate import_model info_checkpoint info_dataset look plan_output prepare report serve train < demo "
+    "info plan < pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""

@@ -6,9 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import typer
-
-from atlas.cli.terminal import own_command, print_table
+from atlas.cli.terminal import own_command, print_table, say
 from atlas.config.loader import resolve
 from atlas.config.presets import find_config
 from atlas.errors import AtlasError
@@ -40,7 +38,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
     default = largest.name if machine.device == "cuda" else ON_A_CPU
     _print_menu(plans, machine, default)
     if ask is None:
-        typer.echo(f"training {default}; choose another with --config", err=True)
+        say(f"training {default}; choose another with --config")
         return default
     question = f"\nWhich one to train? Its number or name (Enter: {default}): "
     while True:
@@ -52,7 +50,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
 
 
 def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> None:
-    typer.echo(f"\n{machine.name}: {machine.memory / 1e9:.1f} GB of memory free\n", err=True)
+    say(f"\n{machine.name}: {machine.memory / 1e9:.1f} GB of memory free\n")
     rows = [("", "preset", "parameters", "vocabulary", "context", "memory", "training time here")]
     for number, plan in enumerate(plans, start=1):
         model, updates = plan.config.model, plan.config.training.max_steps
@@ -64,9 +62,7 @@ def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> 
         rows.append((str(number), plan.name, *size, f"{plan.memory / 1e9:.1f} GB", duration + note))
     print_table(rows, right={2, 3, 4, 5}, err=True)
     if len({plan.config.model.vocabulary for plan in plans}) > 1:
-        typer.echo(
-            f"\nA vocabulary of {VOCABULARY:,} is trained on your text; one of 50,257 is GPT-2's.", err=True
-        )
+        say(f"\nA vocabulary of {VOCABULARY:,} is trained on your text; one of 50,257 is GPT-2's.")
 
 
 def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
@@ -92,5 +88,5 @@ def print_next_commands(checkpoint: Path) -> None:
             "--batch-size 4 --output-dir checkpoints/chat",
         ),
     ):
-        typer.echo(f"{purpose + ':':<24}{command}", err=True)
-    typer.echo('(chats.jsonl: your own file, {"prompt": …, "response": …} on each line)', err=True)
+        say(f"{purpose + ':':<24}{command}")
+    say('(chats.jsonl: your own file, {"prompt": …, "response": …} on each line)')

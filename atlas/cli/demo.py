@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from atlas.cli.choose_preset import ON_A_CPU, VOCABULARY, print_next_commands
+from atlas.cli.export import export_and_prove
 from atlas.cli.terminal import say
+from atlas.cli.train import train_to_the_end
+from atlas.config.loader import Layer, overlay, read_yaml
+from atlas.config.presets import preset_path
+from atlas.data import TokenStream, prepare
+from atlas.data.text.demo import write_demo_corpus
 from atlas.errors import AtlasError
-
-if TYPE_CHECKING:
-    from atlas.config.loader import Layer
-    from atlas.data import TokenStream
-    from atlas.tokenizer import Tokenizer
+from atlas.inference.load import load_model
+from atlas.inference.sampling import Sampling
+from atlas.inference.text import stream_text
+from atlas.tokenizer import END_OF_TEXT, Tokenizer
+from atlas.training.resume import Request
 
 _SAMPLES, _SAMPLE_TOKENS = 3, 120
 
@@ -24,13 +29,6 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
     """Text → tokens → model → samples → GGUF → proof, all in `folder`; without `text`, from Python's own documentation.
     Steps that an earlier call finished are not repeated.
     """
-    from atlas.cli.train import train_to_the_end
-    from atlas.config.loader import overlay, read_yaml
-    from atlas.config.presets import preset_path
-    from atlas.data import prepare
-    from atlas.data.text.demo import write_demo_corpus
-    from atlas.training.resume import Request
-
     start = time.perf_counter()
     _headline(1, "text" if text else "text: the documentation inside Python's standard library")
     source = Path(text) if text else write_demo_corpus(folder / "corpus.jsonl")
@@ -57,11 +55,6 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
 
 def _finish(checkpoint: Path, output: Path, held_out: TokenStream | None) -> None:
     """Print samples of a trained model, export it and prove the file."""
-    from atlas.cli.export import export_and_prove
-    from atlas.inference.load import load_model
-    from atlas.inference.sampling import Sampling
-    from atlas.inference.text import stream_text
-
     loaded = load_model(checkpoint)
     prompts = _openings(held_out, loaded.tokenizer)
     _headline(4, "samples: the model continues the beginnings of held-out texts")
@@ -76,8 +69,6 @@ def _finish(checkpoint: Path, output: Path, held_out: TokenStream | None) -> Non
 
 def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:
     """The first words of lines spread over the held-out text."""
-    from atlas.tokenizer import END_OF_TEXT
-
     if stream is None:
         raise AtlasError("no text is held out for validation: give a longer text")
     openings = []

@@ -91,12 +91,11 @@ def _print_connection(facts: dict[str, Any]) -> None:
         ranks.append((f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), host))
     print_table(ranks)
     typer.echo()
-    by_backend: dict[str, list[dict[str, Any]]] = {}
-    for entry in facts["all_reduce"]:
-        by_backend.setdefault(entry["backend"], []).append(entry)
+    entries = itertools.groupby(facts["all_reduce"], key=lambda entry: entry["backend"])
+    by_backend = {backend: list(group) for backend, group in entries}
     (smallest, *larger), *_ = by_backend.values()
-    titles = ["backend", "device", f"latency, {_bytes(smallest)}"]
-    titles += [f"GB/s, {_bytes(entry)}" for entry in larger]
+    sizes = [f"GB/s, {_bytes(entry)}" for entry in larger]
+    titles = ["backend", "device", f"latency, {_bytes(smallest)}", *sizes]
     rows = [
         [backend, first["device"], f"{first['seconds'] * 1e3:.2f} ms"]
         + [f"{entry['bus_bandwidth'] / 1e9:.2f}" for entry in rest]

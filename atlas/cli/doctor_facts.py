@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from atlas.config import AtlasConfig
+from atlas.errors import first_line
 from atlas.machine import COPIED, measure_copy, measure_matrix_products, measure_memory
 from atlas.model import AtlasLM
 from atlas.planning.doctor import (
@@ -71,7 +72,7 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
         available = measure_memory(device.type)
     except RuntimeError as error:  # a full or broken GPU; the rest is measured all the same
         remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
-        problems.append(_problem(f"device {device.type}", f"does not compute ({_first_line(error)})", remedy))
+        problems.append(_problem(f"device {device.type}", f"does not compute ({first_line(error)})", remedy))
     else:
         facts |= _computing(device, available, effort, problems)
     facts["compile"] = try_compile(device, seconds=effort.compile_seconds)
@@ -184,7 +185,7 @@ def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
     try:
         return step | check_step(Runtime(device, name), _mean_loss, seconds=effort.seconds / 5)
     except RuntimeError as error:
-        return step | {"right": False, "error": _first_line(error)}
+        return step | {"right": False, "error": first_line(error)}
 
 
 def _mean_loss(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -268,7 +269,3 @@ def _chosen(device: torch.device) -> Runtime:
 
 def _ratio(value: float | None, other: float | None) -> float | None:
     return value / other if value and other else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,14 +8,15 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atlas.cli import options
+from atlas.cli.terminal import say
 from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 from atlas.tokenizer.chat import Message, newest_that_fit
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from atlas.inference.text import Prompt
 
 _BATCH_SIZE = 16
+
+Stream = Callable[..., Iterator[list[str]]]
+"""`stream_text` with the settings of the call."""
 
 
 def generate(
@@ -73,94 +77,77 @@ def generate(
     if seed is None:
         seed = secrets.randbelow(2**31)
         if temperature > 0:
-            typer.echo(f"seed {seed}", err=True)
+            say(f"seed {seed}")
     counts: list[int] = []  # tokens of each step
     stream = functools.partial(
         stream_text, loaded, sampling=sampling, max_tokens=max_tokens, stop=stop or [], count=counts.append
     )
-    run, start = _Run(loaded, stream, max_tokens, seed), time.perf_counter()
+    start = time.perf_counter()
     if interactive:
-        run.interact(_ask_prompts(), chat=chat, num_samples=num_samples)
+        _interact(loaded, stream, seed, max_tokens=max_tokens, chat=chat, num_samples=num_samples)
         return
     rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
     if output_file:
-        run.write(rows, Path(output_file))
+        _write(stream, rows, seed, Path(output_file))
     else:
-        run.show(rows)
+        _show(stream, rows, seed)
     tokens, seconds = sum(counts), time.perf_counter() - start
-    typer.echo(f"{tokens} tokens, {tokens / max(1e-9, seconds):,.1f} tokens/s", err=True)
+    say(f"{tokens} tokens, {tokens / max(1e-9, seconds):,.1f} tokens/s")
 
 
-@dataclass
-class _Run:
-    """One call. `stream` is `stream_text` with the call's settings."""
+def _interact(
+    loaded: LoadedModel, stream: Stream, seed: int, *, max_tokens: int, chat: bool, num_samples: int
+) -> None:
+    """Continue each line, or with `chat` answer it as part of one conversation. Each line has its own seed."""
+    context = loaded.config.model.max_seq_len
+    room = context - min(max_tokens, context // 2)  # an answer needs the rest
+    dialogue: list[Message] = []
+    has_forgotten = False
+    for number, line in enumerate(_ask_prompts()):
+        if not chat:
+            _show(stream, [line] * num_samples, seed + number)
+        elif line.strip():
+            asked = [*dialogue, Message("user", line)]
+            dialogue = newest_that_fit(asked, loaded.tokenizer, room)
+            if len(dialogue) < len(asked) and not has_forgotten:
+                has_forgotten = True
+                say(f"the context of {context:,} tokens is full: the oldest messages are forgotten")
+            dialogue.append(Message("assistant", _show(stream, [dialogue] * num_samples, seed + number)[0]))
 
-    loaded: LoadedModel
-    stream: Callable[..., Iterator[list[str]]]
-    max_tokens: int
-    seed: int
-    has_forgotten: bool = False
 
-    def interact(self, lines: Iterator[str], *, chat: bool, num_samples: int) -> None:
-        """Continue each line, or with `chat` answer it as part of one conversation. Each line has its own seed."""
-        dialogue: list[Message] = []
-        first_seed = self.seed
-        for number, line in enumerate(lines):
-            self.seed = first_seed + number
-            if not chat:
-                self.show([line] * num_samples)
-            elif line.strip():
-                dialogue = self._remembered([*dialogue, Message("user", line)])
-                dialogue.append(Message("assistant", self.show([dialogue] * num_samples)[0]))
+def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[tuple[Prompt, Iterable[str]]]:
+    """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
+    if len(rows) == 1:
+        yield rows[0], (piece for [piece] in stream(rows, seed=seed))
+        return
+    for first in range(0, len(rows), _BATCH_SIZE):
+        batch = rows[first : first + _BATCH_SIZE]
+        yield from zip(batch, zip(*stream(batch, seed=seed, first_row=first), strict=True), strict=True)
 
-    def _remembered(self, dialogue: list[Message]) -> list[Message]:
-        """The newest messages that leave room in the context for an answer."""
-        context = self.loaded.config.model.max_seq_len
-        room = context - min(self.max_tokens, context // 2)
-        kept = newest_that_fit(dialogue, self.loaded.tokenizer, room)
-        if len(kept) < len(dialogue) and not self.has_forgotten:
-            self.has_forgotten = True
-            typer.echo(
-                f"the context of {context:,} tokens is full: the oldest messages are forgotten", err=True
-            )
-        return kept
 
-    def generations(self, rows: Sequence[Prompt]) -> Iterator[tuple[Prompt, Iterable[str]]]:
-        """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
-        if len(rows) == 1:
-            yield rows[0], (piece for [piece] in self.stream(rows, seed=self.seed))
-            return
-        for first in range(0, len(rows), _BATCH_SIZE):
-            batch = rows[first : first + _BATCH_SIZE]
-            steps = self.stream(batch, seed=self.seed, first_row=first)
-            yield from zip(batch, zip(*steps, strict=True), strict=True)
+def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
+    """Print the prompts and their continuations, a blank line between. Returns the continuations."""
+    texts: list[str] = []
+    for prompt, pieces in _generations(stream, rows, seed):
+        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
+        print("\n" * bool(texts) + repeated, end="", flush=True)
+        texts.append("")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            texts[-1] += piece
+        print(flush=True)
+    return texts
 
-    def show(self, rows: Sequence[Prompt]) -> list[str]:
-        """Print the prompts and their continuations, a blank line between. Returns the continuations."""
-        texts: list[str] = []
-        for prompt, pieces in self.generations(rows):
-            repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
-            print("\n" * bool(texts) + repeated, end="", flush=True)
-            texts.append("")
-            for piece in pieces:
-                print(piece, end="", flush=True)
-                texts[-1] += piece
-            print(flush=True)
-        return texts
 
-    def write(self, rows: Sequence[Prompt], path: Path) -> None:
-        """Write every row as a JSON line."""
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                for prompt, pieces in self.generations(rows):
-                    question = prompt if isinstance(prompt, str) else prompt[-1].content
-                    row = {"prompt": question, "text": "".join(pieces)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise AtlasError(
-                f"--output-file {path}: cannot be written ({error.strerror}); choose another place"
-            ) from None
-        typer.echo(f"{len(rows)} texts written to {path}", err=True)
+def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> None:
+    """Write every row as a JSON line."""
+    failures = explain_failed_write(f"--output-file {path}", "choose another place")
+    with failures, open(path, "w", encoding="utf-8") as file:
+        for prompt, pieces in _generations(stream, rows, seed):
+            question = prompt if isinstance(prompt, str) else prompt[-1].content
+            row = {"prompt": question, "text": "".join(pieces)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    say(f"{len(rows)} texts written to {path}")
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -182,7 +169,7 @@ def _ask_prompts() -> Iterator[str]:
     """Lines of standard input, with a prompt sign for a person but not for a pipe."""
     sign = ""
     if sys.stdin.isatty():
-        typer.echo("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.", err=True)
+        say("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.")
         sign = "> "
     typer.echo(sign, nl=False, err=True)
     while line := sys.stdin.readline():

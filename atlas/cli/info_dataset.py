@@ -11,7 +11,7 @@ import typer
 from atlas.cli.terminal import figure, print_facts, print_table, printable
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
 from atlas.errors import AtlasError
-from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, Advice, advise
+from atlas.planning.advice import GOOD_PASSES, TOKENS_PER_PARAMETER, advise
 from atlas.progress import byte_progress
 from atlas.reporting.dataset_figure import draw_lengths
 from atlas.reporting.dataset_statistics import (
@@ -100,24 +100,20 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
         f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
         f"beyond about {GOOD_PASSES} passes over a text each helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
-    if not fitting:
-        smallest, own = advice[0], advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)[0]
-        typer.echo(_what_a_small_text_can_do(smallest, own))
-
-
-def _what_a_small_text_can_do(smallest: Advice, own: Advice) -> str:
-    """`smallest` is the smallest preset with the text's vocabulary, `own` the same with `ASSUMED_VOCABULARY` tokens."""
+    if fitting:
+        return
+    smallest, own = advice[0], advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)[0]
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
-    advice = (
+    remedy = (
         f"what to do: {smallest.preset} needs about {wanted:,} tokens, add text; or train it anyway and use "
         "atlas_best.pt, from before the text is memorized"
     )
     if own.parameters < smallest.parameters / 2:
-        advice += (
+        remedy += (
             f"; or prepare it with a vocabulary of its own (--train-tokenizer {ASSUMED_VOCABULARY}), with which "
             f"{own.preset} has {own.parameters:,} parameters"
         )
-    return advice
+    typer.echo(remedy)
 
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:

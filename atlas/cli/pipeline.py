@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atlas.cli.terminal import say
 from atlas.cli.train import NoResume, Overrides, train_to_the_end
 from atlas.config.loader import Layer, nested, overlay, parse_overrides, read_yaml
 from atlas.config.presets import find_config, leaves_batch_size_open, preset_names
@@ -120,9 +121,9 @@ def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -
     if train_tokenizer:
         folder = default_output(Sources([text]))
         folder = folder.with_name(f"{folder.name}-vocab{train_tokenizer}")
-    typer.echo(f"preparing {text}", err=True)
+    say(f"preparing {text}")
     named = Tokenizer.resolve(tokenizer) if tokenizer else None
     summary = prepare([text], folder, named, train_tokenizer=train_tokenizer)
     for note in summary.notes:
-        typer.echo(note, err=True)
+        say(note)
     return summary.dataset

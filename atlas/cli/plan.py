@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from atlas.cli.train import Overrides
+from atlas.cli.train import Config, Overrides, explicit_layer
+from atlas.config.loader import resolve
 
 
 def plan(
-    config: Annotated[
-        str | None,
-        typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
-    ] = None,
+    config: Config = None,
     data: Annotated[Path | None, typer.Option(help="Prepared dataset to train on.", metavar="FOLDER")] = None,
     gpu: Annotated[
         str | None,
@@ -52,5 +50,6 @@ def plan(
 
     has_config = bool(config or overrides)
     cluster = choose_cluster(gpus, nodes, interconnect, has_config=has_config)
-    report = make_report(config, overrides or [], data, gpu, memory, cluster)
+    wanted = resolve(explicit_layer(config, overrides, {}))
+    report = make_report(wanted, data, gpu, memory, cluster, has_config=has_config)
     (print_json if as_json else print_report)(report)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from atlas.config import AtlasConfig
-from atlas.config.loader import overlay, parse_overrides, read_yaml, resolve
-from atlas.config.presets import find_config
 from atlas.data.sequences.build import training_windows
 from atlas.data.sequences.conversations import holds_conversations
 from atlas.data.shards import TokenStream, is_prepared, open_dataset
@@ -71,22 +68,21 @@ def choose_cluster(
 
 
 def make_report(
-    config: str | None,
-    overrides: Sequence[str],
+    wanted: AtlasConfig,
     data: Path | None,
     gpu: str | None,
     memory: str | None,
     cluster: Cluster | None,
+    *,
+    has_config: bool,
 ) -> Report:
-    """Plan the config of these options, if there is one, and every preset. Raises `AtlasError`."""
-    written = read_yaml(find_config(config)) if config else {}
-    wanted = resolve(overlay(written, parse_overrides(overrides)))
+    """Plan the config of these options, if the user named one, and every preset. Raises `AtlasError`."""
     text = None if data is None else _open(data)
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
     machine, known = choose_machine(wanted, gpu, memory), assume_vocabulary(wanted)
     summary = None
-    if config or overrides:
+    if has_config:
         summary = _summarize(known, machine, text, len(training_windows(text, known)) if text else 0)
     scaling = scale(known, machine, cluster) if cluster else None
     presets, vocab_size = [], text.vocab_size if text else None

@@ -89,9 +89,16 @@ def serve(
         for model, name in zip(models, _names([model.path for model in models]), strict=True)
     ]
     if gguf:
-        backends.append(_llama(gguf, parallel=parallel or _LLAMA_PARALLEL, queue=queue))
-        if backends[-1].id in [backend.id for backend in backends[:-1]]:
+        import torch
+
+        from atlas.serving.llama import Llama
+
+        parallel = parallel or _LLAMA_PARALLEL
+        llama = Llama(gguf, parallel=parallel, queue=queue, threads=torch.get_num_threads())
+        say(f"{llama.id}: {gguf}: {parallel} sequences in parallel in llama.cpp")
+        if llama.id in [backend.id for backend in backends]:
             raise AtlasError(f"--gguf {gguf}: a checkpoint has this name as well: rename one of the files")
+        backends.append(llama)
     app = build_app(backends, ServerSettings(max_tokens, timeout, api_key, Path(runs)))
     server = Server(app, listener, seconds_to_drain=timeout)
     address, port = listener.getsockname()[:2]
@@ -139,16 +146,6 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     step = model.facts.get("step")
     say(f"{name}: {model.path}, step {step}: {parallel} sequences in parallel on {device}")
     return Engine(model, name, parallel=parallel, queue=queue)
-
-
-def _llama(path: str, *, parallel: int, queue: int) -> Backend:
-    import torch
-
-    from atlas.serving.llama import Llama
-
-    llama = Llama(path, parallel=parallel, queue=queue, threads=torch.get_num_threads())
-    say(f"{llama.id}: {path}: {parallel} sequences in parallel in llama.cpp")
-    return llama
 
 
 def _run(server: Server, address: str) -> None:

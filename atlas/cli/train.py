@@ -19,6 +19,10 @@ _SHOWN_OPERATIONS = 12
 _FLAGS: dict[str, str] = {}
 """Parameter of `train` → the setting that it gives."""
 
+Config = Annotated[
+    str | None,
+    typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
@@ -36,10 +40,7 @@ def _setting(key: str, metavar: str = "N") -> Any:
 
 
 def train(
-    config: Annotated[
-        str | None,
-        typer.Option(help="Config file, or the name of a preset such as small.", metavar="FILE|NAME"),
-    ] = None,
+    config: Config = None,
     train_data: Annotated[str | None, _setting("data.train_data", "PATH")] = None,
     val_data: Annotated[str | None, _setting("data.val_data", "PATH")] = None,
     tokenizer: Annotated[str | None, _setting("data.tokenizer", "NAME|FILE")] = None,
@@ -100,12 +101,12 @@ def train(
     if overfit_batch:
         from atlas.training.diagnostics import overfit_one_batch
 
-        overfit_one_batch(_explicit_layer(config, overrides, flags), say=say)
+        overfit_one_batch(explicit_layer(config, overrides, flags), say=say)
         return
     if profile:
-        return _print_profile(_explicit_layer(config, overrides, flags))
+        return _print_profile(explicit_layer(config, overrides, flags))
     # Report a mistake before PyTorch is loaded, which takes seconds. With several processes, only the first reports it.
-    explicit = None if "RANK" in os.environ else _explicit_layer(config, overrides, flags)
+    explicit = None if "RANK" in os.environ else explicit_layer(config, overrides, flags)
 
     from atlas.config.presets import leaves_batch_size_open
     from atlas.training.devices.world import join_world, together
@@ -114,13 +115,13 @@ def train(
     world = join_world(timeout)
     with together(world):
         with world.in_step():
-            explicit = explicit or _explicit_layer(config, overrides, flags)
+            explicit = explicit or explicit_layer(config, overrides, flags)
         request = Request(explicit, resume, no_resume, init_from, ask_or_none())
-        is_open = leaves_batch_size_open(config, _explicit_layer(None, overrides, flags))
+        is_open = leaves_batch_size_open(config, explicit_layer(None, overrides, flags))
         train_to_the_end(request, world, may_exceed_batch_size=is_open)
 
 
-def _explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
+def explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
     """What the user wrote: config file < --set < flags."""
     from atlas.config.presets import find_config
 
@@ -151,7 +152,7 @@ def train_to_the_end(
 ) -> Run:
     """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
     from atlas.errors import AtlasError
-    from atlas.inference.samples import sample_texts
+    from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
     from atlas.training.launch import start_run
     from atlas.training.resume import choose_start

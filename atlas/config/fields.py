@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ def whole_number(value: Any) -> Any:
     """An integer; `1e5` is 100000."""
     value = _number(value)
     if isinstance(value, float):
-        if not math.isfinite(value) or value != int(value):
+        if not value.is_integer():
             raise ValueError("must be a whole number")
         value = int(value)
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from atlas.config.config import AtlasConfig
 from atlas.config.fields import Section
 from atlas.config.renamed import OLD_SECTIONS, hint
-from atlas.errors import ConfigError
+from atlas.errors import ConfigError, first_line
 from atlas.files import read_limited
 
 Layer = dict[str, Any]
@@ -98,7 +98,7 @@ def _decode_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{origin}{place}: {problem!s:.200}") from None
     except _YAML_ESCAPES as error:
         reason = (

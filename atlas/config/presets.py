@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from atlas.config.loader import Layer, overlay, read_yaml
-from atlas.errors import ConfigError
+from atlas.errors import ConfigError, did_you_mean
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
@@ -23,8 +22,7 @@ def preset_path(name: str) -> Path:
     """The config file of a preset; case does not matter. Raises `ConfigError` if there is no such preset."""
     name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
-        close = difflib.get_close_matches(name, _NAMES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(_NAMES)}"
+        hint = did_you_mean(name, _NAMES, f"the presets are {', '.join(_NAMES)}")
         raise ConfigError(f"{name}: no such preset; {hint}")
     return next(path for folder in _FOLDERS if (path := folder / f"{name}.yaml").is_file())
 
@@ -41,8 +39,7 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.stem in _NAMES:
         raise ConfigError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
     there = [str(other) for other in path.parent.glob("*.y*ml")]
-    close = difflib.get_close_matches(str(path), there, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"take a file, or a preset ({', '.join(_NAMES)})"
+    hint = did_you_mean(str(path), there, f"take a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")
 
 

@@ -149,8 +149,8 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     state = {**state, **{name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}}
     if architecture_of(config) != "gpt2":
         return separated(state, config)
-    for name in () if config.bias else tensor_names(config):
-        if name.endswith(".bias"):
+    for name in tensor_names(config):
+        if name.endswith(".bias") and name not in state:
             state[name] = torch.zeros(len(state[name.removesuffix("bias") + "weight"]))
     return state
 

@@ -6,10 +6,9 @@ the choice of tensors that stay in 32 bits follow llama.cpp's own converter, `co
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from atlas.export.architectures import (
 )
 from atlas.export.gguf_header import check_header
 from atlas.export.quantize import Quantization, as_type, check_available, file_type, num_bytes, tensor_type
-from atlas.files import flush_folder, flush_to_disk
+from atlas.files import explain_failed_write, replacing
 from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
@@ -59,7 +58,6 @@ _SHAPE = {
 }
 """Per architecture: a field of `ModelConfig` → its key in the metadata, behind the architecture's name."""
 
-LARGEST_F16 = 65504.0
 _KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
 
 
@@ -85,11 +83,8 @@ def export_gguf(
     check_available(quantize)
     tensors = file_tensors(model)
     types = tensor_types(model.config, tensors, quantize)
-    for tensor, weights in tensors.items():
-        _check_range(tensor, weights, types[tensor])
 
-    temporary = output.with_name(output.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, architecture_of(model.config))
+    writer = gguf.GGUFWriter(None, architecture_of(model.config))
     writer.add_name(name)
     writer.add_size_label(_size_label(model.num_parameters()))
     if license:
@@ -101,28 +96,16 @@ def export_gguf(
             writer.add_key_value(key, value, _KINDS[type(value)])
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
+        _check_range(tensor, weights, types[tensor])
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
-    try:
-        _check_target(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(output, sum(sizes.values()))
-        try:
-            writer.write_header_to_file()
+    with explain_failed_write(output, "choose another place", kind=ExportError):
+        _check_place(output, sum(sizes.values()))
+        with replacing(output) as temporary, closing(writer):
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor, weights in tensors.items():  # one converted tensor in memory at a time
                 writer.write_tensor_data(as_type(weights.numpy(), types[tensor]))
-            writer.close()
-            with open(temporary, "rb+") as file:
-                flush_to_disk(file)
-            os.replace(temporary, output)
-            flush_folder(output.parent)
-        finally:
-            writer.close()
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ExportError(f"{output}: cannot be written: {reason}; choose another place") from None
     return {tensor: type.name.lower() for tensor, type in types.items()}
 
 
@@ -251,21 +234,18 @@ def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
     largest = tensor.abs().max().item()
     if not np.isfinite(largest):
         raise ExportError(f"{name}: holds values that are not numbers; export an earlier checkpoint")
-    if type is TensorType.F16 and largest > LARGEST_F16:
-        raise ExportError(
-            f"{name}: holds {largest:.3g}, more than f16's {LARGEST_F16:.0f}; use --quantize f32"
-        )
+    if type is TensorType.F16 and largest > (limit := torch.finfo(torch.float16).max):
+        raise ExportError(f"{name}: holds {largest:.3g}, more than f16's {limit:.0f}; use --quantize f32")
 
 
-def _check_target(output: Path) -> None:
-    """A typing error must not replace a checkpoint by the export."""
+def _check_place(output: Path, needed: int) -> None:
+    """Make the folder, and raise `ExportError` if it is too small. A typing error must not replace a checkpoint by the
+    export."""
     if output.is_file():
         with open(output, "rb") as file:
             if file.read(4) not in (b"GGUF", b""):
                 raise ExportError(f"{output}: exists and is not a GGUF file; choose another name")
-
-
-def _check_space(output: Path, needed: int) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(

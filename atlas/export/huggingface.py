@@ -47,24 +47,16 @@ def export_hf(
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
-    eos_id = tokenizer.eos_id
-    tensors = {
-        name: tensor.to(_DTYPES[dtype])
-        for name, tensor in state_out(model.state_dict(), model.config).items()
-    }
+    eos_id, kind = tokenizer.eos_id, _DTYPES[dtype]
+    ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    state = state_out(model.state_dict(), model.config)
+    tensors = {tensor_name: tensor.to(kind) for tensor_name, tensor in state.items()}
     for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ExportError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
     configs = {
-        "config.json": config_out(model.config, eos_id=eos_id, dtype=str(_DTYPES[dtype]).split(".")[1]),
-        "generation_config.json": {
-            "do_sample": True,
-            "temperature": 0.8,
-            "top_k": 50,
-            "top_p": 0.95,
-            "bos_token_id": eos_id,
-            "eos_token_id": eos_id,
-        },
+        "config.json": config_out(model.config, eos_id=eos_id, dtype=str(kind).split(".")[1]),
+        "generation_config.json": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, **ends},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": tokenizer.decode([eos_id]),
@@ -82,9 +74,8 @@ def export_hf(
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(
-            folder / "README.md", folder / "model.safetensors"
-        )  # which safetensors hides from others
+        # safetensors hides its file from other users
+        shutil.copymode(folder / "README.md", folder / "model.safetensors")
 
     return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
 
@@ -94,6 +85,7 @@ def _model_card(
 ) -> str:
     config, sequences = model.config, facts.get("sequences_consumed")
     training = facts.get("config", {}).get("training", {})
+    losses = {"training loss": facts.get("loss"), "validation loss": facts.get("val_loss")}
     rows = {
         "parameters": f"{model.num_parameters():,}",
         "architecture": f"{CLASSES[str(config.gguf_architecture)]}: {config.num_layers} layers × {config.hidden_size}, "
@@ -106,8 +98,7 @@ def _model_card(
         "tokens seen": f"{sequences * config.max_seq_len:,}" if sequences else None,
         "optimizer": training.get("optimizer"),
         "peak learning rate": training.get("learning_rate"),
-        "training loss": _loss(facts.get("loss")),
-        "validation loss": _loss(facts.get("val_loss")),
+        **{name: f"{loss:.4f} nats a token" for name, loss in losses.items() if loss is not None},
         "started from": facts.get("initialized_from"),
     }
     example = 'ids = tokenizer("The river", return_tensors="pt").input_ids'
@@ -141,7 +132,3 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
 ```
 """
-
-
-def _loss(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.4f} nats a token"

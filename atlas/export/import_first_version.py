@@ -18,7 +18,7 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.config.loader import read_sections, resolve
 from atlas.errors import ExportError
-from atlas.export.architectures import VOCABULARY_ROWS, build_from, import_of, names_in, with_biases
+from atlas.export.architectures import build_from, exportable_state, import_of, names_in, with_biases
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.first_version import POSITION_EMBEDDING, TOKEN_EMBEDDING, is_first_version
@@ -65,11 +65,9 @@ def import_first_version(
     path = Path(path)
     contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
     if not is_first_version(contents):
-        is_ours = isinstance(contents, dict) and "format_version" in contents
-        reason = (
-            "needs no import: this Atlas wrote it" if is_ours else f"is no checkpoint of Atlas 1.x: {_REMEDY}"
-        )
-        raise ExportError(f"{path}: {reason}")
+        if isinstance(contents, dict) and "format_version" in contents:
+            raise ExportError(f"{path}: needs no import: this Atlas wrote it")
+        raise ExportError(f"{path}: is no checkpoint of Atlas 1.x: {_REMEDY}")
     stated = _model_section(read_sections(config) if config else contents.get("config"))
     metadata = contents.get("metadata")
     step = metadata.get("step") if isinstance(metadata, Mapping) else None
@@ -97,7 +95,9 @@ def import_first_version(
                 "--tokenizer"
             )
         shape = _shape_of(weights, own.vocab_size, stated, num_heads)
-        model = build_from(_converted(weights, shape), shape)
+        names = names_in({"gpt2": TENSOR_NAMES}, shape).items()
+        state = {ours: weights[theirs].float() for ours, theirs in names if theirs in weights}
+        model = build_from(exportable_state(state, shape), shape)
     return model, own, notes
 
 
@@ -145,10 +145,9 @@ def _shape_of(
     if any(table.dim() != 2 for table in tables):
         raise ExportError("the embeddings and fc1 are not matrices")
     (rows, hidden_size), (max_seq_len, _), (mlp_size, _) = (table.shape for table in tables)
-    num_layers = sum(name.endswith(".ln1.weight") for name in weights)
     found = {
         "hidden_size": hidden_size,
-        "num_layers": num_layers,
+        "num_layers": sum(name.endswith(".ln1.weight") for name in weights),
         "vocab_size": rows,
         "max_seq_len": max_seq_len,
     }
@@ -180,14 +179,3 @@ def _shape_of(
         "tie_embeddings": _is_tied(weights),
     }
     return resolve({"model": shape}).model
-
-
-def _converted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state dict by Atlas's names, in fp32. Linear layers without biases get zeros."""
-    state = {}
-    for ours, theirs in names_in({"gpt2": TENSOR_NAMES}, config).items():
-        if theirs in weights:
-            state[ours] = weights[theirs].float()
-        else:
-            state[ours] = torch.zeros(len(weights[theirs.removesuffix("bias") + "weight"]))
-    return state | {name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}

@@ -94,11 +94,8 @@ def ask_llama_cpp(
     if process.returncode != 0:
         raise ExportError(f"{path}: llama.cpp cannot run it: {_reason(process)}")
     answer = json.loads(process.stdout.splitlines()[-1])
-    continuations = [  # JSON has no nan: llama.cpp writes null
-        [
-            Step(token, {id: math.nan if p is None else p for id, p in candidates})
-            for token, candidates in steps
-        ]
+    continuations = [
+        [Step(candidates[0][0], dict(candidates)) for candidates in steps]
         for steps in answer["continuations"]
     ]
     return Answer(answer["token_ids"], continuations, answer["logprobs"])
@@ -127,11 +124,15 @@ def _answer(request: dict[str, Any]) -> None:
         post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
         for text in request["texts"]
     ]
+    [letter] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
     continuations = [
-        _continue(post, prompt, length)
+        _continue(post, prompt, length, letter)
         for prompt, length in zip(request["prompts"], request["lengths"], strict=True)
     ]
-    logprobs = [_score(post, window) for window in request["windows"]]
+    logprobs = [
+        [_logprob(post, window[:place], window[place], letter) for place in range(1, len(window))]
+        for window in request["windows"]
+    ]
     del server
     print("\n" + json.dumps({"token_ids": token_ids, "continuations": continuations, "logprobs": logprobs}))
 
@@ -178,28 +179,20 @@ def connect(server: Any) -> Post:
     return post
 
 
-def _continue(post: Post, prompt: list[int], length: int) -> list[Any]:
-    """[token, [[candidate, log-probability], …]] per step; the token is llama.cpp's most probable one.
+def _continue(post: Post, prompt: list[int], length: int, letter: int) -> list[Any]:
+    """[[candidate, log-probability], …] per step. The first candidate, the most probable one, is the step's token.
 
     Each step is a request for one more token; the server's cache keeps the earlier ones. The request is forced to
     generate "a": after text that ends inside a character, or at the end of the document, llama.cpp's server stops,
     withholds the log-probabilities or, in older versions, fails.
     """
-    letter = _letter(post)
-    ids, steps = list(prompt), []
+    steps: list[list[Any]] = []
     for _ in range(length):
-        [record] = _force(post, ids, letter, NUM_CANDIDATES)
-        candidates = [[candidate["id"], candidate["logprob"]] for candidate in record["top_logprobs"]]
-        token = candidates[0][0]
-        steps.append([token, candidates])
-        ids.append(token)
+        [record] = _force(post, [*prompt, *(step[0][0] for step in steps)], letter, NUM_CANDIDATES)
+        logprobs = [(each["id"], each["logprob"]) for each in record["top_logprobs"]]
+        # llama.cpp writes null for nan, and Python reads and writes NaN.
+        steps.append([(id, math.nan if logprob is None else logprob) for id, logprob in logprobs])
     return steps
-
-
-def _score(post: Post, window: list[int]) -> list[float | None]:
-    """The log-probability of each token but the first."""
-    letter = _letter(post)
-    return [_logprob(post, window[:place], window[place], letter) for place in range(1, len(window))]
 
 
 def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | None:
@@ -225,11 +218,6 @@ def _force(post: Post, prompt: list[int], token: int, candidates: int) -> list[d
     answer = post("/completion", request | {"logit_bias": [[token, _CERTAIN]]})
     records: list[dict[str, Any]] = answer.get("completion_probabilities", [])
     return records
-
-
-def _letter(post: Post) -> int:
-    [id] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
-    return int(id)
 
 
 if __name__ == "__main__":

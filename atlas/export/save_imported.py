@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from atlas.config import AtlasConfig
 from atlas.errors import ExportError
@@ -24,32 +25,22 @@ def save_imported(
 ) -> Path:
     """Write `atlas_best.pt` into `folder` and return its path. It has no optimizer state, so no run can resume from it.
     Raises `ExportError` if it cannot be written."""
-    config = AtlasConfig(model=model.config)
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
-    contents = {
+    contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model_state_dict": dict(model.state_dict()),
         "optimizer_state_dict": {},
         "scaler_state_dict": {},
         **dataclasses.asdict(state),
         "epoch": 0,
-        "config": config.model_dump(mode="json"),
+        "config": AtlasConfig(model=model.config).model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
         "data": {"chat_template": chat_template},
         "initialized_from": source,
         "machine": {},
     }
-    facts = {
-        "step": 0,
-        "epoch": 0,
-        "sequences_consumed": 0,
-        "model": config.model.model_dump(mode="json"),
-        "data_fingerprint": "",
-        "initialized_from": source,
-        "slim": True,
-    }
     problems: list[str] = []
-    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"], facts)
+    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"])
     if not written:
         raise ExportError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
     return written[0]

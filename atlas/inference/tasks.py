@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, did_you_mean
 from atlas.inference.load import LoadedModel
 
 if TYPE_CHECKING:
@@ -107,8 +106,7 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         elif Path(name).is_file() or name in manager.all_tasks:
             source, wanted = manager, [name]
         else:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+            hint = did_you_mean(name, manager.all_tasks, "`lm-eval ls tasks` lists them")
             raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor a YAML file of one; {hint}")
         try:
             for part in wanted:

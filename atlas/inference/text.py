@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from atlas.config import TrackingConfig
 from atlas.errors import AtlasError
 from atlas.inference.generate import generate
 from atlas.inference.sampling import Sampling, row_generators
@@ -130,6 +131,28 @@ def stream_ids(
         if all(token is None or stream.stopped for stream, token in rows):
             break
     yield [stream.finish() for stream in streams]
+
+
+def sample_texts(
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    tracking: TrackingConfig,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """`tracking.samples` continuations of its prompt, for a run to show while it trains; an empty list if `should_stop`
+    returned true between two tokens.
+
+    The model must be in evaluation mode. The same model and `seed` give the same texts. The global random number
+    generators are not used.
+    """
+    texts = [""] * tracking.samples
+    prompts, loaded = [tracking.sample_prompt] * len(texts), ModelAndTokenizer(model, tokenizer)
+    for pieces in stream_text(loaded, prompts, Sampling(), max_tokens=tracking.sample_tokens, seed=seed):
+        if should_stop():
+            return []
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return texts
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:

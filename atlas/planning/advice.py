@@ -60,10 +60,5 @@ def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
 def advise_on(model: ModelConfig, num_tokens: int, *, name: str) -> Advice:
     """Compare one model with a text of `num_tokens`."""
     parameters = count_parameters(model).total
-    return Advice(
-        preset=name,
-        parameters=parameters,
-        max_seq_len=model.max_seq_len,
-        tokens_per_parameter=num_tokens / parameters,
-        passes=TOKENS_PER_PARAMETER * parameters / num_tokens,
-    )
+    passes = TOKENS_PER_PARAMETER * parameters / num_tokens
+    return Advice(name, parameters, model.max_seq_len, num_tokens / parameters, passes)

@@ -211,14 +211,8 @@ def communicate(
         early = all_reduce(sizes.block_gradients + sizes.root_gradients, cluster.ranks) - late
         sent.add(1, 0.0, early, early / rate, passes[-1].backward)
         sent.add(1, 0.0, late, late / rate)
-    elif parallel == "fsdp":
-        _add_fsdp(sent, sizes, cluster, passes, shards)
-    return sent
-
-
-def _add_fsdp(
-    sent: Communication, sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], shards: int
-) -> None:
+    if parallel != "fsdp":
+        return sent
     rate, across = cluster.rate_of_neighbours(shards), cluster.rate_across(shards)
     root, blocks = gather(sizes.root, shards), gather(sizes.blocks, shards)
     root_sum, blocks_sum = gather(sizes.root_gradients, shards), gather(sizes.block_gradients, shards)
@@ -233,3 +227,4 @@ def _add_fsdp(
         sent.add(micro.times, 0.0, root_sum + root_copies, root_sum / rate + root_copies / across)
     full = gather(sizes.gathered, shards)
     sent.add(1, 0.0, full, full / rate)
+    return sent

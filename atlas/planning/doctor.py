@@ -61,11 +61,8 @@ _BLOCK = 4_000_000  # bytes written at once
 
 _COMPILED = """\
 import sys, torch
-x = torch.ones(64, device=sys.argv[1], requires_grad=True)
-try:
-    torch.compile(lambda x: (2 * x).relu().sum())(x).backward()
-except Exception as error:
-    sys.exit(str(error).strip().splitlines()[0])
+from atlas.training.devices.compile import why_not_compile
+sys.exit(why_not_compile(torch.device(sys.argv[1])))
 """
 
 
@@ -207,13 +204,13 @@ def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
     """
     start, reason = time.perf_counter(), None
     with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+        settings = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
         # Otherwise PyTorch starts a pool of processes, which outlives what is stopped.
-        one_thread = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         try:
             done = subprocess.run(
                 [sys.executable, "-c", _COMPILED, device.type],
-                env=os.environ | caches | one_thread,
+                env=os.environ | settings,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -87,22 +87,20 @@ def scaling_table() -> str:
     return _markdown(f"{titles} | efficiency | tokens/s", rows)
 
 
-TABLES = {
-    "presets_table": ("TRAINING.md", presets_table),
-    "pass_table": ("FAQ.md", pass_table),
-    "cards_table": ("FAQ.md", cards_table),
-    "scaling_table": ("SCALING.md", scaling_table),
+PAGES = {
+    "TRAINING.md": (presets_table,),
+    "FAQ.md": (pass_table, cards_table),
+    "SCALING.md": (scaling_table,),
 }
 
 
 def with_tables(name: str, page: str) -> str:
     """Return the text of the page called `name` with its tables rebuilt, each between its marks."""
-    for table, (home, make) in TABLES.items():
-        if home == name:
-            before, begin, rest = page.partition(f"<!-- {table}: {_MADE_BY} -->\n")
-            _, end, after = rest.partition("\n<!-- end -->\n")
-            assert end, f"{name} has no place for {table}"
-            page = before + begin + "\n" + make() + end + after
+    for table in PAGES[name]:
+        before, begin, rest = page.partition(f"<!-- {table.__name__}: {_MADE_BY} -->\n")
+        _, end, after = rest.partition("\n<!-- end -->\n")
+        assert end, f"{name} has no place for {table.__name__}"
+        page = before + begin + "\n" + table() + end + after
     return page
 
 
@@ -136,7 +134,7 @@ def _markdown(titles: str, rows: Iterable[str]) -> str:
 
 def main() -> None:
     """Write the tables into their pages."""
-    for name in {home for home, _ in TABLES.values()}:
+    for name in PAGES:
         page = DOCS / name
         page.write_text(with_tables(name, page.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
 

@@ -17,8 +17,6 @@ MOST_POINTS = 2000
 def last_of_each_step(steps: Floats) -> Indices:
     """The indices, in order, of the records that no later record replaces: after a rollback, a run logs steps again.
     The steps of the result rise."""
-    if not steps.size:
-        return np.zeros(0, dtype=np.intp)
     later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
     return np.flatnonzero(steps < later)
 

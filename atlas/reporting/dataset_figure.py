@@ -10,7 +10,6 @@ import numpy as np
 from atlas.reporting.dataset_statistics import Lengths
 from atlas.reporting.targets import save_png
 
-_BINS = 35
 _COLORS = {"train": "tab:blue", "val": "tab:orange"}
 
 
@@ -28,7 +27,7 @@ def draw_lengths(
     axes = figure.add_subplot()
     shortest = min(int(split.values[0]) for split in lengths.values())
     longest = max(split.longest for split in lengths.values())
-    bins = np.unique(np.geomspace(shortest, longest + 1, _BINS + 1).round()).tolist()
+    bins = np.unique(np.geomspace(shortest, longest + 1, 36).round()).tolist()
     for name, split in lengths.items():
         shares, color = split.counts / split.documents, _COLORS[name]
         if name == "train":

@@ -6,7 +6,6 @@ Nothing here reads a complete dataset: lengths come from the document offsets, t
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import random
 from collections import Counter
@@ -144,8 +143,9 @@ def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
     """Lengths of the documents that begin in every `every`-th shard, in pieces of bounded size."""
     shards = (stream.starts_in(shard) for shard in stream.record.shards if shard.documents)
     end = np.array([stream.num_tokens])
-    for number, (starts, following) in enumerate(itertools.pairwise(itertools.chain(shards, [end]))):
-        for place in range(0, len(starts) if number % every == 0 else 0, _OFFSETS_PER_STEP):
+    pairs = itertools.pairwise(itertools.chain(shards, [end]))
+    for starts, following in itertools.islice(pairs, 0, None, every):
+        for place in range(0, len(starts), _OFFSETS_PER_STEP):
             piece = starts[place : place + _OFFSETS_PER_STEP + 1]
             is_last = place + _OFFSETS_PER_STEP >= len(starts)
             yield np.diff(piece, append=following[:1]) if is_last else np.diff(piece)
@@ -154,9 +154,8 @@ def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
 def _document_start(stream: TokenStream, number: int) -> int:
     """The first token of document `number`, counted from the split's first token; the split's end after the last
     one."""
-    if number == stream.num_documents:
-        return stream.num_tokens
-    ends = list(itertools.accumulate(shard.documents for shard in stream.record.shards))
-    place = bisect.bisect_right(ends, number)
-    shard = stream.record.shards[place]
-    return int(stream.starts_in(shard)[number - ends[place] + shard.documents])
+    for shard in stream.record.shards:
+        if number < shard.documents:
+            return int(stream.starts_in(shard)[number])
+        number -= shard.documents
+    return stream.num_tokens

@@ -33,9 +33,11 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     figure = Figure(figsize=(7, 4.2), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     for run, series, colour in zip(runs, all_series, itertools.cycle(_COLOURS), strict=False):
+        # matplotlib leaves out labels that begin with an underscore.
+        label = f" {run.name}" if run.name.startswith("_") else run.name
         for key, style in (
             ("loss", {"alpha": 0.25, "linewidth": 0.6}),
-            ("smoothed_loss", {"linewidth": 1.5, "label": _label(run.name)}),
+            ("smoothed_loss", {"linewidth": 1.5, "label": label}),
             ("val_loss", {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 2.5}),
         ):
             if key in series:
@@ -52,8 +54,3 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     for text in axes.legend(frameon=False).get_texts():
         text.set_parse_math(False)  # a name with two $ is not a formula
     save_png("--png", path, figure)
-
-
-def _label(name: str) -> str:
-    """The name for the legend, where matplotlib leaves out labels that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name

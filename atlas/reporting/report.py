@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -16,16 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from atlas.errors import AtlasError
+from atlas.files import explain_failed_write, replacing
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
 from atlas.version import __version__
 
-_STATIC = files("atlas.reporting") / "static"
 _MISSING = "–"
 _MOST_EVENTS_LISTED = 200
-_ABOUT_LOSSES = (
-    "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
-)
+_COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
 
 STATES = {
     "finished": "finished",
@@ -38,21 +34,14 @@ STATES = {
 
 def static_file(name: str) -> str:
     """The text of a file of `static/`: `charts.js`, `report.css`, `uplot/uPlot.iife.min.js`, …"""
-    return _STATIC.joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return files("atlas.reporting").joinpath("static", *name.split("/")).read_text(encoding="utf-8")
 
 
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
     """Write the report of `runs` to `path`, completely or not at all. With `refresh` the page reloads itself after that
     many seconds. Raises `AtlasError` if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with explain_failed_write(f"--output {path}", "name another file"), replacing(path) as temporary:
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise AtlasError(
-            f"--output {path}: cannot be written ({error.strerror or error}): name another file"
-        ) from None
 
 
 def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
@@ -68,7 +57,9 @@ def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
         styles=static_file("uplot/uPlot.min.css") + static_file("report.css"),
         scripts=static_file("uplot/uPlot.iife.min.js") + static_file("charts.js"),
         runs=json_in_html([chart_data(run) for run in runs]),
-        sections="\n".join(_sections(runs)),
+        sections="\n".join(
+            f"<section>\n<h2>{title}</h2>\n{body}\n</section>" for title, body in _sections(runs)
+        ),
     )
 
 
@@ -77,21 +68,21 @@ def json_in_html(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
-def _sections(runs: Sequence[Run]) -> Iterator[str]:
-    yield _section("Evaluation", _evaluation(runs) + _notes(runs))
-    yield _section("Curves", '<div id="charts"></div>')
+def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    """The titles and their HTML."""
+    about = "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
+    notes = map(_aside, itertools.chain([about], *map(_notes, runs)))
+    table = _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
+    yield "Evaluation", table + "".join(notes)
+    yield "Curves", '<div id="charts"></div>'
     if len(runs) > 1:
-        yield _section("Differences of the configs", _differences(runs))
+        yield "Differences of the configs", _differences(runs)
     if any(run.samples for run in runs):
-        yield _section("Samples over time", "".join(map(_samples, runs)))
+        yield "Samples over time", "".join(map(_samples, runs))
     if any(run.events for run in runs):
-        yield _section("Events", "".join(map(_events, runs)))
-    yield _section("Machine and versions", _machine(runs))
-    yield _section("Configs", "".join(map(_config, runs)))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
+        yield "Events", "".join(map(_events, runs))
+    yield "Machine and versions", _machine(runs)
+    yield "Configs", "".join(map(_config, runs))
 
 
 def _aside(text: str) -> str:
@@ -111,44 +102,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "f
 # The sections
 
 
-_COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
-
-
-def _evaluation(runs: Sequence[Run]) -> str:
-    return _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
-
-
 def _evaluation_row(run: Run) -> list[str]:
     state, axes = run.state, run.axes()
     losses = run.records("train")["loss"]
     loss = "not finite" if losses.size else _MISSING
     if losses.size and np.isfinite(losses[-1]):
         loss = f"{chart_data(run)['series']['smoothed_loss']['value'][-1]:.4f}"
-    row = [
+    last, best = run.evaluations() or ({}, {})
+    return [
         escape(run.name),
         f'<span class="state {state}">{escape(STATES[state])}</span>',
         f"{run.last_step:,}",
         _large(float(axes["tokens"][-1])) if "tokens" in axes else _MISSING,
         duration(float(axes["time"][-1])) if "time" in axes else _MISSING,
         loss,
-    ]
-    if (evaluations := run.evaluations()) is None:
-        return [*row, *[_MISSING] * 4]
-    last, best = evaluations
-    return [
-        *row,
-        f"{last['val_loss']:.4f}",
-        _figure(last["val_perplexity"], ",.2f"),
-        _figure(last["bits_per_byte"], ".4f"),
-        f"{best['val_loss']:.4f} at step {best['step']:,.0f}",
+        _figure(last.get("val_loss"), ".4f"),
+        _figure(last.get("val_perplexity"), ",.2f"),
+        _figure(last.get("bits_per_byte"), ".4f"),
+        f"{best['val_loss']:.4f} at step {best['step']:,.0f}" if best else _MISSING,
     ]
 
 
-def _notes(runs: Sequence[Run]) -> str:
-    return "".join(map(_aside, itertools.chain([_ABOUT_LOSSES], *map(_notes_of, runs))))
-
-
-def _notes_of(run: Run) -> Iterator[str]:
+def _notes(run: Run) -> Iterator[str]:
     if run.evaluations() is None:
         yield f"{run.name} was not evaluated: it has no validation data, or has not come that far."
     loss = run.records("train")["loss"]
@@ -161,12 +136,17 @@ def _notes_of(run: Run) -> Iterator[str]:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """The settings in which the runs differ, with each run's value, or – if its config does not name the setting."""
-    rows = []
-    for key in dict.fromkeys(key for run in runs for key in run.config):
-        values = [_value(run.config.get(key)) for run in runs]
-        if len({value for run, value in zip(runs, values, strict=True) if run.config}) > 1:
-            rows.append((key, values))
-    return rows
+    return [
+        (key, values)
+        for key, values in _side_by_side([run.config for run in runs])
+        if len({value for run, value in zip(runs, values, strict=True) if run.config}) > 1
+    ]
+
+
+def _side_by_side(facts: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Each key with its values as text."""
+    keys = dict.fromkeys(itertools.chain(*facts))
+    return [(key, [_value(each.get(key)) for each in facts]) for key in keys]
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -211,12 +191,8 @@ def _events(run: Run) -> str:
 
 
 def _machine(runs: Sequence[Run]) -> str:
-    starts = [run.start() for run in runs]
-    keys = dict.fromkeys(key for start in starts for key in start)
-    rows = [
-        [escape(key.replace("_", " ").replace(".", ": ")), *(escape(_value(s.get(key))) for s in starts)]
-        for key in keys
-    ]
+    facts = _side_by_side([run.start() for run in runs])
+    rows = [[escape(key.replace("_", " ").replace(".", ": ")), *map(escape, values)] for key, values in facts]
     silent = [run.name for run in runs if not run.start()]
     notes = [_aside(f"{name} did not record its machine: it is of an older Atlas.") for name in silent]
     return _table(("", *(run.name for run in runs)), rows) + "".join(notes)
@@ -242,8 +218,8 @@ def _value(value: Any) -> str:
     return _MISSING if value is None else str(value)
 
 
-def _figure(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else _MISSING
+def _figure(value: float | None, form: str) -> str:
+    return _MISSING if value is None or math.isnan(value) else format(value, form)
 
 
 def _large(value: float) -> str:

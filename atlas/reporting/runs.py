@@ -25,21 +25,17 @@ from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smoot
 
 _NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
 """Metrics with small charts that show a smoothed curve over the raw one."""
-METRICS = ("loss", "learning_rate", "memory", *_NOISY)
+_METRICS = ("loss", "learning_rate", "memory", *_NOISY)
 """Metrics of train records that are drawn."""
-VALIDATION = ("val_loss", "val_perplexity", "bits_per_byte")
 _COLUMNS = {
-    "train": ("step", "tokens", "seconds", "sequences_consumed", *METRICS),
-    "validation": ("step", "tokens", "seconds", *VALIDATION),
+    "train": ("step", "tokens", "seconds", "sequences_consumed", *_METRICS),
+    "validation": ("step", "tokens", "seconds", "val_loss", "val_perplexity", "bits_per_byte"),
 }
 _WHY_MISSING = {
     "tokens": "some records have neither tokens nor sequences with a max_seq_len in config.yaml",
     "time": "not all of its records contain seconds",
 }
 """Why a run is not drawn over an axis."""
-_FINISHED = ("finished", "stopped early", "stopped in time")
-_INTERRUPTED = ("interrupted", "interrupt")
-"""Events with which a run ends."""
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
 _MOST_SMALL_POINTS = 800
@@ -90,15 +86,11 @@ class Run:
                 self._file = identity
                 file.seek(self._offset)
                 lines = file.read(size - self._offset)
-        except (FileNotFoundError, NotADirectoryError):
-            raise AtlasError(
-                f"{self.metrics_path}: there is no such file, so {self.folder} is not a run: name a folder that "
-                "atlas train wrote to (its --output-dir)"
-            ) from None
         except OSError as error:
-            raise AtlasError(
-                f"{self.metrics_path}: cannot be read ({error.strerror or error}): name the folder of a run"
-            ) from None
+            is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            reason = "there is no such file" if is_missing else error.strerror or error
+            remedy = "name a folder that atlas train wrote to (its --output-dir)"
+            raise AtlasError(f"{self.metrics_path}: cannot be read ({reason}): {remedy}") from None
         end = lines.rfind(b"\n") + 1  # the rest is still being written, or was cut by a kill
         self._offset += end
         for line in lines[:end].splitlines():
@@ -142,9 +134,9 @@ class Run:
             return "running"
         names = [event.get("event") for event in self.events]
         last = next((name for name in reversed(names) if name != "save"), None)
-        if last in _FINISHED:
+        if last in ("finished", "stopped early", "stopped in time"):
             return "finished"
-        if last in _INTERRUPTED or any(step >= self.last_step for step in self._interrupts):
+        if last in ("interrupted", "interrupt") or any(step >= self.last_step for step in self._interrupts):
             return "interrupted"
         return "unknown" if alive is None else "stopped"
 
@@ -197,7 +189,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def chart_data(run: Run) -> dict[str, Any]:
-    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed.
+    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed: 50,000
+    records take 70 ms, and the page asks for eight runs every 2 seconds.
 
     A series has `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as the run recorded them.
     It has at most some thousand points, among them the smallest and the largest of every interval.
@@ -211,14 +204,13 @@ def chart_data(run: Run) -> dict[str, Any]:
 def _chart_data(run: Run) -> dict[str, Any]:
     train, validation = run.records("train"), run.records("validation")
     axes = run.axes()
+    curves = {name: train[name] for name in _METRICS}
+    curves |= {f"smoothed_{name}": smooth(train[name]) for name in ("loss", *_NOISY)}
     series = {
-        name: _series(axes, train[name], most=MOST_POINTS if name == "loss" else _MOST_SMALL_POINTS)
-        for name in METRICS
+        name: _series(axes, values, most=MOST_POINTS if name.endswith("loss") else _MOST_SMALL_POINTS)
+        for name, values in curves.items()
     }
-    series["smoothed_loss"] = _series(axes, smooth(train["loss"]))
-    for name in _NOISY:
-        series[f"smoothed_{name}"] = _series(axes, smooth(train[name]), most=_MOST_SMALL_POINTS)
-    series["val_loss"] = _series(_positions(axes, validation), validation["val_loss"])
+    series["val_loss"] = _series(_positions(axes, validation), validation["val_loss"], most=MOST_POINTS)
     return {
         "name": run.name,
         "state": run.state,
@@ -230,7 +222,7 @@ def _chart_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _series(axes: dict[str, Floats], values: Floats, *, most: int = MOST_POINTS) -> dict[str, list[float]]:
+def _series(axes: dict[str, Floats], values: Floats, *, most: int) -> dict[str, list[float]]:
     known = np.flatnonzero(np.isfinite(values))
     kept = known[thin(values[known], most)]
     return {axis: _rounded(places[kept]) for axis, places in axes.items()} | {"value": _rounded(values[kept])}

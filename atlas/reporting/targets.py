@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,5 @@ def check_png(option: str, path: Path) -> None:
 
 def save_png(option: str, path: Path, figure: Figure) -> None:
     """Write `figure` to the file that `option` names."""
-    try:
+    with explain_failed_write(f"{option} {path}", "name another file"):
         figure.savefig(path, format="png")
-    except OSError as error:
-        raise AtlasError(f"{option} {path}: cannot be written: {error.strerror}; name another file") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,12 +16,12 @@ _LOWEST = -9999.0
 
 
 class Answer:
-    """The answer to `request`. `is_chat` decides its shape, `logprobs` whether it has log-probabilities."""
+    """The answer to `request`. `is_chat` decides its shape."""
 
-    def __init__(self, request: GenerationRequest, *, is_chat: bool, logprobs: bool) -> None:
+    def __init__(self, request: GenerationRequest, *, is_chat: bool) -> None:
         self.request = request
         self.is_chat = is_chat
-        self.logprobs = logprobs
+        self.has_logprobs = request.generations[0].num_candidates is not None
         self.head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -53,12 +52,10 @@ class Answer:
             head["usage"] = None
         if self.is_chat:
             for index in range(len(self.request.generations)):
-                first = {"delta": {"role": "assistant", "content": ""}}
-                yield event(
-                    {**head, "choices": [{"index": index, **first, "logprobs": None, "finish_reason": None}]}
-                )
+                first = {"index": index, "delta": {"role": "assistant", "content": ""}}
+                yield event({**head, "choices": [{**first, "logprobs": None, "finish_reason": None}]})
         async for index, piece in self.request.pieces():
-            if piece.text or piece.finish or self.logprobs:
+            if piece.text or piece.finish or self.has_logprobs:
                 delta = {"content": piece.text} if piece.text else {}
                 content = {"delta": delta} if self.is_chat else {"text": piece.text}
                 yield event({**head, "choices": [self._choice(index, content, [piece])]})
@@ -73,41 +70,38 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _choice(self, index: int, content: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
-        logprobs = self._logprobs(index, pieces) if self.logprobs else None
+        logprobs = self._logprobs(index, pieces) if self.has_logprobs else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        chosen = [(piece, piece.token) for piece in pieces if piece.token is not None]
+        tokens = [piece.candidates for piece in pieces if piece.candidates]
         if self.is_chat:
             content = [
-                {
-                    **self._candidate(Candidate(token, piece.logprob or 0.0)),
-                    "top_logprobs": [self._candidate(each) for each in piece.candidates],
-                }
-                for piece, token in chosen
+                {**self._candidate(chosen), "top_logprobs": [self._candidate(each) for each in likeliest]}
+                for chosen, *likeliest in tokens
             ]
             return {"content": content, "refusal": None}
         offsets = []
-        for _, token in chosen:
+        for chosen, *_ in tokens:
             offsets.append(self._offsets[index])
-            data = self.request.backend.token_bytes(token)
+            data = self.request.backend.token_bytes(chosen.token)
             self._offsets[index] += len(self._decoders[index].decode(data))
         return {
-            "tokens": [self._text(token) for _, token in chosen],
-            "token_logprobs": [_finite(piece.logprob) for piece, _ in chosen],
-            "top_logprobs": [self._top_logprobs(piece, token) for piece, token in chosen],
+            "tokens": [self._text(chosen.token) for chosen, *_ in tokens],
+            "token_logprobs": [max(chosen.logprob, _LOWEST) for chosen, *_ in tokens],
+            "top_logprobs": [self._top_logprobs(*candidates) for candidates in tokens],
             "text_offset": offsets,
         }
 
-    def _top_logprobs(self, piece: Piece, token: int) -> dict[str, float]:
+    def _top_logprobs(self, chosen: Candidate, *likeliest: Candidate) -> dict[str, float]:
         """As in OpenAI's API, the chosen token is included, so there may be one more than requested."""
-        likeliest = {self._text(each.token): _finite(each.logprob) for each in piece.candidates}
-        return {**likeliest, self._text(token): _finite(piece.logprob)} if likeliest else {}
+        shown = (*likeliest, chosen) if likeliest else ()
+        return {self._text(each.token): max(each.logprob, _LOWEST) for each in shown}
 
     def _candidate(self, candidate: Candidate) -> dict[str, Any]:
         return {
             "token": self._text(candidate.token),
-            "logprob": _finite(candidate.logprob),
+            "logprob": max(candidate.logprob, _LOWEST),
             "bytes": list(self.request.backend.token_bytes(candidate.token)),
         }
 
@@ -118,7 +112,3 @@ class Answer:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _finite(logprob: float | None) -> float:
-    return _LOWEST if logprob is None or not math.isfinite(logprob) else logprob

@@ -18,7 +18,6 @@ from atlas.serving.generation import Backend
 from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
-from atlas.serving.runs import run_routes
 from atlas.serving.schema import ErrorBody, Health
 from atlas.version import __version__
 
@@ -61,9 +60,9 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
         media_type = "text/plain; version=0.0.4; charset=utf-8"
         return Response(dispatcher.metrics.text(), media_type=media_type)
 
-    pages = file_routes(), page_routes(dispatcher), run_routes(settings.runs)
-    for router in (openai_routes(dispatcher), *pages):
-        app.include_router(router)
+    app.router.routes += file_routes()
+    app.include_router(openai_routes(dispatcher))
+    app.include_router(page_routes(dispatcher))
     app.add_middleware(limit_body, seconds=BODY_SECONDS)
     app.add_middleware(require_auth, api_key=settings.api_key, open_paths={*FILES, "/health"})
     app.add_middleware(dispatcher.metrics.middleware)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from atlas.inference.sampling import row_seed
 from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend, Busy, Generation, GenerationRequest
+from atlas.serving.generation import Backend, Generation, GenerationRequest
 from atlas.serving.metrics import Metrics
 from atlas.serving.schema import MOST_STOPS, SamplingParams
 
@@ -58,46 +58,33 @@ class Dispatcher:
 
         With `may_exceed` the model reads the end of a prompt that is longer than its context.
         """
-        self._check(backend, prompts, params, max_tokens)
-        longest = max(map(len, prompts))
-        if longest > backend.context and not may_exceed:
-            limit = f"This model's maximum context length is {backend.context} tokens"
-            message = f"{limit}, the prompt has {longest}"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-        sampling = params.sampling()
-        seed = secrets.randbelow(2**63) if params.seed is None else params.seed
-        rows = [prompt for prompt in prompts for _ in range(params.n or 1)]
-        generations = [
-            Generation(prompt, sampling, max_tokens, row_seed(seed, row), params.stops, candidates)
-            for row, prompt in enumerate(rows)
-        ]
-        try:
-            count = self.metrics.counter(backend)
-            return GenerationRequest(backend, generations, self.settings.seconds, count)
-        except Busy:
-            message = "too many texts wait: try again in a moment, or ask for fewer"
-            raise ApiError(429, message, code="queue_full") from None
-
-    def close(self, request: GenerationRequest) -> None:
-        """End a request, when its client has the answer or has disconnected."""
-        request.cancel()
-        self.metrics.count_request(request)
-
-    def _check(
-        self, backend: Backend, prompts: Sequence[list[int]], params: SamplingParams, max_tokens: int
-    ) -> None:
-        stops, texts = len(params.stops), len(prompts) * (params.n or 1)
-        most, largest, known = self.settings.max_tokens, max(map(max, prompts)), backend.vocab_size
+        n, most, known = params.n or 1, self.settings.max_tokens, backend.vocab_size
+        stops, texts, largest = len(params.stops), len(prompts) * n, max(map(max, prompts))
+        limit = f"at most {most}, not {max_tokens} (the server's --max-tokens)"
         for is_wrong, param, rule in (
             (stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {stops}"),
             (params.stream_options and not params.stream, "stream_options", "only with stream"),
             (texts > backend.capacity, "n", f"{texts} texts in one request: at most {backend.capacity}"),
-            (
-                max_tokens > most,
-                "max_tokens",
-                f"at most {most}, not {max_tokens} (the server's --max-tokens)",
-            ),
+            (max_tokens > most, "max_tokens", limit),
             (largest >= known, "prompt", f"token {largest}: the vocabulary has {known}"),
         ):
             if is_wrong:
                 raise ApiError(400, f"{param}: {rule}", param=param)
+        if (longest := max(map(len, prompts))) > backend.context and not may_exceed:
+            sizes = f"maximum context length is {backend.context} tokens, the prompt has {longest}"
+            raise ApiError(400, f"This model's {sizes}", param="prompt", code="context_length_exceeded")
+        sampling = params.sampling()
+        seed = secrets.randbelow(2**63) if params.seed is None else params.seed
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        generations = [
+            Generation(prompt, sampling, max_tokens, row_seed(seed, row), params.stops, candidates)
+            for row, prompt in enumerate(rows)
+        ]
+        count = self.metrics.tokens.labels(backend.id).inc
+        return GenerationRequest(backend, generations, self.settings.seconds, count)
+
+    def close(self, request: GenerationRequest) -> None:
+        """End a request, when its client has the answer or has disconnected."""
+        for generation in request.generations:
+            generation.cancelled = True
+        self.metrics.count_request(request)

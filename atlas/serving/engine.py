@@ -209,17 +209,16 @@ class _Sequence:
         return len(self.tokens) - self.start - 1
 
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
-        """Append a token. `candidates`, if requested, begins with the token itself."""
+        """Append a token. `candidates`, if requested, begin with the token itself."""
         if token == self._eos_id:
-            return Piece(None, self._stream.finish(), finish="stop", num_tokens=0)
+            return Piece(self._stream.finish(), finish="stop", num_tokens=0)
         self.tokens.append(token)
         text, finish = self._stream.add(token), None
         if self._stream.stopped:
             finish = "stop"
         elif len(self.tokens) - len(self.generation.prompt) == self.generation.max_tokens:
             text, finish = text + self._stream.finish(), "length"
-        logprob = candidates[0].logprob if candidates else None
-        return Piece(token, text, logprob, candidates[1:], finish)
+        return Piece(text, candidates, finish)
 
 
 def _top_logprobs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib import resources
 
-from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.routing import Route
 
@@ -14,23 +13,23 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-_PAGE, _REPORT = ("atlas.serving", "page"), ("atlas.reporting", "static")
+_PAGE, _REPORT = resources.files("atlas.serving") / "page", resources.files("atlas.reporting") / "static"
+_CHARTS = ("charts.js", "report.css", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
 FILES = {
-    "/": (_PAGE, "index.html"),
-    "/runs": (_PAGE, "runs.html"),
-    **{f"/{name}": (_PAGE, name) for name in ("page.css", "page.js", "common.js", "views.js", "runs.js")},
-    **{f"/{name}": (_REPORT, name) for name in ("charts.js", "report.css")},
-    **{f"/uplot/{name}": (_REPORT, f"uplot/{name}") for name in ("uPlot.iife.min.js", "uPlot.min.css")},
+    "/": _PAGE / "index.html",
+    "/runs": _PAGE / "runs.html",
+    **{f"/{name}": _PAGE / name for name in ("page.css", "page.js", "common.js", "views.js", "runs.js")},
+    **{f"/{name}": _REPORT.joinpath(*name.split("/")) for name in _CHARTS},
 }
-"""Path → (package and folder, file)."""
+"""Path → file."""
 _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "html": "text/html"}
 
 
-def file_routes() -> APIRouter:
+def file_routes() -> list[Route]:
     """A route for each file, which is read now."""
-    router = APIRouter()
-    for path, ((package, folder), name) in FILES.items():
-        content = resources.files(package).joinpath(folder, *name.split("/")).read_bytes()
-        response = Response(content, headers=_HEADERS, media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
-        router.routes.append(Route(path, response, methods=["GET"], include_in_schema=False))
-    return router
+    routes = []
+    for path, file in FILES.items():
+        media_type = _MEDIA_TYPES[file.name.rpartition(".")[2]]
+        response = Response(file.read_bytes(), headers=_HEADERS, media_type=media_type)
+        routes.append(Route(path, response, methods=["GET"], include_in_schema=False))
+    return routes

@@ -25,13 +25,12 @@ class Candidate(NamedTuple):
 class Piece(NamedTuple):
     """The output of one step.
 
-    `token` is None for the end-of-text token, which is not part of the text. `text` may be empty, while a character or
-    a possible stop string is incomplete. `finish` is set in the last piece: `stop`, `length`, `error` or `timeout`.
+    `text` may be empty, while a character or a possible stop string is incomplete. `candidates`, if requested, are the
+    chosen token and then the likeliest ones; none for the end of text, which is not part of the text. `finish` is set
+    in the last piece: `stop`, `length`, `error` or `timeout`.
     """
 
-    token: int | None
     text: str
-    logprob: float | None = None
     candidates: Sequence[Candidate] = ()
     finish: str | None = None
     num_tokens: int = 1
@@ -66,11 +65,15 @@ def _deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
 
 def failure(finish: str) -> Piece:
     """The last piece of a generation that ends with `error` or `timeout`."""
-    return Piece(None, "", finish=finish, num_tokens=0)
+    return Piece("", finish=finish, num_tokens=0)
 
 
-class Busy(Exception):
+class Busy(ApiError):
     """The queue is full."""
+
+    def __init__(self) -> None:
+        message = "too many texts wait: try again in a moment, or ask for fewer"
+        super().__init__(429, message, code="queue_full")
 
 
 class Backend(ABC):
@@ -156,7 +159,7 @@ class GenerationRequest:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and when time is up;
-        unfinished generations then continue until `cancel`."""
+        unfinished generations then continue until they are `cancelled`."""
         timeout = (0, failure("timeout"))
         timer = asyncio.get_running_loop().call_later(self.seconds, self._queue.put_nowait, timeout)
         unfinished = len(self.generations)
@@ -176,8 +179,3 @@ class GenerationRequest:
                 unfinished -= piece.finish is not None
         finally:
             timer.cancel()
-
-    def cancel(self) -> None:
-        """Free the slots of unfinished generations."""
-        for generation in self.generations:
-            generation.cancelled = True

@@ -15,7 +15,6 @@ LARGEST_BODY = 1 << 20
 """Bytes: more text than any context holds."""
 _READ_AND_DROPPED = 64 << 20
 """Bytes of a larger body that are read, so that its sender gets the answer instead of a broken connection."""
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
@@ -82,7 +81,7 @@ def _auth_error(headers: Headers, api_key: str | None) -> ApiError | None:
     # A page from elsewhere can make a browser request a loopback address, under its own host name, which is in `Host`.
     host, origin = headers.get("host", ""), headers.get("origin")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
-    if name not in _LOOPBACK:
+    if name not in ("localhost", "127.0.0.1", "[::1]"):
         return ApiError(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
     if origin is not None and origin.partition("://")[2] != host:
         return ApiError(403, f"this server answers its own pages, not those of {origin[:100]}")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import secrets
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from atlas.tokenizer.chat import Message
 _SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
 """In the order of Atlas's own sampler."""
 _FINISH = {"limit": "length", "eos": "stop", "word": "stop"}
+_WITHHELD: dict[str, Any] = {"logprob": None, "top_logprobs": []}
 
 
 class Llama(Backend):
@@ -43,16 +45,23 @@ class Llama(Backend):
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
             raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
-        context, vocab_size = trained - 1, len(self._tokens)  # llama.cpp keeps a slot for the first new token
-        super().__init__(
-            Path(path).stem, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue
-        )
+        context = trained - 1  # llama.cpp keeps a slot for the first new token
+        name, vocab_size = Path(path).stem, len(self._tokens)
+        super().__init__(name, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self._has_template = "tokenizer.chat_template" in metadata
         self._key = secrets.token_hex()
-        self._server = _load(
-            path, context=trained * parallel, parallel=parallel, threads=threads, key=self._key
-        )
+        try:
+            import xllamacpp
+
+            params = server_params(path, trained * parallel, threads, parallel=parallel)
+            params.api_keys = [self._key]
+            self._server = xllamacpp.Server(params)
+        except ImportError:
+            raise AtlasError('--gguf: llama.cpp is not installed: pip install "atlas-llm[llama]"') from None
+        except RuntimeError as error:
+            reason = f"llama.cpp cannot load it ({error!s:.200}): export it again"
+            raise AtlasError(f"--gguf {path}: {reason}") from None
         self._address = urlsplit(self._server.listening_address).netloc
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llama")
         self._lock = threading.Lock()
@@ -68,7 +77,7 @@ class Llama(Backend):
         """Ids of a conversation in the file's own template. Raises `AtlasError` where it has none."""
         if not self._has_template:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
-        body = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+        body = {"messages": [message._asdict() for message in messages]}
         return self._tokenize(self._ask("/apply-template", body)["prompt"], parse_special=True)
 
     def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
@@ -80,10 +89,8 @@ class Llama(Backend):
         """The bytes of a token."""
         text = self._tokens[token]
         if self._is_byte_level:
-            try:
+            with suppress(KeyError):  # an added token, which is stored as plain text
                 return token_bytes(text)
-            except KeyError:  # an added token, which is stored as plain text
-                pass
         return text.encode("utf-8")
 
     def submit(self, generations: Sequence[Generation]) -> None:
@@ -169,28 +176,12 @@ class Llama(Backend):
 
 def _piece_of(event: dict[str, Any], num_candidates: int | None, *, num_tokens: int) -> Piece:
     """The piece of one event. llama.cpp counts a token that ends inside a character, but does not report it."""
+    candidates = []
+    if event["tokens"] and num_candidates is not None:
+        chosen = (event.get("completion_probabilities") or [_WITHHELD])[-1]
+        reported = [{**chosen, "id": event["tokens"][-1]}, *chosen["top_logprobs"][:num_candidates]]
+        # llama.cpp writes null for a number that is not finite.
+        logprobs = [-math.inf if each["logprob"] is None else each["logprob"] for each in reported]
+        candidates = [Candidate(each["id"], p) for each, p in zip(reported, logprobs, strict=True)]
     finish = _FINISH[event["stop_type"]] if event["stop"] else None
-    if not event["tokens"]:
-        return Piece(None, event["content"], finish=finish, num_tokens=num_tokens)
-    logprob: float | None = None
-    candidates: tuple[Candidate, ...] = ()
-    for reported in event.get("completion_probabilities", []):
-        logprob = reported["logprob"]
-        likeliest = reported["top_logprobs"][:num_candidates]
-        candidates = tuple(Candidate(each["id"], each["logprob"]) for each in likeliest)
-    return Piece(event["tokens"][-1], event["content"], logprob, candidates, finish, num_tokens)
-
-
-def _load(path: str, *, context: int, parallel: int, threads: int, key: str) -> Any:
-    try:
-        import xllamacpp
-    except ImportError:
-        raise AtlasError('--gguf: llama.cpp is not installed: pip install "atlas-llm[llama]"') from None
-    params = server_params(path, context, threads, parallel=parallel)
-    params.api_keys = [key]
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise AtlasError(
-            f"--gguf {path}: llama.cpp cannot load it ({error!s:.200}): export it again"
-        ) from None
+    return Piece(event["content"], candidates, finish, num_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,26 +20,17 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self, backends: Iterable[Backend]) -> None:
-        self._registry = registry = CollectorRegistry()
-        count = functools.partial(Counter, namespace="atlas", registry=registry)
-        self._requests = count("requests", "Requests answered.", ["route", "status"])
-        self._prompt_tokens = count("prompt_tokens", "Tokens of prompts.", ["model"])
-        self._tokens = count("completion_tokens", "Tokens generated.", ["model"])
-        self._first = Histogram(
-            "atlas_time_to_first_token_seconds",
-            "From a request's acceptance to its first token.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        for name, description in (("running", "Running sequences."), ("waiting", "Queued sequences.")):
-            gauge = Gauge(f"atlas_{name}", description, ["model"], registry=registry)
+        self._registry = CollectorRegistry()
+        atlas: dict[str, Any] = {"namespace": "atlas", "registry": self._registry}
+        self._requests = Counter("requests", "Requests answered.", ["route", "status"], **atlas)
+        self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **atlas)
+        self.tokens = Counter("completion_tokens", "Tokens generated.", ["model"], **atlas)
+        about = "From a request's acceptance to its first token."
+        self._first = Histogram("time_to_first_token_seconds", about, ["model"], buckets=_SECONDS, **atlas)
+        for name, about in (("running", "Running sequences."), ("waiting", "Queued sequences.")):
+            gauge = Gauge(name, about, ["model"], **atlas)
             for backend in backends:
                 gauge.labels(backend.id).set_function(functools.partial(getattr, backend, f"num_{name}"))
-
-    def counter(self, backend: Backend) -> Callable[[int], object]:
-        """A function that counts generated tokens of the model."""
-        return self._tokens.labels(backend.id).inc
 
     def count_request(self, request: GenerationRequest) -> None:
         """Count a request when it ends, for whatever reason."""

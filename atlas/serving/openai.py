@@ -49,8 +49,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         prompts = await asyncio.to_thread(_prompts, body, backend)  # a long text takes a moment
         max_tokens = body.max_tokens or _DEFAULT_TOKENS
         generations = dispatcher.submit(backend, prompts, body, max_tokens, body.logprobs)
-        answer = Answer(generations, is_chat=False, logprobs=body.logprobs is not None)
-        return await _respond(dispatcher, answer, body, request)
+        return await _respond(dispatcher, Answer(generations, is_chat=False), body, request)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_OR_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -68,8 +67,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         max_tokens = body.max_completion_tokens or body.max_tokens or room
         candidates = (body.top_logprobs or 0) if body.logprobs else None
         generations = dispatcher.submit(backend, [prompt], body, max_tokens, candidates)
-        answer = Answer(generations, is_chat=True, logprobs=bool(body.logprobs))
-        return await _respond(dispatcher, answer, body, request)
+        return await _respond(dispatcher, Answer(generations, is_chat=True), body, request)
 
     return router
 

@@ -1,4 +1,4 @@
-"""What the page at / requests from this server: generations, and looks inside the model at each token."""
+"""What the pages request from this server: generations, looks inside the model at each token, and curves of runs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.engine import Engine
 from atlas.serving.errors import ApiError
 from atlas.serving.generation import Backend, GenerationRequest
+from atlas.serving.runs import RunFolder
 from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
 from atlas.serving.stream import EventStream, event, until_disconnect
 
@@ -65,8 +66,8 @@ class AttentionRequest(LookRequest):
 
 
 def page_routes(dispatcher: Dispatcher) -> APIRouter:
-    """The page's routes under `/api/`."""
-    router = APIRouter(include_in_schema=False)
+    """The pages' routes under `/api/`."""
+    router, run_folder = APIRouter(include_in_schema=False), RunFolder(dispatcher.settings.runs)
     # Looks inside run one after the other in their own thread, so that generation and tokenization continue meanwhile.
     thread = ThreadPoolExecutor(1, thread_name_prefix="look")
 
@@ -99,8 +100,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
             backend, [ids], body, body.max_tokens, body.alternatives, may_exceed=may_exceed
         )
         prompt = in_turn(_read, backend, ids, None if is_known else body.alternatives)
-        events = _events(generations, prompt, body.alternatives)
-        return EventStream(events, lambda: dispatcher.close(generations))
+        return EventStream(_events(generations, prompt), lambda: dispatcher.close(generations))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
@@ -113,6 +113,10 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     @router.post("/api/layers")
     async def layers(body: LookRequest, request: Request) -> dict[str, Any] | None:
         return await look_inside(body, request, _layers)
+
+    @router.get("/api/runs")
+    async def runs() -> dict[str, Any]:
+        return await asyncio.to_thread(run_folder.curves)
 
     return router
 
@@ -129,7 +133,7 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 
 async def _events(
-    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]], alternatives: int
+    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]]
 ) -> AsyncIterator[str]:
     backend = generations.backend
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -143,10 +147,9 @@ async def _events(
     finish = None
     async for _, piece in generations.pieces():
         finish = piece.finish
-        if piece.token is not None:
-            options = [_option(backend, each.token, each.logprob) for each in piece.candidates[:alternatives]]
-            own = shown(_option(backend, piece.token, piece.logprob or 0.0))
-            yield event({"kind": "token", **own, "alternatives": options})
+        if piece.candidates:
+            chosen, *likeliest = [_option(backend, *each) for each in piece.candidates]
+            yield event({"kind": "token", **shown(chosen), "alternatives": likeliest})
     yield event({"kind": "end", "tokens": generations.num_generated, "finish": finish})
 
 

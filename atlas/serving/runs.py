@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from fastapi import APIRouter
 
 from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, encodable
@@ -32,8 +29,13 @@ class RunFolder:
         """The input of `AtlasCharts` for the runs that were written to last, by name, and the number of other runs."""
         with self._lock:
             found = [path for _, path in sorted(self._found(), reverse=True)]
-            self._runs = {path: run for path, run in self._runs.items() if path in found[:MOST_RUNS]}
-            runs = [run for path in found[:MOST_RUNS] if (run := self._read(path))]
+            before, self._runs = self._runs, {}
+            for path in found[:MOST_RUNS]:
+                with suppress(AtlasError):  # not a run, or no longer one
+                    if run := before.get(path):
+                        run.refresh()
+                    self._runs[path] = run or Run(path)
+            runs = list(self._runs.values())
             names = self._names(runs)
             # By name, not by age: two runs that are both written to would swap places, and colours, at each refresh.
             drawn = [
@@ -51,14 +53,6 @@ class RunFolder:
                     if path.is_file():
                         yield path.stat().st_mtime_ns, path
 
-    def _read(self, path: Path) -> Run | None:
-        run = self._runs.pop(path, None)
-        with suppress(AtlasError):  # not a run, or no longer one
-            if run:
-                run.refresh()
-            self._runs[path] = run or Run(path)
-        return self._runs.get(path)
-
     def _names(self, runs: Sequence[Run]) -> list[str]:
         """Their paths inside the folder; a run that is the folder itself has its own name."""
         inside = [encodable(run.folder.relative_to(self.folder).as_posix()) for run in runs]
@@ -66,14 +60,3 @@ class RunFolder:
             name if name != "." else run.name if run.name not in inside else f"{run.name}/"
             for name, run in zip(inside, runs, strict=True)
         ]
-
-
-def run_routes(folder: Path) -> APIRouter:
-    """The route of the curves."""
-    router, run_folder = APIRouter(include_in_schema=False), RunFolder(folder)
-
-    @router.get("/api/runs")
-    async def runs() -> dict[str, Any]:
-        return await asyncio.to_thread(run_folder.curves)
-
-    return router

@@ -20,7 +20,6 @@ LARGEST_HEAD = 64 << 10
 """Bytes, approximately: the parser itself has no limit."""
 READ_SECONDS = 30.0
 """The time limit for a client to continue reading when the send buffers are full."""
-_BACKLOG = 2048
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -30,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(_BACKLOG)
+        listener.listen(2048)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AtlasError(

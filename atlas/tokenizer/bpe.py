@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,22 @@ from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, 
 MAX_VOCAB_SIZE = 2**20
 _LONGEST_TOKEN = 2**16
 SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
-_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-_UNSUPPORTED = ("dropout", *_AFFIXES, "byte_fallback", "ignore_merges")
+_UNSUPPORTED = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
+)
 
 # Set explicitly; else the library warns at every fork of a data-loading process, which never encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class BPETokenizer(ByteLevelTokenizer):
-    """Encodes by `tokenizers`, on all cores of one process."""
+    """A BPE of which a tokenizer.json holds the vocabulary and the merges."""
 
     kind = "bpe"
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` each text, on all cores."""
-        encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     def state(self) -> dict[str, Any]:
         """The state with the tokenizer.json."""
@@ -113,46 +109,39 @@ def _demand(condition: bool, reason: str) -> None:
 
 def _read(content: Any) -> tuple[list[str], list[Merge], int]:
     """Tokens in id order, merges, and the id of the end of text. Raises `NotGPT2s`, whose message is the difference."""
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise NotGPT2s("has no model")
+    model: Any = content.get("model") if isinstance(content, dict) else None
+    _demand(isinstance(model, dict), "has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")
     _demand(content.get("normalizer") is None, "it changes the text by a normalizer")
-    _check_split(content.get("pre_tokenizer"))
+    split: Any = content.get("pre_tokenizer")
+    _demand(
+        isinstance(split, dict) and split.get("type") == "ByteLevel", "its pre-tokenizer is not ByteLevel"
+    )
+    _demand(split.get("use_regex", True) is True, "its pre-tokenizer does not split as GPT-2's")
+    _demand(split.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
     tokens = _read_vocabulary(model.get("vocab"))
     merges = _read_merges(model.get("merges"), set(tokens))
     return tokens, merges, _read_end_of_text(content.get("added_tokens"), tokens)
 
 
-def _check_split(pre_tokenizer: Any) -> None:
-    byte_level = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
-    _demand(byte_level, "its pre-tokenizer is not ByteLevel")
-    _demand(pre_tokenizer.get("use_regex", True) is True, "its pre-tokenizer does not split as GPT-2's")
-    _demand(pre_tokenizer.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
-
-
 def _read_vocabulary(vocabulary: Any) -> list[str]:
-    if not isinstance(vocabulary, dict):
-        raise NotGPT2s("has no vocabulary")
+    _demand(isinstance(vocabulary, dict), "has no vocabulary")
     _demand(len(vocabulary) <= MAX_VOCAB_SIZE, f"{len(vocabulary):,} tokens are more than {MAX_VOCAB_SIZE:,}")
     by_id = {id: token for token, id in vocabulary.items() if type(id) is int}
     _demand(set(by_id) == set(range(len(vocabulary))), "its ids are not 0, 1, 2 … without a gap")
     tokens = [by_id[id] for id in range(len(by_id))]
-    _demand(
-        all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens), "its tokens are not byte-level"
-    )
-    _demand(
-        max(map(len, tokens), default=0) <= _LONGEST_TOKEN, f"a token has more than {_LONGEST_TOKEN:,} bytes"
-    )
+    are_of_bytes = all(token and BYTE_OF_CHAR.keys() >= set(token) for token in tokens)
+    _demand(are_of_bytes, "its tokens are not byte-level")
+    longest = max(map(len, tokens), default=0)
+    _demand(longest <= _LONGEST_TOKEN, f"a token has more than {_LONGEST_TOKEN:,} bytes")
     _demand(BYTE_OF_CHAR.keys() <= set(tokens), "it lacks some of the 256 bytes")
     return tokens
 
 
 def _read_merges(merges: Any, tokens: set[str]) -> list[Merge]:
-    if not isinstance(merges, list):
-        raise NotGPT2s("has no merges")
+    _demand(isinstance(merges, list), "has no merges")
     _demand(len(merges) <= MAX_VOCAB_SIZE, f"{len(merges):,} merges are more than {MAX_VOCAB_SIZE:,}")
     pairs: list[Merge] = []
     for merge in merges:

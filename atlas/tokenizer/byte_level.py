@@ -36,7 +36,25 @@ def token_bytes(token: str) -> bytes:
     return bytes([BYTE_OF_CHAR[char] for char in token])
 
 
-class ByteLevelTokenizer(Tokenizer):
+class HFTokenizerBase(Tokenizer):
+    """Encodes by Hugging Face `tokenizers`, on all cores of one process. Its state holds the tokenizer."""
+
+    hf: HFTokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` each text, on all cores."""
+        encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_state, (self.state(),)
+
+
+class ByteLevelTokenizer(HFTokenizerBase):
     """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, which decode to exactly that text.
 
     Only such a tokenizer can be saved and exported: `token_strings` and `merges` are the values of GGUF's
@@ -77,11 +95,8 @@ class ByteLevelTokenizer(Tokenizer):
         vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
         return hashlib.sha256(vocabulary.encode()).hexdigest()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_state, (self.state(),)
-
     @cached_property
-    def hf(self) -> HFTokenizer:
+    def hf(self) -> HFTokenizer:  # type: ignore[override]
         """The same tokenizer in Hugging Face `tokenizers`."""
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
         tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=self._merges))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,28 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from atlas.errors import AtlasError, TokenizerError
 from atlas.files import read_limited
-from atlas.tokenizer.base import MAX_FILE_BYTES, Tokenizer
-from atlas.tokenizer.byte_level import BYTE_OF_CHAR, token_bytes, well_formed
+from atlas.tokenizer.base import MAX_FILE_BYTES
+from atlas.tokenizer.byte_level import BYTE_OF_CHAR, HFTokenizerBase, token_bytes
 
 
-class ForeignTokenizer(Tokenizer):
+class ForeignTokenizer(HFTokenizerBase):
     """`text` is the tokenizer.json. `vocab_size` can exceed its number of tokens, as in a model with spare rows."""
 
     kind = name = "hf"
 
-    def __init__(self, text: str, *, eos_id: int, vocab_size: int, origin: str) -> None:
+    def __init__(self, text: str, *, eos_id: Any, vocab_size: Any, origin: str) -> None:
+        if type(eos_id) is not int or type(vocab_size) is not int:
+            raise TokenizerError(f"{origin}: has no eos_id or vocab_size; the file is damaged or was edited")
         try:
-            self._hf = HFTokenizer.from_str(text)
+            self.hf = HFTokenizer.from_str(text)
         except Exception as error:  # whatever the library raises for a file from anybody
             raise TokenizerError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
-        self._hf.no_truncation()
-        self._hf.no_padding()
-        self._hf.encode_special_tokens = True  # special tokens in a text are plain text
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        self.hf.encode_special_tokens = True  # special tokens in a text are plain text
         self._text = text
         self.eos_id = eos_id
-        tokens = max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        tokens = max(self.hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = vocab_size
         if not 0 <= eos_id < tokens <= vocab_size:
             raise TokenizerError(
@@ -60,32 +62,13 @@ class ForeignTokenizer(Tokenizer):
         text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         return cls(text, eos_id=eos_id, vocab_size=rows, origin=str(path))
 
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> ForeignTokenizer:
-        """The tokenizer that `state()` described."""
-        eos_id, vocab_size = state.get("eos_id"), state.get("vocab_size")
-        if type(eos_id) is not int or type(vocab_size) is not int:
-            raise TokenizerError(
-                "stored tokenizer: has no eos_id or vocab_size; the file is damaged or was edited"
-            )
-        return cls(state["json"], eos_id=eos_id, vocab_size=vocab_size, origin="stored tokenizer")
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
-        return self._hf.encode(well_formed(text), add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` each text, on all cores."""
-        encodings = self._hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
-        return self._hf.decode(ids, skip_special_tokens=False)
+        return self.hf.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token."""
-        token = self._hf.id_to_token(id) or ""
+        token = self.hf.id_to_token(id) or ""
         if "ByteLevel" in self._decoder and BYTE_OF_CHAR.keys() >= set(token):
             return token_bytes(token)
         if "ByteFallback" in self._decoder and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
@@ -108,9 +91,6 @@ class ForeignTokenizer(Tokenizer):
     def state(self) -> dict[str, Any]:
         """The state with the tokenizer.json."""
         return super().state() | {"json": self._text}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_state, (self.state(),)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib import resources
 
@@ -72,14 +72,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """`encode` each text, by the quicker pattern where it gives the same ids."""
         arrays = [self._quick.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        for place in self._where_quick_may_differ(texts, arrays):
-            arrays[place] = np.array(self.encode(texts[place]), dtype=np.uint32)
-        return arrays
-
-    def _where_quick_may_differ(
-        self, texts: Sequence[str], arrays: Sequence[NDArray[np.uint32]]
-    ) -> Iterable[int]:
-        """The places of texts with a run of blanks that GPT-2's pattern cuts differently."""
+        # The places of texts with a run of blanks that GPT-2's pattern may cut differently.
         wide = {
             place
             for place, text in enumerate(texts)
@@ -89,7 +82,9 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         kinds = self._blankness[np.concatenate([ids for array in arrays for ids in (array, end)] or [end])]
         runs = np.flatnonzero((kinds[:-2] == 2) & (kinds[1:-1] == 2) & (kinds[2:] >= 1))
         ends = np.cumsum([len(array) + 1 for array in arrays])
-        return wide.union(np.searchsorted(ends, runs, side="right").tolist())
+        for place in wide.union(np.searchsorted(ends, runs, side="right").tolist()):
+            arrays[place] = np.array(self.encode(texts[place]), dtype=np.uint32)
+        return arrays
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` each text, on all cores."""

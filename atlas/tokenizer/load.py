@@ -37,19 +37,20 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
 
     No code is imported: a file does not contain a custom tokenizer's code, so the user has to name it.
     """
-    kind, name = state.get("kind"), state.get("name")
+    kind, name, text = map(state.get, ("kind", "name", "json"))
     if kind == "custom":
-        reason = (
-            "is custom code, which a file does not contain; name it with --tokenizer package.module:factory"
+        raise TokenizerError(
+            f"tokenizer {name!s:.200}: is custom code, which a file does not contain; name it with --tokenizer "
+            "package.module:factory"
         )
-        raise TokenizerError(f"tokenizer {name!s:.200}: {reason}")
     tokenizer: Tokenizer
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()
-    elif kind == "bpe" and isinstance(state.get("json"), str):
-        tokenizer = BPETokenizer.from_json(state["json"], origin="stored tokenizer")
-    elif kind == "hf" and isinstance(state.get("json"), str):
-        tokenizer = ForeignTokenizer.from_state_dict(state)
+    elif kind == "bpe" and isinstance(text, str):
+        tokenizer = BPETokenizer.from_json(text, origin="stored tokenizer")
+    elif kind == "hf" and isinstance(text, str):
+        sizes = {key: state.get(key) for key in ("eos_id", "vocab_size")}
+        tokenizer = ForeignTokenizer(text, **sizes, origin="stored tokenizer")
     else:
         raise TokenizerError(
             f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"

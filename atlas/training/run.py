@@ -27,7 +27,7 @@ from atlas.training.devices.parallel import gather_full, sharded_state, wrap
 from atlas.training.devices.signals import StopRequest
 from atlas.training.devices.world import World
 from atlas.training.evaluate import fixed_subset
-from atlas.training.logs.run_log import RunLog, perplexity
+from atlas.training.logs.run_log import RunLog
 from atlas.training.logs.throughput import Throughput
 from atlas.training.loss import LossFunction, SummedLoss
 from atlas.training.optimizers.build import build_optimizer
@@ -212,23 +212,11 @@ class Run:
     def save(self, kinds: list[str], *, wait: bool) -> None:
         """Write one checkpoint under the names of `kinds`. Return when it is on the disk; without `wait`, when its copy
         is in memory."""
-        state = self.state
-        state.seconds = self.clock.elapsed
-        facts = {
-            "step": state.step,
-            "epoch": self.epoch,
-            "loss": state.loss,
-            "val_loss": state.val_loss,
-            "perplexity": None if state.loss is None else perplexity(state.loss),
-            "sequences_consumed": state.sequences_consumed,
-            "model": self.config.model.model_dump(mode="json"),
-            "data_fingerprint": self.data.identity["fingerprint"],
-            "initialized_from": self.initialized_from,
-        }
+        self.state.seconds = self.clock.elapsed
         with self.throughput.paused():
             contents = self.contents(as_shards=self.saver.is_sharded)
             if self.world.is_first or self.saver.is_sharded:
-                self.saver.save(contents, kinds, facts, wait=wait)
+                self.saver.save(contents, kinds, wait=wait)
 
     def keep_snapshot(self) -> None:
         """Keep the current state in memory, to roll back to before the first save."""

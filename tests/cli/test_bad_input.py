@@ -197,7 +197,7 @@ MISTAKES = {
         "bad_header": "bad_header/train-00000.npy … prepare the dataset again",
         "bad_ids": "bad_ids … token id … 300 tokens; prepare the dataset again",
         "bad_size": "bad_size/train-00000.npy … bytes instead of … prepare the dataset again",
-        "no_shard": "no_shard/train-00000.npy: missing … prepare it again",
+        "no_shard": "no_shard/train-00000.npy: missing … prepare the dataset again",
         "bad_json": "bad_json/dataset.json: cannot be read … prepare the dataset again",
         "odd": "odd/dataset.json … prepare it with atlas prepare",
         "edited": "edited/dataset.json … not the sum of its shards; prepare the dataset again",

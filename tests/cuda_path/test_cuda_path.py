@@ -59,7 +59,7 @@ WAITS: dict[str, dict[str, int]] = {
     "trial of a micro-batch": {},
     "save": {
         "WAIT guard.weights_fault": 1,
-        "D2H async async_saver._copy": 64,
+        "D2H async async_saver.copy": 64,
         "WAIT async_saver.take": 1,
     },
     "resume": UPDATE,

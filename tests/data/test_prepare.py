@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare
-from atlas.data.prepare import workspace as workspace_module
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.workspace import Workspace, building
 from atlas.data.text import decode as text
@@ -534,7 +533,7 @@ def test_an_interrupt_during_the_first_commit_keeps_it(
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workspace_module, "flush_folder", interrupt)
+    monkeypatch.setattr("atlas.files.flush_folder", interrupt)
     with pytest.raises(KeyboardInterrupt), building(tmp_path / "set", "key") as workspace:
         workspace.commit({"position": 3})
     assert "the same command resumes it" in capsys.readouterr().err

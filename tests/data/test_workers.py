@@ -85,6 +85,7 @@ import os, signal, sys
 from pathlib import Path
 from atlas.data import prepare
 from atlas.data.prepare import merge
+from atlas import files
 from atlas.data.prepare import workspace as folder
 from atlas.data.prepare import batching as reading
 from atlas.data.prepare import shard_writer as writer
@@ -104,7 +105,7 @@ def counted(function):
     return call
 
 # Each place where something on the disk changes.
-for owner, name in ((writer, "flush_to_disk"), (folder, "flush_to_disk"), (folder.os, "replace"),
+for owner, name in ((writer, "flush_to_disk"), (folder, "flush_to_disk"), (files, "flush_to_disk"), (os, "replace"),
                     (Path, "rename"), (writer, "sha256_of"), (writer.SplitWriter, "append"),
                     (writer.SplitWriter, "_finish"), (merge.Merger, "add")):
     setattr(owner, name, counted(getattr(owner, name)))

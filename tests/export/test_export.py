@@ -608,23 +608,18 @@ def save_checkpoint(folder: Path, tokenizer: Tokenizer, **shape: object) -> Path
     contents = {
         "format_version": 1,
         "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": {},
         "config": AtlasConfig(model=model.config).model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
         "data": {},
         "step": 1,
-        "sequences_consumed": 8,
-        "horizon": 9,
-    }
-    facts = {
-        "step": 1,
         "epoch": 0,
         "loss": 1.0,
         "sequences_consumed": 8,
-        "model": {},
-        "data_fingerprint": "f",
+        "horizon": 9,
     }
     manager = CheckpointManager(folder)
-    return next(path for path in manager.save(contents, ["best"], facts) if path.suffix == ".pt")
+    return next(path for path in manager.save(contents, ["best"]) if path.suffix == ".pt")
 
 
 @needs_llama_cpp

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from atlas.errors import AtlasError
-from atlas.inference.samples import sample_texts
+from atlas.inference.text import sample_texts
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.devices.memory import remembered_peak_rate
 from atlas.training.launch import start_run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from atlas.data.prepare.split import Part, SplitRule
@@ -20,16 +20,16 @@ class Position(NamedTuple):
     part: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Complete documents, or one part of a document that comes in several."""
 
-    parts: list[Part]
     end: Position
-    report: SourceReport
+    parts: list[Part] = field(default_factory=list)
+    report: SourceReport = field(default_factory=SourceReport)
     """What was found in the groups that end in this batch."""
-    bytes_read: int
-    """Bytes of the sources from their beginning to here."""
+    bytes_read: int = 0
+    """Bytes of the sources that were read for this batch."""
 
     @property
     def is_complete(self) -> bool:
@@ -39,22 +39,13 @@ class Batch:
 
 def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[Batch]:
     """The text behind `start`. The last batch may have no parts; it brings the last report."""
-    by_place = rule.cut_at is not None  # in the complete text: all groups are read as one
-    bytes_read = 0 if by_place else sum(group.size for group in groups[: start.group])
-    parts: list[Part] = []
-    chars, report, end = 0, SourceReport(), start
+    # A cut is a place in the complete text: all groups are read as one.
+    texts = [[group] for group in groups] if rule.cut_at is None else [list(groups)]
+    batch, chars = Batch(start), 0
 
     def advance(count: int) -> None:
-        nonlocal bytes_read
-        bytes_read += count
+        batch.bytes_read += count
 
-    def batch() -> Batch:
-        nonlocal parts, chars, report
-        made = Batch(parts, end, report, bytes_read)
-        parts, chars, report = [], 0, SourceReport()
-        return made
-
-    texts = [list(groups)] if by_place else [[group] for group in groups]
     for number, text in enumerate(texts[start.group :], start.group):
         found = SourceReport()
         pieces = (piece for group in text for piece in group.pieces(found, advance))
@@ -62,13 +53,15 @@ def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> I
             if number == start.group and place <= start.part:
                 continue
             is_complete = part.starts_document and part.ends_document
-            if parts and not is_complete:
-                yield batch()
-            parts.append(part)
+            if batch.parts and not is_complete:
+                yield batch
+                batch, chars = Batch(batch.end), 0
+            batch.parts.append(part)
+            batch.end = Position(number, place)
             chars += len(part.text)
-            end = Position(number, place)
-            if not is_complete or chars >= BATCH_CHARS or len(parts) >= BATCH_PARTS:
-                yield batch()
-        report.merge(found)
-    end = Position(len(texts))
-    yield batch()
+            if not is_complete or chars >= BATCH_CHARS or len(batch.parts) >= BATCH_PARTS:
+                yield batch
+                batch, chars = Batch(batch.end), 0
+        batch.report.merge(found)
+    batch.end = Position(len(texts))
+    yield batch

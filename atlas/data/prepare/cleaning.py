@@ -16,9 +16,8 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from atlas.errors import DataError
 
@@ -66,10 +65,6 @@ class Cleaning:
                 if text is not before and text != before:
                     changes[name] = len(before) - len(text)
         return text, changes
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as `dataset.json` keeps them."""
-        return asdict(self) | {"steps": list(self.steps)}
 
 
 def _drop_control(text: str) -> str:

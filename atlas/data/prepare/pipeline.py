@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,7 @@ class _Preparation:
     @cached_property
     def option_values(self) -> dict[str, Any]:
         """The options as `dataset.json` keeps them."""
-        values = {"cleaning": self.options.cleaning.to_json(), "text_field": self.sources.text_field}
-        return vars(self.options) | values
+        return asdict(self.options) | {"text_field": self.sources.text_field}
 
     @cached_property
     def key(self) -> str:
@@ -230,19 +229,16 @@ class _Preparation:
         state = workspace.state
         report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
-        committed, shown = time.monotonic(), 0
+        committed = time.monotonic()
         with byte_progress(self.sources.total_bytes, "tokenizing") as advance:
+            advance(sum(group.size for group in self.sources.groups[: start.group]))
             for batch, encoded in self.pool.encode(self.sources, merger.rule, start, encoder):
                 finished_shard = merger.add(batch, encoded)
                 report.merge(batch.report)
-                advance(batch.bytes_read - shown)
-                shown = batch.bytes_read
+                advance(batch.bytes_read)
                 if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                    progress = {
-                        "position": batch.end,
-                        "report": report.model_dump(),
-                        "assembly": merger.sync(),
-                    }
+                    found, assembly = report.model_dump(), merger.sync()
+                    progress = {"position": batch.end, "report": found, "assembly": assembly}
                     workspace.commit({"rule": vars(merger.rule)} | progress)
                     committed = time.monotonic()
         return report

@@ -66,29 +66,25 @@ class _Worker:
         return replace(batch, parts=bare), self._encoder(batch.parts)
 
 
-def _read_bundle(
-    groups: Sequence[Group], rule: SplitRule, start: Position, first: int, bytes_before: int
-) -> Iterator[Batch]:
+def _read_bundle(groups: Sequence[Group], rule: SplitRule, start: Position, first: int) -> Iterator[Batch]:
     """Batches of `groups`, which begin with group number `first` of all."""
     for batch in read_batches(groups, rule, start):
-        end = Position(batch.end.group + first, batch.end.part)
-        yield replace(batch, end=end, bytes_read=batch.bytes_read + bytes_before)
+        yield replace(batch, end=Position(batch.end.group + first, batch.end.part))
 
 
 def _bundles(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[tuple[Any, ...]]:
     """Runs of groups from `start` on, as arguments of `_read_bundle`."""
     if rule.cut_at is not None:
-        yield groups, rule, start, 0, 0
+        yield groups, rule, start, 0
         return
-    first, bytes_before = start.group, sum(group.size for group in groups[: start.group])
+    first, part = start
     while first < len(groups):
         size, stop = 0, first
         while stop < len(groups) and (stop == first or size + groups[stop].size <= _BUNDLE_BYTES):
             size += groups[stop].size
             stop += 1
-        begin = Position(0, start.part if first == start.group else 0)
-        yield groups[first:stop], rule, begin, first, bytes_before
-        first, bytes_before = stop, bytes_before + size
+        yield groups[first:stop], rule, Position(0, part), first
+        first, part = stop, 0
 
 
 def _fetch(ray: Any, result: Any) -> tuple[Batch, Encoded]:

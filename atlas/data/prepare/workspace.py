@@ -17,7 +17,7 @@ import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
-from atlas.files import flush_folder, flush_to_disk, try_to_lock
+from atlas.files import flush_folder, flush_to_disk, replacing, try_to_lock
 from atlas.progress import notify
 
 
@@ -53,13 +53,13 @@ def locked(output: Path) -> Iterator[None]:
     output = output.absolute()
     made = [folder for folder in output.parents if not folder.exists()]
     path = output.with_name(f".{output.name}.lock")
-    lock, waits = None, False
+    lock = None
     try:
-        while (lock := try_to_lock(path)) is None:
-            if not waits:
-                notify(f"{output}: another process prepares it; waiting for its end")
-            waits = True
+        if (lock := try_to_lock(path)) is None:
+            notify(f"{output}: another process prepares it; waiting for its end")
+        while lock is None:
             time.sleep(0.1)
+            lock = try_to_lock(path)
         yield
     finally:
         with suppress(OSError):
@@ -94,12 +94,8 @@ class Workspace:
 
     def commit(self, state: dict[str, Any]) -> None:
         """Let the next process resume here. All that `state` stands for must be on the disk."""
-        new = self.journal.with_suffix(".new")
-        with new.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump({"key": self.key, "state": state}, file)
-            flush_to_disk(file)
-        os.replace(new, self.journal)
-        flush_folder(self.folder)
+        with replacing(self.journal) as new:
+            new.write_text(json.dumps({"key": self.key, "state": state}), encoding="utf-8", newline="\n")
         self.state = state
 
 
@@ -117,7 +113,10 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     keep = False
     try:
         yield workspace
-        _flush(workspace.dataset)
+        for file in workspace.dataset.iterdir():  # so it is complete under its new name after a power cut too
+            with file.open("rb+") as opened:
+                flush_to_disk(opened)
+        flush_folder(workspace.dataset)
         refuse_foreign(output)
         if output.exists():
             output.rename(replaced)
@@ -147,11 +146,3 @@ def clean_up(output: Path) -> None:
                 folder.unlink()
         elif match:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Flush every file to the disk, so the folder is complete under its new name after a power cut too."""
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            flush_to_disk(file)
-    flush_folder(folder)

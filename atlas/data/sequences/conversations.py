@@ -103,11 +103,10 @@ def read_conversations(
     if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
         held_out[:] = False
     train = _joined(str(path), itertools.compress(chats, ~held_out), tokenizer.eos_id)
-    val = None
-    if held_out.any():
-        val = _joined(str(path), itertools.compress(chats, held_out), tokenizer.eos_id)
-    too_few = val_fraction and not held_out.any()
-    none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if too_few else ""
+    val = (
+        _joined(str(path), itertools.compress(chats, held_out), tokenizer.eos_id) if held_out.any() else None
+    )
+    none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
         "loss is that of the answers"
@@ -209,17 +208,11 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.num_conversations = int(has_answer.sum())
         self.num_left_out = len(full_lengths) - self.num_conversations
         self.num_cut = int((has_answer & (full_lengths > lengths)).sum())
-        self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)
-
-    @property
-    def num_tokens(self) -> int:
+        self.num_tokens = int(lengths[has_answer].sum())
         """Tokens of all conversations that are kept."""
-        return int(self._packing.lengths.sum())
-
-    @property
-    def bytes_per_token(self) -> float:
+        self.bytes_per_token = conversations.answer_bytes / int(conversations.is_answer.sum())
         """Bytes per token of the answers, including those that were cut off."""
-        return self.stream.answer_bytes / int(self.stream.is_answer.sum())
+        self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)
 
     def __len__(self) -> int:
         return len(self._packing.ends)
@@ -228,15 +221,12 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} of {len(self)}")
         pieces = self._packing.pieces(window)
+        places = np.concatenate([np.arange(start, start + length) for start, length in pieces])
         tokens = np.full(self.max_seq_len + 1, self.stream.eos_id, np.int64)
         targets = np.full(self.max_seq_len + 1, IGNORE_INDEX, np.int64)
         numbers = np.full(self.max_seq_len + 1, len(pieces), np.int64)
-        at = 0
-        for number, (start, length) in enumerate(pieces):
-            is_answer = self.stream.is_answer[start : start + length]
-            tokens[at : at + length] = self.stream.tokens[start : start + length]
-            targets[at : at + length] = np.where(is_answer, tokens[at : at + length], IGNORE_INDEX)
-            numbers[at : at + length] = number
-            at += length
+        tokens[: len(places)] = self.stream.tokens[places]
+        targets[: len(places)] = np.where(self.stream.is_answer[places], tokens[: len(places)], IGNORE_INDEX)
+        numbers[: len(places)] = np.repeat(np.arange(len(pieces)), [length for _, length in pieces])
         columns = [torch.from_numpy(column) for column in (tokens[:-1], targets[1:], numbers[:-1])]
         return tuple(columns if self.with_documents else columns[:2])

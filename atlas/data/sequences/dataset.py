@@ -40,29 +40,18 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         self.stream = stream
         self.max_seq_len = max_seq_len
         self.with_documents = with_documents
-        num_targets = max(0, stream.num_tokens - 1)
-        self._num_windows = -(-num_targets // max_seq_len) if pad_last else num_targets // max_seq_len
+        self.num_tokens = self.num_targets = stream.num_tokens
+        """Tokens of the stream. About as many are predicted: one less per window at most."""
+        predicted = max(0, stream.num_tokens - 1)
+        self._num_windows = -(-predicted // max_seq_len) if pad_last else predicted // max_seq_len
         if self._num_windows == 0:
             raise DataError(
                 f"{stream.name}: {stream.num_tokens} tokens are too few for one sequence of "
                 f"max_seq_len {max_seq_len} (it needs {2 if pad_last else max_seq_len + 1}); "
                 "give more text, or set a smaller model.max_seq_len"
             )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the stream."""
-        return self.stream.num_tokens
-
-    @property
-    def num_targets(self) -> int:
-        """About the number of tokens that are predicted: those of the stream, less one per window at most."""
-        return self.stream.num_tokens
-
-    @property
-    def bytes_per_token(self) -> float:
+        self.bytes_per_token = stream.num_bytes / stream.num_tokens
         """Mean number of bytes of UTF-8 text per token."""
-        return self.stream.num_bytes / self.stream.num_tokens
 
     def __len__(self) -> int:
         return self._num_windows

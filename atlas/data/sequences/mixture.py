@@ -26,17 +26,10 @@ class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
         self.parts = list(parts)
         self.weights = list(weights)
         self.max_seq_len = parts[0].max_seq_len
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all parts."""
-        return sum(part.num_tokens for part in self.parts)
-
-    @property
-    def bytes_per_token(self) -> float:
+        self.num_tokens = sum(part.num_tokens for part in parts)
+        num_bytes = sum(part.bytes_per_token * part.num_targets for part in parts)
+        self.bytes_per_token = num_bytes / sum(part.num_targets for part in parts)
         """Bytes per predicted token. Each part counts by its targets, not by its weight."""
-        targets = sum(part.num_targets for part in self.parts)
-        return sum(part.bytes_per_token * part.num_targets for part in self.parts) / targets
 
 
 class MixtureOrder:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from atlas.errors import DataError
+from atlas.files import replacing
 
 _SHORTEST = 80
 """A text of fewer characters is no document."""
@@ -40,9 +40,8 @@ def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) ->
             "this Python carries almost no documentation (a stripped build?): give a text of your own with --data"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from atlas.data.text.decode import Piece, as_document, is_utf16, read_text, replace_undecodable
 from atlas.data.text.files import Advance, TextFile, open_root
 from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
-from atlas.errors import DataError
+from atlas.errors import DataError, first_line
 
 _LONGEST_ROW = 64 << 20
 _NAMES_SHOWN = 8
@@ -211,9 +211,8 @@ def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str 
                 advance(share)
             advance(unread)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{file.name}: is not a complete Parquet file ({reason:.200}); download or write it again"
+            f"{file.name}: is not a complete Parquet file ({first_line(error)}); download or write it again"
         ) from None
 
 

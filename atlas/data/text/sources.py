@@ -81,6 +81,12 @@ class Sources:
         self.left_out = [file.name for file in files if file in doubled]
         """Parts whose text is also in `AllCombined.txt`."""
         self.files = [file for file in files if file not in doubled]
+        self.total_bytes = sum(file.size for file in self.files)
+        groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
+        self.groups = [Group(tuple(texts), text_field) for _, texts in groups]
+        """The groups of files that are read as one text, in reading order."""
+        self.is_kaggle = any(file.is_part or file.is_combined for file in self.files)
+        """Whether this is the Kaggle archive, which the documentation uses."""
         if not self.files:
             raise DataError(
                 f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
@@ -104,16 +110,6 @@ class Sources:
             path = path.with_suffix("")
         return path.name
 
-    @property
-    def is_kaggle(self) -> bool:
-        """Whether this is the Kaggle archive, which the documentation uses."""
-        return any(file.is_part or file.is_combined for file in self.files)
-
-    @cached_property
-    def total_bytes(self) -> int:
-        """Bytes to read."""
-        return sum(file.size for file in self.files)
-
     @cached_property
     def roots(self) -> dict[str, str]:
         """Hash of each given file, by its name below the given path, or by its path if two files share a name."""
@@ -129,12 +125,6 @@ class Sources:
         """sha256 of the names below the given paths, and of the content."""
         identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """The groups of files that are read as one text, in reading order."""
-        groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
-        return [Group(tuple(files), self.text_field) for _, files in groups]
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ class Snapshot:
         missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
         on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
         self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
-        if (
-            on_gpu
-        ):  # one pinned block: the weights at the start of a run, the optimizer's state at its first save
+        if on_gpu:
+            # One pinned block: the weights at the start of a run, the optimizer's state at its first save.
             self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
 
         def copy(name: str, tensor: Tensor) -> Tensor:
@@ -148,48 +148,42 @@ class BackgroundSaver:
         """How long a save takes: as long as the last one, or for `num_bytes` at the rate of a slow disk."""
         return self.seconds or num_bytes / _SLOW_DISK
 
-    def save(
-        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], *, wait: bool
-    ) -> None:
+    def save(self, contents: Mapping[str, Any], kinds: list[str], *, wait: bool) -> None:
         """Save `contents` under the names of `kinds`.
 
         If the previous save is still being written, this one waits for it, unless it is only a regular step save:
         that one is skipped, and a note says so once. A new best or the end of an epoch would not come again.
         """
         if self._is_busy() and kinds == ["step"] and not wait:
-            self._report_skip(contents, manifest["step"])
+            self._report_skip(contents)
             return
         begin = time.perf_counter()
         interval, self._due_at = begin - self._due_at, begin
         self.join()
-        write = self._prepare(contents, kinds, manifest, interval)
+        write = self._prepare(contents, kinds, interval)
         if write is None:
             return
         self._began = time.perf_counter()
+        work = partial(self._write, write, contents["step"])
         if self.in_background:
-            self._thread = threading.Thread(
-                target=self._write_or_keep_error,
-                args=(write, manifest["step"]),
-                name="atlas-save",
-                daemon=self.is_sharded,
-            )
+            self._thread = threading.Thread(target=work, name="atlas-save", daemon=self.is_sharded)
             self._thread.start()
-            if wait:
-                self.join()
         else:
-            self._write(write, manifest["step"])
+            work()
+        if wait or not self.in_background:
+            self.join()
         self.stall = time.perf_counter() - begin
 
     def _is_busy(self) -> bool:
         return self.is_writing
 
     def _prepare(
-        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], interval: float
+        self, contents: Mapping[str, Any], kinds: list[str], interval: float
     ) -> Callable[[], list[Path]] | None:
         """Copy `contents`, if the save is in the background. Return the function that writes the copy and returns the
         paths, or None if nothing can be saved."""
         if not self.in_background:
-            return lambda: self.checkpoints.save(contents, kinds, manifest)
+            return lambda: self.checkpoints.save(contents, kinds)
         copied = self._snapshot.take(contents)
         if any(weight.is_cuda for weight in contents["model_state_dict"].values()):
             interval = 0.0  # training does not need the cores
@@ -198,22 +192,19 @@ class BackgroundSaver:
         def write() -> list[Path]:
             if interval >= _LONG_INTERVAL:
                 _yield_the_cores()
-            return self.checkpoints.save(copied, kinds, manifest, pace=self._pacer)
+            return self.checkpoints.save(copied, kinds, pace=self._pacer)
 
         return write
 
     def _write(self, write: Callable[[], list[Path]], step: int) -> None:
-        if self._log:
-            self._log.flush_to_disk()
-        self.written = write()
-        self.seconds = time.perf_counter() - self._began
-        if self._log and self.written:
-            names = [path.name for path in self.written]
-            self._log.event("save", step, names=names, save_seconds=self.seconds)
-
-    def _write_or_keep_error(self, write: Callable[[], list[Path]], step: int) -> None:
         try:
-            self._write(write, step)
+            if self._log:
+                self._log.flush_to_disk()
+            self.written = write()
+            self.seconds = time.perf_counter() - self._began
+            if self._log and self.written:
+                names = [path.name for path in self.written]
+                self._log.event("save", step, names=names, save_seconds=self.seconds)
         except BaseException as error:  # a bug: `join` raises it in the training thread
             self._error = error
 
@@ -227,11 +218,12 @@ class BackgroundSaver:
             error, self._error = self._error, None
             raise error
 
-    def _report_skip(self, contents: Mapping[str, Any], step: int) -> None:
+    def _report_skip(self, contents: Mapping[str, Any]) -> None:
         if self._reported_skip:
             return
         self._reported_skip = True
-        size, seconds = tensor_bytes(contents), time.perf_counter() - self._began
+        step, size = contents["step"], tensor_bytes(contents)
+        seconds = time.perf_counter() - self._began
         self.checkpoints.say(
             f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB in more "
             f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), and this one falls due after "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atlas.errors import CheckpointError
+from atlas.files import explain_failed_write
 from atlas.training.checkpoint.atomic_write import replace_checkpoint
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
@@ -18,7 +19,5 @@ def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> in
     if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):
         raise CheckpointError(f"{taken}: exists: name another file")
     contents, manifest = load_checkpoint(source, say=say), read_manifest(source, check_hash=False)
-    try:
+    with explain_failed_write(target, "name another place", kind=CheckpointError):
         return replace_checkpoint(target, contents, manifest)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}): name another place") from None

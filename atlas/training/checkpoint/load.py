@@ -16,12 +16,14 @@ from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
 from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
 from atlas.training.checkpoint.validate import check_zip, read_plain, refuse_first_version
 
+_ANOTHER = "take another checkpoint"
+
 
 def load_checkpoint(
     path: str | Path,
     *,
     say: Callable[[str], None] = lambda line: None,
-    remedy: str | None = None,
+    remedy: str = _ANOTHER,
     without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, after its bytes were checked, see `compare_bytes`. No code in it runs.
@@ -32,9 +34,13 @@ def load_checkpoint(
     Raises `CheckpointError`, which ends with `remedy`, by default with another checkpoint to take.
     """
     path = find_checkpoint(path)
-    remedy = remedy or f"take another checkpoint{_alternatives(path)}"
-    how, manifest = compare_bytes(path, remedy=remedy)
-    contents = read_contents(path, remedy=remedy, without=without)
+    try:
+        how, manifest = compare_bytes(path, remedy=remedy)
+        contents = read_contents(path, remedy=remedy, without=without)
+    except CheckpointError as error:
+        if not str(error).endswith(_ANOTHER):
+            raise
+        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # to find one reads every byte of it
     if manifest is None:
         say(f"{path}: no sidecar to check its bytes against: {how}")
     return contents

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from atlas.errors import CheckpointError
 from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of
@@ -17,9 +19,9 @@ _NAMES = {
 """Kinds of checkpoints and their names, in the order in which those of one step are listed."""
 
 
-def checkpoint_name(kind: str, *, step: int, epoch: int) -> str:
-    """The file name of a checkpoint of this kind."""
-    return f"{_NAMES[kind].format(step=step, epoch=epoch)}.pt"
+def checkpoint_name(kind: str, contents: Mapping[str, Any]) -> str:
+    """The file name of a checkpoint of this kind, by the step and epoch in its contents."""
+    return f"{_NAMES[kind].format_map(contents)}.pt"
 
 
 def kind_of(path: Path) -> str | None:

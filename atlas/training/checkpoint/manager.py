@@ -38,6 +38,7 @@ from atlas.training.checkpoint.retention import (
     surplus,
 )
 from atlas.training.checkpoint.validate import holds_first_version
+from atlas.training.logs.run_log import perplexity
 
 _SPARE_BYTES = 8 << 20
 
@@ -108,28 +109,20 @@ class CheckpointManager:
 
     # Writing
 
-    def save(
-        self,
-        contents: Mapping[str, Any],
-        kinds: list[str],
-        manifest: dict[str, Any],
-        *,
-        pace: Pace = no_pause,
-    ) -> list[Path]:
+    def save(self, contents: Mapping[str, Any], kinds: list[str], *, pace: Pace = no_pause) -> list[Path]:
         """Write `contents` once and commit it under the name of each kind. Return the paths.
 
         If the disk is too small, nothing is written, one line says so, training continues, and the existing checkpoints
-        stay. `manifest` holds the sidecar's fields except kind and files.
+        stay.
         """
         written: list[Path] = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._make_space(tensor_bytes(contents) * len(kinds) + _SPARE_BYTES, manifest["step"]):
+            if not self._make_space(tensor_bytes(contents) * len(kinds), contents["step"]):
                 return written
             temporary = self.folder / "atlas_writing.tmp"
             size, sha256 = write_tensors(temporary, contents, pace=pace)
             for kind in kinds:
-                path = self._path(kind, manifest)
+                path = self.folder / checkpoint_name(kind, contents)
                 staged = path.with_name(path.name + ".tmp")
                 entry = FileEntry(name=path.name, size=size, sha256=sha256)
                 try:
@@ -137,7 +130,7 @@ class CheckpointManager:
                         os.replace(temporary, staged)
                     else:
                         copy_file(temporary, staged, pace=pace)
-                    commit(staged, path, Manifest(kind=kind, files=(entry,), **manifest))
+                    commit(staged, path, _describe(contents, kind, (entry,)))
                     written.append(path)
                 except OSError as error:  # another name may still succeed
                     self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
@@ -156,9 +149,8 @@ class CheckpointManager:
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Whether there is space for a sharded checkpoint of `needed` bytes. If so, make the folder `staged` for it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            if self._make_space(needed + _SPARE_BYTES, step):
+            if self._make_space(needed, step):
                 staged.mkdir()
                 return True
         except OSError as error:
@@ -166,23 +158,19 @@ class CheckpointManager:
         return False
 
     def commit_shards(
-        self,
-        staged: Path,
-        kinds: list[str],
-        manifest: dict[str, Any],
-        files: tuple[FileEntry, ...],
+        self, staged: Path, kinds: list[str], contents: Mapping[str, Any], files: tuple[FileEntry, ...]
     ) -> list[Path]:
         """Rename the folder that the ranks wrote, and write a sidecar that names it for each kind. Return the names.
 
         The bytes exist before a sidecar does, and a sidecar is replaced atomically: a kill leaves the old or the new.
         """
-        paths = {kind: self._path(kind, manifest).with_suffix("") for kind in kinds}
+        paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
         previous = {shards_of(path) for path in paths.values()}
-        folder = self._free_folder(manifest["step"])
+        folder = self._free_folder(contents["step"])
         os.replace(staged, folder)
         flush_folder(self.folder)
         for kind, path in paths.items():
-            write_manifest(path, Manifest(kind=kind, folder=folder.name, files=files, **manifest))
+            write_manifest(path, _describe(contents, kind, files, folder.name))
         named = {shards_of(path) for _, path in self.found()}
         for old in previous - named - {None, folder}:
             remove_folder(old)  # type: ignore[arg-type]
@@ -199,17 +187,16 @@ class CheckpointManager:
         remove_folder(folder)  # left by a kill before its sidecar was written
         return folder
 
-    def _path(self, kind: str, manifest: Mapping[str, Any]) -> Path:
-        return self.folder / checkpoint_name(kind, step=manifest["step"], epoch=manifest["epoch"])
-
     def _remove_surplus(self, kinds: list[str]) -> None:
         for kind in kinds:
             for path in surplus(self.found(), kind, self.keep_checkpoints):
                 remove(path)
 
     def _make_space(self, needed: int, step: int) -> bool:
-        """Whether there is space for `needed` bytes; older checkpoints are removed if that is necessary."""
-        found = self.found()
+        """Whether the folder, which is made if necessary, has space for tensors of `needed` bytes. Older checkpoints
+        are removed if that is necessary."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found, needed = self.found(), needed + _SPARE_BYTES
         space = find_space(self.folder, found, needed, max_total=self.max_total)
         if space.free < needed:
             if not self._reported_no_space:
@@ -234,3 +221,17 @@ class CheckpointManager:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def _describe(
+    contents: Mapping[str, Any], kind: str, files: tuple[FileEntry, ...], folder: str | None = None
+) -> Manifest:
+    """The manifest of a checkpoint: the fields that `contents` holds by the same names, and those that follow."""
+    loss = contents.get("loss")
+    fields = {
+        "model": contents["config"].get("model", {}),
+        "data_fingerprint": contents["data"].get("fingerprint", ""),
+        "perplexity": None if loss is None else perplexity(loss),
+        "slim": not contents["optimizer_state_dict"],
+    }
+    return Manifest.model_validate({**contents, **fields, "kind": kind, "files": files, "folder": folder})

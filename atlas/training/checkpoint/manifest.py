@@ -10,14 +10,13 @@ without a sidecar that describes it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from atlas.files import flush_folder, flush_to_disk, read_limited, sha256_of
+from atlas.files import read_limited, replacing, sha256_of
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -26,7 +25,7 @@ LARGEST_COUNT = 2**48
 """The most updates or sequences. A run of a million sequences per second reaches it in nine years."""
 _LARGEST_SIDECAR = 32 << 20  # enough for a checkpoint that thousands of ranks wrote
 
-_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
 """None instead of NaN and infinity, which JSON does not have."""
 
@@ -47,12 +46,12 @@ class Manifest(BaseModel):
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
     format_version: int = Field(FORMAT_VERSION, ge=1)
     kind: Literal["step", "epoch", "best", "interrupt"]
-    step: _Count
-    epoch: _Count
+    step: Count
+    epoch: Count
     loss: _Loss = None
     val_loss: _Loss = None
     perplexity: _Loss = None
-    sequences_consumed: _Count
+    sequences_consumed: Count
     model: dict[str, Any]
     data_fingerprint: str
     initialized_from: str | None = None
@@ -128,11 +127,5 @@ def read_manifest(
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Write the sidecar atomically and flush it to the disk."""
-    sidecar = sidecar_of(checkpoint)
-    temporary = sidecar.with_name(sidecar.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # a link of that name would lead the bytes out of the folder
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
-        flush_to_disk(file)
-    os.replace(temporary, sidecar)
-    flush_folder(sidecar.parent)
+    with replacing(sidecar_of(checkpoint)) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")

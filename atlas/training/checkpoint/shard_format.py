@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from atlas.errors import CheckpointError
+from atlas.errors import CheckpointError, first_line
 from atlas.files import read_limited
 from atlas.training.checkpoint.atomic_write import named_tensors
 from atlas.training.checkpoint.manifest import STATE_FILE
@@ -88,9 +88,8 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
         pairs = {key: value for key, value in plain["dict"].items() if key not in without}
         contents = join({"dict": pairs}, _read_tensors(folder, allocate, no_dist=True))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{folder}: is damaged, or no sharded checkpoint ({reason:.200}): {remedy}"
+            f"{folder}: is damaged, or no sharded checkpoint ({first_line(error)}): {remedy}"
         ) from None
     return check_contents(contents, folder, remedy)
 

@@ -51,10 +51,10 @@ class ShardSaver(BackgroundSaver):
         return self._world.any(self.is_writing)
 
     def _prepare(
-        self, contents: Mapping[str, Any], kinds: list[str], manifest: dict[str, Any], interval: float
+        self, contents: Mapping[str, Any], kinds: list[str], interval: float
     ) -> Callable[[], list[Path]] | None:
         plain, tensors = split(contents)
-        is_first, step = self._world.is_first, manifest["step"]
+        is_first, step = self._world.is_first, contents["step"]
         staged = self.checkpoints.folder / f"atlas_step_{step}.tmp"
         has_space = is_first and self.checkpoints.begin_shards(staged, tensor_bytes(tensors), step)
         if not self._world.broadcast(has_space):
@@ -77,7 +77,7 @@ class ShardSaver(BackgroundSaver):
                 (staged / STATE_FILE).write_text(json.dumps(plain), encoding="utf-8")
                 files = tuple(_entry(path) for path in sorted(staged.iterdir()))
                 flush_folder(staged)
-                return self.checkpoints.commit_shards(staged, kinds, manifest, files)
+                return self.checkpoints.commit_shards(staged, kinds, contents, files)
             except (OSError, CheckpointException) as error:
                 reason = str(error).strip().splitlines()[-1]
                 self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the ones that are there stay")

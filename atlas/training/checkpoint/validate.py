@@ -23,7 +23,7 @@ from atlas.errors import AtlasError, CheckpointError
 from atlas.files import open_zip
 from atlas.model.cost import count_parameters
 from atlas.training.checkpoint.first_version import is_first_version, refusal
-from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT
+from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT, Count
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
@@ -32,8 +32,7 @@ _LARGEST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
 
-_Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-_Number = bool | _Count | float | None
+_Number = bool | Count | float | None
 
 
 class _Contents(BaseModel):
@@ -48,13 +47,13 @@ class _Contents(BaseModel):
     config: dict[str, Any]
     tokenizer: dict[str, Any]
     data: dict[str, str | int | None]
-    step: _Count
-    sequences_consumed: _Count
-    horizon: _Count
+    step: Count
+    sequences_consumed: Count
+    horizon: Count
     optimizer_state_dict: dict[str, Any] = {}
     scaler_state_dict: dict[str, Any] = {}
     machine: dict[str, str | int | float | None] = {}
-    epoch: _Count = 0
+    epoch: Count = 0
     micro_batch_size: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] = 1
     loss: float | None = None
     val_loss: float | None = None

@@ -26,9 +26,6 @@ class Verdict:
     problem: bool = True
     """Whether it is broken, or its bytes are as saved but hold numbers that are not finite."""
 
-    def __str__(self) -> str:
-        return self.line
-
 
 def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda done: None) -> Verdict:
     """Compare every byte with the sidecar's sha256, or without a sidecar with the checksums inside the file. Then read

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atlas.config import AtlasConfig
 from atlas.data.sequences.dataset import IGNORE_INDEX
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, first_line
 from atlas.model import AtlasLM
 
 _INSTALL = "install a C++ compiler (and Triton, on a GPU)"
@@ -46,7 +46,7 @@ def why_not_compile(device: torch.device) -> str | None:
         step = torch.compile(lambda weight: F.gelu(weight * 2).sum())
         step(weight).backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     finally:
         torch._dynamo.reset()  # so that the run's own compilations do not count this one
     return None
@@ -89,11 +89,5 @@ def refuse_failed_compilation(
         if "flex_attention" in str(error):  # compiled whatever training.compile says
             what = "data.document_mask: FlexAttention"
             instead = "--set data.document_mask=false"
-        reason = f"cannot be compiled here ({_first_line(error)})"
+        reason = f"cannot be compiled here ({first_line(error)})"
         raise AtlasError(f"{what} {reason}: {_INSTALL}, or {instead}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line with a reason, since PyTorch's message begins with the name of the backend."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-    return (lines or [type(error).__name__])[0]

@@ -21,12 +21,7 @@ from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import ALONE, World
 from atlas.version import __version__
 
-_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
-    "fp16": torch.float16,
-}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Runtime:
     @property
     def dtype(self) -> torch.dtype:
         """Of matrix products."""
-        return _DTYPES[self.precision]
+        return _DTYPES[self.precision.removesuffix("-true")]
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -43,7 +43,7 @@ _QUERIES: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "utilization": (("nvmlDeviceGetUtilizationRates",), lambda rates: rates.gpu),
     "throttle": (
         ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"),
-        lambda reasons: tuple(word for bit, word in _THROTTLE_REASONS.items() if reasons & bit),
+        lambda reasons: [word for bit, word in _THROTTLE_REASONS.items() if reasons & bit],
     ),
 }
 """Each field of a reading: NVML's functions for it, the newest first, and how their answer is converted."""
@@ -57,22 +57,22 @@ class Reading:
     power: float | None = None  # W
     power_limit: float | None = None  # W
     utilization: int | None = None  # % of the time in which anything ran
-    throttle: tuple[str, ...] | None = None
+    throttle: list[str] | None = None
 
     def metrics(self) -> dict[str, Any]:
         """What is known, as entries of a line of `metrics.jsonl`."""
-        known = {f"gpu_{name}": value for name, value in vars(self).items() if value is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+        return {f"gpu_{name}": value for name, value in vars(self).items() if value is not None}
 
 
 class GpuSensor:
     """Reads one NVIDIA GPU, at most once a second.
 
     `failure` is NVML's error if it stopped answering (as after a change of drivers); from then on every reading is
-    empty. `reported_failure` and `advised` belong to `cool_down`, which reports each of the two once.
+    empty. `reported_failure` and `advised` belong to `cool_down`, which reports each of the two once. `clock` has the
+    functions `monotonic` and `sleep`, as the module `time` does.
     """
 
-    def __init__(self, nvml: Any, handle: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, nvml: Any, handle: Any, *, clock: Any = time) -> None:
         self.failure: str | None = None
         self.reported_failure = False
         self.advised = False
@@ -106,7 +106,7 @@ class GpuSensor:
 
     def read(self) -> Reading:
         """Return the last reading, or a new one if that is a second old."""
-        now = self.clock()
+        now = self.clock.monotonic()
         if self.failure is None and now - self._read_at >= _SECONDS_BETWEEN_READINGS:
             self._read_at = now
             try:
@@ -166,12 +166,7 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
 
 
 def cool_down(
-    sensor: GpuSensor,
-    *,
-    limit: int | None,
-    should_stop: Callable[[], bool],
-    say: Callable[[str], None],
-    sleep: Callable[[float], None] = time.sleep,
+    sensor: GpuSensor, *, limit: int | None, should_stop: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
     """Call it between two updates: if the GPU is at `limit` °C, wait until it is `COOLING` °C below.
 
@@ -180,22 +175,22 @@ def cool_down(
     """
     temperature = sensor.read().temperature
     if limit is not None and temperature is not None and temperature >= limit and not should_stop():
-        target, start, reminders = limit - COOLING, sensor.clock(), 0
+        target, start, reminders = limit - COOLING, sensor.clock.monotonic(), 0
         say(f"GPU at {temperature} °C, limit {limit} (guard.max_gpu_temp): waiting until {target} °C")
         while temperature is not None and temperature > target:
             if should_stop():
                 return
-            waited = sensor.clock() - start
+            waited = sensor.clock.monotonic() - start
             if waited >= _SECONDS_BETWEEN_REMINDERS * (reminders + 1):
                 reminders += 1
                 say(
                     f"GPU still at {temperature} °C after {waited:.0f} s without work from this run: another program "
                     "or poor cooling keeps it warm; Ctrl-C saves, and a higher guard.max_gpu_temp lets training resume"
                 )
-            sleep(_SECONDS_BETWEEN_CHECKS)
+            sensor.clock.sleep(_SECONDS_BETWEEN_CHECKS)
             temperature = sensor.read().temperature
         if temperature is not None:
-            say(f"GPU at {temperature} °C after {sensor.clock() - start:.0f} s: training resumes")
+            say(f"GPU at {temperature} °C after {sensor.clock.monotonic() - start:.0f} s: training resumes")
     elif limit is None and (temperature or 0) >= TOO_HOT and not sensor.advised:
         sensor.advised = True
         say(

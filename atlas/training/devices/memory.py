@@ -8,7 +8,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ import psutil
 import torch
 
 from atlas.config import AtlasConfig
-from atlas.files import cache_folder
+from atlas.files import cache_folder, replacing
 from atlas.training.devices.device import Runtime, describe_machine
 
 _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
@@ -91,9 +90,8 @@ def _write(note: Path, key: str, value: float) -> None:
     """Write to Atlas's cache folder. If that fails, the next run measures again."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({key: value}), encoding="utf-8")
-        os.replace(temporary, note)
+        with replacing(note) as temporary:
+            temporary.write_text(json.dumps({key: value}), encoding="utf-8")
 
 
 def _speed_note(runtime: Runtime) -> Path:
@@ -112,18 +110,10 @@ def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
     else:
         machine = [device.type, psutil.virtual_memory().total]
     training = config.training
-    facts = [
-        config.model.model_dump(mode="json"),
-        training.batch_size,
-        training.sequences_per_update,
-        training.precision,
-        training.optimizer,
-        training.gradient_checkpointing,
-        training.compile,
-        config.lora.model_dump(mode="json"),
-        machine,
-    ]
-    return _note("micro_batch", facts)
+    amount = [training.batch_size, training.sequences_per_update, training.precision]
+    method = [training.optimizer, training.gradient_checkpointing, training.compile]
+    model, lora = config.model.model_dump(mode="json"), config.lora.model_dump(mode="json")
+    return _note("micro_batch", [model, *amount, *method, lora, machine])
 
 
 def _note(kind: str, facts: list[Any]) -> Path:

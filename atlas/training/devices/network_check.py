@@ -6,11 +6,9 @@ A failure is reported with the settings of gloo and NCCL that help.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from queue import Empty, Queue
 from threading import Thread
@@ -20,7 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, first_line
 from atlas.training.devices.device import choose_device
 from atlas.training.devices.world import World, join_world, together
 
@@ -53,7 +51,9 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
     try:
         world = join_world(timeout)
     except AtlasError as error:
-        reason = f"the others could not be reached within {timeout:g} s ({_first_line(error.__context__ or error)})"
+        reason = (
+            f"the others could not be reached within {timeout:g} s ({first_line(error.__context__ or error)})"
+        )
         raise _refusal("gloo", reason) from None
     with together(world):
         hosts = _hosts(world)
@@ -86,15 +86,13 @@ def _hosts(world: World) -> list[str]:
 def _measure(world: World, device: torch.device) -> list[Facts]:
     """The median time of the all-reduces on `device`, for each size."""
     backend = _BACKENDS[device.type]
-    seconds = defaultdict(list)
     try:
-        for size, took in _answers(_all_reduces(world, device), world.timeout):
-            seconds[size].append(took)
+        answers = list(_answers(_all_reduces(world, device), world.timeout))
     except (RuntimeError, Empty) as error:
-        reason = _first_line(error) or f"no answer within {world.timeout:g} s"
+        reason = first_line(error) if str(error) else f"no answer within {world.timeout:g} s"
         raise _refusal(backend, f"{backend}: {reason}") from None
     traffic = 2 * (world.size - 1) / world.size  # of each rank's bytes, in each direction of a ring
-    medians = {size: statistics.median(rounds) for size, rounds in seconds.items()}
+    medians = {size: statistics.median(took for of, took in answers if of == size) for size in ROUNDS}
     common = {"backend": backend, "device": device.type}
     return [
         {**common, "bytes": size, "seconds": median, "bus_bandwidth": traffic * size / median}
@@ -155,11 +153,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of its message, without the place in PyTorch's source that gloo puts in front."""
-    return re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0][:200]
 
 
 def _refusal(backend: str, reason: str) -> AtlasError:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from atlas.errors import AtlasError, EndedElsewhere
+from atlas.errors import AtlasError, EndedElsewhere, first_line
 
 DEFAULT_TIMEOUT = 600.0
 """Seconds."""
@@ -136,10 +136,9 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
         backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise AtlasError(
             f"the other ranks could not be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-            f"({reason:.200}): check the address and the firewall; atlas doctor --distributed tests it"
+            f"({first_line(error)}): check the address and the firewall; atlas doctor --distributed tests it"
         ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
@@ -175,10 +174,8 @@ def together(world: World) -> Iterator[None]:
         if not any(sign in text for sign in _LOST):
             raise
         if dist.is_torchelastic_launched():
-            with suppress(
-                KeyboardInterrupt
-            ):  # until torchrun, which reports the first failure, ends this rank
-                time.sleep(_GRACE)
+            with suppress(KeyboardInterrupt):
+                time.sleep(_GRACE)  # until torchrun, which reports the first failure, ends this rank
         raise EndedElsewhere from None
     with suppress(RuntimeError):
         dist.destroy_process_group()

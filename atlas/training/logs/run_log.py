@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from atlas.errors import AtlasError
+from atlas.files import explain_failed_write, replacing
 from atlas.training.logs.trackers import Tracker
 
 
@@ -96,16 +96,12 @@ class RunLog:
         lost = [f"{line}\n" for line in lines if _step_of(line) > step]
         if not lost:
             return
-        temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
-        try:
+        problem = f"cannot be cut back to step {step}"
+        with explain_failed_write(self.metrics_path, "free some space", problem=problem):
             with open(self.metrics_path.with_name("metrics.lost.jsonl"), "a", encoding="utf-8") as file:
                 file.writelines(lost)
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.metrics_path)
-        except OSError as error:
-            raise AtlasError(
-                f"{self.metrics_path}: cannot be cut back to step {step} ({error.strerror}): free some space"
-            ) from None
+            with replacing(self.metrics_path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
 
     def flush_to_disk(self) -> None:
         """Flush `metrics.jsonl` before a checkpoint is written. After a power cut the log must hold the checkpoint's

@@ -22,7 +22,7 @@ from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.train import train
 from tests.runs import layer, logged, on_updates, run_for, same_bits, trained
-from tests.training.checkpoint.test_checkpoint import contents, facts, save
+from tests.training.checkpoint.test_checkpoint import contents, save
 
 
 class SlowDisk:
@@ -81,14 +81,14 @@ def test_only_a_step_save_is_dropped_while_another_is_written(
 ) -> None:
     said: list[str] = []
     saver = BackgroundSaver(CheckpointManager(tmp_path, say=said.append), in_background=True)
-    saver.save(contents(1), ["step"], facts(1), wait=False)
+    saver.save(contents(1), ["step"], wait=False)
     assert slow_disk.writing.wait(10)
     for step in (2, 3):
-        saver.save(contents(step), ["step"], facts(step), wait=False)
+        saver.save(contents(step), ["step"], wait=False)
     assert len(said) == 1  # once, with what it takes to change it
     assert "save_interval" in said[0]
     threading.Timer(0.1, slow_disk.may_go.set).start()
-    saver.save(contents(4), [kind], facts(4), wait=False)
+    saver.save(contents(4), [kind], wait=False)
     saver.join()
     [kept] = {path.name for path in tmp_path.glob("*.pt")} - {"atlas_step_1.pt"}
     assert kept.startswith(f"atlas_{kind}")
@@ -103,7 +103,7 @@ def test_a_bug_while_saving_is_raised_in_the_training_thread(
 
     monkeypatch.setattr(checkpoint_module, "commit", broken)
     saver = BackgroundSaver(CheckpointManager(tmp_path), in_background=True)
-    saver.save(contents(1), ["step"], facts(1), wait=False)
+    saver.save(contents(1), ["step"], wait=False)
     with pytest.raises(ZeroDivisionError):
         saver.join()
 
@@ -115,7 +115,7 @@ def test_a_second_interrupt_leaves_the_save_in_flight_and_nothing_of_it(
 
     def interrupted() -> None:
         with saver:
-            saver.save(contents(1), ["step"], facts(1), wait=False)
+            saver.save(contents(1), ["step"], wait=False)
             assert slow_disk.writing.wait(10)
             threading.Timer(0.1, slow_disk.may_go.set).start()
             raise KeyboardInterrupt
@@ -190,7 +190,7 @@ def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: 
         "optimizer_state_dict": {"state": {0: {"m": torch.ones(1000)}}, "param_groups": []},
     }
     for step in range(1, 5):
-        manager.save({**whole, "step": step}, ["step", "best"] if step == 1 else ["step"], facts(step))
+        manager.save({**whole, "step": step}, ["step", "best"] if step == 1 else ["step"])
     for name, has_state in (
         ("best", True),
         ("step_1", False),

@@ -15,6 +15,7 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.training.checkpoint import manager as module
+from atlas.training.checkpoint import manifest
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
 
@@ -26,27 +27,17 @@ def contents(step: int) -> dict:
         "optimizer_state_dict": {"state": {}, "param_groups": []},
         "config": {},
         "tokenizer": {},
-        "data": {},
+        "data": {"fingerprint": "f"},
         "step": step,
+        "epoch": 2,
         "loss": 1.0 / step,
         "sequences_consumed": step * 8,
         "horizon": 99,
     }
 
 
-def facts(step: int) -> dict:
-    return {
-        "step": step,
-        "epoch": 2,
-        "loss": 1.0 / step,
-        "sequences_consumed": step * 8,
-        "model": {},
-        "data_fingerprint": "f",
-    }
-
-
 def save(manager: CheckpointManager, step: int, *kinds: str) -> list[Path]:
-    return manager.save(contents(step), list(kinds) or ["step"], facts(step))
+    return manager.save(contents(step), list(kinds) or ["step"])
 
 
 def test_names_and_contents_are_those_of_the_faq(tmp_path: Path) -> None:
@@ -134,6 +125,23 @@ def test_a_flipped_bit_is_found_with_and_without_sidecar(tmp_path: Path) -> None
     (tmp_path / "atlas_step_6.json").unlink()
     with pytest.raises(AtlasError, match="damaged"):
         load_checkpoint(path)
+
+
+def test_loading_an_intact_checkpoint_reads_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2, 3):
+        save(manager, step)
+    compare, read = manifest.sha256_of, []
+
+    def noting(path: Path, advance: Callable[[int], None]) -> str:
+        read.append(path.name)
+        return compare(path, advance)
+
+    monkeypatch.setattr(manifest, "sha256_of", noting)
+    load_checkpoint(tmp_path / "atlas_step_1.pt")
+    assert read == ["atlas_step_1.pt"]
 
 
 def test_a_renamed_checkpoint_loads_with_a_note(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Clock:
     def __init__(self, each: Callable[[], None] = lambda: None) -> None:
         self.now, self.each = 0.0, each
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -142,7 +142,7 @@ def test_throttle_reasons_match_nvidias_constants() -> None:
     ):
         fake = FakeNvml()
         fake.reasons = getattr(pynvml, f"nvmlClocksThrottleReason{name}")
-        assert GpuSensor(fake, "card").read().throttle == ((words[name],) if name in words else ())
+        assert GpuSensor(fake, "card").read().throttle == ([words[name]] if name in words else [])
 
 
 def test_the_functions_exist_in_nvidias_package() -> None:
@@ -176,7 +176,7 @@ def test_an_older_package_without_the_newer_functions_is_enough(monkeypatch: pyt
     monkeypatch.delattr(FakeNvml, "nvmlDeviceGetTemperatureV")
     monkeypatch.delattr(FakeNvml, "nvmlDeviceGetCurrentClocksEventReasons")
     reading = GpuSensor(FakeNvml(), "card").read()
-    assert (reading.temperature, reading.throttle) == (71, ())
+    assert (reading.temperature, reading.throttle) == (71, [])
 
 
 def test_a_card_is_read_at_most_once_a_second() -> None:
@@ -302,7 +302,7 @@ def test_training_waits_for_a_hot_card_and_reports_both_ends() -> None:
     clock = Clock()
     clock.each = lambda: setattr(fake, "temperature", 84 - int(clock.now / 7))
     sensor = GpuSensor(fake, "card", clock=clock)
-    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep)
+    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append)
     assert said == [
         "GPU at 84 °C, limit 83 (guard.max_gpu_temp): waiting until 78 °C",
         f"GPU at 78 °C after {clock.now:.0f} s: training resumes",
@@ -337,7 +337,6 @@ def test_it_waits_only_at_the_limit_and_resumes_only_well_below_or_at_a_stop(
         limit=limit,
         should_stop=lambda: stop_at is not None and looks >= stop_at,
         say=said.append,
-        sleep=clock.sleep,
     )
     if course[0] < limit or stop_at == 0:
         assert (clock.now, said) == (0, [])
@@ -362,7 +361,6 @@ def test_a_stop_ends_the_wait_within_one_check() -> None:
         limit=83,
         should_stop=lambda: clock.now >= 20,
         say=said.append,
-        sleep=clock.sleep,
     )
     assert 20 <= clock.now <= 20.5
     assert len(said) == 1  # whoever requested the stop has reported it
@@ -377,7 +375,6 @@ def test_a_card_that_stays_warm_is_reported_every_ten_minutes() -> None:
         limit=83,
         should_stop=lambda: clock.now >= 1900,
         say=said.append,
-        sleep=clock.sleep,
     )
     assert [line[:25] for line in said[1:]] == ["GPU still at 90 °C after "] * 3
     assert "after 600 s" in said[1]
@@ -388,7 +385,7 @@ def test_a_sensor_lost_while_waiting_ends_the_wait() -> None:
     fake.temperature = 90
     clock = Clock(each=lambda: setattr(fake, "gone", True))
     sensor = GpuSensor(fake, "card", clock=clock)
-    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append, sleep=clock.sleep)
+    cool_down(sensor, limit=83, should_stop=lambda: False, say=said.append)
     assert clock.now < 2
     assert [line.split(" ")[0] for line in said] == ["GPU", "warning:"]
     assert "guard.max_gpu_temp 83 is no longer watched" in said[1]
