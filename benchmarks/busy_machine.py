@@ -1,11 +1,11 @@
-"""Training steps of `nano` while another program uses a core: with and without threads that spin.
+"""Compare training steps of `nano` with and without spinning threads, while another program uses a core.
 
     python benchmarks/busy_machine.py
 
-PyTorch's threads wait for each other hundreds of times in a step. By default a waiting thread spins. If the other
-thread has lost its core to another program, it spins until the scheduler's next turn. With GOMP_SPINCOUNT=1000 it
-sleeps instead. `atlas` chooses this if another program computes when it starts. Runs take turns; the table shows
-medians of all steps.
+PyTorch's threads wait for each other hundreds of times in a step. By default, a waiting thread spins. If the other
+thread has lost its core to another program, the waiting thread spins until the scheduler returns the core. With
+GOMP_SPINCOUNT=1000, a waiting thread soon sleeps instead. `atlas` sets this variable if another program is computing
+when `atlas` starts. The runs take turns, and the table shows the medians of all steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = {"threads spin (alone)": {}, "threads sleep (beside another)": {"GOMP
 
 
 def measure() -> None:
-    """Print the seconds of each step; runs in a child process."""
+    """Print the seconds of each step. This function runs in a child process."""
     import torch
 
     from atlas.config import TrainingConfig

@@ -1,4 +1,4 @@
-"""The learning rate and length at which a model learns a few dozen conversations: how many answers it repeats.
+"""Find the learning rate and the run length with which a model learns a few dozen conversations.
 
     atlas prepare --input my_texts --train-tokenizer 1024 --output data/mine
     atlas train --config modern-nano --train-data data/mine --output-dir checkpoints/base
@@ -6,9 +6,9 @@
     python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths 20x16 40x4
 
 Each rate and each length (epochs × batch size) is a run of `atlas train --init-from` on the pairs. An answer counts as
-learned if `atlas generate --chat --temperature 0` gives it letter for letter, from `atlas_best.pt` and from the last
-checkpoint. Without `--pairs` there are 60 made-up pairs, each a question of a few words and a sentence without relation
-to it. So the model can only give the answer if it has memorized it.
+learned if `atlas generate --chat --temperature 0` gives exactly this answer. The script counts the learned answers of
+`atlas_best.pt` and of the last checkpoint. Without `--pairs`, there are 60 made-up pairs: a short question and an
+unrelated sentence as its answer. So the model can only give an answer that it has memorized.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORDS = re.findall(
 
 
 def made_up_pairs(seed: int = 3) -> list[dict[str, str]]:
-    """60 questions, each with a sentence of seven words."""
+    """Return 60 questions, each with a sentence of seven words as its answer."""
     chance = random.Random(seed)
     questions = [f"{opening} {thing}?" for opening in _OPENINGS for thing in _THINGS]
     return [
@@ -44,7 +44,7 @@ def made_up_pairs(seed: int = 3) -> list[dict[str, str]]:
 
 
 def count_learned(checkpoint: Path, pairs: list[dict[str, str]], folder: Path) -> int:
-    """The number of answers of `pairs` that the model gives word for word."""
+    """Return the number of answers in `pairs` that the model gives word for word."""
     questions, answers = folder / "questions.txt", folder / "answers.jsonl"
     questions.write_text("\n".join(pair["prompt"] for pair in pairs), encoding="utf-8")
     arguments = ["--prompts-file", str(questions), "--output-file", str(answers), "--max-tokens", "60"]
@@ -62,7 +62,8 @@ def last_step(folder: Path) -> int:
 def measure(
     checkpoint: Path, pairs: list[dict[str, str]], rate: str | None, length: str
 ) -> tuple[int, int, int]:
-    """(updates, answers learned by the best checkpoint, by the last) of one run. With `rate` None, Atlas chooses it."""
+    """Return (updates, answers learned by the best checkpoint, by the last one) of one run. With `rate` None, Atlas
+    chooses the rate."""
     epochs, batch = length.split("x")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

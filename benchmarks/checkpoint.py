@@ -1,12 +1,12 @@
-"""The cost of saving during training: how long a step pauses, and how fast steps are while a save is written.
+"""Measure the cost of saves during training: how long training pauses, and how fast updates are during a save.
 
     python benchmarks/checkpoint.py                 tiny (490 MB a checkpoint), on a GPU if there is one
     python benchmarks/checkpoint.py --config nano --rounds 9
 
-Every round saves the same state in three ways, in turn: in the background as `atlas train` does, blocking as with
-`checkpoint.background=false`, and with `torch.save` in the loop. The first two are hashed, flushed to the disk and
-committed; peers call `torch.save` without flushing. Then updates are timed without and with a save in progress, in
-turn.
+Every round saves the same state in three ways: in the background like `atlas train`, blocking as with
+`checkpoint.background=false`, and with `torch.save` in the loop. Atlas hashes the files, flushes them to the disk and
+commits them. Other programs call `torch.save` without flushing. Then the script alternately times updates with and
+without a save in progress.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from atlas.training.optimizers.build import build_optimizer
 
 
 class Run:
-    """A model and its optimizer after some updates on random tokens."""
+    """A model and its optimizer, trained on random tokens."""
 
     def __init__(self, config: AtlasConfig, batch: int, length: int) -> None:
         self.runtime = setup_runtime(config)
@@ -78,7 +78,7 @@ def timed(call: Any) -> float:
 
 
 def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """The seconds for which training pauses, for each way of saving."""
+    """Return the seconds for which training pauses, for each way of saving."""
     background = BackgroundSaver(CheckpointManager(folder / "background"), in_background=True)
     blocking = BackgroundSaver(CheckpointManager(folder / "blocking"), in_background=False)
     times: dict[str, list[float]] = {"in the background": [], "blocking": [], "torch.save in the loop": []}
@@ -104,8 +104,8 @@ def stalls(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
 def updates_beside_a_save(
     run: Run, folder: Path, rounds: int, interval: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of an update without a save and with one in progress, and of the saves, which are due every `interval`
-    updates. The speed of a save depends on when the next one is due."""
+    """Return the seconds of updates without a save, of updates during a save, and of the saves. A save is due every
+    `interval` updates. The speed of a save depends on when the next save is due."""
     saver = BackgroundSaver(CheckpointManager(folder / "beside"), in_background=True)
     alone, beside, saves = [], [], []
     for number in range(rounds + 1):
@@ -115,7 +115,7 @@ def updates_beside_a_save(
             seconds = run.update()
             if was_writing == saver.is_writing:  # not the one in which a save ended
                 (during if was_writing else after).append(seconds)
-        if number > 0:  # before the first save there is none in progress
+        if number > 0:  # before the first save, no save is in progress
             beside += during
             alone += after
             saves.append(saver.seconds)
@@ -125,7 +125,7 @@ def updates_beside_a_save(
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    keep_memory()  # as the `atlas` command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Programs that are compared: each is a separate process, which waits for its turn without computing.
+"""The compared programs. Each program is a separate process, which waits for its turn without computing.
 
-The parent writes a line of JSON, and the child answers with one. Output of libraries goes to standard error.
+The parent writes a line of JSON, and the child answers with a line of JSON. Libraries print to standard error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PAUSE = 0.2
-"""Seconds after a turn in which spinning threads give up and go to sleep."""
+"""Seconds of pause after a turn, in which spinning threads stop spinning and sleep."""
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Contender:
         )
 
     def is_ready(self) -> bool:
-        """Wait until the program is ready. False, with a message, if it ends before."""
+        """Wait until the program is ready. Print a message and return False if the program ends before that."""
         if self._line():
             return True
         print(f"{self.name}: did not start and is left out; its own output is above", file=sys.stderr)
         return False
 
     def ask(self, request: Any = None) -> Any:
-        """The program's answer to one turn."""
+        """Return the program's answer to one turn."""
         assert self.process
         assert self.process.stdin
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -65,7 +65,7 @@ class Contender:
 
 
 def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """The child's side: get ready, then answer each line of input."""
+    """Run in the child: get ready, then answer each line of input."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries is not an answer
     answer = prepare()
@@ -75,8 +75,8 @@ def take_turns(prepare: Callable[[], Callable[[Any], Any]]) -> None:
 
 
 def build_nanogpt(folder: str, device: str, **config: Any) -> tuple[Any, Any]:
-    """The model of nanoGPT's `model.py` in `folder` and its AdamW, with the settings of its train.py. `config` has the
-    field names of `GPTConfig`."""
+    """Return the model of nanoGPT's `model.py` in `folder`, and its AdamW with the settings of nanoGPT's train.py.
+    `config` has the field names of `GPTConfig`."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 

@@ -1,18 +1,20 @@
-"""Tokens a second of generation after the prompt, beside transformers and llama.cpp with the same weights.
+"""Measure the tokens per second of generation after the prompt, compared with transformers and llama.cpp with the same
+weights.
 
     python benchmarks/decode.py                             tiny, 200 tokens, one text and eight in parallel
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
     python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
-A model with random weights, the preset's shape and GPT-2's vocabulary generates greedily, in f32 or bf16. Atlas runs
-`atlas generate`'s code, and transformers `generate` with its cache. llama.cpp (package `xllamacpp`) uses the server's
-slots, the file that Atlas exports and an f32 cache; in bf16 it is left out. All have the same number of threads. Each
-is a separate process, and they take turns; medians count. Programs that are not installed are left out, with a note.
+The model has random weights, the preset's shape and GPT-2's vocabulary. The model generates greedily, in f32 or bf16.
+Atlas runs the code of `atlas generate`. transformers runs `generate` with its cache. llama.cpp (package `xllamacpp`)
+uses the slots of its server, the file that Atlas exports, and an f32 cache. In bf16, llama.cpp is left out. All
+programs have the same number of threads. Each program is a separate process. The processes take turns, and medians
+count. Programs that are not installed are left out, with a note.
 
 Each token is timed when it is generated. Counting starts when every text has its first token, so reading the prompt
-does not count. "Over the context" shows the milliseconds per token in a text that fills the context, in its first
-quarter and in its last. A program cannot read the weights faster than memory allows: the last row is that limit in
-tokens a second.
+does not count. "Over the context" shows the milliseconds per token in a text that fills the context, in its first and
+last quarter. A program cannot read the weights faster than the memory allows. The last row shows this limit in tokens
+per second.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Shape:
     dtype: str = "f32"
 
     def model(self) -> Any:
-        """The same weights in every process. The end-of-text row is zero, so that it is never the likeliest token."""
+        """Return a model with the same weights in every process. The row of end-of-text is zero, so that end-of-text is
+        never the likeliest token."""
         import torch
 
         from atlas.config.loader import read_yaml, resolve
@@ -77,7 +80,7 @@ class Shape:
 
 
 Write = Callable[[Sequence[str], int], list[list[float]]]
-"""A function from texts to continue and a number of tokens to the moment of each token of each text."""
+"""Maps the texts to continue and a number of tokens to the time of each token of each text."""
 
 
 # The contenders, each imported in its own process
@@ -86,7 +89,7 @@ Write = Callable[[Sequence[str], int], list[list[float]]]
 def atlas(shape: Shape) -> Write:
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     from atlas.config import AtlasConfig
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.inference.load import LoadedModel
@@ -215,7 +218,7 @@ def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
 
 
 def bytes_per_second(device: str) -> float:
-    """The speed of reading memory: the better of a copy, with its writes counted, and of a sum."""
+    """Return the speed of reading memory: that of a copy, including its writes, or of a sum, whichever is faster."""
     import torch
 
     from atlas.machine import measure_copy
@@ -230,7 +233,7 @@ def bytes_per_second(device: str) -> float:
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes of the weights, all of which a step reads, except the position table, of which it reads one row."""
+    """Return the bytes of the weights that a step reads: all weights, but only one row of the position table."""
     from atlas.model.cost import count_parameters
 
     parameters = count_parameters(model.config)
@@ -241,14 +244,14 @@ def bytes_per_token(model: Any) -> int:
 
 
 def tokens_per_second(rows: list[list[float]]) -> float:
-    """Tokens a second of all texts together, from the moment when each has its first token."""
+    """Return the tokens per second of all texts together, from the moment when every text has its first token."""
     start, end = max(row[0] for row in rows), max(row[-1] for row in rows)
     return sum(moment > start for row in rows for moment in row) / (end - start)
 
 
 def milliseconds_in_quarters(row: list[float]) -> tuple[float, float]:
-    """Seconds per token in the first and the last quarter of a text: medians, so that another program's turn does not
-    count."""
+    """Return the median seconds per token in the first and the last quarter of a text. Medians ignore interruptions by
+    other programs."""
     gaps = [(after - before) * 1e3 for before, after in itertools.pairwise(row)]
     quarter = len(gaps) // 4
     return statistics.median(gaps[:quarter]), statistics.median(gaps[-quarter:])
@@ -276,8 +279,8 @@ def contender(kind: str, shape: Shape) -> Contender:
 
 
 def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
-    """The contenders for one text and for eight. They use the same process, except llama.cpp, whose slots divide its
-    context."""
+    """Return the contenders for one text and for eight texts. One text and eight texts use the same process, except
+    with llama.cpp, whose slots divide its context."""
     kinds = {"Atlas": ("atlas", "atlas"), "transformers": ("transformers", "transformers")}
     if shape.gguf:
         kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")

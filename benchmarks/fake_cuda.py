@@ -1,16 +1,18 @@
-"""A CUDA device on a machine without one. The real code runs on PyTorch's fake tensors, which have a device, a shape
-and a dtype but no memory, with real autograd, autocast, compilation and optimizers.
+"""Imitate a CUDA device on a machine without one.
+
+The real code runs on PyTorch's fake tensors, which have a device, a shape and a dtype but no memory. Autograd,
+autocast, compilation and optimizers are real.
 
     device = FakeCuda()     # before anything imports torch
     with device, waits() as asked:
         …                   # code that uses cuda
     print(asked.seen)
 
-It finds tensors on two devices, dtypes that an operator refuses and waits of the host. From the shapes follow the
-kernels' bytes and FLOPs (`roofline.py`). It computes no numbers, and finds neither a kernel that refuses its input nor
-the true speed. A Python list as an index fails (on a GPU it is a copy that waits). A CPU build of PyTorch lacks a
-device guard for CUDA: `fake_cuda.cpp`, which g++ builds once into the temporary folder, in some 6 s. `tests/cuda_path`
-runs Atlas on it.
+Fake CUDA finds operations on tensors of two devices, dtypes that an operator refuses, and waits of the host.
+`roofline.py` derives the kernels' bytes and FLOPs from the shapes. Fake CUDA computes no numbers. Fake CUDA does not
+find a kernel that refuses its input, and does not measure speed. A Python list as an index fails; on a GPU, such an
+index is a copy for which the host waits. A CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such
+a guard; g++ builds it once into the temporary folder, in about 6 s. `tests/cuda_path` runs Atlas on fake CUDA.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ GiB = 1 << 30
 
 
 def why_not() -> str | None:
-    """What this machine lacks for it; None if it works."""
+    """Return what this machine lacks for fake CUDA, or None if fake CUDA works here."""
     if sys.platform != "linux":
         return "fake CUDA needs Linux"
     if (
         not (_torch_folder() / "lib/libtorch_cpu.so").exists()
         or (_torch_folder() / "lib/libtorch_cuda.so").exists()
     ):
-        return "fake CUDA needs a CPU build of PyTorch"  # another one has its own hooks and guard
+        return "fake CUDA needs a CPU build of PyTorch"  # another build has its own hooks and guard
     return None if shutil.which("g++") else "fake CUDA needs g++ (apt install g++)"
 
 
 def _torch_folder() -> Path:
-    """The folder of PyTorch, found without importing it."""
+    """Return the folder of PyTorch, without importing PyTorch."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -53,14 +55,14 @@ def _torch_folder() -> Path:
 
 
 def build_guard() -> Path:
-    """The library built from `fake_cuda.cpp` for the installed PyTorch."""
+    """Return the library that is built from `fake_cuda.cpp` for the installed PyTorch."""
     source = Path(__file__).with_suffix(".cpp")
     torch_root = _torch_folder()
     version = (torch_root / "version.py").read_bytes()
     key = hashlib.sha256(source.read_bytes() + version + str(torch_root).encode()).hexdigest()[:12]
     library = Path(tempfile.gettempdir()) / f"atlas-fake-cuda-{key}.so"
     if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")  # several processes may build it
+        made = library.with_suffix(f".{os.getpid()}")  # several processes may build the library
         libraries = [f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_root}/lib"]
         options = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{torch_root}/include"]
         subprocess.run(["g++", *options, str(source), "-o", str(made), *libraries], check=True)
@@ -83,16 +85,19 @@ class Card:
 
 
 class Runtime:
-    """The functions of CUDA itself that Atlas calls, for page-locked memory. They return 0: success."""
+    """The CUDA functions that Atlas calls directly, for page-locked memory. Each returns 0: success."""
 
     cudaHostRegister = staticmethod(lambda address, size, flags: 0)
     cudaHostUnregister = staticmethod(lambda address: 0)
 
 
 class FakeCuda:
-    """Fake CUDA for the rest of this process, from the first `with` on. `mode` is a class derived from `FakeTensorMode`
-    (it sees every operator), or PyTorch's. `backend` compiles for `torch.compile`, since no kernel can be built here;
-    None leaves functions as they are. It may be changed at any time."""
+    """Fake CUDA for the rest of this process, from the first `with` on.
+
+    `mode` is `FakeTensorMode` or a class derived from it; the mode sees every operator. `backend` is the backend of
+    `torch.compile`, since no kernel can be built here. With `backend` None, functions are not compiled. `backend` may
+    be changed at any time.
+    """
 
     def __init__(
         self, mode: type[Any] | None = None, *, backend: Callable[..., Any] | str | None = None
@@ -101,7 +106,7 @@ class FakeCuda:
         ctypes.CDLL(str(build_guard()))
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        # Create it before CUDA seems available: it would ask the driver then.
+        # Create the mode before CUDA seems available: later, the mode would ask the driver.
         self.mode = (mode or FakeTensorMode)(allow_non_fake_inputs=True)
         self.backend = backend
         _pretend()
@@ -115,7 +120,7 @@ class FakeCuda:
 
 
 def _pretend() -> None:
-    """PyTorch's Python side, which a CPU build compiles without CUDA."""
+    """Replace the functions of PyTorch's Python side that need CUDA."""
     import torch
     import torch.nn.attention.flex_attention as flex
     import torch.nn.functional as F
@@ -157,14 +162,14 @@ def _pretend() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, answer)
     cuda.random.get_rng_state = cuda.get_rng_state
-    torch.autograd.set_multithreading_enabled(False)  # its own threads would not know the mode
+    torch.autograd.set_multithreading_enabled(False)  # threads of autograd would not know the mode
 
     torch.nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise it would compile itself
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # otherwise FlexAttention would compile itself
     torch.tensor, torch.as_tensor = _tensor(torch.tensor), _tensor(torch.as_tensor)
     FakeTensor.tolist = _tolist  # type: ignore[method-assign]
-    # PyTorch decomposes composite operators before a mode sees them only if gradients are off in the usual way.
+    # Replace inference mode by `no_grad`: only then does PyTorch decompose composite operators before a mode sees them.
     inference_mode = torch.inference_mode
     torch.inference_mode = lambda mode=True: (  # type: ignore[assignment, misc]
         torch.no_grad() if mode is True else torch.no_grad()(mode) if callable(mode) else inference_mode(mode)
@@ -192,8 +197,11 @@ class _Graph:
 
 
 def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: Any = None) -> Any:
-    """`Module.to`. On another device a parameter becomes a new one, since a real parameter cannot get fake memory, and
-    a fake one cannot change its device. On the same device it stays the same object, as an optimizer expects."""
+    """Replacement for `Module._apply`, which `Module.to` calls.
+
+    On another device a parameter becomes a new object, since a real parameter cannot get fake memory, and a fake
+    parameter cannot change its device. On the same device, a parameter stays the same object, as an optimizer expects.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -219,7 +227,7 @@ def _apply(self: Any, change: Callable[[Any], Any], recurse: bool = True, memo: 
 
 
 def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels that a GPU would choose, since a CPU build chooses others."""
+    """Return attention that calls the kernels of a GPU, since a CPU build calls other kernels."""
     import torch
 
     aten = torch.ops.aten
@@ -239,7 +247,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
             return real(q, k, v, attn_mask, dropout_p, is_causal, **options)
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
-        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention shares keys itself
+        if attn_mask is None and q.dtype != torch.float32:  # FlashAttention itself supports shared keys
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         if enable_gqa:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
@@ -255,7 +263,7 @@ def _attention(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.tensor` without real memory: the mode must see that the numbers move to the device, which has none."""
+    """Return `torch.tensor` for a device without real memory. The mode must see that the numbers move to the device."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -270,7 +278,7 @@ def _tensor(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tolist(tensor: Any) -> Any:
-    """Made-up numbers; the host waits once for all of them."""
+    """Return made-up numbers. The host waits once for all numbers."""
     number = tensor.new_zeros(()).item()
     for size in reversed(tensor.shape):
         number = [number] * size
@@ -295,7 +303,7 @@ def _compile_with(device: FakeCuda) -> None:
 
 
 _counters: list[Counter[str]] = []
-"""The `waits` that are active."""
+"""The counters of the active `waits` modes."""
 
 
 def _note(kind: str) -> None:
@@ -304,9 +312,11 @@ def _note(kind: str) -> None:
 
 
 def waits() -> Any:
-    """A dispatch mode for use inside `FakeCuda`. Its `seen` counts `KIND module.function` for everything that makes the
-    host wait for the device (`WAIT`, a copy `D2H wait` or `H2D wait`) and for copies that do not wait (`D2H async`,
-    `H2D async`). Numbers that the host reads are made up: 1.0, True and 7."""
+    """Return a dispatch mode for use inside `FakeCuda`. Its counter `seen` has the keys `KIND module.function`.
+
+    The kinds in which the host waits for the device are `WAIT`, and the copies `D2H wait` and `H2D wait`. The copies
+    `D2H async` and `H2D async` do not wait. Numbers that the host reads are made up: 1.0, True and 7.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -322,7 +332,7 @@ def waits() -> Any:
 
         @classmethod
         def is_infra_mode(cls) -> bool:
-            return True  # `torch.compile` does nothing under any other mode
+            return True  # `torch.compile` does nothing under a mode that is not `infra`
 
         def __enter__(self) -> Any:
             _counters.append(self.seen)
@@ -364,8 +374,8 @@ def _note_copy(source: str, target: str, is_async: Any) -> None:
 
 
 def _index(index: Any) -> Any:
-    """The indices as a GPU needs them: a CPU tensor is copied to it, and of a mask the host must know the number of
-    hits."""
+    """Return the index as a GPU needs it. A CPU tensor is copied to the GPU. For a mask, the host must know the number
+    of true entries."""
     import torch
 
     if index is None:
@@ -390,8 +400,8 @@ def _tensors(values: Any) -> Iterator[Any]:
 
 
 def _place() -> str:
-    """`module.function` of the Atlas code that led here, preceded by that of PyTorch's optimizers and clipping, if
-    involved.
+    """Return `module.function` of the Atlas code that made this call. If PyTorch's optimizers or clipping are in
+    between, their `module.function` comes first.
 
     Comprehensions and lambdas get no name, so that the result is the same in every version of Python.
     """

@@ -1,4 +1,4 @@
-"""The kernels that a program runs on a GPU, with their bytes and FLOPs: counted on fake CUDA from shapes and dtypes.
+"""Count the kernels that a program runs on a GPU, and their bytes and FLOPs, from shapes and dtypes on fake CUDA.
 
     log = KernelLog(vocabulary=50304)
     device.backend = log.backend()      # for torch.compile
@@ -7,11 +7,12 @@
     log.kernels
 
 An operator that is not compiled reads its inputs and writes its outputs once. In a compiled graph, matrix products,
-attention and embeddings are separate kernels. Between these, operators that tensors connect are one kernel: the best
-that Inductor can reach. It reads tensors from outside and writes those that are needed outside. A sum over rows that
-are too long for a block's memory ends a pass: operators that need its result read the inputs again. The maximum that
-softmax subtracts does not end a pass, since Inductor computes maximum and sum in one pass (online softmax, Milakov &
-Gimelshein 2018, arXiv:1805.02867). Import this module after `FakeCuda` was created.
+attention and embeddings are separate kernels. The operators between these kernels are fused if tensors connect them:
+this is the best that Inductor can reach. A fused kernel reads tensors from outside, and writes the tensors that are
+needed outside. A sum over rows that are too long for a block's memory ends a pass. Operators that need the result of
+this sum read the inputs again. The maximum that softmax subtracts does not end a pass, since Inductor computes maximum
+and sum in one pass (online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867). Import this module only after
+`FakeCuda` has been created.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 
 NEGLIGIBLE = 1 << 10
-"""Bytes of a tensor that is too small to connect two operators."""
+"""A tensor with fewer bytes does not connect two operators."""
 ROW_IN_BLOCK = 1 << 14
-"""Bytes of a row that a block of threads keeps, so that a second pass does not read it from memory."""
+"""The bytes of a row that a block of threads can keep, so that a second pass does not read the row from memory."""
 
 _FREE = {
     "empty",
@@ -65,7 +66,8 @@ class Cost(NamedTuple):
     bytes: int
     flops: int = 0
     kind: str = "memory"
-    """`product`, `misaligned` (a product of rows that do not start at multiples of 16 bytes), `attention`, `memory`."""
+    """`product`, `misaligned` (a matrix product whose rows do not start at multiples of 16 bytes), `attention` or
+    `memory`."""
 
 
 class Kernel(NamedTuple):
@@ -77,18 +79,22 @@ class Kernel(NamedTuple):
 
 @dataclass
 class KernelLog:
-    """The kernels that ran, each with its number. `vocabulary` is the number of rows of the head's table: outside the
-    named parts, a kernel with a dimension of that size belongs to the loss."""
+    """The kernels that ran, and how often each of them ran.
+
+    `vocabulary` is the number of rows of the head's table. A kernel outside the named parts counts as part of the loss
+    if one of its dimensions has this size.
+    """
 
     vocabulary: int
     kernels: Counter[Kernel] = field(default_factory=Counter)
     graphs: int = 0
-    """Calls of compiled graphs."""
+    """The number of calls of compiled graphs."""
     part: str = "rest"
     is_on: bool = True
 
     def mode(self) -> TorchDispatchMode:
-        """A dispatch mode that counts every operator, and makes up the numbers that the host reads from the device."""
+        """Return a dispatch mode that counts every operator, and makes up the numbers that the host reads from the
+        device."""
         return _Counting(self)
 
     @contextlib.contextmanager
@@ -100,7 +106,7 @@ class KernelLog:
             self.part = before
 
     def label(self, owner: Any, attribute: str, part: str) -> None:
-        """Count all that `owner.attribute(…)` runs as `part`."""
+        """Count all kernels of `owner.attribute(…)` as `part`."""
         function = getattr(owner, attribute)
 
         def labelled(*arguments: Any, **options: Any) -> Any:
@@ -110,7 +116,7 @@ class KernelLog:
         setattr(owner, attribute, labelled)
 
     def backend(self) -> Callable[..., Any]:
-        """A backend of `torch.compile` that counts each call of a graph."""
+        """Return a backend of `torch.compile` that counts each call of a graph."""
         return aot_autograd(
             fw_compiler=self._compiler("blocks forward"),
             bw_compiler=self._compiler("blocks backward"),
@@ -147,7 +153,7 @@ class _Counting(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # `torch.compile` does nothing under any other mode
+        return True  # `torch.compile` does nothing under a mode that is not `infra`
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -166,7 +172,7 @@ class _Counting(TorchDispatchMode):
 
 
 def operator_cost(function: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
-    """The cost of one operator; None if it runs no kernel."""
+    """Return the cost of one operator, or None if the operator runs no kernel."""
     name = _name(function)
     if function.namespace != "aten" or name in _FREE or _is_view(function):
         return None
@@ -201,8 +207,8 @@ def operator_cost(function: Any, args: Any, kwargs: Any, out: Any) -> Cost | Non
 
 
 def graph_costs(module: GraphModule, vocabulary: int) -> list[tuple[str, Cost, str | None]]:
-    """The kernels of a graph: name, cost, and part: `loss` if a tensor is as wide as the `vocabulary`, `rest` for
-    embeddings, None for the blocks."""
+    """Return (name, cost, part) of each kernel of a graph. The part is `loss` if a tensor is as wide as the
+    `vocabulary`, `rest` for embeddings, and None for the blocks."""
     calls = [node for node in module.graph.nodes if _is_operator(node)]
     library = [node for node in calls if _is_library(node)]
     fusible = [
@@ -227,8 +233,8 @@ def graph_costs(module: GraphModule, vocabulary: int) -> list[tuple[str, Cost, s
 
 
 def _levels(nodes: list[Node]) -> dict[Node, int]:
-    """The number of library kernels that come before each node in a chain. Nodes that need only the graph's inputs move
-    to where they are used."""
+    """Return the number of library kernels that must run before each node. A node that needs only the graph's inputs
+    runs directly before its users."""
     level: dict[Node, int] = {}
     for node in nodes:
         before = [level[source] + _is_library(source) for source in node.all_input_nodes]
@@ -240,7 +246,8 @@ def _levels(nodes: list[Node]) -> dict[Node, int]:
 
 
 def _connected(nodes: list[Node]) -> list[list[Node]]:
-    """Groups of nodes that tensors connect, in the graph's order, without a library kernel between two of them."""
+    """Return groups of nodes that tensors connect, in the graph's order. No library kernel runs between two nodes of a
+    group."""
     level = _levels(list(nodes[0].graph.nodes)) if nodes else {}
     leader = {node: node for node in nodes}
 
@@ -260,10 +267,10 @@ def _connected(nodes: list[Node]) -> list[list[Node]]:
 
 
 def _fused_cost(members: list[Node], stored: set[Node]) -> tuple[Cost, list[Node]]:
-    """The cost of one kernel, and the tensors that it reads and writes.
+    """Return the cost of one kernel, and the tensors that the kernel reads and writes.
 
-    A node's pass is the number of sums over long rows that must be complete before it. A value is read, or computed
-    again from what is read, in each pass that needs it.
+    A node's pass is the number of sums over long rows that must be complete before the node. Each pass reads the values
+    that it needs, or computes them again from values that it reads.
     """
     inside = set(members)
     at: dict[Node, int] = {}
@@ -297,7 +304,7 @@ def _outside(user: Node, inside: set[Node]) -> bool:
 
 
 def _users(node: Node) -> Iterator[Node]:
-    """The nodes that use `node`, or a view of it."""
+    """Yield the nodes that use `node` or a view of `node`."""
     for user in node.users:
         if _base(user) is user:
             yield user
@@ -322,7 +329,7 @@ def _is_sum(node: Node) -> bool:
 
 
 def _ends_pass(node: Node) -> bool:
-    """Whether this is a sum over rows that no block keeps."""
+    """Whether `node` is a sum over rows that are too long for a block to keep."""
     if _name(node.target) not in _SUMS or not isinstance(node.args[0], Node):
         return False
     rows = next(_tensors([_value(node)])).numel()
@@ -330,7 +337,7 @@ def _ends_pass(node: Node) -> bool:
 
 
 def _base(node: Node) -> Node:
-    """The node that `node` is a view of, or `node` itself."""
+    """Return the node of which `node` is a view, or `node` itself."""
     while node.op == "call_function" and (
         node.target is operator.getitem or (_is_operator(node) and _is_view(node.target))
     ):
@@ -364,8 +371,8 @@ def _is_view(function: Any) -> bool:
 
 
 def _bytes(tensor: Any) -> int:
-    """The bytes that are read: a dimension of stride 0 counts once. A symbolic size becomes that of this call, since
-    another size is compiled again."""
+    """Return the bytes of a tensor that are read. A dimension of stride 0 counts once. A symbolic size becomes the size
+    of this call, since another size is compiled again."""
     count: int = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= int(size) if stride else 1

@@ -1,11 +1,13 @@
-"""Reading batches: in the training thread, in threads that read ahead, and in `torch.utils.data.DataLoader` processes.
+"""Compare ways to read batches: in the training thread, in prefetching threads, and in processes of
+`torch.utils.data.DataLoader`.
 
     python benchmarks/loader.py
 
-Sequences of 1,024 tokens in random order from 1 GB of uint16, memory-mapped. "Reading alone" is the time of a batch
-when nothing else runs. "Waiting beside a step" is how long a training loop waits for its batch when it computes for 50
-ms in between (a matrix product in one thread). Cold: the file is dropped from the page cache before each run. The last
-lines seek to step 10⁷ of 10¹⁰ tokens in a sparse file. Runs are interleaved; figures are medians.
+The data is 1 GB of memory-mapped uint16, read as sequences of 1,024 tokens in random order. "Reading alone" is the time
+of a batch when nothing else runs. "Waiting beside a step" is the time that a training loop waits for a batch. The loop
+computes for 50 ms between two batches (a matrix product in one thread). "Cold" means that the file is dropped from the
+page cache before each run. The last lines show the time to seek step 10⁷ in a sparse file of 10¹⁰ tokens. Runs are
+interleaved, and figures are medians.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Batches = Iterator[Any]
 
 
 def sparse_dataset(folder: Path, *, tokens: int) -> Path:
-    """A prepared dataset of that many zeros, which uses no disk space until something is written to it."""
+    """Create a prepared dataset of `tokens` zeros, which uses no disk space until numbers are written to the file."""
     tokenizer = Tokenizer.gpt2()
     dtype = token_dtype(tokenizer.vocab_size)
     folder.mkdir()
@@ -106,7 +108,8 @@ WAYS: dict[str, Callable[[SequenceDataset, int], Batches]] = {
 
 
 def waits(stream: Batches, *, compute: Callable[[], None]) -> float:
-    """Median seconds of `next`, without the first two batches (starting, filling)."""
+    """Return the median seconds of `next`, without the first two batches, during which the reader starts and fills its
+    buffers."""
     times = []
     for _ in range(BATCHES + 2):
         start = time.perf_counter()
@@ -151,7 +154,8 @@ def compare(folder: Path) -> None:
 
 
 def seek(folder: Path) -> None:
-    """Time, then memory, at step 10⁷ and after at 8 sequences a step, in a file that was not read before."""
+    """Measure the time, then the memory, from step 10⁷ on with 8 sequences per step, in a file that was not read
+    before."""
     sparse_dataset(folder, tokens=10**10)
     opened, sought = [], []
     for number in range(10**7, 10**7 + 20):

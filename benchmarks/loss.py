@@ -1,13 +1,14 @@
-"""The head and its cross entropy, forward and backward: Atlas's beside PyTorch's own and beside full logits.
+"""Measure the head and its cross entropy, forward and backward: Atlas's code, PyTorch's own, and full logits.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --tokens 8192 --width 768 --device cuda
 
-Each way is a separate process with the same numbers, and they take turns; medians count. Memory is the peak of the
-process beyond its memory with hidden states, head and targets in place, so it includes the gradients. `difference` is
-that of the head's gradient from Atlas's, as a fraction of its norm.
+Each way is a separate process with the same inputs. The processes take turns, and medians count. Memory is the peak of
+the process, minus its memory with hidden states, head and targets. So this figure includes the gradients. `difference`
+is the distance of the head's gradient from Atlas's gradient, as a fraction of the norm of Atlas's gradient.
 
-`F.linear_cross_entropy` is PyTorch's, from 2.13 on: with Atlas's chunks, and with its own.
+`F.linear_cross_entropy` exists in PyTorch 2.13 and later. The benchmark runs this function with Atlas's chunk size and
+with its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from results import add_record_option, recorded
 from train_throughput import peak_resident
 
 ROWS = 50_304
-"""GPT-2's vocabulary, rounded up as peers do."""
+"""GPT-2's vocabulary, rounded up as in other programs."""
 KINDS = {
     "atlas": "Atlas, in chunks",
     "torch": "`F.linear_cross_entropy`, the same chunks",
@@ -43,7 +44,7 @@ class Shape:
 
 
 def loss_of(kind: str) -> Callable[[Any, Any, Any], Any]:
-    """(hidden (N, C), head (V, C), targets (N,)) → the summed loss."""
+    """Takes (hidden (N, C), head (V, C), targets (N,)) and returns the summed loss."""
     import torch
     import torch.nn.functional as F
 
@@ -65,10 +66,11 @@ def loss_of(kind: str) -> Callable[[Any, Any, Any], Any]:
 
 
 def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
-    """The child's answer: seconds, bytes beyond the inputs, and numbers to compare the gradient by."""
+    """Return the child's answer: the seconds, the bytes in addition to the inputs, and numbers for the comparison of
+    gradients."""
     from atlas.process import set_up_process
 
-    set_up_process()  # the same for all of them
+    set_up_process()  # the same for all processes
     import psutil
     import torch
 
@@ -87,7 +89,7 @@ def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
         if shape.device == "cuda":
             torch.cuda.synchronize()
 
-    # A few rows load what the libraries need, which does not belong to the loss.
+    # Run a few rows first, so that the memory of the libraries does not count as memory of the loss.
     loss(hidden[:8], head[:8], targets[:8] % 8).backward()
     hidden.grad = head.grad = None
     if shape.device == "cuda":

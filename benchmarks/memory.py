@@ -1,4 +1,4 @@
-"""The measured peak memory of training beside the estimate of `atlas plan`, and beside other implementations.
+"""Compare the measured peak memory of training with the estimate of `atlas plan`, and with other implementations.
 
     python benchmarks/memory.py                                     nano, tiny, small: those that fit this machine
     python benchmarks/memory.py --presets tiny --micro-batch 2
@@ -6,15 +6,15 @@
     python benchmarks/memory.py --device cuda                       all seven presets
 
 Each preset trains two real updates on random tokens in a separate process, with its dropout, precision, gradient
-checkpointing and micro-batch. Gradient accumulation is limited to two micro-batches: more take longer, but no more
-memory.
+checkpointing and micro-batch. Gradient accumulation is limited to two micro-batches: with more, an update takes longer
+but needs no more memory.
 
-On a CPU the peak is the process's resident memory. On a GPU it is the allocator's peak plus the process's memory
-outside of it (the CUDA context, kernels, workspaces of libraries). This is the card's used memory after the updates,
-minus that before the process started and minus the allocator's at that moment. No other program may start or end on the
-card.
+On a CPU the peak is the process's resident memory. On a GPU, the peak is that of the allocator plus the memory outside
+the allocator (the CUDA context, kernels, workspaces of libraries). The memory outside is the card's used memory after
+the updates, minus the allocator's memory, and minus the card's used memory before the process started. No other program
+may start or end on the card.
 
-An estimate passes if it is within 10 % of the measurement. The peers train the same as in train_throughput.py.
+An estimate passes if it is within 10 % of the measurement. The peers train as in train_throughput.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PEERS = {"preset": "tiny", "batch_size": 4}
 
 
 def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool = False) -> Any:
-    """The preset, with at most two micro-batches per update."""
+    """Return the config of a preset, with at most two micro-batches per update."""
     from atlas.config.loader import overlay, read_yaml, resolve
     from atlas.config.presets import preset_path
     from atlas.training.memory.presets import assume_vocabulary
@@ -50,11 +50,11 @@ def config_of(preset: str, micro_batch: int | None, device: str, compiled: bool 
 
 
 def child(preset: str, micro_batch: int | None, device: str, compiled: bool, free_before: int) -> None:
-    """Print the bytes of each part of the peak. `free_before` is what was free on the device before this process
+    """Print the bytes of each part of the peak. `free_before` is the free memory of the device before this process
     started."""
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     import torch
 
     from atlas.machine import measure_memory
@@ -74,7 +74,7 @@ def child(preset: str, micro_batch: int | None, device: str, compiled: bool, fre
 def measure(
     preset: str, micro_batch: int | None, device: str, free: int, *, compiled: bool = False
 ) -> dict[str, int] | str:
-    """The parts of the peak, or why there are none."""
+    """Return the parts of the peak, or the reason why the child failed."""
     wanted = json.dumps([preset, micro_batch, device, compiled, free])
     done = subprocess.run(
         [sys.executable, __file__, "--child", wanted], capture_output=True, encoding="utf-8"

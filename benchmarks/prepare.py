@@ -1,19 +1,19 @@
-"""The speed and memory with which text becomes token shards, beside other ways to do it.
+"""Measure the speed and memory of turning text into token shards, compared with other ways.
 
     python benchmarks/prepare.py                            300 MB of generated text: half an hour
     python benchmarks/prepare.py --megabytes 30             a quick look
     python benchmarks/prepare.py --data text.txt            your own text
     python benchmarks/prepare.py --nanogpt ../nanoGPT       also its data/shakespeare/prepare.py
 
-The text is in a zip with the layout of the Kaggle archive. Every way runs in a separate process, all of them in turn in
-every round, and the medians count. MB are 10⁶ bytes of UTF-8 text, each counted once.
+The text is in a zip with the layout of the Kaggle archive. Every way runs in a separate process. In every round, all
+ways run in turn. The medians count. MB are 10⁶ bytes of UTF-8 text, each counted once.
 
-Atlas is timed as a command, from its start to its exit: unzipping, finding the articles, splitting, tokenizing,
-hashing and writing. The others are timed without their start (imports, loading a vocabulary), which only the last
-column includes. tiktoken encodes articles that are already in memory, one by one, and keeps nothing. `datasets` loads a
+Atlas is timed as a command, from its start to its exit: unzipping, finding the articles, splitting, tokenizing, hashing
+and writing. The other ways are timed without their start (imports, loading a vocabulary). Only the last column includes
+this start. tiktoken encodes articles that are already in memory, one by one, and keeps nothing. `datasets` loads a
 JSONL file, maps a fast tokenizer over it in batches, and writes Arrow.
 
-Memory is that of all processes of the command together, sampled every 50 ms in separate runs.
+Memory is the sum over all processes of the command, sampled every 50 ms in separate runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NEW_WORD_EVERY = 16
 
 
 def read_articles(path: Path, limit: int) -> list[str]:
-    """The articles of a text, separated by two or more empty lines, up to `limit` bytes of them."""
+    """Return the articles of a text, up to `limit` bytes. Two or more empty lines separate articles."""
     articles: list[str] = []
     size = 0
     for article in re.split(r"\n(?:[ \t]*\n){2,}", path.read_text(encoding="utf-8")):
@@ -63,12 +63,13 @@ def read_articles(path: Path, limit: int) -> list[str]:
 
 
 def make_articles(folder: Path, limit: int) -> list[str]:
-    """Articles of sentences from Python's documentation, up to `limit` bytes.
+    """Return articles of sentences from Python's documentation, up to `limit` bytes.
 
-    The same sentences repeat, and a tokenizer that caches words would find all of them in its cache, unlike in real
-    text. So every 16th word is new: the beginning of one word joined to the end of another, or, one time in four, a
-    number. It is drawn whenever a sentence is used. This is more variety than in real text: in 5 MB, 10.6 % of the
-    words did not occur before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest (11.3 %).
+    The same sentences repeat, so a tokenizer that caches words would find all words in its cache, unlike in real text.
+    So every 16th word is new: the beginning of one word joined to the end of another, or, one time in four, a number.
+    New words are drawn each time that a sentence is used. This gives more variety than real text has. In 5 MB, 10.6 %
+    of the words did not occur before (Shakespeare's plays: 7.3 %), and 14.1 % are not among the 10,000 commonest words
+    (11.3 %).
     """
     from atlas.data.text.demo import write_demo_corpus
 
@@ -107,7 +108,7 @@ def make_articles(folder: Path, limit: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The same articles in the format that each way needs, and their size in bytes."""
+    """The same articles in the formats of all ways, and their size in bytes."""
 
     archive: Path
     text: Path
@@ -135,7 +136,7 @@ class Corpus:
 
 
 def gpt2_encoding() -> Any:
-    """tiktoken's GPT-2, from the merge table in Atlas, so that nothing is downloaded."""
+    """Return tiktoken's GPT-2 encoding, built from Atlas's merge table, so that nothing is downloaded."""
     import tiktoken
 
     from atlas.tokenizer import Tokenizer
@@ -181,7 +182,7 @@ def run_datasets(rows: str, processes: str) -> dict[str, float]:
 
 
 def run_nanogpt(script: str) -> dict[str, float]:
-    """nanoGPT's script, changed only so that it does not download the vocabulary."""
+    """Run nanoGPT's script, changed only so that it does not download the vocabulary."""
     import numpy as np
     import tiktoken
 
@@ -208,7 +209,7 @@ class Way:
     name: str
     command: list[str]
     leaves: Path | None = None
-    """Files that are removed before each run, so that it reuses nothing from the one before."""
+    """Files that are removed before each run, so that the run reuses nothing from an earlier run."""
     alone: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -234,7 +235,7 @@ class Way:
         if self.leaves:
             shutil.rmtree(self.leaves, ignore_errors=True)
         if hasattr(os, "sync"):
-            os.sync()  # so that this run does not write data of the run before
+            os.sync()  # so that this run does not wait for writes of the previous run
 
 
 def child(kind: str, *arguments: object) -> list[str]:
@@ -269,7 +270,7 @@ def all_ways(corpus: Corpus, folder: Path, nanogpt: Path | None) -> dict[str, Wa
 
 
 def print_speed(ways: dict[str, Way], megabytes: float) -> None:
-    """A Markdown table, and Atlas's ratio to the others."""
+    """Print a Markdown table, and the ratio of Atlas's speed to the other ways."""
     speeds = {key: megabytes / statistics.median(way.alone) for key, way in ways.items() if way.alone}
     print(f"\n| {'':<28} | MB/s | with its start | tokens |\n|{'-' * 30}|---:|---:|---:|")
     for key, way in ways.items():
@@ -288,8 +289,8 @@ def print_speed(ways: dict[str, Way], megabytes: float) -> None:
 
 
 def check_tokens(folder: Path, articles: Sequence[str], expected_tokens: int, *, generated: bool) -> None:
-    """Check that Atlas's stream equals tiktoken's for its documents, in a sample. A generated text has nothing to
-    clean, so also check that the documents are its articles, and that the number of tokens is equal."""
+    """Check for a sample of documents that Atlas's tokens equal tiktoken's. A generated text has nothing to clean. For
+    such a text, also check that the documents are the articles, and that the number of tokens is equal."""
     from atlas.data import open_dataset
 
     encoding = gpt2_encoding()
@@ -317,12 +318,13 @@ def check_tokens(folder: Path, articles: Sequence[str], expected_tokens: int, *,
 
 
 def peak_memory(command: list[str]) -> tuple[int, int]:
-    """Bytes: the peak of a command and its children together, and the peak of memory without a file behind it (the
-    system can reclaim pages of mapped files). The latter is 0 except on Linux."""
+    """Return two peaks in bytes: of all memory of a command and its children, and of their anonymous memory. Anonymous
+    memory excludes pages of mapped files, which the system can reclaim. On systems other than Linux, the second peak is
+    0."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     total = anonymous = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
             sizes = [_memory(one) for one in [process, *process.children(recursive=True)]]
             total = max(total, sum(size for size, _ in sizes))
             anonymous = max(anonymous, sum(size for _, size in sizes))
@@ -333,13 +335,13 @@ def peak_memory(command: list[str]) -> tuple[int, int]:
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """A process's share of memory, and the anonymous part of it. Shared pages are divided among the processes if the
-    system reports it (Linux: PSS), else left out (USS)."""
+    """Return a process's share of memory, and the anonymous part of this share. On Linux, shared pages are divided
+    among the processes (PSS). On other systems, shared pages are left out (USS)."""
     try:
         if not psutil.LINUX:
             return process.memory_full_info().uss, 0
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-    except (psutil.Error, OSError):  # it has ended
+    except (psutil.Error, OSError):  # the process has ended
         return 0, 0
     sizes = dict(re.findall(r"^(Pss|Pss_Anon): +(\d+) kB", rollup, re.MULTILINE))
     return int(sizes.get("Pss", 0)) * 1024, int(sizes.get("Pss_Anon", 0)) * 1024

@@ -1,14 +1,15 @@
-"""The size, speed and bits per byte in llama.cpp of a model in each type of `atlas export --quantize`.
+"""Measure a model's size, speed and bits per byte in llama.cpp, for each type of `atlas export --quantize`.
 
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data data/processed/wikipedia
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data held_out.txt --tokens 20000
 
 The checkpoint is exported in each type. llama.cpp (package `xllamacpp`) generates one text greedily with each file, on
-the CPU. Every file has a separate process; they take turns, and medians count. Reading the prompt does not count.
+the CPU. Every file has a separate process. The processes take turns, and medians count. Reading the prompt does not
+count.
 
-Then each file predicts the tokens of the text in evenly spread windows (of a prepared folder, its validation part).
-Bits per byte follow from the mean log-probability of these tokens in llama.cpp. The drift is the distance of a token's
-log-probability from that of the f32 file, on average and at most, as an absolute value in nats.
+Then each file predicts the tokens of the text in evenly spread windows. Of a prepared folder, the validation part is
+used. Bits per byte follow from the mean log-probability of these tokens in llama.cpp. The drift is the absolute
+difference in nats between a token's log-probability with this file and with the f32 file: its mean and its maximum.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROMPT = "The river"
 
 @dataclass(frozen=True)
 class Row:
-    """The results of a type; `logprobs` is (tokens,)."""
+    """The results of a type. `logprobs` has the shape (tokens,)."""
 
     type: str
     num_bytes: int
@@ -43,7 +44,7 @@ class Row:
 
 
 def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
-    """A function from a number of tokens to generate to tokens a second."""
+    """Takes the number of tokens to generate, and returns the tokens per second."""
     from atlas.export.llama_cpp import connect, load
 
     server = load(file, context, threads)
@@ -54,7 +55,8 @@ def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
         timings = post("/completion", request | {"cache_prompt": False})["timings"]
         if timings["predicted_n"] != tokens:
             raise SystemExit(f"wrote {timings['predicted_n']} tokens instead of {tokens}")
-        return float((tokens - 1) / timings["predicted_ms"] * 1000)  # its clock starts with the first token
+        # llama.cpp's clock starts with the first token.
+        return float((tokens - 1) / timings["predicted_ms"] * 1000)
 
     tokens_per_second(8)  # to warm up
     return tokens_per_second
@@ -64,7 +66,7 @@ def prepare(file: str, context: int, threads: int) -> Callable[[int], float]:
 
 
 def speeds(arguments: argparse.Namespace, files: Mapping[str, Path], context: int) -> dict[str, float]:
-    """Tokens a second with each file, the median of the rounds."""
+    """Return the tokens per second with each file: the median of the rounds."""
     tokens = min(arguments.written, context - len(PROMPT))
     contenders = {name: contender(arguments, name, file, context) for name, file in files.items()}
     for each in contenders.values():
@@ -88,7 +90,7 @@ def contender(arguments: argparse.Namespace, name: str, file: Path, context: int
 
 
 def report(rows: Sequence[Row]) -> None:
-    """A table; the others are compared with the first row."""
+    """Print a table that compares every row with the first row."""
     first = rows[0]
     print(
         f"| | MB | ÷ {first.type} | tokens/s | ÷ {first.type} | bits per byte | − {first.type} | drift | at most |"

@@ -1,9 +1,9 @@
-"""Printing the figures of a benchmark, and recording them in RESULTS.md if asked.
+"""Print the figures of a benchmark, and record them in RESULTS.md if asked.
 
     python benchmarks/decode.py                 prints
     python benchmarks/decode.py --record        prints, and appends its output to benchmarks/RESULTS.md
 
-A section has the date, the machine, the versions, the command, and its unchanged output.
+A section has the date, the machine, the versions, the command, and the unchanged output of the command.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def recorded(title: str, arguments: argparse.Namespace) -> Iterator[None]:
-    """With `--record`, the standard output of this block becomes a section of RESULTS.md, unless it fails."""
+    """With `--record`, append the standard output of this block to RESULTS.md as a section, unless the block fails."""
     machine = describe_machine(getattr(arguments, "device", "cpu"))
     print(f"{machine}\n")
     printed = io.StringIO()
@@ -66,7 +66,7 @@ class _Both(io.TextIOBase):
 
 
 def describe_machine(device: str = "cpu") -> str:
-    """The date and everything that figures depend on, in one line."""
+    """Return one line with the date, and with everything on which the figures depend."""
     parts = [
         time.strftime("%Y-%m-%d"),
         f"{os.cpu_count()} cores ({_cpu_name()})",
@@ -81,7 +81,7 @@ def describe_machine(device: str = "cpu") -> str:
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package, without importing it: importing PyTorch takes seconds."""
+    """Return the version of an installed package, without an import: the import of PyTorch takes seconds."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
@@ -101,6 +101,7 @@ def _gpu_name() -> str:
 
 
 def command() -> str:
-    """The command as typed, without the folders of this machine: a peer in /somewhere/nanoGPT becomes ../nanoGPT."""
+    """Return the command as typed, without the folders of this machine: a peer in /somewhere/nanoGPT becomes
+    ../nanoGPT."""
     words = [re.sub(r"(^|=)/.*?([^/]+)/?$", r"\1../\2", word) for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

@@ -1,17 +1,19 @@
-"""The speed of training on GPUs, simulated: Atlas's own code runs on fake CUDA tensors, and each kernel's bytes and
-FLOPs give its time on a card. No GPU is needed, and nothing is measured.
+"""Simulate the speed of training on GPUs. No GPU is needed, and nothing is measured.
+
+Atlas's own code runs on fake CUDA tensors. The bytes and FLOPs of each kernel give the time of this kernel on a card.
 
     python benchmarks/roofline.py small default --batch-size 8 --peer nanoGPT=../nanoGPT
     python benchmarks/roofline.py modern --gpu "RTX 3060" --set training.optimizer=adamw
     python benchmarks/roofline.py small --eager --kernels 20
 
-A kernel needs the time of its bytes or of its FLOPs, whichever is longer (Williams et al. 2009,
-doi:10.1145/1498765.1498785). An update needs the sum over its kernels, or the time that the host needs to launch them.
-`kernel_costs.py` says what a kernel is, and atlas/planning/speed.py what speed a card reaches. MFU is relative to the
-speed of large matrix products, which is below the maker's peak.
+The time of a kernel is the time of its bytes or of its FLOPs, whichever is longer (Williams et al. 2009,
+doi:10.1145/1498765.1498785). The time of an update is the sum over its kernels, or the time in which the host launches
+these kernels, whichever is longer. `kernel_costs.py` defines a kernel. atlas/planning/speed.py has the speeds that
+cards reach. MFU is relative to the speed of large matrix products, which is below the maker's peak.
 
---peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled in full, with the preset's layers, width, heads
-and context, AdamW, the same micro-batches and Atlas's padded vocabulary (50,304, as nanoGPT recommends).
+--peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled in full. This model has the preset's layers, width,
+heads and context, and Atlas's padded vocabulary (50,304, as nanoGPT recommends). The model trains with AdamW and the
+same micro-batches.
 """
 
 from __future__ import annotations
@@ -40,18 +42,19 @@ GPUS = ("H100", "H200", "RTX 4090", "RTX 3060")
 
 
 class Update(NamedTuple):
-    """The kernels of an update, each with its number: `once`, and in `each` micro-batch."""
+    """The kernels of an update and their numbers: those that run `once`, and those that run in `each` micro-batch."""
 
     name: str
     once: Counter[Kernel]
-    """Below 0 for what the first micro-batch does not run, such as the accumulation of gradients."""
+    """The number is negative for kernels that the first micro-batch does not run, such as the accumulation of
+    gradients."""
     each: Counter[Kernel]
     graphs_once: int
     graphs_each: int
     micro_batches: int
     tokens: int
     model_flops: int
-    """Those of the model's products and attention, without recomputation."""
+    """The FLOPs of the model's matrix products and attention, without recomputation."""
 
     def total(self, value: Callable[[Kernel], float], part: str | None = None) -> float:
         def of(kernels: Counter[Kernel]) -> float:
@@ -68,8 +71,8 @@ class Update(NamedTuple):
 
 
 def count_update(name: str, step: Callable[[int], None], log: KernelLog, config: AtlasConfig) -> Update:
-    """Count `step(n)`, an update of n micro-batches. The first call compiles and creates states. An update of one
-    micro-batch and one of two then give any number of them."""
+    """Count the kernels of `step(n)`, an update of n micro-batches. The first call compiles and creates optimizer
+    states. The counts for one and two micro-batches then give the counts for any number."""
     from atlas.model.cost import training_flops_per_token
 
     counted = []
@@ -99,7 +102,7 @@ def count_update(name: str, step: Callable[[int], None], log: KernelLog, config:
 
 
 def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool) -> Update:
-    """Count an update of Atlas's training code."""
+    """Count the kernels of an update of Atlas's training code."""
     from dataclasses import replace
 
     import torch
@@ -131,7 +134,7 @@ def count_atlas(config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool
 
 
 def count_nanogpt(peer: str, config: AtlasConfig, device: Any, log: KernelLog, *, eager: bool) -> Update:
-    """Count an update as nanoGPT's train.py does it, with the model of `peer`, a NAME=FOLDER."""
+    """Count the kernels of an update as in nanoGPT's train.py, with the model of `peer`, a NAME=FOLDER."""
     import torch
 
     name, _, folder = peer.partition("=")
@@ -168,7 +171,7 @@ def count_nanogpt(peer: str, config: AtlasConfig, device: Any, log: KernelLog, *
 
 
 def label_all(log: KernelLog) -> None:
-    """Label what both programs run, and let clipping take all tensors together as on a GPU."""
+    """Label the kernels that both programs run, and let clipping process all tensors together, as on a GPU."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils import _foreach_utils
@@ -187,7 +190,7 @@ def label_blocks(blocks: Any, log: KernelLog) -> None:
 
 
 def seconds_by_part(update: Update, card: Card) -> dict[str, float]:
-    """The time of the GPU."""
+    """Return the seconds of the GPU for each part."""
     from atlas.planning.speed import LAUNCH, card_speed
 
     speed = card_speed(card)
@@ -196,7 +199,7 @@ def seconds_by_part(update: Update, card: Card) -> dict[str, float]:
         rate = {"product": 1.0, "memory": 1.0, "attention": speed.attention, "misaligned": speed.misaligned}
         cost = kernel.cost
         at_rate = cost.flops / (speed.products * rate[cost.kind])
-        # Clipping's kernels are many and small, and overlap.
+        # Clipping runs many small kernels, which overlap.
         return max(cost.bytes / speed.bandwidth, at_rate, 0.0 if kernel.part == "clip" else LAUNCH)
 
     return {part: update.total(seconds, part) for part in PARTS}
@@ -286,7 +289,7 @@ def print_kernels(update: Update, number: int) -> None:
 
 
 def figures(update: Update, card: Card) -> dict[str, Any]:
-    """Times and speeds on one card."""
+    """Return the times and speeds on one card."""
     from atlas.planning.speed import card_speed
 
     gpu = seconds_by_part(update, card)
@@ -302,7 +305,7 @@ def figures(update: Update, card: Card) -> dict[str, Any]:
 
 
 def as_json(name: str, updates: list[Update], cards: list[Card]) -> dict[str, Any]:
-    """Bytes and FLOPs of an update by part, seconds by card."""
+    """Return the bytes and FLOPs of an update by part, and the seconds by card."""
     return {
         "config": name,
         "updates": {

@@ -1,10 +1,11 @@
-"""Whether two versions of Atlas compute the same, to the last bit.
+"""Check whether two versions of Atlas compute exactly the same numbers, bit for bit.
 
     python benchmarks/same_bits.py BEFORE AFTER
 
-BEFORE and AFTER are folders with a checked-out version each. Both train five small configs for 60 updates on this
-machine, are killed (`kill -9`) in between and resume. The script compares losses, weights, optimizer state, greedy text
-of 200 tokens and the tensors of a GGUF file. Then AFTER reads the dataset and resumes the checkpoint that BEFORE wrote.
+BEFORE and AFTER are folders, each with a checked-out version. Both versions train five small configs for 60 updates on
+this machine. Each run is killed (`kill -9`) on the way and resumed. The script compares losses, weights, optimizer
+state, greedy text of 200 tokens and the tensors of a GGUF file. Then AFTER reads the dataset and resumes the checkpoint
+that BEFORE wrote.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def atlas(tree: Path, *arguments: str, **how: Any) -> subprocess.Popen[str]:
-    """`atlas ARGUMENTS` of a version, with two threads."""
+    """Start `atlas ARGUMENTS` of a version, with two threads."""
     variables = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "atlas", *arguments]
     return subprocess.Popen(command, env=variables, cwd=tree, text=True, **how)
 
 
 def run(tree: Path, *arguments: str) -> str:
-    """What `atlas ARGUMENTS` writes to standard output."""
+    """Return the standard output of `atlas ARGUMENTS`."""
     process = atlas(tree, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, error = process.communicate()
     if process.returncode:
@@ -62,7 +63,7 @@ def run(tree: Path, *arguments: str) -> str:
 
 
 def losses(folder: Path) -> list[Any]:
-    """The figures of every line of a run's log that do not depend on time."""
+    """Return the figures of a run's log that do not depend on time, for every line."""
     log = folder / "metrics.jsonl"
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
@@ -71,7 +72,7 @@ def losses(folder: Path) -> list[Any]:
 
 
 def train(tree: Path, config: Path, folder: Path, *arguments: str) -> None:
-    """Train to the end, killed once after some updates."""
+    """Train to the end. The run is killed once after some updates, and resumed."""
     command = ("train", "--config", str(config), "--output-dir", str(folder))
     process = atlas(tree, *command, *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(losses(folder)) < KILLED_AFTER:
@@ -84,7 +85,7 @@ def train(tree: Path, config: Path, folder: Path, *arguments: str) -> None:
 def facts(
     tree: Path, data: Path, folder: Path, settings: dict[str, Any], base: Path | None
 ) -> dict[str, Any]:
-    """All that is compared, of one version and one config."""
+    """Return all values to compare, for one version and one config."""
     config: dict[str, Any] = {
         "device": "cpu",
         "seed": 7,
@@ -122,7 +123,7 @@ def facts(
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Bit for bit, in nested dicts and lists."""
+    """Whether two values are equal bit for bit, in nested dicts and lists."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -135,7 +136,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def main() -> None:
-    """Compare, a line each; exit with 1 if anything differs."""
+    """Compare the versions and print a line per comparison. Exit with 1 if anything differs."""
     trees = {"before": Path(sys.argv[1]).resolve(), "after": Path(sys.argv[2]).resolve()}
     is_equal = True
 

@@ -1,4 +1,4 @@
-"""Tokens a second of several processes that train one model, beside the same model in plain DistributedDataParallel.
+"""Measure the tokens per second of several processes that train one model, compared with plain DistributedDataParallel.
 
     python benchmarks/scaling.py                                nano, 1 and 2 processes
     python benchmarks/scaling.py --preset tiny --updates 1
@@ -6,17 +6,18 @@
     python benchmarks/scaling.py --parallel fsdp                sharded, beside plain `fully_shard`
     python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     the cost of one shard
 
-Atlas computes its updates as `atlas train` does under torchrun. The plain loop beside it is a typical loop by hand: the
-same model and the same loss from random tokens, wrapped by PyTorch, a fused AdamW, and clipping. It handles nothing
-else that a run needs (a sum over the valid tokens of the complete batch, lack of memory on one rank, numbers that are
-not finite). Every process has one thread and the same number of sequences, for any number of processes. One process is
-an ordinary run without torchrun and wrapper; with `--parallel fsdp` it is also one under torchrun, with a single shard.
-All run in fp32 on the CPU with Atlas's memory settings (atlas/process.py), or in bf16 with one GPU each.
+Atlas computes its updates as `atlas train` does under torchrun. The plain loop is a typical loop written by hand: the
+same model and loss on random tokens, PyTorch's wrapper, a fused AdamW, and clipping. This loop lacks everything else
+that a run needs. Examples are a sum over the valid tokens of the complete batch, and checks for lack of memory on one
+rank or for numbers that are not finite. Every process has one thread and the same number of sequences, for any number
+of processes. One process is an ordinary run without torchrun and wrapper. With `--parallel fsdp`, one process under
+torchrun, with a single shard, is measured too. All processes run in fp32 on the CPU with Atlas's memory settings
+(atlas/process.py), or in bf16 with one GPU per process.
 
-All contenders start once. Then they take turns, some updates each, and the others wait without computing. Medians
-count. Efficiency is the speed divided by the number of processes times the speed of one. Processes that share a core,
-its caches or the memory's bandwidth cannot reach 100 % in any program. The last column is Atlas's own share of the
-loss.
+All contenders start once. Then the contenders take turns of some updates, while the others wait without computing.
+Medians count. Efficiency is the speed divided by the number of processes times the speed of one. Processes that share a
+core, its caches or the memory's bandwidth cannot reach 100 % in any program. The last column is Atlas's own share of
+the loss.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ VOCABULARY = 2048
 """The vocabulary of a preset that does not state one."""
 WARM_UP = 3
 PATIENCE = 3600.0
-"""Seconds that the other ranks wait for the first, which waits for its turn."""
+"""Seconds for which the other ranks wait while the first rank waits for its turn."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The model and batch of every contender; the batch is that of one process."""
+    """The model and the batch of every contender. The batch is for one process."""
 
     preset: str
     batch_size: int
@@ -72,7 +73,7 @@ class Task:
         return resolve(overlay(preset, {**given, "training": training, "device": self.device}))
 
     def batch(self, config: AtlasConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of one process."""
+        """Return the inputs and targets of one process."""
         import torch
 
         tokens = torch.randint(0, config.model.vocabulary, (self.batch_size, config.model.max_seq_len + 1))
@@ -144,7 +145,7 @@ KINDS = {"atlas": atlas, "plain": plain}
 
 
 def serve(kind: str, task: Task) -> None:
-    """One rank of a contender: the first answers with the seconds of a turn, and the others compute with it."""
+    """Run one rank of a contender. The first rank answers with the seconds of a turn; the other ranks only compute."""
     from atlas.process import set_up_process
 
     set_up_process()
@@ -248,8 +249,8 @@ def main() -> None:
 
 
 def report(task: Task, chosen: list[Trainee]) -> None:
-    """Each of `chosen` compared with the first, Atlas, for the same number of processes, and with itself in one
-    process."""
+    """Print a table that compares each of `chosen` with the first one, Atlas, for the same number of processes, and
+    with its own speed in one process."""
     context = task.config(1).model.max_seq_len
     print(
         f"{task.preset}: {task.batch_size} × {context} tokens a process, {task.parallel}, {task.device}, "

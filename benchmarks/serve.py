@@ -1,17 +1,17 @@
-"""`atlas serve` under load: many parallel clients, half of which disconnect during a stream.
+"""Measure `atlas serve` under load: many parallel clients, half of which disconnect during a stream.
 
     python benchmarks/serve.py                              nano, 64 clients, three minutes
     python benchmarks/serve.py --checkpoint checkpoints/atlas_best.pt --clients 16 --seconds 30
 
-`atlas serve` runs in a separate process, with a model with random weights in the preset's shape, and a vocabulary of
-2,048 for `nano`. First one client asks for texts, one after the other. Then N clients do so in parallel. Each request
-is a new connection with a prompt of some words and a stream of `--tokens` new tokens. The clients are in this process,
-which shares the cores with the server: raw sockets, which parse only the first and the last event.
+`atlas serve` runs in a separate process. The model has random weights in the preset's shape, and a vocabulary of 2,048
+for `nano`. First, one client requests texts, one after the other. Then N clients do the same in parallel. Each request
+is a new connection with a prompt of some words and a stream of `--tokens` new tokens. The clients run in this process,
+which shares the cores with the server. The clients use raw sockets and parse only the first and the last event.
 
-Tokens are those that the server counts at /metrics. Time to the first token is from the request's first byte to the
-first event, so it includes the wait for a slot. Memory is the server's resident set, after each minute. Finally, half
-of the clients disconnect during their streams. The time until their slots are free is reported beside that of a step,
-which is the time of a token at that load.
+The server counts the tokens, at /metrics. The time to the first token is from the request's first byte to the first
+event, so this time includes the wait for a slot. Memory is the server's resident set, after each minute. Finally, half
+of the clients disconnect during their streams. The script reports the time until their slots are free, and the time of
+a step, which is the time per token at this load.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def served(checkpoint: str | Path, arguments: argparse.Namespace) -> Iterator[Se
 
 
 def random_checkpoint(preset: str, folder: Path) -> Path:
-    """Random weights, with a vocabulary trained on made-up words: of 2,048 tokens, like the demo's."""
+    """Save a model with random weights, and with a vocabulary of 2,048 tokens, like the demo's, trained on made-up
+    words."""
     from atlas.config.loader import read_yaml, resolve
     from atlas.config.presets import preset_path
     from atlas.export.save_imported import save_imported
@@ -168,7 +169,7 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
 
 
 class Clients:
-    """N clients in one thread, with a new connection for each text."""
+    """N clients in one thread. Every text has a new connection."""
 
     def __init__(self, server: Served, number: int, tokens: int) -> None:
         self.server = server
@@ -206,9 +207,10 @@ class Clients:
         return measured
 
     def cut_off_half(self) -> float:
-        """Disconnect half of the clients; the seconds until their slots are free."""
+        """Disconnect half of the clients. Return the seconds until their slots are free."""
         half = len(self.clients) // 2
-        # The others continue to read. Texts that end meanwhile free slots too, so all clients first start new ones.
+        # The other clients continue to read. Texts that end meanwhile free slots too, so all clients first start new
+        # texts.
         for client in self.clients:
             client.begin()
         while not all(client.first_at for client in self.clients):

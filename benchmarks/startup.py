@@ -1,16 +1,16 @@
-"""The time until something happens: the help, and the first finished step of training.
+"""Measure the time until a command shows its help, and until training has finished its first step.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --rounds 9 --sequences 32      with the preset's own updates
 
-The figures are wall times of full commands, in turn in every round; medians count. The first round of each, which reads
-files from the disk, is left out.
+The figures are wall times of complete commands. In every round, all commands run in turn. Medians count. The first
+round, which reads files from the disk, is left out.
 
 `atlas train --config tiny` begins on a dataset that is already prepared, with GPT-2's vocabulary. The time is from the
-start of the command to the line of its first step in metrics.jsonl, which is written after the optimizer step. An
-update of tiny has 32 sequences, whose time does not belong to the start: here it has one, of 512 tokens. Its own time
-is shown beside it, as the run counts it, from the moment when model and data are ready. The lower bound of both is
-`import torch`.
+start of the command to the line of the first step in metrics.jsonl, which is written after the optimizer step. An
+update of `tiny` has 32 sequences, but their time is not part of the start. So here an update has one sequence of 512
+tokens. The table also shows the time of this update, as the run counts it: from the moment when model and data are
+ready. The lower bound of all times is `import torch`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def seconds_of(command: list[str]) -> float:
 
 
 def prepare_data(folder: Path) -> Path:
-    """A dataset of a megabyte or two: the documentation inside Python's standard library."""
+    """Create a dataset of one or two megabytes from the documentation in Python's standard library."""
     from atlas.data.text.demo import write_demo_corpus
 
     corpus = write_demo_corpus(folder / "corpus.jsonl")
@@ -50,7 +50,8 @@ def prepare_data(folder: Path) -> Path:
 
 
 def first_step(data: Path, output: Path, sequences: int) -> tuple[float, float]:
-    """Seconds from the command to the end of the first step, and of that step alone; then the run is stopped."""
+    """Return the seconds from the command to the end of the first step, and the seconds of this step alone. Then stop
+    the run."""
     settings = {
         "data.train_data": data,
         "checkpoint.output_dir": output,

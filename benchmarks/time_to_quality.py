@@ -1,16 +1,16 @@
-"""How well a model predicts held-out text over time, beside other programs on the same text and machine.
+"""Measure how well a model predicts held-out text over time, compared with other programs on the same text and machine.
 
     python benchmarks/time_to_quality.py --data shakespeare_archive.zip --peer nanogpt=../nanoGPT
     python benchmarks/time_to_quality.py --data my_texts/ --seeds 1 --config my_config.yaml
 
 The peers train with nanoGPT's published recipe for a CPU: characters, 4 layers of 128, context 64, 2,000 updates of 12
-sequences. nanoGPT runs its own train.py, transformers a plain loop with the same settings. Atlas (`--config`) trains a
-vocabulary of `--vocabulary` tokens, prepares the text, and trains for the time of the first peer, and once more for an
-eighth of it. Clocks start after a process's imports: training the vocabulary counts, and so do tokenizing and saving.
-Every run has the machine for itself; with several seeds the medians count.
+sequences. nanoGPT runs its own train.py. transformers runs a plain loop with the same settings. Atlas (`--config`)
+trains a vocabulary of `--vocabulary` tokens, prepares the text, and trains for the time of the first peer. A second run
+of Atlas trains for an eighth of this time. Clocks start after a process's imports, so training the vocabulary,
+tokenizing and saving count. No other run uses the machine at the same time. With several seeds, the medians count.
 
-All are evaluated on the same text in bits per byte: the full validation part, which Atlas splits off by document and no
-run has seen. After the runs, their checkpoints are evaluated in windows of their own context.
+All models are evaluated in bits per byte on the same text: the full validation part. Atlas splits this part off by
+document, and no run has seen it. After the runs, all checkpoints are evaluated in windows of the model's own context.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ LAYERS, WIDTH, CONTEXT, BATCH, UPDATES, RATE = 4, 128, 64, 12, 2000, 1e-3
 SAVE_EVERY = 250
 ATLAS_SAVES_EVERY = 50  # larger updates
 PART = 8
-"""The peer's time divided by that of Atlas's short run."""
+"""The peer's time divided by the time of Atlas's short run."""
 
 
 @dataclass
 class Run:
-    """The result of a run: seconds and bits per byte, at each checkpoint."""
+    """The result of a run: (seconds, bits per byte) at each checkpoint."""
 
     name: str
     seed: int
@@ -59,7 +59,8 @@ class Run:
         return self.curve[-1][1]
 
     def reaches(self, bits: float) -> float | None:
-        """Seconds until the run reaches `bits`, interpolated between checkpoints; None if it does not."""
+        """Return the seconds until the run reaches `bits`, interpolated between checkpoints, or None if the run does
+        not reach this value."""
         if self.curve[0][1] <= bits:
             return self.curve[0][0]
         for (t0, b0), (t1, b1) in itertools.pairwise(self.curve):
@@ -100,7 +101,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
         "checkpoint.save_interval": ATLAS_SAVES_EVERY,
         "checkpoint.keep_checkpoints": 1000,
         "training.eval_interval": 10**6,
-        "training.eval_sequences": 16,  # only at the end, and evaluated again afterwards
+        "training.eval_sequences": 16,  # evaluate only at the end; the script evaluates all checkpoints later
         "training.max_steps": "null",
         "training.max_hours": (arguments.seconds - before) / 3600,
         "seed": arguments.seed,
@@ -127,7 +128,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
 
 
 def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """nanoGPT's own train.py, whose checkpoints are kept under different names."""
+    """Run nanoGPT's own train.py, and keep its checkpoints under different names."""
     import numpy as np
     import torch
 
@@ -175,7 +176,7 @@ def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, fl
         }.items()
     ]
     start = time.monotonic()
-    # The line that sets its seed.
+    # Replace the seed in the line that sets it.
     program = (
         (folder / "train.py").read_text().replace("manual_seed(1337", f"manual_seed({1337 + arguments.seed}")
     )
@@ -194,7 +195,7 @@ def nanogpt(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, fl
 
 
 def transformers(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """GPT-2 of the same shape in a plain loop with nanoGPT's settings."""
+    """Train transformers' GPT-2 of the same shape in a plain loop with nanoGPT's settings."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -242,13 +243,13 @@ def text_of(arguments: argparse.Namespace, part: str) -> str:
 
 
 def vocabulary(arguments: argparse.Namespace) -> dict[str, int]:
-    """nanoGPT's vocabulary: all characters of the text."""
+    """Return nanoGPT's vocabulary: all characters of the text."""
     chars = sorted(set(text_of(arguments, "train") + text_of(arguments, "val")))
     return {char: id for id, char in enumerate(chars)}
 
 
 def bits_per_byte(arguments: argparse.Namespace, logits: Any) -> float:
-    """Bits per byte of the full validation text, in consecutive windows."""
+    """Return the bits per byte of the full validation text, in consecutive windows."""
     import torch
     import torch.nn.functional as F
 
@@ -310,7 +311,7 @@ def parse() -> argparse.Namespace:
 
 
 def split_text(data: str, folder: Path) -> None:
-    """The two parts as plain text, by the split that `atlas prepare` makes."""
+    """Write the training and validation parts as plain text, split by `atlas prepare`."""
     from atlas.data import open_dataset, prepare
     from atlas.tokenizer import Tokenizer
 
@@ -381,7 +382,7 @@ def _seconds(when: float | None) -> str:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Draw every run as a line, those of a program in one colour."""
+    """Draw every run as a line. All runs of a program have the same colour."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Tokens a second and peak memory of training, beside other implementations of the same model.
+"""Measure the tokens per second and the peak memory of training, compared with other implementations of the same model.
 
     python benchmarks/train_throughput.py                                   tiny, beside transformers
     python benchmarks/train_throughput.py --preset nano --rounds 8
@@ -7,15 +7,15 @@
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
 Every contender is a separate process with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
-rows, as its author advises), dropout 0, biases on, and AdamW with clipping. It trains on random tokens, in fp32 on a
-CPU and in bf16 (autocast) on a GPU. It trains some updates to warm up. Then the processes take turns, one update each,
-and the others wait without computing. Medians count. Peak memory is the process's own (resident; on a GPU the
-allocator's). A peer's folder contains a `model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the
-first Atlas.
+rows, as its author advises). Dropout is 0, biases are on, and the optimizer is AdamW with clipping. A contender trains
+on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. Each contender first warms up with some updates.
+Then the processes take turns of one update, while the others wait without computing. Medians count. Peak memory is the
+resident memory of the process, or on a GPU the peak of the allocator. A peer's folder contains a `model.py` with
+nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
 
-The ceiling is the time of the matrix products alone: their FLOPs in an update (6 for each weight and token, attention
-counted as causal), at the rate of a large product measured here in the same precision. The fraction of it that a
-contender reaches is its model FLOPs utilisation (MFU).
+The ceiling is the speed at which an update would take only the time of its matrix products. The FLOPs of these products
+are 6 per weight and token, with attention counted as causal. The rate is that of a large product, measured here in the
+same precision. The fraction of the ceiling that a contender reaches is its model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Shape:
 
     @property
     def matrix_flops(self) -> float:
-        """FLOPs of an update, forward and backward: 6 for each weight and token, and attention's two products,
-        causal."""
+        """Return the FLOPs of an update, forward and backward: 6 per weight and token, plus attention's two products,
+        counted as causal."""
         weights = 12 * self.num_layers * self.hidden_size**2 + self.vocabulary * self.hidden_size
         return 6 * self.tokens * (weights + self.num_layers * self.context * self.hidden_size)
 
@@ -75,7 +75,7 @@ Step = Callable[[], None]
 def atlas(shape: Shape, folder: str) -> Step:
     from atlas.process import set_up_process
 
-    set_up_process()  # as the command does
+    set_up_process()  # as the `atlas` command does
     from atlas.config.loader import resolve
 
     model = {name: getattr(shape, name) for name in ("hidden_size", "num_layers", "num_heads")}
@@ -90,7 +90,8 @@ def atlas(shape: Shape, folder: str) -> Step:
 
 
 def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: bool = False) -> Step:
-    """An update of `atlas train` on random tokens. `micro_batch` defaults to the config's `batch_size`."""
+    """Return a function that runs an update of `atlas train` on random tokens. `micro_batch` defaults to the config's
+    `batch_size`."""
     from dataclasses import replace
 
     import torch
@@ -122,7 +123,7 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
 
 
 def nanogpt(shape: Shape, folder: str) -> Step:
-    """An update as nanoGPT's train.py computes it."""
+    """Return a function that runs an update as in nanoGPT's train.py."""
     import torch
 
     folder, _, compiled = folder.partition(":")
@@ -142,8 +143,8 @@ def nanogpt(shape: Shape, folder: str) -> Step:
 
 
 def first_atlas(shape: Shape, folder: str) -> Step:
-    """The implementation with which Atlas was first published, as its trainer runs it, without its garbage collection
-    after each update."""
+    """Return a function that runs an update of the first published Atlas, as in its trainer, but without the garbage
+    collection after each update."""
     sys.path.insert(0, folder)  # its package has the same name as ours
     from atlas.config import ModelConfig
     from atlas.model import AtlasLM
@@ -214,7 +215,7 @@ def _plain_step(shape: Shape, network: Any, optimizer: Any, loss_of: Callable[[A
 
 
 def products(shape: Shape, folder: str) -> Step:
-    """The matrix products of an update without a model, at the rate of one well-shaped product."""
+    """Return a function that runs large matrix products without a model."""
     import torch
 
     size = 8192 if shape.device == "cuda" else 2048
@@ -239,7 +240,8 @@ KINDS = {
 
 
 def prepare(kind: str, folder: str, shape: Shape) -> Callable[[Any], Any]:
-    """The answer of a child: the seconds of one update, and the peak memory so far."""
+    """Return a function that answers a turn in a child process: with the seconds of one update, and the peak memory so
+    far."""
     step = KINDS[kind](shape, folder)
     import torch
 
@@ -261,7 +263,7 @@ def prepare(kind: str, folder: str, shape: Shape) -> Callable[[Any], Any]:
 
 
 def peak_resident() -> int:
-    """Peak memory in bytes. getrusage would include the peak of the process that started this one."""
+    """Return the peak memory in bytes. getrusage would include the peak of the parent process."""
     import psutil
 
     if psutil.LINUX:
@@ -294,7 +296,7 @@ def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
 
 
 def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
-    """Atlas first, then the available peers."""
+    """Yield Atlas first, then the available peers."""
     yield trainee("Atlas", "atlas", shape)
     if compiled:
         yield trainee("Atlas, compiled", "atlas", shape, "compiled")
@@ -313,7 +315,8 @@ def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trai
 
 
 def start(chosen: list[Trainee], *, at_once: bool) -> list[Trainee]:
-    """The contenders that are ready; the output names the others. With `at_once` they warm up in parallel."""
+    """Return the contenders that are ready. The output names the other contenders. With `at_once`, all contenders warm
+    up in parallel."""
     for one in chosen if at_once else ():
         one.contender.launch()
     started = []
@@ -348,7 +351,8 @@ def main() -> None:
     chosen = list(trainees(shape, arguments.peer, compiled=not arguments.no_compile))
     ceiling = trainee("matrix products alone", "products", shape)
     with recorded("Training throughput", arguments):
-        # On a GPU compiling takes longest, with a CPU core for each; on a CPU they would slow each other down.
+        # On a GPU the compilation takes longest, and each contender has its own CPU core. On a CPU, contenders would
+        # slow each other down.
         started = start([*chosen, ceiling], at_once=arguments.device == "cuda")
         if not {chosen[0].name, ceiling.name} <= {one.name for one in started}:
             raise SystemExit("nothing to compare")

@@ -1,4 +1,4 @@
-"""Atlas's model as transformers' GPT-2, with the same weights."""
+"""Convert Atlas's model to transformers' GPT-2 with the same weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def transformers_twin(model: Any) -> Any:
-    """transformers' GPT-2 with the weights of `model`; it stores most matrices transposed."""
+    """Return transformers' GPT-2 with the weights of `model`. GPT-2 stores most matrices transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config

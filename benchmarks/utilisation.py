@@ -1,9 +1,9 @@
-"""The fraction of the rate of matrix products that an update of training reaches, by the width of the model.
+"""Measure the utilisation of a training update by model width: its FLOP/s as a fraction of those of a matrix product.
 
     python benchmarks/utilisation.py --seconds 30
 
-Updates and products of 1024 × 1024 take turns in one process, so that other work on the machine slows both; medians
-count. `atlas plan` computes times from this: see `utilisation` in atlas/planning/run.py.
+Updates and products of 1024 × 1024 take turns in one process, so that other work on the machine slows both. Medians
+count. `atlas plan` uses these figures for its times, see `utilisation` in atlas/planning/run.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
-    """(seconds of an update, FLOP/s of products, updates), medians."""
+    """Return (seconds of an update, FLOP/s of products, number of updates). The first two are medians."""
     learner = fresh_learner(config, setup_runtime(config))
     state = TrainState(horizon=10**9, micro_batch_size=BATCH, eval_batch_size=BATCH)
     stop = StopRequest(print)
@@ -58,7 +58,7 @@ def measure(config: AtlasConfig, seconds: float) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    keep_memory()  # as the `atlas` command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The network. It knows nothing of training, devices or files."""
+"""The network. This package does not depend on training, devices or files."""
 
 from atlas.model.kv_cache import KVCache, long_tensor
 from atlas.model.lora import add_lora, has_lora, is_lora, merged

@@ -1,6 +1,7 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T new tokens, S tokens seen, H heads, K heads of keys and values, D head_dim, C hidden_size.
+Shapes: B batch, T new tokens, S tokens seen (earlier and new), H heads, K heads of keys and values, D head_dim, C
+hidden_size.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from atlas.model.rope import Rotation, rotate
 
 
 class Context(NamedTuple):
-    """What the attention of every block takes beside the residual stream."""
+    """The inputs of every block's attention, in addition to the residual stream."""
 
     positions: Tensor
-    """(T,) or (B, T): of the new tokens; (B, T) with a cache."""
+    """The positions of the new tokens: (T,), or (B, T) if the rows have different positions."""
     mask: Tensor | BlockMask | None = None
-    """(B, 1, T, S): the tokens that each query attends to; None: itself and all earlier ones."""
+    """(B, 1, T, S): the tokens to which each query attends. With None, a query attends to itself and all earlier
+    tokens."""
     rotation: Rotation | None = None
-    """Applied to queries and keys."""
+    """The rotation of queries and keys."""
     cache: KVCache | None = None
     """Keys and values of earlier tokens."""
 
@@ -55,7 +57,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) → (B, T, C).
 
-        Where K < H, each head of keys and values serves H / K heads of queries (Ainslie et al. 2023, arXiv:2305.13245).
+        If K < H, each head of keys and values is shared by H / K heads of queries (Ainslie et al. 2023,
+        arXiv:2305.13245).
         """
         positions, mask, rotation, cache = context
         B, T, _ = x.shape
@@ -66,8 +69,8 @@ class CausalSelfAttention(nn.Module):
         else:
             if cache is not None:
                 k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
-            # With one query per sequence, the heads that share a head of keys become rows: on CUDA no fused kernel
-            # supports both a mask and shared heads.
+            # With one query per sequence, the query heads that share a key head become rows of one head. On CUDA, no
+            # fused kernel supports both a mask and shared heads.
             as_rows = self.shares_keys and cache is not None and T == 1
             if as_rows:
                 q_BHTD = q_BHTD.reshape(B, k_BKTD.shape[1], -1, self.head_size)
@@ -83,8 +86,8 @@ class CausalSelfAttention(nn.Module):
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and earlier ones.
-        For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
+        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and all earlier
+        tokens. For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
         q_BHTD, k_BKTD, _ = self._project(x, context.rotation)
         k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
         scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
@@ -104,7 +107,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _norm_and_rope(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
-    """Queries or keys (B, T, H, D), normalized and rotated. For the backward pass only `x` and the result are kept."""
+    """Return queries or keys (B, T, H, D), normalized and rotated. The backward pass needs only `x` and the result."""
 
     def apply(x: Tensor) -> Tensor:
         x = x if norm is None else norm(x)

@@ -1,14 +1,14 @@
-"""What a model needs: parameters, FLOPs, and the bytes that autograd saves for the backward pass.
+"""The cost of a model: its parameters, its FLOPs, and the bytes that autograd saves for the backward pass.
 
-Nothing here repeats the architecture. Everything is read from a real `AtlasLM` with one block, on fake tensors, which
-have a shape and a dtype but no memory; a model has that block `num_layers` times. Two rules stand for what only a GPU
-does, and tests/cuda_path checks both:
+The numbers come from a real `AtlasLM` with one block, so that this module does not repeat the architecture. A model has
+this block `num_layers` times. The tensors are fake: they have a shape and a dtype but no memory. Two rules describe the
+behaviour of a GPU; tests/cuda_path checks both:
 
 - On a GPU the fused attention kernel saves q, k, v, its output and a logarithm per head and token (Dao et al. 2022,
-  arXiv:2205.14135), and on CUDA dropout saves a mask of one byte a number.
+  arXiv:2205.14135), and on CUDA dropout saves a mask of one byte per number.
 - A compiled block saves its input, the outputs of its matrix products except the last, and attention's output and
-  logarithms; all else is recomputed. If memory is ample, it also saves the inputs of these products, q, k and v,
-  dropout's masks, and the weights in half precision.
+  logarithms; all other tensors are recomputed. If memory is ample, the block also saves the inputs of these products,
+  q, k and v, dropout's masks, and the weights in half precision.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers.
 """
@@ -35,7 +35,8 @@ from atlas.model.transformer import AtlasLM
 _NO_LORA = LoraConfig()
 _FORWARD, _FORWARD_AND_BACKWARD = 2, 6
 _TRACED = (2, 16), (4, 64)
-"""B and T of the two traces: they differ by factors of 2 and 4, so that the growth of a tensor tells its exponents."""
+"""(B, T) of the two traces. B differs by a factor of 2 and T by a factor of 4, so that the growth of a tensor gives
+both exponents."""
 _GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
 
 
@@ -43,7 +44,7 @@ _GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
 
 
 class _NoValues(TorchFunctionMode):
-    """Skip initial values, for which PyTorch would load its compiler even on `meta`."""
+    """Skip the initialization of weights, for which PyTorch would load its compiler, even on `meta`."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -51,7 +52,7 @@ class _NoValues(TorchFunctionMode):
 
 
 def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
-    """Return the model with a single block and, where `lora.rank` asks for them, low-rank updates, on `meta`."""
+    """Return the model with a single block, on `meta`. With a `lora.rank`, the model has low-rank updates."""
     with torch.device("meta"), _NoValues():
         one = AtlasLM(model.model_copy(update={"num_layers": 1}))
         if lora.rank:
@@ -66,23 +67,24 @@ def is_in_block(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model, or the same one in every block."""
+    """A parameter of the model. A parameter in a block stands for all `copies`, one per block."""
 
     name: str
-    """In the first block."""
+    """The name; for a parameter in a block, its name in the first block."""
     shape: tuple[int, ...]
     copies: int
     is_trainable: bool
 
     @property
     def size(self) -> int:
-        """Numbers in all copies."""
+        """The number of elements in all copies."""
         return self.copies * torch.Size(self.shape).numel()
 
 
 @functools.lru_cache(maxsize=128)
 def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weight, ...]:
-    """Return all parameters, with the rows that only pad the vocabulary. The model may have 10,000 layers."""
+    """Return all parameters, with the rows that only pad the vocabulary. The function is fast even for a model of
+    10,000 layers."""
     return tuple(
         Weight(name, tuple(p.shape), model.num_layers if is_in_block(name) else 1, p.requires_grad)
         for name, p in one_block_model(model, lora).named_parameters()
@@ -91,7 +93,7 @@ def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weigh
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of the model by part, without the rows that only pad the vocabulary."""
+    """The number of parameters of each part, without the rows that only pad the vocabulary."""
 
     token_embedding: int
     position_embedding: int
@@ -102,7 +104,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All numbers of the model."""
+        """The number of parameters of the model."""
         return sum(astuple(self))
 
 
@@ -120,26 +122,26 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 
 def stored_parameters(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> int:
-    """Count the numbers in the model's tensors: padding rows and low-rank updates included."""
+    """Count the elements of the model's tensors, including padding rows and low-rank updates."""
     return sum(weight.size for weight in list_weights(model, lora))
 
 
 def lora_parameters(config: AtlasConfig) -> int:
-    """Count the numbers in the low-rank updates, (r, in) and (out, r) each; 0 without them."""
+    """Count the parameters of the low-rank updates, (r, in) and (out, r) per matrix; 0 without LoRA."""
     if not config.lora.rank:
         return 0
     return sum(weight.size for weight in list_weights(config.model, config.lora) if weight.is_trainable)
 
 
 class Matrix(NamedTuple):
-    """The shape of a linear layer: numbers out and in."""
+    """The shape of a linear layer's weight: outputs × inputs."""
 
     rows: int
     columns: int
 
     @property
     def size(self) -> int:
-        """Numbers in the matrix."""
+        """The number of elements in the matrix."""
         return self.rows * self.columns
 
 
@@ -150,16 +152,16 @@ def block_matrices(model: ModelConfig) -> dict[str, Matrix]:
 
 
 def training_flops_per_token(config: AtlasConfig) -> int:
-    """Floating-point operations for a token of an update, forward and backward: those of matrix products, which take
-    nearly all of the time. Evaluations are not counted.
+    """Return the floating-point operations per token of an update, forward and backward. Only matrix products count,
+    which take nearly all of the time. Evaluations do not count.
 
-    As in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311), each weight of a matrix needs 6: a multiplication
-    and an addition in the forward pass, and twice that in the backward pass. Embeddings multiply nothing. Attention's
-    two products need 12 · T · (width of all queries) per layer if each token is compared with all T; fused kernels skip
-    those after it, which halves that.
+    As in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311), each weight of a matrix needs 6 operations: a
+    multiplication and an addition in the forward pass, and twice as many in the backward pass. Embeddings need no
+    multiplication. Attention's two products need 12 · T · (width of all queries) per layer, if each token is compared
+    with all T tokens. Fused kernels skip later tokens, which halves this number.
 
-    Gradient checkpointing repeats each block's forward pass, up to the last tensor that the backward pass needs: with
-    dropout that is its output, without it the input of the MLP's last product.
+    Gradient checkpointing repeats each block's forward pass, up to the last tensor that the backward pass needs. With
+    dropout, this tensor is the block's output; without dropout, it is the input of the MLP's last product.
     """
     model = config.model
     matrices = block_matrices(model)
@@ -180,29 +182,29 @@ class Saved:
 
     factor: int
     sequences: int
-    """i: 1, or 0 for the copy of a weight in half precision."""
+    """The exponent i of B: 1, or 0 for the copy of a weight in half precision."""
     tokens: int
-    """j."""
+    """The exponent j of T."""
 
     def bytes(self, sequences: int, context: int) -> int:
-        """Bytes of the tensor for these sequences and this context."""
+        """Return the bytes of the tensor for this number of sequences and this context length."""
         return self.factor * sequences**self.sequences * context**self.tokens  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class SavedTensors:
-    """What the forward pass saves, each storage once, weights left out."""
+    """The tensors that the forward pass saves, except weights. Each storage counts once."""
 
     input: Saved
-    """Of a block: the residual stream. It is among `block` too."""
+    """The input of a block, which is the residual stream. `block` contains this input too."""
     block: tuple[Saved, ...]
-    """Of one block."""
+    """The tensors of one block."""
     rest: tuple[Saved, ...]
-    """Outside the blocks, without the loss and the table's copy in half precision."""
+    """The tensors outside the blocks, except those of the loss and the half-precision copy of the head's table."""
 
 
 class Execution(NamedTuple):
-    """How a model is run in training."""
+    """The way in which a model runs in training."""
 
     device: str
     """`cpu`, `cuda` or `mps`."""
@@ -219,7 +221,7 @@ class Execution(NamedTuple):
 def trace_saved_tensors(
     model: ModelConfig, execution: Execution, lora: LoraConfig = _NO_LORA
 ) -> SavedTensors:
-    """Run the forward pass of one block on fake tensors and return what it saves."""
+    """Run the forward pass of one block on fake tensors, and return the tensors that autograd saves."""
     shape = {"num_layers": 1, "max_seq_len": 1, "vocab_size": 1}
     return _trace(model.model_copy(update=shape), lora, execution)
 
@@ -236,7 +238,7 @@ def _trace(model: ModelConfig, lora: LoraConfig, execution: Execution) -> SavedT
 def _saved_bytes(
     model: ModelConfig, lora: LoraConfig, execution: Execution, sequences: int, context: int
 ) -> tuple[list[int], ...]:
-    """The bytes of a block's input, of what the block saves, and of what is saved outside it."""
+    """Return the bytes of a block's input, of the tensors saved inside the block, and of those saved outside."""
     one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
     dtype = torch.bfloat16 if execution.half_weights else torch.float32
     recorder = _Recorder(one, execution)
@@ -247,7 +249,7 @@ def _saved_bytes(
         recorder,
         torch.autocast("cpu", torch.bfloat16, enabled=execution.half, cache_enabled=False),
     ):
-        warnings.simplefilter("ignore")  # about kernels that a CPU lacks
+        warnings.simplefilter("ignore")  # hide warnings about kernels that a CPU lacks
         weights = {
             name: torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad)
             for name, p in one.named_parameters()
@@ -273,19 +275,19 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.device, self.width = execution.device, 2 if execution.half else 4
         self.shared: set[int] = set()
-        """Storages that are not counted: weights, and what all blocks use."""
+        """Storages that are not counted: weights, and tensors that all blocks share."""
         self.inside: dict[int, int] = {}
         self.outside: dict[int, int] = {}
         self.saved = self.outside
         self.inputs: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
-        """Of the block's matrix products."""
+        """The storages of the outputs of the block's matrix products; `inputs` has those of the inputs."""
         self.of_attention: dict[int, int] = {}
-        """Its output and logarithms."""
+        """The storages of attention's output and logarithms."""
         self.masks: dict[int, int] = {}
-        """Of dropout."""
+        """The storages of dropout's masks."""
         self.attended: dict[int, int] = {}
-        """Queries, keys and values."""
+        """The storages of queries, keys and values."""
         self._alive: list[Tensor] = []
         [block] = model.blocks
         block.register_forward_pre_hook(self._enter_block)
@@ -308,7 +310,8 @@ class _Recorder(TorchFunctionMode):
         self.saved = self.inside
         x, context = arguments
         self.shared |= {self.hold(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor)}
-        return x.detach().requires_grad_(), context  # LoRA trains nothing before the first block
+        # With LoRA, the input of the first block needs no gradient, but the inputs of all other blocks do.
+        return x.detach().requires_grad_(), context
 
     def _leave_block(self, *_: Any) -> None:
         self.saved = self.outside
@@ -325,7 +328,8 @@ class _Recorder(TorchFunctionMode):
         return tensor
 
     def hold(self, tensor: Tensor) -> int:
-        """Return the key of a tensor's storage, which is kept alive: another would get the key of a freed one."""
+        """Return a key for a tensor's storage, and keep the storage alive: a new storage could get the key of a freed
+        one."""
         self._alive.append(tensor)
         return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 

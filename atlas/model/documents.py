@@ -1,7 +1,7 @@
-"""Attention that stays inside a document where a sequence holds several.
+"""Attention that stays inside a document, for sequences that hold several documents.
 
-Shapes: B batch, T tokens. `documents` (B, T) int is the number of each token's document in its row, from 0 in
-ascending order.
+Shapes: B batch, T tokens. `documents` (B, T) int gives each token's document. The documents of a row are numbered from
+0 in ascending order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def dense_mask(documents: Tensor) -> Tensor:
 
 
 def sparse_mask(documents: Tensor) -> BlockMask:
-    """The same for FlexAttention (Dong et al. 2024, arXiv:2412.05496), which skips fully masked blocks."""
+    """The same mask for FlexAttention (Dong et al. 2024, arXiv:2412.05496), which skips fully masked blocks."""
     B, T = documents.shape
 
     def visible(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def sparse_mask(documents: Tensor) -> BlockMask:
 
 
 def document_mask(documents: Tensor, *, head_size: int, dropout: float) -> Tensor | BlockMask:
-    """The mask that attention computes fastest on this device: sparse for FlexAttention, else dense."""
+    """Return the mask with which attention is fastest on this device: sparse for FlexAttention, else dense."""
     if takes_flex_attention(documents.device, head_size=head_size, dropout=dropout):
         return sparse_mask(documents)
-    # A float mask, which all layers share: each layer would convert a bool mask to one and keep its copy.
+    # All layers share this float mask. From a bool mask, each layer would make a float copy and keep it.
     return torch.zeros((), device=documents.device).where(dense_mask(documents), -torch.inf)
 
 
@@ -55,7 +55,8 @@ def takes_flex_attention(device: torch.device, *, head_size: int, dropout: float
 
 
 def has_flex_attention(device: torch.device) -> bool:
-    """Whether FlexAttention has a fused kernel on `device`. (Without one it would compute all T × T weights.)"""
+    """Whether FlexAttention has a fused kernel on `device`. Without such a kernel, FlexAttention computes all T × T
+    weights."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 

@@ -1,12 +1,12 @@
-"""Keys and values of earlier tokens, so that each new token costs one row of computation.
+"""A cache of the keys and values of earlier tokens, so that the model computes only the new tokens.
 
 The caller owns the cache and passes it to `AtlasLM.forward`; the model keeps no state. Slot `s` of a row holds the
-token at position `s`, so the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
-length are never attended to and are overwritten later. For ragged batches: pad on the right, run, then `truncate` to
-the true lengths.
+token at position `s`. So the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
+length are never attended to and are overwritten later. For prompts of different lengths, pad on the right, run the
+model, then call `truncate` with the true lengths.
 
-Sequences may be added and removed while others are generated: the rows in use are always the first ones, so a forward
-pass computes only those.
+Sequences may be added and removed while others are being generated. The rows in use are always the first rows, so a
+forward pass computes only these.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from atlas.config import ModelConfig
 
 
 def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Nested sequences of integers as an int64 tensor on `device`.
+    """Return nested sequences of integers as an int64 tensor on `device`.
 
-    The host does not wait for the GPU, as it would in `torch.tensor(numbers, device=device)`: PyTorch first copies
-    pageable memory to its own buffer.
+    The host does not wait for the GPU, unlike with `torch.tensor(numbers, device=device)`. The numbers may change after
+    the call, since PyTorch first copies pageable memory to its own buffer.
     """
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
 
 class KVCache:
-    """Preallocated keys and values, with a length per row.
+    """Preallocated keys and values, with one length per row.
 
     `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,). B is the number
-    of rows in use: all `batch_size` of them, until `truncate`, `append` or `remove` changes it.
+    of rows in use. B is `batch_size` until `truncate`, `append` or `remove` changes it.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """(B, 1, T, S) bool: which of the first S slots the queries at `positions` (B, T) attend to.
+        """Return the mask (B, 1, T, S) bool of the first S slots to which the queries at `positions` (B, T) attend.
 
-        None where attention needs no mask, which is faster: for a single query that attends to every slot, and for an
-        empty cache, where attention is causal.
+        Return None, which is faster, if attention needs no mask. No mask is needed for a single query that attends to
+        every slot, and for an empty cache, where attention is causal.
         """
         if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None
@@ -71,30 +71,32 @@ class KVCache:
         return (slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H, T, D) at `positions` (B, T); return the first S slots of the layer, (B, H, S, D)."""
+        """Write keys and values (B, K, T, D) at `positions` (B, T). Return the first S slots of the layer, (B, K, S,
+        D)."""
         end = self.longest + positions.shape[1]
         if self._even:
             self.keys[layer, :, :, self.longest : end] = keys
             self.values[layer, :, :, self.longest : end] = values
         else:
             rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-            # Advanced indices around a slice put the indexed dimensions first: (B, T, H, D).
+            # Advanced indices around a slice put the indexed dimensions first: (B, T, K, D).
             self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
             self.values[layer][rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, num_new: int) -> None:
-        """Count `num_new` tokens in every row; called once a forward pass, after the last layer."""
+        """Add `num_new` to the length of every row. The model calls this once per forward pass, after the last
+        layer."""
         self.lengths += num_new
         self._lengths = [length + num_new for length in self._lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Drop the slots beyond `lengths`, one per row: the padding of a ragged prefill, or everything. Then
-        `len(lengths)` rows are in use."""
+        """Set the length of each row, and drop the slots beyond this length, such as the padding of prompts.
+        Afterwards, `len(lengths)` rows are in use."""
         num_rows = len(lengths)
         self.keys, self.values = self._all_keys[:, :num_rows], self._all_values[:, :num_rows]
         self.lengths = long_tensor(lengths, self.keys.device)
-        # On the host, so that slicing needs no device sync.
+        # The lengths are also on the host, so that slicing needs no device sync.
         self._lengths = list(lengths)
 
     def append(self, other: KVCache) -> None:
@@ -106,7 +108,7 @@ class KVCache:
         self.truncate([*self._lengths, *other._lengths])
 
     def remove(self, row: int) -> None:
-        """Remove a row; the last one moves to its place."""
+        """Remove a row. The last row takes its place."""
         *lengths, length = self._lengths
         last = len(lengths)
         if row != last:
@@ -116,14 +118,14 @@ class KVCache:
         self.truncate(lengths)
 
     def clear(self, row: int | None = None) -> None:
-        """Fill the slots of a row, or of all rows, with zeros: NaN in them would corrupt the next sequence."""
+        """Fill the slots of a row, or of all rows, with zeros, since NaN in a slot would corrupt the next sequence."""
         rows = slice(None) if row is None else row
         self._all_keys[:, rows] = 0
         self._all_values[:, rows] = 0
 
     @property
     def longest(self) -> int:
-        """Tokens in the longest row."""
+        """The number of tokens in the longest row."""
         return max(self._lengths, default=0)
 
     @property
@@ -133,8 +135,8 @@ class KVCache:
 
 
 class CacheWindow(KVCache):
-    """A view of the rows in use, for a forward pass of one token per row: attention reads the first `num_slots` slots
-    of each, and `lengths` masks those that are not filled.
+    """A view of a cache's rows in use, for a forward pass of one token per row. Attention reads the first `num_slots`
+    slots of each row, and masks the slots beyond the row's length.
 
     No shape and no number on the host depends on the lengths, so one CUDA graph of the pass serves all lengths.
     """
@@ -151,14 +153,15 @@ class CacheWindow(KVCache):
         return self.lengths[:, None]
 
     def visible(self, positions: Tensor) -> Tensor:
-        """(B, 1, 1, num_slots) bool: the slots up to `positions` (B, 1)."""
+        """Return the mask (B, 1, 1, num_slots) bool of the slots up to `positions` (B, 1)."""
         return (self._slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, K, 1, D) at `positions` (B, 1); return all slots of the layer, (B, K, num_slots, D)."""
+        """Write keys and values (B, K, 1, D) at `positions` (B, 1). Return all slots of the layer, (B, K, num_slots,
+        D)."""
         self.keys[layer][self._rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self._rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer], self.values[layer]
 
     def advance(self, num_new: int) -> None:
-        """Nothing: the caller advances the cache itself."""
+        """Do nothing: the caller advances the cache itself."""

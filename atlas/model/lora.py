@@ -1,7 +1,7 @@
-"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): the base weights are frozen, and for each target matrix
-W two small trainable matrices are added: W + α/r · B A.
+"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv:2106.09685). The base weights are frozen. Each target matrix W gets
+two small trainable matrices: W + α/r · B A.
 
-Shapes: r rank, A (r, in), B (out, r). A is random at first and B zero, so training starts at the base model.
+Shapes: r rank, A (r, in), B (out, r). At first, A is random and B is zero, so training starts at the base model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> None:
-    """Freeze `model` and add trainable updates to `config.targets` in every block; `seed` decides their weights."""
+    """Freeze `model` and add trainable updates to `config.targets` in every block; `seed` decides their initial
+    weights."""
     if seed is not None:
         torch.manual_seed(seed)
     model.requires_grad_(False)
@@ -60,7 +61,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """A state dict with the low-rank updates added to their matrices."""
+    """Return a state dict in which the low-rank updates are added to their matrices."""
     result = {name: tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
     for name, a in weights.items():
         if name.endswith(_A):

@@ -10,11 +10,11 @@ from atlas.model.recompute import Linear, checkpointed
 
 
 class MLP(nn.Module):
-    """C → M → C with GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), or with SwiGLU (Shazeer 2020,
-    arXiv:2002.05202), where `up` computes the values and the gates that multiply them.
+    """C → M → C, where M is `mlp_width`, with GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415) or SwiGLU (Shazeer 2020,
+    arXiv:2002.05202). With SwiGLU, `up` computes both the gates and the values that they multiply.
 
-    The default is GELU's tanh form, which GPT-2 was trained with and llama.cpp computes. The exact form differs by at
-    most 5e-4; Atlas 1.x used it.
+    The default is GELU's tanh form, as in GPT-2 and llama.cpp. Atlas 1.x used the exact form, which differs by at most
+    5e-4.
     """
 
     def __init__(self, config: ModelConfig) -> None:

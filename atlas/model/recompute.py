@@ -1,4 +1,4 @@
-"""Outputs that are cheap to compute again are not kept for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+"""Recompute cheap outputs in the backward pass, instead of keeping them (Chen et al. 2016, arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, of which only `x` is kept for the gradients.
+    """Return `function(x)`, but keep only `x` for the backward pass.
 
-    For a cheap operation before a matrix product: recomputation stops at the product's input and does not repeat the
-    product. `function` must be deterministic: no dropout.
+    Use this function for a cheap operation before a matrix product: recomputation stops at the product's input and does
+    not repeat the product. `function` must be deterministic: no dropout.
 
-    Under torch.compile this is `function` alone: the compiler decides what is kept (`training.compile`). Asked to
-    recompute, it would repeat the matrix product too.
+    Under torch.compile, only `function` is called, and the compiler decides which tensors to keep (`training.compile`).
+    A checkpoint there would make the compiler repeat the matrix product too.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
@@ -27,7 +27,8 @@ def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, marked so that `linear` keeps `x` in its place. `function` must be cheap and deterministic."""
+    """Return `function(x)`, marked so that `linear` keeps `x` instead of the result. `function` must be cheap and
+    deterministic."""
     result = function(x)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         result.recompute_from = (function, x)  # type: ignore[attr-defined]
@@ -35,7 +36,8 @@ def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (…, in) → (…, out). Of a `recomputable` x it keeps what x was computed from."""
+    """`F.linear`, (…, in) → (…, out). If `x` came from `recomputable`, `linear` keeps the tensor from which `x` was
+    computed."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(x, "recompute_from"):
         return F.linear(x, weight, bias)
     result: Tensor = _LinearOfRecomputed.apply(x, weight, bias, *x.recompute_from)  # type: ignore[no-untyped-call]
@@ -43,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by the `linear` of this module: for layers whose input is a norm's output."""
+    """`nn.Linear` that calls this module's `linear`, for layers whose input is the output of a norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in) → (…, out)."""

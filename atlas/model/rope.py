@@ -1,8 +1,9 @@
 """Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864): queries and keys are rotated by an angle that
-grows with their position, so their product depends on the distance between them.
+grows with their position. So the product of a query and a key depends on their distance.
 
-Each pair of numbers of a head has its own frequency. A pair is numbers i and i + D/2, as in GPT-NeoX and in the
-published weights of Llama and Qwen; llama.cpp's `llama` pairs neighbours, which is the same with reordered rows.
+Each pair of numbers of a head has its own frequency. A pair consists of the numbers i and i + D/2, as in GPT-NeoX and
+in the published weights of Llama and Qwen. llama.cpp's `llama` pairs neighbours, which is equivalent if the weight rows
+are reordered.
 
 Shapes: B batch, T tokens, H heads, D head_dim.
 """
@@ -26,7 +27,7 @@ def rotation_at(positions: Tensor, head_size: int, theta: float) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """(B, T, H, D) → the same, rotated. Computed in fp32, whatever the dtype of `x`."""
+    """(B, T, H, D) → the same shape, rotated. The computation is in fp32, for any dtype of `x`."""
     cos, sin = rotation
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         rotated: Tensor = _RotationOnCPU.apply(x, cos, sin)  # type: ignore[no-untyped-call]
@@ -36,8 +37,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class _RotationOnCPU(torch.autograd.Function):
-    """`rotate` in three passes over memory instead of seven; the backward pass rotates back, in three as well: 1.6
-    times as fast (2,048 tokens, 2 heads of 64, two threads)."""
+    """`rotate` with three passes over memory instead of seven. The backward pass rotates back, also with three. This
+    implementation is 1.6 times as fast (2,048 tokens, 2 heads of 64, two threads)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

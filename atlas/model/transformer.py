@@ -1,8 +1,8 @@
 """`AtlasLM`: a decoder-only transformer, as in GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023,
-arXiv:2302.13971) or Qwen3, or a mixture of them, by `ModelConfig`.
+arXiv:2302.13971) or Qwen3, or a mixture of them. `ModelConfig` selects the parts.
 
-Its blocks are pre-norm; its head may share the token embedding's weights. The model knows nothing of training, devices
-or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
+The blocks are pre-norm. The head may share the token embedding's weights. The model does not depend on training,
+devices or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from atlas.model.rope import rotation_at
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). What is recomputed in the backward pass: see `recompute`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). For the outputs that the backward pass recomputes, see
+    `recompute`."""
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -42,10 +43,10 @@ class Block(nn.Module):
 
 
 class AtlasLM(nn.Module):
-    """A language model: token ids (B, T) → logits (B, T, V), row t predicting token t + 1.
+    """A language model: token ids (B, T) → logits (B, T, V). The logits at position t predict token t + 1.
 
-    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its
-    activations (Chen et al. 2016, arXiv:1604.06174).
+    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its activations (Chen et al.
+    2016, arXiv:1604.06174).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -64,15 +65,16 @@ class AtlasLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set biases to zero, gains to 1, and weights to normal numbers. Rows that only pad the vocabulary are zero.
+        """Set biases to zero, gains to 1, and weights to normally distributed numbers. Rows that only pad the
+        vocabulary are zero.
 
-        `gpt2`: std 0.02, and 0.02/√(2 · num_layers) for the projections that write to the residual stream, so that its
-        variance does not grow with depth (Radford et al. 2019, section 2.3).
+        `gpt2`: std 0.02. For the projections that write to the residual stream, std is 0.02/√(2 · num_layers), so that
+        the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
 
         `scaled`: std 1/(2√inputs) in the blocks, so that outputs have the same scale at any width (Yang et al. 2022,
         arXiv:2203.03466). The projections that write to the residual stream are zero, so every block starts as the
         identity (Zhang et al. 2019, arXiv:1901.09321). A tied head then gives the input token itself a logit of std ·
-        width. It is limited to 5, so that the model does not start by repeating its input.
+        width. This logit is limited to 5, so that the model does not start by repeating its input.
         """
         is_scaled = self.config.init == "scaled"
         residual_scale = 0.0 if is_scaled else 1 / math.sqrt(2 * self.config.num_layers)
@@ -95,10 +97,10 @@ class AtlasLM(nn.Module):
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of `tokens` (B, T), which follow the tokens in `cache`, if one is given.
+        """Return the logits (B, T, V) of `tokens` (B, T). With a `cache`, these tokens follow the tokens in the cache.
 
-        With `documents` (B, T), the number of each token's document in its row, attention stays inside a document and
-        positions restart in each.
+        `documents` (B, T) gives the number of each token's document in its row. Attention then stays inside a document,
+        and positions restart in each document.
         """
         return self.head(self.hidden_states(tokens, cache, documents))
 
@@ -127,12 +129,13 @@ class AtlasLM(nn.Module):
         return self.dropout(x), context
 
     def _context(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Context:
-        """Computed once for all blocks. A single document needs no mask: attention's own kernel is causal."""
+        """Return the context, computed once for all blocks. A single document needs no mask: the attention kernel
+        itself is causal."""
         T, rotation = tokens.shape[1], None
         mask: Tensor | BlockMask | None = None
         if cache is not None:
             if documents is not None:
-                raise ValueError("a cache holds one document a row: documents cannot be given with it")
+                raise ValueError("a cache holds one document per row: give either a cache or documents")
             positions = cache.positions(T)
             mask = cache.visible(positions)
         else:
@@ -149,8 +152,9 @@ class AtlasLM(nn.Module):
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         """(B, T) ids → (B, T, C)."""
-        # A tied table already holds the head's gradient when that of these rows arrives. A sparse gradient is added
-        # row by row; a dense one needs the table's memory, and on a CPU took 4 % of an update of `tiny`.
+        # A tied table already holds the head's gradient when the embedding's gradient arrives. A sparse gradient is
+        # added row by row. A dense gradient would need the memory of the table, and took 4 % of an update of `tiny` on
+        # a CPU.
         if self.config.tie_embeddings and tokens.device.type == "cpu" and torch.is_grad_enabled():
             return F.embedding(tokens, self.token_embedding.weight, sparse=True)
         return self.token_embedding(tokens)  # type: ignore[no-any-return]
@@ -170,7 +174,7 @@ class AtlasLM(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def num_parameters(self) -> int:
-        """Number of parameters without the rows that pad the vocabulary, which are always zero."""
+        """Return the number of parameters, without the rows that pad the vocabulary, which are always zero."""
         total = sum(parameter.numel() for parameter in self.parameters())
         tables = 1 if self.config.tie_embeddings else 2
         padding = self.config.padded_vocab_size - self.config.vocabulary
@@ -178,7 +182,7 @@ class AtlasLM(nn.Module):
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> AtlasLM:
-    """A newly initialized model on the CPU; `seed` decides its weights."""
+    """Return a newly initialized model on the CPU. `seed` decides its weights."""
     if seed is not None:
         torch.manual_seed(seed)
     return AtlasLM(config)

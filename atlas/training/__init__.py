@@ -1,1 +1,1 @@
-"""Loss, optimiser, schedule, loop, checkpoints: from tokens to trained weights."""
+"""Training: the loss, the optimizers, the schedule, the training loop and the checkpoints."""

@@ -1,4 +1,4 @@
-"""A few updates outside a run: can the model learn one batch, and where does the time of an update go?"""
+"""Updates outside a run: check whether the model can learn one batch, and profile an update."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """`seconds` of an update while nothing was recorded. `operations` of the update that was recorded: (name, calls,
-    seconds of its own), the longest first, on the device that computes."""
+    """The result of `profile_update`.
+
+    `seconds` is the time of an update without the profiler. `tokens` is the number of tokens of an update. `operations`
+    lists the operations of the profiled update on the training device as (name, calls, seconds without nested
+    operations), the longest first.
+    """
 
     seconds: float
     tokens: int
@@ -44,10 +48,11 @@ class Profile:
 
 
 def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: int = OVERFIT_UPDATES) -> bool:
-    """Train on the run's first sequences at a constant rate, dropout off; return whether the model memorized them.
+    """Train on the run's first sequences at a constant learning rate, without dropout. Return whether the model
+    memorized these sequences.
 
-    The first check when "the loss is not decreasing". If it fails, the fault is in the settings, the loss or the code.
-    If it succeeds, look at the data or the schedule.
+    Use this check first if the loss of a run does not decrease. If the check fails, the fault is in the settings, the
+    loss or the code. If the check succeeds, look at the data or the schedule.
     """
     config, data = with_data(resolve(explicit), explicit, None)
     config = config.replace("model", dropout=0.0).replace("training", weight_decay=0.0)
@@ -57,7 +62,7 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
     size, rate = len(batch[0]), config.training.learning_rate
     state = TrainState(updates, min(config.training.sequences_at_once, size))
     say(
-        f"one batch of {size} × {config.model.max_seq_len} tokens, up to {updates} updates at a rate of {rate:g}"
+        f"one batch of {size} × {config.model.max_seq_len} tokens, up to {updates} updates at learning rate {rate:g}"
     )
     best = math.inf
     for number in range(1, updates + 1):
@@ -79,10 +84,11 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
 
 
 def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
-    """Take some updates of the run that `explicit` describes, record the last one, and write the record as a Chrome
-    trace (chrome://tracing, ui.perfetto.dev) to `profile.json` in the output folder. Saves nothing else.
+    """Perform some updates with the settings in `explicit`, profile the last update, and write the Chrome trace to
+    `profile.json` in the output folder.
 
-    Raises `AtlasError` as training does, and where the folder cannot be written.
+    To view the trace, open it in chrome://tracing or ui.perfetto.dev. The function saves nothing else. Raises
+    `AtlasError` in the same cases as training, and if the folder is not writable.
     """
     config, data = with_data(resolve(explicit), explicit, None)
     trace = Path(config.checkpoint.output_dir) / "profile.json"
@@ -100,7 +106,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
         _update(learner, next(stream), state, say)
     start = time.perf_counter()
     batch = next(stream)
-    _update(learner, batch, state, say)  # waits for the device, since the figures are read
+    _update(learner, batch, state, say)  # waits for the device, since it reads the loss
     seconds = time.perf_counter() - start
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -118,7 +124,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
 def _batches(
     data: ResolvedData, config: AtlasConfig, *, num_updates: int, most: int, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The run's first sequences, `most` an update."""
+    """The batches of the run's first updates, with at most `most` sequences per update."""
     dataset = training_sequences(data, config)
     return batches(
         dataset,
@@ -131,7 +137,7 @@ def _batches(
 
 
 def _update(learner: Learner, batch: Batch, state: TrainState, say: Callable[[str], None]) -> Update:
-    stop = StopRequest(say)  # not entered: Ctrl-C ends it at once
+    stop = StopRequest(say)  # not entered as a context, so Ctrl-C ends the command immediately
     gradient = gradient_within_memory(learner, batch, state, stop=stop, say=say)
     assert gradient is not None
     update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)

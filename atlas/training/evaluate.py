@@ -1,4 +1,4 @@
-"""Loss of a model on held-out text."""
+"""Compute the loss of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atlas.training.logs.run_log import perplexity
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats per token over `tokens` tokens that stand for `num_bytes` bytes of UTF-8."""
+    """The mean loss in nats per token over `tokens` tokens, which encode `num_bytes` bytes of UTF-8 text."""
 
     loss: float
     tokens: int
@@ -34,12 +34,13 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, which loss and perplexity are not."""
+        """The loss in bits per byte, which is comparable between tokenizers, unlike loss and perplexity."""
         return self.loss * self.tokens / (math.log(2) * self.num_bytes)
 
 
 def fixed_subset(num_sequences: int, size: int) -> list[int]:
-    """`size` window numbers spread evenly over a dataset: the same at every evaluation."""
+    """Return the indices of at most `size` windows, spread evenly over a dataset. Every evaluation uses the same
+    windows."""
     return [int(i) for i in np.unique(np.linspace(0, num_sequences - 1, min(size, num_sequences)).round())]
 
 
@@ -54,11 +55,12 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Evaluation | None:
-    """The loss by `objective`, a `SummedLoss`, on `windows` of `dataset`, with dropout off; None if `should_stop`
-    returns true between batches.
+    """Compute the loss of `objective`, a `SummedLoss`, on `windows` of `dataset`, without dropout. Return None if
+    `should_stop` returns true between batches.
 
-    Only sums are kept: the logits of a batch are freed before the next is read. `track` may draw a progress bar
-    around the batches; a GPU may still be running the last ones. Of R ranks each evaluates every R-th window.
+    Only the sum of the losses is kept: the logits of a batch are freed before the next batch is read. `track` may draw
+    a progress bar while it iterates over the batches; a GPU may lag behind this bar. With R ranks, each rank evaluates
+    every R-th window.
     """
     was_training = objective.training
     objective.eval()
@@ -70,7 +72,7 @@ def evaluate(
             if should_stop():
                 return None
             own = mine[start : start + batch_size]
-            # A rank without windows left runs too: the others may need its part of the weights.
+            # A rank without remaining windows also runs the model: other ranks may need its part of the weights.
             rows = [dataset[window] for window in own or windows[:1]]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             if runtime.compiles:
@@ -86,7 +88,7 @@ def evaluate(
     finally:
         objective.train(was_training)
     total = 0.0
-    for loss_value in torch.stack(losses).tolist() if losses else ():  # read together: the host waits once
+    for loss_value in torch.stack(losses).tolist() if losses else ():  # one read, so the host waits once
         total += loss_value
     nats, of_all = world.sums(total, tokens)
     return Evaluation(nats / max(1, of_all), int(of_all), of_all * dataset.bytes_per_token)
@@ -94,7 +96,7 @@ def evaluate(
 
 @torch.no_grad()
 def token_losses(model: AtlasLM, dataset: SequenceSource, window: int, *, runtime: Runtime) -> Tensor:
-    """(T,) nats of each target of a window, on the CPU; NaN where there is none."""
+    """Return the loss in nats of each target of a window, (T,), on the CPU; NaN where there is no target."""
     inputs, targets, *documents = (column[None].to(runtime.device) for column in dataset[window])
     with runtime.autocast():
         logits = model(inputs, documents=documents[0] if documents else None)

@@ -1,4 +1,4 @@
-"""Detect bad numbers: which updates are not applied, and what to check when a run ends because of them."""
+"""Detect updates with bad numbers, which are not applied. List the possible causes if such updates end a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _WINDOW, _FEWEST = 128, 32
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an update was not applied. A benign fault belongs to fp16 and is no sign of a problem."""
+    """The reason why an update is not applied, or why a run rolls back. A benign fault is a gradient overflow that is
+    normal in fp16."""
 
     reason: str
     is_benign: bool = False
@@ -30,10 +31,11 @@ class Fault:
 def check_update(
     loss: float, grad_norm: float, *, state: TrainState, guard: GuardConfig, loss_scale: float | None = None
 ) -> Fault | None:
-    """The fault of an update with this loss and gradient norm; None if there is none.
+    """Return the fault of an update with this loss and gradient norm, or None.
 
-    `loss_scale` is the scale in fp16, None in other precisions. In fp16 a gradient that overflows at a scale above 1 is
-    expected: the scaler finds the scale in this way, and halves it. Overflow without any scale is divergence.
+    `loss_scale` is the loss scale in fp16, and None in other precisions. In fp16 a gradient overflow at a scale above 1
+    is normal: the scaler halves the scale until no gradient overflows. An overflow at a lower scale, or without loss
+    scaling, means divergence.
     """
     if not math.isfinite(loss):
         return Fault(f"loss {loss}")
@@ -47,20 +49,26 @@ def check_update(
         checks = ("loss", loss, state.recent_losses), ("gradient norm", grad_norm, state.recent_norms)
         for name, value, recent in checks:
             if (score := z_score(value, recent)) > guard.spike_z_score:
-                return Fault(f"{name} {value:.4g} is {score:.1f} standard deviations high", is_spike=True)
+                return Fault(
+                    f"{name} {value:.4g} is {score:.1f} standard deviations above the mean", is_spike=True
+                )
     return None
 
 
 def weights_fault(model: nn.Module, world: World) -> Fault | None:
-    """A fault if a weight of any rank is not finite. Every rank must call it. The update that caused it was applied,
-    since its loss and gradient came from the weights before it."""
+    """Return a fault if a weight of any rank is not finite, else None. Every rank must call this function.
+
+    `check_update` cannot find such weights: that function sees only the loss and the gradient norm from before the
+    update.
+    """
     own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
     is_finite = torch.stack([part.isfinite().all() for part in own]).all()
     return Fault("weights that are not finite") if world.any(not is_finite) else None
 
 
 def z_score(value: float, recent: Sequence[float]) -> float:
-    """How many standard deviations `value` lies above the mean of `recent`; 0 while there are too few."""
+    """Return how many standard deviations `value` lies above the mean of `recent`; 0 while `recent` has too few
+    values."""
     if len(recent) < _FEWEST:
         return 0.0
     mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
@@ -70,7 +78,8 @@ def z_score(value: float, recent: Sequence[float]) -> float:
 def count(
     state: TrainState, loss: float, grad_norm: float, fault: Fault | None, *, guard: GuardConfig
 ) -> None:
-    """Count an update in `state`. A spike enters the window too, so that a lasting shift stops counting as a spike."""
+    """Record an update in `state`. The recent values include spikes, so that a lasting shift stops counting as a
+    spike."""
     if fault is None:
         state.loss, state.bad_in_a_row = loss, 0
         state.loss_since_save.add(loss)
@@ -84,7 +93,7 @@ def count(
 
 
 def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
-    """What to check when a run cannot continue: one line each, the most likely cause first."""
+    """Return the possible causes to check when a run cannot continue: one line per cause, the most likely first."""
     lines = [
         f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
         f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual: lower --learning-rate, or "
@@ -96,9 +105,9 @@ def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequenc
             1, f"gradient clipping: training.grad_clip is {training.grad_clip or 'off'}; 1.0 is usual"
         )
     if runtime.precision == "fp16":
-        lines.insert(0, "the precision: fp16 ends at 65,504: --set training.precision=bf16, or fp32")
+        lines.insert(0, "the precision: fp16 overflows above 65,504: --set training.precision=bf16, or fp32")
     if training.loss:
-        lines.insert(0, f"your loss {training.loss}: a logarithm or a division without a floor does this")
+        lines.insert(0, f"your loss {training.loss}: a logarithm of zero or a division by zero does this")
     if runtime.device.type != "cpu":
-        lines.append("the GPU: if --device cpu does not show it, check its memory, clocks and driver")
+        lines.append("the GPU: if the run works with --device cpu, check the GPU's memory, clocks and driver")
     return [f"to check, {number}: {line}" for number, line in enumerate(lines, start=1)]

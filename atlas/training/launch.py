@@ -1,4 +1,4 @@
-"""Carry out the decision of `resume.py`: claim the folder, build the run, log what it will do."""
+"""Carry out the decision of `resume.py`: lock the output folder, build the run and log its settings."""
 
 from __future__ import annotations
 
@@ -43,16 +43,19 @@ from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
 
 _GATHERED_PART = 0.5
-"""The part of the free memory that a gathered state may use."""
-_FP32, _TOKEN = 4, 2 * 8  # bytes of a number; of an input and its target
+"""The fraction of the free memory that a full checkpoint, gathered by one rank, may use."""
+_FP32, _TOKEN = 4, 2 * 8  # bytes of an fp32 number; bytes of an input token and its target
 
 
 def start_run(
     start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Build the run. What can be refused is refused first; from the lock of the folder on, the first rank writes files.
-    `sampler` writes the samples that `tracking.samples` asks for; without one there are none. Where the user set no
-    `training.batch_size`, more than that may run per micro-batch."""
+    """Build the run. The checks come first; the first rank writes files only after it has locked the folder.
+
+    `sampler` generates the texts of `tracking.samples`; without a sampler the run has no samples.
+    `may_exceed_batch_size` allows micro-batches larger than `training.batch_size`, for a run whose user did not set
+    this key.
+    """
     config, folder = start.config, start.folder
     resumes = start.mode == "resume"
     with world.in_step():
@@ -77,7 +80,8 @@ def start_run(
             with explain_failed_write(folder, "choose another --output-dir"):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder)
-    if world.any(runtime.parallel == "fsdp"):  # free memory differs from GPU to GPU
+    # Free memory differs between GPUs: if one rank must shard, all do.
+    if world.any(runtime.parallel == "fsdp"):
         runtime = replace(runtime, parallel="fsdp")
     state = _resumed_state(start, data, runtime) if resumes else None
     config, log, checkpoints = _open_folder(start, world)
@@ -91,19 +95,19 @@ def start_run(
     if resumes:
         restore_optimizer(learner, start.contents, start.source)
     if not run.is_complete:
-        # A run that was killed before its first save left lines, too.
+        # A run that was killed before its first save has left lines in the log, too.
         log.rewind(state.step if resumes else -1)
         log_summary(start, run, differences)
         record_start(start, run)
     if runtime.compiles:
         compile_blocks(model, keeps_little=keeps_little)
-    start.contents.clear()  # the loaded copy is not needed beside the model
+    start.contents.clear()  # the model has its own copy of the weights
     return run
 
 
 def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
-    """The config with its output folder, the log and the checkpoints there."""
-    with world.in_step():  # the others' logs go to the folder, which is there now
+    """Prepare the output folder. Return the config with this folder, the log and the checkpoint manager."""
+    with world.in_step():  # the other ranks write their logs to the folder, which now exists
         if world.is_first and start.set_aside:
             target = move_aside(start.folder, start.set_aside)
             start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
@@ -123,7 +127,7 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
 
 
 def _identity(start: Start) -> dict[str, Any]:
-    """The data of the run, for every checkpoint. `base` identifies the checkpoint whose weights it began with."""
+    """Describe the run's data, for its checkpoints. `base` identifies the checkpoint that the run fine-tunes."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity = {
@@ -135,7 +139,7 @@ def _identity(start: Start) -> dict[str, Any]:
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:
-    """The model with the weights that the run begins with, on the CPU."""
+    """Build the model on the CPU, with the weights that the run begins with."""
     model = build_model(config.model, seed=None if start.contents else config.seed)
     resumes = start.mode == "resume"
     if resumes:
@@ -143,11 +147,11 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
         if saved != config.lora:
             raise AtlasError(
                 f"{start.source}: was trained with lora.rank {saved.rank}, alpha {saved.alpha:g}, targets "
-                f"{', '.join(saved.targets)}: leave these as they were, or start a new run from it with --init-from"
+                f"{', '.join(saved.targets)}: leave these settings as they were, or start a new run with --init-from"
             )
     elif config.lora.rank and not start.contents:
         raise AtlasError(
-            f"lora.rank: {config.lora.rank}: updates beside frozen weights need a trained model: name it with "
+            f"lora.rank: {config.lora.rank}: low-rank updates need a trained model: name it with "
             "--init-from, or set lora.rank to 0"
         )
     if resumes and config.lora.rank:
@@ -155,7 +159,7 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
     if start.contents:
         weights = start.contents["model_state_dict"]
         if (positions := weights.get("position_embedding.weight")) is not None:
-            # A new run may have a shorter context: it uses the first learned positions.
+            # A new run with a shorter context uses the first learned positions.
             weights["position_embedding.weight"] = positions[: config.model.max_seq_len]
         load_weights(model, start.contents, start.source)
     if config.lora.rank and not resumes:
@@ -168,7 +172,7 @@ def _fresh_state(
 ) -> TrainState:
     micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
-        if runtime.parallel == "fsdp":  # a trial in a process of its own would need the full model
+        if runtime.parallel == "fsdp":  # a trial in a separate process would need the full model
             micro_batch = min(micro_batch, remembered_micro_batch(config, runtime.device) or micro_batch)
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
@@ -184,11 +188,11 @@ def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
 
 
 def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
-    """The checkpoint's state; horizon and micro-batch change only if the settings behind them did."""
+    """Return the checkpoint's state. The horizon and the batch sizes change only if their settings have changed."""
     state = TrainState.of(start.contents)
     old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
-        state.best_loss = math.inf  # the best before that one was overwritten by it
+        state.best_loss = math.inf  # atlas_best.pt was overwritten after this checkpoint was saved
     if _length(old) != _length(new):
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
@@ -204,7 +208,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     owes_evaluation = data.val is not None and state.owes_evaluation(new.eval_interval)
     if state.step >= state.horizon and not owes_evaluation:
         start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
-    # After a restart by torchrun, the size that the rank which ran out of memory has remembered.
+    # After a restart by torchrun, use the size that was stored by the rank that ran out of memory.
     fewer = remembered_micro_batch(start.config, runtime.device) if num_restarts() else None
     size = state.micro_batch_size
     state.micro_batch_size = runtime.world.all_min(min(size, fewer or size))
@@ -212,14 +216,14 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
 
 
 def _length(training: TrainingConfig) -> tuple[object, ...]:
-    """What decides where the schedule ends."""
+    """The settings that decide where the schedule ends."""
     return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
 
 
 def _open_saver(
     checkpoints: CheckpointManager, config: AtlasConfig, runtime: Runtime, log: RunLog
 ) -> BackgroundSaver:
-    """The saver of a run: each rank writes its shards, or the first rank writes everything to one file."""
+    """Return the saver of a run. Either every rank writes its own shards, or the first rank writes one file."""
     world = runtime.world
     in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
     if not world.broadcast(_saves_shards(config, runtime)):
@@ -238,7 +242,7 @@ def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
 
 
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
-    """Whether the copy that a save writes from fits into memory beside all that a step needs."""
+    """Whether memory has room for the copy that a save is written from, in addition to what a step needs."""
     if not config.checkpoint.background:
         return False
     copy, free = checkpoint_bytes(config), measure_memory("cpu")
@@ -253,9 +257,9 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
 
 
 def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
-    optimizer = build_optimizer(model, start.config.training)  # or it is refused, if it cannot be had here
+    optimizer = build_optimizer(model, start.config.training)  # raises an error if torchao is missing
     if start.mode != "resume" or left_in_shards(start.source or Path()):
-        return  # shards are looked at when they are read
+        return  # shards are checked when they are read
     try:
         saved = start.contents.get("optimizer_state_dict")
         if not saved:
@@ -269,7 +273,8 @@ def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
 
 
 def _refuse_too_large(config: AtlasConfig) -> None:
-    """Refuse what cannot fit into memory with any micro-batch: the weights, and the sequences of an update."""
+    """Raise `AtlasError` if the weights or the sequences of an update need more memory than is free. No micro-batch
+    size would help."""
     weights = _FP32 * count_parameters(config.model).total
     sequences, length = config.training.sequences_per_update, config.model.max_seq_len
     batch, free = sequences * length * _TOKEN, measure_memory("cpu")
@@ -286,7 +291,11 @@ def _refuse_too_large(config: AtlasConfig) -> None:
 
 
 def _refuse_retention(config: AtlasConfig) -> None:
-    """`checkpoint.max_total` must hold the best and the newest, and both while they are replaced."""
+    """Raise `AtlasError` if `checkpoint.max_total` is too small for four checkpoints, or if `slim_old` is set for
+    sharded ones.
+
+    Four checkpoints exist while the best one and the newest one are being replaced.
+    """
     if config.checkpoint.slim_old and config.checkpoint.format == "sharded":
         raise AtlasError(
             "checkpoint.slim_old: true: is for checkpoints of one file: leave it out, or set checkpoint.format=single"

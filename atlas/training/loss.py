@@ -1,7 +1,7 @@
 """The language-model loss, and custom losses.
 
-Contract: training minimises the sum over valid tokens divided by the number of valid tokens, both over all
-micro-batches of the update. A mean of micro-batch means would weigh a token by the padding around it.
+Contract: training minimizes the summed loss of all valid tokens divided by their number, over all micro-batches of an
+update. In a mean of micro-batch means, a token's weight would depend on the padding in its micro-batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atlas.tokenizer.custom import import_object
 from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_cuda, loss_with_gradients
 
 LossFunction = Callable[..., Tensor]
-"""`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the tokens given`, a scalar."""
+"""`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the given tokens`, a scalar."""
 
 
 def compute_lm_loss(
@@ -31,8 +31,8 @@ def compute_lm_loss(
     """Cross entropy in nats of `logits` (B, T, V) against `targets` (B, T).
 
     Nothing is shifted: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to `IGNORE_INDEX`, and
-    those with a `mask` (B, T) of zero, do not count. `reduction` is `mean` over the tokens that count (0 without any,
-    never NaN) or `sum`.
+    those with a `mask` (B, T) of zero, do not count. `reduction` is `sum`, or `mean` over the tokens that count. If no
+    token counts, the mean is 0 and not NaN.
     """
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
@@ -48,13 +48,13 @@ def compute_lm_loss(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """`compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without the logits in memory.
+    """Return `compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without all logits in memory.
 
-    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, the first `vocabulary` rows are
-    used; to slice it outside would cost the gradient a copy. The (B × T, V) logits of a language model are its largest
-    tensor. Here only `LOSS_CHUNK_TOKENS` rows of them exist at a time, and each chunk's gradient is computed directly
-    (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). Differentiable once. CUDA has its own implementation
-    (`loss_cuda`), which may be `compiled`.
+    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, only the first `vocabulary`
+    rows are used. If the caller sliced `weight` instead, the gradient would be copied once more. The (B × T, V) logits
+    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits exist at a time. The
+    forward pass already computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989).
+    The result supports one backward pass. CUDA has its own implementation (`loss_cuda`), which may be `compiled`.
     """
     device, num_tokens = hidden.device.type, vocabulary or len(weight)
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
@@ -74,13 +74,14 @@ def linear_cross_entropy(
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int
 ) -> LossAndGradients:
-    """(N, C), (V or more, C) and `targets` (N,) → the sum of the losses and the gradients that are needed."""
+    """`hidden` (N, C), `weight` (V or more, C), `targets` (N,) → the sum of the losses, and the gradients that are
+    `needed`."""
     total = hidden.new_zeros((), dtype=torch.float32)
     needs_hidden, needs_weight = needed
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
     table_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     rows_of_table = weight[:vocabulary]
-    # Allocated once: new memory for each chunk would cost as much as a quarter of its product.
+    # Allocated once: new memory for each chunk would take a quarter of the time of the chunk's matrix product.
     logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
     log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
     for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
@@ -94,8 +95,8 @@ def _loss_and_gradients(
         total -= (log_probs.gather(1, goals) * counts).sum()
         if not (needs_hidden or needs_weight):
             continue
-        # The gradient of the logits: the probabilities, minus one at the target. For ignored rows it is zero; it is
-        # cheaper to zero the narrow factors instead.
+        # The gradient of the logits is the probabilities, minus 1 at the target. The gradient must be zero for ignored
+        # rows. Zeroing the narrow matrices below instead has the same effect and is cheaper.
         grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
         counts = counts.to(hidden.dtype)
         if hidden_grad is not None:
@@ -110,10 +111,10 @@ def _loss_and_gradients(
 
 
 class SummedLoss(nn.Module):
-    """From tokens to the loss summed over valid tokens, as one module that several ranks can wrap.
+    """The model and its loss, summed over valid tokens, as one module that DDP and FSDP can wrap.
 
-    A `custom_loss` is used in training only; evaluation is in nats. With `compiled` the loss may be compiled, as blocks
-    are.
+    A `custom_loss` is used in training only; evaluation always computes the cross entropy in nats. With `compiled`, the
+    CUDA implementation of the loss is compiled, like the blocks.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class SummedLoss(nn.Module):
     def forward(
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, *, num_valid: int = 0
     ) -> Tensor:
-        """(B, T) ids, targets and documents → a scalar. A custom loss needs the number of valid targets."""
+        """Token ids, targets and documents, (B, T) each → the loss, a scalar. Only a custom loss needs `num_valid`, the
+        number of valid targets."""
         if self.custom_loss is None or not self.training:
             hidden = self.model.hidden_states(inputs, documents=documents)
             table, vocabulary = self.model.head_table, self.model.config.vocabulary
@@ -139,7 +141,8 @@ class SummedLoss(nn.Module):
 
 
 def load_loss(dotted: str) -> LossFunction:
-    """The function that `training.loss: package.module:function` names. The working folder is searched, too."""
+    """Import the function that `training.loss` names as `package.module:function`. Python also searches the current
+    directory."""
     if not DOTTED_NAME.fullmatch(dotted):
         raise AtlasError(f"training.loss: {dotted}: write it as package.module:function")
     try:

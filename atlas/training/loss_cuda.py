@@ -1,14 +1,15 @@
-"""The loss of `atlas.training.loss.linear_cross_entropy`, as CUDA computes it fastest.
+"""The implementation of `atlas.training.loss.linear_cross_entropy` that is fastest on CUDA.
 
-The logits are the largest tensor of a language model, and most of their cost is memory traffic. Here the product writes
-each logit once. Then it is read for the sum of its row's exponentials, and read and written once more as its own
-gradient, which the next two products read.
+The logits are the largest tensor of a language model, and most of their cost is memory traffic. Here a matrix product
+writes each logit once. A kernel then reads the logits twice: first to sum the exponentials of each row, then to replace
+each logit by its gradient. The next two matrix products read this gradient.
 
-- The table is multiplied with its padding rows. Without them a row of logits has 50,257 numbers, and all rows but the
-  first begin at an address that tensor cores cannot load from.
-- One compiled kernel computes the softmax, the loss and the gradient. Without a compiler, PyTorch's own kernels do.
-- The product itself sums the table's gradient in fp32.
-- Each chunk reads the table and its gradient again, so chunks are large.
+- The matrix product includes the padding rows of the head's table. Without padding, a row of GPT-2's logits would have
+  50,257 numbers, and most rows would begin at an address that tensor cores cannot load from.
+- One compiled kernel computes the softmax, the loss and the gradient. Without a compiler, PyTorch's own kernels compute
+  all three.
+- The matrix product itself adds up the table's gradient in fp32.
+- Each chunk reads the table and the table's gradient again, so chunks are large.
 
 benchmarks/roofline.py counts the bytes.
 """
@@ -26,21 +27,22 @@ from atlas.config.config import CUDA_LOSS_BYTES
 from atlas.data.sequences.dataset import IGNORE_INDEX
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The logits
-become their gradient."""
+"""(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The kernel
+replaces the logits by their gradient."""
 
 LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-"""The loss, a scalar, and its gradients by the hidden states and by the head's table, if they are needed."""
+"""The loss, a scalar, and its gradients with respect to the hidden states and to the head's table. A gradient that is
+not needed is None."""
 
 _EAGER_BYTES = 8
-"""The bytes of a logit in fp32, before and after the log-softmax, if no kernel is compiled."""
+"""Bytes per logit of the two fp32 copies, before and after the log-softmax, that exist if no kernel is compiled."""
 
 
 def linear_cross_entropy_on_cuda(
     hidden: Tensor, table: Tensor, targets: Tensor, *, vocabulary: int, dtype: torch.dtype, compiled: bool
 ) -> Tensor:
-    """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Products are
-    computed in `dtype`. Differentiable once."""
+    """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Matrix products
+    are computed in `dtype`. The result supports one backward pass."""
     compute = functools.partial(
         _loss_and_gradients, targets=targets, vocabulary=vocabulary, compiled=compiled
     )
@@ -50,9 +52,10 @@ def linear_cross_entropy_on_cuda(
 def loss_with_gradients(
     compute: Callable[[Tensor, Tensor, Sequence[bool]], LossAndGradients], hidden: Tensor, table: Tensor
 ) -> Tensor:
-    """The loss of `compute(hidden, table, needed)`, which computes the gradients that are `needed` in the forward pass.
+    """Return the loss of `compute(hidden, table, needed)`, which already computes the `needed` gradients in the forward
+    pass.
 
-    Differentiable once: raises `RuntimeError` in a second backward pass.
+    A second backward pass raises `RuntimeError`.
     """
     if not torch.is_grad_enabled():
         hidden, table = hidden.detach(), table.detach()
@@ -77,7 +80,7 @@ class _LossWithGradients(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, table: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int, compiled: bool
 ) -> LossAndGradients:
-    """One chunk of rows at a time."""
+    """Compute the loss and its gradients, one chunk of rows at a time."""
     rounded = table.to(hidden.dtype)
     kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
     row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
@@ -100,14 +103,15 @@ def _loss_and_gradients(
 
 
 def _chunk_size(num_rows: int, row_bytes: int) -> int:
-    """The rows of a chunk: as many as `CUDA_LOSS_BYTES` allow, with all chunks of nearly the same size."""
+    """Return the rows per chunk: as many as `CUDA_LOSS_BYTES` allows, in chunks of nearly equal size."""
     chunks = max(1, -(-num_rows * row_bytes // CUDA_LOSS_BYTES))
     return -(-num_rows // chunks)
 
 
 def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """A `Kernel` to compile: one pass over the logits for the reduction, one to replace them."""
-    # The compiler recognises `log_softmax` and computes maximum and sum in one pass.
+    """A `Kernel` to compile, with two passes over the logits: for the sums of the softmax, and to write the
+    gradient."""
+    # The compiler recognizes `log_softmax` and computes maximum and sum in one pass.
     column = torch.arange(logits.shape[1], device=logits.device)
     log_probs = torch.where(column < vocabulary, logits.float(), -torch.inf).log_softmax(-1)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -116,7 +120,7 @@ def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary:
 
 
 def softmax_gradient_eagerly_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """The same `Kernel` with as few of PyTorch's own kernels as possible, in place if possible."""
+    """The same `Kernel` without compilation: as few PyTorch kernels as possible, in place where possible."""
     logits[:, vocabulary:] = -torch.inf
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -129,7 +133,7 @@ def _compiled_kernel() -> Kernel:
     compiled = torch.compile(softmax_gradient_)
 
     def kernel(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-        # One kernel for any number of rows: an evaluation's chunks and an update's differ.
+        # Compile one kernel for any number of rows: chunks of an evaluation and of an update differ in size.
         for tensor in (logits, goals, counts):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(logits, goals, counts, vocabulary)
@@ -138,10 +142,10 @@ def _compiled_kernel() -> Kernel:
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`total` + `left` @ `right` in fp32, in `total`'s memory."""
+    """Return `total` + `left` @ `right` in fp32, computed in the memory of `total`."""
     if left.dtype == torch.float32:
         return left @ right if total is None else total.addmm_(left, right)
-    if not left.is_cuda or torch.version.hip:  # only CUDA has products of bf16 with sums in fp32
+    if not left.is_cuda or torch.version.hip:  # only CUDA has bf16 matrix products with an fp32 result
         product = (left @ right).float()
         return product if total is None else total.add_(product)
     if total is None:

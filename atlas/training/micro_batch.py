@@ -1,9 +1,9 @@
-"""How many sequences run per micro-batch, and per batch of an evaluation: as many as fit into memory. The number is
-found before a run and lowered during it.
+"""Choose how many sequences run per micro-batch, and per batch of an evaluation: as many as fit into memory. Atlas
+finds the number before a run, and lowers it if memory runs out during the run.
 
-Before a run a size is tried in a process of its own, so that a failed try leaves nothing behind. The estimate says
-where to look; what counts is whether an update runs. On CUDA more than `batch_size` may run, since few sequences leave
-a large card idle.
+Before a run, a separate process tries a size, so that a failed trial leaves no memory allocated. The search begins at
+the estimated size, but only a trial decides. On CUDA a micro-batch may be larger than `batch_size`, since few sequences
+leave a large GPU idle.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ from atlas.training.step import (
 )
 
 _ROOMY = 0.75
-"""An update whose estimate is below this part of the free memory fits without a trial."""
+"""An update whose estimate is below this fraction of the free memory needs no trial."""
 _COMFORTABLE = 0.6
-"""The part of a GPU's free memory that micro-batches larger than `batch_size` may use."""
+"""The fraction of a GPU's free memory that micro-batches larger than `batch_size` may use."""
 _FILLED = 1.05
 _LEFT_FREE = 0.05
-"""The part of the free memory for what a run has and a trial has not: batches read ahead, the log, fragmentation."""
+"""The fraction of the free memory that a trial may not use. A run needs this memory for prefetched batches, the log and
+fragmentation."""
 _PROVEN = 3
-"""Updates of one size after which several ranks assume that memory suffices."""
+"""After this many updates with one micro-batch size, several ranks assume that memory suffices."""
 _TOO_LARGE = 3  # the exit code of a trial that ran out of memory
-_KILLED = {-6, -9, -11}  # by an allocation that failed in C++, by the system, by a thread without a stack
+_KILLED = {-6, -9, -11}  # a failed allocation in C++, the system, or a thread without a stack ended the trial
 
 
 class _OutOfMemoryElsewhere(Exception):
@@ -65,11 +66,13 @@ class _OutOfMemoryElsewhere(Exception):
 def gradient_within_memory(
     learner: Learner, batch: Batch, state: TrainState, *, stop: StopRequest, say: Callable[[str], None]
 ) -> Gradient | None:
-    """`accumulate_gradient`, with fewer sequences per micro-batch from then on where memory runs out. None on a stop.
+    """Call `accumulate_gradient`. If memory runs out, lower the micro-batch size, also for later updates, and try
+    again. Return None if a stop was requested.
 
-    Several ranks lower the size together in the first updates of that size, unless one runs out while it adds up
-    gradients (or weights, in shards) with the others. Later they no longer ask one another, since all would wait for
-    the slowest before each backward pass. Raises `AtlasError` where not even one sequence fits.
+    Several ranks lower the size together, but only in the first updates with that size. Later the ranks do not ask each
+    other, since each update would have to wait for the slowest rank once more. Raises `AtlasError` if not even one
+    sequence fits. With several ranks, the function also raises the error if memory runs out in a later update, or
+    during an exchange of gradients or sharded weights.
     """
     world, num_sequences = learner.runtime.world, len(batch[0])
     asked = min(state.micro_batch_size, num_sequences)
@@ -105,11 +108,11 @@ def gradient_within_memory(
                 remember_micro_batch(learner.config, learner.runtime.device, half)
                 raise AtlasError(
                     f"rank {world.rank}: step {state.step + 1}: out of memory with {size} sequences per micro-batch, "
-                    f"while it worked with other ranks: --set training.micro_batch_size={half}; a restart by torchrun "
-                    "sets it by itself. The checkpoints are intact"
+                    f"in an operation with other ranks: --set training.micro_batch_size={half}; a restart by torchrun "
+                    "does this automatically. The checkpoints are intact"
                 ) from None
             world.any(True)
-        # Here and not above: the exception holds on to the tensors of what failed.
+        # Not inside `except`: there the exception still references the tensors of the failed update.
         state.micro_batch_size = _fewer(learner, size, state.step, say=say)
     proven_size, updates = learner.proven
     learner.proven = size, min(_PROVEN, updates + 1) if proven_size == size else 1
@@ -132,7 +135,8 @@ def evaluate_within_memory(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Evaluation | None:
-    """`evaluate` in batches of `state.eval_batch_size`, which is halved where memory runs out; None on a stop."""
+    """Call `evaluate` with batches of `state.eval_batch_size`, which is halved if memory runs out. Return None if a
+    stop was requested."""
     runtime = learner.runtime
     asked = min(state.eval_batch_size, len(windows))
     while True:
@@ -154,7 +158,7 @@ def evaluate_within_memory(
             refuse_failed_compilation(error)
             if not is_out_of_memory(error):
                 raise
-        # Here and not above: the exception holds on to the tensors of what failed.
+        # Not inside `except`: there the exception still references the tensors of the failed evaluation.
         release_memory(runtime.device)
         if size == 1 or runtime.parallel == "fsdp":
             raise AtlasError(
@@ -171,7 +175,7 @@ def evaluate_within_memory(
 
 
 def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]) -> int:
-    """Half of `size` sequences per micro-batch, with the memory of the failed try freed."""
+    """Free the memory of a failed update, and return half of `size`. Raises `AtlasError` if `size` is 1."""
     config, runtime = learner.config, learner.runtime
     learner.optimizer.zero_grad()
     release_memory(runtime.device)
@@ -183,7 +187,8 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
             "the checkpoints are intact"
         )
     if runtime.parallel == "ddp":
-        # The wrapper waits for a backward pass that will not come. The old one removes its hooks when it is freed.
+        # DDP still waits for the failed backward pass, so wrap the model again. First free the old wrapper, which then
+        # removes its hooks.
         learner.wrapped = learner.objective
         learner.wrapped = wrap(learner.objective, config, runtime.world, runtime.parallel, runtime.device)
     return size // 2
@@ -192,11 +197,11 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
 def fit_micro_batch(
     config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None], may_exceed: bool = False
 ) -> int:
-    """`training.micro_batch_size: auto`: the largest number up to `batch_size` that fits. On CUDA, and where it
-    `may_exceed` `batch_size`, up to a whole update, as long as that leaves memory free. Remembered for this machine and
-    config.
+    """Return the micro-batch size for `training.micro_batch_size: auto`: the largest number up to `batch_size` that
+    fits.
 
-    Raises `AtlasError` where not even one sequence fits.
+    On CUDA with `may_exceed`, the size may exceed `batch_size`, up to all sequences of an update, if enough memory
+    stays free. Atlas remembers the size for this machine and config. Raises `AtlasError` if not even one sequence fits.
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
@@ -232,24 +237,25 @@ def fit_micro_batch(
 
 
 def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
-    """Whether `size` sequences per micro-batch leave too little memory for compiled blocks that recompute nothing."""
+    """Whether memory may be too small for `size` sequences per micro-batch in compiled blocks that recompute
+    nothing."""
     return _estimate(config, size, runtime, keeps_all=True) > _ROOMY * measure_memory(runtime.device.type)
 
 
 def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
-    """The size of micro-batches if an update is split into as few equal ones as leave a GPU's memory ample; None if
-    that is not more than `batch_size`."""
+    """Return the largest micro-batch size above `batch_size` that splits an update evenly and leaves enough GPU memory
+    free, or None."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
     known = remembered_micro_batch(config, runtime.device)
     for num_micro_batches in range(1, config.training.gradient_accumulation_steps):
         size = -(-sequences // num_micro_batches)
         if size <= config.training.batch_size:
             break
-        if size * num_micro_batches > _FILLED * sequences:  # too many rows would only fill the last one up
+        if size * num_micro_batches > _FILLED * sequences:  # too many rows would only be padding
             continue
         limit = int(_COMFORTABLE * measure_memory(runtime.device.type))
         need = _estimate(config, size, runtime)
-        if runtime.compiles:  # blocks keep more than in the trial, which compiles nothing
+        if runtime.compiles:  # compiled blocks keep more tensors than the trial, which does not compile
             limit -= _estimate(config, size, runtime, keeps_all=True) - need
         if need > limit or (known is not None and known < size):
             continue
@@ -269,8 +275,8 @@ def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bo
 
 
 def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` for which `fits`, by bisection that starts at `guess`; 0 if there is none.
-    `fits` holds up to some number and not beyond it."""
+    """Return the largest number from 1 to `most` for which `fits` is true, or 0. The search is a bisection that starts
+    at `guess`. If a number fits, all smaller numbers must fit too."""
     low, high, size = 0, most + 1, min(guess, most)
     while high - low > 1:
         low, high = (size, high) if fits(size) else (low, size)
@@ -281,9 +287,10 @@ def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
 def _trial_fits(
     config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]
 ) -> bool:
-    """Whether an update with micro-batches of `size` runs in a child process that may use `limit` bytes, on a CPU
-    everything included. The child compiles nothing, which would take a minute each time."""
-    # The child is one process: it has no ranks to share the model with.
+    """Whether an update with micro-batches of `size` sequences runs in a child process that may use `limit` bytes. On a
+    CPU, the limit includes the memory of Python and PyTorch. The child does not compile, since compilation takes about
+    a minute."""
+    # The child is a single process, so it cannot share the model with other ranks.
     alone = config.replace("training", parallel="auto", shard_size=None)
     trial = {
         "config": alone.model_dump(mode="json"),
@@ -306,10 +313,10 @@ def _trial_fits(
 
 
 def _run_trial() -> int:
-    """In the child: two micro-batches if an update has several, since the second meets the first's gradient. Return the
-    exit code."""
+    """Run the trial in the child process and return its exit code. If an update has several micro-batches, run two: the
+    gradient of the first is in memory during the second."""
     trial = json.load(sys.stdin)
-    keep_memory()  # as the run itself, which therefore uses a little more
+    keep_memory()  # as in the run, where this setting uses a little more memory
     config = resolve(trial["config"])
     torch.set_num_threads(trial["threads"])
     runtime = setup_runtime(config)
@@ -322,11 +329,11 @@ def _run_trial() -> int:
         learner = fresh_learner(config, runtime)
         documents = [torch.zeros_like(tokens[:, 1:])] if config.data.document_mask else []
         batch = [tokens[:, :-1], tokens[:, 1:], *documents]
-        for _ in range(2):  # the second meets the optimizer's state, and the holes that the first left
+        for _ in range(2):  # the second finds the optimizer's state and fragmented memory
             gradient = accumulate_gradient(learner, batch, state, stop=StopRequest())
             apply_gradient(learner, gradient, state, rate=0.0)
     except (ImportError, RuntimeError, MemoryError) as error:
-        # ImportError: no memory is left to map a library that PyTorch loads when it first needs it.
+        # ImportError: no memory is left to map a library that PyTorch loads on first use.
         if not isinstance(error, ImportError) and not is_out_of_memory(error):
             raise
         return _TOO_LARGE
@@ -334,7 +341,7 @@ def _run_trial() -> int:
 
 
 def _limit_memory(limit: int, device: torch.device) -> None:
-    """Make an allocation beyond `limit` bytes fail, where PyTorch or the system has such a limit."""
+    """Make an allocation beyond `limit` bytes fail, if PyTorch or the system supports such a limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current GPU

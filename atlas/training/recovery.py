@@ -1,4 +1,4 @@
-"""After an update that was not applied: log it, roll back, or end the run with what to check."""
+"""Handle an update that was not applied: log it, roll back, or end the run and list what to check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atlas.training.state import MAX_ROLLBACKS
 
 
 def recover(run: Run, fault: Fault) -> bool:
-    """Log the fault; return whether the run rolled back to its last save."""
+    """Log the fault, and roll back to the last save if necessary. Return whether the run rolled back."""
     state, guard, log = run.state, run.config.guard, run.log
     last = state.sequences_consumed - 1
     first = last + 1 - run.config.training.sequences_per_update
@@ -38,8 +38,11 @@ def recover(run: Run, fault: Fault) -> bool:
 
 
 def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None, *, is_final: bool) -> bool:
-    """Save, and return True; or, if the weights are ruined, roll back to the last save and return False. After a final
-    save no later update would show the damage, so it needs a sound last update. Raises `AtlasError` as `roll_back`."""
+    """Save and return True. If the weights are ruined, roll back to the last save instead and return False.
+
+    After a final save no later update can reveal ruined weights. So the last update must have been applied, unless
+    there is an evaluation. Raises the `AtlasError` of `roll_back`.
+    """
     fault = weights_fault(run.model, run.world)
     if evaluation and not math.isfinite(evaluation.loss):
         fault = fault or Fault(f"validation loss {evaluation.loss}")
@@ -53,8 +56,8 @@ def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None,
 
 
 def save_if_sound(run: Run, kinds: list[str]) -> bool:
-    """Save where a run was stopped, unless the weights are or may be ruined: `--resume auto` would load them. Return
-    whether it was saved."""
+    """Save a run that was stopped, unless its weights are or may be ruined, since `--resume auto` would load them.
+    Return whether the run was saved."""
     state, fault = run.state, weights_fault(run.model, run.world)
     if state.bad_in_a_row:
         fault = fault or Fault(f"the last {state.bad_in_a_row} updates could not be applied")
@@ -68,8 +71,12 @@ def save_if_sound(run: Run, kinds: list[str]) -> bool:
 
 @contextmanager
 def emergency_save(run: Run) -> Iterator[None]:
-    """Around the loop: an unexpected exception leaves a checkpoint of the last complete update and is raised again.
-    Only in a run of one process: of several, the others would wait for ever for this one's part of the save."""
+    """Enclose the training loop: after an unexpected exception, save the last complete update and raise the exception
+    again.
+
+    A run of several processes is not saved. A save needs all ranks, and ranks without an exception would not take part,
+    so the processes would wait for each other forever.
+    """
     begun_at = run.state.step
     try:
         yield
@@ -90,8 +97,8 @@ def emergency_save(run: Run) -> Iterator[None]:
 
 
 def roll_back(run: Run, fault: Fault) -> None:
-    """Return to the last save, skip the data since then and lower the rate. Raises `AtlasError` if that did not help
-    before, or if there is no save."""
+    """Return to the last save, skip the data read since then, and lower the learning rate. Raises `AtlasError` if there
+    is no save, or after `MAX_ROLLBACKS` rollbacks."""
     state, came_to = run.state, run.state.step
     good = _target(run)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
@@ -99,18 +106,18 @@ def roll_back(run: Run, fault: Fault) -> None:
             run, fault, "there is no save to roll back to" if good is None else "rolling back did not help"
         )
     load_full_weights(run.model, good["model_state_dict"])
-    # The optimizer keeps the tensors that it is given, and these may be needed once more.
+    # The optimizer keeps the tensors that it loads. A second rollback may need them unchanged, so load a copy.
     optimizer_state = copy.deepcopy(good["optimizer_state_dict"])
     restore_optimizer(run.learner, {**good, "optimizer_state_dict": optimizer_state})
     since = state.went_back_to if state.rollbacks else good["step"]
     state.roll_back_to(good)
-    run.keep_snapshot()  # the last save is now one that did not help
+    run.keep_snapshot()  # replaces the copy of a save that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * run.config.training.sequences_per_update
     run.log.rewind(state.step)
     found = run.checkpoints.found()
     abandoned = [path for entry, path in found if entry.step > state.step and entry.kind != "best"]
-    if abandoned and run.world.is_first:  # else --resume auto would take what did not help
+    if abandoned and run.world.is_first:  # otherwise --resume auto would load one of these checkpoints
         target = move_aside(run.checkpoints.folder, abandoned)
         run.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
     facts = {"from_step": came_to, "reason": fault.reason, "first_sequence": first, "last_sequence": last}
@@ -122,8 +129,12 @@ def roll_back(run: Run, fault: Fault) -> None:
 
 
 def _target(run: Run) -> dict[str, Any] | None:
-    """The contents of the save to roll back to: the last one, and if that did not help, the one before, since weights
-    can be ruined and still finite. If there is none before, the same once more, past more data and at a lower rate."""
+    """Return the contents of the save to roll back to, or None.
+
+    The first rollback uses the last save. If the first rollback did not help, the next rollback uses the save before
+    the last, since finite weights can be ruined too. Without an earlier save, the same save is used again, with more
+    data skipped and a lower learning rate.
+    """
     saver, world, there = run.saver, run.world, run.state.went_back_to
     if world.size == 1 and run.state.rollbacks == 0:
         return saver.last_good()
@@ -134,7 +145,7 @@ def _target(run: Run) -> dict[str, Any] | None:
             found = found or run.checkpoints.load_latest(before=before)
     if world.size == 1:
         return found[1] if found else saver.last_good()
-    # Only the first rank has a copy in memory, so all load the checkpoint from the disk.
+    # Only the first rank has a copy in memory, so all ranks load the checkpoint from the disk.
     path = world.broadcast(found and str(found[0]))
     return found[1] if found else path and load_checkpoint(path)
 
@@ -154,8 +165,8 @@ def _give_up(run: Run, fault: Fault, why: str) -> NoReturn:
 
 
 def restore_optimizer(learner: Learner, contents: dict[str, Any], source: Path | None = None) -> None:
-    """Load the optimizer's and the scaler's state from a checkpoint. Of the shards of `source` each rank reads its own
-    part. Raises `AtlasError` for a state that does not fit."""
+    """Load the optimizer's and the scaler's state from a checkpoint. If `source` is sharded, each rank reads its own
+    shards. Raises `AtlasError` if the state does not fit."""
     try:
         saved = saved_optimizer(contents, source, learner.optimizer)
         check_optimizer_state(learner.optimizer, saved)

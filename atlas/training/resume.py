@@ -1,7 +1,7 @@
 """Decide how a run begins: fresh, resumed from a checkpoint, or from another run's weights.
 
-`choose_start` decides from the user's settings and the contents of the output folder. It writes nothing, so that a
-refusal leaves everything as it was. `launch.py` carries out the decision.
+`choose_start` decides from the user's settings and the contents of the output folder. This function writes nothing, so
+that an error changes no file. `launch.py` carries out the decision.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ _MAY_CHANGE = {"dropout"}
 
 
 class OtherRunError(AtlasError):
-    """The output folder holds a run of another model or other data."""
+    """The output folder holds a run with another model or other data."""
 
 
 _OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
 _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
-"""Names of files that a run writes to its folder."""
+"""Names and prefixes of the files that a run writes to its output folder."""
 
 
 @dataclass
 class Request:
-    """What the user asked for. `explicit` holds the keys that they wrote; `ask` is None without a terminal."""
+    """The options of the command. `explicit` holds only the config keys that the user set. `ask` asks the user a
+    yes-or-no question; without a terminal, `ask` is None."""
 
     explicit: Layer
     resume: str | None = None
@@ -52,7 +53,8 @@ class Request:
 
 @dataclass
 class Start:
-    """The decision. `mode` is fresh, resume or finetune; `source` is the checkpoint that the run starts from."""
+    """The decision on how a run begins. `mode` is `fresh`, `resume` or `finetune`. `source` is the checkpoint that the
+    run starts from."""
 
     mode: str
     config: AtlasConfig
@@ -65,9 +67,9 @@ class Start:
 
 
 def choose_start(request: Request, world: World = ALONE) -> Start:
-    """Decide how the run begins. Reads the output folder and checkpoints, writes nothing.
+    """Decide how the run begins. Read the output folder and checkpoints, but write nothing.
 
-    The first rank decides, and the others follow: they read the same checkpoint and the same data.
+    The first rank decides. The other ranks then read the same checkpoint and the same data.
     """
     start: Start | None = None
     with world.in_step():
@@ -81,7 +83,7 @@ def choose_start(request: Request, world: World = ALONE) -> Start:
 
 
 def _continue_alone(start: Start) -> None:
-    """Let one process resume a run of several."""
+    """Change the config so that a single process can resume a run of several processes."""
     asked = start.config.training.parallel
     if start.source and asked in ("ddp", "fsdp"):
         start.config = start.config.replace("training", parallel="auto", shard_size=None)
@@ -111,7 +113,7 @@ def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
 
 
 def _decide(request: Request) -> Start:
-    if num_restarts():  # the folder was set aside when the run began, and now holds that run
+    if num_restarts():  # the old run was moved away at the first start; the folder now holds this run
         request = replace(request, no_resume=False)
     if request.init_from and request.resume:
         raise AtlasError("--init-from starts a new run and --resume continues one: give one of them")
@@ -127,7 +129,7 @@ def _decide(request: Request) -> Start:
     if request.resume:
         start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
     if not request.no_resume:
-        # A file without a sidecar is no checkpoint: a kill in the first save left it, or it came from elsewhere.
+        # A file without a sidecar does not count as a checkpoint: a killed first save left it, or it was copied here.
         start.set_aside = checkpoint_paths(folder)
     return start
 
@@ -144,7 +146,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     if resumes:
         _refuse_other_optimizer(config, contents, source)
         owned = read_manifest(source, check_hash=False) is not None
-        # A file without a sidecar came from elsewhere, so this run does not write to its folder.
+        # A file without a sidecar was not saved in this folder, so the run does not write to the folder.
         folder = _explicit_folder(explicit) or (source.parent if owned else _DEFAULT_FOLDER)
         if folder.resolve() != source.parent.resolve() and checkpoint_paths(folder):
             raise AtlasError(
@@ -168,7 +170,8 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
 
 
 def num_restarts() -> int:
-    """How often torchrun has restarted the run. After a restart, what the command says about its beginning is done."""
+    """Return how often torchrun has restarted the run. After a restart, the command's options about how to begin no
+    longer apply."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -186,7 +189,7 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     except OtherRunError:
         if ask is None:
             raise
-        fresh = _start_over(request, folder)  # if this is refused too, there is nothing to ask
+        fresh = _start_over(request, folder)  # if this raises an error too, ask no question
         _confirm_new_run(request, folder)
         return fresh
     start.notes += notes
@@ -199,13 +202,13 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
 
 
 def _start_over(request: Request, folder: Path) -> Start:
-    """A new run in `folder`; the files of the old one are set aside."""
+    """Start a new run in `folder`, and set the files of the old run aside."""
     config, data = with_data(resolve(request.explicit), request.explicit, None)
     return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
 
 def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
-    """Resume the run in a folder, if it has the same model and data."""
+    """Resume the run in a folder. Raises `OtherRunError` if that run has another model, optimizer or dataset."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
     _refuse_unasked_code(inherited, request.explicit)
@@ -225,8 +228,11 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
 def _finetune_folder(
     request: Request, config: AtlasConfig, data: ResolvedData, base: str
 ) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
-    """The folder that fine-tuning writes to, never one that holds another run; the checkpoint to resume from, if the
-    same fine-tuning had begun there; and the files to set aside."""
+    """Return the folder for fine-tuning, the checkpoint to resume from, and the files to set aside.
+
+    The checkpoint is None unless the same fine-tuning has already begun in this folder. Files of another run are set
+    aside only if the user agrees.
+    """
     asked_folder = _explicit_folder(request.explicit)
     folder = asked_folder or _DEFAULT_FOLDER
     if request.no_resume:
@@ -247,10 +253,11 @@ def _finetune_folder(
 
 
 def _confirm_new_run(request: Request, folder: Path) -> None:
-    """Raise `AtlasError` unless somebody can be asked and agrees to a new run in a folder that holds another one."""
+    """Ask the user whether to start a new run in a folder that holds another run. Raise `AtlasError` if the user
+    disagrees or cannot be asked."""
     question = (
-        f"{folder} holds another run: of another model, other data or other weights to start from. Start a new one? "
-        f"The old one moves to {folder / 'previous-N'}"
+        f"{folder} holds another run: its model, its data or its initial weights differ. Start a new run? "
+        f"The old run moves to {folder / 'previous-N'}"
     )
     if request.ask and request.ask(question):
         return
@@ -262,7 +269,7 @@ def _confirm_new_run(request: Request, folder: Path) -> None:
 
 
 def base_key(contents: Mapping[str, Any]) -> str:
-    """An identifier of the checkpoint that a run starts from: a hash of its config, its step and its loss."""
+    """Return an identifier of the checkpoint that a run starts from: a hash of its config, step, loss and data."""
     facts = [
         contents.get(key) for key in ("config", "step", "sequences_consumed", "loss", "initialized_from")
     ]
@@ -275,10 +282,10 @@ def _refuse_other_shape(
 ) -> list[str]:
     """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`. Return notes for the user.
 
-    A new run may have a context of another length: only learned positions depend on it, and a shorter context uses the
-    first ones. A resumed run may not, since it counts the data that it has read in sequences of that length.
+    A new run may have another context length: only learned positions depend on it, and a shorter context uses the first
+    of them. A resumed run must keep the length, since the run counts the data it has read in sequences of this length.
     """
-    # Resolved, since an older checkpoint does not have every setting.
+    # Resolve the saved config, since an older checkpoint lacks some settings.
     saved = resolve({"model": contents["config"].get("model", {})})
     old, new = (one.model.model_dump(mode="json") for one in (saved, config))
     differing = [key for key in new if old[key] != new[key] and key not in _MAY_CHANGE]
@@ -303,7 +310,7 @@ def _refuse_other_shape(
 
 
 def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], source: Path) -> None:
-    """Raise `AtlasError` if the optimizer is not the one whose state the checkpoint holds."""
+    """Raise `AtlasError` if the checkpoint holds the state of another optimizer."""
     saved_by, wanted = resolve(contents["config"]).training.optimizer, config.training.optimizer
     if saved_by != wanted:
         raise AtlasError(
@@ -313,8 +320,8 @@ def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], so
 
 
 def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
-    """Raise `AtlasError` if a checkpoint, which may come from a stranger, names code that the user does not name
-    too."""
+    """Raise `AtlasError` if a checkpoint names code that the user does not name too. The checkpoint may come from a
+    stranger."""
     loss = inherited.get("training", {}).get("loss")
     if loss and "loss" not in explicit.get("training", {}):
         raise AtlasError(
@@ -333,7 +340,8 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise `AtlasError` for a link in the folder, which may come from a stranger and lead a run's files elsewhere."""
+    """Raise `AtlasError` if one of a run's files in the folder is a link. A folder from a stranger could use links to
+    make the run write elsewhere."""
     for path in folder.iterdir() if folder.is_dir() else []:
         if path.is_symlink() and _is_own(path.name):
             raise AtlasError(
@@ -346,7 +354,7 @@ def _is_own(name: str) -> bool:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    """All files of the run in `folder`."""
+    """Return all files of the run in `folder`, except its lock."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _is_own(path.name) and path.name != "atlas.lock")

@@ -1,4 +1,4 @@
-"""What a training run is made of. `step.py` computes with the learner, `train.py` moves the run along."""
+"""The parts of a training run. `step.py` updates the `Learner`; `train.py` is the loop over the updates of a `Run`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from atlas.training.state import TrainState
 
 
 class Learner:
-    """A model, its loss and a new optimizer on one device: what an update computes with."""
+    """A model, its loss and a new optimizer on one device: the objects that an update computes with."""
 
     def __init__(
         self, model: AtlasLM, config: AtlasConfig, runtime: Runtime, custom_loss: LossFunction | None = None
@@ -46,28 +46,32 @@ class Learner:
         self.model.gradient_checkpointing = config.training.gradient_checkpointing
         self.objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
         self.wrapped = wrap(self.objective, config, runtime.world, runtime.parallel, runtime.device)
-        """`objective` as the ranks share it (DDP); with FSDP2 and in a run of one process the objective itself."""
+        """`objective` wrapped by DDP. With FSDP2 and in a run of one process, `objective` itself."""
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()
         self.proven = (0, 0)
-        """Sequences per micro-batch, and how many updates of that size have fitted into memory (`micro_batch`)."""
+        """A micro-batch size, and how many updates with this size have fitted into memory; used by `micro_batch`."""
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
-        """Load an optimizer's state dict of full tensors. PyTorch casts a state to the dtype of its parameter; the
-        state of bf16 weights is fp32 here, so the weights are fp32 while it is loaded."""
+        """Load an optimizer's state dict of full tensors.
+
+        PyTorch casts the state to the dtype of its parameter. Atlas keeps the state of bf16 weights in fp32, so the
+        weights become fp32 while the state is loaded.
+        """
         self.model.float()
         self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
         self.model.to(self.runtime.weights_dtype)
 
 
 Sampler = Callable[[AtlasLM, Tokenizer, TrackingConfig, int, Callable[[], bool]], list[str]]
-"""`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` texts, generated with a model in
-evaluation mode, by random numbers of its own. Inference has one; the code that starts a run passes it in."""
+"""`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` generated texts. The model is in
+evaluation mode. A sampler uses its own random generator. `atlas.inference` has a sampler, which is passed in by the
+code that starts a run."""
 
 
 @dataclass
 class RunData:
-    """The text of a run as sequences. `identity` names the shards that were read, for every checkpoint."""
+    """The data of a run as sequences. Every checkpoint stores `identity`, which identifies the data."""
 
     tokenizer: Tokenizer
     train: SequenceSource
@@ -77,10 +81,11 @@ class RunData:
 
 @dataclass
 class Run:
-    """One training run: what it computes with, what it reads, where it stands and where it writes.
+    """One training run: its learner, its data, its state, its log and its checkpoints.
 
-    Only `state` decides what comes next, and every checkpoint holds it: an update's sequences, rate and dropout are
-    functions of it. That is why k updates, a kill and N − k updates equal N.
+    Only `state` decides how the run continues, and every checkpoint holds this state. The sequences, the learning rate
+    and the dropout of an update are functions of the state. So k updates, a kill, a resume and N − k updates give
+    exactly the same numbers as N updates.
     """
 
     learner: Learner
@@ -91,13 +96,13 @@ class Run:
     initialized_from: str | None = None
     """The checkpoint whose weights the run began with."""
     sampler: Sampler | None = None
-    """Writes samples at each evaluation; None for none."""
+    """Generates samples at each evaluation; None: the run has no samples."""
     sensor: GpuSensor | None = None
-    """Reads the GPU's temperature, if training watches it."""
+    """Reads the GPU's temperature; None if the run does not need it."""
     lock: FolderLock | None = None
-    """The claim on the output folder, held as long as the run lives."""
+    """The lock of the output folder, held until the run ends."""
     is_amid_update: bool = False
-    """Whether an update is being applied: the weights may have changed, and `state` does not count it yet."""
+    """Whether an update is being applied: the weights may have changed, but `state` does not count the update yet."""
     stops_early: bool = False
     """Whether the run ends after this step, since the validation loss no longer falls."""
     stop: StopRequest = field(init=False)
@@ -111,12 +116,12 @@ class Run:
 
     @property
     def config(self) -> AtlasConfig:
-        """The settings, with those that the data decides."""
+        """The settings, including those that depend on the data."""
         return self.learner.config
 
     @property
     def runtime(self) -> Runtime:
-        """The device and its arithmetic."""
+        """The device, its precision and how the ranks share the model."""
         return self.learner.runtime
 
     @property
@@ -141,7 +146,7 @@ class Run:
 
     @property
     def num_updates(self) -> int | None:
-        """The updates of the run, once they are known."""
+        """The number of updates of the run, or None while it is unknown."""
         return self.state.horizon if self.state.is_planned else None
 
     @property
@@ -162,21 +167,22 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run has nothing left to do."""
         return self.state.step >= self.state.horizon and not self.owes_evaluation
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors."""
+        """The bytes of a checkpoint's tensors."""
         return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
 
     @cached_property
     def val_windows(self) -> list[int]:
-        """The windows of the validation data that every evaluation reads."""
+        """The indices of the validation windows that every evaluation reads."""
         return fixed_subset(len(self.data.val), self.config.training.eval_sequences) if self.data.val else []
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The sequences of each update, (N, T) a column, from the current step to the horizon."""
+        """Iterate over the batches of all updates from the current step to the horizon. Each batch has columns of shape
+        (N, T)."""
         return batches(
             self.data.train,
             order_of(self.data.train, self.config.seed),
@@ -190,8 +196,11 @@ class Run:
         )
 
     def contents(self, *, as_shards: bool = False) -> dict[str, Any]:
-        """Everything that a checkpoint holds: plain values and tensors only. Every rank must call it. Of a sharded
-        model only the first rank returns full tensors; with `as_shards` each rank returns its shards."""
+        """Return everything that a checkpoint holds: plain values and tensors only. Every rank must call this method.
+
+        If the model is sharded, only the first rank returns the full tensors. With `as_shards`, each rank returns its
+        shards instead.
+        """
         tensors = {
             "model_state_dict": dict(self.model.state_dict()),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -210,8 +219,8 @@ class Run:
         }
 
     def save(self, kinds: list[str], *, wait: bool) -> None:
-        """Write one checkpoint under the names of `kinds`. Return when it is on the disk; without `wait`, when its copy
-        is in memory."""
+        """Write one checkpoint under the names of `kinds`. With `wait`, return when the checkpoint is on the disk.
+        Without `wait`, return as soon as a copy is in memory."""
         self.state.seconds = self.clock.elapsed
         with self.throughput.paused():
             contents = self.contents(as_shards=self.saver.is_sharded)
@@ -219,7 +228,7 @@ class Run:
                 self.saver.save(contents, kinds, wait=wait)
 
     def keep_snapshot(self) -> None:
-        """Keep the current state in memory, to roll back to before the first save."""
+        """Keep a copy of the current state in memory, for a rollback before the first save."""
         if self.saver.is_sharded:
             return
         contents = self.contents()

@@ -1,4 +1,5 @@
-"""The config of a run with its data: the vocabulary, and settings that the data decides unless the user wrote them."""
+"""Complete a run's config from its data: the vocabulary, and settings that depend on the data unless the user set
+them."""
 
 from __future__ import annotations
 
@@ -12,15 +13,19 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
-"""Peak learning rate for fine-tuning on conversations at this hidden_size; wider models get proportionally less."""
+"""The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which this rate was chosen. A
+wider model has a proportionally lower rate."""
 CHAT_WARMUP_STEPS = 10
 
 
 def with_data(
     config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
 ) -> tuple[AtlasConfig, ResolvedData]:
-    """The config with its vocabulary resolved, and the data it names. `contents` is the checkpoint that the run starts
-    from, if any. On the same data the run resumes it, unless it `is_new_run`."""
+    """Return the config with its vocabulary size, and the data that the config names.
+
+    `contents` is the checkpoint that the run starts from, if any. If the data is the same, the run resumes from this
+    checkpoint, unless `is_new_run`.
+    """
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
             "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to resume "
@@ -51,9 +56,11 @@ def with_data(
 
 
 def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
-    """The config with what conversations need, except where the user wrote a setting: attention stays inside a
-    conversation, as in use; fine-tuning gets a rate and a warm-up that suit a few dozen conversations
-    (docs/TRAINING.md#conversations), not those of the long run that made the checkpoint."""
+    """Return the config with the settings that conversations need, except for settings that the user set.
+
+    Attention stays inside a conversation, as in a chat. Fine-tuning gets a learning rate and a warm-up for a few dozen
+    conversations (docs/TRAINING.md#conversations), instead of those of the long run that made the checkpoint.
+    """
     settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
     if is_finetuning:
         settings["training"] = {
@@ -67,7 +74,8 @@ def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: b
 
 
 def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
-    """The config with the `vocab_size` of the data called `data`; `AtlasError` if it states another."""
+    """Return the config with the `vocab_size` of the data called `data`. Raises `AtlasError` if the config states
+    another size."""
     stated = config.model.vocab_size
     if stated not in (None, vocab_size):
         raise AtlasError(
@@ -78,7 +86,7 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """The config of a new run with the length that the user set, if any, instead of that of the checkpoint's run."""
+    """Return the config of a new run. A length that the user set replaces the length of the checkpoint's run."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
     return config.replace("training", **dict.fromkeys(lengths - written)) if written else config

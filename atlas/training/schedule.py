@@ -11,19 +11,20 @@ from collections.abc import Callable
 from atlas.config import TrainingConfig
 
 NO_LIMIT = 10**9
-_WARM_UP = 2  # updates that are not measured: they fill caches, allocators and compilers
-_ENOUGH = 10  # measured updates
-_SHARE = 0.02  # of the time, after which fewer measured updates suffice
-_MARGIN = 0.03  # of the time, for updates that take longer than the measured ones
+_WARM_UP = 2  # first updates, not measured: they warm up caches, allocators and compilers
+_ENOUGH = 10  # measured updates that suffice
+_SHARE = 0.02  # after this fraction of the time limit, fewer measured updates suffice
+_MARGIN = 0.03  # fraction of the time limit, for updates slower than the measured updates
 
 
 def horizon_steps(
     config: TrainingConfig, sequences_per_epoch: int, *, step: int = 0, sequences_consumed: int = 0
 ) -> int:
-    """The update at which the run ends: the smaller of `epochs` and `max_steps`; with neither, one epoch. With only
-    `max_hours` it is unknown until updates have been timed: `NO_LIMIT` until then.
+    """Return the step at which the run ends: after `epochs` or `max_steps`, whichever comes first, or after one epoch
+    if neither is set.
 
-    With `step` and `sequences_consumed`, the end of a run that is at that point already.
+    With only `max_hours` the end is unknown until updates have been timed, so the result is `NO_LIMIT`. `step` and
+    `sequences_consumed` are the progress that a resumed run has already made.
     """
     epochs = config.epochs if config.epochs or config.max_steps or config.max_hours else 1
     end = min(config.max_steps or NO_LIMIT, NO_LIMIT)
@@ -34,7 +35,8 @@ def horizon_steps(
 
 
 def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
-    """The rate of update `step` (0 is the first): linear warm-up, then `schedule` down to its floor at the horizon.
+    """Return the learning rate of update `step` (the first is 0): a linear warm-up, then `schedule`, down to its
+    minimum at the horizon.
 
     Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983. Warm-up, stable, decay (wsd): Hu et al. 2024, arXiv:2404.06395.
     """
@@ -51,7 +53,8 @@ def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
 
 
 class RunClock:
-    """The time that a run has trained, over all its processes, and its limit in `hours` (None: no limit)."""
+    """The training time of a run, including the time before it was resumed, and its limit in `hours` (None: no
+    limit)."""
 
     def __init__(
         self, hours: float | None, *, before: float, clock: Callable[[], float] = time.perf_counter
@@ -63,7 +66,7 @@ class RunClock:
         self._updates: deque[float] = deque(maxlen=_WARM_UP + _ENOUGH)
 
     def start(self) -> None:
-        """Count from here: what came before the loop is not training time."""
+        """Start counting. The time before the training loop is not training time."""
         self._started = self._update_began = self._clock()
 
     def update_begins(self) -> None:
@@ -81,23 +84,23 @@ class RunClock:
 
     @property
     def has_measured(self) -> bool:
-        """Whether enough updates have been timed to know how long one takes."""
+        """Whether enough updates have been timed to know how long an update takes."""
         measured = len(self._updates) - _WARM_UP
         return measured >= _ENOUGH or (measured >= 1 and self.elapsed > _SHARE * (self.limit or 0))
 
     @property
     def seconds_per_update(self) -> float:
-        """The mean of the measured updates."""
+        """The mean seconds of the measured updates."""
         return statistics.fmean(list(self._updates)[_WARM_UP:])
 
     def updates_left(self, *, extra_per_update: float, at_the_end: float) -> int:
-        """How many more updates fit, with `extra_per_update` seconds of evaluation and saving for each, and
-        `at_the_end` seconds after the last; at least one."""
+        """Return how many more updates fit into the limit, but at least one. Each update takes `extra_per_update` more
+        seconds for evaluation and saving. The run takes `at_the_end` seconds after its last update."""
         assert self.limit is not None
         left = self.limit * (1 - _MARGIN) - self.elapsed - at_the_end
         return max(1, int(left / (self.seconds_per_update + extra_per_update)))
 
     def is_over(self, *, at_the_end: float) -> bool:
-        """Whether one more update might end too late."""
+        """Whether the run might exceed its limit with one more update and the `at_the_end` seconds after it."""
         longest = max(self._updates, default=0.0)
         return self.limit is not None and self.elapsed + longest + at_the_end > self.limit

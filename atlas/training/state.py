@@ -1,4 +1,4 @@
-"""The state of a run: plain numbers, all of them in every checkpoint."""
+"""The state of a run: plain numbers, which every checkpoint stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atlas.config import TrainingConfig
 
 MAX_ROLLBACKS = 3
 ROLLBACK_RATE = 0.5
-"""The learning rate is multiplied by this at each rollback."""
+"""Each rollback multiplies the learning rate by this factor."""
 
 
 @dataclass
@@ -33,21 +33,21 @@ class RunningMean:
     count: int = 0
 
     def add(self, value: float) -> None:
-        """Count a value."""
+        """Add a value."""
         self.total += value
         self.count += 1
 
     @property
     def mean(self) -> float:
-        """NaN without values."""
+        """The mean, or NaN without values."""
         return self.total / self.count if self.count else math.nan
 
 
 @dataclass
 class TrainState:
-    """Everything that decides how a run continues; all else about a step is a function of it.
+    """Everything that decides how a run continues: all other quantities of a step are functions of this state.
 
-    That is why k steps, a kill and N − k steps give exactly the same numbers as N steps.
+    So k steps, a kill, a resume and N − k steps give exactly the same numbers as N steps.
     """
 
     horizon: int
@@ -55,11 +55,12 @@ class TrainState:
     micro_batch_size: int
     eval_batch_size: int = 1
     is_planned: bool = True
-    """False until the measured speed has turned `training.max_hours` into a horizon."""
+    """Whether `horizon` is final. With `training.max_hours`, Atlas computes the final horizon after it has measured the
+    speed."""
     step: int = 0
     sequences_consumed: int = 0
     seconds: float = 0.0
-    """Time spent training, over all processes."""
+    """The training time, including the time before the run was resumed."""
 
     loss: float | None = None
     """The loss of the last update that was applied; None before the first."""
@@ -70,15 +71,15 @@ class TrainState:
     train_loss_at_evaluation: float = math.inf
     val_rises: int = 0
     loss_since_save: RunningMean = field(default_factory=RunningMean)
-    """Selects the best checkpoint if there is no validation data."""
+    """The mean training loss since the last save. Without validation data, this mean selects the best checkpoint."""
     loss_since_evaluation: RunningMean = field(default_factory=RunningMean)
 
     skipped: int = 0
-    """Updates that were not applied, see `guard.py`."""
+    """The number of updates that were not applied, see `guard.py`."""
     bad_in_a_row: int = 0
-    """The faulty updates in a row up to now."""
+    """The number of consecutive faulty updates up to now."""
     rollbacks: int = 0
-    """Rollbacks since the run last got past step `trouble_at`."""
+    """The number of rollbacks since the run last passed step `trouble_at`."""
     trouble_at: int = 0
     """The latest step from which the run was rolled back."""
     went_back_to: int = 0
@@ -89,14 +90,15 @@ class TrainState:
 
     @classmethod
     def of(cls, contents: dict[str, Any]) -> TrainState:
-        """The state in a checkpoint. Older ones have no separate batch size for evaluation."""
+        """Return the state in a checkpoint. Older checkpoints have no separate batch size for evaluation."""
         known = {name: contents[name] for name in cls.__dataclass_fields__ if name in contents}
         for name in ("loss_since_save", "loss_since_evaluation"):
             known[name] = RunningMean(**known.get(name, {}))
         return cls(**{"eval_batch_size": contents["micro_batch_size"], **known})
 
     def note_evaluation(self, val_loss: float) -> None:
-        """Store a validation loss, and count how often in a row it rose while the training loss fell."""
+        """Store a validation loss. Count in `val_rises` the consecutive evaluations in which this loss rose while the
+        training loss fell."""
         train_loss = self.loss_since_evaluation.mean
         memorizes = val_loss > (self.val_loss or math.inf) and train_loss < self.train_loss_at_evaluation
         self.val_rises = self.val_rises + 1 if memorizes else 0
@@ -105,7 +107,7 @@ class TrainState:
         self.loss_since_evaluation = RunningMean()
 
     def update_best(self, loss: float) -> bool:
-        """Count an evaluation; return whether `loss` is the lowest so far."""
+        """Record the loss of an evaluation. Return whether `loss` is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.evaluations_since_best = loss, 0
             return True
@@ -113,13 +115,15 @@ class TrainState:
         return False
 
     def is_out_of_patience(self, training: TrainingConfig) -> bool:
-        """Whether the last `training.early_stopping_patience` evaluations brought no new best."""
+        """Whether none of the last `training.early_stopping_patience` evaluations had a new lowest loss."""
         patience = training.early_stopping_patience
         return patience is not None and self.evaluations_since_best >= patience
 
     def end_save_interval(self, *, is_final: bool, has_validation: bool) -> list[str]:
-        """The kinds of the save that is due at this step. In a streak of updates that were not applied there is none,
-        unless it is the final one: the run would roll back to it."""
+        """Return the kinds of the save that is due at this step.
+
+        After a faulty update, only the final save is due. Any other save would be the target of the next rollback.
+        """
         kinds = ["step"] if is_final or not self.bad_in_a_row else []
         if self.step > self.trouble_at:
             self.rollbacks = 0
@@ -129,11 +133,12 @@ class TrainState:
         return kinds
 
     def owes_evaluation(self, interval: int) -> bool:
-        """Whether the current step has to be evaluated and was not yet."""
+        """Whether an evaluation is due at the current step and has not happened yet."""
         return (self.step == self.horizon or self.step % interval == 0) and self.evaluated_at < self.step
 
     def roll_back_to(self, contents: dict[str, Any]) -> None:
-        """Become the state of an earlier checkpoint, but skip the data used since, and lower the learning rate."""
+        """Restore the state of an earlier checkpoint, but skip the data used since then, and lower the learning
+        rate."""
         past = TrainState.of(contents)
         past.horizon, past.is_planned = self.horizon, self.is_planned
         past.micro_batch_size, past.eval_batch_size = self.micro_batch_size, self.eval_batch_size

@@ -1,4 +1,4 @@
-"""One update: forward and backward for each micro-batch, clip the gradient, take the optimizer's step."""
+"""One update: forward and backward passes of the micro-batches, gradient clipping and the optimizer step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from atlas.training.run import Learner
 from atlas.training.state import TrainState
 
 Batch = Sequence[Tensor]
-"""Inputs, targets and, with document masks, documents, (N, T) each, on the CPU."""
+"""Inputs, targets and, with document masks, document numbers: (N, T) each, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of an update is in the parameters. `loss` is the mean over the valid targets of all ranks, a scalar
-    on the device; `num_valid` is their number."""
+    """The result of `accumulate_gradient`; the gradient itself is in the parameters' `grad`.
+
+    `loss` is the mean over the valid targets of all ranks, a scalar on the device. `num_valid` is the number of these
+    targets.
+    """
 
     loss: Tensor
     num_valid: int
@@ -38,7 +41,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Update:
-    """The figures of an update. With a `fault` it was not applied."""
+    """The result of an update. An update with a `fault` was not applied."""
 
     loss: float
     grad_norm: float
@@ -47,7 +50,7 @@ class Update:
 
 
 def fresh_learner(config: AtlasConfig, runtime: Runtime) -> Learner:
-    """A learner with new weights, for an update outside a run."""
+    """Return a learner with new weights, for updates outside a run."""
     model = build_model(config.model, seed=config.seed)
     if config.lora.rank:
         add_lora(model, config.lora)
@@ -69,9 +72,9 @@ def accumulate_gradient(
 ) -> Gradient:
     """Sum the gradient of (N, T) sequences over micro-batches of `state.micro_batch_size`.
 
-    The loss is summed over valid targets and divided by their number in the whole update, so that the split changes
-    nothing. `before_reduction` is called before this rank adds up gradients with others. Raises `Stopped` when
-    any rank was asked to stop.
+    The loss is summed over valid targets and divided by their number in the whole update. So the split into
+    micro-batches does not change the loss. `before_reduction` is called before this rank sums its gradient with those
+    of the other ranks. Raises `Stopped` if a stop was requested on any rank.
     """
     runtime, world, targets = learner.runtime, learner.runtime.world, batch[1]
     num_sequences = len(targets)
@@ -103,17 +106,17 @@ def accumulate_gradient(
             if is_last:
                 before_reduction()
                 wait = world.all_reduce_async(total)
-            # PyTorch takes the mean over ranks, and this loss is a share of a sum.
+            # PyTorch averages gradients over ranks. Multiplying the loss by the number of ranks gives the sum.
             learner.scaler.scale(loss * world.size).backward()
     wait()
     return Gradient(total, int(counts()[0]))
 
 
 def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, rate: float) -> Update:
-    """Clip the gradient and take the optimizer's step at `rate`.
+    """Clip the gradient and apply the optimizer step with learning rate `rate`.
 
-    With a loss or a gradient norm that is not sound neither weights nor optimizer state change. The host waits for the
-    device once, to read both figures.
+    If `check_update` finds a fault, the weights and the optimizer state stay unchanged. The host waits for the device
+    once, to read the loss and the gradient norm.
     """
     config, optimizer, scaler = learner.config, learner.optimizer, learner.scaler
     for group in optimizer.param_groups:
@@ -128,12 +131,12 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
     figures = torch.stack([gradient.loss, grad_norm.to(gradient.loss)])
     steps_by_flag = _skips_by_flag(learner)
     if steps_by_flag:
-        # The optimizer changes nothing where `found_inf` is 1, so the device need not wait until the host has read
-        # the figures.
+        # The optimizer changes nothing if `found_inf` is 1. So the device can continue before the host has read the
+        # figures.
         optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
         optimizer.step()
     loss, norm = figures.tolist()
-    # Reading the scale is one more wait, and only an overflow needs it.
+    # Reading the scale makes the host wait once more, so read it only after an overflow.
     needs_scale = scaler.is_enabled() and not math.isfinite(norm)
     scale = scaler.get_scale() if needs_scale else None
     fault = check_update(loss, norm, state=state, guard=config.guard, loss_scale=scale)
@@ -145,12 +148,13 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
 
 
 def even_split(num_sequences: int, micro_batch_size: int) -> int:
-    """The smallest size of micro-batches that needs no more of them: compiled code has one shape."""
+    """Return the smallest micro-batch size that gives the same number of micro-batches. Compiled code then needs the
+    least padding."""
     return -(-num_sequences // -(-num_sequences // micro_batch_size))
 
 
 def clear_gradient(learner: Learner) -> None:
-    """Free the gradients, except under DDP, which keeps them in its buckets."""
+    """Free the gradients. Under DDP, which keeps gradients in its buckets, set them to zero instead."""
     learner.optimizer.zero_grad(set_to_none=learner.runtime.parallel != "ddp")
 
 
@@ -163,7 +167,8 @@ def _to_device(column: Tensor, device: torch.device) -> Tensor:
 
 
 def _skips_by_flag(learner: Learner) -> bool:
-    """Whether the optimizer's kernel can skip its step by `found_inf`: AdamW's can, on a CPU and on CUDA."""
+    """Whether the optimizer's kernel skips the step if `found_inf` is 1. AdamW's kernel does so on a CPU and on
+    CUDA."""
     return (
         isinstance(learner.optimizer, torch.optim.AdamW)
         and learner.runtime.device.type in ("cpu", "cuda")

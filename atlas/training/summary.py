@@ -1,4 +1,4 @@
-"""What a run logs before its first update."""
+"""The log entries of a run before its first update."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from atlas.training.run import Run
 from atlas.training.state import TrainState
 
 _ENOUGH_CHAT_UPDATES = 100
-"""Measured: 50 or 60 short pairs are learnt in 100 to 250 updates, but not in 30 or 60 (docs/TRAINING.md)."""
+"""Measured: a model learns 50 or 60 short conversations in 100 to 250 updates, but not in 30 or 60
+(docs/TRAINING.md)."""
 
 
 def log_summary(start: Start, run: Run, differences: list[str]) -> None:
-    """Log what the run starts from, its settings, its size and what deserves a warning."""
+    """Log the checkpoint that the run starts from, its settings, its size and warnings."""
     config, state, say = run.config, run.state, run.log.say
     if cpu_only_build_with_nvidia_driver():
         say(
@@ -80,19 +81,17 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
         f"({free / 1e9:.1f} GB free); log: {run.log.log_path}"
     )
     if free < total:
-        say(
-            "warning: the disk will be full before all of these are kept: free some, or lower keep_checkpoints"
-        )
+        say("warning: the disk is too small for all of these: free some space, or lower keep_checkpoints")
 
 
 def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
-    """Log why the sparse kernel, which is available, does not serve this model."""
+    """Log why this model cannot use the sparse attention kernel of this device."""
     size = config.model.head_size
     if config.model.dropout:
         reason, remedy = "has no dropout", "model.dropout 0 is faster"
     elif size < FLEX_HEAD_SIZE:
         reason = f"needs heads at least {FLEX_HEAD_SIZE} wide, and these are {size}"
-        remedy = "fewer model.num_heads, a new run, are faster"
+        remedy = "fewer model.num_heads (in a new run) are faster"
     else:
         return
     say(
@@ -145,12 +144,12 @@ def _log_packing(part: SequenceDataset | ChatDataset, say: Callable[[str], None]
         if part.num_cut or part.num_left_out:
             say(
                 f"{part.stream.name}: longer than {part.max_seq_len} tokens: {part.num_cut:,} conversations lose their "
-                f"end, {part.num_left_out:,} more are left out, since their first answer would start beyond it"
+                f"end, {part.num_left_out:,} more are left out: their first answer would start beyond this length"
             )
 
 
 def _log_mixture(data: MixtureDataset, run: Run) -> None:
-    """Log the share of each part, and how often the run will read it."""
+    """Log the share of each part of the mixture, and how often the run will read this part."""
     num_sequences = run.state.horizon * run.config.training.sequences_per_update
     for part, weight in zip(data.parts, data.weights, strict=True):
         passes = f", {num_sequences * weight / len(part):.2f} passes over it" if run.state.is_planned else ""
@@ -166,7 +165,8 @@ def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> 
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
-    """What differs from the checkpoint's config, a line each. A setting that an older one lacks has its default."""
+    """Return a line for each setting that differs from the checkpoint's config. A setting that an older checkpoint
+    lacks has its default."""
     before, new = resolve(old).model_dump(mode="json"), config.model_dump(mode="json")
     pairs = []
     for key, value in new.items():

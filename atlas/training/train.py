@@ -1,4 +1,4 @@
-"""The training loop. `step.py` computes one update; `recovery.py` rolls back; `run.py` says what a run is made of."""
+"""The training loop. `step.py` computes one update; `recovery.py` rolls back; `run.py` defines `Run`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from atlas.training.step import Update, apply_gradient
 
 
 def train(run: Run) -> Result:
-    """Train to the horizon, an early stop, the end of the time or an interrupt, and leave a checkpoint."""
+    """Train until the horizon, an early stop, the time limit or an interrupt, and then save a checkpoint."""
     config, state, log = run.config, run.state, run.log
     with _running(run) as after_update:
         run.keep_snapshot()
-        if run.owes_evaluation:  # an interrupt cut it short
+        if run.owes_evaluation:  # an interrupt ended this evaluation early
             finish_step(run)
         stream = run.batches()
         while (outcome := outcome_of(run)) is None:
@@ -58,8 +58,8 @@ def train(run: Run) -> Result:
 
 @contextmanager
 def _running(run: Run) -> Iterator[Callable[[], None]]:
-    """Around the loop: signals stop the run, trackers and the progress bar are open, saves are complete at the end, and
-    an unexpected error leaves a checkpoint. Yields what is to be called after each update."""
+    """Enclose the training loop. Signals request a stop; trackers and the progress bar are open; an unexpected error
+    causes a save; at the end all saves are complete. Yields a function to call after each update."""
     run.model.train()
     run.clock.start()
     progress = run.log.progress(done=run.state.step, total=run.num_updates)
@@ -70,7 +70,7 @@ def _running(run: Run) -> Iterator[Callable[[], None]]:
 
 
 def outcome_of(run: Run) -> str | None:
-    """How the run ended; None as long as another update is due. Every rank must call it."""
+    """Return how the run ended, or None if another update is due. Every rank must call this function."""
     state, clock, log = run.state, run.clock, run.log
     if run.stops_early:
         return "stopped early"
@@ -85,15 +85,17 @@ def outcome_of(run: Run) -> str | None:
         return None
     slow = ""
     if run.num_updates:
-        slow = f" of {run.num_updates} planned: updates took longer than when they were measured"
+        slow = f" of {run.num_updates} planned: updates took longer than the measured ones"
     log.say(
-        f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; a larger --max-hours continues"
+        f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; to continue, give a larger "
+        "--max-hours"
     )
     return "stopped in time"
 
 
 def train_step(run: Run, stream: Iterator[tuple[Tensor, ...]]) -> Update | None:
-    """One update from the next sequences of `stream`; None, and no update, when a stop was requested meanwhile."""
+    """Perform one update with the next batch of `stream`. Return None, without an update, if a stop was requested
+    meanwhile."""
     state, per_update = run.state, run.config.training.sequences_per_update
     run.clock.update_begins()
     with run.throughput.waiting_for_data():
@@ -118,7 +120,7 @@ def train_step(run: Run, stream: Iterator[tuple[Tensor, ...]]) -> Update | None:
 
 
 def metrics(run: Run, update: Update) -> dict[str, Any]:
-    """A line of `metrics.jsonl` about an update."""
+    """Return the values of an update's line in `metrics.jsonl`."""
     state = run.state
     return {
         "step": state.step,
@@ -136,7 +138,8 @@ def metrics(run: Run, update: Update) -> dict[str, Any]:
 
 
 def finish_step(run: Run) -> bool:
-    """Evaluate and save what is due at the current step. Return False if the run rolled back instead."""
+    """Perform the evaluation and the save that are due at the current step, if any. Return False if the run rolled back
+    instead."""
     config, state = run.config, run.state
     is_last = state.step == state.horizon
     kinds = ["epoch"] if run.has_ended_epoch and not state.bad_in_a_row else []
@@ -156,7 +159,8 @@ def finish_step(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> Evaluation | None:
-    """Evaluate on the fixed windows, log it and write samples; None if a stop was requested meanwhile."""
+    """Evaluate on the fixed windows, log the result and write samples. Return None if a stop was requested
+    meanwhile."""
     state, size = run.state, run.state.eval_batch_size
     with run.throughput.paused():
         evaluation = _validation_loss(run, run.val_windows)
@@ -187,7 +191,7 @@ def evaluate(run: Run) -> Evaluation | None:
 
 
 def plan_horizon(run: Run) -> None:
-    """Turn `training.max_hours` into the update at which the schedule ends, from the speed so far."""
+    """Compute the horizon from `training.max_hours` and the speed of the updates so far."""
     training, state, saver = run.config.training, run.state, run.saver
     seconds = 0.0
     if run.data.val:
@@ -197,7 +201,7 @@ def plan_horizon(run: Run) -> None:
             _validation_loss(run, some)
             measured = time.perf_counter()
             _samples(run)
-        if run.stop.requested:  # what was measured is too short; a resumed run measures again
+        if run.stop.requested:  # the measured time is too short; a resumed run measures again
             return
         seconds = (measured - start) * len(run.val_windows) / len(some) + time.perf_counter() - measured
     extra = seconds / training.eval_interval + saver.stall / run.config.checkpoint.save_interval
@@ -220,8 +224,11 @@ def _validation_loss(run: Run, windows: list[int]) -> Evaluation | None:
 
 
 def _samples(run: Run) -> list[str]:
-    """`tracking.samples` texts on the first rank, none on the others. Texts to look at are no reason to end a run: the
-    first failure is logged, and from then on there are no samples."""
+    """Generate `tracking.samples` texts on the first rank; return an empty list on the other ranks.
+
+    A failure does not end the run, since samples are for reading only. The first failure is logged, and later
+    evaluations write no samples.
+    """
     if run.sampler is None or not run.config.tracking.samples:
         return []
     if run.runtime.parallel == "fsdp":
@@ -231,16 +238,16 @@ def _samples(run: Run) -> list[str]:
     else:
         run.model.eval()
         try:
-            # The compiled blocks are compiled for the shapes of training.
+            # The compiled blocks have the shapes of training, so run without compilation.
             with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
-                # The same seed each time, so that only the model differs.
+                # Every evaluation uses the same seed, so that only the model differs.
                 tracking, seed = run.config.tracking, run.config.seed
                 return run.sampler(run.model, run.data.tokenizer, tracking, seed, lambda: run.stop.requested)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
             run.model.train()
-        release_memory(run.runtime.device)  # here: the exception holds on to the tensors of what failed
+        release_memory(run.runtime.device)  # not inside `except`, where the exception references tensors
     run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason:.200}")
     run.sampler = None
     return []

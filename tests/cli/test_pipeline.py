@@ -258,7 +258,7 @@ def test_a_preset_that_differs_from_the_existing_run_is_asked_about(
     assert load_checkpoint("checkpoints/atlas_best.pt")["config"]["model"]["position"] == "rope"
     typed += ["nano", "y"]
     assert main(arguments) == 0
-    assert "Start a new one?" in capfd.readouterr().err
+    assert "Start a new run?" in capfd.readouterr().err
     assert load_checkpoint("checkpoints/atlas_best.pt")["config"]["model"]["position"] == "learned"
     assert load_checkpoint("checkpoints/previous-1/atlas_best.pt")["config"]["model"]["position"] == "rope"
 

@@ -155,10 +155,8 @@ def test_going_on_from_an_older_checkpoint_is_noticed(
 def test_a_save_without_a_commit_point_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes written directly under their final name: a full disk in the middle leaves a partial file."""
 
-    def save_directly(
-        self: CheckpointManager, contents: dict, kinds: list[str], manifest: dict, **_: object
-    ) -> list[Path]:
-        path = self.folder / f"atlas_step_{manifest['step']}.pt"
+    def save_directly(self: CheckpointManager, contents: dict, kinds: list[str], **_: object) -> list[Path]:
+        path = self.folder / f"atlas_step_{contents['step']}.pt"
         try:
             with open(self.folder / "atlas_writing.tmp", "wb"), open(path, "wb") as file:
                 torch.save(dict(contents), file)

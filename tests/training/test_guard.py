@@ -290,7 +290,7 @@ def test_a_spike_is_left_out_or_led_back_from(tmp_path: Path, text_file: Path, m
     assert len(events(folder, "rollback")) == (mode == "rollback")
     skipped = events(folder, "skipped")
     assert [line["step"] for line in skipped] == ([50] if mode == "skip" else [])  # that step was taken back
-    assert "standard deviations high" in (folder / "training.log").read_text()
+    assert "standard deviations above the mean" in (folder / "training.log").read_text()
     assert [line["step"] for line in logged(folder)] == list(range(1, 61))
 
 

@@ -609,7 +609,7 @@ def test_fine_tuning_resumes_from_the_same_base_only(tmp_path: Path, bases: list
     asked: list[str] = []
     with pytest.raises(AtlasError, match=r"holds another run and stays as it is"):
         fine_tuning(folder, bases[1], text, ask=lambda question: bool(asked.append(question)))
-    assert "Start a new one? The old one moves to" in asked[0]
+    assert "Start a new run? The old run moves to" in asked[0]
     assert not (folder / "previous-1").exists()
     train(fine_tuning(folder, bases[1], text, ask=lambda _: True))
     assert (folder / "previous-1/atlas_best.pt").exists()

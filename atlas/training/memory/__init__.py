@@ -1,1 +1,1 @@
-"""How much memory and disk a run needs, and how many sequences fit into a micro-batch."""
+"""Estimates of the memory and disk space that a run needs, and of the micro-batch that fits."""

@@ -1,10 +1,10 @@
-"""Memory and disk of a run, from its config alone.
+"""Estimate the memory and disk space of a run from its config alone.
 
-The peak of an update is at the start of the backward pass, when most activations are alive: what autograd saves there
-is traced from one real block (`atlas.model.cost`), what the loss needs is counted here.
+The peak of an update is at the start of the backward pass, when most activations are in memory. `atlas.model.cost`
+traces the tensors that autograd has saved at this point, with one real block. This module adds the memory of the loss.
 
 Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small` with an allocator that keeps
-freed memory (`atlas.process`); the estimates were 1 to 5 % below. No GPU was measured yet.
+freed memory (`atlas.process`). The estimates were 1 to 5 % below the measured peaks. No GPU has been measured yet.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers, V vocabulary.
 """
@@ -29,22 +29,23 @@ from atlas.training.optimizers.memory import state_bytes, step_bytes
 
 _FP32, _HALF = 4, 2  # bytes
 PROCESS_BYTES = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
-"""Interpreter, PyTorch and its libraries on a CPU (measured); a CUDA context and its library workspaces (stated)."""
+"""On a CPU: the interpreter, PyTorch and its libraries (measured). On a GPU: the CUDA context and library workspaces
+(assumed)."""
 _CPU_SLACK = 0.8
-"""Freed activations that glibc keeps between allocations of other sizes, as a part of the activations of all blocks,
-recomputed ones included. It returns larger tensors."""
+"""The freed activations that glibc keeps between allocations of other sizes, as a fraction of the small activations of
+all blocks, including recomputed ones. glibc returns larger tensors to the system."""
 _DENSE_MASK = 5
-"""Bytes for each pair of tokens: as bool, and in fp32."""
+"""Bytes per pair of tokens: 1 as bool and 4 in fp32."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
     """Bytes at the peak of an update; the parts add up to `total`.
 
-    `gradients` are those of earlier micro-batches of the same update. An update of a single micro-batch has none when
-    activations peak: then the part counts only what gradients need beyond the space that activations and loss free.
-    `half_precision_weights` are the copies that matrix products keep at that moment. `allocator` is freed memory that
-    it keeps.
+    `gradients` are the gradients of earlier micro-batches of the same update. An update of a single micro-batch has no
+    gradients when activations peak. For such an update, `gradients` counts only the memory that gradients need beyond
+    the memory freed by activations and loss. `half_precision_weights` are the copies that matrix products keep at the
+    peak. `allocator` is the freed memory that the allocator keeps.
     """
 
     weights: int
@@ -58,19 +59,20 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The bytes of all parts together."""
         return sum(astuple(self))
 
 
 def weight_bytes(training: TrainingConfig) -> int:
-    """Bytes of a weight, and of a number in the residual stream."""
+    """Return the bytes per weight. A number in the residual stream has the same size."""
     return _HALF if training.precision == "bf16-true" else _FP32
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: bool = False) -> TrainingMemory:
-    """Estimate the peak of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch of the config.
+    """Estimate the peak memory of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch size of
+    the config.
 
-    With `keeps_all`, for compiled blocks that recompute nothing, which a run uses only where memory is ample.
+    `keeps_all` is for compiled blocks that recompute nothing. A run uses such blocks only if memory is ample.
     """
     model, training = config.model, config.training
     half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
@@ -120,22 +122,23 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
 
 
 def _table_gradient(config: AtlasConfig) -> int:
-    """Bytes of the gradient of the head's table in fp32."""
+    """Return the bytes of the gradient of the head's table in fp32."""
     return 0 if config.lora.rank else config.model.padded_vocab_size * config.model.hidden_size * _FP32
 
 
 def _recomputed(config: AtlasConfig, tokens: int, *, half: bool) -> int:
-    """Bytes that the backward pass of a block computes again beside its saved tensors: GELU's output, or SwiGLU's gates
-    and what they let through."""
+    """Return the bytes of the tensors that the backward pass of a block recomputes, in addition to the block's saved
+    tensors. The tensors are GELU's output, or SwiGLU's activated gates and their products with the values."""
     tensors = 2 if config.model.mlp == "swiglu" else 1
     return tensors * tokens * config.model.mlp_width * (_HALF if half else _FP32)
 
 
 def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -> int:
-    """Bytes of the weights' copies in half precision at the peak.
+    """Return the bytes of the weights' copies in half precision at the peak.
 
-    A block keeps those that were traced. The copies of the other matrices are computed again, the largest is one of
-    these. With gradient checkpointing a block's copies live as long as its pass; the head's are there before it.
+    Each block keeps the traced copies. The copies of the other matrices are recomputed one by one; the largest matrix
+    is one of these. With gradient checkpointing, the copies of a block exist only during the block's backward pass. The
+    copy of the head is freed before that.
     """
     model = config.model
     matrices = [_HALF * matrix.size for matrix in block_matrices(model).values()]
@@ -149,42 +152,43 @@ def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -
 
 
 def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -> int:
-    """Bytes that the loss needs beside the activations: see `atlas.training.loss`."""
+    """Return the bytes that the loss needs in addition to the activations, see `atlas.training.loss`."""
     model, table, width = config.model, _table_gradient(config), _HALF if half else _FP32
     if config.training.loss:
-        # The forward's, log_softmax's and the backward's copy of the logits in fp32; then one of them, and the
-        # head's gradient before and after it is padded.
+        # Three copies of the logits in fp32: of the forward pass, of log_softmax and of the backward pass. Later one
+        # copy is left, and the head's gradient exists before and after padding.
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
-    # The gradients by the last hidden states and by the head; and a chunk's logits, which become their own gradient.
+    # The gradients of the last hidden states and of the head, and a chunk of logits, which is replaced by its gradient.
     gradients = tokens * model.hidden_size * width + table
-    if device == "cuda":  # where no kernel is compiled, with two copies in fp32
+    if device == "cuda":  # without a compiled kernel, the logits have two more copies in fp32
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
-    # In half precision the head's gradient a second time, and a chunk's logits, logarithms and gradient.
+    # In half precision there are a second gradient of the head, and the logits, log-probabilities and gradient of a
+    # chunk.
     chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
     return gradients + (table // 2 + 2 * chunk if half else chunk)
 
 
 def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
-    """Estimate what the first step needs beyond the weights, which are in memory before it."""
+    """Estimate the bytes that the first step allocates. The weights are in memory before this step."""
     memory = estimate_training_memory(config, device=device)
     return memory.total - memory.weights - memory.process
 
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
-    """Bytes of one checkpoint: weights and optimizer state."""
+    """Return the bytes of one checkpoint: weights and optimizer state."""
     weights = weight_bytes(config.training) * stored_parameters(config.model, config.lora)
     return weights + state_bytes(config.model, config.lora, config.training)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:
-    """Bytes of main memory for the copy that checkpoints are written from while training continues."""
+    """Return the bytes of the copy in main memory from which checkpoints are written while training continues."""
     return checkpoint_bytes(config) if config.checkpoint.background else 0
 
 
 def output_folder_bytes(config: AtlasConfig) -> int:
-    """The most bytes that checkpoints ever need: those kept of steps, epochs and interrupts, the best, and one that is
-    being written."""
+    """Return the largest number of bytes that the checkpoints of a run need on the disk. These are the kept checkpoints
+    of steps, epochs and interrupts, the best checkpoint, and one that is being written."""
     most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
     return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -1,4 +1,4 @@
-"""How many sequences fit into a micro-batch, and what helps where not even one does."""
+"""Find the largest micro-batch that fits into memory, and list what helps if not even one sequence fits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from atlas.training.memory.presets import largest_that_fits, plan_presets
 def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> int:
     """Return the largest micro-batch whose estimate is within `available` bytes, 0 if not even one sequence fits.
 
-    An update of a single micro-batch keeps no gradients while activations peak, so that it may fit where a smaller
-    micro-batch does not.
+    An update of a single micro-batch holds no gradients when activations peak. So such a micro-batch may fit even if a
+    smaller one does not.
     """
     every = config.training.sequences_per_update
 
@@ -28,9 +28,10 @@ def largest_micro_batch(config: AtlasConfig, available: int, *, device: str) -> 
 
 
 def memory_advice(config: AtlasConfig, *, device: str, available: int | None = None) -> list[str]:
-    """List what helps when not even one sequence fits, in the FAQ's order, each with its estimated saving.
+    """List what helps if not even one sequence fits, in the FAQ's order. Each remedy has its estimated saving.
 
-    A smaller model must fit `available` bytes; default: fewer than this one needs.
+    The suggested smaller model fits into `available` bytes. Without `available`, the suggested model only needs less
+    memory than the model of `config`.
     """
     config = config.replace("training", micro_batch_size=1)
     training, now = config.training, estimate_training_memory(config, device=device).total

@@ -1,4 +1,4 @@
-"""How several ranks share a model: `none`, `ddp` or `fsdp`."""
+"""Choose how several ranks share a model: `none`, `ddp` or `fsdp`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from atlas.training.devices.world import World, has_joined
 from atlas.training.memory.estimate import estimate_training_memory
 
 _ROOMY = 0.75
-"""A run whose estimate, for a micro-batch of one sequence, is below this part of a device's memory is not sharded."""
+"""A run is not sharded if its estimate for a micro-batch of one sequence is below this fraction of a device's
+memory."""
 _SHARDED = ("adamw", "muon")
 """The optimizers whose state can be sharded."""
 _UNSHARDED = {"fp16": "only one rank would see an overflow", "bf16-true": "full weights are rounded"}
-"""The precisions in which nothing is sharded, and why."""
+"""The precisions that do not support sharding, and the reasons."""
 
 
 def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
-    """Return what `training.parallel` means on these ranks: `none`, `ddp` or `fsdp`. Raises `AtlasError` for what
-    cannot be had."""
+    """Resolve `training.parallel` for these ranks to `none`, `ddp` or `fsdp`. Raises `AtlasError` if the setting is not
+    possible."""
     if not has_joined():
         refuse_parallel_alone(config)
         return "none"
@@ -32,9 +33,10 @@ def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> 
 
 
 def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) -> tuple[str, int]:
-    """Return what `training.parallel` means on `ranks` devices of `memory` bytes, and how many ranks share a model.
+    """Resolve `training.parallel` for `ranks` devices of `memory` bytes each. Return the result and the number of ranks
+    that share a model.
 
-    Raises `AtlasError` for what cannot be had.
+    Raises `AtlasError` if the setting is not possible.
     """
     training, asked = config.training, config.training.parallel
     if asked == "none" and ranks > 1:
@@ -63,7 +65,7 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
         )
     if training.precision in _UNSHARDED:
         raise AtlasError(
-            f"training.precision: {training.precision}: not with training.parallel fsdp "
+            f"training.precision: {training.precision}: does not work with training.parallel fsdp "
             f"({_UNSHARDED[training.precision]}){why}: use bf16, or ddp"
         )
     shards = training.shard_size or ranks

@@ -1,4 +1,4 @@
-"""Which presets this machine, or another, can train."""
+"""Find the presets that this machine, or another one, can train."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from atlas.model.cost import count_parameters
 from atlas.training.memory.estimate import estimate_training_memory
 
 ASSUMED_VOCABULARY = 2048
-"""For a config that leaves `vocab_size` to the dataset: the size of the demo's own byte-level BPE."""
+"""The assumed `vocab_size` of a config that leaves it to the dataset: the size of the demo's byte-level BPE."""
 
 
 @dataclass(frozen=True)
 class PresetPlan:
-    """A preset against a machine's memory, in bytes."""
+    """A preset, the bytes that its training needs, and whether they fit into a machine's memory."""
 
     name: str
     config: AtlasConfig
@@ -27,7 +27,8 @@ class PresetPlan:
 
 
 def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
-    """Return the config with a `vocab_size`: `ASSUMED_VOCABULARY` where it leaves it to the dataset."""
+    """Return the config with a `vocab_size`: its own, or `ASSUMED_VOCABULARY` if the config leaves it to the
+    dataset."""
     if config.model.vocab_size is not None:
         return config
     return config.replace("model", vocab_size=ASSUMED_VOCABULARY)
@@ -38,8 +39,8 @@ def plan_presets(
 ) -> list[PresetPlan]:
     """Plan every preset, smallest first, for `available` bytes on `device` (`cpu`, `cuda` or `mps`).
 
-    `vocab_size` replaces the vocabulary of every preset, as a dataset does. `open_vocab_size` is for presets that leave
-    theirs open.
+    `vocab_size` replaces the `vocab_size` of every preset, as a dataset does. `open_vocab_size` is for presets without
+    a `vocab_size`.
     """
     plans = []
     for name in preset_names():
@@ -53,5 +54,6 @@ def plan_presets(
 
 
 def largest_that_fits(plans: Sequence[PresetPlan]) -> PresetPlan | None:
-    """Return the one with the most parameters; among equals the first, which trades less time for memory."""
+    """Return the plan with the most parameters that fits, or None. If several are equally large, return the first,
+    which trades less time for memory."""
     return max((plan for plan in plans if plan.fits), key=lambda plan: plan.parameters, default=None)

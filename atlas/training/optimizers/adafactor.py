@@ -1,4 +1,4 @@
-"""Adafactor, whose state is one number for each row and each column of a matrix."""
+"""Adafactor, an optimizer whose state is one number per row and one per column of a matrix."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ _EPS = (1e-15, 1.0)
 
 
 def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum: for a matrix it keeps the mean squared
-    gradient of each row and of each column. It clips the update to a root mean square (RMS) of 1.
+    """Build Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum.
 
-    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³ a
-    rate would be relative to each weight, some 50 times smaller than the same number for AdamW. With ε₂ = 1 it is the
-    step itself for every parameter whose RMS is below 1: all but the norms' gains, which stay near it. The bound 1 /
-    √step is above any usual rate: it reaches 1e-3 after a million updates.
+    For a matrix, Adafactor keeps the mean squared gradient of each row and of each column. The optimizer clips the
+    update to a root mean square (RMS) of 1.
 
-    ε₁ is a lower bound of the mean squared gradient, and its square, 10⁻³⁰ as in the paper, of each estimate. PyTorch's
-    default, 10⁻⁷, is more than the mean squared gradient of a large model whose gradient is clipped to a norm of 1.
+    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³,
+    the step would be relative to the size of the weights. Such a step would be about 50 times smaller than AdamW's step
+    at the same rate. With ε₂ = 1, the step equals the rate for every parameter whose RMS is below 1. Only the norms'
+    gains have a larger RMS, which stays near 1. The bound 1 / √step is above any usual rate: the bound falls to 1e-3
+    only after a million updates.
+
+    ε₁ is a lower bound for the mean squared gradient. ε₁², which is 10⁻³⁰ as in the paper, is a lower bound for each
+    estimated square. PyTorch's default ε₁, 10⁻⁷, exceeds the mean squared gradient of a large model whose gradient norm
+    is clipped to 1.
     """
     on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
     kind = AdafactorWithoutWaits if on_cuda else torch.optim.Adafactor
-    # One parameter after the other: all in parallel would need as much memory again as the weights.
+    # Update one parameter after the other: with `foreach`, the step would need additional memory of the size of the
+    # weights.
     return kind(groups, lr=config.learning_rate, eps=_EPS, foreach=False)
 
 
 class AdafactorWithoutWaits(torch.optim.Adafactor):
-    """PyTorch's Adafactor with the same state and the same step, up to rounding. PyTorch reads two norms of every
-    parameter on the host, which waits for the device each time. Here they stay on the device."""
+    """PyTorch's Adafactor, but the host does not wait for the device. The state is the same, and the step is the same
+    up to rounding.
+
+    PyTorch reads two norms of every parameter on the host, which waits for the device each time. Here the norms stay on
+    the device.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -44,14 +53,14 @@ class AdafactorWithoutWaits(torch.optim.Adafactor):
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     if not state:
-                        state["step"] = torch.tensor(0.0)  # on the CPU, so that the host can read it
+                        state["step"] = torch.tensor(0.0)  # on the CPU, where the host reads it
                         for name, shape in variance_shapes(parameter).items():
                             state[name] = parameter.grad.new_zeros(shape)
                     _update(parameter, parameter.grad, state, group)
 
 
 def variance_shapes(parameter: Tensor) -> dict[str, torch.Size]:
-    """The shapes of the mean squared gradients that Adafactor keeps for a parameter."""
+    """Return the shapes of the mean squared gradients that Adafactor keeps for a parameter."""
     if parameter.dim() < 2:
         return {"variance": parameter.shape}
     rows, columns = parameter.shape
@@ -59,8 +68,11 @@ def variance_shapes(parameter: Tensor) -> dict[str, torch.Size]:
 
 
 def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """The update of `torch.optim.Adafactor` for one parameter. An RMS is a norm divided by the root of the count. These
-    divisions are folded into numbers on the host, since each would be a separate kernel."""
+    """Update one parameter like `torch.optim.Adafactor`.
+
+    An RMS is a norm divided by the square root of the number of elements. The host includes these divisions in scalar
+    factors, since each division on the device would be a separate kernel.
+    """
     (eps1, eps2), rate, root = group["eps"], group["lr"], math.sqrt(parameter.numel())
     state["step"] += 1
     step = state["step"].item()

@@ -10,5 +10,5 @@ from atlas.config import TrainingConfig
 
 
 def build_adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101): two moments, 8 bytes, per parameter."""
+    """Build AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101). AdamW keeps two moments, 8 bytes, per parameter."""
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)

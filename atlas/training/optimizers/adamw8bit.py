@@ -1,8 +1,8 @@
 """AdamW whose two moments need one byte per number, from torchao (Dettmers et al. 2021, arXiv:2110.02861).
 
-torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for each 256 numbers. Small
-tensors stay in fp32. A checkpoint holds plain tensors only, so that no code runs when it is read. So a moment is split
-into plain tensors when the state is saved, and rebuilt from them when it is loaded.
+torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for every 256 numbers.
+Small tensors stay in fp32. A checkpoint holds plain tensors only, so that reading a checkpoint runs no code. So saving
+the state splits a moment into plain tensors, and loading the state rebuilds the moment.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _INSTEAD = "or take --set training.optimizer=adafactor or muon, which need neith
 
 
 def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """torchao's `AdamW8bit`, adapted to what every optimizer here promises: rates are numbers, and the state dict holds
-    plain values. Raises `AtlasError` if torchao or a compiler is missing."""
+    """Build torchao's `AdamW8bit`, adapted to Atlas: learning rates are numbers, and the state dict holds plain values
+    only. Raises `AtlasError` if torchao or a compiler is missing."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -37,7 +37,7 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
     missing = _missing_compiler(groups)
     if missing:
         raise AtlasError(
-            f"training.optimizer: adamw8bit: compiles its step, and no {missing} is here: install it, {_INSTEAD}"
+            f"training.optimizer: adamw8bit: compiles its step, but no {missing} was found: install it, {_INSTEAD}"
         )
     groups, betas = [{**group, "is_8bit": True} for group in groups], (config.beta1, config.beta2)
     optimizer = AdamW8bit(groups, lr=config.learning_rate, betas=betas, block_size=_BLOCK)
@@ -48,7 +48,8 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
 
 
 def shapes_8bit(parameter: Tensor) -> dict[str, Any]:
-    """The shapes in a parameter's saved state; for a moment in 8 bits, those of its bytes and scales."""
+    """Return the shapes in a parameter's saved state. An 8-bit moment has two shapes: those of its bytes and of its
+    scales."""
     moment: Any = parameter.shape
     if parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0:
         moment = {"codes": parameter.shape, "scale": torch.Size((parameter.numel() // _BLOCK,))}
@@ -64,7 +65,8 @@ def _missing_compiler(groups: list[dict[str, Any]]) -> str | None:
 
 
 def _rate_as_tensor(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Make each rate a tensor, since torchao refuses numbers: each new one would compile the step again."""
+    """Convert each learning rate to a tensor. torchao refuses numbers, since each new number would compile the step
+    again."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 @torch.no_grad()
 def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-    """`optimizer.step()` for weights in bf16: computed in fp32, one parameter after the other, and rounded at random.
+    """Apply `optimizer.step()` to bf16 weights: in fp32, one parameter after the other, with stochastic rounding of the
+    result.
 
-    Rounded to the nearest value, a weight would stay as it is in nearly every update, which moves it by less than half
-    of bf16's last digit (a 256th of its size). Rounded up or down at random, it moves as far as it should on average
-    (Gupta et al. 2015, arXiv:1502.02551). A gradient is freed as soon as its parameter is updated.
+    Rounding to the nearest value would leave a weight unchanged in nearly every update, since an update is smaller than
+    half of bf16's last digit (1/256 of the weight). With stochastic rounding, a weight changes by the right amount on
+    average (Gupta et al. 2015, arXiv:1502.02551). Each gradient is freed as soon as its parameter is updated.
     """
     groups = optimizer.param_groups
     try:
@@ -36,11 +37,11 @@ def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Gen
 
 
 def round_to_bf16(numbers: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 → bf16: one of the two neighbours, the nearer one with the higher probability, so that the mean is the
-    number.
+    """Round fp32 numbers to bf16 at random, up or down. The nearer value is more likely, so that the mean is the number
+    itself.
 
-    bf16 is the upper half of fp32's bits. Adding a random lower half and cutting it off rounds up with that
-    probability.
+    bf16 is the upper 16 bits of fp32. Adding 16 random bits and then dropping the lower 16 bits rounds up with the
+    right probability.
     """
     bits = numbers.view(torch.int32)
     noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)

@@ -22,19 +22,22 @@ _BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.opti
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer that `training.optimizer` names. Matrices and embeddings have weight decay, biases and norms do
-    not. A learning rate means the same for all optimizers. The training loop sets the rate of each step.
+    """Build the optimizer that `training.optimizer` names.
+
+    Matrices and embeddings have weight decay, biases and norms do not. A learning rate has the same meaning for all
+    optimizers. The training loop sets the rate of each step.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
-    if config.optimizer == "muon":  # for matrices of some names
+    if config.optimizer == "muon":  # Muon selects its matrices by name
         return MuonWithAdamW(model, config)
     return _BUILDERS[config.optimizer]([matrices, vectors], config)
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """The shapes in the saved state of a parameter in `group`, from its first step on: shapes, or dicts of shapes."""
+    """Return the shapes in the saved state of a parameter in `group` after its first step. An entry is a shape or a
+    dict of shapes."""
     if "is_8bit" in group:
         return shapes_8bit(parameter)
     if "is_qkv" in group:

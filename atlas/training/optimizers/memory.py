@@ -1,4 +1,4 @@
-"""How many bytes an optimizer keeps, and how many its step needs."""
+"""The memory of an optimizer: the bytes of its state, and the bytes that its step needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FP32, _CODE = 4, 1  # bytes
 
 
 def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) -> int:
-    """Bytes that `training.optimizer` keeps, in memory and in a checkpoint; its counts of steps are left out."""
+    """Return the bytes of the optimizer's state, in memory and in a checkpoint, without its step counts."""
     one = one_block_model(model, lora)
     copies = {p: model.num_layers if is_in_block(name) else 1 for name, p in one.named_parameters()}
     return sum(
@@ -28,7 +28,7 @@ def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) 
 
 
 def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    if training.optimizer == "adamw8bit":  # is planned where torchao is missing, too
+    if training.optimizer == "adamw8bit":  # an estimate does not need torchao
         return [{"is_8bit": True, "params": [p for p in model.parameters() if p.requires_grad]}]
     return build_optimizer(model, training).param_groups
 
@@ -44,10 +44,10 @@ def _bytes(shapes: dict[str, Any]) -> int:
 
 
 def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *, device: str) -> int:
-    """Bytes that the optimizer's step needs on `device` beside weights, gradients and state."""
+    """Return the bytes that the optimizer's step needs on `device`, in addition to weights, gradients and state."""
     weights = [weight for weight in list_weights(model, lora) if weight.is_trainable]
     largest = _FP32 * max(weight.size // weight.copies for weight in weights)
-    is_rounded = training.precision == "bf16-true"  # such weights are updated one after the other
+    is_rounded = training.precision == "bf16-true"  # bf16 weights are updated one after the other
     if training.optimizer == "muon":
         matrices = count_matrices(one_block_model(model, lora))
         layers = 1 if is_rounded else model.num_layers
@@ -56,18 +56,21 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
             default=0,
         )
     else:
-        # PyTorch's optimizers make a temporary copy of all parameters where they have no fused step.
+        # Without a fused step, PyTorch's optimizers make a temporary copy of all parameters.
         own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}.get(
             training.optimizer, largest if is_rounded else _FP32 * sum(weight.size for weight in weights)
         )
     if not is_rounded:
         return own
-    return 2 * largest + max(own, largest)  # the parameter and its gradient in fp32; then what rounds them
+    return 2 * largest + max(own, largest)  # parameter and gradient in fp32; then the step or the rounding
 
 
 def _muon_bytes(rows: int, columns: int, count: int, device: str) -> int:
-    """Of as many of `count` matrices as Muon orthogonalizes together: their mean gradients, the stack before and after
-    an iteration, and two products of the shorter side."""
+    """Return the bytes for the matrices, of `count`, that Muon orthogonalizes together.
+
+    The bytes hold the mean gradients, the stack before and after an iteration, and two products whose sides are the
+    shorter side.
+    """
     width, short, size = (_FP32 if device == "cpu" else 2), min(rows, columns), rows * columns
     stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // size))
     return stacked * (size * (_FP32 + 2 * width) + 2 * short * short * width)

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else."""
+"""Muon for the matrices inside the blocks, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _MUON_MOMENTUM = 0.95
 
 
 _WIDTH = 768
-"""The width at which Muon's rate equals AdamW's, see `_muon_update`. AdamW updates the tables beside it; their rate
-grows as the model gets narrower, since the head sums as many products as the model is wide. Their decay does not."""
+"""The width at which Muon's learning rate equals AdamW's, see `_muon_update`. AdamW updates the embedding tables and
+the head. The learning rate of both grows as the model gets narrower, since the head sums fewer products. The weight
+decay per step of both does not depend on the width."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, AdamW
-    for embeddings, head, biases and norms, as there, and for low-rank updates. Muon keeps one moment, 4 bytes, per
-    parameter.
+    for all other parameters: embeddings, head, biases, norms and low-rank updates.
 
-    AdamW's groups and state are those of this optimizer, so there is one state dict, and one place to set rates.
+    Muon keeps one moment, 4 bytes, per parameter. AdamW uses the groups and the state of this optimizer, so there is
+    one state dict, and one place to set learning rates.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
@@ -53,15 +54,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`load_state_dict` calls this with new groups and state, and AdamW gets its share of them."""
+        """Set new groups and state, and pass AdamW its share. `load_state_dict` calls this method."""
         super().__setstate__(state)
         share = {"state": self.state, "param_groups": self.param_groups[2:]}
         self._adamw.__setstate__(share)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update. q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each is orthogonalised
-        as a separate matrix: together, the one with the largest gradients would take most of the update."""
+        """Perform one update.
+
+        q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each of these matrices is
+        orthogonalized separately. Otherwise the matrix with the largest gradients would get most of the update.
+        """
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for weight in group["params"] if "is_qkv" in group else ():
@@ -87,7 +91,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
 
     def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group of AdamW with its effective rate and decay, which depend on the width for tables."""
+        """Return a group of AdamW with its effective learning rate and weight decay. For tables, both depend on the
+        width."""
         if not self._tables.issuperset(group["params"]) or not group["params"]:
             return group
         factor = _WIDTH / group["params"][0].shape[1]
@@ -103,7 +108,7 @@ def _matrices_of_blocks(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def count_matrices(model: nn.Module) -> Counter[tuple[bool, int, int]]:
-    """Count the matrices that Muon stacks: (whether they are of q, k and v, rows, columns) → number."""
+    """Count the matrices that Muon stacks: (whether the matrix is q, k or v; rows; columns) → number."""
     return Counter(
         (name.endswith("qkv.weight"), rows, p.shape[1])
         for name, p in _matrices_of_blocks(model)
@@ -112,7 +117,7 @@ def count_matrices(model: nn.Module) -> Counter[tuple[bool, int, int]]:
 
 
 def _rows_of_splits(name: str, model: nn.Module) -> list[int]:
-    """The rows of each matrix that the parameter `name` holds."""
+    """Return the number of rows of each matrix in the parameter `name`."""
     module = model.get_submodule(name.rsplit(".", 2)[0])
     rows = len(model.get_parameter(name))
     if name.endswith("qkv.weight"):
@@ -121,26 +126,31 @@ def _rows_of_splits(name: str, model: nn.Module) -> list[int]:
 
 
 def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: float) -> None:
-    """Update matrices of one shape, each given with its gradient and momentum, by their orthogonalised mean gradients
-    (with Nesterov momentum).
+    """Update matrices of one shape by their orthogonalized mean gradients, with Nesterov momentum. Each entry of
+    `matrices` is (weight, gradient, momentum).
 
-    The outputs of a layer should change by the same amount at any width: so the update's largest singular value depends
-    on √(outputs / inputs) alone (Yang et al. 2023, arXiv:2310.17813). With `_WIDTH` inputs its root mean square is 0.2,
-    that of AdamW's usual update, so that AdamW's rates hold there (Liu et al. 2025, arXiv:2502.16982).
+    The outputs of a layer should change by the same amount at any width. So the largest singular value of the update
+    depends only on √(outputs / inputs) (Yang et al. 2023, arXiv:2310.17813). With `_WIDTH` inputs, the update has a
+    root mean square of 0.2, like a usual update of AdamW. So AdamW's learning rates suit Muon at this width (Liu et al.
+    2025, arXiv:2502.16982).
     """
     weights, gradients, momenta = ([*tensors] for tensors in zip(*matrices, strict=True))
     torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
     updates = _orthogonalized(torch.stack([*torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)]))
     if updates.is_cuda:
-        # With another dtype or layout than the weights, `_foreach_add_` would launch one kernel per weight.
+        # If the updates had another dtype or layout than the weights, `_foreach_add_` would launch one kernel per
+        # weight.
         updates = updates.to(weights[0].dtype, memory_format=torch.contiguous_format)
     torch._foreach_mul_(weights, 1 - rate * decay)
     torch._foreach_add_(weights, updates.unbind(), alpha=-rate * _muon_scale(weights[0]))
 
 
 def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
-    """The same for one weight of which each rank holds some rows. Only a full matrix can be orthogonalised: every rank
-    gathers it, computes the update and keeps its rows."""
+    """Update one weight like `_muon_update`, if each rank holds only some of its rows.
+
+    Only a full matrix can be orthogonalized. So every rank gathers the full gradient, computes the full update and
+    keeps its own rows.
+    """
     assert weight.grad is not None
     momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
     mean = gather_full(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
@@ -154,11 +164,12 @@ def _muon_scale(matrix: Tensor) -> float:
 
 
 def _orthogonalized(matrices: Tensor) -> Tensor:
-    """(N, R, C) → approximately U Vᵀ of each matrix U S Vᵀ, with singular values between 0.7 and 1.2, so that all
+    """(N, R, C) → approximately U Vᵀ of each matrix U S Vᵀ. The singular values are between 0.7 and 1.2, so that all
     directions move by about the same amount.
 
-    Five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. A CPU without bf16 arithmetic
-    needs some thirty times as long in bf16 as in fp32 (measured with AVX2, one thread).
+    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU the
+    iteration runs in fp32: a CPU without bf16 arithmetic is about 30 times as slow in bf16 (measured with AVX2, one
+    thread).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
