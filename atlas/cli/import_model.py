@@ -70,11 +70,10 @@ def import_model(
         chat_template = read_chat_template(path)
     written = save_imported(model, own, output, source=source, chat_template=chat_template)
     shape = model.config
-    for note in notes:
-        say(note)
     say(
+        *notes,
         f"{shape.gguf_architecture}: {model.num_parameters():,} parameters, context {shape.max_seq_len:,}, "
-        f"tokenizer {own.name} of {own.vocab_size:,} tokens"
+        f"tokenizer {own.name} of {own.vocab_size:,} tokens",
     )
     typer.echo(written)
 
