@@ -51,6 +51,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 _SMALL_PRODUCT = 256  # large enough to reveal emulation, small enough to be fast even then
 
+_WHY_AUTO = {
+    "cuda": "auto uses a CUDA device if PyTorch sees one",
+    "mps": "PyTorch sees no CUDA device, but an Apple GPU",
+    "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
+}
+"""Type of device → the reason why `--device auto` chooses it."""
+
 
 def _problem(value: str, reason: str, remedy: str) -> Facts:
     """Return a problem that the user should fix: the value, the reason and the remedy."""
@@ -241,14 +248,6 @@ def _disk(output_dir: Path, effort: Effort, problems: list[Facts]) -> Facts:
 def _choice(device_name: str, device: torch.device) -> Facts:
     """Return the device, precision and compilation that training chooses by default, with the reasons."""
     runtime = _chosen(device)
-    if device_name != "auto":
-        why_device = f"--device {device_name}"
-    else:
-        why_device = {
-            "cuda": "auto uses a CUDA device if PyTorch sees one",
-            "mps": "PyTorch sees no CUDA device, but an Apple GPU",
-            "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
-        }[device.type]
     others = [name for name in PRECISIONS if name != runtime.precision]
     reasons = [f"{name}: {why_not_in(name, device) or 'can be asked for'}" for name in others]
     notes: list[str] = []
@@ -256,7 +255,7 @@ def _choice(device_name: str, device: torch.device) -> Facts:
     why_compile = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
     return {
         "device": runtime.device.type,
-        "device_reason": why_device,
+        "device_reason": _WHY_AUTO[device.type] if device_name == "auto" else f"--device {device_name}",
         "precision": runtime.precision,
         "precision_reason": "; ".join([f"auto on this {device.type}", *reasons]),
         "compile": "on" if compiles else "off",

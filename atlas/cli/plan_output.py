@@ -207,7 +207,8 @@ def _notes(report: Report) -> Iterator[str]:
     if report.text:
         yield (
             f"Passes: the passes over the text that give {TOKENS_PER_PARAMETER} tokens per parameter, the best use of "
-            f"training time. Each pass beyond about {GOOD_PASSES} helps less. More: atlas info {printable(report.text.name)}"
+            f"training time. Each pass beyond about {GOOD_PASSES} helps less. "
+            f"More: atlas info {printable(report.text.name)}"
         )
     if report.assumes_vocabulary and summary:
         yield (
@@ -297,8 +298,7 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
 
 def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
     """Return name → text for the parts of an estimate and their total."""
-    sizes = {**vars(estimate), "total": estimate.total}
-    return {name.replace("_", " "): size and show(size) for name, size in sizes.items()}
+    return {name.replace("_", " "): size and show(size) for name, size in _with_total(estimate).items()}
 
 
 def _time(seconds: float) -> str:
