@@ -21,11 +21,13 @@ def report(
     output: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
     png: Annotated[
         str | None,
-        typer.Option(help="Also draw the losses as a PNG for a paper; needs matplotlib.", metavar="FILE"),
+        typer.Option(help="Also draw the losses as a PNG for a paper. Needs matplotlib.", metavar="FILE"),
     ] = None,
     live: Annotated[
         bool,
-        typer.Option("--live", help=f"Update it every {_SECONDS} seconds until the runs end or Ctrl-C."),
+        typer.Option(
+            "--live", help=f"Update the page every {_SECONDS} seconds until the runs end, or until Ctrl-C."
+        ),
     ] = False,
 ) -> None:
     """Write an HTML file with the curves, configs, samples and results of runs. The file needs no network.
@@ -43,7 +45,7 @@ def report(
         check_png("--png", Path(png))
     found = read_runs(runs)
     if live:
-        say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")
+        say(f"{page} is updated every {_SECONDS} seconds until the runs end; Ctrl-C ends the updates earlier")
         try:
             # A run of another machine has the state `unknown` and may still be running.
             while any(run.state in ("running", "unknown") for run in found):
@@ -52,7 +54,7 @@ def report(
                 for run in found:
                     run.refresh()
         except KeyboardInterrupt:
-            say("no longer updated")
+            say("the page is no longer updated")
     write_report(page, found)
     typer.echo(f"report: {page}")
     if png:

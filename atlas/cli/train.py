@@ -49,14 +49,15 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Resume from a checkpoint, or from the latest intact one (auto). "
-            "On other data: fine-tune from its weights.",
+            help="Resume from a checkpoint, or from the latest intact checkpoint (auto). "
+            "On other data: fine-tune from the checkpoint's weights.",
             metavar="PATH|auto",
         ),
     ] = None,
     no_resume: NoResume = False,
     init_from: Annotated[
-        str | None, typer.Option(help="Fine-tune: a new run that starts from these weights.", metavar="PATH")
+        str | None,
+        typer.Option(help="Fine-tune: start a new run from the weights of this checkpoint.", metavar="PATH"),
     ] = None,
     max_steps: Annotated[str | None, _setting("training.max_steps")] = None,
     epochs: Annotated[str | None, _setting("training.epochs")] = None,
@@ -71,7 +72,7 @@ def train(
     timeout: Annotated[
         float,
         typer.Option(
-            help="With torchrun: seconds that processes wait for one another before the run ends.",
+            help="With torchrun: seconds for which processes wait for each other before the run ends.",
             min=1,
             metavar="SECONDS",
         ),
@@ -80,22 +81,23 @@ def train(
         bool,
         typer.Option(
             "--overfit-batch",
-            help="Train on one batch only and report whether its loss falls to zero: the first check when "
-            "the loss does not fall. Saves nothing.",
+            help="Train on a single batch and report whether its loss falls to zero: the first check if a "
+            "run's loss does not fall. Saves nothing.",
         ),
     ] = False,
     profile: Annotated[
         bool,
         typer.Option(
             "--profile",
-            help="Run a few updates, profile the last one, print its longest operations, and write a Chrome trace to "
-            "profile.json in the output folder. Saves nothing else.",
+            help="Run a few updates and profile the last update. Print its longest operations, and write "
+            "profile.json, a Chrome trace, to the output folder. Saves nothing else.",
         ),
     ] = False,
 ) -> None:
     """Train a model, or resume a run.
 
-    Ctrl-C saves a checkpoint and exits with 130. Precedence: flag, --set, config file, checkpoint, default.
+    Ctrl-C saves a checkpoint and exits with code 130. Precedence of settings: flag, --set, config file, checkpoint,
+    default.
     """
     given = locals()
     flags = {key: given[name] for name, key in _FLAGS.items() if given[name] is not None}
@@ -174,7 +176,7 @@ def train_to_the_end(
     if not result.saved and world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
-            "uses the newest checkpoint that was"
+            "uses the newest saved checkpoint"
         )
     losses = {"loss": result.loss, "validation loss": result.val_loss}
     figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
