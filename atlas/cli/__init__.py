@@ -2,8 +2,8 @@
 
 Each module has one function with the command's name. The function's typer annotations define the command's options. The
 function imports other modules inside its body, so that `atlas --help` does not load PyTorch and takes less than a
-second. This file reports a user's mistake, in the command or in a file that the command names, as one line with exit
-code 2.
+second. For a mistake in the command line, or in a file that the command names, this file prints one line and returns
+exit code 2.
 """
 
 from __future__ import annotations

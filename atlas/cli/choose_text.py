@@ -1,6 +1,6 @@
 """The choice of the pipeline's training text, before any package is installed.
 
-`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python. So the file imports only the standard
+`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python, so the file imports only the standard
 library.
 """
 

@@ -62,8 +62,8 @@ def doctor(
     if timeout is not None and not distributed:
         raise AtlasError(f"--timeout {timeout:g}: is for --distributed; leave it out")
     if distributed:
-        # PyTorch reads this variable only once. Without it, PyTorch prints pages of text if an address cannot be
-        # reached. Atlas reports the error's last line.
+        # PyTorch reads this variable only once. Without this setting, PyTorch prints pages of text if an address cannot
+        # be reached. Atlas reports the last line of the error.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
 

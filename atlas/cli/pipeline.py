@@ -49,8 +49,9 @@ def pipeline(
 ) -> None:
     """All steps in one command: text → tokens → model → text → GGUF.
 
-    Without --demo, the command shows the memory and time of each preset on this machine and asks for a preset. Then it
-    prepares your text for the preset and trains the model. Without a terminal, or with --yes, it asks nothing.
+    Without --demo, the command shows the memory and time of each preset on this machine and asks for a preset. Then the
+    command prepares your text for the preset and trains the model. Without a terminal, or with --yes, the command asks
+    nothing.
     """
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none

@@ -75,7 +75,8 @@ def make_report(
     scaling = scale(known, machine, cluster) if cluster else None
     presets, vocab_size = [], text.vocab_size if text else None
     for preset in plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size):
-        # This does not open the text, because a text shorter than the preset's context would raise an error.
+        # The number of windows is computed without opening the text, since a text shorter than the preset's context
+        # would raise an error.
         windows = (text.num_tokens - 1) // preset.config.model.max_seq_len if text else 0
         presets.append((preset, _summarize(preset.config, machine, text, windows)))
     return Report(machine, text, wanted.model.vocab_size is None, summary, scaling, presets)

@@ -89,7 +89,7 @@ def train(
         bool,
         typer.Option(
             "--profile",
-            help="Run a few updates and profile the last update. Print its longest operations, and write "
+            help="Run a few updates and profile the last update. Print its longest operations and write "
             "profile.json, a Chrome trace, to the output folder. Saves nothing else.",
         ),
     ] = False,

@@ -1,9 +1,10 @@
 """Graphics cards by name: their memory, the speed of their matrix products, and their power.
 
-The figures should equal those in the makers' whitepapers and data sheets, which the comments name. The figures were
-written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. The figures
-of H100 and H200 were compared with copies of their data sheets. The figures of the other cards were not yet compared
-line by line. No figure was measured. `atlas.planning.speed` estimates the fraction of these peaks that a card reaches.
+The figures should equal the figures in the makers' whitepapers and data sheets, which the comments name. The figures
+were written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. The
+figures of H100 and H200 were compared with copies of their data sheets. The figures of the other cards were not yet
+compared line by line. No figure was measured. `atlas.planning.speed` estimates the fraction of these peaks that a card
+reaches.
 
 Rates are peaks of dense matrix products in the precision that training chooses on the card, accumulated in fp32 as in
 PyTorch. These rates are lower than the advertised rates, for three reasons:

@@ -1,12 +1,12 @@
-"""The data that the ranks of a run send in an update, and the part of that time that computation does not hide.
+"""Estimate the data that the ranks of a run send in an update, and the time of this communication.
 
-These figures come from a model, not from measurements. `ddp` sums the gradients of all ranks once, during the last
-micro-batch's backward pass. `fsdp` gathers the weights of each block before its forward pass and again before its
-backward pass, and the weights of the root (embeddings, final norm, head) once. `fsdp` reduces the gradients' shards in
-each micro-batch. If several groups of `shard_size` ranks hold a model, the last micro-batch also sums the shards'
-gradients over the groups. All data is in the weights' precision and is sent in rings (Patarasuk & Yuan 2009). For an
-all-gather or a reduce-scatter, each of S ranks sends (S-1)/S of the bytes. For an all-reduce, each rank sends twice as
-many.
+The estimates come from a model of the communication, not from measurements. `ddp` sums the gradients of all ranks once,
+during the last micro-batch's backward pass. `fsdp` gathers the weights of each block before the block's forward pass
+and again before its backward pass. `fsdp` gathers the weights of the root (embeddings, final norm, head) once. `fsdp`
+reduces the gradients' shards in each micro-batch. If several groups of `shard_size` ranks hold a model, the last
+micro-batch also sums the shards' gradients over the groups. All data is in the weights' precision and is sent in rings
+(Patarasuk & Yuan 2009). For an all-gather or a reduce-scatter, each of S ranks sends (S-1)/S of the bytes. For an
+all-reduce, each rank sends twice as many.
 
 Computation never hides the root's communication: the root's weights are needed first, and its gradients are ready last.
 Computation does not hide Muon's communication either: Muon gathers full matrices after the last backward pass. The time

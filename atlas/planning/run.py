@@ -1,8 +1,8 @@
 """The tokens, FLOPs, time and energy of a run.
 
-The time of an update comes from measurements on a CPU: the rate of the CPU's matrix products, and the fraction of that
-rate that training reached in a benchmark. For a GPU, `atlas.planning.speed` simulates the time from bytes and FLOPs.
-For an Apple GPU, the time follows from a stated fraction of the rate, which was not measured.
+For a CPU, the time of an update comes from two measurements: the rate of the CPU's matrix products, and the fraction of
+this rate that training reached in a benchmark. For a GPU, `atlas.planning.speed` simulates the time from bytes and
+FLOPs. For an Apple GPU, the time follows from a stated fraction of the rate, which was not measured.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ class Scaling:
 
 
 def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
-    """Plan a config with a known vocabulary on a cluster whose GPUs are like `machine`. Raises `AtlasError` if the GPUs
-    cannot share an update or the model, and if the speed of `machine` is unknown."""
+    """Plan a config with a known vocabulary on a cluster of GPUs like `machine`. Raises `AtlasError` if the GPUs cannot
+    share an update or the model, and if the speed of `machine` is unknown."""
     if machine.flops_per_second is None:
         raise AtlasError(
             f"--gpus {cluster.gpus}: the speed of {machine.name} in training.precision {config.training.precision} is "
@@ -152,8 +152,8 @@ def _memory_of_a_rank(
     """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
     a model."""
     if parallel != "none":
-        # Between updates, DDP keeps the memory of all gradients, and FSDP the memory of a gradient shard. This has the
-        # same peak as gradient accumulation, so the estimate assumes two micro-batches.
+        # Between updates, DDP keeps the memory of all gradients, and FSDP the memory of a gradient shard. The peak is
+        # the same as with gradient accumulation, so the estimate assumes two micro-batches.
         alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
         config = config.replace("training", **alone)
     full = estimate_training_memory(config, device=device)

@@ -1,10 +1,10 @@
 """An estimate of the time that a GPU needs for an update, from the rate of its matrix products and its memory
 bandwidth.
 
-The closed formula is fitted to benchmarks/roofline.py, which runs Atlas's code on tensors without memory and counts
-bytes and FLOPs. tests/planning/test_roofline.py checks that, for every preset, the formula differs from that count by
-at most 15 %. No time was measured on a GPU. The constants in capitals are typical values of such GPUs and hosts, not
-measurements.
+The closed formula is fitted to the simulated times of benchmarks/roofline.py. The simulation runs Atlas's code on
+tensors without memory and counts bytes and FLOPs. For every preset, the formula's time differs from the simulated time
+by at most 15 %, as tests/planning/test_roofline.py checks. No time was measured on a GPU. The constants in capitals are
+typical values of such GPUs and hosts, not measurements.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Speed:
 
 
 def card_speed(card: Card, *, products: float | None = None, bandwidth: float | None = None) -> Speed:
-    """Return the speed of a card: the measured rates where given, else a fraction of the card's peaks.
+    """Return the speed of a card, from the measured rates if given, else from the card's peaks.
 
     The tensor cores of GeForce cards are limited to half of their rate, and matrix products nearly reach that limit. On
     other cards, power and memory limit matrix products, and softmax slows attention down more.
@@ -104,10 +104,10 @@ def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
     backward.
 
     The residual stream has 4 bytes per number, and the inputs and outputs of matrix products have 2. In a compiled
-    block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm, 12 · C for the
-    residual sum with the second norm, 2 · (U + M) for the activation, 10 · C for the last residual sum. Backward: 6 · C
-    for rounding the incoming gradient, 4 · U + 2 · M for the activation, 18 · C and 14 · C for the norms with residual
-    sums, 4 · W for joining the gradients of q, k and v. RoPE and the norms of queries and keys read and write q, k and
+    block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm; 12 · C for the
+    residual sum with the second norm; 2 · (U + M) for the activation; 10 · C for the last residual sum. Backward: 6 · C
+    for rounding the incoming gradient; 4 · U + 2 · M for the activation; 18 · C and 14 · C for the norms with residual
+    sums; 4 · W for joining the gradients of q, k and v. RoPE and the norms of queries and keys read and write q, k and
     v once more. A dropout mask has one byte per number.
 
     Symbols: C hidden_size, M mlp_width, U outputs of `up`, W width of q, k and v.

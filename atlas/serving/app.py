@@ -26,7 +26,8 @@ BODY_SECONDS = 10.0
 
 
 def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
-    """Return the application. It starts the backends at its startup, and closes them at its shutdown."""
+    """Return the application. The application starts the backends at its startup, and closes the backends at its
+    shutdown."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

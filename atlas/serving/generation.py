@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     candidates: Sequence[Candidate] = ()
     finish: str | None = None
     num_tokens: int = 1
-    """The number of new tokens. It is above 1 if the backend did not report the tokens before this token."""
+    """The number of new tokens. The number is above 1 if the backend did not report the tokens before this token."""
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class Backend(ABC):
         return len(self._waiting)
 
     def start(self) -> None:
-        """Prepare for generations. Their pieces go to the running event loop."""
+        """Prepare the backend for generations, and send their pieces to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def _send(self, pieces: list[tuple[Generation, Piece]]) -> None:

@@ -31,8 +31,8 @@ _LIKELIEST = 24
 _LENS = 6
 """The number of likeliest tokens that a page shows after each layer."""
 _DRAWN = 256
-"""The number of last tokens whose attention is drawn. For more tokens, the response would have megabytes and the
-picture would be unreadable."""
+"""The page draws the attention of at most this number of tokens, the last ones. For more tokens, the response would
+have megabytes and the picture would be unreadable."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds

@@ -162,7 +162,7 @@ class ChatRequest(SamplingParams):
     max_tokens: Int | None = Field(None, ge=1)
     """Another name for `max_completion_tokens`."""
     max_completion_tokens: Int | None = Field(None, ge=1)
-    """The largest number of new tokens. Default: the rest of the context."""
+    """The largest number of new tokens. Default: the number of free positions in the context."""
     logprobs: bool | None = None
     """Return the log-probability of each token."""
     top_logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
@@ -198,7 +198,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One generation."""
+    """The result of one generation."""
 
     index: int
     text: str
@@ -243,7 +243,7 @@ class AssistantMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One generation."""
+    """The result of one generation."""
 
     index: int
     message: AssistantMessage

@@ -1,4 +1,4 @@
-"""Responses whose work ends when the client disconnects."""
+"""End the work for a response when the client disconnects."""
 
 from __future__ import annotations
 
