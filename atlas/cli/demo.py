@@ -71,7 +71,8 @@ def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:
     for number in range(_SAMPLES):
         start = stream.num_tokens * number // _SAMPLES
         ids = stream.read(start, min(start + 400, stream.num_tokens)).tolist()
-        lines = tokenizer.decode(ids).replace(END_OF_TEXT, "\n").splitlines()[1:]  # the first is incomplete
+        # The first line is dropped, since it may be incomplete.
+        lines = tokenizer.decode(ids).replace(END_OF_TEXT, "\n").splitlines()[1:]
         words = next((line.split() for line in lines if len(line.split()) > 4), ["The"])
         openings.append(" ".join(words[:3]))
     return openings

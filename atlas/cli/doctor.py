@@ -86,7 +86,7 @@ def doctor(
 
 def _print_connection(facts: dict[str, Any]) -> None:
     """Print the ranks of each host, and for each backend the latency of the smallest all-reduce and the bandwidth of
-    larger ones."""
+    the larger all-reduces."""
     ranks = [("ranks", "host")]
     for host, group in itertools.groupby(enumerate(facts["hosts"]), key=lambda place: place[1]):
         numbers = [rank for rank, _ in group]

@@ -42,7 +42,7 @@ def generate(
         bool, typer.Option("--chat", help="Prompts are messages to a chat model; print only its answers.")
     ] = False,
     output_file: Annotated[
-        str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
+        str | None, typer.Option(help='Write JSON lines {"prompt", "text"} to this file instead of printing.')
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per generation.", min=1)] = 100,
     temperature: options.Temperature = 0.8,

@@ -25,7 +25,7 @@ def info(
         bool,
         typer.Option(
             "--verify",
-            help="Read every byte of a checkpoint, a folder of checkpoints or a dataset. Compare it with the saved "
+            help="Check every byte of a checkpoint, a folder of checkpoints or a dataset against the saved "
             "checksums, and look for numbers that are not finite.",
         ),
     ] = False,

@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)  # tokens may look like these
+    console = Console(highlight=False, markup=False, emoji=False)  # a token may look like markup
     if not console.is_terminal:
         console.width = _UNWRAPPED
     tokens: list[TokenPrediction] = facts["tokens"]

@@ -1,5 +1,5 @@
-"""`atlas pipeline`: from text to a model in one command. On a terminal the command asks questions, in a script it does
-not."""
+"""`atlas pipeline`: from text to a model in one command. On a terminal, the command asks questions; in a script, it
+uses defaults."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
         )
     if holds_conversations(data):
         raise AtlasError(
-            f"--data {data}: contains conversations, which fine-tune a model: train a model on text first, then run "
+            f"--data {data}: contains conversations, which are for fine-tuning: train a model on text first, then run "
             f"atlas train --init-from CHECKPOINT --train-data {data}"
         )
     prepared = open_dataset(data) if is_prepared(data) else None

@@ -45,8 +45,8 @@ def plan(
         bool, typer.Option("--json", help="Print one JSON object, in bytes, seconds, FLOPs and kWh.")
     ] = False,
 ) -> None:
-    """Estimate the memory, disk space, tokens and time of a config, and list the presets that fit this machine or a
-    card, and a text."""
+    """Estimate the memory, disk space, tokens and time of a config. List the presets that fit the machine or card, and
+    the text."""
     from atlas.cli.plan_output import print_json, print_report
     from atlas.cli.plan_report import make_report
     from atlas.planning.communication import cluster_of

@@ -115,7 +115,7 @@ def _print_summary(report: Report, summary: Summary) -> None:
         **_parts(summary.memory, gibibytes),
         "besides, in main memory": copy and gibibytes(copy),
         "sequences per micro-batch": f"{config.training.sequences_at_once:,}",
-        "at most, of an update": f"{summary.largest_micro_batch:,}",
+        "at most in a micro-batch": f"{summary.largest_micro_batch:,}",
     }
     _print_rows(f"Memory of training on {machine.device}", memory)
     if copy:
@@ -150,25 +150,25 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
     shared = {
         "training.parallel": scaling.parallel,
         "ranks that share a model": scaling.parallel == "fsdp" and f"{scaling.shard_size:,}",
-        "sequences of an update, each": f"{scaling.sequences:,}",
+        "sequences per rank and update": f"{scaling.sequences:,}",
         "sequences per micro-batch": f"{scaling.micro_batch:,}",
     }
     _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
-    _print_rows("Memory of each of them", _parts(scaling.memory, gibibytes))
+    _print_rows("Memory of each rank", _parts(scaling.memory, gibibytes))
     if not scaling.fits:
         remedies = ", ".join(_remedies(scaling, summary))
         typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
     parts = {"weights": sent.weights, "gradients": sent.gradients}
     moved = {name: size and _gb(size) for name, size in parts.items()}
-    _print_rows("Bytes that each sends in an update, and receives", {**moved, "total": _gb(sent.bytes)})
+    _print_rows("Sent, and received, by each rank in an update", {**moved, "total": _gb(sent.bytes)})
     time = {
         "computing": _time(scaling.computing),
         "communication": _time(sent.seconds),
-        "of it hidden behind computing": _time(sent.seconds - sent.exposed),
-        "of it exposed": _time(sent.exposed),
+        "communication hidden": _time(sent.seconds - sent.exposed),
+        "communication exposed": _time(sent.exposed),
         "total": _time(scaling.seconds),
         "efficiency": f"{scaling.efficiency:.1%}",
-        "tokens a second, of all": figure(scaling.tokens_per_second),
+        "tokens per second, all ranks": figure(scaling.tokens_per_second),
         "time of the run": updates and describe_duration(spread(scaling.seconds * updates)),
     }
     _print_rows("Time of an update", time)

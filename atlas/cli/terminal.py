@@ -36,8 +36,7 @@ def say(*lines: str) -> None:
 
 
 def own_command() -> str:
-    """Return the command for this environment's `atlas`: `atlas` if PATH finds it, else the environment's Python with
-    -m."""
+    """Return the command for this environment's `atlas`: `atlas` if PATH finds it, else `PYTHON -m atlas`."""
     on_path = shutil.which("atlas")
     if on_path and Path(on_path).absolute().parent == Path(sys.executable).absolute().parent:
         return "atlas"

@@ -28,7 +28,7 @@ from atlas.errors import AtlasError
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that a ring reaches: assumed, not measured."""
 OVERLAP = 0.8
-"""Fraction of simultaneous computation that can hide communication: assumed, not measured."""
+"""Fraction of the simultaneous computation's time that can hide communication: assumed, not measured."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ Range = tuple[float, float]
 """The low and the high end of an estimate."""
 
 CPU_UTILISATION = 0.65
-"""Measured: 395 of the 599 tokens a second that the matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
+"""Fraction of a CPU's matrix-product rate that training reaches. Measured: 395 of the 599 tokens per second that the
+matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
 MPS_UTILISATION = 0.35
 """Fraction of an Apple GPU's matrix-product rate that training reaches: stated, not measured."""
 SPREAD = 1.3

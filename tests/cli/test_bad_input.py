@@ -313,7 +313,7 @@ MISTAKES = {
         "--data missing.txt": "missing.txt: no such file or folder; give a .txt, .md, .jsonl",
         "--data gpt2": "gpt2: was prepared with tokenizer gpt2 … not with bpe … give the text",
         "--data own --no-verify": "--data: evaluates the file in llama.cpp … drop one of the two options",
-        "--data own --format hf": "--data: is for GGUF … --format hf takes none",
+        "--data own --format hf": "--data: is for GGUF … leave it out with --format hf",
         "--output nothing": "nothing: cannot be written … choose another place",
         "--output river.txt/model.gguf": "river.txt/model.gguf: cannot be written … choose another place",
     },
@@ -356,7 +356,7 @@ MISTAKES = {
         "--input river.txt --val-fraction 2": "--val-fraction 2: … 0.99",
     },
     "pipeline": {
-        "--yes": "archive.zip: is not there … --data FOLDER_OR_FILE … --demo … https://www.kaggle.com",
+        "--yes": "archive.zip: does not exist … --data FOLDER_OR_FILE … --demo … https://www.kaggle.com",
         "--data river.txt --config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
         "--data own --config small.yaml --set zebra=red": "zebra … docs/CONFIG.md",
     },
