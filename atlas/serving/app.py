@@ -42,7 +42,7 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
         version=__version__,
         description="An OpenAI-compatible API for your own models.",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's page of docs loads scripts from a CDN
+        docs_url=None,  # FastAPI's documentation page loads scripts from a CDN
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )

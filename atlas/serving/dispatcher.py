@@ -1,4 +1,4 @@
-"""Check requests against the server's limits and put them into the queue of a model."""
+"""Check requests against the server's limits, and put valid requests into the queue of a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ServerSettings:
 
 
 class Dispatcher:
-    """Puts requests into the queues of the models. The first model is the default."""
+    """A dispatcher of requests to the queues of the models. The first model is the default."""
 
     def __init__(self, backends: Sequence[Backend], settings: ServerSettings) -> None:
         self.backends = {backend.id: backend for backend in backends}

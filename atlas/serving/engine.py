@@ -120,7 +120,8 @@ class Engine(Backend):
             if each.generation.cancelled:
                 self._remove(each)
             elif each.cached == self._cache.max_len:
-                # The sequence's window is full. As in `generate`, the newest half is prefilled again, before the queue.
+                # The sequence's window is full. As in `generate`, its newest half is prefilled again, ahead of waiting
+                # sequences.
                 self._remove(each)
                 each.slide(self.context)
                 with self._wake:
@@ -178,7 +179,7 @@ class Engine(Backend):
                 # cache's row: a masked slot enters attention with weight 0, and 0 × NaN would give NaN in other
                 # sequences.
                 self._cache.clear(self._running.index(each))
-                print(f"{self.id}: a generation ended, its logits were not finite", file=sys.stderr)
+                print(f"{self.id}: a generation ended because its logits were not finite", file=sys.stderr)
                 piece = failure("error")
             self._outbox.append((each.generation, piece))
             if piece.finish:

@@ -134,7 +134,7 @@ class Backend(ABC):
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """The generations of one request and their progress. Creating it submits the generations, which may raise
+    """The generations of one request and their progress. The constructor submits the generations, and may raise
     `Busy`."""
 
     backend: Backend
