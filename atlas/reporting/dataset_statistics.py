@@ -22,10 +22,11 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 MOST_DOCUMENTS = 2**26
-"""If a split has more documents, only the documents in evenly spread shards are measured."""
+"""The approximate limit of measured documents in a split. In a larger split, Atlas measures evenly spread shards."""
 STRETCH_TOKENS = 64
 SAMPLE_TOKENS = 2**24
-"""If a split has more tokens, only evenly spread blocks are searched for the worst stretches."""
+"""The approximate limit of tokens that Atlas searches for the worst stretches. In a larger split, Atlas searches evenly
+spread blocks."""
 
 _OFFSETS_PER_STEP = 2**22
 _BLOCK_TOKENS = 2**18
@@ -77,8 +78,7 @@ class Stretch:
 
 
 def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengths:
-    """Measure the lengths of all documents of a split. If there are more than `most`, measure about `most` in evenly
-    spread shards.
+    """Measure the document lengths of a split: of all documents, or of about `most` documents in evenly spread shards.
 
     The function counts documents by length, since a split of N tokens has at most √(2N) different lengths.
     """
@@ -110,8 +110,8 @@ def sample_documents(
 def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count: int = 3) -> list[Stretch]:
     """Return the stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` apart.
 
-    The search covers all tokens, or about `SAMPLE_TOKENS` tokens in evenly spread blocks if the split has more. The
-    result has fewer than `count` stretches if few documents are long enough.
+    The search covers all tokens of the split. If there are more than `SAMPLE_TOKENS`, it covers about this number, in
+    evenly spread blocks. The result has fewer than `count` stretches if few documents are long enough.
     """
     sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # one character per byte
     across_documents = STRETCH_TOKENS * int(sizes.max()) + 1

@@ -1,7 +1,7 @@
 """Read a run from the disk: its records, config, events and samples, and the data of its charts.
 
 A run may have any age and state: still running, killed in the middle of a line, interrupted, rolled back, without
-validation, without a config. Values that the run did not record are missing in the charts. `axes_missing` gives the
+validation, without a config. Values that a run did not record are missing in its charts. `axes_missing` gives the
 reason for each missing axis.
 """
 

@@ -46,7 +46,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         backend = dispatcher.model(body.model)
-        prompts = await asyncio.to_thread(_prompts, body, backend)  # it may be slow for a long text
+        prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
         max_tokens = body.max_tokens or _DEFAULT_TOKENS
         generations = dispatcher.submit(backend, prompts, body, max_tokens, body.logprobs)
         return await _respond(dispatcher, Answer(generations, is_chat=False), body, request)
