@@ -140,7 +140,7 @@ class Llama(Backend):
             **asdict(sampling),  # llama.cpp uses the same names, except for the penalty
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": self.context + 1,
-            "seed": generation.seed % (2**32 - 1),  # llama.cpp takes 2³² − 1 as a random seed
+            "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,
             # With 0 probabilities, llama.cpp would not report the probability of the chosen token.
             "n_probs": 0 if generation.num_candidates is None else max(1, generation.num_candidates),
