@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,14 +23,7 @@ from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
 from atlas.data.prepare.workspace import Workspace, building, locked, refuse_foreign
-from atlas.data.shards import (
-    FORMAT_VERSION,
-    Manifest,
-    PreparedDataset,
-    SplitRecord,
-    open_dataset,
-    token_dtype,
-)
+from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
@@ -243,7 +236,7 @@ class _Preparation:
                     committed = time.monotonic()
         return report
 
-    def _require_text(self, splits: Mapping[str, SplitRecord], short: int) -> None:
+    def _require_text(self, splits: Collection[str], short: int) -> None:
         # The first of several copies is kept, so all were too short.
         if not splits and short:
             shortest = self.options.cleaning.min_chars
@@ -258,9 +251,7 @@ class _Preparation:
                 "give more text, or a smaller fraction"
             )
 
-    def _notes(
-        self, splits: Mapping[str, SplitRecord], rule: SplitRule, tokenizer: Tokenizer
-    ) -> Iterator[str]:
+    def _notes(self, splits: Collection[str], rule: SplitRule, tokenizer: Tokenizer) -> Iterator[str]:
         wanted = self.options.train_tokenizer
         if wanted and tokenizer.vocab_size < wanted:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"

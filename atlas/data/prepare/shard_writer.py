@@ -23,7 +23,7 @@ class Extent(NamedTuple):
 
     tokens: int = 0
     documents: int = 0
-    num_bytes: int = 0
+    bytes: int = 0
 
 
 class SplitWriter:
@@ -67,7 +67,7 @@ class SplitWriter:
                 file.write((b"" if at else self._header(0)) + now.tobytes())
             end += len(now)
             tokens = tokens[len(now) :]
-        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.num_bytes + num_bytes)
+        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
         """Remove what was appended since `extent`."""
@@ -102,10 +102,7 @@ class SplitWriter:
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
-        tokens, documents, num_bytes = self.extent
-        if not tokens:
-            return None
-        return SplitRecord(documents=documents, tokens=tokens, bytes=num_bytes, shards=self.shards)
+        return SplitRecord(**self.extent._asdict(), shards=self.shards) if self.extent.tokens else None
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.npy"
