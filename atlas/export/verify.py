@@ -210,7 +210,7 @@ def _compare(
     and of PyTorch without them; from the latter to the `model`, whose weights were not rounded; and for each step how
     much more probable PyTorch's choice is than llama.cpp's (0: they are the same).
     """
-    differences, roundings, drifts, gaps = [], [], [], []
+    compared, gaps = [], []
     for prompt, steps in zip(prompts, continuations, strict=True):
         own, plain = _logprobs(model, prompt, steps), _logprobs(read, prompt, steps)
         with _rounding_as_llama_cpp(read, quantize):
@@ -218,11 +218,12 @@ def _compare(
         for own_row, row, rounded_row, step in zip(own, plain, rounded, steps, strict=True):
             for id, logprob in step.logprobs.items():
                 if not logprob <= UNDERFLOW:  # nan is compared, and fails
-                    differences.append(abs(logprob - rounded_row[id].item()))
-                    roundings.append((rounded_row[id] - row[id]).abs().item())
-                    drifts.append((row[id] - own_row[id]).abs().item())
+                    difference = abs(logprob - rounded_row[id].item())
+                    rounding, drift = rounded_row[id] - row[id], row[id] - own_row[id]
+                    compared.append((difference, abs(rounding.item()), abs(drift.item())))
             gaps.append((rounded_row.max() - rounded_row[step.token]).item())
-    return np.array(differences), np.array(roundings), np.array(drifts), np.array(gaps)
+    differences, roundings, drifts = np.reshape(compared, (-1, 3)).T
+    return differences, roundings, drifts, np.array(gaps)
 
 
 @torch.inference_mode()
