@@ -108,16 +108,13 @@ def prepare(
         return _Preparation(sources, tokenizer, options, WorkerPool(workers, engine)).run(target)
 
 
-def prepare_text_cached(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float, *, text_field: str = "text"
-) -> Path:
+def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
     """Return the dataset folder of plain text, prepared once for the same content, tokenizer and options.
 
     It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
     """
     with _file_errors():
-        sources = Sources(paths, text_field=text_field)
-        preparation = _Preparation(sources, tokenizer, _Options(val_fraction), WorkerPool())
+        preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
         return preparation.run(cache_folder() / "datasets" / preparation.key[:32]).dataset.folder
 
 

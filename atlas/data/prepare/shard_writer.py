@@ -121,7 +121,9 @@ class SplitWriter:
             file.write(self._header(tokens))
             flush_to_disk(file)
         documents = path.with_suffix(".docs.npy")
-        starts = self._starts_before(shard * self._shard_tokens + tokens)
+        done = sum(finished.documents for finished in self.shards)
+        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
+        starts = starts[: np.searchsorted(starts, shard * self._shard_tokens + tokens)]
         # Through memory: when NumPy itself writes to a full disk, its error does not have the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
@@ -136,9 +138,3 @@ class SplitWriter:
                 largest_id=int(np.load(path, mmap_mode="r", allow_pickle=False).max()),
             )
         )
-
-    def _starts_before(self, end: int) -> NDArray[np.int64]:
-        """The starts up to `end` that are in no shard yet."""
-        done = sum(shard.documents for shard in self.shards)
-        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
-        return starts[: np.searchsorted(starts, end)]

@@ -203,7 +203,8 @@ def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
     if not found:
         return
     in_all = f"of {len(found):,} titles in the beginning"
-    followed = sum(_is_followed_by_short_line(sample, title.end(1)) for title in found)
+    below = (_BEFORE_SHORT_LINE.match(sample, title.end(1)) for title in found)
+    followed = sum(_is_title(line[1]) for line in below if line)
     if followed > _DOUBTFUL_SHARE * len(found):
         yield f"{followed:,} {in_all} have another short line below them, as has a list"
     ends = [*(title.start() for title in found[1:]), len(sample)]
@@ -225,11 +226,6 @@ def _most(lines: Counter[str]) -> str:
 def _is_title(line: str) -> bool:
     line = line.strip()
     return 0 < len(line) <= TITLE_CHARS and not line.endswith(_CLOSING)
-
-
-def _is_followed_by_short_line(text: str, end: int) -> bool:
-    below = _BEFORE_SHORT_LINE.match(text, end)
-    return below is not None and _is_title(below[1])
 
 
 def _is_named_in(beginning: str, title: str) -> bool:
