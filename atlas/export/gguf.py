@@ -82,7 +82,7 @@ def export_gguf(
     vocabulary = exportable_tokenizer(tokenizer, model.config)
     check_available(quantize)
     tensors = file_tensors(model)
-    types = tensor_types(model.config, tensors, quantize)
+    types = tensor_types(model, tensors, quantize)
 
     writer = gguf.GGUFWriter(None, architecture_of(model.config))
     about = {"general.name": name, "general.size_label": _size_label(model.num_parameters())}
@@ -157,12 +157,10 @@ def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
     return shape | {key: float(np.float32(value)) for key, value in shape.items() if isinstance(value, float)}
 
 
-def tensor_types(
-    config: ModelConfig, tensors: dict[str, Tensor], quantize: Quantization
-) -> dict[str, TensorType]:
+def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantization) -> dict[str, TensorType]:
     """The type of each tensor of `file_tensors` in the file."""
     return {
-        name: tensor_type(name, tensor.shape, quantize, config.num_layers, config.tie_embeddings)
+        name: tensor_type(name, tensor.shape, quantize, model.config.num_layers, model.config.tie_embeddings)
         for name, tensor in tensors.items()
     }
 
