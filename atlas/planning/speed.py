@@ -4,7 +4,7 @@ bandwidth.
 The closed formula is fitted to the simulated times of benchmarks/roofline.py. The simulation runs Atlas's code on
 tensors without memory and counts bytes and FLOPs. For every preset, the formula's time differs from the simulated time
 by at most 15 %, as tests/planning/test_roofline.py checks. No time was measured on a GPU. The constants in capitals are
-typical values of such GPUs and hosts, not measurements.
+typical values of GPUs and their hosts, not measurements.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Engine(Backend):
         return self.loaded.tokenizer.token_bytes(token)
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Put all generations into the queue. If the queue is too full, add none and raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
         with self._wake:
             self._waiting = deque(each for each in self._waiting if not each.generation.cancelled)
             if len(self._waiting) + len(self._running) + len(generations) > self.capacity:

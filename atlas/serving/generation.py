@@ -125,7 +125,7 @@ class Backend(ABC):
 
     @abstractmethod
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Put all generations into the queue. If the queue is too full, add none and raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -96,7 +96,7 @@ class Llama(Backend):
         return text.encode("utf-8")
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Put all generations into the queue. If the queue is too full, add none and raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
         with self._lock:
             self._waiting = {each for each in self._waiting if not each.cancelled}
             if len(self._running) + len(self._waiting) + len(generations) > self.capacity:
