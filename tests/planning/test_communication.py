@@ -488,7 +488,7 @@ def test_the_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "On 2 nodes of 8 GPUs, pcie4 inside, ethernet-10g between" in out
     rows = {tuple(line.split()[:-1]): line.split()[-1] for line in out.splitlines() if line.startswith(" ")}
     assert rows["training.parallel",] == "ddp"
-    assert rows["sequences", "of", "an", "update,", "each"] == "2"
+    assert rows["sequences", "per", "rank", "and", "update"] == "2"
     assert ["gradients", "0.93", "GB"] in [line.split() for line in out.splitlines()]
     assert "Links: pcie4 inside a node, ethernet-10g between nodes, one port for all" in out
     assert "assumed, not measured" in out
