@@ -37,9 +37,9 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.suffix not in (".yaml", ".yml") and path.parent == Path():
         return preset_path(path.name)
     if path.stem in _NAMES:
-        raise ConfigError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
+        raise ConfigError(f"{path}: no such config file; to use the preset, give its name: --config {path.stem}")
     there = [str(other) for other in path.parent.glob("*.y*ml")]
-    hint = did_you_mean(str(path), there, f"take a file, or a preset ({', '.join(_NAMES)})")
+    hint = did_you_mean(str(path), there, f"give a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")
 
 
