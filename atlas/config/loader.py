@@ -32,10 +32,10 @@ _MOST_ALIASES = 64
 _DEEPEST = 20
 _MOST_SHOWN = 40
 
-# What PyYAML raises on impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
+# Exceptions that PyYAML raises for impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Where the FAQ places a key, and its section.
+# Keys in the section where the FAQ has them → the settings that they mean.
 ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
@@ -44,8 +44,9 @@ def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without keys given twice, of which PyYAML silently takes the last, and without aliases of aliases: ten lines
-    of those can expand to more values than any memory holds (`<<` copies them)."""
+    """A loader that refuses a key given twice and aliases of aliases. If a key is given twice, PyYAML silently takes
+    the last value. Ten lines of aliases of aliases can expand to more values than any memory holds (`<<` copies
+    them)."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -59,7 +60,7 @@ class _StrictLoader(yaml.SafeLoader):
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
                 raise _refusal(problem, event)
             return super().compose_node(parent, index)
-        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for it
+        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for deep nesting
             raise _refusal(f"nested deeper than {_DEEPEST} levels", event)
         anchored = getattr(event, "anchor", None) is not None
         self._anchors_open += anchored
@@ -71,7 +72,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if abs(number) >= 2**64:  # Python refuses to print one of 5,000 digits
+        if abs(number) >= 2**64:  # Python refuses to print a number of 5,000 digits
             raise _refusal("a whole number beyond 2^64 is no setting", node)
         return number
 
@@ -151,7 +152,7 @@ def nested(dotted: str, value: Any) -> Layer:
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """A layer with the keys of both; `above` wins."""
+    """Return a layer with the keys of both layers; the values of `above` win."""
     result = dict(below)
     for key, value in above.items():
         mine = result.get(key)
@@ -171,11 +172,12 @@ def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
 
 
 def _problem(detail: Any) -> str:
-    """One of pydantic's errors as `training.batch_size: -5: must be greater than or equal to 1`."""
+    """Return one of pydantic's errors as a message such as `training.batch_size: -5: must be greater than or equal to
+    1`."""
     place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
-        return f"{place}: {message}"  # a rule over several fields names the values itself
+        return f"{place}: {message}"  # the message of a rule over several fields names the values itself
     message = message.replace("Input should be", "must be")
     return f"{place}: {_BRIEF.repr(detail['input'])}: {message}"
 
@@ -203,8 +205,8 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Return `values` as a layer. Raises `ConfigError` for unknown settings: one message names them all, with what was
-    probably meant."""
+    """Return `values` as a layer. Raises `ConfigError` for unknown settings. Its message names each unknown setting and
+    the one that was probably meant."""
     layer: Layer = {}
     unknown: list[str] = []
     wrong: list[str] = []
@@ -239,7 +241,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
 
 
 def _unknown(dotted: str) -> str:
-    """`unknown setting training.lr: it is training.learning_rate here`."""
+    """Return a message such as `unknown setting training.lr: it is training.learning_rate here`."""
     dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
     if moved := hint(dotted):

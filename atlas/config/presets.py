@@ -14,7 +14,7 @@ _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "
 
 
 def preset_names() -> tuple[str, ...]:
-    """The presets, smallest first."""
+    """Return the names of the presets, smallest first."""
     return _NAMES
 
 
@@ -37,15 +37,17 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.suffix not in (".yaml", ".yml") and path.parent == Path():
         return preset_path(path.name)
     if path.stem in _NAMES:
-        raise ConfigError(f"{path}: no such config file; to use the preset, give its name: --config {path.stem}")
+        raise ConfigError(
+            f"{path}: no such config file; to use the preset, give its name: --config {path.stem}"
+        )
     there = [str(other) for other in path.parent.glob("*.y*ml")]
     hint = did_you_mean(str(path), there, f"give a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")
 
 
 def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:
-    """Whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names. That
-    of a preset does not count."""
+    """Return whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names.
+    A preset's value does not count."""
     path = None if config is None else find_config(config)
     is_own = path is not None and path.resolve() not in {preset_path(name).resolve() for name in _NAMES}
     own = read_yaml(path) if path and is_own else {}

@@ -42,7 +42,7 @@ _ELSEWHERE = {
     "min_lr": "training.min_learning_rate_ratio",
     "warmup_iters": "training.warmup_steps",
 }
-"""The same for nanoGPT and others."""
+"""A key of nanoGPT and other programs → the setting of Atlas."""
 
 RENAMED = FIRST_ATLAS | _ELSEWHERE
 
@@ -58,7 +58,7 @@ VALUES = {
     "eval_steps": "in sequences: eval_steps × batch_size",
     "save_optimizer_state": "slim_old: true removes it from older checkpoints",
 }
-"""Keys whose values differ too → what to write."""
+"""Keys whose values differ too → the value to write."""
 
 REMOVED = {
     "momentum": "Atlas has no SGD, and training.beta1 is AdamW's momentum",
