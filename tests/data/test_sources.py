@@ -165,7 +165,7 @@ def test_a_doubt_is_a_warning_among_the_notes(tmp_path: Path) -> None:
     list(sources.documents(report))
     warnings = [note for note in sources.notes(report) if note.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].endswith("as a section's heading is not: look at the boundaries")
+    assert warnings[0].endswith("which is usual for section headings: look at the boundaries")
 
 
 def test_articles_longer_than_the_buffer_do_not_depend_on_how_they_arrive(
