@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parent
 _FAULTS_OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
 """Error codes of a disk that is full or fails. The `OSError` of a failed read or write carries no file name."""
 _DEEPEST_CALL = 100
-"""A `RecursionError` whose traceback has this many frames of Atlas, or more, is a bug in Atlas."""
+"""A `RecursionError` whose traceback has `_DEEPEST_CALL` or more frames of Atlas is a bug in Atlas."""
 
 
 class AtlasError(Exception):
@@ -44,7 +44,7 @@ class CheckpointError(AtlasError):
 
 
 class ExportError(AtlasError):
-    """A model that cannot be exported or imported, or an export whose proof failed."""
+    """A model that cannot be exported or imported, or an export that failed its proof in llama.cpp."""
 
 
 class EndedElsewhere(Exception):
@@ -54,9 +54,9 @@ class EndedElsewhere(Exception):
 class Interrupted(KeyboardInterrupt):
     """A signal asked the process to end.
 
-    A separate class, because a plain `KeyboardInterrupt` that passes through `exec` or `eval` of a string may make
-    CPython end by SIGINT instead of with the requested exit code. This happened in 4 of 16 runs that were interrupted
-    while modules were loading.
+    The class is separate because of CPython: after a plain `KeyboardInterrupt` passes through `exec` or `eval` of a
+    string, the process may end by SIGINT, whatever exit code it requests. This happened in 4 of 16 runs that were
+    interrupted while modules were loading.
     """
 
 
@@ -80,8 +80,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def explain(error: BaseException) -> str | None:
     """Return one line with value, reason and remedy for an error that the user's files or machine caused, else None.
 
-    Such errors are `MemoryError`, `RecursionError` in a parser that Atlas called (not in Atlas itself), and `OSError`
-    for a file outside the package or for a disk that is full or fails.
+    Such errors are `MemoryError`, some kinds of `OSError`, and `RecursionError` in a parser that Atlas called, but not
+    in Atlas itself. An `OSError` is explained if it names a file outside the package, or if a disk is full or fails.
     """
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if frame.is_relative_to(_PACKAGE)]

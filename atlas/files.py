@@ -24,7 +24,7 @@ import platformdirs
 
 from atlas.errors import AtlasError
 
-# Atlas uses record locks instead of flock: forked processes that read data ahead would hold a flock for seconds after
+# Atlas uses record locks instead of flock. Forked processes that read data ahead would hold a flock for seconds after
 # their parent was killed. Record locks work over NFS, too. On Windows the locked byte lies behind the text, so other
 # processes can read the text.
 if sys.platform == "win32":
@@ -59,8 +59,8 @@ def check_regular(path: Path) -> int:
 def explain_failed_write(
     place: object, remedy: str, *, kind: type[AtlasError] = AtlasError, problem: str = "cannot be written"
 ) -> Iterator[None]:
-    """Turn an `OSError` raised within this context into an error of class `kind`. Its message gives the place, the
-    problem with the system's reason, and the remedy."""
+    """Turn an `OSError` raised within this context into an error of class `kind`. The message of that error gives the
+    place, the problem with the system's reason, and the remedy."""
     try:
         yield
     except OSError as error:
@@ -99,7 +99,8 @@ def flush_to_disk(file: IO[Any]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk, which makes a rename in it durable. Windows has no such call and needs none."""
+    """Flush a folder to the disk, which makes a rename in it durable. Windows has no call to flush a folder, and needs
+    none."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -177,7 +178,8 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
 
 
 def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
-    """Open a zip archive. Its directory must have at most `directory_limit` bytes, and its members must not overlap.
+    """Open a zip archive. The archive's directory must have at most `directory_limit` bytes, and its members must not
+    overlap.
 
     Raises `zipfile.BadZipFile`, `ValueError` or `OSError`.
     """
@@ -197,9 +199,9 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
 class LimitedReads(io.BufferedReader):
     """A seekable stream that refuses any single read of more than `limit` bytes.
 
-    `zipfile` reads a directory in one read, and `tarfile` reads a header in one read. The file itself gives the size of
-    that read. `zipfile` needs `size`, the length of the stream, because it searches the rest of the stream for the
-    directory.
+    `zipfile` reads a directory in one read, and `tarfile` reads a header in one read. In both cases the file itself
+    gives the size of the read. `zipfile` needs `size`, the length of the stream, because it searches the rest of the
+    stream for the directory.
     """
 
     def __init__(self, stream: Any, limit: int, size: int = 0) -> None:

@@ -51,7 +51,7 @@ def data_bytes() -> int:
 
 
 def _left_in_container(cgroup: Path) -> int:
-    """Return the bytes that a container's limit leaves, or all memory. The system's figures do not show such a
+    """Return the bytes that a container's limit leaves, or all memory. The system's figures do not show a container's
     limit."""
     try:
         limit = int((cgroup / "memory.max").read_text(encoding="ascii"))

@@ -12,10 +12,10 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's `malloc.h`."""
 KEPT_BELOW = 32 << 20
-"""Malloc keeps freed blocks of fewer bytes than this."""
+"""Malloc keeps freed blocks of fewer bytes than `KEPT_BELOW`."""
 _NVIDIA_DRIVER = "/dev/nvidiactl"
-"""This file exists with NVIDIA's driver for Linux. Under WSL 2 and with ROCm, expandable segments may fail at the first
-allocation (pytorch/pytorch#192330, #192259)."""
+"""A file that exists with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, expandable segments may fail at
+the first allocation (pytorch/pytorch#192330, #192259)."""
 _ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 _BUSY_CORES, _LOOK = 0.5, 0.1
 """Another program counts as computing if `_BUSY_CORES` cores were busy while this process waited `_LOOK` seconds, and
@@ -27,8 +27,8 @@ def set_up_process() -> None:
     once."""
     if sys.platform == "linux":
         keep_memory()
-        # With this variable PyTorch aligns tensors of 2 MB and more to the system's large pages and requests such
-        # pages: one page fault instead of 512.
+        # With `THP_MEM_ALLOC_ENABLE` PyTorch aligns tensors of 2 MB and more to the system's large pages, and requests
+        # such pages. A large page causes one page fault instead of 512.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if os.path.exists(_NVIDIA_DRIVER) and not {_ALLOCATOR, _OLD_ALLOCATOR} & os.environ.keys():
             # Segments of GPU memory that can grow leave no gaps that are too small for anything else.
@@ -40,8 +40,8 @@ def set_up_process() -> None:
 def keep_memory() -> None:
     """Let malloc keep freed blocks for the next update, which needs the same sizes.
 
-    By default malloc returns blocks of some megabytes to the system and gets them back page by page, zeroed. That costs
-    hundreds of thousands of page faults per update.
+    By default malloc returns blocks of some megabytes to the system and gets them back page by page, zeroed. The result
+    is hundreds of thousands of page faults per update.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     # Set both thresholds or neither: if only one is set, malloc no longer adapts the other. Larger blocks go back to

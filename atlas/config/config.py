@@ -16,12 +16,12 @@ from atlas.config.model import ModelConfig as ModelConfig
 LOSS_CHUNK_TOKENS = 256
 """Rows of logits per chunk of the training loss on a CPU: 51 MB in fp32 for GPT-2's vocabulary."""
 CUDA_LOSS_BYTES = 256 << 20
-"""The most bytes per chunk of logits on CUDA. Without compilation this includes all tensors that are computed from the
-chunk."""
+"""The most bytes per chunk of logits on CUDA. Without compilation, the bytes include all tensors that are computed from
+the chunk."""
 MUON_STACK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 20}
 """The most numbers in a group of matrices of the same shape that Muon orthogonalizes together, by device. On a CPU
 grouping is 1.8 times as fast in a model 128 wide, and no faster at 768. On CUDA grouping saves kernel launches: a group
-needs 25, whatever its size."""
+needs 25 launches, whatever its size."""
 
 
 class MixturePart(Section):
@@ -43,7 +43,7 @@ class DataConfig(Section):
     """Several datasets instead of train_data, each with its share of the sequences:
     [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
     val_data: str | None = None
-    """Validation data, in the same formats as train_data. Default: the validation parts of the training data."""
+    """Validation data, in the same formats as train_data. Default: the validation split of the training data."""
     tokenizer: str | None = None
     """Tokenizer for plain text: gpt2 (the default), a tokenizer.json, or package.module:factory. A prepared folder has
     its own tokenizer."""
@@ -77,8 +77,8 @@ class TrainingConfig(Section):
     """An update uses batch_size × gradient_accumulation_steps sequences."""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
     """Sequences per forward pass; the value changes memory and speed, not the result. auto: batch_size, or fewer if
-    memory is too small. On a GPU with ample memory, auto may use all sequences of an update, unless you set batch_size
-    yourself (in your own config file, with --set or as a flag)."""
+    memory is too small. On a GPU with ample memory, auto may use all sequences of an update. auto never exceeds a
+    batch_size that you set yourself (in your own config file, with --set or as a flag)."""
     max_steps: Int | None = Field(None, ge=1)
     """Updates to train for. If epochs is set too, the smaller limit counts; if neither is set, training runs for one
     epoch."""
@@ -174,7 +174,8 @@ class CheckpointConfig(Section):
     save_interval: Int = Field(100, ge=1)
     """Updates between two checkpoints."""
     keep_checkpoints: Int = Field(5, ge=1)
-    """Number of checkpoints to keep of each kind; the best checkpoint is always kept as well."""
+    """Number of checkpoints to keep of each kind (step, epoch, interrupt); the best checkpoint is always kept as
+    well."""
     max_total: Annotated[ByteSize, BeforeValidator(size)] | None = None
     """Largest total size of all checkpoints, such as 20GB. The oldest checkpoints are deleted first; the best and the
     newest are never deleted."""

@@ -109,12 +109,14 @@ def _decode_yaml(text: str, origin: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Layer:
-    """The settings in a config file. Raises `ConfigError` if it is missing or malformed, or has unknown settings."""
+    """Return the settings in a config file. Raises `ConfigError` if the file is missing or malformed, or has unknown
+    settings."""
     return check_keys(read_sections(path), str(path))
 
 
 def read_sections(path: str | Path) -> dict[Any, Any]:
-    """The keys of a config file of any version of Atlas. Raises `ConfigError` if it is missing or malformed."""
+    """Return the keys of a config file of any version of Atlas. Raises `ConfigError` if the file is missing or
+    malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
@@ -205,7 +207,7 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Return `values` as a layer. Raises `ConfigError` for unknown settings. Its message names each unknown setting and
+    """Return `values` as a layer. Raises `ConfigError` for unknown settings. The message names each unknown setting and
     the one that was probably meant."""
     layer: Layer = {}
     unknown: list[str] = []

@@ -11,7 +11,7 @@ from atlas.config.fields import Float, Int, Section
 MAX_PARAMETERS = 10**13
 """The most parameters of a model. Their weights alone need 40 TB."""
 VOCAB_MULTIPLE = 64
-"""The number of embedding rows is padded to a multiple of this; the padding rows are zero and stay zero."""
+"""The number of embedding rows is padded to a multiple of `VOCAB_MULTIPLE`; the padding rows are zero and stay zero."""
 FLEX_HEAD_SIZE = 16
 """The narrowest head that FlexAttention's CUDA kernel supports."""
 _ROPE_THETA = 10_000.0
@@ -134,7 +134,7 @@ class ModelConfig(Section):
 
     @property
     def vocabulary(self) -> int:
-        """`vocab_size`, which must be set before a model is built. Raises `ValueError` if it is not."""
+        """`vocab_size`, which must be set before a model is built. Raises `ValueError` if `vocab_size` is not set."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         return self.vocab_size

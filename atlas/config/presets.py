@@ -9,7 +9,7 @@ from atlas.errors import ConfigError, did_you_mean
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
-# A wheel holds the presets inside the package; a checkout has them beside it.
+# A wheel holds the presets inside the package; a checkout has the presets beside the package.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
 
@@ -19,7 +19,8 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_path(name: str) -> Path:
-    """The config file of a preset; case does not matter. Raises `ConfigError` if there is no such preset."""
+    """Return the config file of a preset; the case of `name` does not matter. Raises `ConfigError` if there is no such
+    preset."""
     name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
         hint = did_you_mean(name, _NAMES, f"the presets are {', '.join(_NAMES)}")
@@ -28,7 +29,7 @@ def preset_path(name: str) -> Path:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file that `--config` names: a path, or a preset. Raises `ConfigError` if it is neither."""
+    """Return the file that `--config` names by its path or as a preset. Raises `ConfigError` if there is neither."""
     path = Path(name_or_path)
     if path.is_file():
         return path

@@ -30,7 +30,7 @@ _GENERATED = (
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema (draft 7) of what the loader accepts."""
+    """Return a JSON schema (draft 7) of the configs that the loader accepts."""
     properties = _properties()
     for written, home in ALSO_ACCEPTED.items():
         (section, key), (home_section, home_key) = written.split("."), home.split(".")

@@ -78,7 +78,7 @@ OLD_SECTIONS = {"logging"}
 
 
 def hint(dotted: str) -> str | None:
-    """What to write instead of a key or a section of another program; None if it is in no table."""
+    """Return what to write instead of a key or a section of another program, or None if no table has the key."""
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf in RENAMED:
         values = f" ({VALUES[leaf]})" if leaf in VALUES else ""

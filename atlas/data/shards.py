@@ -280,7 +280,7 @@ def open_dataset(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a `dataset.json`. Raises `DataError` if it is missing, damaged or of another version."""
+    """Read and check a `dataset.json`. Raises `DataError` if the file is missing, damaged or of another version."""
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:

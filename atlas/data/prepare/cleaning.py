@@ -1,13 +1,14 @@
-"""Cleaning of a document before it becomes tokens. Each step has a name and can be left out. Its changes are counted.
+"""Cleaning of a document before it becomes tokens. Each step has a name and can be left out. The changes of each step
+are counted.
 
     nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
     control      control characters other than tab and line ends are removed
     whitespace   line ends become \\n; blanks at a line's end are removed; a run of blanks inside a line becomes one
                  blank (indentation stays); more than two empty lines become two
-    duplicates   of documents with the same text the first is kept (`atlas.data.prepare.dedup`)
+    duplicates   only the first of documents with the same text is kept (`atlas.data.prepare.dedup`)
 
-All other bytes are kept. After these steps, documents of fewer than `min_chars` characters are left out and, with
-`near_dedup`, near copies of earlier documents.
+All other bytes of a document are kept. After these steps, documents of fewer than `min_chars` characters are left out
+and, with `near_dedup`, near copies of earlier documents.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class Cleaning:
 
 
 def _drop_control(text: str) -> str:
-    content = text.encode()  # testing the bytes takes a tenth of the time
+    content = text.encode()  # testing the bytes takes a tenth of the time of `sub`
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
         return text
     return _CONTROL.sub("", text)
 
 
 def _tidy_whitespace(text: str) -> str:
-    # The tests are cheap, the substitutions expensive.
+    # The tests are cheap, but the substitutions are expensive.
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     has_tabs = "\t" in text

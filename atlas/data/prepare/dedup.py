@@ -37,7 +37,8 @@ def fractions(digests: bytes) -> NDArray[np.float64]:
 
 
 class SeenDigests:
-    """A growing set of digests. `log` holds them in the order of arrival. An SQLite file beside `log` is their index.
+    """A growing set of digests. `log` holds the digests in the order of arrival. An SQLite file beside `log` is their
+    index.
 
     Only the log survives a kill: committing an index of random keys would rewrite most of its pages each time. Raises
     `OSError` if the disk is full.
@@ -72,7 +73,7 @@ class SeenDigests:
         return self.count
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the log and the index."""
         self._index.close()
         self._file.close()
 
@@ -130,7 +131,8 @@ class SeenSignatures:
         self._file.truncate(count * self._row_bytes)
 
     def add(self, signature: NDArray[np.uint32]) -> bool:
-        """Add a signature unless a known one is at least `SIMILARITY` similar. Returns whether it was added."""
+        """Add a signature unless a known one is at least `SIMILARITY` similar. Returns whether the signature was
+        added."""
         for key in self._index.query(_lean(signature)):
             self._file.seek(key * self._row_bytes)
             if (self._read() == signature).mean() >= SIMILARITY:

@@ -1,8 +1,8 @@
 """Encoded batches → the two splits. Copies are left out, and held-out documents go to `val`.
 
 All decisions that depend on the order of documents are made here, so any number of workers gives the same shards. A
-document in several parts is written part by part. If its end shows that the document must be left out, the split is
-truncated to the place where the document began.
+document in several parts is written part by part. If the end of a document shows that the document must be left out,
+the split is truncated to the place where the document began.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Merger:
     ) -> None:
         state = workspace.state.get("assembly", {})
         self.rule, self.cleaning = rule, cleaning
-        # If the rule has a cut, it has already left out and counted short documents. Half of a document may be empty,
-        # so its length is not checked again.
+        # If the split rule has a cut, the rule has already left out and counted short documents. Half of a document may
+        # be empty, so its length is not checked again.
         self._checks_length = rule.cut_at is None
         self._min_chars = max(1, cleaning.min_chars) if self._checks_length else 1
         near = ["near_duplicates"] if cleaning.near_dedup else []
@@ -108,7 +108,7 @@ class Merger:
             self.similar.close()
 
     def _add_documents(self, parts: list[Part], encoded: Encoded) -> None:
-        self._document = None  # if the split cut a document, no end is between the halves
+        self._document = None  # the first half of a document that was cut has no end
         for step, (documents, characters) in encoded.changes.items():
             self._count(step, documents, characters)
         keep = encoded.num_chars >= self._min_chars

@@ -42,10 +42,9 @@ SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
 """A kill loses at most this many seconds of work, and never a finished shard."""
 _WORTH_PRINTING = 1_000_000
-"""The needed disk space is printed if it is at least this many bytes."""
+"""Atlas prints how much disk space a dataset needs, if that is at least this many bytes."""
 _PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
-"""Characters at the beginning of the text that are read, and that are tokenized, to estimate the size of the
-dataset."""
+"""To estimate the size of the dataset, Atlas reads the first number of characters and tokenizes the second."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Options:
-    """The settings that decide the shards, besides text and tokenizer."""
+    """The settings that determine the shards, in addition to the text and the tokenizer."""
 
     val_fraction: float
     shard_tokens: int = SHARD_TOKENS
@@ -101,7 +100,7 @@ def prepare(
     dataset is replaced, and an interrupted preparation is resumed.
 
     Raises `DataError` if input cannot be read, the output folder holds other files, or cleaning leaves no text. Unless
-    `trust_archives`, it also does so for an archive that may be a bomb.
+    `trust_archives`, it also raises `DataError` for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
@@ -176,7 +175,7 @@ class _Preparation:
             if next(self.sources.documents(), None) is None:
                 raise DataError(f"{self.sources.names}: holds no text to train on; give some that does")
             with locked(output):
-                if existing := self._existing(output):  # made by the process that this one waited for
+                if existing := self._existing(output):  # the process that this one waited for has made it
                     return Summary(existing, unchanged=True)
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
                     notify(line)
@@ -193,7 +192,7 @@ class _Preparation:
         return dataset if dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:
-        """Tokenize every document once, and write the shards and `dataset.json`. This resumes the work of an
+        """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
         interrupted call."""
         options, sources, folder = self.options, self.sources, workspace.dataset
         if workspace.state:

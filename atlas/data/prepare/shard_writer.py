@@ -1,7 +1,7 @@
 """Writes the shards that `atlas.data.shards` reads.
 
 A split is one long list of tokens, which is only extended or truncated. The list is cut into shards of equal length. So
-the counts of its content are enough to resume the work of a killed process.
+the counts of tokens, documents and bytes are enough to resume the work of a killed process.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class SplitWriter:
             shard += 1
 
     def finish_full_shards(self) -> bool:
-        """Finish the full shards, which can no longer be truncated then. Returns whether there was a full shard."""
+        """Finish the full shards. A finished shard can no longer be truncated. Returns whether there was a full
+        shard."""
         before = len(self.shards)
         while (len(self.shards) + 1) * self._shard_tokens <= self.extent.tokens:
             self._finish(self._shard_tokens)

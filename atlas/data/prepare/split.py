@@ -15,11 +15,11 @@ from atlas.data.prepare.dedup import fractions
 from atlas.data.text.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
-"""With fewer documents a split by document would depend on chance."""
+"""With fewer than `FEWEST_DOCUMENTS` documents, the size of a split by document would depend on chance."""
 
 
 class Part(NamedTuple):
-    """A piece of a document. `split` is None where the document's hash decides."""
+    """A piece of a document. `split` is None if the document's hash decides the split."""
 
     text: str
     split: str | None
@@ -80,7 +80,7 @@ class SplitRule:
         return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
-        """Each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
+        """Yield each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
         if self.cut_at is not None:
             yield from self._cut(pieces, self.cut_at)
             return

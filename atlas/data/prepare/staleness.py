@@ -19,8 +19,8 @@ _SHOWN = 3
 def what_changed(
     output: Path, sources: Sources, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """Return a line for each difference between the dataset in `output` and the wanted one. Empty if there is no
-    dataset."""
+    """Return a line for each difference between the dataset in `output` and the wanted one. The list is empty if there
+    is no dataset."""
     if not is_prepared(output):
         return []
     try:
@@ -37,8 +37,8 @@ def what_changed(
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without the tokenizer, as a user writes them. The options of cleaning are beside the
-    others."""
+    """Return the options without the tokenizer, as a user writes them. The options of cleaning are on the same level as
+    all others."""
     flat = {name: value for name, value in options.items() if name not in ("cleaning", "train_tokenizer")}
     for name, value in (options.get("cleaning") or {}).items():
         flat |= {"clean": ",".join(value) or "none"} if name == "steps" else {name: value}
@@ -46,8 +46,8 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:
-    """Return name → hash of each given file, which a manifest keeps for a later comparison. Empty for too many
-    files."""
+    """Return name → hash of each given file, which a manifest keeps for a later comparison. The dict is empty for more
+    than `MOST_ROOTS` files."""
     return sources.roots if len(sources.roots) <= MOST_ROOTS else {}
 
 

@@ -20,7 +20,7 @@ class Encoded:
     """The n parts of a batch after cleaning, as columns."""
 
     tokens: NDArray[Any]
-    """All parts one after the other, with the end of text where a document ends."""
+    """The tokens of all parts, one part after the other, with an end-of-text token where a document ends."""
     lengths: NDArray[np.int64]
     """(n,) number of tokens."""
     num_bytes: NDArray[np.int64]

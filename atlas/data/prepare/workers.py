@@ -87,7 +87,7 @@ def _cannot_travel(encoder: Encoder) -> str | None:
 
 
 def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
-    """Tokenize on this machine, in `workers` processes. If `workers` is 1, this process does it."""
+    """Tokenize on this machine, in `workers` processes. If `workers` is 1, this process tokenizes."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder(batch.parts)

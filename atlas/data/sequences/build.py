@@ -1,4 +1,4 @@
-"""The data of a run → the windows that its settings ask for."""
+"""The data of a run → the windows that the run's settings ask for."""
 
 from __future__ import annotations
 

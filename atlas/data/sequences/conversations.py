@@ -56,15 +56,15 @@ class Conversations:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tokens, the answer marks and the ends."""
+        """sha256 of the tokens, the answer marks and the ends of the conversations."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.is_answer, self.ends):
             digest.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
         return digest.hexdigest()
 
     def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
-        """Return (conversations,): the number of answer tokens in each with at most `max_seq_len` tokens before
-        them."""
+        """Return (conversations,): for each conversation, the number of answer tokens with at most `max_seq_len` tokens
+        before them."""
         starts = np.concatenate([[0], self.ends[:-1]])
         before = np.concatenate([[0], np.cumsum(self.is_answer)])
         counts: NDArray[np.int64] = before[np.minimum(self.ends, starts + max_seq_len + 1)] - before[starts]
@@ -85,7 +85,7 @@ def read_conversations(
     path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
 ) -> tuple[Conversations, Conversations | None, list[str]]:
     """Read a JSONL file. Returns the conversations to train on, the held-out conversations or None, and notes, one line
-    each. The hash of each conversation decides whether it is in the `val_fraction` that is held out.
+    each. The hash of each conversation decides whether the conversation is in the `val_fraction` that is held out.
 
     Raises `DataError` for a row that is not a conversation with an answer.
     """
@@ -185,7 +185,7 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
     number of each input's conversation. Targets outside the answers are `IGNORE_INDEX`.
 
     Complete conversations are packed into windows by best fit. A conversation longer than a window loses its end
-    (`num_cut` counts these). If it loses all its answers, it is left out (`num_left_out` counts these).
+    (`num_cut` counts these). A conversation that loses all its answers is left out (`num_left_out` counts these).
 
     Raises `DataError` if no answer is left.
     """

@@ -28,8 +28,8 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
     token after an end of text begins the next document.
 
     Windows overlap by one token: the last target of a window is the first input of the next window. The tokens left
-    over at the end are dropped. With `pad_last` they form one more window, which is padded with end of text in the
-    inputs and `IGNORE_INDEX` in the targets, so every token except the first is a target exactly once.
+    over at the end are dropped. With `pad_last` these tokens form one more window, which is padded with end of text in
+    the inputs and `IGNORE_INDEX` in the targets. Then every token except the first is a target exactly once.
 
     Raises `DataError` if the stream is shorter than a window.
     """
@@ -41,7 +41,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         self.max_seq_len = max_seq_len
         self.with_documents = with_documents
         self.num_tokens = self.num_targets = stream.num_tokens
-        """Tokens of the stream. Nearly as many are predicted: at most one fewer per window."""
+        """Tokens of the stream. Nearly as many tokens are predicted: at most one token fewer per window."""
         predicted = max(0, stream.num_tokens - 1)
         self._num_windows = -(-predicted // max_seq_len) if pad_last else predicted // max_seq_len
         if self._num_windows == 0:
@@ -87,8 +87,8 @@ class TextDataset(SequenceDataset):
 
         TextDataset(["a.txt", "b.txt"], tokenizer=MyTokenizer(), max_seq_len=512)
 
-    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. It defaults to
-    GPT-2's. The tokens are cached by content and tokenizer.
+    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. `tokenizer`
+    defaults to GPT-2's. The tokens are cached by content and tokenizer.
     """
 
     def __init__(

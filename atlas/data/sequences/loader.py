@@ -34,9 +34,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class SequenceOrder:
     """Maps sequence i of a run to its window: a new permutation of all windows in each epoch.
 
-    The permutation is computed, not stored. It is a Feistel network (Luby and Rackoff 1988) over the smallest even
-    number of bits that holds `num_windows`. The network is applied again until the result is a window (Black and
-    Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
+    The permutation is computed, not stored. The permutation is a Feistel network (Luby and Rackoff 1988) over the
+    smallest even number of bits that holds `num_windows`. The network is applied again until the result is a window
+    (Black and Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
     """
 
     def __init__(self, seed: int, num_windows: int) -> None:
@@ -59,8 +59,8 @@ class SequenceOrder:
 
     def _permute(self, x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        # A Feistel network makes only even permutations, which is noticeable with few windows. This rotation makes odd
-        # permutations possible, too.
+        # A Feistel network makes only even permutations, which is noticeable with few windows. Adding a key rotates the
+        # numbers, which makes odd permutations possible, too.
         x = x + keys[-1]
         left, right = (x >> half) & mask, x & mask
         for key in keys[:-1]:
@@ -70,7 +70,7 @@ class SequenceOrder:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Return splitmix64 of `x` (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -79,7 +79,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def share_of_update(sequences_per_update: int, world_size: int) -> int:
-    """The number of sequences of an update per process. Raises `DataError` if they cannot be divided evenly."""
+    """The number of sequences of an update per process. Raises `DataError` if the sequences cannot be divided
+    evenly."""
     if sequences_per_update % world_size:
         raise DataError(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
@@ -103,9 +104,9 @@ def batches(
     """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
     Each batch holds the dataset's columns, stacked: (inputs, targets) or (inputs, targets, documents), each (N, T)
-    int64. The iterator ends after `num_updates` updates, or never if it is None. Each of `world_size` processes gets an
-    equal share of every update: `rank` 0 the first N sequences, rank 1 the next N. Together the shares are the update
-    of a single process, in the same order.
+    int64. The iterator ends after `num_updates` updates, or never if `num_updates` is None. Each of `world_size`
+    processes gets an equal share of every update: `rank` 0 the first N sequences, rank 1 the next N. Together the
+    shares are the update of a single process, in the same order.
 
     `num_workers` threads read ahead, with memory for 2 batches each (16 bytes per token). The batches are the same as
     without threads, bit for bit. An exception in a thread is raised here. Closing the iterator stops the threads.
@@ -131,8 +132,8 @@ def _read_ahead(
     *,
     num_threads: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the batches of `updates` in order. Threads read them, since page faults and copies do not hold Python's
-    lock."""
+    """Yield the batches of `updates` in order. Threads read the batches, since page faults and copies do not hold
+    Python's lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return

@@ -65,9 +65,9 @@ def resolve_data(
 
     `tokenizer` is the tokenizer that the user named. By default a prepared folder uses its own tokenizer, and other
     data uses GPT-2's. `val_fraction` of a plain text is held out, unless `val_data` is given. If `val_data` is a
-    prepared folder, its validation split is used, or its training split if there is no other.
+    prepared folder, its validation split is used, or its training split if it has no validation split.
 
-    Raises `DataError` for missing or empty data, and where two tokenizers differ.
+    Raises `DataError` for missing or empty data, and if two tokenizers differ.
     """
     train: Stream
     val: Stream | None

@@ -1,10 +1,10 @@
 """Best-fit packing: windows are filled with complete documents, instead of being cut out of a stream.
 
 Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830). A document longer than a window is
-cut into windows. Each of these begins with the last token of the window before, so every token is predicted once. The
-rest of such a document is a piece, and so is each shorter document. Pieces are packed by best-fit decreasing, shard by
-shard. The plan, which lists the pieces of each window, is stored in the user's cache folder. The plan is made once and
-read by memory map.
+cut into windows. Each of these windows begins with the last token of the window before it, so every token is predicted
+once. The rest of a document that was cut is a piece, and so is each shorter document. Pieces are packed by best-fit
+decreasing, shard by shard. The plan, which lists the pieces of each window, is stored in the user's cache folder. The
+plan is made once and read by memory map.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Array = NDArray[Any]
 
 
 class Packing(NamedTuple):
-    """The starts and lengths of all pieces in the order of the windows; the pieces of window w are those before
-    `ends[w]`."""
+    """The starts and lengths of all pieces in the order of the windows; window w has the pieces from `ends[w - 1]` to
+    `ends[w]` - 1."""
 
     starts: Array
     lengths: Array
@@ -48,11 +48,11 @@ class Packing(NamedTuple):
 
 
 class PackedDataset(SequenceDataset):
-    """`dataset[w]` as in `SequenceDataset`, from complete documents.
+    """Windows as in `SequenceDataset`, but filled with complete documents.
 
     A window that is not full is padded with end of text in the inputs and `IGNORE_INDEX` in the targets. The target
-    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token.
-    `padding` is the fraction of all positions that is padding.
+    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token. `padding`
+    is the fraction of all positions that is padding.
     """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, *, with_documents: bool = False) -> None:
@@ -172,7 +172,7 @@ def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
             _write_plan(Path(temporary), stream, max_seq_len)
             os.replace(temporary, folder)
         except OSError:
-            if not (folder / "plan.json").is_file():  # else another process made it meanwhile
+            if not (folder / "plan.json").is_file():  # else another process has made the plan
                 raise
     return folder
 

@@ -30,7 +30,7 @@ else:
 MAX_RATIO = 200
 """Bytes of text per byte of archive: prose has 3 to 5, logs 10 to 50, a bomb 1,000 and more."""
 RATIO_FREE_BYTES = 100_000_000
-"""An archive with less text than this may have any compression ratio."""
+"""An archive with fewer unpacked bytes than `RATIO_FREE_BYTES` may have any compression ratio."""
 MAX_BYTES = 10**12
 MAX_MEMBERS = 1_000_000
 

@@ -32,7 +32,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is longer than `PIECE_CHARS` characters."""
+    """A document, or a part of a document that is longer than `PIECE_CHARS` characters."""
 
     text: str
     ends_document: bool = True
@@ -50,7 +50,7 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
 
 
 def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
-    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with one. Yields chunks; line ends are kept.
+    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with such a mark. Yields chunks; line ends are kept.
 
     Raises `DataError` for a file that begins like a binary file.
     """

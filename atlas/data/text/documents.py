@@ -70,7 +70,7 @@ class Group:
         return sum(file.size for file in self.files)
 
     def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """Yield the documents, in pieces. This fills `report`; `advance` receives the number of bytes read."""
+        """Yield the documents, in pieces. The method fills `report`; `advance` receives the number of bytes read."""
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)

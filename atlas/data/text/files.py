@@ -91,7 +91,7 @@ class TextFile:
     format: Format | None
     """None if Atlas does not read the file."""
     size: int
-    """Bytes to read: before the file's own decompression, but after the archive's."""
+    """Bytes to read: before the file's own decompression, but after that of its archive."""
     member: str | None = None
     shown: str | None = None
     """The name for the user, if it is not the path."""

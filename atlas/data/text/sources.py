@@ -130,8 +130,8 @@ class Sources:
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
-        """Return every document, in pieces. Reading them fills `report`; `advance` receives the number of bytes
-        read."""
+        """Return every document, in pieces. Reading the documents fills `report`; `advance` receives the number of
+        bytes read."""
         report = report or SourceReport()
         return itertools.chain.from_iterable(group.pieces(report, advance) for group in self.groups)
 
@@ -270,8 +270,8 @@ class Sources:
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
     """Return whether the content of `file` has the format that its name promises.
 
-    In a `.json` file that the user named, a single JSON object is a row. In one that was found in a folder, a single
-    object may be the settings of some program, so two rows are required.
+    In a `.json` file that the user named, a single JSON object is a row. In a `.json` file that was found in a folder,
+    a single object may be the settings of some program, so two rows are required.
     """
     if file.format and is_json(file.basename):
         return holds_rows(file, at_least=1 if named else 2)

@@ -23,7 +23,8 @@ WIKIPEDIA_CHARS, WIKIPEDIA_ARTICLES = 168_085_788, 249_396
 _SAMPLE_CHARS = 4 * PIECE_CHARS
 _LONGEST_MEAN_ARTICLE = 50_000
 _HEADING_TIMES = 3
-"""A short line that occurs this often in the sample is a heading inside articles, such as "History"."""
+"""A short line that occurs `_HEADING_TIMES` times or more in the sample is a heading inside articles, such as
+"History"."""
 _DOUBTFUL_SHARE = 0.02
 _UNNAMED_SHARE, _NAMED_WITHIN = 0.3, 300
 _SHOWN = 3
@@ -35,7 +36,7 @@ _EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 _BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
 _SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
 _CONTEXT = 1000
-"""This many characters before and behind a place are enough to decide whether an article begins there."""
+"""`_CONTEXT` characters before and behind a place are enough to decide whether an article begins there."""
 
 
 @dataclass
@@ -125,7 +126,7 @@ def _take_sample(chunks: Iterator[str]) -> list[str]:
 
 
 def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
-    """Yield the articles of a text, each without the empty lines around it. This also fills `report`."""
+    """Yield the articles of a text, each without the empty lines around it. The function also fills `report`."""
     chunks = iter(chunks)
     sample = _take_sample(chunks)
     rule, report.doubt = _choose_rule("".join(sample).lstrip("\r\n"))
