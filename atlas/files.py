@@ -192,7 +192,7 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
     starts = [member.header_offset for member in members]
     for member, (start, following) in zip(members, itertools.pairwise([*starts, size]), strict=True):
         if start < 0 or start + _LOCAL_HEADER_BYTES + member.compress_size > following:
-            raise zipfile.BadZipFile(f"member {member.orig_filename!r:.80} overlaps what follows it")
+            raise zipfile.BadZipFile(f"member {member.orig_filename!r:.80} overlaps the data after it")
     return archive
 
 

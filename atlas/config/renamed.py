@@ -47,7 +47,7 @@ _ELSEWHERE = {
 RENAMED = FIRST_ATLAS | _ELSEWHERE
 
 VALUES = {
-    "activation": "gelu_exact computes what gelu did there",
+    "activation": "gelu_exact computes what gelu did in Atlas 1.x",
     "mlp_ratio": "hidden_size × mlp_ratio, by default 4 × hidden_size",
     "attention_dropout": "one value for embeddings, attention and MLP",
     "optimizer_type": "adamw, adamw8bit, muon or adafactor",
@@ -67,8 +67,8 @@ REMOVED = {
     "log_dir": "training.log and metrics.jsonl are in checkpoint.output_dir",
     "log_gradients": "Atlas logs the gradient norm to metrics.jsonl by itself",
     "log_model_structure": "atlas info CONFIG prints it",
-    "data.max_seq_len": "model.max_seq_len is the only one",
-    "logging": "its keys have places in training and checkpoint",
+    "data.max_seq_len": "model.max_seq_len applies to the data, too",
+    "logging": "its keys are now in training and checkpoint",
     "inference": "these are options of atlas generate, such as --max-tokens and --temperature",
 }
 """The last part of a key, a section, or a full key → why to remove it."""

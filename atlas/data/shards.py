@@ -169,7 +169,7 @@ class TokenStream:
     def _check_id(self, largest: int) -> None:
         if largest >= self.vocab_size:
             split = self.record.shards[0].file.partition("-")[0]
-            found = f"{split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens"
+            found = f"{split} holds token id {largest}, but its tokenizer has {self.vocab_size} tokens"
             raise _unusable(self.folder, found)
 
     def document_starts(self) -> NDArray[np.int64]:
@@ -318,7 +318,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     tokenizer = manifest.tokenizer
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
-        return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} are no vocabulary"
+        return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} do not make a vocabulary"
     if not isinstance(tokenizer.get("fingerprint"), str) or not isinstance(tokenizer.get("name"), str):
         return "tokenizer: has no name and fingerprint"
     if manifest.dtype != token_dtype(vocab_size).str:

@@ -215,7 +215,7 @@ def test_doubtful_boundaries_are_reported(form: str, gap: str, doubt: str) -> No
 def test_another_number_of_articles_than_in_the_real_archive_is_a_warning() -> None:
     assert ArticleReport(articles=WIKIPEDIA_ARTICLES, chars=WIKIPEDIA_CHARS).warning is None
     assert ArticleReport(articles=900, chars=500_000).warning is None
-    assert "about 249,396 articles, 31,000 were found" in str(
+    assert "about 249,396 articles, but 31,000 were found" in str(
         ArticleReport(articles=31_000, chars=WIKIPEDIA_CHARS).warning
     )
 

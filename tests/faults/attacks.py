@@ -219,7 +219,7 @@ def _(folder: Path) -> Path:
     return path
 
 
-@attack("archive", "members over each other", "overlaps what follows it")
+@attack("archive", "members over each other", "overlaps the data after it")
 def overlapping(folder: Path) -> Path:
     """Fifield's kernel (USENIX WOOT 2019): every entry of the directory refers to the same compressed bytes."""
     path = zip_of(folder / "a.zip", {"a.txt": bytes(1_000_000), "b.txt": b""})
@@ -689,7 +689,7 @@ for label, (key, value, answer) in {
     "shard in Arabic digits": (f"{SHARD}/file", "train-٠٠٠٠٠.npy", "pattern"),
     "shard that ends in a line end": (f"{SHARD}/file", "train-00000.npy\n", "pattern"),
     "shard listed twice": ("splits/train/shards/1/file", "train-00000.npy", "twice"),
-    "vocabulary of 2^62": ("tokenizer/vocab_size", 2**62, "are no vocabulary"),
+    "vocabulary of 2^62": ("tokenizer/vocab_size", 2**62, "do not make a vocabulary"),
     "tokenizer without a name": ("tokenizer/name", None, "has no name"),
     "objects as tokens": ("dtype", "|O", "does not fit a vocabulary"),
     "tokenizer of code": ("tokenizer/kind", "custom", "is custom code"),

@@ -173,7 +173,7 @@ class _Preparation:
             if existing := self._existing(output):
                 return Summary(existing, unchanged=True)
             if next(self.sources.documents(), None) is None:
-                raise DataError(f"{self.sources.names}: holds no text to train on; give some that does")
+                raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
             with locked(output):
                 if existing := self._existing(output):  # the process that this one waited for has made it
                     return Summary(existing, unchanged=True)
@@ -209,7 +209,7 @@ class _Preparation:
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
             _require_space(sources, tokenizer, output, done=merger.tokens)
             if merger.tokens:
-                notify(f"{output}: {merger.tokens:,} tokens were done before; resuming behind them")
+                notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
         self._require_text(splits, merger.cleaned["short"].documents)
@@ -252,7 +252,7 @@ class _Preparation:
             less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
             raise DataError(
                 f"{self.sources.names}: cleaning leaves no text to train on: every document is left out "
-                f"({short:,} by short); give more text{less}"
+                f"({short:,} as too short); give more text{less}"
             )
         if "train" not in splits:
             raise DataError(
@@ -268,7 +268,7 @@ class _Preparation:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
         if rule.cut_at is not None:
             yield (
-                f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
+                f"fewer than {FEWEST_DOCUMENTS} documents: instead of a split by document, "
                 f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
             )
         if rule.val_fraction and "val" not in splits:
@@ -293,8 +293,8 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise DataError(
-            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} need about "
-            f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
+            f"{output}: its disk has {free / 1e6:,.0f} MB free, but the tokens of {sources.names} need about "
+            f"{needed / 1e6:,.0f} MB; free some space, or choose a folder on another disk"
         )
     if needed >= _WORTH_PRINTING:
         notify(f"{output}: needs about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")

@@ -132,7 +132,7 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
         raise WorkerKilled(
             "a worker process was killed, as happens where memory runs out: run the same command again with fewer "
-            "--workers; it resumes behind what is done"
+            "--workers; it resumes the work so far"
         ) from None
     pool.shutdown()
 

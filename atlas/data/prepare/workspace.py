@@ -36,7 +36,7 @@ def refuse_foreign(output: Path) -> None:
         raise DataError(f"{output}: holds other files ({foreign[0]}); choose another folder with --output")
     if names and MANIFEST not in names:
         raise DataError(
-            f"{output}: is not empty and no prepared dataset; choose another folder with --output"
+            f"{output}: is not empty, and is not a prepared dataset; choose another folder with --output"
         )
     for place in (output, *output.parents):
         if place.exists() and not place.is_dir():
@@ -56,7 +56,7 @@ def locked(output: Path) -> Iterator[None]:
     lock = None
     try:
         if (lock := try_to_lock(path)) is None:
-            notify(f"{output}: another process prepares it; waiting for its end")
+            notify(f"{output}: another process prepares it; waiting until it is done")
         while lock is None:
             time.sleep(0.1)
             lock = try_to_lock(path)
@@ -124,7 +124,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     except (KeyboardInterrupt, OSError, WorkerKilled):
         keep = workspace.journal.exists()  # an interrupt may come in the middle of a commit
         if keep:
-            notify(f"{output}: what is done so far is kept; the same command resumes it")
+            notify(f"{output}: the work so far is kept; the same command resumes it")
         raise
     finally:
         if replaced.exists() and not output.exists():

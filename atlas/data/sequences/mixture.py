@@ -86,7 +86,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     if counts.min() == 0:
         smallest = weights[counts.argmin()]
         raise DataError(
-            f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: give more, or leave the part out"
+            f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: raise it, or leave the part out"
         )
     return [*map(int, counts)]
 

@@ -84,7 +84,7 @@ def resolve_data(
                     f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
                     f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} "
                     f"({tokenizer.fingerprint[:16]}); give the text that it was prepared from instead, or prepare "
-                    "that with atlas prepare --tokenizer"
+                    "that text with atlas prepare --tokenizer"
                 )
             tokenizer = tokenizer or dataset.tokenizer()
         else:

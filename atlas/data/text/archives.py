@@ -151,7 +151,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
             _check_end(archive, path, trust)
     except (OSError, ValueError, RecursionError, *DAMAGE) as error:
         # tarfile recurses along a chain of headers
-        reason = "headers without end" if isinstance(error, RecursionError) else f"{error!s:.200}"
+        reason = "an endless chain of headers" if isinstance(error, RecursionError) else f"{error!s:.200}"
         raise DataError(
             f"{path}: is not a complete tar archive ({reason}); download or pack it again"
         ) from None
@@ -197,7 +197,7 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
             f"{shown} is compressed in a way Atlas does not read; unpack it, or pack with deflate"
         )
     if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
-        raise DataError(f"{shown} contradicts itself about its size; download or pack it again")
+        raise DataError(f"{shown} gives two different sizes; download or pack it again")
 
 
 def _refuse_too_much(archive: Path, count: int, size: int) -> None:

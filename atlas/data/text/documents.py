@@ -162,19 +162,19 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
     """Return the text of a row, or None if the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise DataError(
-            f"{place}: is a conversation, which is not prepared: give a file of conversations alone to "
+            f"{place}: is a conversation, which is not prepared: give a file of only conversations to "
             "atlas train --train-data"
         )
     if text_field not in row:
         raise DataError(
             f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
-            "atlas prepare --text-field, or call those of a conversation prompt and response"
+            "atlas prepare --text-field, or name the fields of a conversation prompt and response"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):
         raise DataError(
             f"{place}: field {text_field!r} is {json_name(text)}, not text; "
-            "name the field that holds the text with --text-field, or take the row out"
+            "name the field that holds the text with --text-field, or remove the row"
         )
     return text
 

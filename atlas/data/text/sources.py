@@ -44,7 +44,7 @@ __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
-    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object a line (text and JSON also as .gz or "
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object per line (text and JSON also as .gz or "
     ".zst), a folder of them, or a URL"
 )
 
@@ -172,7 +172,10 @@ class Sources:
         reasons = (
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
-            (self.links_out, "links that lead out of their folder are left out: name what they point to"),
+            (
+                self.links_out,
+                "links that lead out of their folder are left out: give the paths that they point to",
+            ),
         )
         return [f"{len(names)} {what} ({names[0]} …)" for names, what in reasons if names]
 
@@ -221,7 +224,7 @@ class Sources:
             yield file
         elif file.format and named:
             raise DataError(
-                f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
+                f"{path}: does not begin with a JSON object in a line of its own: write one object per line, as "
                 "jq -c '.[]' does with an array"
             )
         elif named:

@@ -58,7 +58,7 @@ class ArticleReport:
         if not like_wikipedia or abs(self.articles / WIKIPEDIA_ARTICLES - 1) < 0.05:
             return None
         return (
-            f"an archive of this size has about {WIKIPEDIA_ARTICLES:,} articles, {self.articles:,} were found: "
+            f"an archive of this size has about {WIKIPEDIA_ARTICLES:,} articles, but {self.articles:,} were found: "
             "look at the boundaries"
         )
 
