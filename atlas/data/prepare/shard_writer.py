@@ -23,7 +23,7 @@ class Extent(NamedTuple):
 
     tokens: int = 0
     documents: int = 0
-    num_bytes: int = 0
+    bytes: int = 0
 
 
 class SplitWriter:
@@ -67,7 +67,7 @@ class SplitWriter:
                 file.write((b"" if at else self._header(0)) + now.tobytes())
             end += len(now)
             tokens = tokens[len(now) :]
-        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.num_bytes + num_bytes)
+        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
         """Remove all tokens that were appended since `extent`."""
@@ -103,10 +103,7 @@ class SplitWriter:
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
-        tokens, documents, num_bytes = self.extent
-        if not tokens:
-            return None
-        return SplitRecord(documents=documents, tokens=tokens, bytes=num_bytes, shards=self.shards)
+        return SplitRecord(**self.extent._asdict(), shards=self.shards) if self.extent.tokens else None
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.npy"
@@ -125,7 +122,9 @@ class SplitWriter:
             file.write(self._header(tokens))
             flush_to_disk(file)
         documents = path.with_suffix(".docs.npy")
-        starts = self._starts_before(shard * self._shard_tokens + tokens)
+        done = sum(finished.documents for finished in self.shards)
+        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
+        starts = starts[: np.searchsorted(starts, shard * self._shard_tokens + tokens)]
         # Write through memory: if NumPy itself writes to a full disk, its error does not give the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
@@ -140,9 +139,3 @@ class SplitWriter:
                 largest_id=int(np.load(path, mmap_mode="r", allow_pickle=False).max()),
             )
         )
-
-    def _starts_before(self, end: int) -> NDArray[np.int64]:
-        """Return the starts before `end` that are in no finished shard yet."""
-        done = sum(shard.documents for shard in self.shards)
-        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
-        return starts[: np.searchsorted(starts, end)]

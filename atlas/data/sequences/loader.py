@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 from atlas.errors import DataError
 
-Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+Numbers = NDArray[np.int64]
+Batch = tuple[Tensor, ...]
+Order = Callable[[Numbers], Numbers]
 """Numbers of a run's sequences → the numbers of their windows."""
 
 _AHEAD = 2
@@ -34,9 +36,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class SequenceOrder:
     """Maps sequence i of a run to its window: a new permutation of all windows in each epoch.
 
-    The permutation is computed, not stored. The permutation is a Feistel network (Luby and Rackoff 1988) over the
-    smallest even number of bits that holds `num_windows`. The network is applied again until the result is a window
-    (Black and Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
+    The permutation is not stored, but computed by a Feistel network (Luby and Rackoff 1988) over the smallest even
+    number of bits that holds `num_windows`. The network is applied again until the result is a window (Black and
+    Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
     """
 
     def __init__(self, seed: int, num_windows: int) -> None:
@@ -47,7 +49,7 @@ class SequenceOrder:
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8, person=b"atlas-order").digest()
         self._seed_key = np.uint64(int.from_bytes(digest, "little"))
 
-    def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+    def __call__(self, sequences: Numbers) -> Numbers:
         """Return the numbers of the windows of a run's `sequences`, in the same shape."""
         flat = np.asarray(sequences, dtype=np.uint64).reshape(-1)
         epoch, window = np.divmod(flat, np.uint64(self.num_windows))
@@ -90,7 +92,7 @@ def share_of_update(sequences_per_update: int, world_size: int) -> int:
 
 
 def batches(
-    dataset: Dataset[tuple[Tensor, ...]],
+    dataset: Dataset[Batch],
     order: Order,
     *,
     start: int,
@@ -100,7 +102,7 @@ def batches(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[Batch]:
     """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
     Each batch holds the dataset's columns, stacked: (inputs, targets) or (inputs, targets, documents), each (N, T)
@@ -117,28 +119,25 @@ def batches(
     firsts = itertools.count(start + rank * share, sequences_per_update)
     updates = (np.arange(first, first + share) for first in itertools.islice(firsts, num_updates))
 
-    def read(sequences: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    def read(sequences: Numbers) -> Batch:
         # `np.stack`, since `torch.stack` would start a pool of OpenMP threads for every thread that reads.
         rows = zip(*(dataset[window] for window in order(sequences).tolist()), strict=True)
         columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
         return tuple(column.pin_memory() for column in columns) if pin_memory else columns
 
-    return _read_ahead(read, updates, num_threads=num_workers)
+    return _read_ahead(read, updates, num_workers)
 
 
 def _read_ahead(
-    read: Callable[[NDArray[np.int64]], tuple[Tensor, ...]],
-    updates: Iterator[NDArray[np.int64]],
-    *,
-    num_threads: int,
-) -> Iterator[tuple[Tensor, ...]]:
+    read: Callable[[Numbers], Batch], updates: Iterator[Numbers], num_threads: int
+) -> Iterator[Batch]:
     """Yield the batches of `updates` in order. Threads read the batches, since page faults and copies do not hold
     Python's lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="atlas-read-ahead")
-    ahead: collections.deque[Future[tuple[Tensor, ...]]] = collections.deque()
+    ahead: collections.deque[Future[Batch]] = collections.deque()
     try:
         while True:
             for sequences in itertools.islice(updates, _AHEAD * num_threads - len(ahead)):
