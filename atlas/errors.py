@@ -52,7 +52,7 @@ class EndedElsewhere(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end.
+    """Raised when a signal asks the process to end.
 
     The class is separate because of CPython: after a plain `KeyboardInterrupt` passes through `exec` or `eval` of a
     string, the process may end by SIGINT, whatever exit code it requests. This happened in 4 of 16 runs that were

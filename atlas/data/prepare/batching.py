@@ -71,7 +71,8 @@ def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> I
 
 
 def start_ahead(start: Callable[[Item], Started], items: Iterable[Item], most: int) -> Iterator[Started]:
-    """What `start` returns for each item, in order. At most `most` are started before the oldest is yielded."""
+    """Yield the return value of `start` for each item, in order. At most `most` items are started before the oldest
+    return value is yielded."""
     under_way: deque[Started] = deque()
     for item in items:
         under_way.append(start(item))

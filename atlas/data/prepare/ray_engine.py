@@ -36,7 +36,7 @@ def encode_on_ray(
     worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
     pool = itertools.cycle([worker.remote(encoder) for _ in range(workers)])
     readers = start_ahead(lambda bundle: read.remote(*bundle), _bundles(groups, rule, start), 2 * _AHEAD)
-    batches = itertools.chain.from_iterable(readers)  # references to them, in order
+    batches = itertools.chain.from_iterable(readers)  # references to batches, in order
     results = start_ahead(lambda batch: next(pool).encode.remote(batch), batches, _AHEAD * workers)
     for result in results:
         yield _fetch(ray, result)

@@ -110,7 +110,7 @@ def read_conversations(
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
-        "loss is that of the answers"
+        "loss counts only the answers"
     ]
     if undecodable:
         notes.append(f"{path}: {sum(undecodable):,} bytes are not UTF-8 and became U+FFFD")

@@ -43,6 +43,6 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         yield path
     finally:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # the nearest one that is not empty ends it
+        with suppress(OSError):  # a folder that is not empty ends the loop
             for folder in made:
                 folder.rmdir()
