@@ -1,4 +1,4 @@
-"""Atlas: from raw text to a GPT that llama.cpp runs, every step in the open."""
+"""Atlas trains GPT models from raw text, and exports them to files that llama.cpp runs."""
 
 from __future__ import annotations
 

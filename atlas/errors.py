@@ -55,8 +55,8 @@ class Interrupted(KeyboardInterrupt):
     """Raised when a signal asks the process to end.
 
     The class is separate because of CPython: after a plain `KeyboardInterrupt` passes through `exec` or `eval` of a
-    string, the process may end by SIGINT, whatever exit code it requests. This happened in 4 of 16 runs that were
-    interrupted while modules were loading.
+    string, the process may end by SIGINT, whatever exit code it requests. CPython ended by SIGINT in 4 of 16 runs that
+    were interrupted while modules were loading.
     """
 
 

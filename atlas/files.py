@@ -25,8 +25,8 @@ import platformdirs
 from atlas.errors import AtlasError
 
 # Atlas uses record locks instead of flock. Forked processes that read data ahead would hold a flock for seconds after
-# their parent was killed. Record locks work over NFS, too. On Windows the locked byte lies behind the text, so other
-# processes can read the text.
+# their parent was killed. Record locks work over NFS, too. On Windows the locked byte is behind the end of the text, so
+# other processes can read the text.
 if sys.platform == "win32":
     import msvcrt
 

@@ -17,7 +17,7 @@ def notify(line: str) -> None:
 
 @contextmanager
 def byte_progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar for `total` bytes. Yields a function to call with the number of bytes just done."""
+    """Show a bar for `total` bytes. Yields a function to call with the number of bytes that were just processed."""
     console = Console(stderr=True)
     kinds = (progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *(kind() for kind in kinds))

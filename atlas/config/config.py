@@ -121,12 +121,12 @@ class TrainingConfig(Section):
     """Compile each block with torch.compile: this takes a minute at the start and makes updates faster. auto: compile
     on CUDA if that works, but never on a CPU, where compiling does not pay off."""
     parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
-    """How the processes that torchrun starts share the work. ddp: each holds the full model. fsdp: each holds a part of
-    the model, of its gradients and of the optimizer's state. auto, with several processes: ddp if a step fits on one
-    device, else fsdp."""
+    """How the processes that torchrun starts share the work. ddp: each process holds the full model. fsdp: each process
+    holds a part of the model, of its gradients and of the optimizer's state. auto, with several processes: ddp if a
+    step fits on one device, else fsdp."""
     shard_size: Int | None = Field(None, ge=1)
     """With fsdp: the number of processes that share one copy of the model, such as the processes of one machine. Each
-    group of this size holds its own copy. Default: all processes share one copy."""
+    group of shard_size processes holds its own copy. Default: all processes share one copy."""
     loss: str | None = None
     """Your own loss, as package.module:function. Atlas calls function(logits, targets, mask=None), which returns the
     mean over the given tokens."""

@@ -69,7 +69,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A section of the config. It is frozen and refuses unknown keys. The docstring of a field is its description."""
+    """A section of the config, which is frozen and refuses unknown keys. The docstring of a field is its
+    description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True

@@ -1,7 +1,7 @@
 """Read YAML files, `--set key=value` and flags through one decoder.
 
-A *layer* is a nested dict of the settings from one source. Layers are merged, and the later one wins:
-default < checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
+A *layer* is a nested dict of the settings from one source. Layers are merged, and the later layer wins: default <
+checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
 """
 
 from __future__ import annotations

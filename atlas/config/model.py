@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from atlas.config.fields import Float, Int, Section
 
 MAX_PARAMETERS = 10**13
-"""The most parameters of a model. Their weights alone need 40 TB."""
+"""The most parameters of a model. The weights of such a model alone need 40 TB."""
 VOCAB_MULTIPLE = 64
 """The number of embedding rows is padded to a multiple of `VOCAB_MULTIPLE`; the padding rows are zero and stay zero."""
 FLEX_HEAD_SIZE = 16
@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """Width inside the MLP. Default: 4 × hidden_size for gelu; for swiglu, which has a third matrix, 8/3 × hidden_size,
     rounded up to a multiple of 64."""
     vocab_size: Int | None = Field(None, ge=1, le=2**24)
-    """Tokens in the vocabulary. Default: the dataset's."""
+    """Tokens in the vocabulary. Default: the vocabulary size of the dataset's tokenizer."""
     max_seq_len: Int = Field(1024, ge=1, le=2**32)
     """Context length in tokens."""
     position: Literal["learned", "rope"] = "learned"

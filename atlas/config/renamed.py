@@ -74,7 +74,7 @@ REMOVED = {
 """The last part of a key, a section, or a full key → why to remove it."""
 
 OLD_SECTIONS = {"logging"}
-"""Sections of Atlas 1.x that Atlas does not have. Each of their keys gets its own hint."""
+"""Sections of Atlas 1.x that Atlas does not have. Each key of such a section gets its own hint."""
 
 
 def hint(dotted: str) -> str | None:

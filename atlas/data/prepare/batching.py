@@ -17,7 +17,7 @@ Started = TypeVar("Started")
 
 
 class Position(NamedTuple):
-    """The place behind `part` parts of group number `group`. All earlier groups are done."""
+    """The place after `part` parts of group number `group`. All earlier groups are done."""
 
     group: int = 0
     part: int = 0
@@ -41,7 +41,7 @@ class Batch:
 
 
 def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[Batch]:
-    """Yield the text behind `start` in batches. The last batch may have no parts; it holds the last report."""
+    """Yield the text after `start` in batches. The last batch may have no parts; it holds the last report."""
     # A cut is a place in the complete text, so all groups are read as one text.
     texts = [[group] for group in groups] if rule.cut_at is None else [list(groups)]
     batch, chars = Batch(start), 0

@@ -99,5 +99,5 @@ _TEXT_STEPS: dict[str, Callable[[str], str]] = {
 
 
 def digest_of(content: bytes) -> bytes:
-    """Return 16 bytes that identify a text. They also decide whether the text is held out for validation."""
+    """Return 16 bytes that identify a text. The bytes also decide whether the text is held out for validation."""
     return hashlib.blake2b(content, digest_size=16, person=b"atlas-text").digest()

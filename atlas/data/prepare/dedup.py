@@ -1,6 +1,6 @@
 """Find copies of earlier documents: exact copies by a hash of 16 bytes, near copies by MinHash.
 
-Both methods keep a log beside the shards. An interrupted preparation resumes from these logs.
+Each of the two methods keeps a log beside the shards. An interrupted preparation resumes from these logs.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class SeenSignatures:
         self._file.truncate(count * self._row_bytes)
 
     def add(self, signature: NDArray[np.uint32]) -> bool:
-        """Add a signature unless a known one is at least `SIMILARITY` similar. Returns whether the signature was
-        added."""
+        """Add a signature, unless a known signature is at least `SIMILARITY` similar to it. Returns whether the
+        signature was added."""
         for key in self._index.query(_lean(signature)):
             self._file.seek(key * self._row_bytes)
             if (self._read() == signature).mean() >= SIMILARITY:

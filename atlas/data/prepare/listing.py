@@ -12,8 +12,8 @@ from atlas.errors import AtlasError
 def list_data(root: Path) -> list[tuple[Path, int, Manifest | str]]:
     """Return all datasets and texts below `root` (a `data` folder), datasets first.
 
-    Each entry holds a path, its size in bytes, and one of three: the manifest of a dataset, the reason why the dataset
-    cannot be used, or the word `text`.
+    Each entry holds a path, its size in bytes, and a description. The description is the manifest of a dataset, the
+    reason why the dataset cannot be used, or the word `text`.
     """
     folders = [entry for entry in sorted((root / "processed").glob("[!.]*")) if entry.is_dir()]
     listed = [_dataset(folder) for folder in folders if is_prepared(folder)]

@@ -179,7 +179,7 @@ class _Preparation:
         try:
             dataset = open_dataset(output)
         except (AtlasError, OSError):
-            return None  # missing, damaged, or just being replaced by another process: it is prepared again
+            return None  # missing, damaged, or just being replaced by another process: the dataset is prepared again
         return dataset if dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:

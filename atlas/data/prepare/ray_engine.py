@@ -26,7 +26,7 @@ _AHEAD = 3
 def encode_on_ray(
     groups: Sequence[Group], rule: SplitRule, start: Position, encoder: Encoder, workers: int | None
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Yield each batch behind `start` with its tokens, in order. `workers` defaults to the number of the cluster's
+    """Yield each batch after `start` with its tokens, in order. `workers` defaults to the number of the cluster's
     CPUs."""
     ray = _connected()
     workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))

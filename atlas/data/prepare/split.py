@@ -37,7 +37,7 @@ class SplitRule:
     val_fraction: float
     cut_at: int | None = None
     copies: tuple[int, ...] = ()
-    """Numbers of the documents that repeat an earlier one."""
+    """Numbers of the documents that repeat an earlier document."""
     copied_chars: int = 0
     short: tuple[int, ...] = ()
     """Numbers of the documents with fewer characters than `Cleaning.min_chars`."""

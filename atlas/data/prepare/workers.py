@@ -1,7 +1,7 @@
 """Tokenize batches: in this process, in other processes on this machine, or on a Ray cluster.
 
-All three give the same results in the same order. The number of unfinished batches is limited, so memory stays constant
-for a text of any size.
+All three ways give the same results in the same order. The number of unfinished batches is limited, so memory stays
+constant for a text of any size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WorkerPool:
     def encode(
         self, sources: Sources, rule: SplitRule, start: Position, encoder: Encoder
     ) -> Iterator[tuple[Batch, Encoded]]:
-        """Return each batch behind `start` with its tokens, in order."""
+        """Return each batch after `start` with its tokens, in order."""
         if self.engine == "ray":
             from atlas.data.prepare.ray_engine import encode_on_ray
 

@@ -113,7 +113,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     keep = False
     try:
         yield workspace
-        for file in workspace.dataset.iterdir():  # so it is complete even after a power cut
+        for file in workspace.dataset.iterdir():  # so the dataset is complete even after a power cut
             with file.open("rb+") as opened:
                 flush_to_disk(opened)
         flush_folder(workspace.dataset)

@@ -1,7 +1,8 @@
 """Checks of zip and tar archives that may be untrusted, before anything in them is unpacked.
 
 Nothing is ever written to disk. `zipfile` returns no more bytes of a member than the archive's directory says, so it is
-enough to check the directory. `--trust-archives` turns off the checks of sizes. All other checks always apply.
+enough to check the directory. `--trust-archives` turns off the checks of sizes. All checks except those of sizes always
+apply.
 """
 
 from __future__ import annotations

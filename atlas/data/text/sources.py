@@ -70,8 +70,8 @@ class Sources:
         self.ignored: list[str] = []
         """Files of kinds that Atlas does not read."""
         self.links_out: list[str] = []
-        """Links in a folder that lead out of it. Atlas does not follow them: the folder may be untrusted, and the files
-        outside may be private."""
+        """Links in a folder that lead out of it. Atlas does not follow such links: the folder may be untrusted, and the
+        files outside may be private."""
         self.in_own_order: list[str] = []
         """Compressed tars whose members are not in the order in which Atlas would read the files of a folder."""
         self._roots: dict[str, str] = {}

@@ -36,7 +36,7 @@ _EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 _BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
 _SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
 _CONTEXT = 1000
-"""`_CONTEXT` characters before and behind a place are enough to decide whether an article begins there."""
+"""`_CONTEXT` characters before and after a place are enough to decide whether an article begins there."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ArticleReport:
 
 @dataclass(frozen=True)
 class _Rule:
-    """The rule that decides where an article begins: behind a run of empty lines, or, with `by_title`, at a short line
+    """The rule that decides where an article begins: after a run of empty lines, or, with `by_title`, at a short line
     of its own."""
 
     by_title: bool
@@ -115,7 +115,7 @@ def has_titles(chunks: Iterable[str]) -> bool:
 
 
 def _take_sample(chunks: Iterator[str]) -> list[str]:
-    """Return the first chunks, as a sample. `chunks` then yields the later ones."""
+    """Return the first chunks, as a sample. `chunks` then yields the later chunks."""
     sample, size = [], 0
     for chunk in chunks:
         sample.append(chunk)
@@ -168,8 +168,8 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
-    """Choose the rule, and return it with the doubts about it. Empty lines separate articles if the sample has many
-    runs of them and a title follows most of the runs."""
+    """Choose the rule that separates the articles. Returns the rule and the doubts about the rule. Empty lines separate
+    articles if the sample has many runs of them and a title follows most of the runs."""
     lines = (_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample))
     runs = [line[1] if line else "" for line in lines]
     titles = sum(map(_is_title, runs))
@@ -187,7 +187,7 @@ def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
 
 
 def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
-    """Yield the signs that not every run of empty lines is before an article. `lines` holds the first line behind each
+    """Yield the signs that not every run of empty lines is before an article. `lines` holds the first line after each
     run."""
     others = sum(not _is_title(line) for line in lines)
     if others > _DOUBTFUL_SHARE * len(lines):
