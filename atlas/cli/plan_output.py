@@ -157,7 +157,9 @@ def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
     _print_rows("Memory of each rank", _parts(scaling.memory, gibibytes))
     if not scaling.fits:
         remedies = ", ".join(_remedies(scaling, summary))
-        typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
+        typer.echo(
+            f"Does not fit: each rank has {gibibytes(scaling.available)}. What would help: {remedies}.\n"
+        )
     parts = {"weights": sent.weights, "gradients": sent.gradients}
     moved = {name: size and _gb(size) for name, size in parts.items()}
     _print_rows("Sent, and received, by each rank in an update", {**moved, "total": _gb(sent.bytes)})
