@@ -43,9 +43,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
-        self.widths = [
-            heads * config.head_size for heads in (config.num_heads, config.kv_heads, config.kv_heads)
-        ]
+        heads = config.num_heads, config.kv_heads, config.kv_heads
+        self.widths = [number * config.head_size for number in heads]
         self.shares_keys = config.kv_heads != config.num_heads
         self.dropout = config.dropout
         self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.bias)

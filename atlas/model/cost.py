@@ -71,14 +71,14 @@ class Weight:
 
     name: str
     """The name; for a parameter in a block, its name in the first block."""
-    shape: tuple[int, ...]
+    shape: torch.Size
     copies: int
     is_trainable: bool
 
     @property
     def size(self) -> int:
         """The number of elements in all copies."""
-        return self.copies * torch.Size(self.shape).numel()
+        return self.copies * self.shape.numel()
 
 
 @functools.lru_cache(maxsize=128)
@@ -86,7 +86,7 @@ def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weigh
     """Return all parameters, with the rows that only pad the vocabulary. The function is fast even for a model of
     10,000 layers."""
     return tuple(
-        Weight(name, tuple(p.shape), model.num_layers if is_in_block(name) else 1, p.requires_grad)
+        Weight(name, p.shape, model.num_layers if is_in_block(name) else 1, p.requires_grad)
         for name, p in one_block_model(model, lora).named_parameters()
     )
 
@@ -133,22 +133,11 @@ def lora_parameters(config: AtlasConfig) -> int:
     return sum(weight.size for weight in list_weights(config.model, config.lora) if weight.is_trainable)
 
 
-class Matrix(NamedTuple):
-    """The shape of a linear layer's weight: outputs × inputs."""
-
-    rows: int
-    columns: int
-
-    @property
-    def size(self) -> int:
-        """The number of elements in the matrix."""
-        return self.rows * self.columns
-
-
-def block_matrices(model: ModelConfig) -> dict[str, Matrix]:
-    """Return the matrices of a block: `qkv` and `output` of attention, `up` and `down` of the MLP."""
+def block_matrices(model: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shapes, outputs × inputs, of a block's matrices: `qkv` and `output` of attention, `up` and `down` of
+    the MLP."""
     weights = (weight for weight in list_weights(model) if is_in_block(weight.name))
-    return {weight.name.split(".")[-2]: Matrix(*weight.shape) for weight in weights if len(weight.shape) == 2}
+    return {weight.name.split(".")[-2]: weight.shape for weight in weights if len(weight.shape) == 2}
 
 
 def training_flops_per_token(config: AtlasConfig) -> int:
@@ -165,11 +154,11 @@ def training_flops_per_token(config: AtlasConfig) -> int:
     """
     model = config.model
     matrices = block_matrices(model)
-    weights = sum(matrix.size for matrix in matrices.values())
+    weights = sum(matrix.numel() for matrix in matrices.values())
     attention = model.max_seq_len * model.num_heads * model.head_size
     block = _FORWARD_AND_BACKWARD * (weights + attention)
     if config.training.gradient_checkpointing:
-        block += _FORWARD * (weights + attention - (0 if model.dropout else matrices["down"].size))
+        block += _FORWARD * (weights + attention - (0 if model.dropout else matrices["down"].numel()))
     return model.num_layers * block + _FORWARD_AND_BACKWARD * model.vocabulary * model.hidden_size
 
 

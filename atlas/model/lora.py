@@ -62,12 +62,11 @@ def has_lora(model: nn.Module) -> bool:
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Return a state dict in which the low-rank updates are added to their matrices."""
-    result = {name: tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
+    result = {name: tensor for name, tensor in weights.items() if not is_lora(name)}
     for name, a in weights.items():
         if name.endswith(_A):
             module = name.removesuffix(_A)
             weight, update = result[f"{module}.weight"], weights[module + _B].float() @ a.float()
-            result[f"{module}.weight"] = (weight.float() + config.alpha / config.rank * update).to(
-                weight.dtype
-            )
+            total = weight.float() + config.alpha / config.rank * update
+            result[f"{module}.weight"] = total.to(weight.dtype)
     return result

@@ -60,11 +60,8 @@ class _LinearOfRecomputed(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[..., Any], source: Tensor
     ) -> Tensor:
         device = x.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.autocast = {"device_type": device, "enabled": enabled, "dtype": dtype}
         ctx.function = function
         ctx.save_for_backward(source, weight)
         return F.linear(x, weight, bias)

@@ -141,7 +141,7 @@ def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     if low_rank:
         return Sizes(blocks, root, width * low_rank, 0, 0, gathered=0)
     head = 0 if model.tie_embeddings else width * model.padded_vocab_size * model.hidden_size
-    matrices = model.num_layers * sum(matrix.size for matrix in block_matrices(model).values())
+    matrices = model.num_layers * sum(matrix.numel() for matrix in block_matrices(model).values())
     gathered = _FP32 * matrices if training.optimizer == "muon" else 0
     return Sizes(blocks, root, blocks, root, root - head, gathered=gathered)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from atlas.config import AtlasConfig
 from atlas.config.config import MUON_STACK_NUMBERS
-from atlas.model.cost import Matrix, block_matrices, count_parameters, one_block_model
+from atlas.model.cost import block_matrices, count_parameters, one_block_model
 from atlas.planning.cards import Card
 from atlas.training.optimizers.muon import count_matrices
 
@@ -77,9 +77,9 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
     matrices, parameters = list(block_matrices(model).values()), count_parameters(model).total
     tensors = L * (4 + 4 * model.bias + (4 if model.norm == "layernorm" else 2))
 
-    def product(matrix: Matrix) -> float:
-        moved = 2 * (matrix.size + N * sum(matrix))
-        return max(2 * N * matrix.size / speed.products, moved / speed.bandwidth, LAUNCH)
+    def product(rows: int, columns: int) -> float:
+        moved = 2 * (rows * columns + N * (rows + columns))
+        return max(2 * N * rows * columns / speed.products, moved / speed.bandwidth, LAUNCH)
 
     # Attention has two matrix products forward and five backward. With the causal mask, each covers half of all token
     # pairs.
@@ -87,10 +87,10 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
     attention = pairs * (2 * forwards + 5) / (speed.products * speed.attention)
     forward, backward = _block_bytes(config)
     moved = L * N * (forwards * forward + backward) + N * ((6 if is_compiled else 40) * V + 57 * C)
-    moved += 6 * (forwards + 1) * L * sum(matrix.size for matrix in matrices) + 30 * V * C
+    moved += 6 * (forwards + 1) * L * sum(matrix.numel() for matrix in matrices) + 30 * V * C
     moved += 12 * accumulates * parameters
-    block = (forwards + 2) * (sum(map(product, matrices)) + 4 * LAUNCH) + attention
-    gpu = L * block + 3 * product(Matrix(V, C)) + moved / speed.bandwidth + accumulates * tensors * LAUNCH / 2
+    block = (forwards + 2) * (sum(product(*matrix) for matrix in matrices) + 4 * LAUNCH) + attention
+    gpu = L * block + 3 * product(V, C) + moved / speed.bandwidth + accumulates * tensors * LAUNCH / 2
     launches = 17 * COMPILED_KERNEL + GRAPH if is_compiled else EAGER_OPERATORS[model.norm] * OPERATOR
     host = (forwards + 1) * L * launches + (accumulates * tensors + 45) * OPERATOR
 
@@ -113,7 +113,7 @@ def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
     Symbols: C hidden_size, M mlp_width, U outputs of `up`, W width of q, k and v.
     """
     model, matrices = config.model, block_matrices(config.model)
-    C, M, U, W = model.hidden_size, model.mlp_width, matrices["up"].rows, matrices["qkv"].rows
+    C, M, U, W = model.hidden_size, model.mlp_width, matrices["up"][0], matrices["qkv"][0]
     both = 4 * W * (model.position == "rope" or model.qk_norm) + 4 * C * (model.dropout > 0)
     factor = EAGER_BYTES[model.norm] if config.training.compile == "off" else 1.0
     return factor * (28 * C + 2 * (U + M) + both), factor * (38 * C + 4 * U + 2 * M + 4 * W + both)

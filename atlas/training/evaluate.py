@@ -77,11 +77,9 @@ def evaluate(
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             if runtime.compiles:
                 columns = filled_up(columns, min(batch_size, longest))
-            inputs, targets, *documents = (
-                column.to(runtime.device, non_blocking=is_cuda) for column in columns
-            )
+            on_device = [column.to(runtime.device, non_blocking=is_cuda) for column in columns]
             with runtime.autocast():
-                loss = objective(inputs, targets, *documents)
+                loss = objective(*on_device)
             if own:
                 tokens += int((columns[1] != IGNORE_INDEX).sum())
                 losses.append(loss)

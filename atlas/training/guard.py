@@ -49,9 +49,8 @@ def check_update(
         checks = ("loss", loss, state.recent_losses), ("gradient norm", grad_norm, state.recent_norms)
         for name, value, recent in checks:
             if (score := z_score(value, recent)) > guard.spike_z_score:
-                return Fault(
-                    f"{name} {value:.4g} is {score:.1f} standard deviations above the mean", is_spike=True
-                )
+                reason = f"{name} {value:.4g} is {score:.1f} standard deviations above the mean"
+                return Fault(reason, is_spike=True)
     return None
 
 
@@ -101,9 +100,8 @@ def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequenc
         f"the data: {sequences} were the last ones used",
     ]
     if training.grad_clip == 0 or training.grad_clip > 1:
-        lines.insert(
-            1, f"gradient clipping: training.grad_clip is {training.grad_clip or 'off'}; 1.0 is usual"
-        )
+        clip = training.grad_clip or "off"
+        lines.insert(1, f"gradient clipping: training.grad_clip is {clip}; 1.0 is usual")
     if runtime.precision == "fp16":
         lines.insert(0, "the precision: fp16 overflows above 65,504: --set training.precision=bf16, or fp32")
     if training.loss:

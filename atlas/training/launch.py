@@ -237,8 +237,7 @@ def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
     asked = config.checkpoint.format
     if asked != "auto":
         return asked == "sharded"
-    most = _GATHERED_PART * measure_memory("cpu")
-    return runtime.parallel == "fsdp" and checkpoint_bytes(config) > most
+    return runtime.parallel == "fsdp" and checkpoint_bytes(config) > _GATHERED_PART * measure_memory("cpu")
 
 
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:

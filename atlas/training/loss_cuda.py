@@ -16,8 +16,8 @@ benchmarks/roofline.py counts the bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,9 +43,7 @@ def linear_cross_entropy_on_cuda(
 ) -> Tensor:
     """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Matrix products
     are computed in `dtype`. The result supports one backward pass."""
-    compute = functools.partial(
-        _loss_and_gradients, targets=targets, vocabulary=vocabulary, compiled=compiled
-    )
+    compute = partial(_loss_and_gradients, targets=targets, vocabulary=vocabulary, compiled=compiled)
     return loss_with_gradients(compute, hidden.to(dtype), table)
 
 
@@ -84,7 +82,9 @@ def _loss_and_gradients(
     rounded = table.to(hidden.dtype)
     kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
     row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
-    chunk_size = _chunk_size(len(hidden), row_bytes)
+    # As many rows per chunk as `CUDA_LOSS_BYTES` allows, in chunks of nearly equal size.
+    num_chunks = max(1, -(-len(hidden) * row_bytes // CUDA_LOSS_BYTES))
+    chunk_size = -(-len(hidden) // num_chunks)
     buffer = rounded.new_empty(chunk_size, len(table))
     total = hidden.new_zeros((), dtype=torch.float32)
     needs_hidden, needs_table = needed
@@ -100,12 +100,6 @@ def _loss_and_gradients(
         if needs_table:
             table_grad = _add_product(table_grad, logits.T, rows)
     return total, hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
-
-
-def _chunk_size(num_rows: int, row_bytes: int) -> int:
-    """Return the rows per chunk: as many as `CUDA_LOSS_BYTES` allows, in chunks of nearly equal size."""
-    chunks = max(1, -(-num_rows * row_bytes // CUDA_LOSS_BYTES))
-    return -(-num_rows // chunks)
 
 
 def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
@@ -128,7 +122,7 @@ def softmax_gradient_eagerly_(logits: Tensor, goals: Tensor, counts: Tensor, voc
     return loss
 
 
-@functools.cache
+@cache
 def _compiled_kernel() -> Kernel:
     compiled = torch.compile(softmax_gradient_)
 

@@ -17,7 +17,6 @@ import torch
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
-from atlas.data.sequences.build import SequenceSource
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.machine import data_bytes, measure_memory
 from atlas.process import keep_memory
@@ -32,9 +31,9 @@ from atlas.training.devices.memory import (
 from atlas.training.devices.parallel import wrap
 from atlas.training.devices.signals import Stopped, StopRequest
 from atlas.training.evaluate import Evaluation, evaluate
-from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.estimate import ROOMY, estimate_training_memory
 from atlas.training.memory.fit import largest_micro_batch, memory_advice
-from atlas.training.run import Learner
+from atlas.training.run import Learner, Run
 from atlas.training.state import TrainState
 from atlas.training.step import (
     Batch,
@@ -45,8 +44,6 @@ from atlas.training.step import (
     fresh_learner,
 )
 
-_ROOMY = 0.75
-"""An update whose estimate is below this fraction of the free memory needs no trial."""
 _COMFORTABLE = 0.6
 """The fraction of a GPU's free memory that micro-batches larger than `batch_size` may use."""
 _FILLED = 1.05
@@ -126,25 +123,18 @@ def gradient_within_memory(
     return gradient
 
 
-def evaluate_within_memory(
-    learner: Learner,
-    dataset: SequenceSource,
-    windows: Sequence[int],
-    state: TrainState,
-    *,
-    stop: StopRequest,
-    say: Callable[[str], None],
-) -> Evaluation | None:
+def evaluate_within_memory(run: Run, windows: Sequence[int]) -> Evaluation | None:
     """Call `evaluate` with batches of `state.eval_batch_size`, which is halved if memory runs out. Return None if a
     stop was requested."""
-    runtime = learner.runtime
+    state, runtime, stop, dataset = run.state, run.runtime, run.stop, run.data.val
+    assert dataset is not None
     asked = min(state.eval_batch_size, len(windows))
     while True:
         size = min(state.eval_batch_size, len(windows))
         try:
             with stop.at_once(enabled=runtime.compiles):
                 evaluation = evaluate(
-                    learner.objective,
+                    run.learner.objective,
                     dataset,
                     windows,
                     batch_size=state.eval_batch_size,
@@ -167,7 +157,7 @@ def evaluate_within_memory(
             )
         state.eval_batch_size = size // 2
     if size < asked:
-        say(
+        run.log.say(
             f"step {state.step}: out of memory while evaluating {asked} sequences in a batch: {size} from now on "
             "(training.eval_batch_size)"
         )
@@ -205,8 +195,7 @@ def fit_micro_batch(
     """
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
-    is_cuda = runtime.device.type == "cuda"
-    if may_exceed and is_cuda and (more := _more_than_batch_size(config, runtime, say)):
+    if may_exceed and runtime.device.type == "cuda" and (more := _more_than_batch_size(config, runtime, say)):
         return more
     known = remembered_micro_batch(config, runtime.device)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
@@ -216,12 +205,12 @@ def fit_micro_batch(
                 f"--set training.micro_batch_size={most} tries again"
             )
         return min(known, most)
-    if _estimate(config, most, runtime) <= _ROOMY * free:
+    if _estimate(config, most, runtime) <= ROOMY * free:
         return most
     say(f"looking for how many of {most} sequences fit into {free / 1e9:.2f} GB")
     guess = min(most, max(1, largest_micro_batch(config, free, device=runtime.device.type)))
     limit = int((1 - _LEFT_FREE) * free) + (data_bytes() if runtime.device.type == "cpu" else 0)
-    found = _largest(most, guess, lambda size: _trial_fits(config, size, runtime, limit, say))
+    found = _largest(most, guess, lambda size: _trial_fits(config, size, limit, say))
     if found == 0:
         for line in memory_advice(config, device=runtime.device.type, available=free):
             say(line)
@@ -239,7 +228,7 @@ def fit_micro_batch(
 def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
     """Whether memory may be too small for `size` sequences per micro-batch in compiled blocks that recompute
     nothing."""
-    return _estimate(config, size, runtime, keeps_all=True) > _ROOMY * measure_memory(runtime.device.type)
+    return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
 
 
 def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
@@ -259,7 +248,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
             limit -= _estimate(config, size, runtime, keeps_all=True) - need
         if need > limit or (known is not None and known < size):
             continue
-        if known == size or _trial_fits(config, size, runtime, limit, say):
+        if known == size or _trial_fits(config, size, limit, say):
             remember_micro_batch(config, runtime.device, size)
             say(
                 f"{size} sequences run per micro-batch: an update has {config.training.sequences_per_update}, and "
@@ -284,20 +273,13 @@ def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _trial_fits(
-    config: AtlasConfig, size: int, runtime: Runtime, limit: int, say: Callable[[str], None]
-) -> bool:
+def _trial_fits(config: AtlasConfig, size: int, limit: int, say: Callable[[str], None]) -> bool:
     """Whether an update with micro-batches of `size` sequences runs in a child process that may use `limit` bytes. On a
     CPU, the limit includes the memory of Python and PyTorch. The child does not compile, since compilation takes about
     a minute."""
     # The child is a single process, so it cannot share the model with other ranks.
     alone = config.replace("training", parallel="auto", shard_size=None)
-    trial = {
-        "config": alone.model_dump(mode="json"),
-        "size": size,
-        "limit": limit,
-        "threads": torch.get_num_threads(),
-    }
+    trial = alone.model_dump(mode="json"), size, limit, torch.get_num_threads()
     command = [sys.executable, "-m", "atlas.training.micro_batch"]
     child = subprocess.run(
         command, input=json.dumps(trial), capture_output=True, encoding="utf-8", errors="replace", check=False
@@ -315,13 +297,12 @@ def _trial_fits(
 def _run_trial() -> int:
     """Run the trial in the child process and return its exit code. If an update has several micro-batches, run two: the
     gradient of the first is in memory during the second."""
-    trial = json.load(sys.stdin)
+    settings, size, limit, threads = json.load(sys.stdin)
     keep_memory()  # as in the run, where this setting uses a little more memory
-    config = resolve(trial["config"])
-    torch.set_num_threads(trial["threads"])
+    config = resolve(settings)
+    torch.set_num_threads(threads)
     runtime = setup_runtime(config)
-    _limit_memory(trial["limit"], runtime.device)
-    size = trial["size"]
+    _limit_memory(limit, runtime.device)
     sequences = min(2 * size, config.training.sequences_per_update)
     tokens = torch.randint(0, config.model.vocabulary, (sequences, config.model.max_seq_len + 1))
     state = TrainState(horizon=1, micro_batch_size=size)

@@ -102,9 +102,8 @@ def roll_back(run: Run, fault: Fault) -> None:
     state, came_to = run.state, run.state.step
     good = _target(run)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
-        _give_up(
-            run, fault, "there is no save to roll back to" if good is None else "rolling back did not help"
-        )
+        why = "rolling back did not help" if good else "there is no save to roll back to"
+        _give_up(run, fault, why)
     load_full_weights(run.model, good["model_state_dict"])
     # The optimizer keeps the tensors that it loads. A second rollback may need them unchanged, so load a copy.
     optimizer_state = copy.deepcopy(good["optimizer_state_dict"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,26 +90,21 @@ def _continue_alone(start: Start) -> None:
         start.notes.append(f"training.parallel: {asked}: is for several processes, and this is one")
 
 
-def _decision(start: Start) -> dict[str, Any]:
-    return {
-        "mode": start.mode,
-        "config": start.config.model_dump(mode="json"),
-        "folder": str(start.folder),
-        "source": start.source and str(start.source),
-        "fingerprint": start.data.fingerprint,
-    }
+def _decision(start: Start) -> tuple[Any, ...]:
+    settings, source = start.config.model_dump(mode="json"), start.source and str(start.source)
+    return start.mode, settings, str(start.folder), source, start.data.fingerprint
 
 
-def _follow(decision: dict[str, Any], request: Request, world: World) -> Start:
-    source = decision["source"] and Path(decision["source"])
+def _follow(decision: Sequence[Any], request: Request, world: World) -> Start:
+    mode, settings, folder, named, fingerprint = decision
+    source = named and Path(named)
     contents = load_checkpoint(source, without=left_in_shards(source)) if source else {}
-    is_new_run = decision["mode"] == "finetune"
-    config, data = with_data(resolve(decision["config"]), request.explicit, contents, is_new_run=is_new_run)
-    if data.fingerprint != decision["fingerprint"]:
+    config, data = with_data(resolve(settings), request.explicit, contents, is_new_run=mode == "finetune")
+    if data.fingerprint != fingerprint:
         raise AtlasError(
             f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
         )
-    return Start(decision["mode"], config, data, Path(decision["folder"]), source, contents)
+    return Start(mode, config, data, Path(folder), source, contents)
 
 
 def _decide(request: Request) -> Start:
@@ -270,10 +265,8 @@ def _confirm_new_run(request: Request, folder: Path) -> None:
 
 def base_key(contents: Mapping[str, Any]) -> str:
     """Return an identifier of the checkpoint that a run starts from: a hash of its config, step, loss and data."""
-    facts = [
-        contents.get(key) for key in ("config", "step", "sequences_consumed", "loss", "initialized_from")
-    ]
-    facts.append(contents.get("data", {}).get("fingerprint"))
+    keys = "config", "step", "sequences_consumed", "loss", "initialized_from"
+    facts = [*(contents.get(key) for key in keys), contents.get("data", {}).get("fingerprint")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -342,19 +335,18 @@ def _has_checkpoint(folder: Path) -> bool:
 def refuse_links(folder: Path) -> None:
     """Raise `AtlasError` if one of a run's files in the folder is a link. A folder from a stranger could use links to
     make the run write elsewhere."""
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if path.is_symlink() and _is_own(path.name):
+    for path in _own_files(folder):
+        if path.is_symlink():
             raise AtlasError(
                 f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
             )
 
 
-def _is_own(name: str) -> bool:
-    return name in _OWN_NAMES or name.startswith(_OWN_PREFIXES)
+def _own_files(folder: Path) -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.name in _OWN_NAMES or path.name.startswith(_OWN_PREFIXES)]
 
 
 def _run_files(folder: Path) -> list[Path]:
     """Return all files of the run in `folder`, except its lock."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _is_own(path.name) and path.name != "atlas.lock")
+    return [path for path in _own_files(folder) if path.name != "atlas.lock"]

@@ -142,11 +142,8 @@ class TrainState:
         past = TrainState.of(contents)
         past.horizon, past.is_planned = self.horizon, self.is_planned
         past.micro_batch_size, past.eval_batch_size = self.micro_batch_size, self.eval_batch_size
-        past.sequences_consumed, past.skipped, past.seconds = (
-            self.sequences_consumed,
-            self.skipped,
-            self.seconds,
-        )
+        past.sequences_consumed, past.skipped = self.sequences_consumed, self.skipped
+        past.seconds = self.seconds
         past.rollbacks, past.rate_scale = self.rollbacks + 1, self.rate_scale * ROLLBACK_RATE
         past.trouble_at, past.went_back_to = max(self.trouble_at, self.step), past.step
         past.bad_in_a_row = 0

@@ -137,8 +137,7 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
         optimizer.step()
     loss, norm = figures.tolist()
     # Reading the scale makes the host wait once more, so read it only after an overflow.
-    needs_scale = scaler.is_enabled() and not math.isfinite(norm)
-    scale = scaler.get_scale() if needs_scale else None
+    scale = scaler.get_scale() if scaler.is_enabled() and not math.isfinite(norm) else None
     fault = check_update(loss, norm, state=state, guard=config.guard, loss_scale=scale)
     if fault is None and not steps_by_flag:
         _step(learner, state.step)

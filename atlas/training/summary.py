@@ -174,15 +174,10 @@ def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
             pairs += [(f"{key}.{leaf}", before[key][leaf], entry) for leaf, entry in value.items()]
         else:
             pairs.append((key, before[key], value))
-    return [
-        f"changed since the checkpoint: {key} {before} → {after}"
-        for key, before, after in pairs
-        if before != after
-    ]
+    return [f"changed since the checkpoint: {key} {was} → {now}" for key, was, now in pairs if was != now]
 
 
 def as_yaml(config: AtlasConfig) -> str:
     """The settings that are not None, as YAML."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
-    )
+    settings = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

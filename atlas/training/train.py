@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atlas.errors import first_line
 from atlas.training.devices.gpu_temperature import cool_down
 from atlas.training.devices.memory import collector_spares_the_run, release_memory
 from atlas.training.evaluate import Evaluation
@@ -163,21 +164,19 @@ def evaluate(run: Run) -> Evaluation | None:
     meanwhile."""
     state, size = run.state, run.state.eval_batch_size
     with run.throughput.paused():
-        evaluation = _validation_loss(run, run.val_windows)
+        evaluation = evaluate_within_memory(run, run.val_windows)
     _log_out_of_memory(run, "evaluation", size, state.eval_batch_size)
     if evaluation is None:
         return None
-    run.log.validation(
-        {
-            "step": state.step,
-            "tokens": state.sequences_consumed * run.config.model.max_seq_len,
-            "seconds": run.clock.elapsed,
-            "val_loss": evaluation.loss,
-            "val_perplexity": evaluation.perplexity,
-            "bits_per_byte": evaluation.bits_per_byte,
-        },
-        note=" (best)" if evaluation.loss < state.best_loss else "",
-    )
+    values = {
+        "step": state.step,
+        "tokens": state.sequences_consumed * run.config.model.max_seq_len,
+        "seconds": run.clock.elapsed,
+        "val_loss": evaluation.loss,
+        "val_perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+    }
+    run.log.validation(values, note=" (best)" if evaluation.loss < state.best_loss else "")
     state.note_evaluation(evaluation.loss)
     with run.throughput.paused():
         if samples := _samples(run):
@@ -198,7 +197,7 @@ def plan_horizon(run: Run) -> None:
         start = time.perf_counter()
         some = run.val_windows[: state.eval_batch_size]
         with run.throughput.paused():
-            _validation_loss(run, some)
+            evaluate_within_memory(run, some)
             measured = time.perf_counter()
             _samples(run)
         if run.stop.requested:  # the measured time is too short; a resumed run measures again
@@ -213,13 +212,6 @@ def plan_horizon(run: Run) -> None:
     run.log.say(
         f"an update takes {run.clock.seconds_per_update:.3g} s: the run is planned to end at step {state.horizon:,}, "
         f"within {training.max_hours:g} h"
-    )
-
-
-def _validation_loss(run: Run, windows: list[int]) -> Evaluation | None:
-    assert run.data.val is not None
-    return evaluate_within_memory(
-        run.learner, run.data.val, windows, run.state, stop=run.stop, say=run.log.say
     )
 
 
@@ -244,11 +236,11 @@ def _samples(run: Run) -> list[str]:
                 tracking, seed = run.config.tracking, run.config.seed
                 return run.sampler(run.model, run.data.tokenizer, tracking, seed, lambda: run.stop.requested)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
         finally:
             run.model.train()
         release_memory(run.runtime.device)  # not inside `except`, where the exception references tensors
-    run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason:.200}")
+    run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason}")
     run.sampler = None
     return []
 

@@ -19,11 +19,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.errors import AtlasError
-from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import collector_spares_the_run, is_out_of_memory
-from atlas.training.devices.world import World
 from atlas.training.loss import compute_lm_loss
 from atlas.training.micro_batch import _largest, _trial_fits
 from atlas.training.run import Run
@@ -239,8 +238,7 @@ def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
 @pytest.mark.slow
 def test_a_trial_for_one_of_several_ranks_runs_alone(text_file: Path, tmp_path: Path) -> None:
     config = resolve(layer(tmp_path, text_file, training__parallel="ddp", model__vocab_size=101))
-    runtime = Runtime(torch.device("cpu"), "fp32", world=World(0, 2), parallel="ddp")
-    assert _trial_fits(config, 1, runtime, 4 * 10**9, lambda line: None)
+    assert _trial_fits(config, 1, 4 * 10**9, lambda line: None)
 
 
 @given(most=st.integers(1, 300), limit=st.integers(0, 400), guess=st.integers(1, 300))
@@ -264,9 +262,9 @@ def test_a_try_that_fails_leaves_nothing_and_is_remembered(
     monkeypatch.setattr("atlas.training.micro_batch.measure_memory", lambda device: 400 * 10**6)
     sizes: list[int] = []
 
-    def runs(config: object, size: int, runtime: object, limit: int, say: object) -> bool:
+    def runs(config: AtlasConfig, size: int, limit: int, say: Callable[[str], None]) -> bool:
         sizes.append(size)
-        return _trial_fits(config, size, runtime, 60 * 10**6 if size > 1 else 4 * 10**9, say)
+        return _trial_fits(config, size, 60 * 10**6 if size > 1 else 4 * 10**9, say)
 
     monkeypatch.setattr("atlas.training.micro_batch._trial_fits", runs)
     settings = {"training__batch_size": 2, "training__max_steps": 2}

@@ -34,6 +34,9 @@ PROCESS_BYTES = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
 _CPU_SLACK = 0.8
 """The freed activations that glibc keeps between allocations of other sizes, as a fraction of the small activations of
 all blocks, including recomputed ones. glibc returns larger tensors to the system."""
+ROOMY = 0.75
+"""An update whose estimate is below this fraction of the free memory needs no trial. A run is not sharded if its
+estimate for a micro-batch of one sequence is below this fraction of a device's memory."""
 _DENSE_MASK = 5
 """Bytes per pair of tokens: 1 as bool and 4 in fp32."""
 
@@ -81,9 +84,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     T, L, tokens = model.max_seq_len, model.num_layers, micro_batch * model.max_seq_len
     weights, width = list_weights(model, config.lora), weight_bytes(training)
     trainable = width * sum(weight.size for weight in weights if weight.is_trainable)
-    is_dense = config.data.document_mask and (
-        device != "cuda" or model.dropout > 0 or model.head_size < FLEX_HEAD_SIZE
-    )
+    is_sparse = device == "cuda" and not model.dropout and model.head_size >= FLEX_HEAD_SIZE
+    is_dense = config.data.document_mask and not is_sparse
     compiles = device == "cuda" and training.compile != "off"
     compiled = "all" if keeps_all else "little" if compiles else None
     execution = Execution(device, half, width == _HALF, is_dense, compiled)
@@ -141,7 +143,7 @@ def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -
     copy of the head is freed before that.
     """
     model = config.model
-    matrices = [_HALF * matrix.size for matrix in block_matrices(model).values()]
+    matrices = [_HALF * matrix.numel() for matrix in block_matrices(model).values()]
     head = _HALF * model.padded_vocab_size * model.hidden_size
     kept = sum(tensor.factor for tensor in saved.block if not tensor.sequences)
     if config.training.gradient_checkpointing:

@@ -57,9 +57,8 @@ def memory_advice(config: AtlasConfig, *, device: str, available: int | None = N
     parameters = count_parameters(config.model).total
     plans = plan_presets(min(now - 1, now if available is None else available), device=device)
     if smaller := largest_that_fits([plan for plan in plans if plan.parameters < parameters]):
-        lines.append(
-            f"5. a smaller model, such as --config {smaller.name}, a new run: {less(smaller.memory)}"
-        )
+        saved = less(smaller.memory)
+        lines.append(f"5. a smaller model, such as --config {smaller.name}, a new run: {saved}")
     if training.optimizer != "adafactor":
         saved = saving("training", optimizer="adafactor")
         lines.append(f"6. --set training.optimizer=adafactor, a new run: {saved}")

@@ -9,11 +9,8 @@ from atlas.errors import AtlasError
 from atlas.machine import measure_memory
 from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import World, has_joined
-from atlas.training.memory.estimate import estimate_training_memory
+from atlas.training.memory.estimate import ROOMY, estimate_training_memory
 
-_ROOMY = 0.75
-"""A run is not sharded if its estimate for a micro-batch of one sequence is below this fraction of a device's
-memory."""
 _SHARDED = ("adamw", "muon")
 """The optimizers whose state can be sharded."""
 _UNSHARDED = {"fp16": "only one rank would see an overflow", "bf16-true": "full weights are rounded"}
@@ -46,7 +43,7 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
     parallel = asked
     if asked == "auto":
         one = config.replace("training", micro_batch_size=1)
-        fits = estimate_training_memory(one, device=device).total <= _ROOMY * memory
+        fits = estimate_training_memory(one, device=device).total <= ROOMY * memory
         parallel = "ddp" if fits else "fsdp"
     if ranks == 1 and asked in ("auto", "ddp"):
         parallel = "none"

@@ -47,9 +47,8 @@ def plan_presets(
         config = resolve(read_yaml(preset_path(name)))
         config = config.replace("model", vocab_size=vocab_size or config.model.vocab_size or open_vocab_size)
         memory = estimate_training_memory(config, device=device).total
-        plans.append(
-            PresetPlan(name, config, count_parameters(config.model).total, memory, memory <= available)
-        )
+        parameters = count_parameters(config.model).total
+        plans.append(PresetPlan(name, config, parameters, memory, memory <= available))
     return plans
 
 

@@ -21,7 +21,6 @@ from atlas.errors import AtlasError
 
 _BLOCK = 256
 _SMALLEST = 4096
-_IS_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 _INSTEAD = "or take --set training.optimizer=adafactor or muon, which need neither"
 
 
@@ -85,7 +84,7 @@ def _from_plain(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     def moment(key: str, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        signed, device = _IS_SIGNED[key], value["codes"].device
+        signed, device = key == "exp_avg", value["codes"].device
         qmap = OptimState8bit.zeros((_BLOCK,), signed, _BLOCK, device).qmap
         return OptimState8bit(value["codes"], value["scale"], qmap, signed, torch.float32)
 

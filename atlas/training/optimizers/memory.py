@@ -51,10 +51,8 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
     if training.optimizer == "muon":
         matrices = count_matrices(one_block_model(model, lora))
         layers = 1 if is_rounded else model.num_layers
-        own = max(
-            (_muon_bytes(rows, columns, n * layers, device) for (_, rows, columns), n in matrices.items()),
-            default=0,
-        )
+        sizes = [_muon_bytes(rows, columns, n * layers, device) for (_, rows, columns), n in matrices.items()]
+        own = max(sizes, default=0)
     else:
         # Without a fused step, PyTorch's optimizers make a temporary copy of all parameters.
         own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}.get(

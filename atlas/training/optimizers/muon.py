@@ -85,9 +85,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 for start in range(0, len(matrices), stack):
                     some = matrices[start : start + stack]
                     _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
-        self._adamw.param_groups = [
-            self._for_width(group) for group in self.param_groups if "is_qkv" not in group
-        ]
+        others = [group for group in self.param_groups if "is_qkv" not in group]
+        self._adamw.param_groups = [*map(self._for_width, others)]
         self._adamw.step()
 
     def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
