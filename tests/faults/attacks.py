@@ -346,7 +346,7 @@ PROGRAMS = {
     "code": (call("posix", "system", short("touch exploded")), "it holds posix.system"),
     "64 GB by bytearray": (call("builtins", "bytearray", number(2**36)), "it holds builtins.bytearray"),
     "256 GB by torch.Tensor": (call("torch", "Tensor", number(2**36)), "it holds torch.Tensor"),
-    "storage that is called": (call("torch", "FloatStorage", number(2**40)), "with something else"),
+    "storage that is called": (call("torch", "FloatStorage", number(2**40)), "with unexpected arguments"),
     "2^40 numbers over one": (tensor((2**40,), (0,)), "does not fit its storage"),
     "2^60 by 4 dimensions": (tensor((2**15,) * 4, (0,) * 4), "does not fit its storage"),
     "tensor beyond its storage": (tensor((17,), (1,)), "does not fit its storage"),

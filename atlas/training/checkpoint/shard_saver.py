@@ -26,7 +26,7 @@ from atlas.training.logs.run_log import RunLog
 
 
 class ShardSaver(BackgroundSaver):
-    """Saves sharded checkpoints, one at a time; every rank must call `save`.
+    """Saves sharded checkpoints one at a time. Every rank must call `save`.
 
     With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
@@ -38,7 +38,7 @@ class ShardSaver(BackgroundSaver):
     ) -> None:
         super().__init__(checkpoints, in_background=in_background, log=log)
         self._world = world
-        # A group of their own keeps the messages of the saving threads apart from those of the training threads.
+        # A separate process group keeps the messages of the saving threads apart from those of the training threads.
         timeout = timedelta(seconds=world.timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if has_joined() else None
 
