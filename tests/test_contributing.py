@@ -17,7 +17,9 @@ EXAMPLES = {"alibi": 3, "nadam": 2, "gemma_norm": 2}
 """The diffs in docs/examples, and how many files each may change."""
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name == "alibi" else pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES]
+)
 def test_a_worked_example_applies_trains_and_generates(tmp_path: Path, name: str) -> None:
     diff = REPOSITORY / "docs" / "examples" / f"{name}.diff"
     for folder in ("atlas", "tests"):
@@ -40,6 +42,7 @@ def test_a_worked_example_applies_trains_and_generates(tmp_path: Path, name: str
 @pytest.mark.parametrize(("name", "most"), EXAMPLES.items())
 def test_a_worked_example_touches_as_few_lines_as_the_page_says(name: str, most: int) -> None:
     diff = (REPOSITORY / "docs" / "examples" / f"{name}.diff").read_text(encoding="utf-8")
+    subprocess.run(["git", "apply", "--check", "-"], cwd=REPOSITORY, input=diff, text=True, check=True)
     files = re.findall(r"^\+\+\+ b/(atlas/\S+)$", diff, flags=re.M)
     assert 0 < len(files) <= most
     lines = len(re.findall(r"^\+(?!\+\+ )", diff, flags=re.M))

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -90,17 +90,14 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
     Training replaces these handlers by its own and restores them. Outside the main thread Python allows no handlers, so
     nothing changes.
     """
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, _raise_interrupted)
-    try:
+    with ExitStack() as previous:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    handler = signal.signal(number, _raise_interrupted) or signal.SIG_DFL
+                    previous.callback(signal.signal, number, handler)
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _build_app(invoked: str | None) -> typer.Typer:

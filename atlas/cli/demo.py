@@ -35,8 +35,7 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
 
     _headline(2, f"tokens: a byte-level BPE of {VOCABULARY:,} entries, trained on this text")
     summary = prepare([source], folder / "data", train_tokenizer=VOCABULARY)
-    for note in summary.notes:
-        say(note)
+    say(*summary.notes)
 
     _headline(3, f"training the {ON_A_CPU} model on it")
     checkpoints = folder / "checkpoints"
@@ -48,23 +47,19 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
     train_to_the_end(Request(explicit, resume=None if no_resume else "auto", no_resume=no_resume))
 
     best = checkpoints / "atlas_best.pt"
-    _finish(best, folder / "atlas_demo.gguf", summary.dataset.split("val"))
-    say(f"\nthe demo took {time.perf_counter() - start:.0f} s; all files are in {folder}/")
-    print_next_commands(best)
-
-
-def _finish(checkpoint: Path, output: Path, held_out: TokenStream | None) -> None:
-    """Print samples of a trained model, export it and prove the file."""
-    loaded = load_model(checkpoint)
-    prompts = _openings(held_out, loaded.tokenizer)
+    loaded = load_model(best)
+    prompts = _openings(summary.dataset.split("val"), loaded.tokenizer)
     _headline(4, "samples: the model continues the beginnings of held-out texts")
     texts = list(prompts)
     for step in stream_text(loaded, prompts, Sampling(), max_tokens=_SAMPLE_TOKENS, seed=1):
         texts = [text + new for text, new in zip(texts, step, strict=True)]
-    for text in texts:
-        typer.echo(f"\n{text}\n\n{'─' * 40}")
+    for completed in texts:
+        typer.echo(f"\n{completed}\n\n{'─' * 40}")
+
     _headline(5, "export to GGUF, and the proof in llama.cpp")
-    export_and_prove(loaded, output, quantize="f32", verify=True, texts=prompts)
+    export_and_prove(loaded, folder / "atlas_demo.gguf", quantize="f32", verify=True, texts=prompts)
+    say(f"\nthe demo took {time.perf_counter() - start:.0f} s; all files are in {folder}/")
+    print_next_commands(best)
 
 
 def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:

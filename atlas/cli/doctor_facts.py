@@ -51,6 +51,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 _SMALL_PRODUCT = 256  # large enough to reveal emulation, small enough to wait for it
 
+_WHY_AUTO = {
+    "cuda": "auto uses a CUDA device if PyTorch sees one",
+    "mps": "PyTorch sees no CUDA device, but an Apple GPU",
+    "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
+}
+"""Why `--device auto` takes a device."""
+
 
 def _problem(value: str, reason: str, remedy: str) -> Facts:
     """Something that the user should fix."""
@@ -240,14 +247,6 @@ def _disk(output_dir: Path, effort: Effort, problems: list[Facts]) -> Facts:
 def _choice(device_name: str, device: torch.device) -> Facts:
     """What training uses where the config leaves it open, and why."""
     runtime = _chosen(device)
-    if device_name != "auto":
-        why_device = f"--device {device_name}"
-    else:
-        why_device = {
-            "cuda": "auto uses a CUDA device if PyTorch sees one",
-            "mps": "PyTorch sees no CUDA device, but an Apple GPU",
-            "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
-        }[device.type]
     others = [name for name in PRECISIONS if name != runtime.precision]
     reasons = [f"{name}: {why_not_in(name, device) or 'can be asked for'}" for name in others]
     notes: list[str] = []
@@ -255,7 +254,7 @@ def _choice(device_name: str, device: torch.device) -> Facts:
     why_compile = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
     return {
         "device": runtime.device.type,
-        "device_reason": why_device,
+        "device_reason": _WHY_AUTO[device.type] if device_name == "auto" else f"--device {device_name}",
         "precision": runtime.precision,
         "precision_reason": "; ".join([f"auto on this {device.type}", *reasons]),
         "compile": "on" if compiles else "off",

@@ -60,9 +60,15 @@ def evaluate(
 
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
     if data is not None:
-        _on_text(loaded, data, batch_size, device, worst)
-    else:
-        _in_tasks(loaded, names, limit, num_fewshot, batch_size)
+        return _on_text(loaded, data, batch_size, device, worst)
+    from atlas.inference.tasks import evaluate_tasks
+
+    rows, track = [("task", "metric", "value", "±", "examples", "shots")], _bar("answering")
+    for score in evaluate_tasks(loaded, names, limit, num_fewshot, batch_size=batch_size, track=track):
+        error = "" if score.error is None else f"{score.error:.4f}"
+        counts = f"{score.examples:,}", str(score.shots)
+        rows.append((score.task, score.metric, f"{score.value:.4f}", error, *counts))
+    print_table(rows, right=(2, 3, 4, 5))
 
 
 def _bar(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -102,19 +108,6 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
     )
     if worst:
         _show_worst(loaded, dataset, runtime, worst)
-
-
-def _in_tasks(
-    loaded: LoadedModel, tasks: list[str], limit: int | None, num_fewshot: int | None, batch_size: int
-) -> None:
-    from atlas.inference.tasks import evaluate_tasks
-
-    rows, track = [("task", "metric", "value", "±", "examples", "shots")], _bar("answering")
-    for score in evaluate_tasks(loaded, tasks, limit, num_fewshot, batch_size=batch_size, track=track):
-        error = "" if score.error is None else f"{score.error:.4f}"
-        counts = f"{score.examples:,}", str(score.shots)
-        rows.append((score.task, score.metric, f"{score.value:.4f}", error, *counts))
-    print_table(rows, right=(2, 3, 4, 5))
 
 
 def _show_worst(loaded: LoadedModel, dataset: Windows, runtime: Runtime, count: int) -> None:

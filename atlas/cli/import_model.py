@@ -59,7 +59,10 @@ def import_model(
     # The prefix distinguishes the folder from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
     name = f"imported-{path.stem}" if is_file else path.resolve().name
     output = Path(output_dir) if output_dir else Path("checkpoints") / name
-    _check_output(output)
+    if output.exists() and not output.is_dir():
+        raise AtlasError(f"{output}: is a file; choose another --output-dir")
+    if output.exists() and any(output.iterdir()):  # nothing is overwritten
+        raise AtlasError(f"{output}: is not empty; choose another --output-dir")
     if is_file:
         model, own, notes = import_first_version(
             path, num_heads=num_heads, config=config, tokenizer=tokenizer
@@ -70,21 +73,12 @@ def import_model(
         chat_template = read_chat_template(path)
     written = save_imported(model, own, output, source=source, chat_template=chat_template)
     shape = model.config
-    for note in notes:
-        say(note)
     say(
+        *notes,
         f"{shape.gguf_architecture}: {model.num_parameters():,} parameters, context {shape.max_seq_len:,}, "
-        f"tokenizer {own.name} of {own.vocab_size:,} tokens"
+        f"tokenizer {own.name} of {own.vocab_size:,} tokens",
     )
     typer.echo(written)
-
-
-def _check_output(output: Path) -> None:
-    """Raise `AtlasError` if something would be overwritten."""
-    if output.exists() and not output.is_dir():
-        raise AtlasError(f"{output}: is a file; choose another --output-dir")
-    if output.exists() and any(output.iterdir()):
-        raise AtlasError(f"{output}: is not empty; choose another --output-dir")
 
 
 def _check_folder(folder: Path, *, takes_shape: bool) -> None:

@@ -31,7 +31,11 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
     """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
     if plot:
         check_png("--plot", plot)
-    dataset, state = _open(folder, verify)
+    total = sum(file.stat().st_size for file in folder.glob("*.npy"))
+    with byte_progress(total if verify else 0, "reading") as advance:
+        dataset = open_dataset(folder, verify=verify, advance=advance)
+    intact = f"intact: {total:,} bytes, sha256 as saved"
+    state = intact if verify else "sizes as saved; --verify compares every byte"
     splits = {name: stream for name in ("train", "val") if (stream := dataset.split(name))}
     lengths = {name: measure_lengths(stream) for name, stream in splits.items() if stream.num_documents}
     print_facts([("dataset", folder), ("state", state), *_facts(dataset, splits, lengths)])
@@ -42,16 +46,6 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
         _draw(plot, folder, lengths, vocab_size)
     elif plot:
         raise AtlasError(f"--plot: {folder}: no document begins in it, so there are no lengths to draw")
-
-
-def _open(folder: Path, verify: bool) -> tuple[PreparedDataset, str]:
-    """The dataset, and a description of its state."""
-    total = sum(file.stat().st_size for file in folder.glob("*.npy"))
-    with byte_progress(total if verify else 0, "reading") as advance:
-        dataset = open_dataset(folder, verify=verify, advance=advance)
-    if verify:
-        return dataset, f"intact: {total:,} bytes, sha256 as saved"
-    return dataset, "sizes as saved; --verify compares every byte"
 
 
 def _facts(

@@ -124,6 +124,5 @@ def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -
     say(f"preparing {text}")
     named = Tokenizer.resolve(tokenizer) if tokenizer else None
     summary = prepare([text], folder, named, train_tokenizer=train_tokenizer)
-    for note in summary.notes:
-        say(note)
+    say(*summary.notes)
     return summary.dataset

@@ -9,6 +9,7 @@ import typer
 
 from atlas.cli.train import Config, Overrides, explicit_layer
 from atlas.config.loader import resolve
+from atlas.errors import AtlasError
 
 
 def plan(
@@ -46,10 +47,16 @@ def plan(
 ) -> None:
     """Memory, disk, tokens and time of a config, and which presets fit: this machine, a card, a text."""
     from atlas.cli.plan_output import print_json, print_report
-    from atlas.cli.plan_report import choose_cluster, make_report
+    from atlas.cli.plan_report import make_report
+    from atlas.planning.communication import cluster_of
 
     has_config = bool(config or overrides)
-    cluster = choose_cluster(gpus, nodes, interconnect, has_config=has_config)
+    for flag, value in (("--nodes", nodes), ("--interconnect", interconnect)):
+        if gpus is None and value is not None:
+            raise AtlasError(f"{flag} {value}: is for several GPUs; say how many each node has, --gpus 8")
+    if gpus is not None and not has_config:
+        raise AtlasError(f"--gpus {gpus}: is for one config; name it, --config small")
+    cluster = None if gpus is None else cluster_of(gpus, 1 if nodes is None else nodes, interconnect)
     wanted = resolve(explicit_layer(config, overrides, {}))
     report = make_report(wanted, data, gpu, memory, cluster, has_config=has_config)
     (print_json if as_json else print_report)(report)

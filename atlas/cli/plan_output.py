@@ -296,8 +296,7 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
 
 def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
     """The parts of an estimate by name, and their sum."""
-    sizes = {**vars(estimate), "total": estimate.total}
-    return {name.replace("_", " "): size and show(size) for name, size in sizes.items()}
+    return {name.replace("_", " "): size and show(size) for name, size in _with_total(estimate).items()}
 
 
 def _time(seconds: float) -> str:

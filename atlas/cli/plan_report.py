@@ -11,7 +11,7 @@ from atlas.data.sequences.conversations import holds_conversations
 from atlas.data.shards import TokenStream, is_prepared, open_dataset
 from atlas.errors import AtlasError
 from atlas.planning.advice import Advice, advise_on
-from atlas.planning.communication import Cluster, cluster_of
+from atlas.planning.communication import Cluster
 from atlas.planning.machine import Machine, choose_machine
 from atlas.planning.run import Run, plan_run
 from atlas.planning.scaling import Scaling, scale
@@ -51,20 +51,6 @@ class Report:
         plans = enough if for_text else [plan for plan, _ in self.presets]
         largest = largest_that_fits(plans)
         return largest.name if largest else None
-
-
-def choose_cluster(
-    gpus: int | None, nodes: int | None, interconnect: str | None, *, has_config: bool
-) -> Cluster | None:
-    """Return the cluster of the options, None without `--gpus`. Raises `AtlasError`."""
-    if gpus is None:
-        for flag, value in (("--nodes", nodes), ("--interconnect", interconnect)):
-            if value is not None:
-                raise AtlasError(f"{flag} {value}: is for several GPUs; say how many each node has, --gpus 8")
-        return None
-    if not has_config:
-        raise AtlasError(f"--gpus {gpus}: is for one config; name it, --config small")
-    return cluster_of(gpus, 1 if nodes is None else nodes, interconnect)
 
 
 def make_report(

@@ -100,8 +100,7 @@ def _print_summary(summary: Summary) -> None:
     manifest, folder = summary.dataset.manifest, summary.dataset.folder
     if summary.unchanged:
         say("unchanged: the same text, tokenizer and options as before; nothing to do")
-    for note in summary.notes:
-        say(printable(note))
+    say(*map(printable, summary.notes))
     for step, record in manifest.cleaning.items():
         what = "changed" if step in ("nfc", "control", "whitespace") else "left out"
         if record.documents:

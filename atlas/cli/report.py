@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from atlas.cli.terminal import say
-
-if TYPE_CHECKING:
-    from atlas.reporting.runs import Run
 
 _SECONDS = 5
 """Between two updates of a live report."""
@@ -47,25 +43,19 @@ def report(
         check_png("--png", Path(png))
     found = read_runs(runs)
     if live:
-        _follow(page, found)
+        say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")
+        try:
+            # An unknown run, on another machine, may continue.
+            while any(run.state in ("running", "unknown") for run in found):
+                write_report(page, found, refresh=_SECONDS)
+                time.sleep(_SECONDS)
+                for run in found:
+                    run.refresh()
+        except KeyboardInterrupt:
+            say("no longer updated")
     write_report(page, found)
     typer.echo(f"report: {page}")
     if png:
         axis = shared_axis(found)
         draw_losses(Path(png), found, axis=axis)
         typer.echo(f"figure: {png}, by {axis}")
-
-
-def _follow(page: Path, runs: Sequence[Run]) -> None:
-    """Update the page while a run continues, or may continue, and until Ctrl-C."""
-    from atlas.reporting.report import write_report
-
-    say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")
-    try:
-        while any(run.state in ("running", "unknown") for run in runs):
-            write_report(page, runs, refresh=_SECONDS)
-            time.sleep(_SECONDS)
-            for run in runs:
-                run.refresh()
-    except KeyboardInterrupt:
-        say("no longer updated")

@@ -29,9 +29,10 @@ def ask_or_none() -> Callable[[str], bool] | None:
     return lambda question: typer.confirm(question, default=True, err=True)
 
 
-def say(line: str) -> None:
-    """Print a line on standard error. Standard output has a command's results only."""
-    typer.echo(line, err=True)
+def say(*lines: str) -> None:
+    """Print lines on standard error. Standard output has a command's results only."""
+    for line in lines:
+        typer.echo(line, err=True)
 
 
 def own_command() -> str:

@@ -14,7 +14,7 @@ from atlas.model.cost import block_matrices, count_parameters, lora_parameters, 
 from atlas.planning.communication import Cluster, Communication, Pass, Sizes, communicate
 from atlas.planning.machine import Machine
 from atlas.planning.run import seconds_of_update
-from atlas.training.memory.estimate import TrainingMemory, estimate_training_memory
+from atlas.training.memory.estimate import TrainingMemory, estimate_training_memory, weight_bytes
 from atlas.training.memory.parallel import share_model
 
 _FP32 = 4
@@ -101,14 +101,13 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
     parallel, shards = share_model(config, cluster.ranks, device=machine.device, memory=machine.memory)
     passes = _passes(config, machine, sequences, micro_batch)
     sizes = _sizes_of(config, device=machine.device)
-    memory = _memory_of_a_rank(config, machine.device, parallel, shards, micro_batch)
     return Scaling(
         cluster=cluster,
         parallel=parallel,
         shard_size=shards,
         sequences=sequences,
         micro_batch=micro_batch,
-        memory=memory,
+        memory=_memory_of_a_rank(config, machine.device, parallel, shards, micro_batch),
         available=machine.memory,
         tokens=config.training.sequences_per_update * config.model.max_seq_len,
         computing=sum(each.times * (each.forward + each.backward) for each in passes),
@@ -135,7 +134,7 @@ def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: 
 def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
     """Return the bytes of a model's parts."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
-    width = 2 if training.precision == "bf16-true" else _FP32
+    width = weight_bytes(training)
     empty = count_parameters(model.model_copy(update={"num_layers": 0})).total
     blocks = width * (count_parameters(model).total - empty + low_rank)
     root = estimate_training_memory(config, device=device).weights - blocks

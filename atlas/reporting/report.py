@@ -23,13 +23,8 @@ _MISSING = "–"
 _MOST_EVENTS_LISTED = 200
 _COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
 
-STATES = {
-    "finished": "finished",
-    "running": "running",
-    "interrupted": "interrupted",
-    "stopped": "ended early",
-    "unknown": "written on another machine",
-}
+_STATES = {"stopped": "ended early", "unknown": "written on another machine"}
+"""What the page writes for a state; the others are written as they are."""
 
 
 def static_file(name: str) -> str:
@@ -47,7 +42,7 @@ def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None)
 def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
     """The HTML of the report."""
     names = ", ".join(run.name for run in runs)
-    states = ", ".join(dict.fromkeys(STATES[run.state] for run in runs))
+    states = ", ".join(dict.fromkeys(_STATES.get(run.state, run.state) for run in runs))
     written = f"{time.strftime('%d %B %Y, %H:%M')} by Atlas {__version__}"
     live = f" The page updates itself every {refresh} seconds." if refresh else ""
     return Template(static_file("report.html")).substitute(
@@ -111,7 +106,7 @@ def _evaluation_row(run: Run) -> list[str]:
     last, best = run.evaluations() or ({}, {})
     return [
         escape(run.name),
-        f'<span class="state {state}">{escape(STATES[state])}</span>',
+        f'<span class="state {state}">{escape(_STATES.get(state, state))}</span>',
         f"{run.last_step:,}",
         _large(float(axes["tokens"][-1])) if "tokens" in axes else _MISSING,
         duration(float(axes["time"][-1])) if "time" in axes else _MISSING,

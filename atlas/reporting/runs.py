@@ -101,13 +101,11 @@ class Run:
     def _add(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            kind, step = record["kind"], _number(record["step"])
+            kind, _ = record["kind"], int(_number(record["step"]))  # raises ValueError for NaN
         except (ValueError, KeyError, TypeError, RecursionError):
             self.unreadable += bool(line.strip())
             return
-        if math.isnan(step):
-            self.unreadable += 1
-        elif kind in self._columns:
+        if kind in self._columns:
             for name, values in self._columns[kind].items():
                 values.append(_number(record.get(name)))
         elif kind == "event":

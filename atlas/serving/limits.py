@@ -24,13 +24,12 @@ def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
+        late = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
         try:
             body = await asyncio.wait_for(_read(receive), seconds)
-        except ApiError as large:
-            await error_response(large, {"Connection": "close"})(scope, receive, send)
-        except asyncio.TimeoutError:
-            late = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
-            await error_response(late, {"Connection": "close"})(scope, receive, send)
+        except (ApiError, asyncio.TimeoutError) as error:
+            refusal = error if isinstance(error, ApiError) else late
+            await error_response(refusal, {"Connection": "close"})(scope, receive, send)
         else:
             first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -36,12 +36,9 @@ class RunFolder:
                         run.refresh()
                     self._runs[path] = run or Run(path)
             runs = list(self._runs.values())
-            names = self._names(runs)
             # By name, not by age: two runs that are both written to would swap places, and colours, at each refresh.
-            drawn = [
-                {**chart_data(run), "name": name}
-                for name, run in sorted(zip(names, runs, strict=True), key=lambda one: one[0])
-            ]
+            named = sorted(zip(self._names(runs), runs, strict=True), key=lambda one: one[0])
+            drawn = [{**chart_data(run), "name": name} for name, run in named]
             folder, more = encodable(str(self.folder)), max(0, len(found) - MOST_RUNS)
             return {"folder": folder, "more": more, "runs": drawn}
 

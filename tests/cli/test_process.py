@@ -77,6 +77,7 @@ def test_freed_memory_is_used_again() -> None:
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
     reason="this system gives no large pages",
 )
+@pytest.mark.slow
 def test_large_tensors_are_in_large_pages() -> None:
     """64 MB are 15,600 pages, or 31 large ones."""
     assert int(printed(TENSOR, THP_MEM_ALLOC_ENABLE="0")) > 10_000

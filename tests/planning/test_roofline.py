@@ -94,6 +94,7 @@ with device, log.mode():
 
 
 @needs_fake_cuda
+@pytest.mark.slow
 def test_kernels_cost_what_counting_by_hand_gives() -> None:
     long, short, fused, kinds = run("-c", COUNTED).splitlines()
     assert json.loads(long) == [3 * 2 * 64 * 50304, 0]  # read for the sum, read again, written

@@ -109,6 +109,7 @@ def test_a_closed_terminal_saves_the_run_and_the_next_call_resumes_it(
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, step + 6))
 
 
+@pytest.mark.slow
 def test_under_nohup_the_run_finishes_without_its_terminal(
     config: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

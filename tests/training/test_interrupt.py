@@ -36,6 +36,7 @@ def terminate(process: subprocess.Popen[str]) -> tuple[float, str]:
     return time.perf_counter() - begin, said
 
 
+@pytest.mark.slow
 def test_sigterm_in_an_evaluation_is_answered_and_the_evaluation_done_on_resume(
     tmp_path: Path, text_file: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_two_gpus_sum_numbers() -> None:
     assert [entry["backend"] for entry in facts["all_reduce"]] == ["gloo"] * 3 + ["nccl"] * 3
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes() -> None:
     port = str(free_port())
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -90,6 +90,7 @@ print(operators.count)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.slow
 def test_on_cuda_muon_needs_as_many_operators_in_a_deep_model_as_in_a_shallow_one() -> None:
     """30 for each of four shapes, and AdamW's for the rest; one matrix after the other would need over 1,000."""
     command = [sys.executable, "-c", ON_FAKE_CUDA]
