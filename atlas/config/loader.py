@@ -7,6 +7,7 @@ default < checkpoint < YAML < `--set` < flag. Every layer is checked the same wa
 from __future__ import annotations
 
 import difflib
+import functools
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -161,11 +162,8 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
 
 def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
     """Merge the layers, lowest precedence first, into a config. Raises `ConfigError` for wrong values."""
-    merged: Layer = {}
-    for layer in layers:
-        merged = overlay(merged, layer)
     try:
-        return AtlasConfig.model_validate(merged)
+        return AtlasConfig.model_validate(functools.reduce(overlay, layers, Layer()))
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(detail) for detail in error.errors())) from None
 

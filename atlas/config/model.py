@@ -19,15 +19,10 @@ _ROPE_THETA = 10_000.0
 _SIZES = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "vocab_size"}
 _EVERY_VALUE = _SIZES | {"max_seq_len", "rope_theta", "norm_eps", "dropout", "bias", "tie_embeddings", "init"}
 """Fields that llama.cpp's architectures compute at every value, or that change only how a model is trained."""
+_LEARNED = {"position": ("learned",), "norm": ("layernorm",), "mlp": ("gelu", "gelu_exact")}
 _ROTATED = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,)}
 _ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
-    # llama.cpp computes gelu_exact by the tanh form.
-    "gpt2": {
-        "position": ("learned",),
-        "norm": ("layernorm",),
-        "mlp": ("gelu", "gelu_exact"),
-        "qk_norm": (False,),
-    },
+    "gpt2": {**_LEARNED, "qk_norm": (False,)},  # llama.cpp computes gelu_exact by the tanh form
     "llama": {**_ROTATED, "qk_norm": (False,)},
     "qwen3": {**_ROTATED, "qk_norm": (True,)},
 }
@@ -165,9 +160,8 @@ class ModelConfig(Section):
         if self.gguf_architecture:
             return None
         nearest = min(_ARCHITECTURES, key=lambda name: len(self._changes_for(name)))
-        changes = (
-            f"model.{name} to {str(value).lower()}" for name, value in self._changes_for(nearest).items()
-        )
+        settings = self._changes_for(nearest).items()
+        changes = (f"model.{name} to {str(value).lower()}" for name, value in settings)
         return f"no architecture of llama.cpp computes this model: for {nearest}, set {' and '.join(changes)}"
 
     @property

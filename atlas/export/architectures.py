@@ -20,26 +20,22 @@ from atlas.model import AtlasLM
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 
-_LAYER = "model.layers.{}."
+_BLOCK, _LAYER = "transformer.h.{}.", "model.layers.{}."
 MODULES = {
     # Atlas: llama.cpp, GPT-2 at Hugging Face, Llama and Qwen3 there
     "token_embedding": ("token_embd", "transformer.wte", "model.embed_tokens"),
     "position_embedding": ("position_embd", "transformer.wpe", ""),
-    "blocks.{}.attention_norm": ("blk.{}.attn_norm", "transformer.h.{}.ln_1", _LAYER + "input_layernorm"),
-    "blocks.{}.attention.qkv": ("blk.{}.attn_qkv", "transformer.h.{}.attn.c_attn", ""),
+    "blocks.{}.attention_norm": ("blk.{}.attn_norm", _BLOCK + "ln_1", _LAYER + "input_layernorm"),
+    "blocks.{}.attention.qkv": ("blk.{}.attn_qkv", _BLOCK + "attn.c_attn", ""),
     "blocks.{}.attention.q": ("blk.{}.attn_q", "", _LAYER + "self_attn.q_proj"),
     "blocks.{}.attention.k": ("blk.{}.attn_k", "", _LAYER + "self_attn.k_proj"),
     "blocks.{}.attention.v": ("blk.{}.attn_v", "", _LAYER + "self_attn.v_proj"),
-    "blocks.{}.attention.output": (
-        "blk.{}.attn_output",
-        "transformer.h.{}.attn.c_proj",
-        _LAYER + "self_attn.o_proj",
-    ),
-    "blocks.{}.mlp_norm": ("blk.{}.ffn_norm", "transformer.h.{}.ln_2", _LAYER + "post_attention_layernorm"),
-    "blocks.{}.mlp.up": ("blk.{}.ffn_up", "transformer.h.{}.mlp.c_fc", ""),
+    "blocks.{}.attention.output": ("blk.{}.attn_output", _BLOCK + "attn.c_proj", _LAYER + "self_attn.o_proj"),
+    "blocks.{}.mlp_norm": ("blk.{}.ffn_norm", _BLOCK + "ln_2", _LAYER + "post_attention_layernorm"),
+    "blocks.{}.mlp.up": ("blk.{}.ffn_up", _BLOCK + "mlp.c_fc", ""),
     "blocks.{}.mlp.gate": ("blk.{}.ffn_gate", "", _LAYER + "mlp.gate_proj"),
     "blocks.{}.mlp.value": ("blk.{}.ffn_up", "", _LAYER + "mlp.up_proj"),
-    "blocks.{}.mlp.down": ("blk.{}.ffn_down", "transformer.h.{}.mlp.c_proj", _LAYER + "mlp.down_proj"),
+    "blocks.{}.mlp.down": ("blk.{}.ffn_down", _BLOCK + "mlp.c_proj", _LAYER + "mlp.down_proj"),
     "final_norm": ("output_norm", "transformer.ln_f", "model.norm"),
     "lm_head": ("output", "lm_head", "lm_head"),
     "blocks.{}.attention.q_norm": ("blk.{}.attn_q_norm", "", _LAYER + "self_attn.q_norm"),
@@ -60,14 +56,10 @@ def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
 
 def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
     """Per architecture: Atlas's name of a tensor → that of another program, by its columns in `MODULES`."""
+    of_gpt2 = with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]})
     of_qwen3 = {f"{ours}.weight": f"{theirs[llama]}.weight" for ours, theirs in MODULES.items() if theirs[2]}
-    return {
-        "gpt2": with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]}),
-        "llama": {
-            ours: theirs for ours, theirs in of_qwen3.items() if "q_norm" not in ours and "k_norm" not in ours
-        },
-        "qwen3": of_qwen3,
-    }
+    of_llama = {a: b for a, b in of_qwen3.items() if not a.endswith(("q_norm.weight", "k_norm.weight"))}
+    return {"gpt2": of_gpt2, "llama": of_llama, "qwen3": of_qwen3}
 
 
 TENSOR_NAMES = tables(gpt2=0, llama=0)

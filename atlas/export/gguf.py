@@ -82,17 +82,13 @@ def export_gguf(
     vocabulary = exportable_tokenizer(tokenizer, model.config)
     check_available(quantize)
     tensors = file_tensors(model)
-    types = tensor_types(model.config, tensors, quantize)
+    types = tensor_types(model, tensors, quantize)
 
     writer = gguf.GGUFWriter(None, architecture_of(model.config))
-    writer.add_name(name)
-    writer.add_size_label(_size_label(model.num_parameters()))
-    if license:
-        writer.add_license(license)
-    if chat_template:
-        writer.add_chat_template(chat_template)
-    for key, value in metadata_of(model, vocabulary, quantize).items():
-        if value != []:
+    about = {"general.name": name, "general.size_label": _size_label(model.num_parameters())}
+    about |= {"general.license": license or "", "tokenizer.chat_template": chat_template or ""}
+    for key, value in {**about, **metadata_of(model, vocabulary, quantize)}.items():
+        if value not in ("", []):  # an empty list has no type
             writer.add_key_value(key, value, _KINDS[type(value)])
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
@@ -158,17 +154,13 @@ def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
     if architecture != "gpt2":
         shape |= {"vocab_size": config.vocabulary, "rope.dimension_count": config.head_size}
         shape["attention.value_length"] = config.head_size
-    return {
-        key: float(np.float32(value)) if isinstance(value, float) else value for key, value in shape.items()
-    }
+    return shape | {key: float(np.float32(value)) for key, value in shape.items() if isinstance(value, float)}
 
 
-def tensor_types(
-    config: ModelConfig, tensors: dict[str, Tensor], quantize: Quantization
-) -> dict[str, TensorType]:
+def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantization) -> dict[str, TensorType]:
     """The type of each tensor of `file_tensors` in the file."""
     return {
-        name: tensor_type(name, tensor.shape, quantize, config.num_layers, config.tie_embeddings)
+        name: tensor_type(name, tensor.shape, quantize, model.config.num_layers, model.config.tie_embeddings)
         for name, tensor in tensors.items()
     }
 
@@ -225,9 +217,8 @@ def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
     shape = {field: metadata[f"{architecture}.{key}"] for field, key in _SHAPE[architecture].items()}
     family = {} if architecture == "gpt2" else ROTATED | {"qk_norm": architecture == "qwen3"}
-    return ModelConfig(
-        **shape, **family, vocab_size=len(metadata["tokenizer.ggml.tokens"]), tie_embeddings=tied
-    )
+    vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    return ModelConfig(**shape, **family, vocab_size=vocab_size, tie_embeddings=tied)
 
 
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:

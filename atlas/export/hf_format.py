@@ -154,9 +154,8 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
     }
     if family == "gpt2":
         dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-        return (
-            content | dropouts | {"activation_function": "gelu" if config.mlp == "gelu_exact" else "gelu_new"}
-        )
+        activation = "gelu" if config.mlp == "gelu_exact" else "gelu_new"
+        return content | dropouts | {"activation_function": activation}
     return content | {"rope_theta": config.rope_theta, "hidden_act": "silu", "attention_bias": False}
 
 

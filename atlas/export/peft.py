@@ -67,11 +67,8 @@ def export_adapter(
 def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The updates by PEFT's names. Where PEFT splits a matrix of Atlas, all of its splits share A."""
     names, tensors = names_of(config), {}
-    for name, b in weights.items():
-        if not name.endswith(".lora_b"):
-            continue
-        module = name.removesuffix(".lora_b")
-        splits = {f"{module}.weight": b}
+    for module in [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]:
+        splits = {f"{module}.weight": weights[f"{module}.lora_b"]}
         if config.gguf_architecture != "gpt2":
             splits = separated(splits, config)
         for split, rows in splits.items():

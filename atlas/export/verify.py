@@ -21,7 +21,7 @@ weights by 10, as some CPUs also add in f16.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +143,7 @@ def verify_gguf(
     tokenizer = exportable_tokenizer(tokenizer, model.config)
     read, metadata = read_gguf(path)
     tensors = file_tensors(model)
-    types = tensor_types(model.config, tensors, quantize)
+    types = tensor_types(model, tensors, quantize)
     expected = {
         name: torch.from_numpy(gguf.dequantize(as_type(tensor.numpy(), types[name]), types[name]))
         for name, tensor in tensors.items()
@@ -158,8 +158,9 @@ def verify_gguf(
     lengths = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     answer = ask_llama_cpp(path, corpus, prompts, lengths, context=context)
     tokenized = zip(corpus, ids, answer.token_ids, strict=True)
+    continued = zip(prompts, answer.continuations, strict=True)
 
-    differences, roundings, drifts, gaps = _compare(read, model, quantize, prompts, answer.continuations)
+    differences, roundings, drifts, gaps = _compare(read, model, quantize, continued)
     has_blocks = not {TensorType.F32, TensorType.F16, TensorType.BF16}.issuperset(types.values())
     has_f16_only = not has_blocks and TensorType.F16 in types.values()
     factor = _ROUNDING_FACTOR_OF_F16 if has_f16_only else _ROUNDING_FACTOR
@@ -200,29 +201,26 @@ def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: in
 
 
 def _compare(
-    read: AtlasLM,
-    model: AtlasLM,
-    quantize: Quantization,
-    prompts: Sequence[list[int]],
-    continuations: Sequence[list[Step]],
+    read: AtlasLM, model: AtlasLM, quantize: Quantization, continued: Iterable[tuple[list[int], list[Step]]]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Differences of log-probabilities, with PyTorch imitating llama.cpp's roundings as the reference: of llama.cpp,
     and of PyTorch without them; from the latter to the `model`, whose weights were not rounded; and for each step how
     much more probable PyTorch's choice is than llama.cpp's (0: they are the same).
     """
-    differences, roundings, drifts, gaps = [], [], [], []
-    for prompt, steps in zip(prompts, continuations, strict=True):
+    compared, gaps = [], []
+    for prompt, steps in continued:
         own, plain = _logprobs(model, prompt, steps), _logprobs(read, prompt, steps)
         with _rounding_as_llama_cpp(read, quantize):
             rounded = _logprobs(read, prompt, steps)
         for own_row, row, rounded_row, step in zip(own, plain, rounded, steps, strict=True):
             for id, logprob in step.logprobs.items():
                 if not logprob <= UNDERFLOW:  # nan is compared, and fails
-                    differences.append(abs(logprob - rounded_row[id].item()))
-                    roundings.append((rounded_row[id] - row[id]).abs().item())
-                    drifts.append((row[id] - own_row[id]).abs().item())
+                    difference = abs(logprob - rounded_row[id].item())
+                    rounding, drift = rounded_row[id] - row[id], row[id] - own_row[id]
+                    compared.append((difference, abs(rounding.item()), abs(drift.item())))
             gaps.append((rounded_row.max() - rounded_row[step.token]).item())
-    return np.array(differences), np.array(roundings), np.array(drifts), np.array(gaps)
+    differences, roundings, drifts = np.reshape(compared, (-1, 3)).T
+    return differences, roundings, drifts, np.array(gaps)
 
 
 @torch.inference_mode()

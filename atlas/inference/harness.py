@@ -149,10 +149,6 @@ def _generation_options(kwargs: Mapping[str, Any]) -> tuple[Sampling, tuple[str,
         raise AtlasError(f"--tasks: generation_kwargs {reason}; supported are {supported}")
     if not (bool(temperature) if do_sample is None else do_sample):
         temperature = 0
-    sampling = Sampling(
-        temperature=float(1 if temperature is None else temperature),
-        top_k=int(top_k or 0),
-        top_p=float(top_p or 1),
-    )
+    sampling = Sampling(float(1 if temperature is None else temperature), int(top_k or 0), float(top_p or 1))
     stop = (until,) if isinstance(until, str) else tuple(until or ())
     return sampling, stop, int(max_gen_toks or max_new_tokens or DEFAULT_MAX_GEN_TOKS)

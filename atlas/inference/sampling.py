@@ -121,9 +121,8 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
             break  # the tokens after these are outside too
     kept = before < p
     kept[:, 0] = True
-    return logits.masked_fill(
-        ~torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, kept), -torch.inf
-    )
+    removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, ~kept)
+    return logits.masked_fill(removed, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

@@ -101,12 +101,13 @@ class Run:
     def _add(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            kind, _ = record["kind"], int(_number(record["step"]))  # raises ValueError for NaN
+            columns = self._columns.get(kind := record["kind"])  # raises TypeError for a list
+            int(_number(record["step"]))  # raises ValueError for NaN
         except (ValueError, KeyError, TypeError, RecursionError):
             self.unreadable += bool(line.strip())
             return
-        if kind in self._columns:
-            for name, values in self._columns[kind].items():
+        if columns:
+            for name, values in columns.items():
                 values.append(_number(record.get(name)))
         elif kind == "event":
             self.events.append(record)

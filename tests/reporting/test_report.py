@@ -278,6 +278,18 @@ def test_the_best_evaluation_need_not_be_the_last(tmp_path: Path) -> None:
     assert [found["step"] for found in evaluations] == [5, 3]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "7", '{"kind": ["train"], "step": 1}', '{"kind": "train", "step": NaN}', '{"step": 1}'],
+)
+def test_a_line_that_is_no_record_is_counted_and_left_out(line: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [train_record(1)])
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    run = Run(folder)
+    assert (run.last_step, run.unreadable) == (1, 1)
+
+
 def test_refresh_reads_added_lines_and_truncated_files(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [train_record(1)])
     live = Run(folder)

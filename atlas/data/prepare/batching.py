@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.text.sources import Group, SourceReport
 
 BATCH_CHARS = 1 << 19
 BATCH_PARTS = 4096
+Item = TypeVar("Item")
+Started = TypeVar("Started")
 
 
 class Position(NamedTuple):
@@ -65,3 +68,13 @@ def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> I
         batch.report.merge(found)
     batch.end = Position(len(texts))
     yield batch
+
+
+def start_ahead(start: Callable[[Item], Started], items: Iterable[Item], most: int) -> Iterator[Started]:
+    """What `start` returns for each item, in order. At most `most` are started before the oldest is yielded."""
+    under_way: deque[Started] = deque()
+    for item in items:
+        under_way.append(start(item))
+        if len(under_way) >= most:
+            yield under_way.popleft()
+    yield from under_way

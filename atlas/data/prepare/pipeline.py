@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,14 +23,7 @@ from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
 from atlas.data.prepare.workspace import Workspace, building, locked, refuse_foreign
-from atlas.data.shards import (
-    FORMAT_VERSION,
-    Manifest,
-    PreparedDataset,
-    SplitRecord,
-    open_dataset,
-    token_dtype,
-)
+from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
@@ -115,16 +108,13 @@ def prepare(
         return _Preparation(sources, tokenizer, options, WorkerPool(workers, engine)).run(target)
 
 
-def prepare_text_cached(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float, *, text_field: str = "text"
-) -> Path:
+def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
     """Return the dataset folder of plain text, prepared once for the same content, tokenizer and options.
 
     It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
     """
     with _file_errors():
-        sources = Sources(paths, text_field=text_field)
-        preparation = _Preparation(sources, tokenizer, _Options(val_fraction), WorkerPool())
+        preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
         return preparation.run(cache_folder() / "datasets" / preparation.key[:32]).dataset.folder
 
 
@@ -243,7 +233,7 @@ class _Preparation:
                     committed = time.monotonic()
         return report
 
-    def _require_text(self, splits: Mapping[str, SplitRecord], short: int) -> None:
+    def _require_text(self, splits: Collection[str], short: int) -> None:
         # The first of several copies is kept, so all were too short.
         if not splits and short:
             shortest = self.options.cleaning.min_chars
@@ -258,9 +248,7 @@ class _Preparation:
                 "give more text, or a smaller fraction"
             )
 
-    def _notes(
-        self, splits: Mapping[str, SplitRecord], rule: SplitRule, tokenizer: Tokenizer
-    ) -> Iterator[str]:
+    def _notes(self, splits: Collection[str], rule: SplitRule, tokenizer: Tokenizer) -> Iterator[str]:
         wanted = self.options.train_tokenizer
         if wanted and tokenizer.vocab_size < wanted:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from atlas.data.prepare.batching import Batch, Position, read_batches
+from atlas.data.prepare.batching import Batch, Position, read_batches, start_ahead
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded, Encoder
 from atlas.data.text.sources import Group
@@ -35,25 +34,11 @@ def encode_on_ray(
     )
     worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
     pool = itertools.cycle([worker.remote(encoder) for _ in range(workers)])
-    bundles = iter(_bundles(groups, rule, start))
-    readers: deque[Any] = deque()
-    under_way: deque[Any] = deque()
-
-    def batches() -> Iterator[Any]:
-        """References to batches in order, while some readers work ahead."""
-        while True:
-            while len(readers) < 2 * _AHEAD and (bundle := next(bundles, None)):
-                readers.append(read.remote(*bundle))
-            if not readers:
-                return
-            yield from readers.popleft()
-
-    for batch in batches():
-        under_way.append(next(pool).encode.remote(batch))
-        if len(under_way) >= _AHEAD * workers:
-            yield _fetch(ray, under_way.popleft())
-    while under_way:
-        yield _fetch(ray, under_way.popleft())
+    readers = start_ahead(lambda bundle: read.remote(*bundle), _bundles(groups, rule, start), 2 * _AHEAD)
+    batches = itertools.chain.from_iterable(readers)  # references to them, in order
+    results = start_ahead(lambda batch: next(pool).encode.remote(batch), batches, _AHEAD * workers)
+    for result in results:
+        yield _fetch(ray, result)
 
 
 class _Worker:

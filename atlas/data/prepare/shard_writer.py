@@ -23,7 +23,7 @@ class Extent(NamedTuple):
 
     tokens: int = 0
     documents: int = 0
-    num_bytes: int = 0
+    bytes: int = 0
 
 
 class SplitWriter:
@@ -67,7 +67,7 @@ class SplitWriter:
                 file.write((b"" if at else self._header(0)) + now.tobytes())
             end += len(now)
             tokens = tokens[len(now) :]
-        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.num_bytes + num_bytes)
+        self.extent = Extent(end, self.extent.documents + len(starts), self.extent.bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
         """Remove what was appended since `extent`."""
@@ -102,10 +102,7 @@ class SplitWriter:
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
-        tokens, documents, num_bytes = self.extent
-        if not tokens:
-            return None
-        return SplitRecord(documents=documents, tokens=tokens, bytes=num_bytes, shards=self.shards)
+        return SplitRecord(**self.extent._asdict(), shards=self.shards) if self.extent.tokens else None
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.npy"
@@ -124,7 +121,9 @@ class SplitWriter:
             file.write(self._header(tokens))
             flush_to_disk(file)
         documents = path.with_suffix(".docs.npy")
-        starts = self._starts_before(shard * self._shard_tokens + tokens)
+        done = sum(finished.documents for finished in self.shards)
+        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
+        starts = starts[: np.searchsorted(starts, shard * self._shard_tokens + tokens)]
         # Through memory: when NumPy itself writes to a full disk, its error does not have the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
@@ -139,9 +138,3 @@ class SplitWriter:
                 largest_id=int(np.load(path, mmap_mode="r", allow_pickle=False).max()),
             )
         )
-
-    def _starts_before(self, end: int) -> NDArray[np.int64]:
-        """The starts up to `end` that are in no shard yet."""
-        done = sum(shard.documents for shard in self.shards)
-        starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
-        return starts[: np.searchsorted(starts, end)]

@@ -29,7 +29,7 @@ def what_changed(
     before, now = _flat(manifest.options), _flat(options)
     differences = [
         *_text_differences(manifest, sources),
-        *_tokenizer_difference(manifest, tokenizer, options),
+        *_tokenizer_difference(manifest, tokenizer, options["train_tokenizer"]),
         *(f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]),
     ]
     return [f"{output} is rebuilt: {difference}" for difference in differences or ["it is damaged"]]
@@ -62,13 +62,10 @@ def _text_differences(manifest: Manifest, sources: Sources) -> list[str]:
     return differences if more <= 0 else [*differences[:_SHOWN], f"{more} more files differ"]
 
 
-def _tokenizer_difference(
-    manifest: Manifest, tokenizer: Tokenizer | None, options: Mapping[str, Any]
-) -> list[str]:
+def _tokenizer_difference(manifest: Manifest, tokenizer: Tokenizer | None, wanted: int | None) -> list[str]:
     before = manifest.options.get("train_tokenizer")
     was = f"one of {before:,} tokens, trained on the text" if before else str(manifest.tokenizer["name"])
     if tokenizer is None:
-        wanted = options["train_tokenizer"]
         return [] if before == wanted else [f"the tokenizer was {was}, is trained with {wanted:,} tokens"]
     if before is None and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
         return []

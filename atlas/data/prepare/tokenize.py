@@ -45,17 +45,15 @@ class Encoder:
 
     def __call__(self, parts: Sequence[Part]) -> Encoded:
         """Clean and tokenize the parts of a batch."""
-        texts, digests, num_chars, changes = [], [], [], dict[str, list[int]]()
+        texts, changes = [], dict[str, list[int]]()
         for part in parts:
             text, changed = self.cleaning.clean(part.text, starts_document=part.starts_document)
             for step, shorter in changed.items():
                 count = changes.setdefault(step, [0, 0])
                 count[0] += 1
                 count[1] += shorter
-            stripped = text.strip()
             texts.append(text)
-            num_chars.append(len(stripped))
-            digests.append(digest_of(stripped.encode()))
+        stripped = [text.strip() for text in texts]
         ids = self.tokenizer.encode_arrays(texts)
         end = np.array([self.tokenizer.eos_id], dtype=self.dtype)
         pieces: list[NDArray[Any]] = []
@@ -66,8 +64,8 @@ class Encoder:
             tokens=np.concatenate(pieces).astype(self.dtype) if pieces else end[:0],
             lengths=np.array([len(tokens) for tokens in ids], dtype=np.int64) + ends,
             num_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
-            num_chars=np.array(num_chars, dtype=np.int64),
-            digests=b"".join(digests),
+            num_chars=np.array([*map(len, stripped)], dtype=np.int64),
+            digests=b"".join(digest_of(text.encode()) for text in stripped),
             signatures=[minhash_of(text) for text in texts] if self.cleaning.near_dedup else None,
             changes=changes,
         )

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from atlas.data.prepare.batching import Batch, Position, read_batches
+from atlas.data.prepare.batching import Batch, Position, read_batches, start_ahead
 from atlas.data.prepare.split import Part, SplitRule
 from atlas.data.prepare.tokenize import Encoded, Encoder
 from atlas.data.prepare.workspace import WorkerKilled
@@ -93,15 +92,13 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
             yield batch, encoder(batch.parts)
         return
     with _pool(encoder, workers) as pool:
-        under_way: deque[tuple[Batch, Future[Encoded]]] = deque()
-        for batch in batches:
+
+        def submit(batch: Batch) -> tuple[Batch, Future[Encoded]]:
             # This may start processes, which must not receive Ctrl-C before they ignore it.
             with _signals_blocked():
-                under_way.append((batch, pool.submit(_encode, batch.parts)))
-            if len(under_way) >= _AHEAD * workers:
-                batch, future = under_way.popleft()
-                yield batch, _result(future, pool)
-        for batch, future in under_way:
+                return batch, pool.submit(_encode, batch.parts)
+
+        for batch, future in start_ahead(submit, batches, _AHEAD * workers):
             yield batch, _result(future, pool)
 
 

@@ -103,9 +103,8 @@ def read_conversations(
     if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
         held_out[:] = False
     train = _joined(str(path), itertools.compress(chats, ~held_out), tokenizer.eos_id)
-    val = (
-        _joined(str(path), itertools.compress(chats, held_out), tokenizer.eos_id) if held_out.any() else None
-    )
+    val_chats = [*itertools.compress(chats, held_out)]
+    val = _joined(str(path), val_chats, tokenizer.eos_id) if val_chats else None
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "

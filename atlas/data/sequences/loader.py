@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 from atlas.errors import DataError
 
-Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+Numbers = NDArray[np.int64]
+Batch = tuple[Tensor, ...]
+Order = Callable[[Numbers], Numbers]
 """Numbers of a run's sequences → the numbers of their windows."""
 
 _AHEAD = 2
@@ -47,7 +49,7 @@ class SequenceOrder:
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8, person=b"atlas-order").digest()
         self._seed_key = np.uint64(int.from_bytes(digest, "little"))
 
-    def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+    def __call__(self, sequences: Numbers) -> Numbers:
         """The windows of these sequences of the run, in their shape."""
         flat = np.asarray(sequences, dtype=np.uint64).reshape(-1)
         epoch, window = np.divmod(flat, np.uint64(self.num_windows))
@@ -89,7 +91,7 @@ def share_of_update(sequences_per_update: int, world_size: int) -> int:
 
 
 def batches(
-    dataset: Dataset[tuple[Tensor, ...]],
+    dataset: Dataset[Batch],
     order: Order,
     *,
     start: int,
@@ -99,7 +101,7 @@ def batches(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[Batch]:
     """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
     They are the dataset's columns stacked, (inputs, targets) or (inputs, targets, documents), each (N, T) int64, for
@@ -115,27 +117,24 @@ def batches(
     firsts = itertools.count(start + rank * share, sequences_per_update)
     updates = (np.arange(first, first + share) for first in itertools.islice(firsts, num_updates))
 
-    def read(sequences: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    def read(sequences: Numbers) -> Batch:
         # NumPy, since torch.stack would start a pool of OpenMP threads for every thread that reads.
         rows = zip(*(dataset[window] for window in order(sequences).tolist()), strict=True)
         columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
         return tuple(column.pin_memory() for column in columns) if pin_memory else columns
 
-    return _read_ahead(read, updates, num_threads=num_workers)
+    return _read_ahead(read, updates, num_workers)
 
 
 def _read_ahead(
-    read: Callable[[NDArray[np.int64]], tuple[Tensor, ...]],
-    updates: Iterator[NDArray[np.int64]],
-    *,
-    num_threads: int,
-) -> Iterator[tuple[Tensor, ...]]:
+    read: Callable[[Numbers], Batch], updates: Iterator[Numbers], num_threads: int
+) -> Iterator[Batch]:
     """The batches of `updates` in order, read by threads: page faults and copies do not hold Python's lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="atlas-read-ahead")
-    ahead: collections.deque[Future[tuple[Tensor, ...]]] = collections.deque()
+    ahead: collections.deque[Future[Batch]] = collections.deque()
     try:
         while True:
             for sequences in itertools.islice(updates, _AHEAD * num_threads - len(ahead)):

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from atlas.errors import DataError
@@ -42,6 +42,6 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         yield path
     finally:
         path.unlink(missing_ok=True)
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
+        with suppress(OSError):  # the nearest one that is not empty ends it
+            for folder in made:
                 folder.rmdir()

@@ -124,8 +124,8 @@ def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Pie
     """The articles of a text, each without the empty lines around it. Fills `report`."""
     chunks = iter(chunks)
     sample = _take_sample(chunks)
-    rule, report.doubt = _choose_rule("".join(sample).lstrip("\r\n"))
-    report.rule = rule.name
+    rule, doubts = _choose_rule("".join(sample).lstrip("\r\n"))
+    report.rule, report.doubt = rule.name, "; ".join(doubts) or None
     is_open, rest = False, ""  # whether pieces of an article are out, and the text that follows them
     searched = 0  # length of the text in which all gaps are known
     all_chunks = ((chunk, False) for chunk in itertools.chain(sample, chunks))
@@ -157,18 +157,18 @@ def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Pie
 
 def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Piece]:
     text = text.rstrip(_BLANKS)
-    if not (text or is_open):
-        return
-    report.articles += 1
-    yield from as_document([text], is_open=True)
+    if text or is_open:
+        report.articles += 1
+        yield from as_document([text], is_open=True)
 
 
-def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
+def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
     """Choose empty lines if the sample has many runs of them and a title follows most. Returns doubts as well."""
-    runs = [_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample)]
-    titles = sum(bool(line and _is_title(line[1])) for line in runs)
+    lines = (_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample))
+    runs = [line[1] if line else "" for line in lines]
+    titles = sum(map(_is_title, runs))
     if runs and len(sample) / (len(runs) + 1) <= _LONGEST_MEAN_ARTICLE and titles >= 0.8 * len(runs):
-        return _Rule(by_title=False), _doubt_about_runs([line[1] if line else "" for line in runs])
+        return _Rule(by_title=False), [*_doubts_about_runs(runs)]
     times = Counter(gap[1].strip() for gap in _BEFORE_SHORT_LINE.finditer(sample) if _is_title(gap[1]))
     headings = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
     rule = _Rule(by_title=True, headings=frozenset(headings))
@@ -177,23 +177,18 @@ def _choose_rule(sample: str) -> tuple[_Rule, str | None]:
         doubts.append(
             f"short lines that come again and again were taken for headings inside articles: {_most(headings)}"
         )
-    doubts += _doubts_about_titles(sample, rule)
-    return rule, "; ".join(doubts) or None
+    return rule, [*doubts, *_doubts_about_titles(sample, rule)]
 
 
-def _doubt_about_runs(lines: list[str]) -> str | None:
+def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
     """What speaks against an article after each run of empty lines. `lines` are the first ones behind the runs."""
-    doubts = []
     others = sum(not _is_title(line) for line in lines)
     if others > _DOUBTFUL_SHARE * len(lines):
-        doubts.append(
-            f"{others:,} of {len(lines):,} runs of empty lines in the beginning are not before a title"
-        )
+        yield f"{others:,} of {len(lines):,} runs of empty lines in the beginning are not before a title"
     times = Counter(line.strip() for line in lines if _is_title(line))
     recurring = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
     if recurring.total() > _DOUBTFUL_SHARE * len(lines):
-        doubts.append(f"titles that come again and again may be headings inside articles: {_most(recurring)}")
-    return "; ".join(doubts) or None
+        yield f"titles that come again and again may be headings inside articles: {_most(recurring)}"
 
 
 def _titles(sample: str, rule: _Rule) -> list[re.Match[str]]:
@@ -208,7 +203,8 @@ def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
     if not found:
         return
     in_all = f"of {len(found):,} titles in the beginning"
-    followed = sum(_is_followed_by_short_line(sample, title.end(1)) for title in found)
+    below = (_BEFORE_SHORT_LINE.match(sample, title.end(1)) for title in found)
+    followed = sum(_is_title(line[1]) for line in below if line)
     if followed > _DOUBTFUL_SHARE * len(found):
         yield f"{followed:,} {in_all} have another short line below them, as has a list"
     ends = [*(title.start() for title in found[1:]), len(sample)]
@@ -230,11 +226,6 @@ def _most(lines: Counter[str]) -> str:
 def _is_title(line: str) -> bool:
     line = line.strip()
     return 0 < len(line) <= TITLE_CHARS and not line.endswith(_CLOSING)
-
-
-def _is_followed_by_short_line(text: str, end: int) -> bool:
-    below = _BEFORE_SHORT_LINE.match(text, end)
-    return below is not None and _is_title(below[1])
 
 
 def _is_named_in(beginning: str, title: str) -> bool:
