@@ -65,7 +65,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= safetensors.torch.load_file(folder / file)
         except FileNotFoundError:
             raise ExportError(
-                f"{file} is in the index but missing in the folder: is the download complete?"
+                f"{file} is missing, but the index names it: is the download complete?"
             ) from None
         except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
@@ -83,7 +83,7 @@ def _weight_files(folder: Path) -> list[str]:
         return sorted(names)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ExportError(
-            "holds pickled weights, which can run code, so Atlas does not read them; save the model with safetensors "
+            "holds pickled weights, which can run code, so Atlas does not read them; save the model as safetensors "
             "(model.save_pretrained does)"
         )
     raise ExportError("has no model.safetensors and no model.safetensors.index.json")

@@ -350,7 +350,7 @@ def test_heads_and_epsilon_come_from_the_config_of_the_run(
         encoding="utf-8",
     )
     assert main(["import", "old.pt", "--config", "old.yaml"]) == 0
-    assert "taken as" not in capsys.readouterr().err
+    assert "assumes gelu" not in capsys.readouterr().err
     loaded = load_model("checkpoints/imported-old/atlas_best.pt")
     tokens = torch.arange(CONTEXT)[None] * 1000
     with torch.no_grad():

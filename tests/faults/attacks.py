@@ -371,7 +371,7 @@ PROGRAMS = {
     "list that holds itself": (b"]q\x00h\x00a", "deeper than 32 levels"),
     "lists of the same list, 10^30 in all": (
         b"]q\x00" + b"".join(b"]q" + bytes([n + 1]) + b"(" + b"h%c" % n * 10 + b"e" for n in range(30)),
-        "values, or deeper",
+        "values, or some deeper",
     ),
     "six million lists": (b"(" + b"]" * 6_000_000 + b"t", "instructions"),
     "no end": (b"]" + b"0", REFUSED),
@@ -827,7 +827,7 @@ for label, change, answer in [
         ),
         "is not ByteLevel",
     ),
-    ("normalizer", lambda c: c.update(normalizer={"type": "Replace"}), "by a normalizer"),
+    ("normalizer", lambda c: c.update(normalizer={"type": "Replace"}), "its normalizer changes the text"),
 ]:
     attack("tokenizer", label, answer)(tokenizer_with(change))
 
