@@ -63,7 +63,7 @@ def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
 
 
 TENSOR_NAMES = tables(gpt2=0, llama=0)
-"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's, `{}` being the block."""
+"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's name. `{}` is the block."""
 
 
 ROTATED: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
@@ -102,7 +102,7 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """Return `tokenizer` if a GGUF file can hold it and the model, and both have the same vocabulary size.
+    """Return `tokenizer` if a GGUF file can hold both it and the model, and their vocabularies have the same size.
 
     Raises `ExportError` otherwise.
     """

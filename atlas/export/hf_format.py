@@ -139,7 +139,7 @@ def _full_name(name: str, config: ModelConfig) -> str:
 
 
 def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """The tensor. A matrix of a linear layer of GPT-2, which Hugging Face stores as (in, out), is transposed."""
+    """Transpose the tensor if it is a matrix of a linear layer of GPT-2. Hugging Face stores these as (in, out)."""
     is_turned = config.gguf_architecture == "gpt2" and name.startswith("blocks.") and tensor.dim() == 2
     return (tensor.T if is_turned else tensor).contiguous()
 

@@ -1,9 +1,9 @@
 """Run a GGUF file in llama.cpp with the package `xllamacpp`, in a separate process.
 
-The process is separate because llama.cpp ends its process if it cannot run a file. It also writes to standard output
-and handles Ctrl-C itself. The separate process runs this module. It reads one JSON request from standard input, and
-writes one JSON answer as the last line of standard output. It sends requests to llama.cpp's HTTP server on the loopback
-interface, since no other function of the package can tokenize.
+The process is separate because llama.cpp ends its process if it cannot run a file. llama.cpp also writes to standard
+output and handles Ctrl-C itself. The separate process runs this module. The process reads one JSON request from
+standard input, and writes one JSON answer as the last line of standard output. The process sends requests to
+llama.cpp's HTTP server on the loopback interface, since no other function of the package can tokenize.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.evaluate import Evaluation, fixed_subset
 
 NUM_TOKENS = 4000
-"""The number of tokens that a file is evaluated on. It takes seconds for a small model, with an uncertainty of a few
-percent."""
+"""The number of tokens that a file is evaluated on. The evaluation of a small model takes seconds, and its uncertainty
+is a few percent."""
 
 LogProbs = NDArray[np.float64]
 """(tokens,): the log-probability of each predicted token of a sample, in order."""

@@ -16,10 +16,11 @@ weights changed the log-probabilities. The drift does not affect the verdict.
 The bound depends on the model, because llama.cpp rounds some numbers that PyTorch does not round. llama.cpp reads GELU
 from a table of f16 numbers. It also rounds the inputs of matrix products to the type of the weights, or to 8 bits if
 the weights are quantized. These roundings change a log-probability by 1e-4 in an untrained model. In a trained model of
-4 layers the change is 1e-3 (f32) or 2e-3 (f16). In a model that has memorized a text it is 9e-3 (f32) or 2e-2 (f16). So
-no fixed bound fits. Instead PyTorch runs once with these roundings and once in fp32, and the difference between the two
-runs is the unit. In 27 proofs of random models (x86-64, the three architectures, 9 types) llama.cpp differed from the
-rounded run by at most 1.2 units. The bound is 3 units, or 10 units with f16 weights, as some CPUs also add in f16.
+4 layers the change is 1e-3 (f32) or 2e-3 (f16). In a model that has memorized a text the change is 9e-3 (f32) or 2e-2
+(f16). So no fixed bound fits. Instead PyTorch runs once with these roundings and once in fp32, and the difference
+between the two runs is the unit. In 27 proofs of random models (x86-64, the three architectures, 9 types) llama.cpp
+differed from the rounded run by at most 1.2 units. The bound is 3 units, or 10 units with f16 weights, as some CPUs
+also add in f16.
 """
 
 from __future__ import annotations

@@ -107,6 +107,6 @@ class Decoder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for all captures on a device. Several streams would waste memory: cuBLAS keeps a workspace for
-    each."""
+    """The stream for all captures on a device. Several streams would waste memory: cuBLAS keeps a workspace for each
+    stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -85,7 +85,8 @@ def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
 
 
 def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Run the windows (ids) in one forward pass, and fill the empty `cache`. Return (B, V), each row's next logits.
+    """Run the windows (ids) in one forward pass, and fill the empty `cache`. Return (B, V), the logits of each row's
+    next token.
 
     Rows are padded on the right. No query attends to the padding.
     """

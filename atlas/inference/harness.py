@@ -126,7 +126,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 self.loaded,
                 [prompts[number][-room:] for number in batch],
                 sampling,
-                # The request's number gives the seed, so that its text does not depend on the batch.
+                # The request's number gives the seed, so that the generated text does not depend on the batch.
                 [row_generators(0, 1, first_row=number)[0] for number in batch],
                 max_tokens=max_tokens,
                 stop=stop,

@@ -1,7 +1,7 @@
 """A weight layout for decoding on a CPU: each thread reads its own part of a matrix, in memory order.
 
-The product of one row with a matrix reads every weight once, so it takes as long as that memory traffic. For a
-row-major matrix, PyTorch reads the matrix in only one thread.
+The product of one row with a matrix reads every weight once, so it takes as long as reading the matrix from memory. For
+a row-major matrix, PyTorch reads the matrix in only one thread.
 """
 
 from __future__ import annotations

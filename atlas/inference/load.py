@@ -89,7 +89,7 @@ class LoadedModel(ModelAndTokenizer):
         chat: bool = False,
     ) -> str:
         """The text that `atlas generate` prints for the same settings: `prompt` and its continuation, or with `chat`
-        only the answer. The same seed gives the same text. None draws a new seed for each call."""
+        only the answer. The same seed gives the same text. With `seed` None, each call draws a new seed."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if not isinstance(prompt, str):
             raise AtlasError(
@@ -129,8 +129,9 @@ class LoadedModel(ModelAndTokenizer):
         return torch.tensor([list(ids)], device=next(self.model.parameters()).device)
 
     def _for_decoding(self) -> LoadedModel:
-        """On a CPU, a copy with the weight layout of `atlas generate`, so that both round in the same way. Each call
-        makes a new copy, since the caller may change `model`. On other devices, the object itself."""
+        """On a CPU, a copy with the weight layout of `atlas generate`, so that this object and that command round in
+        the same way. Each call makes a new copy, since the caller may change `model`. On other devices, the object
+        itself."""
         if self.model.head_weight.device.type != "cpu":
             return self
         shared = {id(parameter): parameter for parameter in self.model.parameters()}

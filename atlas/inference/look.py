@@ -79,7 +79,7 @@ class NextToken:
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """The prediction of the model if `layer`, counted from 0, were its last. None stands for the embedding alone.
+    """The prediction of the model if `layer`, counted from 0, were its last layer. None stands for the embedding alone.
 
     `probability` and `rank` are those of the token that follows in the text, and None at its end. `entropy` is in bits.
     """

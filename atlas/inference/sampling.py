@@ -18,8 +18,8 @@ _FEW = 1024
 """The probabilities of this many likeliest tokens nearly always reach top-p's sum. Sorting the full vocabulary would
 take milliseconds."""
 _COLDEST = 1e-6
-"""The lowest divisor for logits. At lower temperatures only the likeliest token is drawn, and the division would
-overflow in fp32."""
+"""The lowest temperature that logits are divided by. At lower temperatures only the likeliest token is drawn, and the
+division would overflow in fp32."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
         ordered = probs.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
         if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
-            break  # all less likely tokens are outside too
+            break  # all less likely tokens are removed, too
     kept = before < p
     kept[:, 0] = True
     removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, ~kept)

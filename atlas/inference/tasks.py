@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from atlas.inference.harness import Track
 
 _RESAMPLES = 1000
-"""The number of bootstrap samples for the standard error of a metric that is not a mean. It gives two digits."""
+"""The number of bootstrap samples for the standard error of a metric that is not a mean. This number gives two digits
+of the error."""
 
 _DATA = (
     "a task of lm-eval downloads its data from huggingface.co; "
@@ -111,7 +112,7 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor a YAML file of one; {hint}")
         try:
             for part in wanted:
-                if not any(part in entries for entries in merged.values()):  # its group may have loaded it
+                if not any(part in entries for entries in merged.values()):  # else its group loaded the task
                     found = source.load(part)
                     for kind, entries in merged.items():
                         entries.update(found.get(kind, {}))

@@ -28,7 +28,8 @@ class ModelAndTokenizer:
 
 
 class TextStream:
-    """Incremental detokenization of one generation. `add` returns the text that may be shown now, `finish` the rest.
+    """Incremental detokenization of one generation. `add` returns the text that may be shown now, and `finish` returns
+    the rest.
 
     A character whose bytes are spread over several tokens is held back until it is complete. Text that may be the
     beginning of a stop string is also held back. The stop string itself is never shown.

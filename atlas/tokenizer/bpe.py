@@ -31,7 +31,7 @@ _UNSUPPORTED = (
     "ignore_merges",
 )
 
-# Without this setting the library warns at every fork of a data-loading process, although that never encodes.
+# Without this setting the library warns at every fork of a data-loading process, although that process never encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

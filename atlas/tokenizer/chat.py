@@ -1,4 +1,4 @@
-"""The template of a conversation. It is Zephyr's, and needs no special token except the end of text.
+"""Zephyr's template for conversations. It needs no special token except the end of text.
 
     <|user|>
     Who are you?<|endoftext|>

@@ -51,7 +51,7 @@ class ForeignTokenizer(HFTokenizerBase):
     @classmethod
     def from_file(cls, path: Path, refusal: AtlasError) -> ForeignTokenizer:
         """Read a tokenizer.json, and `eos_id` and `vocab_size` from the config.json beside it. Raises `refusal` if that
-        is missing or incomplete."""
+        config.json is missing or incomplete."""
         try:
             config = json.loads(read_limited(path.with_name("config.json"), limit=MAX_FILE_BYTES))
             eos_id, rows = config["eos_token_id"], config["vocab_size"]

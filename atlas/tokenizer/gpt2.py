@@ -71,7 +71,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return self._tiktoken.encode_ordinary(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """`encode` each text, with the quicker pattern if this gives the same ids."""
+        """`encode` each text, with the quicker pattern if that pattern gives the same ids."""
         arrays = [self._quick.encode_to_numpy(text, disallowed_special=()) for text in texts]
         # The indexes of texts with a run of blanks that GPT-2's pattern may split differently.
         wide = {

@@ -27,7 +27,7 @@ from atlas.training.logs.run_log import RunLog
 
 _SLOW_DISK = 100e6  # bytes per second
 _LONG_INTERVAL = 20.0  # seconds between saves
-_LONGEST_PAUSE, _SHORTEST_PAUSE = 8.0, 0.005  # seconds per second of work; seconds
+_LONGEST_PAUSE, _SHORTEST_PAUSE = 8.0, 0.005  # longest: seconds per second of work; shortest: seconds
 
 
 class Snapshot:
@@ -99,8 +99,8 @@ class BackgroundSaver:
     """
 
     is_sharded = False
-    """Whether each rank writes its own shards, instead of the first rank everything. If so, a process that exits does
-    not wait for its save, since the other ranks may be gone."""
+    """Whether each rank writes its own shards. Otherwise the first rank writes everything. With shards, a process that
+    exits does not wait for its save, since the other ranks may have exited."""
 
     def __init__(
         self, checkpoints: CheckpointManager, *, in_background: bool, log: RunLog | None = None
@@ -156,9 +156,9 @@ class BackgroundSaver:
     def save(self, contents: Mapping[str, Any], kinds: list[str], *, wait: bool) -> None:
         """Save `contents` under the names of `kinds`.
 
-        If the previous save is still being written, this save waits for it. Only a regular step save is skipped
-        instead, and the first skip is reported. A new best or the end of an epoch is never skipped, since it does not
-        come again.
+        If the previous save is still being written, this save waits for it. A regular step save is skipped in that
+        case, and only the first skip is reported. A save of a new best or of the end of an epoch is never skipped,
+        since the same state does not come again.
         """
         if self._is_busy() and kinds == ["step"] and not wait:
             self._report_skip(contents)

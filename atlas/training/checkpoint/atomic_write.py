@@ -62,8 +62,8 @@ def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manife
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:
     """Rename the file `staged` to `path` and write its sidecar.
 
-    A kill between any two steps leaves a valid checkpoint. Before the rename, the sidecar is replaced by one that
-    accepts both the new bytes and the old bytes, if any.
+    A kill between any two steps leaves a valid checkpoint. Before the rename, a new sidecar accepts both the new bytes
+    and the old bytes, if there are any.
     """
     old = read_manifest(path, check_hash=False)
     write_manifest(
@@ -76,7 +76,7 @@ def commit(staged: Path, path: Path, manifest: Manifest) -> None:
 
 
 class _HashingWriter:
-    """A file that computes the sha256 and size of the bytes written to it, so that nobody has to read them again."""
+    """A file that computes the sha256 and size of the bytes written to it, so that Atlas need not read them again."""
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file

@@ -42,7 +42,7 @@ def load_checkpoint(
     except CheckpointError as error:
         if not str(error).endswith(_ANOTHER):
             raise
-        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # which reads each file it tries
+        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # reads all bytes of each candidate
     if manifest is None:
         say(f"{path}: no sidecar to check its bytes against: {how}")
     return contents
@@ -104,7 +104,7 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Load a checkpoint's weights into `model`. If `model` has no low-rank updates, those in the checkpoint are merged.
+    """Load a checkpoint's weights into `model`. Merge its low-rank updates, unless `model` has low-rank updates.
 
     The weights are copied into the model's memory. A model on the meta device has no memory yet: its weights become the
     checkpoint's own tensors (in fp32), without a copy. Raises `CheckpointError` if a shape differs.

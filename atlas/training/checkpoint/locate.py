@@ -32,7 +32,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The path of the checkpoint that a user means. For a sharded one, it is the path of its sidecar without `.json`.
+    """The path of the checkpoint that a user means. For a sharded checkpoint, that is the sidecar's path without
+    `.json`.
 
     If there is no file `best_model.pt`, that name means `atlas_best.pt`. The user may omit `.pt`, or write `.json`
     instead. Raises `CheckpointError` if there is no such checkpoint.

@@ -151,7 +151,7 @@ class CheckpointManager:
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Make the folder `staged` if there is space for a sharded checkpoint of `needed` bytes. Return whether there
-        is."""
+        is enough space."""
         try:
             self.clean()
             if self._make_space(needed, step):
@@ -164,8 +164,8 @@ class CheckpointManager:
     def commit_shards(
         self, staged: Path, kinds: list[str], contents: Mapping[str, Any], files: tuple[FileEntry, ...]
     ) -> list[Path]:
-        """Rename the folder that the ranks wrote. For each kind, write a sidecar that names it. Return the checkpoints'
-        paths.
+        """Rename the folder that the ranks wrote. For each kind, write a sidecar that names the folder. Return the
+        checkpoints' paths.
 
         The folder is complete before a sidecar names it, and a sidecar is replaced atomically. So a kill leaves either
         the old or the new checkpoint.
@@ -190,7 +190,7 @@ class CheckpointManager:
         while folder in named:
             number += 1
             folder = self.folder / f"atlas_step_{step}-{number}"
-        remove_folder(folder)  # a kill may have left it without a sidecar
+        remove_folder(folder)  # a kill may have left a folder without a sidecar
         return folder
 
     def _remove_surplus(self, kinds: list[str]) -> None:
@@ -233,7 +233,8 @@ class CheckpointManager:
 def _describe(
     contents: Mapping[str, Any], kind: str, files: tuple[FileEntry, ...], folder: str | None = None
 ) -> Manifest:
-    """The manifest of a checkpoint: the fields that `contents` has under the same names, and those computed here."""
+    """The manifest of a checkpoint: the fields that `contents` has under the same names, and the fields computed
+    here."""
     loss = contents.get("loss")
     fields = {
         "model": contents["config"].get("model", {}),

@@ -22,7 +22,8 @@ FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 """The file of a sharded checkpoint that holds everything but the tensors."""
 LARGEST_COUNT = 2**48
-"""The largest count of updates or sequences. A run of a million sequences per second reaches it in nine years."""
+"""The largest count of updates or sequences. A run of a million sequences per second reaches this count in nine
+years."""
 _LARGEST_SIDECAR = 32 << 20  # enough for a checkpoint that thousands of ranks wrote
 
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -56,7 +57,7 @@ class Manifest(BaseModel):
     data_fingerprint: str
     initialized_from: str | None = None
     slim: bool = False
-    """Without optimizer state: it can be loaded, but a run cannot be resumed from it."""
+    """The checkpoint has no optimizer state: it can be loaded, but a run cannot resume from it."""
     folder: str | None = Field(None, pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
     """The folder of a sharded checkpoint's files. Several checkpoint names may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)

@@ -1,4 +1,4 @@
-"""Remove old checkpoints: if they are too many, too large, or fill the disk. The best is never removed."""
+"""Remove old checkpoints: if they are too many, too large, or fill the disk. The best checkpoint is never removed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find_space(folder: Path, found: Found, needed: int, *, max_total: int | None
     """Choose which checkpoints to remove for `needed` bytes. All checkpoints together may use `max_total` bytes.
 
     To free the disk, step checkpoints other than the newest two are chosen, the oldest first. To stay within
-    `max_total`, every checkpoint except the newest and the best may be chosen. If that is not enough, the result's
+    `max_total`, every checkpoint except the newest and the best may be chosen. If these are not enough, the result's
     `free` is less than `needed`.
     """
     steps = [entry for entry in found if entry[0].kind == "step"]

@@ -82,7 +82,7 @@ class TensorClaim:
 
 @dataclass(frozen=True)
 class _Name:
-    """The `module name` of an object that the pickle asks to import. It is never imported."""
+    """The `module name` of an object that the pickle asks to import. Atlas never imports the object."""
 
     name: str
 
@@ -180,7 +180,7 @@ def _run(program: bytes) -> Any:
             case "REDUCE":
                 arguments, function = stack.pop(), _expect(_Name, stack.pop())
                 stack.append(_dict_or_tensor(function.name, arguments))
-            case "BUILD":  # the version numbers of a state dict, which PyTorch stores as its attribute
+            case "BUILD":  # the attribute of a state dict that holds its version numbers
                 stack.pop()
                 _expect(dict, stack[-1])
             case name:

@@ -43,7 +43,7 @@ class ShardSaver(BackgroundSaver):
         self._group = dist.new_group(backend="gloo", timeout=timeout) if has_joined() else None
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Wait for the save in progress, but not after an error: another rank may be gone."""
+        """Wait for the save in progress, but not after an error, since another rank may have exited."""
         if kind is None:
             self.join()
 

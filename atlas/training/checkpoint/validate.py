@@ -28,7 +28,7 @@ from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT, Co
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
-_LARGEST_PICKLE = 160 << 20  # with a BPE that Atlas trained, it is mostly the tokenizer
+_LARGEST_PICKLE = 160 << 20  # with a BPE that Atlas trained, most bytes are the tokenizer's
 _LARGEST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
@@ -255,7 +255,7 @@ def _shapes(state: Any, key: object = "") -> Any:
 
 
 def _alike(group: Any, own: dict[str, Any]) -> bool:
-    """Whether a saved group has as many parameters as the optimizer's `own`, and the settings that both have agree.
+    """Whether a saved group has as many parameters as the optimizer's `own`, and whether their common settings agree.
 
     Two settings agree if their switches and strings are equal; their numbers may differ. (Another version of PyTorch
     has other settings.)

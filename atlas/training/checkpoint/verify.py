@@ -1,4 +1,4 @@
-"""Verify a checkpoint: every byte is as saved, no weight is missing, and all numbers are finite."""
+"""Verify that every byte of a checkpoint is as saved, that no weight is missing, and that all numbers are finite."""
 
 from __future__ import annotations
 

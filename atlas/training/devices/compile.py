@@ -1,4 +1,4 @@
-"""torch.compile: whether a run is compiled, and the message if it cannot be."""
+"""torch.compile: decide whether a run is compiled, and say why a machine cannot compile."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:
     """Compile each block in place. State-dict keys stay as they are, and equal blocks compile once for each shape.
 
     By default the compiler saves the outputs of norms and of the MLP's activation for the backward pass. With
-    `keeps_little` it recomputes them from the outputs of the matrix products. That saves a third of the memory and
-    costs 3 % more memory traffic; matrix products are computed once either way.
+    `keeps_little` the compiler recomputes these outputs from the outputs of the matrix products. This saves a third of
+    the memory and costs 3 % more memory traffic. In both cases, matrix products are computed once.
     """
     torch._functorch.config.aggressive_recomputation = keeps_little
-    # This would split each compiled graph so that DDP sends gradients earlier. Blocks compiled one by one allow that
-    # too.
+    # This option would split each compiled graph so that DDP sends gradients earlier. Blocks compiled one by one allow
+    # that too.
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -74,7 +74,7 @@ def filled_up(columns: Sequence[Tensor], size: int) -> list[Tensor]:
     """
     missing = size - len(columns[0])
     if missing == 0:
-        return list(columns)  # `F.pad` would copy them out of pinned memory
+        return list(columns)  # `F.pad` would copy the columns out of pinned memory
     pairs = zip(columns, (0, IGNORE_INDEX, 0), strict=False)
     return [F.pad(column, (0, 0, 0, missing), value=filling) for column, filling in pairs]
 

@@ -204,8 +204,8 @@ def _seed_of(*place: int | str) -> int:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """The properties of the machine that affect the bits of a result. If they equal those in a checkpoint, a resumed
-    run on a CPU gives the same bits."""
+    """The properties of the machine that affect the bits of a result. If a checkpoint has the same properties, a run
+    resumed from it on a CPU gives the same bits."""
     device = runtime.device
     name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
     return {
@@ -223,8 +223,8 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
-    """Set the number of threads that the checkpoint was trained with. Return a line for each other difference between
-    this machine and the saved one."""
+    """Set the number of threads that the checkpoint was trained with. Return a line for each difference that remains
+    between this machine and the saved one."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)

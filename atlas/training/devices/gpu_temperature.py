@@ -26,7 +26,7 @@ TOO_HOT = 85
 """At this temperature (°C) or above, Atlas advises better cooling or less load."""
 
 _SECONDS_BETWEEN_READINGS = 1.0
-_SECONDS_BETWEEN_CHECKS = 0.2  # a wait looks for a stop request this often
+_SECONDS_BETWEEN_CHECKS = 0.2  # between two checks for a stop request during a wait
 _SECONDS_BETWEEN_REMINDERS = 600.0
 
 # NVML's bits for the reasons why clocks are lower than they could be. Three reasons are left out: an idle card, clocks
@@ -70,7 +70,7 @@ class Reading:
 class GpuSensor:
     """Reads the sensors of one NVIDIA GPU, at most once per second.
 
-    `failure` is the error of NVML after it stopped answering, for example after a change of drivers. From then on every
+    `failure` is NVML's error after NVML stopped answering, for example after a change of drivers. From then on every
     reading is empty. `cool_down` sets `reported_failure` and `advised`, so that it reports a failure and a hot GPU only
     once each. `clock` has the functions `monotonic` and `sleep`, like the module `time`.
     """

@@ -24,7 +24,8 @@ _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of me
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that memory ran out. On a CPU PyTorch raises only a `RuntimeError`, known by its text."""
+    """Whether `error` means that memory ran out. On a CPU PyTorch raises only a `RuntimeError`, recognized by its
+    message."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
@@ -88,7 +89,7 @@ def _read(note: Path, key: str) -> Any:
 
 
 def _write(note: Path, key: str, value: float) -> None:
-    """Write to Atlas's cache folder. If that fails, the next run measures again."""
+    """Write to Atlas's cache folder. If the write fails, the next run measures again."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:

@@ -81,8 +81,8 @@ def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -
 def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
     """Nested dicts and lists, with every sharded tensor gathered to its full shape. Every rank must call this.
 
-    With `keep` false, this rank only helps the other ranks: it drops each full tensor immediately, and None replaces
-    it.
+    With `keep` false, this rank only helps the other ranks: it drops each full tensor immediately and returns None in
+    its place.
     """
 
     def gather(_: str, tensor: Any) -> Any:

@@ -50,7 +50,8 @@ class World:
         return self.sums_async(*numbers)()
 
     def sums_async(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
-        """Start `sums` and return a function that waits for the result. Until its call, this rank can continue."""
+        """Start `sums` and return a function that waits for the result. This rank can continue until it calls that
+        function."""
         together = torch.tensor(numbers, dtype=torch.float64)
         wait = self.all_reduce_async(together)
 

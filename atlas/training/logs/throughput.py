@@ -41,7 +41,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count."""
+        """A context whose time does not count in the rates."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before

@@ -19,7 +19,7 @@ from atlas.config import AtlasConfig, TrackingConfig
 from atlas.errors import AtlasError
 
 _MOST_WAITING = 1000
-"""The most records that may wait for a tracker. A run that logs an update every millisecond makes as many in a
+"""The most records that may wait for a tracker. A run that logs an update every millisecond produces this many in a
 second."""
 _SECONDS_TO_FINISH = 30.0
 
