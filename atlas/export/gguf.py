@@ -222,7 +222,7 @@ def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
     largest = tensor.abs().max().item()
     if not np.isfinite(largest):
-        raise ExportError(f"{name}: holds values that are not numbers; export an earlier checkpoint")
+        raise ExportError(f"{name}: holds values that are not finite; export an earlier checkpoint")
     if type is TensorType.F16 and largest > (limit := torch.finfo(torch.float16).max):
         raise ExportError(f"{name}: holds {largest:.3g}, more than f16's {limit:.0f}; use --quantize f32")
 
@@ -238,6 +238,6 @@ def _check_place(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output}: needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there; "
+            f"{output}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on its disk; "
             "free some space or choose another place"
         )

@@ -43,7 +43,7 @@ class _Header:
         tensors, entries = self._number(8), self._number(8)
         if max(tensors, entries) > _MOST_ENTRIES:
             raise ValueError(
-                f"it claims {tensors:,} tensors and {entries:,} entries, beyond {_MOST_ENTRIES:,}"
+                f"it claims {tensors:,} tensors and {entries:,} entries, more than {_MOST_ENTRIES:,}"
             )
         for _ in range(entries):
             self._skip_text(_LONGEST_NAME)
@@ -72,7 +72,7 @@ class _Header:
                 raise ValueError("it holds lists of lists")
         self._values += count
         if self._values > MOST_VALUES:
-            raise ValueError(f"its metadata claim {self._values:,} values, beyond {MOST_VALUES:,}")
+            raise ValueError(f"its metadata claim {self._values:,} values, more than {MOST_VALUES:,}")
         if kind is Kind.STRING:
             for _ in range(count):
                 self._skip_text(self._size)

@@ -111,5 +111,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path.name}: cannot be read: {error!s:.200}") from None
     if not isinstance(content, dict):
-        raise ExportError(f"{path.name}: is not an object")
+        raise ExportError(f"{path.name}: is not a JSON object")
     return content

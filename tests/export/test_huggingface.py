@@ -290,7 +290,7 @@ def broken(folder: Path, what: str) -> None:
         ("cut off", "model.safetensors: cannot be read"),
         ("no weights", "has no model.safetensors"),
         ("no config", "has no config.json"),
-        ("no object", "config.json: is not an object"),
+        ("no object", "config.json: is not a JSON object"),
         ("no tokenizer", "name its tokenizer with --tokenizer"),
     ],
 )

@@ -233,10 +233,9 @@ class BackgroundSaver:
         step, size = contents["step"], tensor_bytes(contents)
         seconds = time.perf_counter() - self._began
         self.checkpoints.say(
-            f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB in more "
-            f"than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s), and this one falls due after "
-            f"{seconds:.1f} s. If that happens often, raise checkpoint.save_interval or set "
-            "checkpoint.background=false. This is reported once"
+            f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB have "
+            f"taken more than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s). If that happens often, "
+            "raise checkpoint.save_interval or set checkpoint.background=false. This is reported once"
         )
 
 

@@ -44,7 +44,7 @@ def load_checkpoint(
             raise
         raise CheckpointError(f"{error}{_alternatives(path)}") from None  # reads all bytes of each candidate
     if manifest is None:
-        say(f"{path}: no sidecar to check its bytes against: {how}")
+        say(f"{path}: has no sidecar: {how}")
     return contents
 
 
@@ -62,7 +62,7 @@ def compare_bytes(
         if shards is None:
             check_zip(path, remedy=remedy)
         advance(checkpoint_size(path))
-        how = "checksums inside the file as saved" if shards is None else "its bytes not compared"
+        how = "the checksums inside the file match" if shards is None else "its bytes were not compared"
         return f"{how} (no {sidecar.name} beside it)", None
     if manifest := read_manifest(path, check_hash=True, advance=advance):
         return "sha256 as saved", manifest

@@ -24,7 +24,8 @@ class FolderLock:
         file = try_to_lock(path)
         if file is None:
             raise CheckpointError(
-                f"{folder}: another run is writing to it{_owner(path)}: wait for it, or choose another --output-dir"
+                f"{folder}: another run is writing to this folder{_owner(path)}: wait until that "
+                "run ends, or choose another --output-dir"
             )
         self._file = file
         owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}

@@ -141,7 +141,7 @@ class CheckpointManager:
             for path in surplus(self.found(), "step", RESUMABLE) if self.slim_old else ():
                 drop_optimizer_state(path)
         except OSError as error:
-            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            self.say(f"no checkpoint saved: {error.strerror or error}; the existing checkpoints stay")
         except Abandoned:
             pass
         finally:
@@ -158,7 +158,7 @@ class CheckpointManager:
                 staged.mkdir()
                 return True
         except OSError as error:
-            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            self.say(f"no checkpoint saved: {error.strerror or error}; the existing checkpoints stay")
         return False
 
     def commit_shards(

@@ -185,7 +185,7 @@ def _run(program: bytes) -> Any:
                 _expect(dict, stack[-1])
             case name:
                 raise NotPlainError(f"it holds the instruction {name}")
-    raise NotPlainError("it does not end")
+    raise NotPlainError("it has no STOP instruction")
 
 
 def _expect(kind: Any, value: Any) -> Any:

@@ -80,7 +80,7 @@ class ShardSaver(BackgroundSaver):
                 return self.checkpoints.commit_shards(staged, kinds, contents, files)
             except (OSError, CheckpointException) as error:
                 reason = str(error).strip().splitlines()[-1]
-                self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the ones that are there stay")
+                self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the existing checkpoints stay")
                 return []
 
         return write

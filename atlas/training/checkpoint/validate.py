@@ -170,7 +170,9 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
     """Read the bytes of a storage, in pieces, into the memory of a new tensor. `zipfile` compares the checksum."""
     record = archive.getinfo(f"{folder}/data/{storage.key}")
     if record.file_size != storage.num_bytes:
-        raise NotPlainError(f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,}")
+        raise NotPlainError(
+            f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,} bytes"
+        )
     buffer = torch.empty(storage.num_bytes, dtype=torch.uint8)
     view = memoryview(buffer.numpy().data)
     with archive.open(record) as file:

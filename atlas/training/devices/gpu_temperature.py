@@ -200,8 +200,8 @@ def cool_down(
     elif limit is None and (temperature or 0) >= TOO_HOT and not sensor.advised:
         sensor.advised = True
         say(
-            f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable; this is more: clean the "
-            "fans, improve the air flow, or lower the load: a smaller training.micro_batch_size, "
+            f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable. This GPU is hotter: clean "
+            "the fans, improve the air flow, or lower the load: a smaller training.micro_batch_size, "
             "training.gradient_checkpointing, a shorter model.max_seq_len; guard.max_gpu_temp makes training wait"
         )
     if sensor.failure is not None and not sensor.reported_failure:

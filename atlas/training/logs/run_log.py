@@ -81,7 +81,7 @@ class RunLog:
             self.console = Console(quiet=True)
             reason = error.strerror or type(error).__name__
             self._write_to_log(
-                f"the console cannot be written to any more ({reason}): the run continues, and is logged here"
+                f"the console cannot be written to any more ({reason}): the run continues, and its log is in this file"
             )
 
     def rewind(self, step: int) -> None:

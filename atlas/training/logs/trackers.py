@@ -98,7 +98,7 @@ class Tracker:
             was_dropped, self._is_dropped = self._is_dropped, True
         if not was_dropped:
             self._say(
-                f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has everything"
+                f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has all records"
             )
 
 
