@@ -934,7 +934,7 @@ for label, make, answer in [
     ("2^62 tensors", gguf_of(entries=0, tensors=2**62), "it claims"),
     ("name of 2^62 bytes", gguf_of(2**62), "claims 4,611,686,018,427,387,904 bytes"),
     ("text of 2^62 bytes", gguf_of(KEY, u32(8), 2**62), "claims 4,611,686,018,427,387,904 bytes"),
-    ("list of 2^62 bytes", gguf_of(KEY, u32(9), u32(0), 2**62), "beyond 4,000,000"),
+    ("list of 2^62 bytes", gguf_of(KEY, u32(9), u32(0), 2**62), "more than 4,000,000"),
     ("list of 3 million numbers that are not there", gguf_of(KEY, u32(9), u32(4), 3_000_000), "cut off"),
     ("lists of lists", gguf_of(KEY, *([u32(9), u32(9), 1] * 3)), "lists of lists"),
     ("unknown kind", gguf_of(KEY, u32(77)), "77"),
