@@ -1,4 +1,4 @@
-"""Atlas: from raw text to a GPT that llama.cpp runs, every step in the open."""
+"""Atlas trains GPT models from raw text, and exports them to files that llama.cpp runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def load(
 ) -> LoadedModel:
     """Load a trained model, for generation (`generate`) and inspection (`logits`).
 
-    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError`, like the command.
+    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError` where the command would print an
+    error.
     """
-    from atlas.inference import load_model  # PyTorch comes with it, and takes a second
+    from atlas.inference import load_model  # this imports PyTorch, which takes a second
 
     return load_model(checkpoint, device=device, dtype=dtype, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""`python -m atlas`, which torchrun starts, and the entry of every script in `scripts/`."""
+"""The entry point of `python -m atlas`, which torchrun starts, and of every script in `scripts/`."""
 
 import os
 import sys

@@ -1,9 +1,9 @@
 """The errors that the user can fix.
 
-An `AtlasError` carries one line that names the value, the reason and the remedy. The command line prints it and exits
-with 2. Its subclasses say which part of Atlas refused, for code that calls Atlas from Python. `explain` makes such a
-line of an error that Atlas did not expect and that the user's files or machine caused. Any other exception is a bug in
-Atlas and shows its traceback.
+An `AtlasError` carries one line that names the value, the reason and the remedy. The command line prints this line and
+exits with code 2. The subclasses of `AtlasError` name the part of Atlas that failed, for code that calls Atlas from
+Python. `explain` returns such a line for an unexpected error that the user's files or machine caused. Any other
+exception is a bug in Atlas and shows its traceback.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 _FAULTS_OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
-"""A read or write that fails for one of these has no file name."""
+"""Error codes of a disk that is full or fails. The `OSError` of a failed read or write carries no file name."""
 _DEEPEST_CALL = 100
-"""Frames of Atlas in a traceback. Where there are more, Atlas itself recurses without end."""
+"""A `RecursionError` whose traceback has `_DEEPEST_CALL` or more frames of Atlas is a bug in Atlas."""
 
 
 class AtlasError(Exception):
@@ -44,26 +44,27 @@ class CheckpointError(AtlasError):
 
 
 class ExportError(AtlasError):
-    """A model that cannot be exported or imported, or an export whose proof failed."""
+    """A model that cannot be exported or imported, or an export that failed its proof in llama.cpp."""
 
 
 class EndedElsewhere(Exception):
-    """Ends this process of a run because another one has failed and has printed why."""
+    """Ends this process because another process of the run has failed and has printed the reason."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end.
+    """Raised when a signal asks the process to end.
 
-    A class of its own because CPython, where a plain KeyboardInterrupt has passed through code that it executes
-    from a text, may end by SIGINT whatever exit code was asked for: seen in 4 of 16 runs that were interrupted
-    while modules were loaded.
+    The class is separate because of CPython: after a plain `KeyboardInterrupt` passes through `exec` or `eval` of a
+    string, the process may end by SIGINT, whatever exit code it requests. CPython ended by SIGINT in 4 of 16 runs that
+    were interrupted while modules were loading.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that gives a reason, at most 200 characters; else the name of its class.
+    """Return the first line of an error's message that gives a reason, cut to 200 characters, or the error's class
+    name.
 
-    PyTorch's compiler puts a line with its backend before the reason, and gloo a place in PyTorch's source.
+    PyTorch's compiler prints a line with its backend before the reason; gloo prints a location in PyTorch's source.
     """
     lines = (re.sub(r"^\[\S+\] ", "", line.strip()) for line in str(error).splitlines())
     reasons = (line for line in lines if line and not line.endswith("raised:"))
@@ -71,7 +72,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Ask for the known name that is closest to a wrong one; `otherwise` if none is close."""
+    """Return a question that suggests the known name closest to `name`, or `otherwise` if none is close."""
     close = difflib.get_close_matches(name, [*known], n=1)
     return f"did you mean {close[0]}?" if close else otherwise
 
@@ -79,8 +80,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def explain(error: BaseException) -> str | None:
     """Return one line with value, reason and remedy for an error that the user's files or machine caused, else None.
 
-    These are: `MemoryError`; `RecursionError` in a parser, which Atlas called, but not in Atlas itself; `OSError` for a
-    file outside the package, or for a disk that is full or fails.
+    Such errors are `MemoryError`, some kinds of `OSError`, and `RecursionError` in a parser that Atlas called, but not
+    in Atlas itself. An `OSError` is explained if it names a file outside the package, or if a disk is full or fails.
     """
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if frame.is_relative_to(_PACKAGE)]

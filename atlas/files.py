@@ -1,6 +1,6 @@
-"""Files, for every room: opening and reading what may come from a stranger; hashing, flushing and locking.
+"""Work with files: open and read files that may be untrusted; hash, flush and lock files.
 
-Only regular files are opened, since a pipe or a device would block for ever. They are read up to a limit, since the
+Only regular files are opened, since a pipe or a device would block forever. Files are read up to a limit, since the
 sizes in a header may be false.
 """
 
@@ -24,8 +24,9 @@ import platformdirs
 
 from atlas.errors import AtlasError
 
-# Record locks rather than flock: forks that read data ahead would hold a flock for seconds after their parent was
-# killed. They work over NFS, too. On Windows the locked byte lies behind the text, so others can read that.
+# Atlas uses record locks instead of flock. Forked processes that read data ahead would hold a flock for seconds after
+# their parent was killed. Record locks work over NFS, too. On Windows the locked byte is behind the end of the text, so
+# other processes can read the text.
 if sys.platform == "win32":
     import msvcrt
 
@@ -42,12 +43,12 @@ else:
 
 _CHUNK = 1 << 20
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""Codes for a lock that another process holds."""
+"""Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
 
 
 def check_regular(path: Path) -> int:
-    """Return the size of a file; links are followed. Raises `OSError` for what is no regular file."""
+    """Return the size of a file in bytes; links are followed. Raises `OSError` unless it is a regular file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -58,8 +59,8 @@ def check_regular(path: Path) -> int:
 def explain_failed_write(
     place: object, remedy: str, *, kind: type[AtlasError] = AtlasError, problem: str = "cannot be written"
 ) -> Iterator[None]:
-    """Within this context an `OSError` becomes an error of class `kind`: the place, the problem with the system's
-    reason, the remedy."""
+    """Turn an `OSError` raised within this context into an error of class `kind`. The message of that error gives the
+    place, the problem with the system's reason, and the remedy."""
     try:
         yield
     except OSError as error:
@@ -67,17 +68,18 @@ def explain_failed_write(
 
 
 def read_limited(path: Path, *, limit: int) -> bytes:
-    """Return the content of a regular file. Raises `OSError`, before reading, for one of more than `limit` bytes."""
+    """Return the content of a regular file. Raises `OSError`, before reading, if the file has more than `limit`
+    bytes."""
     size = check_regular(path)
     if size > limit:
-        reason = f"is {size:,} bytes long, where {limit:,} are the most that make sense"
+        reason = f"is {size:,} bytes long, more than the {limit:,} that are allowed"
         raise OSError(errno.EFBIG, reason, str(path))
     with path.open("rb") as file:
-        return file.read(size)  # not the limit: Python allocates all that it is asked for
+        return file.read(size)  # not `limit`: Python allocates the full requested size
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
-    """The hash in hex. `advance` receives the number of bytes read, piece by piece."""
+    """Return the SHA-256 of a file in hex. `advance` receives the number of bytes read, piece by piece."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -85,19 +87,20 @@ def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) ->
                 digest.update(chunk)
                 advance(len(chunk))
     except OSError as error:
-        error.filename = str(path)  # a read that fails does not name its file
+        error.filename = str(path)  # the error of a failed read does not name the file
         raise
     return digest.hexdigest()
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """Flush Python's buffer and the system's."""
+    """Flush a file from Python's buffer and the system's to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call and needs none."""
+    """Flush a folder to the disk, which makes a rename in it durable. Windows has no call to flush a folder, and needs
+    none."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -109,11 +112,11 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file's path beside `path`. What is written there replaces `path` at the end, complete and
-    flushed to the disk; it is removed after an error."""
+    """Yield the path of a temporary file beside `path`. At the end the temporary file, complete and flushed to the
+    disk, replaces `path`. After an error the temporary file is removed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.unlink(missing_ok=True)  # a link of that name would lead the bytes out of the folder
+        temporary.unlink(missing_ok=True)  # a link with that name would make Atlas write outside the folder
         yield temporary
         with open(temporary, "rb+") as file:
             flush_to_disk(file)
@@ -124,10 +127,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
-    """Let `write` make the files `names` in a folder that then appears as `folder`, complete or not at all.
+    """Create `folder` with the files `names`, complete or not at all. `write` makes the files in a temporary folder.
 
-    An existing folder that holds nothing else is replaced. Raises `AtlasError` for a folder with other files, and where
-    it cannot be written.
+    An existing folder that holds only files with these names is replaced. Raises `AtlasError` if the folder holds other
+    files or cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
@@ -150,15 +153,16 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:
-    """Return the file, created if needed, open and locked until it is closed or the process ends in any way.
+    """Open and lock a file, which is created if needed. The lock ends when the file is closed or the process ends.
 
-    Returns None while another process holds the lock, or if that removed the file meanwhile. Raises `OSError`.
+    Returns None while another process holds the lock, or if that process has removed the file meanwhile. Raises
+    `OSError` for any other failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("ab")
     except PermissionError:
-        if os.name == "nt" and path.exists():  # there a file that is just being removed gives this
+        if os.name == "nt" and path.exists():  # Windows raises this for a file that is just being removed
             return None
         raise
     try:
@@ -174,7 +178,8 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
 
 
 def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
-    """Open a zip whose directory has at most `directory_limit` bytes and whose members do not overlap.
+    """Open a zip archive. The archive's directory must have at most `directory_limit` bytes, and its members must not
+    overlap.
 
     Raises `zipfile.BadZipFile`, `ValueError` or `OSError`.
     """
@@ -187,15 +192,16 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
     starts = [member.header_offset for member in members]
     for member, (start, following) in zip(members, itertools.pairwise([*starts, size]), strict=True):
         if start < 0 or start + _LOCAL_HEADER_BYTES + member.compress_size > following:
-            raise zipfile.BadZipFile(f"member {member.orig_filename!r:.80} overlaps what follows it")
+            raise zipfile.BadZipFile(f"member {member.orig_filename!r:.80} overlaps the data after it")
     return archive
 
 
 class LimitedReads(io.BufferedReader):
     """A seekable stream that refuses any single read of more than `limit` bytes.
 
-    `zipfile` reads a directory and `tarfile` a header in one read, of the size that the file itself gives. `size` is
-    the stream's length, for `zipfile`, which searches the rest of the stream for the directory.
+    `zipfile` reads a directory in one read, and `tarfile` reads a header in one read. In both cases the file itself
+    gives the size of the read. `zipfile` needs `size`, the length of the stream, because it searches the rest of the
+    stream for the directory.
     """
 
     def __init__(self, stream: Any, limit: int, size: int = 0) -> None:
@@ -203,7 +209,7 @@ class LimitedReads(io.BufferedReader):
         self._limit, self._size = limit, size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Raises `ValueError` for a read that is too large."""
+        """Read up to `size` bytes. Raises `ValueError` for a read that is too large."""
         if size is None or size < 0:
             size = max(0, self._size - self.tell())
         if size > self._limit:

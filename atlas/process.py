@@ -10,27 +10,28 @@ import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""glibc's `malloc.h`."""
+"""Parameters of `mallopt`, from glibc's `malloc.h`."""
 KEPT_BELOW = 32 << 20
-"""Malloc keeps freed blocks of fewer bytes."""
+"""Malloc keeps freed blocks of fewer bytes than `KEPT_BELOW`."""
 _NVIDIA_DRIVER = "/dev/nvidiactl"
-"""Exists with Linux's own driver. Under WSL 2 and with ROCm expandable segments may fail at the first allocation
-(pytorch/pytorch#192330, #192259)."""
+"""A file that exists with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, expandable segments may fail at
+the first allocation (pytorch/pytorch#192330, #192259)."""
 _ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 _BUSY_CORES, _LOOK = 0.5, 0.1
-"""Another program computes if this many cores worked for so many seconds while this process waited, and on average of
-the last minute as well."""
+"""Another program counts as computing if `_BUSY_CORES` cores were busy while this process waited `_LOOK` seconds, and
+also on average over the last minute."""
 
 
 def set_up_process() -> None:
-    """Set everything up. Call it before PyTorch is imported, since PyTorch's threads read their setting once."""
+    """Apply all settings. Call this function before PyTorch is imported, since PyTorch's threads read their setting
+    once."""
     if sys.platform == "linux":
         keep_memory()
-        # PyTorch then aligns tensors of 2 MB and more to the system's large pages and requests those: one page fault
-        # instead of 512.
+        # With `THP_MEM_ALLOC_ENABLE` PyTorch aligns tensors of 2 MB and more to the system's large pages, and requests
+        # such pages. A large page causes one page fault instead of 512.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if os.path.exists(_NVIDIA_DRIVER) and not {_ALLOCATOR, _OLD_ALLOCATOR} & os.environ.keys():
-            # Growing segments of GPU memory leave no gaps between them, into which nothing else would fit.
+            # Segments of GPU memory that can grow leave no gaps that are too small for anything else.
             os.environ[_ALLOCATOR] = "expandable_segments:True"
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()
@@ -39,22 +40,22 @@ def set_up_process() -> None:
 def keep_memory() -> None:
     """Let malloc keep freed blocks for the next update, which needs the same sizes.
 
-    By default it returns blocks of some megabytes to the system and gets them again page by page, zeroed: hundreds of
-    thousands of page faults per update.
+    By default malloc returns blocks of some megabytes to the system and gets them back page by page, zeroed. The result
+    is hundreds of thousands of page faults per update.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    # Both or neither: with only one of them set, malloc no longer adapts the other.
-    # Larger blocks are returned: among smaller ones they would leave holes that nothing fills.
+    # Set both thresholds or neither: if only one is set, malloc no longer adapts the other. Larger blocks go back to
+    # the system: among smaller blocks they would leave holes that nothing fills.
     if mallopt and mallopt(_M_MMAP_THRESHOLD, KEPT_BELOW):
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _share_the_cores() -> None:
-    """If another program computes, let PyTorch's waiting threads sleep soon.
+    """If another program is computing, let PyTorch's waiting threads sleep soon.
 
-    They wait for each other hundreds of times per update. By default they spin meanwhile, which is fastest on an idle
-    machine. If the awaited thread has lost its core to another program, spinning lasts until the scheduler's next turn
-    (benchmarks/busy_machine.py).
+    PyTorch's threads wait for each other hundreds of times per update. By default a waiting thread spins, which is
+    fastest on an idle machine. If the awaited thread has lost its core to another program, the spinning lasts until the
+    scheduler runs that thread again (benchmarks/busy_machine.py).
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""What the user sees during the work, on standard error: lines, and on a terminal a progress bar in bytes."""
+"""Progress for the user on standard error: lines, and on a terminal a progress bar in bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def notify(line: str) -> None:
 
 @contextmanager
 def byte_progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar for `total` bytes. Yields the function to call with the number of bytes that were done."""
+    """Show a bar for `total` bytes. Yields a function to call with the number of bytes that were just processed."""
     console = Console(stderr=True)
     kinds = (progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *(kind() for kind in kinds))

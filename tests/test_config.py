@@ -460,8 +460,8 @@ def test_a_config_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.M
     for wanted, message in {
         "smal": "smal: no such preset; did you mean small?",
         "my_confg.yaml": "my_confg.yaml: no such config file; did you mean my_config.yaml?",
-        "configs/default.yaml": "the preset goes by name: --config default",
-        "qqq.yaml": "take a file, or a preset (nano, modern-nano, tiny, modern, small, default, large, xlarge, ultra)",
+        "configs/default.yaml": "to use the preset, give its name: --config default",
+        "qqq.yaml": "give a file, or a preset (nano, modern-nano, tiny, modern, small, default, large, xlarge, ultra)",
     }.items():
         with pytest.raises(AtlasError) as caught:
             find_config(wanted)

@@ -1,8 +1,9 @@
-"""`atlas <command>`: one small module per command, imported only when it is called.
+"""The `atlas` command. Each subcommand has its own module, which is imported only when the user calls the subcommand.
 
-Each module has one function with the command's name, whose typer annotations are its options. It imports what it needs
-inside the function, so that `atlas --help` does not load PyTorch and takes less than a second. This file turns a user's
-mistake, in the command or in a file that it names, into one line and exit code 2.
+Each module has one function with the command's name. The function's typer annotations define the command's options. The
+function imports other modules inside its body, so that `atlas --help` does not load PyTorch and takes less than a
+second. For a mistake in the command line, or in a file that the command names, this file prints one line and returns
+exit code 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from atlas.errors import AtlasError, EndedElsewhere, Interrupted, explain
 from atlas.process import set_up_process
 from atlas.version import __version__
 
-# In the order in which a user needs them.
+# The commands in the order in which a user needs them.
 COMMANDS = {
     "prepare": "Turn text into token shards.",
     "train": "Train a model, or resume a run.",
@@ -34,25 +35,25 @@ COMMANDS = {
     "look": "Show how a model reads a text, and how it chooses the next token.",
     "serve": "Start an OpenAI-compatible server for a trained model.",
     "evaluate": "Measure loss, perplexity and bits per byte on a text, or scores in tasks of lm-eval.",
-    "report": "Write a page with the curves and results of runs, which opens without a network.",
-    "export": "Write a GGUF file and prove it in llama.cpp, or a folder for Hugging Face's transformers.",
-    "import": "Make a checkpoint from a public model in Hugging Face's format, or from one of Atlas 1.x.",
+    "report": "Write an HTML page with the curves and results of runs.",
+    "export": "Write a GGUF file and verify it in llama.cpp, or a folder for Hugging Face's transformers.",
+    "import": "Make a checkpoint from a public model in Hugging Face's format, or from an Atlas 1.x checkpoint.",
     "info": "Describe a checkpoint, dataset, tokenizer, GGUF or config file.",
-    "plan": "Estimate memory, disk, tokens and time of a config, before any work.",
+    "plan": "Estimate the memory, disk space, tokens and time that a config needs.",
     "doctor": "Show what this machine can do, and what to fix.",
-    "pipeline": "Run all steps in one command, with questions or without.",
+    "pipeline": "Run all steps from text to a model in one command.",
 }
 
 _COMPUTE = {"train", "generate", "look", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
-"""Functions of commands whose name is a keyword of Python."""
+"""Command → the name of its function and module, for commands whose name is a keyword of Python."""
 
-# The parser raises click's UsageError, which newer versions of typer contain under another name.
+# The parser raises click's UsageError. Newer versions of typer contain a copy of this class under another name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `atlas` with `argv` (default: the process's) and return the exit code."""
+    """Run `atlas` with `argv` (default: the arguments of the process) and return the exit code."""
     _speak_utf8()
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_command = f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
         say(f"error: {_usage_problem(error, argv, invoked)}; see {help_command}")
         return USER_MISTAKE
-    except (typer.Abort, KeyboardInterrupt):  # an Abort also at a question, or at the end of its input
+    except (typer.Abort, KeyboardInterrupt):  # at a question, the end of input also raises Abort
         say("interrupted")
         return INTERRUPTED
     except EndedElsewhere:
@@ -85,10 +86,10 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Within, SIGTERM, SIGHUP and, on Windows, SIGBREAK raise what Ctrl-C raises. So unfinished work is cleaned up.
+    """Inside this context, SIGTERM, SIGHUP and, on Windows, SIGBREAK raise the same exception as Ctrl-C.
 
-    Training replaces these handlers by its own and restores them. Outside the main thread Python allows no handlers, so
-    nothing changes.
+    The exception lets commands clean up unfinished work. Training replaces these signal handlers by its own handlers
+    and restores them. Outside the main thread, where Python allows no signal handlers, the context has no effect.
     """
     with ExitStack() as previous:
         if threading.current_thread() is threading.main_thread():
@@ -101,7 +102,8 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _build_app(invoked: str | None) -> typer.Typer:
-    """The typer app. It imports only the invoked command's module; the other commands have only their help line."""
+    """Return the typer app. The app imports only the invoked command's module; other commands have only their help
+    line."""
     app = typer.Typer(
         help="Raw text → tokens → a GPT trained from scratch → text → a GGUF file that llama.cpp runs.",
         add_completion=False,
@@ -132,7 +134,7 @@ def _print_version(asked: bool) -> None:
 
 
 def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
-    """At a `KeyboardInterrupt` typer would end without a line, or with an empty one."""
+    """Return `command` with `KeyboardInterrupt` replaced by `typer.Abort`, for which `main` prints a message."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -145,7 +147,7 @@ def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:
-    """The parser's message as one line with the value, as in `--max-tokens abc: must be a valid integer`."""
+    """Return the parser's message as one line with the value, such as `--max-tokens abc: must be a valid integer`."""
     unknown = getattr(error, "option_name", "")
     if instead := OLD_FLAGS.get(invoked or "", {}).get(unknown):
         return f"no such option: {unknown}; {instead}"
@@ -158,12 +160,14 @@ def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -
             return f"{flag} {value if equals else following}: {reason}"
     problem: str = error.format_message()  # type: ignore[attr-defined]
     if "unexpected extra argument" in problem:
-        problem += '; a pattern such as "texts/*.txt" goes in quotes, since the shell expands it otherwise'
+        problem += (
+            '; put a pattern such as "texts/*.txt" in quotes, since otherwise the shell expands the pattern'
+        )
     return problem[0].lower() + problem[1:].rstrip(".")
 
 
 def _speak_utf8() -> None:
-    """Write UTF-8 also to a Windows console or a pipe with LANG=C, which would fail at a character beyond ASCII."""
+    """Set the output streams to UTF-8. A Windows console, or a pipe with LANG=C, would fail at non-ASCII characters."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(encoding="utf-8", errors="replace")

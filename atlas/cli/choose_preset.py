@@ -1,4 +1,4 @@
-"""The menu of presets: what each needs on this machine, and the choice of one to train."""
+"""The menu of presets: the memory and time of each preset on this machine, and the user's choice."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from atlas.planning.run import describe_duration, plan_run
 from atlas.training.memory.presets import PresetPlan, largest_that_fits, plan_presets
 
 VOCABULARY = 1024
-"""Size of the vocabulary that is trained on the text, for presets that do not state one."""
+"""Size of the vocabulary that Atlas trains on the text, for presets without a vocabulary size."""
 ON_A_CPU = "modern-nano"
 
 
 def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, device: str) -> str:
-    """The name of the preset to train, or the path of a config file: the user's answer, or the default if `ask` is
-    None. `vocab_size` is the dataset's, or None for text that is not prepared yet.
+    """Return the name of the preset to train, or the path of a config file.
+
+    The choice is the user's answer, or the default preset if `ask` is None. `vocab_size` is the vocabulary size of the
+    dataset, or None for text that is not prepared yet.
 
     Raises `AtlasError` if no preset fits into memory.
     """
@@ -40,7 +42,7 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
     if ask is None:
         say(f"training {default}; choose another with --config")
         return default
-    question = f"\nWhich one to train? Its number or name (Enter: {default}): "
+    question = f"\nWhich preset to train? Number or name (Enter: {default}): "
     while True:
         answer = ask(question).strip() or default
         try:
@@ -62,11 +64,11 @@ def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> 
         rows.append((str(number), plan.name, *size, f"{plan.memory / 1e9:.1f} GB", duration + note))
     print_table(rows, right={2, 3, 4, 5}, err=True)
     if len({plan.config.model.vocabulary for plan in plans}) > 1:
-        say(f"\nA vocabulary of {VOCABULARY:,} is trained on your text; one of 50,257 is GPT-2's.")
+        say(f"\nAtlas trains a vocabulary of {VOCABULARY:,} on your text; a vocabulary of 50,257 is GPT-2's.")
 
 
 def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
-    """The preset or the config file that an answer names. Raises `AtlasError`."""
+    """Return the preset or the config file that the user's answer names. Raises `AtlasError`."""
     if answer.isdecimal():
         if not 1 <= int(answer) <= len(plans):
             raise AtlasError(f"{answer}: the presets are numbered 1 to {len(plans)}")
@@ -76,7 +78,7 @@ def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
 
 
 def print_next_commands(checkpoint: Path) -> None:
-    """Print commands for a trained model, which work in this shell as printed."""
+    """Print commands for the next steps with a trained model. Each command works in this shell as printed."""
     atlas, named = own_command(), f"--checkpoint {shlex.quote(str(checkpoint))}"
     for purpose, command in (
         ("generate text", f'{atlas} generate {named} --prompt "Once upon a time"'),

@@ -1,6 +1,7 @@
-"""The choice of the text that the pipeline trains on, made before anything is installed.
+"""The choice of the pipeline's training text, before any package is installed.
 
-`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python. It imports only the standard library.
+`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python, so the file imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -23,21 +24,25 @@ class NoTextError(Exception):
 
 
 def choose_text(data: str | None, *, command: str, ask: Callable[[str], str] | None) -> str | None:
-    """The path of the text: `data` if it is given, else the archive of the FAQ, else the user's answer, None for the
-    demo. `ask` is None if nobody can answer; `command` is the command that the user called.
+    """Return the path of the training text, or None for the demo.
+
+    The path is `data` if given, else the FAQ's archive if it exists, else the user's answer. `ask` is None if no user
+    can answer. `command` is the command that the user called, for messages.
 
     Raises `NoTextError` if there is no text.
     """
     if data is not None:
         data = os.path.expanduser(data)
         if reason := _why_not(data):
-            raise NoTextError(f"--data {data}: {reason}; give a text file, a folder of them, or an archive")
+            raise NoTextError(
+                f"--data {data}: {reason}; give a text file, a folder of text files, or an archive"
+            )
         return data
     if ARCHIVE.exists():
         return str(ARCHIVE)
     if ask is None:
         raise NoTextError(
-            f"{ARCHIVE}: is not there, and no text is named. Train on your own with {command} --data FOLDER_OR_FILE, "
+            f"{ARCHIVE}: does not exist, and no text is named. Use your text with {command} --data FOLDER_OR_FILE, "
             f"see all steps on Python's documentation with {command} --demo, or download the FAQ's archive from "
             f"{ORIGIN}"
         )
@@ -52,7 +57,8 @@ def choose_text(data: str | None, *, command: str, ask: Callable[[str], str] | N
 
 
 def _path_of(answer: str) -> str:
-    """The path that the user typed, or dragged into the terminal, which quotes it or escapes its spaces."""
+    """Return the path that the user typed or dragged into the terminal. A terminal quotes a dragged path or escapes its
+    spaces."""
     if Path(answer).exists():
         return answer
     try:
@@ -63,7 +69,7 @@ def _path_of(answer: str) -> str:
 
 
 def _why_not(path: str) -> str | None:
-    """Why `path` cannot contain text; None if it may."""
+    """Return the reason why `path` cannot contain text; None if the path may contain text."""
     if not path.strip():
         return "names nothing"
     try:
@@ -78,12 +84,12 @@ def _why_not(path: str) -> str | None:
 
 def somebody_can_answer() -> bool:
     """Whether standard input and standard error are a terminal with a user."""
-    streams = (sys.stdin, sys.stderr)  # None where they are closed
+    streams = (sys.stdin, sys.stderr)  # a closed stream is None
     return all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
 
 
 def ask_person(question: str) -> str:
-    """One line that the user types. Raises `KeyboardInterrupt` at the end of input."""
+    """Print the question and return the line that the user types. Raises `KeyboardInterrupt` at the end of input."""
     print(question, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:

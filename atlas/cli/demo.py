@@ -1,4 +1,4 @@
-"""From text to a proved GGUF file in one command, small enough for a laptop's CPU."""
+"""The demo: from text to a verified GGUF file in one command, on a laptop's CPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ _SAMPLES, _SAMPLE_TOKENS = 3, 120
 
 
 def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: bool) -> None:
-    """Text → tokens → model → samples → GGUF → proof, all in `folder`; without `text`, from Python's own documentation.
-    Steps that an earlier call finished are not repeated.
+    """Run the demo in `folder`: text → tokens → model → samples → GGUF file → verification in llama.cpp.
+
+    Without `text`, the demo uses Python's own documentation. Steps that an earlier call finished are not repeated.
     """
     start = time.perf_counter()
     _headline(1, "text" if text else "text: the documentation inside Python's standard library")
@@ -37,7 +38,7 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
     summary = prepare([source], folder / "data", train_tokenizer=VOCABULARY)
     say(*summary.notes)
 
-    _headline(3, f"training the {ON_A_CPU} model on it")
+    _headline(3, f"training the {ON_A_CPU} model on these tokens")
     checkpoints = folder / "checkpoints"
     paths = {
         "data": {"train_data": str(summary.dataset.folder)},
@@ -56,21 +57,22 @@ def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: boo
     for completed in texts:
         typer.echo(f"\n{completed}\n\n{'─' * 40}")
 
-    _headline(5, "export to GGUF, and the proof in llama.cpp")
+    _headline(5, "export to GGUF, and verification in llama.cpp")
     export_and_prove(loaded, folder / "atlas_demo.gguf", quantize="f32", verify=True, texts=prompts)
     say(f"\nthe demo took {time.perf_counter() - start:.0f} s; all files are in {folder}/")
     print_next_commands(best)
 
 
 def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:
-    """The first words of lines spread over the held-out text."""
+    """Return prompts: the first three words of lines spread over the held-out text."""
     if stream is None:
-        raise AtlasError("no text is held out for validation: give a longer text")
+        raise AtlasError("the text is too short to hold out a part for validation: give a longer text")
     openings = []
     for number in range(_SAMPLES):
         start = stream.num_tokens * number // _SAMPLES
         ids = stream.read(start, min(start + 400, stream.num_tokens)).tolist()
-        lines = tokenizer.decode(ids).replace(END_OF_TEXT, "\n").splitlines()[1:]  # the first is cut off
+        # The first line is dropped, since it may be incomplete.
+        lines = tokenizer.decode(ids).replace(END_OF_TEXT, "\n").splitlines()[1:]
         words = next((line.split() for line in lines if len(line.split()) > 4), ["The"])
         openings.append(" ".join(words[:3]))
     return openings

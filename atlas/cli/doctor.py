@@ -1,4 +1,4 @@
-"""`atlas doctor`: what this machine can do, what training will choose on it, and what to fix."""
+"""`atlas doctor`: report the machine's abilities, training's choices on this machine, and problems to fix."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Rows = Iterable[tuple[str, Any]]
 SOMETHING_TO_FIX = 1
 _SLOW = 3
 _CLEARLY = 1.15
-"""Times as fast, beyond what two measurements of one kernel differ by."""
+"""The ratio of two times from which a kernel counts as clearly faster. Two measurements of one kernel differ by
+less."""
 
 
 def doctor(
     as_json: Annotated[
-        bool, typer.Option("--json", help="The same facts as one JSON object, for programs and bug reports.")
+        bool, typer.Option("--json", help="Print the facts as one JSON object, for programs and bug reports.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder whose disk is measured: the one that train will write to, which need not exist. Default: that "
-            "of train.",
+            help="Folder whose disk is measured; it need not exist. Default: the default output folder of train.",
             metavar="DIR",
         ),
     ] = None,
@@ -40,13 +40,13 @@ def doctor(
         bool,
         typer.Option(
             "--distributed",
-            help="Instead, check the connection between the processes that torchrun starts, and measure its speed.",
+            help="Only check the connection between the processes that torchrun starts, and measure its speed.",
         ),
     ] = False,
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="With --distributed: seconds that the processes wait for one another. Default: 60.",
+            help="With --distributed: seconds for which processes wait for each other. Default: 60.",
             min=1,
             metavar="SECONDS",
         ),
@@ -54,15 +54,16 @@ def doctor(
 ) -> None:
     """Report what this machine can do, what train will choose, and what to fix.
 
-    This takes about half a minute and leaves nothing behind. Exit code 0: training works as well as it can here; 1: see
-    the last lines, each of which names a remedy.
+    The command takes about half a minute and leaves no files. Exit code 0: there is nothing to fix. Exit code 1: the
+    last lines name the problems and their remedies.
     """
     if distributed and output_dir is not None:
         raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")
     if timeout is not None and not distributed:
         raise AtlasError(f"--timeout {timeout:g}: is for --distributed; leave it out")
     if distributed:
-        # PyTorch reads it once. If it cannot reach an address, it prints pages; their last line is reported.
+        # PyTorch reads this variable only once. Without this setting, PyTorch prints pages of text if an address cannot
+        # be reached. Atlas reports the last line of the error.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         from atlas.training.devices.network_check import DEFAULT_TIMEOUT, try_connection
 
@@ -84,7 +85,8 @@ def doctor(
 
 
 def _print_connection(facts: dict[str, Any]) -> None:
-    """The ranks of each host; for each backend the time of the smallest sum and the bandwidth of the others."""
+    """Print the ranks of each host, and for each backend the latency of the smallest all-reduce and the bandwidth of
+    the larger all-reduces."""
     ranks = [("ranks", "host")]
     for host, group in itertools.groupby(enumerate(facts["hosts"]), key=lambda place: place[1]):
         numbers = [rank for rank, _ in group]
@@ -113,7 +115,7 @@ def _bytes(entry: dict[str, Any]) -> str:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    """Print one screen: a group of rows for each section of the facts."""
+    """Print the facts on one screen, in a group of rows per section."""
     groups = {
         "Versions": _versions(facts["versions"]),
         "Machine": _machine(facts["machine"], facts.get("memory")),
@@ -161,7 +163,8 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
 
 
 def _precision(precision: dict[str, Any]) -> Rows:
-    """A row for each precision. If training refuses one, its row says why; that is nothing to fix."""
+    """Yield a row for each precision. If training refuses a precision, the row gives the reason; the user need not fix
+    it."""
     for name, step in precision.items():
         unused = "" if step["refusal"] is None else f", and training does not use it ({step['refusal']})"
         if "error" in step:
@@ -206,7 +209,7 @@ def _speed(facts: dict[str, Any]) -> Rows:
 
 
 def _attention_times(times: dict[str, Any]) -> str:
-    """Which kernel PyTorch chooses, and whether another is clearly faster."""
+    """Return a text that names PyTorch's choice of kernel, and a kernel that is clearly faster, if any."""
     chosen, seconds, shape = times["chosen"], times["seconds"], times["shape"]
     by_time = sorted(seconds, key=seconds.get)
     measured = ", ".join(f"{name} {seconds[name] * 1e3:.2f} ms" for name in by_time)

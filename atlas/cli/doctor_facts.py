@@ -1,6 +1,6 @@
-"""The facts of `atlas doctor` as one JSON object, and what the user should fix.
+"""The facts of `atlas doctor` as one JSON object, with the problems that the user should fix.
 
-The functions that training calls also answer here what training would choose.
+Training's own functions determine the reported choices of training.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-_SMALL_PRODUCT = 256  # large enough to reveal emulation, small enough to wait for it
+_SMALL_PRODUCT = 256  # large enough to reveal emulation, small enough to be fast even then
 
 _WHY_AUTO = {
     "cuda": "auto uses a CUDA device if PyTorch sees one",
     "mps": "PyTorch sees no CUDA device, but an Apple GPU",
     "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
 }
-"""Why `--device auto` takes a device."""
+"""Type of device → the reason why `--device auto` chooses it."""
 
 
 def _problem(value: str, reason: str, remedy: str) -> Facts:
-    """Something that the user should fix."""
+    """Return a problem that the user should fix: the value, the reason and the remedy."""
     return {"value": value, "reason": reason, "remedy": remedy}
 
 
 def examine(device_name: str, output_dir: Path | None, effort: Effort | None = None) -> Facts:
-    """Return everything that `atlas doctor` reports; default `output_dir`: that of train.
+    """Return all facts that `atlas doctor` reports. The default of `output_dir` is train's output folder.
 
     Units: bytes, seconds, bytes/s and FLOP/s. Raises `AtlasError` if the requested device does not exist.
     """
@@ -77,7 +77,7 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
     try:
         torch.zeros(1, device=device)
         available = measure_memory(device.type)
-    except RuntimeError as error:  # a full or broken GPU; the rest is measured all the same
+    except RuntimeError as error:  # a full or broken GPU; the other parts of the machine are still measured
         remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
         problems.append(_problem(f"device {device.type}", f"does not compute ({first_line(error)})", remedy))
     else:
@@ -90,7 +90,7 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
 
 
 def _wheel_and_driver() -> list[Facts]:
-    """Report an NVIDIA card that this PyTorch cannot use."""
+    """Return a problem if the machine has an NVIDIA card that this PyTorch cannot use."""
     if cpu_only_build_with_nvidia_driver():
         reason = "is a CPU-only build, although this machine has an NVIDIA driver"
         return [_problem(f"PyTorch {torch.__version__}", reason, "install the CUDA build (README, Install)")]
@@ -149,14 +149,14 @@ def _gpus() -> list[Facts]:
 
 
 def _computing(device: torch.device, available: int, effort: Effort, problems: list[Facts]) -> Facts:
-    """Measure the device, which has `available` bytes of memory."""
+    """Measure memory, precisions, speed and attention of a device with `available` bytes of free memory."""
     plans = plan_presets(available, device=device.type)
     largest = largest_that_fits(plans)
     if largest is None:
         needs = min(plan.memory for plan in plans)
         value = f"{available / 2**30:.2f} GiB of memory free on {device.type}"
         reason = f"nano, the smallest preset, needs {needs / 2**30:.2f} GiB"
-        problems.append(_problem(value, reason, "close other programs that use it"))
+        problems.append(_problem(value, reason, "close other programs that use this memory"))
     precision = {name: _precision(device, name, effort) for name in PRECISIONS}
     computes = [name for name, step in precision.items() if "error" not in step]
     small = {name: _products(device, name, _SMALL_PRODUCT, effort.seconds / 5) for name in computes}
@@ -179,7 +179,7 @@ def _computing(device: torch.device, available: int, effort: Effort, problems: l
 
 
 def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
-    """None where PyTorch has no choice of kernels for training, or no memory is left."""
+    """Return the times of attention kernels; None on devices without a choice of kernels, or without enough memory."""
     if device.type != "cuda":
         return None
     dtype = _chosen(device).dtype
@@ -187,7 +187,8 @@ def _attention_times(device: torch.device, effort: Effort) -> Facts | None:
 
 
 def _precision(device: torch.device, name: str, effort: Effort) -> Facts:
-    """One training step in it; `refusal` is why training does not use it, None where it does."""
+    """Return the result of a training step in this precision. `refusal` is the reason why training does not use the
+    precision, or None."""
     step: Facts = {"refusal": why_not_in(name, device)}
     try:
         return step | check_step(Runtime(device, name), _mean_loss, seconds=effort.seconds / 5)
@@ -200,7 +201,7 @@ def _mean_loss(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
-    """Report them for a precision that training would use."""
+    """Return a problem if the step gave wrong numbers in a precision that training would use."""
     if step["right"] or step["refusal"] is not None:
         return []
     if "error" in step:
@@ -210,9 +211,9 @@ def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
         reason = (
             f"computes wrong numbers on {device.type}: in one training step the loss is off by "
             f"{_shown(step['loss_error'])} and the gradient by {_shown(step['gradient_error'])}, "
-            f"and rounding would explain {step['bound']:.0e}"
+            f"but rounding explains at most {step['bound']:.0e}"
         )
-        remedy = "do not train in it (--set training.precision=…); try another version of PyTorch and of the driver"
+        remedy = "use another precision (--set training.precision=…), or another version of PyTorch and of the driver"
     return [_problem(f"precision {name}", reason, remedy)]
 
 
@@ -226,7 +227,7 @@ def _products(device: torch.device, name: str, size: int | None, seconds: float)
 
 
 def _unless_full(measure: Callable[[], T]) -> T | None:
-    """Return what `measure` returns, or None where its tensors do not fit the GPU beside those of other programs."""
+    """Return the result of `measure()`, or None if the GPU has too little free memory for its tensors."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -245,7 +246,7 @@ def _disk(output_dir: Path, effort: Effort, problems: list[Facts]) -> Facts:
 
 
 def _choice(device_name: str, device: torch.device) -> Facts:
-    """What training uses where the config leaves it open, and why."""
+    """Return the device, precision and compilation that training chooses by default, with the reasons."""
     runtime = _chosen(device)
     others = [name for name in PRECISIONS if name != runtime.precision]
     reasons = [f"{name}: {why_not_in(name, device) or 'can be asked for'}" for name in others]

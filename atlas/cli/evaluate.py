@@ -1,4 +1,4 @@
-"""`atlas evaluate`: how well a checkpoint predicts a text, or solves the tasks of lm-eval."""
+"""`atlas evaluate`: measure a checkpoint's loss on a text, or its scores in tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from atlas.training.devices.device import Runtime
 
 _MARKED, _AROUND = 8, 40
-"""Tokens of a window that are marked, and tokens that are shown before and after the worst one."""
+"""The number of marked tokens in a window, and the number of tokens shown before and after the worst token."""
 
 
 def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A prepared folder (its validation part, if it has one), or plain text or conversations (all of it)."
+            help="A prepared dataset (its validation split, if there is one), or all of a text or JSONL file."
         ),
     ] = None,
     tasks: Annotated[
@@ -38,10 +38,15 @@ def evaluate(
     checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.", min=1)] = 8,
     device: options.Device = "auto",
-    worst: Annotated[int, typer.Option(help="With --data: show the N worst predicted windows.", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="With --tasks: examples of each task.", min=1)] = None,
+    worst: Annotated[
+        int, typer.Option(help="With --data: show the N windows with the highest loss.", min=0)
+    ] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="With --tasks: the number of examples per task.", min=1)
+    ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="With --tasks: solved examples before each question.", min=0)
+        int | None,
+        typer.Option(help="With --tasks: the number of solved examples before each question.", min=0),
     ] = None,
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
@@ -72,7 +77,7 @@ def evaluate(
 
 
 def _bar(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """A function that draws a progress bar around a sequence, on a terminal only."""
+    """Return a function that iterates over a sequence and, on a terminal, draws a progress bar called `name`."""
     from rich.console import Console
     from rich.progress import track
 
@@ -91,7 +96,7 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise AtlasError(
             f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, but {loaded.path} needs "
-            f"{loaded.tokenizer.name}'s ids: give --data the text that it was prepared from"
+            f"{loaded.tokenizer.name}'s ids: give --data the original text instead"
         )
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
@@ -111,7 +116,8 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
 
 
 def _show_worst(loaded: LoadedModel, dataset: Windows, runtime: Runtime, count: int) -> None:
-    """Each window's mean loss, and the text around its worst token. Tokens with the highest loss are marked ⟦so⟧."""
+    """Print the mean loss of the worst windows, and the text around the worst token of each. The tokens with the
+    highest loss are marked with ⟦ and ⟧."""
     from atlas.training.evaluate import token_losses
 
     decode, windows = loaded.tokenizer.decode, _bar("searching")(range(len(dataset)))

@@ -1,4 +1,5 @@
-"""`atlas export`: write a checkpoint as a GGUF file, proved in llama.cpp, or in Hugging Face's format."""
+"""`atlas export`: write a checkpoint as a GGUF file and verify it in llama.cpp, or write it in Hugging Face's
+format."""
 
 from __future__ import annotations
 
@@ -33,13 +34,13 @@ def export(
         Literal["gguf", "hf", "peft"],
         typer.Option(
             help="gguf: a file for llama.cpp. hf: a folder for Hugging Face's transformers. "
-            "peft: only the updates of lora."
+            "peft: a folder with only the LoRA weights."
         ),
     ] = "gguf",
     quantize: Annotated[
         Quantization | None,
         typer.Option(
-            help="Type of the matrices: f32 is exact, f16 and bf16 are half the size, q8_0 a quarter, q4_k_m a fifth.",
+            help="Type of the matrices: f32 is exact; f16 and bf16 need half its size, q8_0 a quarter, q4_k_m a fifth.",
             show_default="gguf f16, hf f32",
         ),
     ] = None,
@@ -56,11 +57,11 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="gguf: evaluate the file on this text, plain or prepared: bits per byte in llama.cpp and in PyTorch."
+            help="gguf: evaluate the file on this text or prepared dataset: bits per byte in llama.cpp and in PyTorch."
         ),
     ] = None,
 ) -> None:
-    """Write a model with its tokenizer for other programs: a GGUF file, proved in llama.cpp, or a folder."""
+    """Write a model with its tokenizer for other programs: a GGUF file, verified in llama.cpp, or a folder."""
     from atlas.inference.load import NOT_NEEDED, load_model
     from atlas.training.checkpoint.load import load_checkpoint
     from atlas.training.checkpoint.locate import find_checkpoint
@@ -70,8 +71,8 @@ def export(
     contents = load_checkpoint(path, say=say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
         raise AtlasError(
-            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that no "
-            "file can hold; train with gpt2 or a tokenizer.json to export"
+            f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that an "
+            "exported file cannot contain; to export a model, train with gpt2 or a tokenizer.json"
         )
     target = Path(output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
     if format == "peft":
@@ -98,7 +99,7 @@ def export(
         return _list_files(folder)
     if modelfile and loaded.chat_template and not loaded.is_chat_model:
         raise AtlasError(
-            "--modelfile: the model was imported with a chat template of its own, and Ollama uses another template "
+            "--modelfile: the imported model has its own chat template, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
         )
     sample = None
@@ -116,28 +117,31 @@ def export(
 def _check_options(
     format: str, quantize: str | None, modelfile: bool, verify: bool, data: str | None
 ) -> None:
-    """Raise `AtlasError` for options that exclude each other."""
+    """Raise `AtlasError` for options that cannot be combined."""
     if data is not None and format != "gguf":
-        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; --format {format} takes none")
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; leave it out with --format {format}")
     if data is not None and not verify:
-        raise AtlasError("--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of them")
+        raise AtlasError(
+            "--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of the two options"
+        )
     if format == "peft" and (quantize or modelfile):
         raise AtlasError("--format peft: takes no --quantize and no --modelfile")
     if format == "hf" and quantize not in (None, "f32", "f16", "bf16"):
         raise AtlasError(f"--quantize {quantize}: is for GGUF; --format hf takes f32, f16 or bf16")
     if format == "hf" and modelfile:
-        raise AtlasError("--modelfile: is for GGUF; Ollama reads no folder of --format hf")
+        raise AtlasError("--modelfile: is for GGUF; Ollama cannot read a folder of --format hf")
 
 
 _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|endoftext|>
 {{ end }}<|assistant|>
 \"\"\""""
-"""`CHAT_TEMPLATE` in Ollama's template language, except that it keeps white space around a message."""
+"""`CHAT_TEMPLATE` in Ollama's template language. Unlike `CHAT_TEMPLATE`, it keeps white space around a message."""
 
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
-    """Write a Modelfile for Ollama: with the chat template, or one that passes the prompt on unchanged."""
+    """Write a Modelfile for Ollama beside `file`. The template is the chat template, or the unchanged prompt for other
+    models."""
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
         raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
@@ -167,10 +171,11 @@ def export_and_prove(
     license: str | None = None,
     sample: Sample | None = None,
 ) -> None:
-    """Write `output` and print its path. Unless `verify` is off, compare the file in llama.cpp with the model, and
-    report how well it predicts `sample`.
+    """Write the GGUF file `output` and print its path.
 
-    Raises `AtlasError` for a file that fails the proof; the file stays for inspection.
+    With `verify`, compare llama.cpp's results for the file with the model's, and report the bits per byte of `sample`.
+
+    Raises `AtlasError` if the results differ. The file remains for inspection.
     """
     from atlas.export.gguf import export_gguf
 
@@ -189,7 +194,7 @@ def export_and_prove(
         "tensors": f"{len(types)}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}",
         "size": f"{output.stat().st_size / 1e6:,.1f} MB",
     }
-    if len(counts) > 2:  # a mixture
+    if len(counts) > 2:  # the matrices have several types
         rows |= _types_by_tensor(types)
     print_table(list(rows.items()), err=True)
     if quantize.startswith("q") and (in_f16 := counts["f16"]):
@@ -199,8 +204,8 @@ def export_and_prove(
         )
     if loaded.config.model.mlp == "gelu_exact":
         say(
-            "model.mlp gelu_exact: llama.cpp computes GELU's tanh form, which differs from it by at most 5e-4; "
-            "--data TEXT measures what that changes"
+            "model.mlp gelu_exact: llama.cpp computes the tanh approximation of GELU, which differs by at most 5e-4; "
+            "--data TEXT measures the effect on bits per byte"
         )
     if verify:
         _prove(loaded, output, quantize, texts, sample)
@@ -236,7 +241,8 @@ def _prove(
 
 
 def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
-    """The type of each matrix; where blocks differ, the blocks of each type."""
+    """Return name of a matrix → its type. If the type differs between blocks, the text lists the blocks of each
+    type."""
     blocks: dict[str, dict[str, list[str]]] = {}
     for name, kind in types.items():
         block = re.match(r"blk\.(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""`atlas generate`: prompt and text on standard output, everything else on standard error."""
+"""`atlas generate`: print prompts and generated text on standard output, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 _BATCH_SIZE = 16
 
 Stream = Callable[..., Iterator[list[str]]]
-"""`stream_text` with the settings of the call."""
+"""The type of `stream_text` with the settings of this command filled in."""
 
 
 def generate(
     checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; empty: begin a document.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; an empty text begins a document.")
+    ] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with a prompt on each line.")] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask for prompts until end of input.")
@@ -40,7 +42,7 @@ def generate(
         bool, typer.Option("--chat", help="Prompts are messages to a chat model; print only its answers.")
     ] = False,
     output_file: Annotated[
-        str | None, typer.Option(help='Write JSON lines {"prompt", "text"} here instead of printing.')
+        str | None, typer.Option(help='Write JSON lines {"prompt", "text"} to this file instead of printing.')
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per generation.", min=1)] = 100,
     temperature: options.Temperature = 0.8,
@@ -48,10 +50,15 @@ def generate(
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the generation before this string; may be repeated.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Generations per prompt.", min=1)] = 1,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text. Default: a new seed, which is printed.")
+        int | None,
+        typer.Option(
+            help="Random seed: the same seed gives the same text. Default: a new seed, which Atlas prints."
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -78,7 +85,7 @@ def generate(
         seed = secrets.randbelow(2**31)
         if temperature > 0:
             say(f"seed {seed}")
-    counts: list[int] = []  # tokens of each step
+    counts: list[int] = []  # number of tokens in each step
     stream = functools.partial(
         stream_text, loaded, sampling=sampling, max_tokens=max_tokens, stop=stop or [], count=counts.append
     )
@@ -98,9 +105,10 @@ def generate(
 def _interact(
     loaded: LoadedModel, stream: Stream, seed: int, *, max_tokens: int, chat: bool, num_samples: int
 ) -> None:
-    """Continue each line, or with `chat` answer it as part of one conversation. Each line has its own seed."""
+    """Continue each line of input, or with `chat` answer each line as a message of one conversation. Each line has its
+    own seed."""
     context = loaded.config.model.max_seq_len
-    room = context - min(max_tokens, context // 2)  # an answer needs the rest
+    room = context - min(max_tokens, context // 2)  # the answer needs the rest of the context
     dialogue: list[Message] = []
     has_forgotten = False
     for number, line in enumerate(_ask_prompts()):
@@ -111,12 +119,14 @@ def _interact(
             dialogue = newest_that_fit(asked, loaded.tokenizer, room)
             if len(dialogue) < len(asked) and not has_forgotten:
                 has_forgotten = True
-                say(f"the context of {context:,} tokens is full: the oldest messages are forgotten")
+                say(
+                    f"the context of {context:,} tokens is full: the model no longer sees the oldest messages"
+                )
             dialogue.append(Message("assistant", _show(stream, [dialogue] * num_samples, seed + number)[0]))
 
 
 def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[tuple[Prompt, Iterable[str]]]:
-    """(prompt, pieces of its continuation) of every row. One row is streamed, several are batched."""
+    """Yield (prompt, pieces of its continuation) for every row. A single row is streamed; several rows are batched."""
     if len(rows) == 1:
         yield rows[0], (piece for [piece] in stream(rows, seed=seed))
         return
@@ -126,10 +136,10 @@ def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[
 
 
 def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
-    """Print the prompts and their continuations, a blank line between. Returns the continuations."""
+    """Print the prompts and their continuations, separated by blank lines. Return the continuations."""
     texts: list[str] = []
     for prompt, pieces in _generations(stream, rows, seed):
-        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not
+        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not repeated
         print("\n" * bool(texts) + repeated, end="", flush=True)
         texts.append("")
         for piece in pieces:
@@ -140,7 +150,7 @@ def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
 
 
 def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> None:
-    """Write every row as a JSON line."""
+    """Write the prompt and the generated text of every row as a JSON line to `path`."""
     failures = explain_failed_write(f"--output-file {path}", "choose another place")
     with failures, open(path, "w", encoding="utf-8") as file:
         for prompt, pieces in _generations(stream, rows, seed):
@@ -161,15 +171,15 @@ def _read_prompts(path: str) -> list[str]:
         raise AtlasError(f"--prompts-file {path}: is not UTF-8 text; save it as UTF-8") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise AtlasError(f"--prompts-file {path}: contains no prompt; write one on each line")
+        raise AtlasError(f"--prompts-file {path}: contains no prompt; write one prompt on each line")
     return prompts
 
 
 def _ask_prompts() -> Iterator[str]:
-    """Lines of standard input, with a prompt sign for a person but not for a pipe."""
+    """Yield the lines of standard input. On a terminal, print a prompt sign before each line."""
     sign = ""
     if sys.stdin.isatty():
-        say("Write a prompt and press Enter; end of input (Ctrl-D, on Windows Ctrl-Z) ends.")
+        say("Write a prompt and press Enter; Ctrl-D (on Windows Ctrl-Z) ends the program.")
         sign = "> "
     typer.echo(sign, nl=False, err=True)
     while line := sys.stdin.readline():

@@ -1,4 +1,4 @@
-"""`atlas import`: convert a model in Hugging Face's format or a checkpoint of Atlas 1.x to a checkpoint."""
+"""`atlas import`: make a checkpoint from a model in Hugging Face's format, or from a checkpoint of Atlas 1.x."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def import_model(
         ),
     ] = None,
 ) -> None:
-    """Convert a model in Hugging Face's format (GPT-2, Llama, Qwen3), or a checkpoint of Atlas 1.x, to a checkpoint, to
-    generate with or to fine-tune."""
+    """Make a checkpoint from a model in Hugging Face's format (GPT-2, Llama, Qwen3), or from a checkpoint of Atlas 1.x.
+    Atlas can generate text with the new checkpoint and fine-tune it."""
     from atlas.export.import_first_version import import_first_version
     from atlas.export.import_hf import import_hf, read_chat_template
     from atlas.export.save_imported import save_imported
@@ -56,12 +56,12 @@ def import_model(
             f"{path}: no such file or folder; give a folder with config.json, or a .pt of Atlas 1.x"
         )
     is_file = path.is_file()
-    # The prefix distinguishes the folder from sharded checkpoints, which a run in checkpoints/ saves as atlas_step_N.
+    # The prefix distinguishes the folder from the sharded checkpoints (atlas_step_N) of a run in checkpoints/.
     name = f"imported-{path.stem}" if is_file else path.resolve().name
     output = Path(output_dir) if output_dir else Path("checkpoints") / name
     if output.exists() and not output.is_dir():
         raise AtlasError(f"{output}: is a file; choose another --output-dir")
-    if output.exists() and any(output.iterdir()):  # nothing is overwritten
+    if output.exists() and any(output.iterdir()):  # Atlas overwrites no files
         raise AtlasError(f"{output}: is not empty; choose another --output-dir")
     if is_file:
         model, own, notes = import_first_version(
@@ -86,9 +86,9 @@ def _check_folder(folder: Path, *, takes_shape: bool) -> None:
         best = folder / "atlas_best.pt"
         example = best if best in files else files[-1]
         raise AtlasError(
-            f"{folder}: has no config.json; to convert a checkpoint of Atlas 1.x in it, name it, such as {example}"
+            f"{folder}: has no config.json; to convert a checkpoint of Atlas 1.x, name the file, such as {example}"
         )
     if takes_shape:
         raise AtlasError(
-            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt), and {folder} is none: leave them out"
+            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); {folder} is a folder: leave them out"
         )

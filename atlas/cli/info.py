@@ -25,7 +25,7 @@ def info(
         bool,
         typer.Option(
             "--verify",
-            help="Read every byte of a checkpoint, a folder of checkpoints or a dataset: compare it with the saved "
+            help="Check every byte of a checkpoint, a folder of checkpoints or a dataset against the saved "
             "checksums, and look for numbers that are not finite.",
         ),
     ] = False,
@@ -55,7 +55,7 @@ def info(
     if consolidate:
         if not is_checkpoint:
             raise AtlasError(
-                f"--consolidate: converts a sharded checkpoint to one file; {path} is none: leave it out"
+                f"--consolidate: converts a sharded checkpoint to one file; {path} is not a checkpoint: leave it out"
             )
         return info_checkpoint.consolidate(file, consolidate)
     if not file.exists() and not is_checkpoint and path not in preset_names():
@@ -66,7 +66,7 @@ def info(
         return show_dataset(file, verify=verify, plot=plot)
     if plot:
         raise AtlasError(
-            f"--plot: draws the document lengths of a prepared dataset; {path} is none: leave it out"
+            f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: leave it out"
         )
     if is_checkpoint:
         facts: Facts = info_checkpoint.checkpoint_facts(file, verify=verify)
@@ -98,7 +98,7 @@ def _tokenizer(path: Path) -> Facts:
 
 
 def _gguf(path: Path) -> Facts:
-    """Describe any GGUF file, also one that Atlas did not write."""
+    """Yield the facts of a GGUF file, which may come from another program."""
     from collections import Counter
 
     from atlas.export.gguf import open_gguf

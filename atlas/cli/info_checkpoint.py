@@ -1,4 +1,4 @@
-"""`atlas info` of checkpoints: what one holds, whether it is intact, and which of a folder a run resumes from."""
+"""`atlas info` for checkpoints: contents, integrity, and the checkpoint from which a run in the folder resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from atlas.training.checkpoint.verify import intact_alternative, verify_checkpoi
 
 
 def is_checkpoint(file: Path) -> bool:
-    """Whether the name is that of a checkpoint; `find_checkpoint` also accepts names without a suffix."""
+    """Whether `file` names a checkpoint. As in `find_checkpoint`, the name may have no suffix."""
     if file.suffix == ".pt":
         return True
     if file.suffix == ".json":
@@ -34,7 +34,7 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
-    """What a checkpoint holds, and its state: with `verify`, that of every byte."""
+    """Yield the contents and the state of a checkpoint. With `verify`, the state results from a check of every byte."""
     path = find_checkpoint(path)
     sidecar, shards, is_described = sidecar_of(path), shards_of(path), read_manifest(path, check_hash=False)
     if not is_described:
@@ -44,13 +44,17 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
     elif sidecar.exists():
         state = "size as saved; --verify compares every byte"
     elif shards:
-        state = f"no {sidecar.name} beside it, so that its bytes cannot be compared"
+        state = f"no {sidecar.name} beside it, so Atlas cannot check the bytes"
     else:
         state = f"no {sidecar.name} beside it; --verify reads the checksums inside the file"
-    contents = read_contents(path, remedy="atlas info --verify finds one to use instead", without=NOT_NEEDED)
+    contents = read_contents(
+        path, remedy="atlas info --verify finds a checkpoint to use instead", without=NOT_NEEDED
+    )
     config = resolve(contents["config"])
     if config.model.vocab_size is None:
-        raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
+        raise AtlasError(
+            f"{path}: its config has no model.vocab_size; use a checkpoint that atlas train wrote"
+        )
     tokenizer, machine = contents["tokenizer"], contents.get("machine", {})
     in_shards = f" in {len(list(shards.iterdir()))} files of {shards.name}" if shards else ""
     yield "checkpoint", f"{path} ({checkpoint_size(path) / 1e6:,.1f} MB{in_shards})"
@@ -71,7 +75,7 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
 
 
 def model_facts(config: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """The size and shape of a model."""
+    """Yield the size and shape of a model."""
     yield "parameters", f"{count_parameters(config).total:,}"
     shape = f"{config.num_layers} layers × {config.hidden_size} × {config.num_heads} heads"
     yield "model", f"{shape}, context {config.max_seq_len}, vocabulary {config.vocab_size:,}"
@@ -83,26 +87,28 @@ def _rounded(loss: float | None) -> str:
 
 
 def _verified(path: Path) -> str:
-    """The verdict on an intact file. Raises `AtlasError` with the problem, and the file to use instead."""
+    """Check every byte of a checkpoint and return the verdict. For a damaged checkpoint, raise `AtlasError` with the
+    problem and the checkpoint to use instead."""
     with byte_progress(checkpoint_size(path), "reading") as advance:
         verdict = verify_checkpoint(path, advance=advance)
     if not verdict.problem:
         return verdict.line
     instead = intact_alternative(path)
     remedy = (
-        f"take {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
+        f"use {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
     )
     raise AtlasError(f"{path}: {verdict.line}: {remedy}")
 
 
 def print_folder(folder: Path, *, verify: bool) -> None:
-    """Print a row for each checkpoint, the latest step first, and the one that --resume auto uses."""
+    """Print a row for each checkpoint, the latest step first, and then the checkpoint that --resume auto uses."""
     manifests = {path: manifest for manifest, path in list_checkpoints(folder)}
     files = [*manifests, *sorted(path for path in folder.glob("*.pt") if path not in manifests)]
     if not files:
         raise AtlasError(
             f"{folder}: is neither a prepared dataset nor a folder with checkpoints; "
-            f"what is prepared: atlas prepare --list; if it holds text: atlas prepare --input {folder}"
+            "to list prepared datasets: atlas prepare --list; "
+            f"to prepare text in this folder: atlas prepare --input {folder}"
         )
     with byte_progress(sum(map(checkpoint_size, files)), "reading") as advance:
         verdicts = {path: verify_checkpoint(path, advance=advance) for path in files if verify}
@@ -117,19 +123,21 @@ def print_folder(folder: Path, *, verify: bool) -> None:
     print_table(rows, right={1, 3, 4, 5})
     broken = {path for path, verdict in verdicts.items() if verdict.broken}
     if broken == set(files):
-        raise AtlasError(f"{folder}: none of its checkpoints is intact: take a copy of one, or train again")
+        raise AtlasError(
+            f"{folder}: none of its checkpoints is intact: use a copy of a checkpoint from elsewhere, or train again"
+        )
     resumable = [path for path, manifest in manifests.items() if path not in broken and not manifest.slim]
-    takes = f"takes {resumable[0].name}" if resumable else "finds none to resume from"
+    takes = f"takes {resumable[0].name}" if resumable else "finds no checkpoint to resume from"
     typer.echo(f"--resume auto {takes}" + ("" if verify else "; --verify compares every byte"))
     if unsound := [path.name for path, verdict in verdicts.items() if verdict.problem]:
         raise AtlasError(
             f"{folder}: {len(unsound)} of {len(files)} checkpoints are unsound ({', '.join(unsound)}): see the table; "
-            "generate, export and resume from another"
+            "use an intact checkpoint to generate, export and resume"
         )
 
 
 def _seen(path: Path, manifest: Manifest | None) -> str:
-    """The state of a checkpoint as far as it is known without reading the file."""
+    """Return the state of a checkpoint, as known without reading its contents."""
     if manifest is None:
         if holds_first_version(path):
             return "of the first Atlas (1.x): atlas import"
@@ -142,4 +150,4 @@ def consolidate(path: Path, target: Path) -> None:
     """Convert the sharded checkpoint at `path` to one file."""
     source = find_checkpoint(path)
     size = convert.consolidate(source, target, say=say)
-    typer.echo(f"{target}: {size / 1e6:,.1f} MB, all that {source} holds")
+    typer.echo(f"{target}: {size / 1e6:,.1f} MB, with all contents of {source}")

@@ -1,4 +1,4 @@
-"""`atlas info DATASET`: what a prepared dataset holds, how large a model it is enough for, and how its text looks."""
+"""`atlas info DATASET`: contents of a prepared dataset, suitable model sizes, and sample documents."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _facts(
 
 
 def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]]:
-    """A row for each cleaning step that found something, and one for all others."""
+    """Yield a row for each cleaning step that removed text, and one row that names all other steps."""
     for step, removed in cleaning.items():
         if any(removed.values()):
             counts = ", ".join(f"{count:,} {what}" for what, count in removed.items() if count)
@@ -91,27 +91,28 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
     ]
     print_table([header, *rows], right={1, 2, 3})
     typer.echo(
-        f"{TOKENS_PER_PARAMETER} tokens per parameter use training time best (Hoffmann et al. 2022, arXiv:2203.15556); "
-        f"beyond about {GOOD_PASSES} passes over a text each helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
+        f"{TOKENS_PER_PARAMETER} tokens per parameter make the best use of the time "
+        "(Hoffmann et al. 2022, arXiv:2203.15556); "
+        f"each pass over a text beyond about {GOOD_PASSES} helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
     if fitting:
         return
     smallest, own = advice[0], advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)[0]
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
     remedy = (
-        f"what to do: {smallest.preset} needs about {wanted:,} tokens, add text; or train it anyway and use "
-        "atlas_best.pt, from before the text is memorized"
+        f"what to do: {smallest.preset} needs about {wanted:,} tokens, so add text; or train it anyway and use "
+        "atlas_best.pt, which is saved before the model memorizes the text"
     )
     if own.parameters < smallest.parameters / 2:
         remedy += (
-            f"; or prepare it with a vocabulary of its own (--train-tokenizer {ASSUMED_VOCABULARY}), with which "
+            f"; or prepare the text with its own vocabulary (--train-tokenizer {ASSUMED_VOCABULARY}), with which "
             f"{own.preset} has {own.parameters:,} parameters"
         )
     typer.echo(remedy)
 
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
-    """Print ten random documents of the training split, and the text that the tokenizer compresses worst."""
+    """Print ten random documents of the training split, and the stretches that the tokenizer compresses worst."""
     if dataset.tokenizer_state.get("kind") == "custom":
         name = dataset.tokenizer_state["name"]
         text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"
@@ -122,7 +123,7 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
     typer.echo(f"\n{len(excerpts)} random documents of train, by their tokens")
     print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
     if isinstance(tokenizer, ByteLevelTokenizer):
-        searched = f", of {SAMPLE_TOKENS:,} tokens evenly spread over the split"
+        searched = f", in {SAMPLE_TOKENS:,} tokens that are evenly spread over the split"
         of_all = searched if stream.num_tokens > SAMPLE_TOKENS else ""
         typer.echo(f"\nworst compressed stretches of {STRETCH_TOKENS} tokens, by bytes per token{of_all}")
         stretches = worst_stretches(stream, tokenizer)

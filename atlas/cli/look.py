@@ -1,4 +1,4 @@
-"""`atlas look`: how a model reads a text, token by token, and how it chooses the next token."""
+"""`atlas look`: show a model's prediction for each token of a text, and the choice of the next token."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from atlas.inference.sampling import Sampling
 
 _OFF = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
-"""The value that switches a setting off."""
+"""Sampling setting → the value at which the setting has no effect."""
 _SHADES = " ░▒▓█"
 _BAR = 10
 """Width of a probability bar in characters."""
 _PATTERN = 48
-"""The longest text, in tokens, whose attention pattern is drawn."""
+"""The largest number of tokens in a text whose attention pattern is drawn."""
 _UNWRAPPED = 1000
-"""Columns without a terminal, so that no line is wrapped."""
+"""The width of the output in columns without a terminal, so that no line is wrapped."""
 
 
 def look(
@@ -42,7 +42,9 @@ def look(
     ] = False,
     position: Annotated[
         int | None,
-        typer.Option(help="The token for --lens, from 0, or from the end as -1 (default: the last)."),
+        typer.Option(
+            help="Position of the token for --lens, from 0, or from the end as -1. Default: the last."
+        ),
     ] = None,
     attention: Annotated[
         str | None,
@@ -56,13 +58,13 @@ def look(
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     device: options.Device = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Show a model's prediction at each position of a text, and how the next token is chosen."""
     if position is not None and not lens:
-        raise AtlasError(f"--position {position}: is the token for --lens; give both, or neither")
+        raise AtlasError(f"--position {position}: is the token for --lens; give both options, or neither")
     head = None if attention is None else re.fullmatch(r"(\d+)\.(\d+)", attention)
     if attention is not None and head is None:
         raise AtlasError(f"--attention {attention}: must be a layer's and a head's number, such as 0.1")
@@ -103,7 +105,7 @@ def _plain(value: Any) -> Any:
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)  # tokens may look like either
+    console = Console(highlight=False, markup=False, emoji=False)  # a token may look like markup
     if not console.is_terminal:
         console.width = _UNWRAPPED
     tokens: list[TokenPrediction] = facts["tokens"]
@@ -132,7 +134,8 @@ def _print_tokens(console: Console, tokens: Sequence[TokenPrediction]) -> None:
 
 
 def _print_next_token(console: Console, next_token: NextToken, sampling: Sampling) -> None:
-    """A column for each setting that is switched on."""
+    """Print the candidates for the next token, with their probability after each sampling setting that has an
+    effect."""
     on = [name for name, off in _OFF.items() if getattr(sampling, name) != off]
     steps = ["model", *on]
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(sampling, name):g}" for name in on)
@@ -171,7 +174,8 @@ def _print_lens(
 def _print_attention(
     console: Console, tokens: Sequence[TokenPrediction], *, layer: int, head: int, weights: Tensor
 ) -> None:
-    """The tokens with the largest weights and, if it fits, the attention pattern in shades from left to right."""
+    """Print, for each token, the tokens with the largest attention weights. For a short text, also draw the weights as
+    shades."""
     is_drawn = len(tokens) <= _PATTERN
     console.print(f"\nlayer {layer}, head {head}: which tokens each token attends to")
     table = _table("position>", "token", *(["pattern"] if is_drawn else []), "attends to")
@@ -188,7 +192,7 @@ def _print_attention(
 
 
 def _table(*columns: str) -> Table:
-    """A table with these column names; a `>` at the end of a name aligns its column to the right."""
+    """Return a table with these column names. A `>` at the end of a name aligns the column to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -199,12 +203,13 @@ def _table(*columns: str) -> Table:
 
 
 def _token(text: str) -> str:
-    """Spaces as dots, invisible characters as escapes."""
+    """Return the text of a token with dots for spaces and escapes for invisible characters."""
     return printable(text).replace(" ", "·")
 
 
 def _choices(choices: Iterable[Choice]) -> str:
-    """Each without spaces inside, so that a narrow terminal does not break it."""
+    """Return the choices as one line. No choice contains a space, so that a narrow terminal breaks the line only
+    between choices."""
     return "  ".join(f"{_token(choice.text)}:{_percent(choice.probability)}" for choice in choices)
 
 
@@ -213,7 +218,7 @@ def _percent(part: float) -> str:
 
 
 def _bar(part: float) -> Bar:
-    """`part` of `_BAR` characters, to an eighth of a character."""
+    """Return a bar that fills the fraction `part` of `_BAR` characters, to an eighth of a character."""
     from rich.bar import Bar
 
     color = "green" if part >= 0.5 else "yellow" if part >= 0.1 else "red"

@@ -1,4 +1,4 @@
-"""The options of Atlas 1.x's scripts that Atlas does not have, and what to write instead.
+"""The options of Atlas 1.x's scripts that Atlas no longer has, with their replacements.
 
 `docs/MIGRATING.md` shows the same table.
 """
@@ -36,4 +36,4 @@ OLD_FLAGS = {
         "--output": "write --json > FILE",
     },
 }
-"""Command → option → what to do instead."""
+"""Command → old option → its replacement, as the last part of the error message."""

@@ -1,4 +1,4 @@
-"""Options that several commands share, as annotations of their parameters."""
+"""Options that several commands share, as typer annotations of the commands' parameters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of weights and cache: auto (half on CUDA, else f32), f32, bf16 or f16.",
+        help="Precision of weights and cache: auto (half precision on CUDA, else f32), f32, bf16 or f16.",
         metavar="DTYPE",
     ),
 ]
 CustomTokenizer = Annotated[
     str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
 ]
-Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; higher: more random.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this total probability; 1: all.")]
-MinP = Annotated[
-    float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest; 0: all.")
+Temperature = Annotated[
+    float, typer.Option(help="0: always choose the likeliest token; higher values: more random.")
 ]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat earlier tokens less.")]
+TopK = Annotated[int, typer.Option(help="Keep only the k likeliest tokens; 0: keep all.")]
+TopP = Annotated[
+    float, typer.Option(help="Keep only the likeliest tokens, up to this total probability; 1: keep all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Keep only tokens with this fraction of the likeliest token's probability, or more; 0: all."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: make tokens that occurred earlier less likely.")
+]

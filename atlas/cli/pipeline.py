@@ -1,4 +1,5 @@
-"""`atlas pipeline`: from text to a model in one command, with questions on a terminal and without them in a script."""
+"""`atlas pipeline`: from text to a model in one command. On a terminal, the command asks questions; in a script, it
+uses defaults."""
 
 from __future__ import annotations
 
@@ -22,14 +23,15 @@ def pipeline(
     demo: Annotated[
         bool,
         typer.Option(
-            "--demo", help="A small model on this machine's CPU in minutes, from text to a proved GGUF file."
+            "--demo",
+            help="Train a small model on this machine's CPU in minutes, from text to a verified GGUF file.",
         ),
     ] = False,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text file, folder or archive. Default: data/raw/archive.zip, or Atlas asks; with --demo, "
-            "Python's own documentation.",
+            help="Text file, folder or archive. Default: data/raw/archive.zip if it exists, else Atlas asks; with "
+            "--demo, Python's own documentation.",
             metavar="PATH",
         ),
     ] = None,
@@ -39,7 +41,7 @@ def pipeline(
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; default checkpoints, with --demo demo.", metavar="DIR"),
+        typer.Option(help="Folder of the run. Default: checkpoints, or demo with --demo.", metavar="DIR"),
     ] = None,
     no_resume: NoResume = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing and use the defaults.")] = False,
@@ -47,8 +49,9 @@ def pipeline(
 ) -> None:
     """All steps in one command: text → tokens → model → text → GGUF.
 
-    Without --demo, it shows what each preset needs on this machine, asks which one to train, prepares your text for it
-    and trains. Without a terminal, or with --yes, it asks nothing.
+    Without --demo, the command shows the memory and time of each preset on this machine and asks for a preset. Then the
+    command prepares your text for the preset and trains the model. Without a terminal, or with --yes, the command asks
+    nothing.
     """
     from atlas.cli.choose_text import NoTextError, ask_person, choose_text
     from atlas.cli.terminal import ask_or_none
@@ -78,7 +81,7 @@ def pipeline(
 
 
 def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[str], str] | None) -> Layer:
-    """The settings of the run, whose text is prepared for their vocabulary."""
+    """Return the settings of the run. If needed, prepare the text with the vocabulary of these settings."""
     from atlas.cli.choose_preset import VOCABULARY, choose_preset
     from atlas.data.sequences.conversations import holds_conversations
     from atlas.data.shards import is_prepared, open_dataset
@@ -86,16 +89,16 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
 
     if {"train_data", "mixture"} & overrides.get("data", {}).keys():
         raise AtlasError(
-            "--set data: the pipeline trains on one text: name it with --data, or use atlas train"
+            "--set data: the pipeline trains on one text: name the text with --data, or use atlas train"
         )
     if holds_conversations(data):
         raise AtlasError(
-            f"--data {data}: contains conversations, which make a trained model answer: train one on text first, then "
+            f"--data {data}: contains conversations, which are for fine-tuning: train a model on text first, then run "
             f"atlas train --init-from CHECKPOINT --train-data {data}"
         )
     prepared = open_dataset(data) if is_prepared(data) else None
     if prepared is None:
-        Sources([data])  # refuses an unreadable text before a question is asked
+        Sources([data])  # refuses an unreadable text before Atlas asks a question
     vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
     device = str(overrides.get("device", "auto"))
     preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
@@ -110,8 +113,8 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
 
 
 def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -> PreparedDataset:
-    """The dataset of a text, prepared if needed. One with a trained vocabulary gets a separate folder, so that it does
-    not replace the one with GPT-2's."""
+    """Prepare a text, if needed, and return its dataset. A dataset with a trained vocabulary has its own folder, so
+    that it does not replace the dataset with GPT-2's vocabulary."""
     from atlas.data import prepare
     from atlas.data.prepare.pipeline import default_output
     from atlas.data.text.sources import Sources

@@ -1,4 +1,4 @@
-"""`atlas plan`: what a config needs, before any work."""
+"""`atlas plan`: estimate the needs of a config, before any work."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def plan(
     data: Annotated[Path | None, typer.Option(help="Prepared dataset to train on.", metavar="FOLDER")] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help='Plan for this card instead of this machine: "RTX 3060".', metavar="NAME"),
+        typer.Option(help='Plan for this card instead of this machine, such as "RTX 3060".', metavar="NAME"),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Plan for a GPU of this size instead of this machine.", metavar="8GB"),
+        typer.Option(help="Plan for a GPU with this memory instead of this machine.", metavar="8GB"),
     ] = None,
     gpus: Annotated[
         int | None,
         typer.Option(
-            help="Plan for one run on N GPUs in each node, as torchrun's --nproc-per-node.", metavar="N"
+            help="Plan a run on N GPUs in each node, as with torchrun's --nproc-per-node.", metavar="N"
         ),
     ] = None,
     nodes: Annotated[
@@ -35,17 +35,18 @@ def plan(
     interconnect: Annotated[
         str | None,
         typer.Option(
-            help="With --gpus: the link inside a node and the one between nodes, by name (pcie4, nvlink4, "
-            "ethernet-10g, infiniband-400, …) or in GB/s in one direction for each GPU.",
+            help="With --gpus: the link inside a node, and the link between nodes. Each is a name (pcie4, nvlink4, "
+            "ethernet-10g, infiniband-400, …) or the GB/s in one direction for each GPU.",
             metavar="NAME|GB/s[,…]",
         ),
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object: bytes, seconds, FLOPs, kWh.")
+        bool, typer.Option("--json", help="Print one JSON object, in bytes, seconds, FLOPs and kWh.")
     ] = False,
 ) -> None:
-    """Memory, disk, tokens and time of a config, and which presets fit: this machine, a card, a text."""
+    """Estimate the memory, disk space, tokens and time of a config. List the presets that fit the machine or card, and
+    the text."""
     from atlas.cli.plan_output import print_json, print_report
     from atlas.cli.plan_report import make_report
     from atlas.planning.communication import cluster_of

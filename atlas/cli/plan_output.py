@@ -1,4 +1,4 @@
-"""What `atlas plan` reports, as tables for a person and as one JSON object for a program."""
+"""The output of `atlas plan`: tables for people, or one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
 
 
 def print_json(report: Report) -> None:
-    """Numbers in bytes, seconds, FLOPs and kWh; null where one is not known."""
+    """Print the report as JSON, with numbers in bytes, seconds, FLOPs and kWh, and null for unknown values."""
     machine, text, device = report.machine, report.text, report.machine.device
     content = {
         "machine": {
@@ -97,7 +97,7 @@ def _with_total(parts: Any) -> dict[str, int]:
 
 
 def print_report(report: Report) -> None:
-    """Tables and notes on standard output."""
+    """Print the report as tables and notes on standard output."""
     if report.summary:
         _print_summary(report, report.summary)
         if report.scaling:
@@ -115,13 +115,13 @@ def _print_summary(report: Report, summary: Summary) -> None:
         **_parts(summary.memory, gibibytes),
         "besides, in main memory": copy and gibibytes(copy),
         "sequences per micro-batch": f"{config.training.sequences_at_once:,}",
-        "at most, of an update": f"{summary.largest_micro_batch:,}",
+        "at most in a micro-batch": f"{summary.largest_micro_batch:,}",
     }
     _print_rows(f"Memory of training on {machine.device}", memory)
     if copy:
         typer.echo(
-            "Besides: the copy that checkpoints are written from while training continues. Where it does not fit, or "
-            "with checkpoint.background=false, training waits for the disk.\n"
+            "Besides: the copy of the state from which Atlas writes a checkpoint while training continues. If the copy "
+            "does not fit, or with checkpoint.background=false, training waits for the disk.\n"
         )
     if summary.remedies and report.scaling is None:
         there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
@@ -144,30 +144,33 @@ def _print_summary(report: Report, summary: Summary) -> None:
 
 
 def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
-    """On several GPUs, or as several processes on a CPU; the sections before are about one."""
+    """Print the plan of a run on several GPUs, or in several processes on a CPU. All sections before are for a single
+    rank."""
     sent, updates = scaling.communication, summary.run.updates
     shared = {
         "training.parallel": scaling.parallel,
         "ranks that share a model": scaling.parallel == "fsdp" and f"{scaling.shard_size:,}",
-        "sequences of an update, each": f"{scaling.sequences:,}",
+        "sequences per rank and update": f"{scaling.sequences:,}",
         "sequences per micro-batch": f"{scaling.micro_batch:,}",
     }
     _print_rows(f"On {_cluster(scaling.cluster, device)}", shared)
-    _print_rows("Memory of each of them", _parts(scaling.memory, gibibytes))
+    _print_rows("Memory of each rank", _parts(scaling.memory, gibibytes))
     if not scaling.fits:
         remedies = ", ".join(_remedies(scaling, summary))
-        typer.echo(f"Does not fit: each has {gibibytes(scaling.available)}. What would help: {remedies}.\n")
+        typer.echo(
+            f"Does not fit: each rank has {gibibytes(scaling.available)}. What would help: {remedies}.\n"
+        )
     parts = {"weights": sent.weights, "gradients": sent.gradients}
     moved = {name: size and _gb(size) for name, size in parts.items()}
-    _print_rows("Sent in an update by each, and received", {**moved, "total": _gb(sent.bytes)})
+    _print_rows("Sent, and received, by each rank in an update", {**moved, "total": _gb(sent.bytes)})
     time = {
         "computing": _time(scaling.computing),
         "communication": _time(sent.seconds),
-        "of it hidden behind computing": _time(sent.seconds - sent.exposed),
-        "of it exposed": _time(sent.exposed),
+        "communication hidden": _time(sent.seconds - sent.exposed),
+        "communication exposed": _time(sent.exposed),
         "total": _time(scaling.seconds),
         "efficiency": f"{scaling.efficiency:.1%}",
-        "tokens a second, of all": figure(scaling.tokens_per_second),
+        "tokens per second, all ranks": figure(scaling.tokens_per_second),
         "time of the run": updates and describe_duration(spread(scaling.seconds * updates)),
     }
     _print_rows("Time of an update", time)
@@ -193,7 +196,7 @@ def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    """How the figures came about, and what is not known."""
+    """Yield notes on the sources of the figures, and on unknown values."""
     machine, summary, scaling = report.machine, report.summary, report.scaling
     if summary:
         yield from _notes_on_length(summary, has_text=report.text is not None)
@@ -205,22 +208,23 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
     if report.text:
         yield (
-            f"Passes: over the text until a parameter has seen {TOKENS_PER_PARAMETER} tokens, which uses training "
-            f"time best; beyond about {GOOD_PASSES} each gives less. More: atlas info {printable(report.text.name)}"
+            f"Passes: the passes over the text that give {TOKENS_PER_PARAMETER} tokens per parameter, the best use of "
+            f"training time. Each pass beyond about {GOOD_PASSES} helps less. "
+            f"More: atlas info {printable(report.text.name)}"
         )
     if report.assumes_vocabulary and summary:
         yield (
-            f"vocab_size is left out, so the dataset's will be taken; {summary.config.model.vocab_size} is assumed "
-            "here. GPT-2's: --set model.vocab_size=50257"
+            f"model.vocab_size is not set, so training uses the dataset's; this plan assumes "
+            f"{summary.config.model.vocab_size}. For GPT-2's: --set model.vocab_size=50257"
         )
 
 
 def _note_on_time(report: Report) -> str:
-    """Which the times are: measured, simulated or stated, and from what."""
+    """Return a note that says whether the times are measured, simulated or stated, and from which rates."""
     machine, speed = report.machine, report.machine.speed
     reached = (report.summary or report.presets[-1][1]).run.utilisation
     if machine.flops_per_second is None or reached is None:
-        return "Time: not known without the speed; --gpu takes a card's from a table, in half precision only."
+        return "Time: not known without the GPU's speed. --gpu uses a known card's speed, in half precision only."
     rate = f"{reached:.0%} of {machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}"
     if speed is None:
         narrow = "; less for narrow models" if machine.device == "cpu" and not report.summary else ""
@@ -230,7 +234,7 @@ def _note_on_time(report: Report) -> str:
             f"simulated: the FLOPs and bytes of an update at {speed.products / 1e9:,.0f} GFLOP/s and "
             f"{speed.bandwidth / 1e9:,.0f} GB/s; its FLOPs are at {rate}"
         )
-    return f"Time: {how}. Evaluations and saves come on top."
+    return f"Time: {how}. Evaluations and saves take additional time."
 
 
 def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
@@ -238,34 +242,34 @@ def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
     if training.max_hours:
         yield f"Updates: training.max_hours ends the run after {training.max_hours:g} hours at the latest."
     elif summary.run.updates is None:
-        yield "Updates: neither training.max_steps nor --data says how many there will be."
+        yield "Updates: the number is not known without training.max_steps or --data."
     if training.epochs and not has_text and summary.run.updates is not None:
-        yield "Updates: training.epochs may end the run sooner; --data says whether it does."
+        yield "Updates: training.epochs may end the run sooner; to check this, give --data."
 
 
 def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
     cluster = scaling.cluster
-    yield f"Ranks: the sections up to “The run” are of one, those after it of {cluster.ranks:,}."
+    yield f"Ranks: the sections up to “The run” are for one rank, the later sections for {cluster.ranks:,}."
     if device == "cpu" and cluster.ranks > 1:
-        yield "On a CPU they share its cores: more of them compute no faster. --gpu plans for cards."
+        yield "On a CPU, the ranks share its cores, so more ranks compute no faster. --gpu plans for cards."
     if scaling.parallel != "none":
         yield (
             f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal speed, hidden behind {OVERLAP:.0%} "
-            "of the computing beside them (assumed, not measured); their latency is left out."
+            "of the simultaneous computation (assumed, not measured); the links' latency is left out."
         )
     if cluster.is_assumed:
         ports = ", one port for all GPUs of a node" if cluster.between and cluster.between.is_shared else ""
         between = f", {cluster.between.name} between nodes{ports}" if cluster.between else ""
-        yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect names others."
+        yield f"Links: {cluster.inside.name} inside a node{between} (assumed); --interconnect sets other links."
 
 
 def _print_presets(report: Report) -> None:
     fits, enough, text = report.largest(), report.largest(for_text=True), report.text
     verdict = f"the largest that fits is {fits}" if fits else "none fits"
     if enough:
-        verdict += f"; the largest of them that the text is enough for is {enough}"
+        verdict += f"; the largest for which the text is also large enough is {enough}"
     elif text:
-        verdict += "; the text is small for every one"
+        verdict += "; the text is too small for every preset"
     titles = [" preset", "parameters", "memory", "fits", "micro-batch", "at most", "time"]
     rows = [titles + ["passes"] * bool(text)]
     for preset, summary in report.presets:
@@ -285,7 +289,7 @@ def _print_presets(report: Report) -> None:
 
 
 def _print_rows(title: str, rows: dict[str, Any]) -> None:
-    """Print a section of figures; those that are None, 0 or False are left out."""
+    """Print a section of figures. Figures that are None, 0 or False are left out."""
     typer.echo(title)
     shown = {name: value for name, value in rows.items() if value}
     width = max(14, *map(len, shown.values()))
@@ -295,7 +299,7 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
 
 
 def _parts(estimate: Any, show: Callable[[int], str]) -> dict[str, Any]:
-    """The parts of an estimate by name, and their sum."""
+    """Return name → text for the parts of an estimate and their total."""
     return {name.replace("_", " "): size and show(size) for name, size in _with_total(estimate).items()}
 
 

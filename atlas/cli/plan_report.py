@@ -1,4 +1,4 @@
-"""What `atlas plan` reports: a config on a machine, and the presets beside it."""
+"""The contents of `atlas plan`'s report: the estimates for a config, and for every preset, on a machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from atlas.training.schedule import NO_LIMIT, horizon_steps
 
 @dataclass(frozen=True)
 class Summary:
-    """What a config needs on a machine. `advice` is None without a text, `remedies` are empty where the config fits."""
+    """The estimates for a config on a machine. `advice` is None without a text. `remedies` is empty if the config
+    fits."""
 
     config: AtlasConfig
     memory: TrainingMemory
@@ -36,7 +37,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """`text`, `summary` and `scaling` are None where none was named."""
+    """The report of `atlas plan`. `text`, `summary` and `scaling` are None without --data, a config, and --gpus."""
 
     machine: Machine
     text: TokenStream | None
@@ -46,7 +47,8 @@ class Report:
     presets: list[tuple[PresetPlan, Summary]]
 
     def largest(self, *, for_text: bool = False) -> str | None:
-        """The largest preset that fits the machine, and with `for_text` also the text."""
+        """Return the name of the largest preset that fits the machine and, with `for_text`, also the text; None if none
+        fits."""
         enough = [plan for plan, summary in self.presets if summary.advice and summary.advice.fits]
         plans = enough if for_text else [plan for plan, _ in self.presets]
         largest = largest_that_fits(plans)
@@ -62,7 +64,7 @@ def make_report(
     *,
     has_config: bool,
 ) -> Report:
-    """Plan the config of these options, if the user named one, and every preset. Raises `AtlasError`."""
+    """Plan every preset and, if `has_config`, the config `wanted`. Raises `AtlasError`."""
     text = None if data is None else _open(data)
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
@@ -73,14 +75,15 @@ def make_report(
     scaling = scale(known, machine, cluster) if cluster else None
     presets, vocab_size = [], text.vocab_size if text else None
     for preset in plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size):
-        # Without opening the text, which may be shorter than the preset's context.
+        # The number of windows is computed without opening the text, since a text shorter than the preset's context
+        # would raise an error.
         windows = (text.num_tokens - 1) // preset.config.model.max_seq_len if text else 0
         presets.append((preset, _summarize(preset.config, machine, text, windows)))
     return Report(machine, text, wanted.model.vocab_size is None, summary, scaling, presets)
 
 
 def _open(data: Path) -> TokenStream:
-    """The training part of a prepared dataset."""
+    """Return the training split of a prepared dataset. Raises `AtlasError`."""
     if holds_conversations(data):
         raise AtlasError(
             f"--data {data}: holds conversations, which atlas plan does not read; leave --data out"
@@ -97,7 +100,8 @@ def _open(data: Path) -> TokenStream:
 def _summarize(
     config: AtlasConfig, machine: Machine, text: TokenStream | None, sequences_per_epoch: int
 ) -> Summary:
-    """Summarize a config with a known vocabulary, as a run over the text if there is one."""
+    """Return the estimates for a config with a known vocabulary. If `text` is given, they are for a run over this
+    text."""
     device, updates = machine.device, config.training.max_steps
     if text and (updates := horizon_steps(config.training, sequences_per_epoch)) == NO_LIMIT:
         updates = None

@@ -17,31 +17,35 @@ if TYPE_CHECKING:
 
 _INPUT_HELP = (
     "Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', an fsspec URL, or - for "
-    "standard input; may be repeated."
+    "standard input. The option may be repeated."
 )
 _OUTPUT_HELP = (
-    "The dataset's folder; default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
+    "The dataset's folder. Default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
     "first input>."
 )
 _TOKENIZER_HELP = "gpt2 (default), a tokenizer.json, or package.module:factory."
 _TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
-_FIELD_HELP = "The field of a JSONL row, or Parquet column, that holds its text."
-_CLEAN_HELP = "The cleaning steps to take, of nfc, control, whitespace and duplicates; or none."
+_FIELD_HELP = "The field of a JSONL row, or the Parquet column, that contains the text."
+_CLEAN_HELP = "The cleaning steps to apply: a list of nfc, control, whitespace and duplicates, or none."
 _NEAR_HELP = (
-    "Leave out near copies of earlier documents, too (MinHash, 80 % of their runs of five words); slow, and needs "
-    "about 3 KB of memory per document."
+    "Also leave out near copies of earlier documents: documents that share 80 % of their five-word sequences "
+    "(MinHash). This is slow and needs about 3 KB of memory per document."
 )
-_WORKERS_HELP = "Processes that tokenize; default: one per core. The result is the same for any number."
-_ENGINE_HELP = "Where they run: local, or ray, a cluster whose machines all have the input under its path."
+_WORKERS_HELP = (
+    "The number of tokenizing processes. Default: one per core. The result is the same for any number."
+)
+_ENGINE_HELP = (
+    "Where the processes run: local, or ray, a cluster whose machines all have the input under the same path."
+)
 _TRUST_HELP = (
-    "Read an archive of any size too: one that unpacks to more than 1 TB, to more than 200 times its own bytes, or "
-    "holds more than a million files."
+    "Also read an archive that unpacks to more than 1 TB or to more than 200 times its own bytes, or that contains "
+    "more than a million files."
 )
 
 
 def prepare(
     inputs: Annotated[
-        list[str] | None,  # a Path would make s3:/ of s3://
+        list[str] | None,  # a Path would turn s3:// into s3:/
         typer.Option("--input", help=_INPUT_HELP, metavar="PATH"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help=_OUTPUT_HELP, metavar="DIR", show_default=False)] = None,
@@ -58,7 +62,9 @@ def prepare(
     clean: Annotated[
         str, typer.Option(help=_CLEAN_HELP, metavar="STEP,…")
     ] = "nfc,control,whitespace,duplicates",
-    min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.", metavar="N")] = 1,
+    min_chars: Annotated[
+        int, typer.Option(help="Leave out documents with fewer characters.", metavar="N")
+    ] = 1,
     near_dedup: Annotated[bool, typer.Option("--near-dedup", help=_NEAR_HELP)] = False,
     workers: Annotated[int | None, typer.Option(help=_WORKERS_HELP, metavar="N", show_default=False)] = None,
     engine: Annotated[str, typer.Option(help=_ENGINE_HELP, metavar="local|ray")] = "local",
@@ -79,7 +85,7 @@ def prepare(
     if not inputs:
         raise AtlasError(
             f"--input: is missing; give text, for example data/raw/archive.zip from {ORIGIN}, "
-            "or --list to see what is there"
+            "or --list to see the existing data"
         )
     summary = make_dataset(
         inputs,
@@ -118,10 +124,10 @@ def _print_summary(summary: Summary) -> None:
             f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
             f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
-    # The larger presets state GPT-2's vocabulary; the nano ones take any.
+    # The larger presets require GPT-2's vocabulary; the nano presets accept any vocabulary.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
-    say(f"train on it: atlas train --config modern-nano --train-data {folder}{larger}")
-    say(f"how large a model it is enough for: atlas info {folder}")
+    say(f"train on this dataset: atlas train --config modern-nano --train-data {folder}{larger}")
+    say(f"see which models it is large enough for: atlas info {folder}")
 
 
 def _print_list(root: Path) -> None:
@@ -129,9 +135,7 @@ def _print_list(root: Path) -> None:
 
     listed = list_data(root)
     if not listed:
-        typer.echo(
-            f"nothing in {root / 'processed'} or {root / 'raw'}; the archive that the FAQ uses: {ORIGIN}"
-        )
+        typer.echo(f"nothing in {root / 'processed'} or {root / 'raw'}; the FAQ's archive is at {ORIGIN}")
     rows = [
         (str(path), f"{size / 1e6:,.1f} MB", found if isinstance(found, str) else _contents(found))
         for path, size, found in listed

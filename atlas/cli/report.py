@@ -1,4 +1,4 @@
-"""`atlas report`: the records of runs on one page."""
+"""`atlas report`: write the records of runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from atlas.cli.terminal import say
 
 _SECONDS = 5
-"""Between two updates of a live report."""
+"""Seconds between two updates of a live report."""
 
 
 def report(
@@ -21,16 +21,18 @@ def report(
     output: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
     png: Annotated[
         str | None,
-        typer.Option(help="Also draw the losses as a PNG for a paper; needs matplotlib.", metavar="FILE"),
+        typer.Option(help="Also draw the losses as a PNG for a paper. Needs matplotlib.", metavar="FILE"),
     ] = None,
     live: Annotated[
         bool,
-        typer.Option("--live", help=f"Update it every {_SECONDS} seconds until the runs end or Ctrl-C."),
+        typer.Option(
+            "--live", help=f"Update the page every {_SECONDS} seconds until the runs end, or until Ctrl-C."
+        ),
     ] = False,
 ) -> None:
-    """Write an HTML file with the curves, configs, samples and results of runs, which opens without a network.
+    """Write an HTML file with the curves, configs, samples and results of runs. The file needs no network.
 
-    Several runs are drawn over each other, by step, tokens or time.
+    The charts show all runs together, by step, tokens or time.
     """
     from atlas.reporting.figure import draw_losses, shared_axis
     from atlas.reporting.report import write_report
@@ -43,16 +45,16 @@ def report(
         check_png("--png", Path(png))
     found = read_runs(runs)
     if live:
-        say(f"{page} is updated every {_SECONDS} seconds until the run ends; Ctrl-C stops it earlier")
+        say(f"{page} is updated every {_SECONDS} seconds until the runs end; Ctrl-C ends the updates earlier")
         try:
-            # An unknown run, on another machine, may continue.
+            # A run of another machine has the state `unknown` and may still be running.
             while any(run.state in ("running", "unknown") for run in found):
                 write_report(page, found, refresh=_SECONDS)
                 time.sleep(_SECONDS)
                 for run in found:
                     run.refresh()
         except KeyboardInterrupt:
-            say("no longer updated")
+            say("the page is no longer updated")
     write_report(page, found)
     typer.echo(f"report: {page}")
     if png:

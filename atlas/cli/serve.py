@@ -1,4 +1,4 @@
-"""`atlas serve`: an OpenAI-compatible server for your own checkpoints."""
+"""`atlas serve`: start an OpenAI-compatible server for your own checkpoints."""
 
 from __future__ import annotations
 
@@ -33,46 +33,57 @@ def serve(
     ] = None,
     gguf: Annotated[
         str | None,
-        typer.Option(help="An exported file to serve with llama.cpp, alone or beside checkpoints."),
+        typer.Option(help="A GGUF file to serve with llama.cpp, alone or in addition to checkpoints."),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; one that others can reach needs --api-key.")
+        str,
+        typer.Option(help="Address to listen on. An address that other machines can reach needs --api-key."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="ATLAS_API_KEY", help="Clients must send this key.")
+        str | None, typer.Option(envvar="ATLAS_API_KEY", help="The key that clients must send.")
     ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(
-            help="Sequences per model in parallel. Default: 64, or what 1/4 of the free memory holds; 4 in llama.cpp.",
+            help="Sequences per model in parallel. Default: up to 64, in 1/4 of the free memory; llama.cpp: 4.",
             min=1,
             max=1024,
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option(help="Sequences that may wait for a slot; more are refused with 429.", min=0)
+        int,
+        typer.Option(
+            help="Sequences that may wait for a slot. The server refuses more with status 429.", min=0
+        ),
     ] = 256,
     runs: Annotated[
-        str, typer.Option(help="Folder whose runs, also those in subfolders, are drawn at /runs.")
+        str, typer.Option(help="Folder of the runs that the page at /runs shows, subfolders included.")
     ] = "checkpoints",
-    max_tokens: Annotated[int, typer.Option(help="The most new tokens of a generation.", min=1)] = 4096,
+    max_tokens: Annotated[
+        int, typer.Option(help="The largest number of new tokens per generation.", min=1)
+    ] = 4096,
     timeout: Annotated[
-        float, typer.Option(help="Seconds that a request, and the shutdown, may take.", min=1, max=86_400)
+        float,
+        typer.Option(
+            help="The time limit in seconds for a request, and for the shutdown.", min=1, max=86_400
+        ),
     ] = 300.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
-    """Start an OpenAI-compatible server, until Ctrl-C or SIGTERM, which let generations finish."""
+    """Start an OpenAI-compatible server. Ctrl-C or SIGTERM stops the server after current generations have finished."""
     if host not in _LOOPBACK and not api_key:
         raise AtlasError(
             f"--host {host}: others can reach this address: set --api-key (or ATLAS_API_KEY), or listen on 127.0.0.1"
         )
     if api_key is not None:
         api_key = api_key.strip()
-        if not re.fullmatch("[!-~]+", api_key):  # what every client can put into a header
-            raise AtlasError("--api-key: must be ASCII letters, digits and signs, no spaces; or leave it out")
+        if not re.fullmatch("[!-~]+", api_key):  # the characters that every client can send in a header
+            raise AtlasError(
+                "--api-key: must be ASCII letters, digits and signs, without spaces; or leave it out"
+            )
     try:
         from atlas.serving.app import build_app
         from atlas.serving.dispatcher import ServerSettings
@@ -97,7 +108,7 @@ def serve(
         llama = Llama(gguf, parallel=parallel, queue=queue, threads=torch.get_num_threads())
         say(f"{llama.id}: {gguf}: {parallel} sequences in parallel in llama.cpp")
         if llama.id in [backend.id for backend in backends]:
-            raise AtlasError(f"--gguf {gguf}: a checkpoint has this name as well: rename one of the files")
+            raise AtlasError(f"--gguf {gguf}: a checkpoint has the same name: rename one of the two files")
         backends.append(llama)
     app = build_app(backends, ServerSettings(max_tokens, timeout, api_key, Path(runs)))
     server = Server(app, listener, seconds_to_drain=timeout)
@@ -111,7 +122,8 @@ def serve(
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The names of the models in the API: the file's name, with its folder's name where that alone is ambiguous."""
+    """Return the models' names in the API: the file's name, with the folder's name in front if two files have the same
+    name."""
     stems = [path.stem for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
@@ -120,7 +132,7 @@ def _names(paths: list[Path]) -> list[str]:
     for name in names:
         if names.count(name) > 1:
             raise AtlasError(
-                f"--checkpoint: two are called {name}: name each once, or copy one to another folder"
+                f"--checkpoint: two checkpoints are called {name}: name each once, or copy one to another folder"
             )
     return names
 
@@ -138,7 +150,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     if (parallel or 1) * per_sequence > free:
         raise AtlasError(
             f"--parallel {parallel or 1}: the cache of a sequence needs {per_sequence / 1e6:,.1f} MB, and "
-            f"{free / 1e6:,.1f} MB of memory are free: ask for fewer, or serve a smaller model"
+            f"{free / 1e6:,.1f} MB of memory are free: use a smaller --parallel, or serve a smaller model"
         )
     parallel = parallel or max(1, min(_MOST_PARALLEL, int(_CACHE_FRACTION * free) // per_sequence))
     if device == "cpu":
@@ -149,10 +161,10 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
 
 
 def _run(server: Server, address: str) -> None:
-    """Serve until a signal; the second signal does not wait for unfinished generations."""
+    """Serve until a signal. After the first signal, current generations finish; a second signal ends them."""
 
     def end(number: int, frame: object) -> None:
-        say("shutting down: current generations finish; repeat to stop them")
+        say("shutting down: current generations finish; a second Ctrl-C or signal ends them")
         server.drain()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
@@ -163,4 +175,4 @@ def _run(server: Server, address: str) -> None:
     while not server.wait(0.1):
         if server.is_ready and not is_reported:
             is_reported = True
-            say(f"{address} to write and look, {address}/runs for curves, {address}/v1 for OpenAI's clients")
+            say(f"{address} for pages, {address}/runs for curves, {address}/v1 for OpenAI's clients")

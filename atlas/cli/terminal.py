@@ -1,4 +1,4 @@
-"""Questions at a terminal, if there is one; and text as a terminal shows it."""
+"""Terminal output and questions: tables, facts, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -17,52 +17,55 @@ import typer
 from atlas.cli.choose_text import somebody_can_answer
 
 USER_MISTAKE, INTERRUPTED = 2, 130
-"""Exit codes."""
+"""The exit codes for a user's mistake, and for an interrupted command."""
 _LONGEST_LINE = 2000
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def ask_or_none() -> Callable[[str], bool] | None:
-    """A function that asks a yes/no question, with yes as default; None if nobody can answer, so that nothing hangs."""
+    """Return a function that asks a yes/no question with the default yes; None if no user can answer."""
     if not somebody_can_answer():
         return None
     return lambda question: typer.confirm(question, default=True, err=True)
 
 
 def say(*lines: str) -> None:
-    """Print lines on standard error. Standard output has a command's results only."""
+    """Print lines on standard error. Standard output contains only a command's results."""
     for line in lines:
         typer.echo(line, err=True)
 
 
 def own_command() -> str:
-    """The command that calls the `atlas` of this environment: its name if it is on PATH, else through its Python."""
+    """Return the command for this environment's `atlas`: `atlas` if PATH finds it, else `PYTHON -m atlas`."""
     on_path = shutil.which("atlas")
     if on_path and Path(on_path).absolute().parent == Path(sys.executable).absolute().parent:
         return "atlas"
     python = sys.executable
-    with suppress(ValueError):  # Windows: another drive
+    with suppress(ValueError):  # on Windows, a path on another drive
         python = min(python, os.path.relpath(python), key=len)
     return f"{shlex.quote(python) if os.name != 'nt' else python} -m atlas"
 
 
 def printable(text: str) -> str:
-    """One line that a terminal shows and does not execute. Control characters and halves of characters, which may come
-    from a stranger's file, become escapes."""
+    """Return the text as one line without control characters, which a terminal could execute.
+
+    Control characters and unpaired surrogates, for example from an untrusted file, become escapes. A text that is too
+    long is cut off.
+    """
     shown = "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text[:_LONGEST_LINE])
     return shown + ("…" if len(text) > _LONGEST_LINE else "")
 
 
 def figure(value: float) -> str:
-    """A number with two or more digits, and no decimals from 100 on."""
+    """Return a number as text with at least two digits. Numbers from 100 on have no decimals."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def print_facts(facts: Iterable[tuple[str, Any]], *, indent: str = "", width: int = 0) -> None:
-    """Print a line for each fact, with its name in front in `width` or more columns, except for facts that are None or
-    empty."""
+    """Print a line for each fact: its name in at least `width` columns, then its value. Facts that are None or empty
+    are left out."""
     rows = [(name, str(value)) for name, value in facts if value not in (None, "")]
     width = max([width, *(len(name) for name, _ in rows)])
     for name, value in rows:
@@ -70,12 +73,13 @@ def print_facts(facts: Iterable[tuple[str, Any]], *, indent: str = "", width: in
 
 
 def gibibytes(size: int) -> str:
-    """A size of memory in GiB, or a small one in MiB."""
+    """Return a size of memory as text in GiB, or in MiB if it is small."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = (), err: bool = False) -> None:
-    """Print columns as wide as their widest cell; those numbered in `right` are aligned to the right."""
+    """Print a table with columns as wide as their widest cell. The columns with numbers in `right` are aligned
+    right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

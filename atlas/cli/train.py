@@ -1,4 +1,4 @@
-"""`atlas train`: start a run, or resume the one in the output folder."""
+"""`atlas train`: start a run, or resume the run in the output folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SHOWN_OPERATIONS = 12
 _FLAGS: dict[str, str] = {}
-"""Parameter of `train` → the setting that it gives."""
+"""Parameter of `train` → the key of the setting that the parameter sets."""
 
 Config = Annotated[
     str | None,
@@ -34,7 +34,8 @@ NoResume = Annotated[
 
 
 def _setting(key: str, metavar: str = "N") -> Any:
-    """The option of a setting, named like the last part of its key; noted in `_FLAGS`."""
+    """Return the typer option for the setting `key`, and record the setting in `_FLAGS`. The option has the name of the
+    key's last part."""
     _FLAGS[key.rpartition(".")[2]] = key
     return typer.Option(help=describe(key), metavar=metavar, show_default=False)
 
@@ -48,14 +49,15 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Resume from a checkpoint, or from the latest intact one (auto). "
-            "On other data: fine-tune from its weights.",
+            help="Resume from a checkpoint, or from the latest intact checkpoint (auto). "
+            "On other data: fine-tune from the checkpoint's weights.",
             metavar="PATH|auto",
         ),
     ] = None,
     no_resume: NoResume = False,
     init_from: Annotated[
-        str | None, typer.Option(help="Fine-tune: a new run that starts from these weights.", metavar="PATH")
+        str | None,
+        typer.Option(help="Fine-tune: start a new run from the weights of this checkpoint.", metavar="PATH"),
     ] = None,
     max_steps: Annotated[str | None, _setting("training.max_steps")] = None,
     epochs: Annotated[str | None, _setting("training.epochs")] = None,
@@ -70,7 +72,7 @@ def train(
     timeout: Annotated[
         float,
         typer.Option(
-            help="With torchrun: seconds that processes wait for one another before the run ends.",
+            help="With torchrun: seconds for which processes wait for each other before the run ends.",
             min=1,
             metavar="SECONDS",
         ),
@@ -79,22 +81,23 @@ def train(
         bool,
         typer.Option(
             "--overfit-batch",
-            help="Train on one batch only and report whether its loss falls to zero: the first check when "
-            "the loss does not fall. Saves nothing.",
+            help="Train on a single batch and report whether its loss falls to zero: the first check if a "
+            "run's loss does not fall. Saves nothing.",
         ),
     ] = False,
     profile: Annotated[
         bool,
         typer.Option(
             "--profile",
-            help="Run a few updates, profile the last one, print its longest operations, and write a Chrome trace to "
-            "profile.json in the output folder. Saves nothing else.",
+            help="Run a few updates and profile the last update. Print its longest operations and write "
+            "profile.json, a Chrome trace, to the output folder. Saves nothing else.",
         ),
     ] = False,
 ) -> None:
     """Train a model, or resume a run.
 
-    Ctrl-C saves a checkpoint and exits with 130. Precedence: flag, --set, config file, checkpoint, default.
+    Ctrl-C saves a checkpoint and exits with code 130. Precedence of settings: flag, --set, config file, checkpoint,
+    default.
     """
     given = locals()
     flags = {key: given[name] for name, key in _FLAGS.items() if given[name] is not None}
@@ -105,7 +108,8 @@ def train(
         return
     if profile:
         return _print_profile(explicit_layer(config, overrides, flags))
-    # Report a mistake before PyTorch is loaded, which takes seconds. With several processes, only the first reports it.
+    # Report a mistake in the settings before loading PyTorch, which takes seconds. With several processes, the settings
+    # are read later, so that only the first process reports a mistake.
     explicit = None if "RANK" in os.environ else explicit_layer(config, overrides, flags)
 
     from atlas.config.presets import leaves_batch_size_open
@@ -122,7 +126,7 @@ def train(
 
 
 def explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
-    """What the user wrote: config file < --set < flags."""
+    """Return the settings that the user gave. Flags take precedence over --set, and --set over the config file."""
     from atlas.config.presets import find_config
 
     layer = overlay(read_yaml(find_config(config)) if config else {}, parse_overrides(overrides or []))
@@ -150,7 +154,8 @@ def _print_profile(explicit: Layer) -> None:
 def train_to_the_end(
     request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Start the run that `request` asks for, train it, and report how it ended; exit with 130 if it was interrupted."""
+    """Start or resume the requested run, train it to its end, and report the outcome. Exit with 130 if it was
+    interrupted."""
     from atlas.errors import AtlasError
     from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
@@ -171,7 +176,7 @@ def train_to_the_end(
     if not result.saved and world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
-            "uses the newest checkpoint that was"
+            "uses the newest saved checkpoint"
         )
     losses = {"loss": result.loss, "validation loss": result.val_loss}
     figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)

@@ -1,4 +1,4 @@
-"""What a run is made of, and how it is read from files and flags."""
+"""The settings of a run, and how Atlas reads them from files and flags."""
 
 from atlas.config.config import AtlasConfig as AtlasConfig
 from atlas.config.config import CheckpointConfig as CheckpointConfig

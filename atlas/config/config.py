@@ -1,7 +1,7 @@
-"""What a run is made of: frozen, validated, and each field described once.
+"""The settings of a run, as frozen and validated classes.
 
-The docstrings under the fields are the only descriptions: `--help`, `docs/CONFIG.md` and the JSON schema for editors
-are made from them.
+The docstring under a field is its only description. `--help`, `docs/CONFIG.md` and the JSON schema for editors are
+generated from these docstrings.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from atlas.config.fields import DEVICE, Float, Int, Section, count_or_auto, devi
 from atlas.config.model import ModelConfig as ModelConfig
 
 LOSS_CHUNK_TOKENS = 256
-"""Rows of logits that training's loss computes at a time on a CPU: 51 MB in fp32 for GPT-2's vocabulary."""
+"""Rows of logits per chunk of the training loss on a CPU: 51 MB in fp32 for GPT-2's vocabulary."""
 CUDA_LOSS_BYTES = 256 << 20
-"""Bytes of a chunk of logits on CUDA, with all that is computed from it where nothing is compiled."""
+"""The most bytes per chunk of logits on CUDA. Without compilation, the bytes include all tensors that are computed from
+the chunk."""
 MUON_STACK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 20}
-"""Numbers in the matrices of one shape that Muon orthogonalizes together, by device. On a CPU this is 1.8 times as fast
-in a model 128 wide, and no faster at 768. On CUDA it saves kernel launches: a group needs 25, whatever its size."""
+"""The most numbers in a group of matrices of the same shape that Muon orthogonalizes together, by device. On a CPU
+grouping is 1.8 times as fast in a model 128 wide, and no faster at 768. On CUDA grouping saves kernel launches: a group
+needs 25 launches, whatever its size."""
 
 
 class MixturePart(Section):
@@ -28,34 +30,34 @@ class MixturePart(Section):
     path: str
     """A prepared folder, or plain text (file, folder or zip)."""
     weight: Float = Field(gt=0)
-    """Its share of the sequences, relative to the other weights."""
+    """The dataset's share of the sequences, relative to the other weights."""
 
 
 class DataConfig(Section):
     """The training and validation data."""
 
     train_data: str | None = None
-    """Training data: a prepared folder, plain text (file, folder or zip), or conversations (JSONL), of which only the
-    answers are trained on."""
+    """Training data: a prepared folder, plain text (file, folder or zip), or conversations (JSONL). With conversations,
+    the loss counts only the answers."""
     mixture: tuple[MixturePart, ...] | None = Field(None, min_length=1)
     """Several datasets instead of train_data, each with its share of the sequences:
     [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
     val_data: str | None = None
-    """Validation data, in the same formats. Default: the validation parts of the training data."""
+    """Validation data, in the same formats as train_data. Default: the validation split of the training data."""
     tokenizer: str | None = None
-    """Tokenizer for plain text: gpt2 (the default), a tokenizer.json, or package.module:factory. A prepared folder
-    brings its own."""
+    """Tokenizer for plain text: gpt2 (the default), a tokenizer.json, or package.module:factory. A prepared folder has
+    its own tokenizer."""
     val_fraction: Float = Field(0.05, ge=0, lt=1)
     """Fraction of the documents of a plain text that is held out for validation."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """concat: documents are joined and cut into windows. best_fit: complete documents are combined into windows, and
-    cut only where one is longer than a window; validation data is still read as concat. Conversations are always
-    packed complete."""
+    """concat: documents are joined and cut into windows. best_fit: complete documents are combined into windows, and a
+    document is cut only if it is longer than a window. Validation data is always read as concat. Complete conversations
+    are always combined into windows."""
     document_mask: bool = False
-    """Keep attention inside a document, and restart positions in each, where a sequence holds several. Default: true
-    for conversations, else false."""
+    """If a sequence holds several documents, keep attention inside each document and restart positions in each.
+    Default: true for conversations, else false."""
     num_workers: Int = Field(1, ge=0)
-    """Threads that read batches ahead; 0 reads in the training thread."""
+    """Threads that read batches ahead. With 0, the training thread reads the batches."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -74,27 +76,30 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Int = Field(1, ge=1)
     """An update uses batch_size × gradient_accumulation_steps sequences."""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
-    """Sequences per forward pass; changes memory and speed, not the result. auto: batch_size, or as many of them as fit
-    into memory; on a GPU with ample memory up to the full update, unless you set batch_size in a file of your own, with
-    --set or as a flag."""
+    """Sequences per forward pass; the value changes memory and speed, not the result. auto: batch_size, or fewer if
+    memory is too small. On a GPU with ample memory, auto may use all sequences of an update. auto never exceeds a
+    batch_size that you set yourself (in your own config file, with --set or as a flag)."""
     max_steps: Int | None = Field(None, ge=1)
-    """Updates to train for. With epochs, the smaller wins; with neither, one epoch."""
+    """Updates to train for. If epochs is set too, the smaller limit counts; if neither is set, training runs for one
+    epoch."""
     epochs: Int | None = Field(None, ge=1)
     """Passes over the training data."""
     max_hours: Float | None = Field(None, gt=0)
-    """Total hours to train for. The schedule is planned to end within them, from the speed of the first updates. With
-    max_steps or epochs, the smaller wins; alone, as many epochs as there is time for."""
+    """Total hours to train for. Atlas plans the schedule to end within this time, from the speed of the first updates.
+    If max_steps or epochs is set too, the earlier limit counts; else training runs for as many epochs as there is time
+    for."""
     optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = "adamw"
-    """adamw. adamw8bit: a quarter of its memory, by torchao. muon: Muon for the matrices of the blocks, AdamW for all
-    other weights, less memory; its rate is AdamW's for a model 768 wide, and much the same for others. adafactor:
-    almost no memory, AdamW's rate. Fixed for a run."""
+    """The optimizer, which cannot change during a run. adamw: AdamW. adamw8bit: AdamW with a quarter of the memory, by
+    torchao. muon: Muon for the matrices of the blocks and AdamW for all other weights, with less memory than AdamW.
+    Muon's learning rate is AdamW's for a model 768 wide, and much the same for other widths. adafactor: almost no
+    memory, with AdamW's learning rate."""
     learning_rate: Float = Field(3e-4, gt=0)
     """Peak learning rate, reached after warm-up."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """How the learning rate decays after warm-up: cosine, linear, or wsd, which keeps it constant and decays it
-    linearly in the last part of the run, decay_fraction."""
+    """How the learning rate decays after warm-up: cosine, linear or wsd. wsd keeps the rate constant and decays it
+    linearly in the last part of the run (decay_fraction)."""
     decay_fraction: Float = Field(0.2, gt=0, le=1)
-    """Fraction of the run, at its end, in which wsd decays."""
+    """Fraction of the run, at its end, in which wsd decays the learning rate."""
     min_learning_rate_ratio: Float = Field(0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     warmup_steps: Int = Field(100, ge=0)
@@ -113,22 +118,24 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(off_on)] = "auto"
-    """Compile each block with torch.compile: a minute at the start, faster updates after. auto: on CUDA where it works,
-    never on a CPU, where it does not pay."""
+    """Compile each block with torch.compile: this takes a minute at the start and makes updates faster. auto: compile
+    on CUDA if that works, but never on a CPU, where compiling does not pay off."""
     parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
-    """How the processes that torchrun starts share the work. ddp: each holds the full model. fsdp: each holds a part of
-    the model, of its gradients and of the optimizer's state. auto: ddp where a step fits one device."""
+    """How the processes that torchrun starts share the work. ddp: each process holds the full model. fsdp: each process
+    holds a part of the model, of its gradients and of the optimizer's state. auto, with several processes: ddp if a
+    step fits on one device, else fsdp."""
     shard_size: Int | None = Field(None, ge=1)
-    """With fsdp: the number of processes that share one model, such as those of one machine; the groups are replicas.
-    Default: all processes share one model."""
+    """With fsdp: the number of processes that share one copy of the model, such as the processes of one machine. Each
+    group of shard_size processes holds its own copy. Default: all processes share one copy."""
     loss: str | None = None
-    """A loss of your own, as package.module:function(logits, targets, mask=None) → mean over the tokens given."""
+    """Your own loss, as package.module:function. Atlas calls function(logits, targets, mask=None), which returns the
+    mean over the given tokens."""
     log_interval: Int = Field(10, ge=1)
     """Updates between two lines of metrics."""
     eval_interval: Int = Field(100, ge=1)
     """Updates between two evaluations on validation data."""
     eval_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
-    """Sequences per forward pass of an evaluation. auto: as many as in training."""
+    """Sequences per forward pass of an evaluation. auto: the same number as in training."""
     eval_sequences: Int = Field(128, ge=1)
     """Size of the fixed validation subset, in sequences of max_seq_len tokens."""
     early_stopping_patience: Int | None = Field(None, ge=1)
@@ -136,12 +143,12 @@ class TrainingConfig(Section):
 
     @property
     def sequences_per_update(self) -> int:
-        """Sequences of one update."""
+        """Number of sequences per update."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def sequences_at_once(self) -> int:
-        """Sequences per forward pass, as long as memory does not run out."""
+        """Number of sequences per forward pass, unless memory runs out."""
         asked = self.micro_batch_size
         return self.batch_size if asked == "auto" else min(asked, self.sequences_per_update)
 
@@ -150,49 +157,53 @@ class LoraConfig(Section):
     """Fine-tuning by low-rank updates; the base weights are frozen."""
 
     rank: Int = Field(0, ge=0, le=4096)
-    """Inner width of each update; 0: no updates, all weights are trained."""
+    """Rank of each low-rank update. 0: no LoRA, all weights are trained."""
     alpha: Float = Field(16.0, gt=0)
-    """An update is multiplied by alpha / rank."""
+    """Each low-rank update is multiplied by alpha / rank."""
     targets: tuple[Literal["qkv", "output", "up", "down"], ...] = Field(
         ("qkv", "output", "up", "down"), min_length=1
     )
-    """The matrices of each block that get an update: qkv and output of attention, up and down of the MLP."""
+    """The matrices of each block that get a low-rank update: qkv and output of attention, up and down of the MLP."""
 
 
 class CheckpointConfig(Section):
     """Where checkpoints are saved and how often."""
 
     output_dir: str = "checkpoints"
-    """Folder of checkpoints, training.log and metrics.jsonl."""
+    """Folder for checkpoints, training.log and metrics.jsonl."""
     save_interval: Int = Field(100, ge=1)
     """Updates between two checkpoints."""
     keep_checkpoints: Int = Field(5, ge=1)
-    """Checkpoints kept of each kind; the best is always kept as well."""
+    """Number of checkpoints to keep of each kind (step, epoch, interrupt); the best checkpoint is always kept as
+    well."""
     max_total: Annotated[ByteSize, BeforeValidator(size)] | None = None
-    """Most bytes of all checkpoints together, such as 20GB: the oldest are deleted first, never the best and the
-    newest."""
+    """Largest total size of all checkpoints, such as 20GB. The oldest checkpoints are deleted first; the best and the
+    newest are never deleted."""
     slim_old: bool = False
     """Remove the optimizer state (AdamW's is two thirds of the bytes) from step checkpoints older than the newest
     two."""
     format: Literal["auto", "single", "sharded"] = "auto"
-    """single: one .pt, gathered on the first process. sharded: a folder to which each process writes its part. auto:
-    sharded where parallel is fsdp and the first process has no memory for the full checkpoint."""
+    """single: one .pt file, gathered on the first process. sharded: a folder to which each process writes its part.
+    auto: sharded if parallel is fsdp and the first process does not have the memory for the full checkpoint, else
+    single."""
     background: bool = True
     """Write checkpoints from a copy in main memory while training continues; false: training waits for the disk."""
 
 
 class GuardConfig(Section):
-    """What is watched during a run, and how it reacts."""
+    """Problems that Atlas watches for during a run, and its reactions to them."""
 
     max_bad_steps: Int = Field(5, ge=1)
     """After this many updates in a row whose loss or gradient was not finite, the run returns to its last save."""
     spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(off_on)] = "off"
-    """What to do with an update whose loss or gradient norm is far above the last 128: nothing, skip it, or roll back
-    to the last save."""
+    """Reaction to an update whose loss or gradient norm is far above those of the last 128 updates. off: none. skip:
+    skip the update. rollback: roll back to the last save."""
     spike_z_score: Float = Field(6.0, gt=0)
-    """How many standard deviations above their mean count as far."""
+    """An update is a spike if its loss or gradient norm is more than this number of standard deviations above the mean
+    of the last 128 updates."""
     max_gpu_temp: Int | None = Field(None, ge=40, le=110)
-    """°C at which training waits, between two updates, until the NVIDIA GPU is 5 °C below. Default: never wait."""
+    """Temperature in °C at which training pauses between two updates until the NVIDIA GPU is 5 °C cooler. Default:
+    never pause."""
 
 
 class TrackingConfig(Section):
@@ -201,21 +212,21 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard's event files to tensorboard/ in the output folder as well."""
     wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(off_on)] = "off"
-    """Weights & Biases. offline: a run in wandb/ in the output folder, which `wandb sync` can send later. online:
-    sends the run while it trains."""
+    """Weights & Biases. offline: save the run to wandb/ in the output folder; `wandb sync` can send it later. online:
+    send the run during training."""
     samples: Int = Field(2, ge=0, le=16)
     """Texts that the model generates after each evaluation; 0: none."""
     sample_prompt: str = ""
-    """The prompt of these texts; empty: the beginning of a document."""
+    """The prompt of the sample texts; empty: the beginning of a document."""
     sample_tokens: Int = Field(64, ge=1)
-    """Tokens of each."""
+    """Tokens per sample text."""
 
 
 class AtlasConfig(Section):
     """All settings of a run."""
 
     seed: Int = Field(1337, ge=0, lt=2**63)
-    """Decides initial weights, order of data and dropout."""
+    """Random seed for initial weights, order of data and dropout."""
     device: Annotated[str, AfterValidator(device_name)] = Field(
         "auto", json_schema_extra={"pattern": f"^({DEVICE})$"}
     )
@@ -229,5 +240,5 @@ class AtlasConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def replace(self, section: str, **changes: Any) -> AtlasConfig:
-        """The config with changed values in one section. They are not validated."""
+        """Return the config with changed values in one section. The new values are not validated."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=changes)})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: Any) -> Any:
-    """A number. YAML 1.1 reads `3e-4` as a string, which is accepted, and `yes` as a bool, which is not."""
+    """Return a number. YAML 1.1 reads `3e-4` as a string, which is accepted, and `yes` as a bool, which is not."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true/false")
     if isinstance(value, str):
@@ -43,12 +43,12 @@ def count_or_auto(value: Any) -> Any:
 
 
 def off_on(value: Any) -> Any:
-    """`off` and `on`, which YAML 1.1 reads as booleans."""
+    """Turn booleans into `off` and `on`: YAML 1.1 reads these words as booleans."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 def size(value: Any) -> Any:
-    """A number of bytes such as 20GB."""
+    """Refuse a string that is not a number of bytes such as 20GB."""
     if isinstance(value, str) and not re.fullmatch(
         r"\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE
     ):
@@ -57,7 +57,7 @@ def size(value: Any) -> Any:
 
 
 def device_name(value: str) -> str:
-    """A device that `device` accepts."""
+    """Refuse a name that the setting `device` does not accept."""
     if not re.fullmatch(DEVICE, value):
         raise ValueError("must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     return value
@@ -69,7 +69,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, unknown keys are refused, and a field's docstring is its description."""
+    """A section of the config, which is frozen and refuses unknown keys. The docstring of a field is its
+    description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True

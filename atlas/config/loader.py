@@ -1,7 +1,7 @@
 """Read YAML files, `--set key=value` and flags through one decoder.
 
-A *layer* is a nested dict of the settings from one source. Layers are merged, and the later one wins:
-default < checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
+A *layer* is a nested dict of the settings from one source. Layers are merged, and the later layer wins: default <
+checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _MOST_ALIASES = 64
 _DEEPEST = 20
 _MOST_SHOWN = 40
 
-# What PyYAML raises on impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
+# Exceptions that PyYAML raises for impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Where the FAQ places a key, and its section.
+# Keys in the section where the FAQ has them → the settings that they mean.
 ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
@@ -45,8 +45,9 @@ def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without keys given twice, of which PyYAML silently takes the last, and without aliases of aliases: ten lines
-    of those can expand to more values than any memory holds (`<<` copies them)."""
+    """A loader that refuses a key given twice and aliases of aliases. If a key is given twice, PyYAML silently takes
+    the last value. Ten lines of aliases of aliases can expand to more values than any memory holds (`<<` copies
+    them)."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -60,7 +61,7 @@ class _StrictLoader(yaml.SafeLoader):
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
                 raise _refusal(problem, event)
             return super().compose_node(parent, index)
-        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for it
+        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for deep nesting
             raise _refusal(f"nested deeper than {_DEEPEST} levels", event)
         anchored = getattr(event, "anchor", None) is not None
         self._anchors_open += anchored
@@ -72,7 +73,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if abs(number) >= 2**64:  # Python refuses to print one of 5,000 digits
+        if abs(number) >= 2**64:  # Python refuses to print a number of 5,000 digits
             raise _refusal("a whole number beyond 2^64 is no setting", node)
         return number
 
@@ -109,12 +110,14 @@ def _decode_yaml(text: str, origin: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Layer:
-    """The settings in a config file. Raises `ConfigError` if it is missing or malformed, or has unknown settings."""
+    """Return the settings in a config file. Raises `ConfigError` if the file is missing or malformed, or has unknown
+    settings."""
     return check_keys(read_sections(path), str(path))
 
 
 def read_sections(path: str | Path) -> dict[Any, Any]:
-    """The keys of a config file of any version of Atlas. Raises `ConfigError` if it is missing or malformed."""
+    """Return the keys of a config file of any version of Atlas. Raises `ConfigError` if the file is missing or
+    malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
@@ -152,7 +155,7 @@ def nested(dotted: str, value: Any) -> Layer:
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
-    """A layer with the keys of both; `above` wins."""
+    """Return a layer with the keys of both layers; the values of `above` win."""
     result = dict(below)
     for key, value in above.items():
         mine = result.get(key)
@@ -169,11 +172,12 @@ def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
 
 
 def _problem(detail: Any) -> str:
-    """One of pydantic's errors as `training.batch_size: -5: must be greater than or equal to 1`."""
+    """Return one of pydantic's errors as a message such as `training.batch_size: -5: must be greater than or equal to
+    1`."""
     place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
-        return f"{place}: {message}"  # a rule over several fields names the values itself
+        return f"{place}: {message}"  # the message of a rule over several fields names the values itself
     message = message.replace("Input should be", "must be")
     return f"{place}: {_BRIEF.repr(detail['input'])}: {message}"
 
@@ -201,8 +205,8 @@ def describe(dotted: str) -> str:
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
-    """Return `values` as a layer. Raises `ConfigError` for unknown settings: one message names them all, with what was
-    probably meant."""
+    """Return `values` as a layer. Raises `ConfigError` for unknown settings. The message names each unknown setting and
+    the one that was probably meant."""
     layer: Layer = {}
     unknown: list[str] = []
     wrong: list[str] = []
@@ -237,7 +241,7 @@ def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
 
 
 def _unknown(dotted: str) -> str:
-    """`unknown setting training.lr: it is training.learning_rate here`."""
+    """Return a message such as `unknown setting training.lr: it is training.learning_rate here`."""
     dotted = f"{dotted:.120}"
     leaf = dotted.rsplit(".", 1)[-1]
     if moved := hint(dotted):

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from atlas.config.fields import Float, Int, Section
 
 MAX_PARAMETERS = 10**13
-"""Their weights alone need 40 TB."""
+"""The most parameters of a model. The weights of such a model alone need 40 TB."""
 VOCAB_MULTIPLE = 64
-"""Embedding rows are padded to a multiple of this; the padding rows are zero and stay zero."""
+"""The number of embedding rows is padded to a multiple of `VOCAB_MULTIPLE`; the padding rows are zero and stay zero."""
 FLEX_HEAD_SIZE = 16
 """The narrowest head that FlexAttention's CUDA kernel supports."""
 _ROPE_THETA = 10_000.0
@@ -26,12 +26,12 @@ _ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {**_ROTATED, "qk_norm": (False,)},
     "qwen3": {**_ROTATED, "qk_norm": (True,)},
 }
-"""The architectures of llama.cpp that a model can be exported as: the values that each computes, by field. A field that
-stands neither here nor above makes the model train-only, at any value."""
+"""The architectures of llama.cpp to which a model can be exported, each with the values that it computes, by field. A
+field that neither this table nor `_EVERY_VALUE` names makes the model train-only, at any value."""
 
 
 class ModelConfig(Section):
-    """The shape of the network. Together with the weights it is enough to rebuild it."""
+    """The shape of the network. The settings of this section and the weights are enough to rebuild the model."""
 
     hidden_size: Int = Field(768, ge=1, le=2**24)
     """Width of the residual stream; divisible by num_heads."""
@@ -44,23 +44,23 @@ class ModelConfig(Section):
     head_dim: Int | None = Field(None, ge=1, le=2**24)
     """Width of a head. Default: hidden_size / num_heads."""
     mlp_size: Int | None = Field(None, ge=1, le=2**26)
-    """Width inside the MLP. Default: 4 × hidden_size for gelu; for swiglu, which has a third matrix, 8/3 of it, rounded
-    up to a multiple of 64."""
+    """Width inside the MLP. Default: 4 × hidden_size for gelu; for swiglu, which has a third matrix, 8/3 × hidden_size,
+    rounded up to a multiple of 64."""
     vocab_size: Int | None = Field(None, ge=1, le=2**24)
-    """Tokens in the vocabulary. Default: the dataset's."""
+    """Tokens in the vocabulary. Default: the vocabulary size of the dataset's tokenizer."""
     max_seq_len: Int = Field(1024, ge=1, le=2**32)
     """Context length in tokens."""
     position: Literal["learned", "rope"] = "learned"
     """Position encoding. learned: learned vectors. rope: rotated queries and keys."""
     rope_theta: Float = Field(_ROPE_THETA, gt=1)
-    """Base of rope's wavelengths: the longest is about 2π times as many tokens."""
+    """Base of rope's wavelengths. The longest wavelength is about 2π × rope_theta tokens."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Norm before attention and MLP."""
     norm_eps: Float = Field(1e-5, gt=0, lt=1)
     """ε, added to the variance or the mean square in a norm."""
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
     """Activation of the MLP. gelu: GELU's tanh form, as in GPT-2. gelu_exact: exact GELU, as in Atlas 1.x; llama.cpp
-    computes its tanh form. swiglu: values multiplied by a gate, as in Llama."""
+    computes the tanh form instead. swiglu: values multiplied by a gate, as in Llama."""
     qk_norm: bool = False
     """RMS norms of queries and keys, per head."""
     dropout: Float = Field(0.0, ge=0, lt=1)
@@ -70,8 +70,8 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     """The output head shares the token embedding's weights."""
     init: Literal["gpt2", "scaled"] = "gpt2"
-    """Initial weights. gpt2: one standard deviation for all. scaled: in the blocks one that falls with the width, and
-    zero for the projections that write to the residual stream."""
+    """Initial weights. gpt2: one standard deviation for all weights. scaled: in the blocks, a standard deviation that
+    falls with the width, and zero for the projections that write to the residual stream."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ModelConfig:
@@ -129,14 +129,14 @@ class ModelConfig(Section):
 
     @property
     def vocabulary(self) -> int:
-        """`vocab_size`, which must be set before a model is built. Raises `ValueError` if it is not."""
+        """`vocab_size`, which must be set before a model is built. Raises `ValueError` if `vocab_size` is not set."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         return self.vocab_size
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head."""
+        """Number of rows of the embedding and of the output head, including the padding rows."""
         return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -166,7 +166,7 @@ class ModelConfig(Section):
 
     @property
     def _unknown_fields(self) -> list[str]:
-        """Fields that the table of architectures does not name: an exported file would leave them out in silence."""
+        """Fields that the table of architectures does not name: an exported file would silently leave them out."""
         named = _EVERY_VALUE.union(set.intersection(*map(set, _ARCHITECTURES.values())))
         return [name for name in type(self).model_fields if name not in named]
 
@@ -174,7 +174,7 @@ class ModelConfig(Section):
         """The settings that differ from a llama.cpp architecture, with the values that it needs."""
         computed = _ARCHITECTURES[architecture]
         changes = {name: values[0] for name, values in computed.items() if getattr(self, name) not in values}
-        if architecture == "gpt2":  # its heads together are as wide as the model
+        if architecture == "gpt2":  # in gpt2 the heads together are as wide as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads
             if self.head_size * self.num_heads != self.hidden_size:

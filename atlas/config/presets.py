@@ -9,17 +9,18 @@ from atlas.errors import ConfigError, did_you_mean
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
-# A wheel holds the presets inside the package; a checkout has them beside it.
+# A wheel holds the presets inside the package; a checkout has the presets beside the package.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
 
 def preset_names() -> tuple[str, ...]:
-    """The presets, smallest first."""
+    """Return the names of the presets, smallest first."""
     return _NAMES
 
 
 def preset_path(name: str) -> Path:
-    """The config file of a preset; case does not matter. Raises `ConfigError` if there is no such preset."""
+    """Return the config file of a preset; the case of `name` does not matter. Raises `ConfigError` if there is no such
+    preset."""
     name = name.lower() if name.lower() in _NAMES else name
     if name not in _NAMES:
         hint = did_you_mean(name, _NAMES, f"the presets are {', '.join(_NAMES)}")
@@ -28,7 +29,7 @@ def preset_path(name: str) -> Path:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file that `--config` names: a path, or a preset. Raises `ConfigError` if it is neither."""
+    """Return the file that `--config` names by its path or as a preset. Raises `ConfigError` if there is neither."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -37,15 +38,17 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.suffix not in (".yaml", ".yml") and path.parent == Path():
         return preset_path(path.name)
     if path.stem in _NAMES:
-        raise ConfigError(f"{path}: no such config file; the preset goes by name: --config {path.stem}")
+        raise ConfigError(
+            f"{path}: no such config file; to use the preset, give its name: --config {path.stem}"
+        )
     there = [str(other) for other in path.parent.glob("*.y*ml")]
-    hint = did_you_mean(str(path), there, f"take a file, or a preset ({', '.join(_NAMES)})")
+    hint = did_you_mean(str(path), there, f"give a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")
 
 
 def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:
-    """Whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names. That
-    of a preset does not count."""
+    """Return whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names.
+    A preset's value does not count."""
     path = None if config is None else find_config(config)
     is_own = path is not None and path.resolve() not in {preset_path(name).resolve() for name in _NAMES}
     own = read_yaml(path) if path and is_own else {}

@@ -30,7 +30,7 @@ _GENERATED = (
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema (draft 7) of what the loader accepts."""
+    """Return a JSON schema (draft 7) of the configs that the loader accepts."""
     properties = _properties()
     for written, home in ALSO_ACCEPTED.items():
         (section, key), (home_section, home_key) = written.split("."), home.split(".")
@@ -46,13 +46,14 @@ def schema() -> dict[str, Any]:
 
 
 def _properties() -> dict[str, Any]:
-    """Sections and settings above them, as pydantic describes them."""
+    """Return the sections and the settings outside of them, as pydantic describes them."""
     generated = AtlasConfig.model_json_schema()
     return {name: _inlined(entry, generated["$defs"]) for name, entry in generated["properties"].items()}
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """`node` without references and titles, limits in the schema's words: inside a union pydantic leaves its own."""
+    """Return `node` without references and titles, and with JSON Schema's names for limits. (Inside a union pydantic
+    keeps its own names.)"""
     if isinstance(node, list):
         return [_inlined(entry, definitions) for entry in node]
     if isinstance(node, str):
@@ -82,7 +83,7 @@ def _also_as_text(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The text of docs/CONFIG.md: its introduction as it is, and new tables."""
+    """Return the text of docs/CONFIG.md: its present introduction, and new tables."""
     introduction, mark, _ = (_DOCS / "CONFIG.md").read_text(encoding="utf-8").partition(_GENERATED)
     properties = _properties()
     sections = {name: entry for name, entry in properties.items() if "properties" in entry}
@@ -119,7 +120,7 @@ def _limit(value: int | float) -> str:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write docs/CONFIG.md and docs/config.schema.json."""
     (_DOCS / "CONFIG.md").write_text(page(), encoding="utf-8", newline="\n")
     text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     (_DOCS / "config.schema.json").write_text(text, encoding="utf-8", newline="\n")

@@ -42,12 +42,12 @@ _ELSEWHERE = {
     "min_lr": "training.min_learning_rate_ratio",
     "warmup_iters": "training.warmup_steps",
 }
-"""The same for nanoGPT and others."""
+"""A key of nanoGPT and other programs → the setting of Atlas."""
 
 RENAMED = FIRST_ATLAS | _ELSEWHERE
 
 VALUES = {
-    "activation": "gelu_exact computes what gelu did there",
+    "activation": "gelu_exact computes what gelu did in Atlas 1.x",
     "mlp_ratio": "hidden_size × mlp_ratio, by default 4 × hidden_size",
     "attention_dropout": "one value for embeddings, attention and MLP",
     "optimizer_type": "adamw, adamw8bit, muon or adafactor",
@@ -58,7 +58,7 @@ VALUES = {
     "eval_steps": "in sequences: eval_steps × batch_size",
     "save_optimizer_state": "slim_old: true removes it from older checkpoints",
 }
-"""Keys whose values differ too → what to write."""
+"""Keys whose values differ too → the value to write."""
 
 REMOVED = {
     "momentum": "Atlas has no SGD, and training.beta1 is AdamW's momentum",
@@ -67,18 +67,18 @@ REMOVED = {
     "log_dir": "training.log and metrics.jsonl are in checkpoint.output_dir",
     "log_gradients": "Atlas logs the gradient norm to metrics.jsonl by itself",
     "log_model_structure": "atlas info CONFIG prints it",
-    "data.max_seq_len": "model.max_seq_len is the only one",
-    "logging": "its keys have places in training and checkpoint",
+    "data.max_seq_len": "model.max_seq_len applies to the data, too",
+    "logging": "its keys are now in training and checkpoint",
     "inference": "these are options of atlas generate, such as --max-tokens and --temperature",
 }
 """The last part of a key, a section, or a full key → why to remove it."""
 
 OLD_SECTIONS = {"logging"}
-"""Sections of Atlas 1.x that Atlas does not have. Each of their keys gets its own hint."""
+"""Sections of Atlas 1.x that Atlas does not have. Each key of such a section gets its own hint."""
 
 
 def hint(dotted: str) -> str | None:
-    """What to write instead of a key or a section of another program; None if it is in no table."""
+    """Return what to write instead of a key or a section of another program, or None if no table has the key."""
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf in RENAMED:
         values = f" ({VALUES[leaf]})" if leaf in VALUES else ""

@@ -1,7 +1,7 @@
 """Text → documents → token shards → sequences → batches.
 
-What needs PyTorch is imported when it is first used. Preparing text does not, so its processes start fast and stay
-small.
+Modules that need PyTorch are imported when they are first used. Preparing text does not need PyTorch, so the processes
+that prepare text start fast and stay small.
 """
 
 from __future__ import annotations

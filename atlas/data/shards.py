@@ -7,8 +7,8 @@
     tokenizer.json        the tokenizer, if it is a BPE that Atlas trained
     dataset.json          written last: format version, tokenizer, counts, sha256 of every file, options
 
-A split is its shards one after the other. A document may continue in the next shard. Each document ends with the
-tokenizer's end-of-text id.
+A split consists of its shards, one after the other. A document may continue in the next shard. Each document ends with
+the tokenizer's end-of-text id.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ MAX_TOKENS = 2**48
 _LARGEST_MANIFEST = 64 << 20
 _CHECK_TOKENS = 2**24
 _CHECKED_WHEN_OPENED = 2**26
-"""Every id of a split up to this number of tokens is checked when it is opened; of a larger one, when it is read."""
+"""In a split of at most this many tokens, every id is checked when the dataset is opened. In a larger split, ids are
+checked when they are read."""
 _WINDOW = 2**16  # tokens; longer reads are sequential
 
 Split = str
@@ -67,7 +68,7 @@ class ShardRecord(_Strict):
 
 
 class SplitRecord(_Strict):
-    """What a split holds. `bytes` are those of its text in UTF-8."""
+    """The content of a split. `bytes` is the size of its text in UTF-8."""
 
     documents: int = Field(ge=0, le=MAX_TOKENS)
     tokens: int = Field(ge=0, le=MAX_TOKENS)
@@ -76,14 +77,15 @@ class SplitRecord(_Strict):
 
 
 class StepRecord(_Strict):
-    """What a cleaning step did: the number of documents it changed or removed, and of characters it removed."""
+    """The effect of a cleaning step: the number of documents that it changed or removed, and of characters that it
+    removed."""
 
     documents: int = 0
     characters: int = 0
 
 
 class Manifest(_Strict):
-    """`dataset.json`."""
+    """The content of `dataset.json`."""
 
     format: str = "atlas-dataset"
     version: int
@@ -95,10 +97,10 @@ class Manifest(_Strict):
     source: dict[str, Any]
     notes: list[str]
     cleaning: dict[str, StepRecord] = {}
-    """For each step that was taken."""
+    """The effect of each cleaning step that was taken."""
 
     def write(self, folder: Path) -> None:
-        """Write `dataset.json`, through to the disk."""
+        """Write `dataset.json`, and flush it to the disk."""
         with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n")
             flush_to_disk(file)
@@ -108,8 +110,8 @@ class Manifest(_Strict):
 class TokenStream:
     """The tokens of a split as one array, read from its shards by memory map.
 
-    It can be sent to another process, which maps the files itself, and be read by several threads: if two map a shard
-    at the same time, one of the maps is dropped.
+    A stream can be sent to another process, which maps the files itself. Several threads can read a stream: if two
+    threads map a shard at the same time, one of the maps is dropped.
     """
 
     folder: Path
@@ -117,9 +119,9 @@ class TokenStream:
     dtype: str
     eos_id: int
     name: str
-    """Its name for the user: the dataset's folder, or the text that was prepared into a cache."""
+    """The stream's name for the user: the dataset's folder, or the text that was prepared into a cache."""
     vocab_size: int = 2**32
-    """Ids that are read must be below it."""
+    """Ids that are read must be smaller than this number."""
     _ends: list[int] = field(init=False, repr=False)
     _maps: dict[tuple[int, bool], NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
@@ -142,7 +144,8 @@ class TokenStream:
         return self.record.documents
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens `start` to `stop`, in the shards' dtype. Raises `DataError` for an id outside the vocabulary."""
+        """Return tokens `start` to `stop` - 1, in the shards' dtype. Raises `DataError` for an id outside the
+        vocabulary."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         parts, is_window = [], stop - start < _WINDOW
@@ -166,11 +169,12 @@ class TokenStream:
     def _check_id(self, largest: int) -> None:
         if largest >= self.vocab_size:
             split = self.record.shards[0].file.partition("-")[0]
-            found = f"{split} holds token id {largest}, its tokenizer has {self.vocab_size} tokens"
+            found = f"{split} holds token id {largest}, but its tokenizer has {self.vocab_size} tokens"
             raise _unusable(self.folder, found)
 
     def document_starts(self) -> NDArray[np.int64]:
-        """The place where each document begins. (A split cut out of one document begins in its middle.)"""
+        """Return the place where each document begins, in tokens. (If a document was cut between the splits, its second
+        half counts as a document of `val`.)"""
         return np.concatenate([np.empty(0, np.int64), *map(self.starts_in, self.record.shards)])
 
     def starts_in(self, shard: ShardRecord) -> NDArray[np.int64]:
@@ -210,14 +214,14 @@ class PreparedDataset:
     def fingerprint(self) -> str:
         """sha256 that identifies the training data: the training shards and their tokenizer.
 
-        Validation data is not part of it: a run that is evaluated on other text stays the same run.
+        Validation data is not part of the fingerprint: a run that is evaluated on other text stays the same run.
         """
         train = self.manifest.splits["train"]
         identity = [self.tokenizer_fingerprint, *(shard.sha256 for shard in train.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the dataset. Raises `DataError` if that is custom code."""
+        """The tokenizer of the dataset. Raises `DataError` if the tokenizer is custom code."""
         try:
             return Tokenizer.from_state(self.tokenizer_state)
         except AtlasError as error:
@@ -238,7 +242,7 @@ class PreparedDataset:
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Whether a folder is a prepared dataset, as far as its names show."""
+    """Return whether a folder has a `dataset.json`, whose content is not checked."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -276,7 +280,7 @@ def open_dataset(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a `dataset.json`. Raises `DataError` if it is missing, damaged or of another version."""
+    """Read and check a `dataset.json`. Raises `DataError` if the file is missing, damaged or of another version."""
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:
@@ -314,7 +318,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     tokenizer = manifest.tokenizer
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
-        return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} are no vocabulary"
+        return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} do not make a vocabulary"
     if not isinstance(tokenizer.get("fingerprint"), str) or not isinstance(tokenizer.get("name"), str):
         return "tokenizer: has no name and fingerprint"
     if manifest.dtype != token_dtype(vocab_size).str:
@@ -336,12 +340,12 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 if every id fits, else uint32; little-endian on every machine."""
+    """Return uint16 if every id fits, else uint32; little-endian on every machine."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
-    """Refuse a file whose header or size differs from what the manifest says."""
+    """Refuse a file whose header or size differs from the manifest."""
     try:
         size = check_regular(path)
         with path.open("rb") as file:
@@ -351,7 +355,7 @@ def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
             expected = file.tell() + count * dtype.itemsize
     except FileNotFoundError:
         raise _unusable(path, "missing from the dataset") from None
-    except Exception as error:  # whatever NumPy raises for a header from anybody
+    except Exception as error:  # any error that NumPy raises for an untrusted header
         raise _unusable(path, "is not a token shard", error) from None
     if (shape, found) != ((count,), dtype):
         stated = f"{MANIFEST} says ({count},) of {dtype}"
@@ -361,7 +365,7 @@ def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
 
 
 def _check_document_starts(stream: TokenStream) -> None:
-    """Refuse starts of documents that are not ascending or not inside their shard."""
+    """Refuse document starts that are not ascending or not inside their shard."""
     end = 0
     for shard in stream.record.shards:
         last, end, starts = end - 1, end + shard.tokens, stream.starts_in(shard)

@@ -1,1 +1,1 @@
-"""What a run needs on a machine or a card: memory, time, tables and advice over `atlas.model.cost`."""
+"""Estimates of the memory and time that a run needs on a machine or a card, with tables and advice."""

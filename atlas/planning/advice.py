@@ -1,8 +1,9 @@
-"""How large a model a text can teach.
+"""Compare the size of a model with the size of its training text.
 
 A model of P parameters makes the best use of its training time with about 20 · P tokens (Hoffmann et al. 2022,
-arXiv:2203.15556). Where the text has fewer, it is read several times: up to about 4 passes that is almost as good
-as new text, then each gives less, and beyond about 40 nothing (Muennighoff et al. 2023, arXiv:2305.16264).
+arXiv:2203.15556). A run over a shorter text reads it several times. Up to about 4 passes, repeated text is almost as
+good as new text. Each further pass helps less, and passes beyond about 40 do not help (Muennighoff et al. 2023,
+arXiv:2305.16264).
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ MOST_PASSES = 40
 
 @dataclass(frozen=True)
 class Advice:
-    """How well a preset fits a text."""
+    """A preset's size compared with the length of a text."""
 
     preset: str
     parameters: int
     max_seq_len: int
     tokens_per_parameter: float
-    """In one pass over the text."""
+    """The text's tokens per parameter, in one pass over the text."""
     passes: float
-    """Passes over the text until a parameter has seen `TOKENS_PER_PARAMETER` tokens."""
+    """The number of passes over the text that gives `TOKENS_PER_PARAMETER` tokens per parameter."""
 
     @property
     def fits(self) -> bool:
@@ -38,7 +39,7 @@ class Advice:
 
     @property
     def verdict(self) -> str:
-        """What to do about it, in a few words."""
+        """A verdict on the number of passes, in a few words."""
         if self.passes <= 1:
             return "fits: one pass is enough"
         if self.fits:
@@ -49,7 +50,7 @@ class Advice:
 
 
 def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
-    """Compare every preset, smallest first, with a vocabulary of `vocab_size`, with a text of `num_tokens`."""
+    """Compare every preset, smallest first, with a text of `num_tokens`; each has a vocabulary of `vocab_size`."""
     models = {name: resolve(read_yaml(preset_path(name))).model for name in preset_names()}
     return [
         advise_on(model.model_copy(update={"vocab_size": vocab_size}), num_tokens, name=name)

@@ -1,19 +1,21 @@
 """Graphics cards by name: their memory, the speed of their matrix products, and their power.
 
-The figures are meant to be those of the makers' whitepapers and data sheets, which the comments name. They were
-written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. H100 and H200
-were compared with copies of their data sheets, the other cards not yet line by line. Nothing here was measured.
-`atlas.planning.speed` says what part of these peaks a card is expected to reach.
+The figures should equal the figures in the makers' whitepapers and data sheets, which the comments name. The figures
+were written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. The
+figures of H100 and H200 were compared with copies of their data sheets. The figures of the other cards were not yet
+compared line by line. No figure was measured. `atlas.planning.speed` estimates the fraction of these peaks that a card
+reaches.
 
-Rates are peaks of dense matrix products in the precision that training chooses on the card, with sums in fp32, as
-PyTorch computes them. That is less than what is advertised:
+Rates are peaks of dense matrix products in the precision that training chooses on the card, accumulated in fp32 as in
+PyTorch. These rates are lower than the advertised rates, for three reasons:
 
-- the tensor cores of GeForce cards (20, 30, 40 and 50 series) add in fp32 at half of their fp16 rate, those of
-  workstation and data-centre cards at the full one;
-- rates "with sparsity" are twice these;
+- the tensor cores of GeForce cards (20, 30, 40 and 50 series) accumulate in fp32 at half of their fp16 rate, while the
+  tensor cores of workstation and data-centre cards do it at the full rate;
+- advertised rates "with sparsity" are twice the dense rates;
 - GeForce 10 cards have no tensor cores: their fp16 products run at the rate of fp32.
 
-A card that its vendor has overclocked is a little faster; one in a laptop is much slower and is another card.
+A card that its vendor has overclocked is a little faster. A laptop's GPU with the same name is another chip, and much
+slower.
 """
 
 from __future__ import annotations
@@ -32,22 +34,22 @@ class Card:
     name: str
     gibibytes: int
     precision: str
-    """`bf16`, or `fp16` where the card does not compute in bf16."""
+    """`bf16`, or `fp16` for a card that does not compute in bf16."""
     tflops: float
     """10¹² FLOP/s of dense matrix products in `precision`, summed in fp32."""
     bandwidth: int
     """GB/s between the chip and its memory."""
     watts: int
-    """Of the board."""
+    """Power of the board in watts."""
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Memory in bytes."""
         return self.gibibytes << 30
 
     @property
     def is_geforce(self) -> bool:
-        """Whether its tensor cores add in fp32 at half of their rate: NVIDIA's consumer cards from Turing on."""
+        """Whether the tensor cores accumulate in fp32 at half of their rate: NVIDIA's consumer cards from Turing on."""
         return re.match(r"RTX \d", self.name) is not None
 
 
@@ -107,7 +109,7 @@ CARDS = (
     Card("H100 PCIe", 80, "bf16", 756.0, 2000, 350),
     Card("H100", 80, "bf16", 989.0, 3350, 700),
     Card("H200", 141, "bf16", 989.0, 4800, 700),
-    # AMD (data sheets of the cards): the first two have no matrix units, and compute bf16 at the rate of fp32
+    # AMD (data sheets of the cards): the RX 6800 cards have no matrix units, and compute bf16 at the rate of fp32
     Card("RX 6800", 16, "bf16", 16.2, 512, 250),
     Card("RX 6800 XT", 16, "bf16", 20.7, 512, 300),
     Card("RX 7900 XTX", 24, "bf16", 122.8, 960, 355),
@@ -118,9 +120,10 @@ _NO_NAME = re.compile(r"nvidia|geforce|amd|radeon|tesla|\bgpu\b|\bsxm\d?\b|\bhbm
 
 
 def card_named(text: str) -> Card | None:
-    """Return the card with a name as people or drivers write it: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`.
+    """Return the card for a name as people or drivers write it, or None if the card is not known.
 
-    If a card was sold with several sizes of memory and the name has none, it is the smallest. None: not known.
+    Examples: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`. If the card was sold with several memory sizes and
+    the name states none, return the card with the smallest.
     """
     key, gibibytes = _key(text)
     return next(
@@ -129,7 +132,7 @@ def card_named(text: str) -> Card | None:
 
 
 def find_card(text: str) -> Card:
-    """Return `card_named`; raise `AtlasError` with the names that were probably meant."""
+    """Return the result of `card_named`. For an unknown card, raise `AtlasError` with the closest known names."""
     card = card_named(text)
     if card is None:
         raise AtlasError(f"--gpu {text}: is not a known card; {_hint(text)}")
@@ -137,7 +140,7 @@ def find_card(text: str) -> Card:
 
 
 def _key(text: str) -> tuple[str, int | None]:
-    """Return a name without maker, family and spaces, and the GiB of memory that it states."""
+    """Return the name without maker, family and spaces, and the GiB of memory that the name states, or None."""
     text = text.lower()
     stated = _MEMORY.search(text)
     bare = _NO_NAME.sub("", _MEMORY.sub("", text))
@@ -146,12 +149,14 @@ def _key(text: str) -> tuple[str, int | None]:
 
 def _hint(text: str) -> str:
     if re.search(r"laptop|mobile|max-?q", text, re.IGNORECASE):
-        return "a laptop's chip is another one than the card of its name; give its memory, --memory 8GB"
+        return (
+            "a laptop's GPU is not the desktop card with the same name; give its memory, as in --memory 8GB"
+        )
     sizes = [str(card.gibibytes) for card in CARDS if _key(card.name)[0] == _key(text)[0]]
     if sizes:
         return f"that card has {' or '.join(sizes)} GB; leave the size out, and give --memory as well"
     names = {spelling: card.name for card in CARDS for spelling in (card.name.lower(), _key(card.name)[0])}
     if close := difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.7):
         meant = " or ".join(dict.fromkeys(names[spelling] for spelling in close))
-        return f"did you mean {meant}? Of another card give the memory, --memory 8GB"
-    return f"give its memory, --memory 8GB, or one of {', '.join(dict.fromkeys(names.values()))}"
+        return f"did you mean {meant}? For any other card, give its memory, as in --memory 8GB"
+    return f"give its memory, as in --memory 8GB, or a card of the table: {', '.join(dict.fromkeys(names.values()))}"

@@ -1,17 +1,19 @@
-"""What the ranks of a run send one another in an update, and how much of that is not hidden behind computing.
+"""Estimate the data that the ranks of a run send in an update, and the time of this communication.
 
-This is a model, not a measurement. `ddp` sums the gradients of all ranks once, during the last micro-batch's backward
-pass. `fsdp` gathers the weights of each block before its forward pass and again before its backward pass, and those of
-the root (embeddings, final norm, head) once. It reduces the gradients' shards in each micro-batch. If several groups of
-`shard_size` ranks hold a model, the last micro-batch also sums the shards' gradients over the groups. Everything is in
-the weights' precision and passes through rings (Patarasuk & Yuan 2009). Each of S ranks sends (S-1)/S of the bytes to
-gather or to reduce-scatter them, and twice that for an all-reduce.
+The estimates come from a model of the communication, not from measurements. `ddp` sums the gradients of all ranks once,
+during the last micro-batch's backward pass. `fsdp` gathers the weights of each block before the block's forward pass
+and again before its backward pass. `fsdp` gathers the weights of the root (embeddings, final norm, head) once. `fsdp`
+reduces the gradients' shards in each micro-batch. If several groups of `shard_size` ranks hold a model, the last
+micro-batch also sums the shards' gradients over the groups. All data is in the weights' precision and is sent in rings
+(Patarasuk & Yuan 2009). For an all-gather or a reduce-scatter, each of S ranks sends (S-1)/S of the bytes. For an
+all-reduce, each rank sends twice as many.
 
-What the root sends is never hidden: its weights are needed first, and its gradients are ready last. The same holds for
-Muon, which needs each full matrix when everything is computed. Time is bytes by speed. The latency of a ring's steps,
-some microseconds each, is left out, though it adds up to milliseconds for hundreds of ranks.
+Computation never hides the root's communication: the root's weights are needed first, and its gradients are ready last.
+Computation does not hide Muon's communication either: Muon gathers full matrices after the last backward pass. The time
+of a transfer is its bytes divided by the speed. The latency of a ring's steps, some microseconds each, is left out,
+although it adds up to milliseconds for hundreds of ranks.
 
-Symbols: S ranks that share a model, R groups of them.
+Symbols: S is the number of ranks that share a model.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from atlas.errors import AtlasError
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that a ring reaches: assumed, not measured."""
 OVERLAP = 0.8
-"""Fraction of the computing beside it that communication can hide behind: assumed, not measured."""
+"""Fraction of the simultaneous computation's time that can hide communication: assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Link:
 
     name: str
     gigabytes: float
-    """10⁹ bytes a second in one direction."""
+    """Speed in one direction, in 10⁹ bytes per second."""
     is_shared: bool = False
-    """All GPUs of a node share one port; otherwise each has its own."""
+    """Whether all GPUs of a node share one port; otherwise each GPU has its own port."""
 
 
 LINKS = (
-    # Nominal speeds from common knowledge, as in atlas/planning/cards.py; nothing here was measured.
+    # Nominal speeds from common knowledge, as in atlas/planning/cards.py; no speed was measured.
     Link("pcie3", 12.0),
     Link("pcie4", 24.0),
     Link("pcie5", 48.0),
@@ -55,24 +57,27 @@ LINKS = (
     Link("infiniband-400", 50.0),
 )
 ASSUMED_LINKS = ("pcie4", "ethernet-10g")
-"""Inside a node, and between nodes."""
+"""The default link inside a node, and the default link between nodes."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` of `gpus` each. Rank r is GPU r mod `gpus` of node r div `gpus`, as torchrun counts."""
+    """A cluster of `nodes` nodes with `gpus` GPUs each.
+
+    Rank r is GPU r mod `gpus` of node r div `gpus`, as in torchrun.
+    """
 
     gpus: int
     nodes: int
     inside: Link
     between: Link | None
-    """None where there is one node."""
+    """The link between nodes; None for a single node."""
     is_assumed: bool = False
-    """The user named no links."""
+    """Whether the links are the defaults, because the user named none."""
 
     @property
     def ranks(self) -> int:
-        """All processes."""
+        """The number of ranks: all GPUs of all nodes."""
         return self.gpus * self.nodes
 
     def rate_of_neighbours(self, size: int) -> float:
@@ -86,8 +91,8 @@ class Cluster:
         return self._rate(min(size, self.gpus))
 
     def _rate(self, leaving: int) -> float:
-        """Return the bytes/s of each ring, of which `leaving` leave a node. NCCL splits a ring that leaves into one for
-        each port of the node, and rings share the ports."""
+        """Return the bytes/s of each ring, if `leaving` rings leave a node. NCCL splits a ring that leaves the node
+        into one ring per port of the node, and all rings share the ports."""
         slowest = self.inside.gigabytes
         if leaving and self.between is not None:
             ports = 1 if self.between.is_shared else self.gpus
@@ -96,20 +101,20 @@ class Cluster:
 
 
 def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
-    """Return the cluster of the command line's options; default links: `ASSUMED_LINKS`. Raises `AtlasError`."""
+    """Return the cluster of the command line's options. The default links are `ASSUMED_LINKS`. Raises `AtlasError`."""
     for flag, count, what in (("--gpus", gpus, "GPUs in each node"), ("--nodes", nodes, "nodes")):
         if count < 1:
             raise AtlasError(f"{flag} {count}: is the number of {what}; write 1 or more")
     names = ASSUMED_LINKS[: min(nodes, 2)] if interconnect is None else interconnect.split(",")
     if len(names) > 2 or (len(names) == 2 and nodes == 1):
         raise AtlasError(
-            f"--interconnect {interconnect}: names {len(names)} links; give the one inside a node, and with --nodes "
-            "the one between them: nvlink4,infiniband-400"
+            f"--interconnect {interconnect}: names {len(names)} links; give the link inside a node, and with --nodes "
+            "also the link between nodes: nvlink4,infiniband-400"
         )
     if len(names) == 1 and nodes > 1:
         raise AtlasError(
-            f"--interconnect {interconnect}: is the link inside a node; with --nodes {nodes} give the one between them "
-            f"as well: {interconnect},infiniband-400"
+            f"--interconnect {interconnect}: is the link inside a node; with --nodes {nodes} also give the link "
+            f"between nodes: {interconnect},infiniband-400"
         )
     links = [_link(name) for name in names]
     return Cluster(gpus, nodes, links[0], links[1] if nodes > 1 else None, is_assumed=interconnect is None)
@@ -125,17 +130,19 @@ def _link(text: str) -> Link:
     except ValueError:
         close = difflib.get_close_matches(name, found, n=1, cutoff=0.6)
         hint = (
-            f"did you mean {close[0]}? Of another" if close else f"take one of {', '.join(found)}; of another"
+            f"did you mean {close[0]}? For any other"
+            if close
+            else f"use one of {', '.join(found)}; for any other"
         )
         raise AtlasError(
-            f"--interconnect {text}: is not a link that is known here; {hint} give GB/s, as 25"
+            f"--interconnect {text}: is not a known link; {hint} link, give its GB/s, such as 25"
         ) from None
     if not 0 < speed < math.inf:
-        raise AtlasError(f"--interconnect {text}: is not a speed; write GB/s, above 0, as 25")
+        raise AtlasError(f"--interconnect {text}: is not a speed; write GB/s, above 0, such as 25")
     return Link(f"{speed:g} GB/s", speed)
 
 
-# What is sent
+# Bytes sent
 
 
 def gather(size: float, ranks: int) -> float:
@@ -150,22 +157,22 @@ def all_reduce(size: float, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts: weights, and the gradients of trainable ones."""
+    """Bytes of a model's parts: the weights, and the gradients of the trainable weights."""
 
     blocks: int
     root: int
-    """Everything outside the blocks."""
+    """The weights outside the blocks: embeddings, final norm and head."""
     block_gradients: int
     root_gradients: int
     embedding_gradients: int
-    """The part of `root_gradients` that belongs to what comes before the blocks."""
+    """The part of `root_gradients` that the backward pass computes last: the embeddings' gradients."""
     gathered: int
-    """Matrices that the optimizer needs in full."""
+    """The fp32 matrices of momentum that Muon gathers in full before its step; 0 for other optimizers."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Micro-batches of one size: their number, and the seconds of computing in each."""
+    """Micro-batches of one size: their number, and the seconds of the forward and backward pass of each."""
 
     times: int
     forward: float
@@ -174,23 +181,23 @@ class Pass:
 
 @dataclass
 class Communication:
-    """What one rank sends in one update."""
+    """The communication of one rank in one update."""
 
     weights: float = 0.0
-    """Bytes sent; as many are received."""
+    """Bytes of weights that the rank sends; it receives as many."""
     gradients: float = 0.0
-    """Likewise."""
+    """Bytes of gradients that the rank sends; it receives as many."""
     seconds: float = 0.0
     exposed: float = 0.0
-    """The part of `seconds` in which nothing is computed."""
+    """The part of `seconds` in which the rank computes nothing."""
 
     @property
     def bytes(self) -> float:
-        """Bytes that a rank sends in an update."""
+        """Bytes that one rank sends in one update."""
         return self.weights + self.gradients
 
     def add(self, times: int, weights: float, gradients: float, seconds: float, beside: float = 0.0) -> None:
-        """Add `times` transfers: the bytes of one, its seconds, and the seconds of computing `beside` it."""
+        """Add `times` transfers: the bytes and the seconds of each, and the seconds of computation `beside` each."""
         self.weights += times * weights
         self.gradients += times * gradients
         self.seconds += times * seconds
@@ -200,7 +207,7 @@ class Communication:
 def communicate(
     sizes: Sizes, cluster: Cluster, passes: Sequence[Pass], *, parallel: str, shards: int
 ) -> Communication:
-    """Return the communication of an update of `passes`, the last of which is its last micro-batch.
+    """Return the communication of an update that consists of `passes`. The last pass is the update's last micro-batch.
 
     `parallel` is `none`, `ddp` or `fsdp`; `shards` ranks share a model.
     """

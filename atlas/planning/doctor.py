@@ -1,6 +1,7 @@
-"""What `atlas doctor` tries on this machine: packages, driver, one training step, attention, the compiler, the disk.
+"""The checks of `atlas doctor`: packages, driver, one training step, attention, the compiler, and the disk.
 
-Each function measures one thing and returns it as JSON can hold it; `atlas.cli.doctor_facts` judges it.
+Each function measures one part of the machine and returns values that JSON can hold. `atlas.cli.doctor_facts` decides
+from these values whether the part works.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
 _SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
 _BATCH = 2
 
-# Half precision rounds the results of 6 operations in each block (two norms, qkv, attention, two of the MLP) forward,
-# as many backward, and 4 around the head. Independent roundings add up like a random walk: to √28 times the unit
-# roundoff, 2e-2 for bf16 and 3e-3 for fp16. A CPU's step is off by one unit; attention that sees the future, by 0.2.
+# Half precision rounds the results of 6 operations in each block's forward pass (two norms, qkv, attention, two of the
+# MLP), as many in its backward pass, and 4 around the head. Independent roundings add up like a random walk, to √28
+# times the unit roundoff: 2e-2 for bf16 and 3e-3 for fp16. The error of a CPU's step is one unit roundoff. Attention
+# that is not causal causes an error of 0.2.
 _ROUNDINGS = 2 * 6 * _SHAPE.num_layers + 4
-# The bound of fp32 is wider than its roundings, since GPUs use faster exponentials and add in other orders. A CPU's
-# step is off by 3e-7; TF32, which looks like fp32 and is not, has a unit roundoff of 5e-4.
+# The bound of fp32 is wider than its rounding errors, since GPUs use faster exponentials and add in other orders. The
+# error of a CPU's step is 3e-7. A GPU that silently computes in TF32 exceeds the bound: TF32 has a unit roundoff of
+# 5e-4.
 _BOUND_FP32 = 1e-4
 
 _BACKENDS = {
@@ -55,9 +58,9 @@ _BACKENDS = {
 }
 
 _ATTENTION = {"batch": 4, "heads": 12, "tokens": 1024, "head_size": 64}
-"""A micro-batch of the preset `small`, or a part of one."""
+"""The shape of the attention in a micro-batch of the preset `small`, or in a part of such a micro-batch."""
 
-_BLOCK = 4_000_000  # bytes written at once
+_BLOCK = 4_000_000  # bytes per write
 
 _COMPILED = """\
 import sys, torch
@@ -68,19 +71,19 @@ sys.exit(why_not_compile(torch.device(sys.argv[1])))
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: enough to trust on a person's machine; a test needs less."""
+    """The extent of the measurements. The defaults give reliable results on a user's machine; a test needs less."""
 
     seconds: float = 0.5  # for each rate
-    matrix_size: int | None = None  # None: what keeps the device busy
+    matrix_size: int | None = None  # None: large enough to keep the device busy
     copied: int | None = None  # bytes
     disk: int = 128_000_000  # bytes
     compile_seconds: float = 60.0  # at most
 
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
-    """Return, by extra of Atlas's package, the versions of its requirements; None for one that is not installed."""
+    """Return extra of Atlas's package → required package → installed version; None for a package that is missing."""
     required: list[str] = []
-    with suppress(importlib.metadata.PackageNotFoundError):  # run from a folder, never installed
+    with suppress(importlib.metadata.PackageNotFoundError):  # a source folder that is not installed
         required = importlib.metadata.requires("atlas-llm") or []
     found: dict[str, dict[str, str | None]] = {}
     for requirement in required:
@@ -94,8 +97,8 @@ def optional_packages() -> dict[str, dict[str, str | None]]:
 
 
 def nvidia_driver() -> tuple[str, str] | None:
-    """Return the NVIDIA driver's version and the newest CUDA that it supports, such as 580.65.06 and 13.0; None without
-    a driver or a card."""
+    """Return the NVIDIA driver's version and the newest CUDA version that the driver supports, such as 580.65.06 and
+    13.0. Return None without a driver or a card."""
     import pynvml
 
     with suppress(pynvml.NVMLError):
@@ -110,11 +113,12 @@ def nvidia_driver() -> tuple[str, str] | None:
 
 
 def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str, Any]:
-    """Compare a training step of a small model with the same in 64 bits on the CPU.
+    """Compare a training step of a small model with the same step in fp64 on the CPU.
 
-    Returns the relative errors of loss and gradient, their `bound`, whether they are `right`, and the best time in
-    about `seconds`. The gradient is compared as one vector: ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm.
-    Raises `RuntimeError` for what the device cannot compute at all.
+    Returns the relative errors of loss and gradient, their `bound`, whether no error exceeds the bound (`right`), and
+    the seconds of the fastest step. The step is repeated for about `seconds`. The gradient is compared as one vector:
+    ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm. Raises `RuntimeError` if the device cannot compute the
+    step.
     """
     device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
     model = build_model(_SHAPE, seed=0)
@@ -142,36 +146,36 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
         "loss_error": abs(loss.item() / exact_loss.item() - 1),
         "gradient_error": float(difference.norm() / exact_gradient.norm()),
     }
-    is_right = all(error <= bound for error in errors.values())  # not for NaN, which JSON lacks
+    is_right = all(error <= bound for error in errors.values())  # false for NaN, which JSON cannot hold
     finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
     return {"right": is_right, **finite, "bound": bound, "seconds": best}
 
 
 def _gradient(model: AtlasLM) -> Tensor:
-    """Return the full gradient as one vector of 64 bits on the CPU."""
+    """Return the gradients of all parameters as one fp64 vector on the CPU."""
     return torch.cat([p.grad.cpu().double().flatten() for p in model.parameters() if p.grad is not None])
 
 
 def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
-    """Return which of PyTorch's attention kernels compute here, forward and backward, on a small example."""
+    """Return name → whether PyTorch's attention kernel of that name works on this device, forward and backward."""
     works = dict.fromkeys(_BACKENDS, False)
     for name, backend in _BACKENDS.items():
         if device.type == "mps" and name != "math":
-            continue  # PyTorch has no choice of kernels there, and would use another than the requested one
+            continue  # PyTorch ignores the requested kernel on MPS and uses its own
         qkv = torch.randn(3, 2, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
-            warnings.simplefilter("ignore")  # a missing kernel is an answer here
+            warnings.simplefilter("ignore")  # PyTorch warns of a missing kernel, which is a valid result here
             q, k, v = qkv.unbind()
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             (grad,) = torch.autograd.grad(out.sum(), qkv)
-            works[name] = bool(grad.isfinite().all())  # waits for the device, and for what failed there
+            works[name] = bool(grad.isfinite().all())  # waits for the device, so that its errors appear here
     return works
 
 
 def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> dict[str, Any]:
-    """Measure each kernel alone, forward and backward, in about `seconds`.
+    """Measure each attention kernel separately, forward and backward, for about `seconds` each.
 
-    Returns the one `chosen` by PyTorch (None: unknown here), the `seconds` of each that computes, and the `shape`.
+    Returns the kernel `chosen` by PyTorch (None: unknown), the `seconds` of each kernel that works, and the `shape`.
     Queries, keys and values share a tensor, as in the model.
     """
     B, H, T, D = _ATTENTION.values()
@@ -181,14 +185,14 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
 
     def attend() -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(out, qkv, slope, retain_graph=True)  # the next call does not split qkv again
+        torch.autograd.grad(out, qkv, slope, retain_graph=True)  # keeps the split of qkv for later calls
 
     choice: int | None = None
     times: dict[str, float] = {}
-    with suppress(RuntimeError, AttributeError):  # scaled_dot_product_attention asks it, but it is not public
+    with suppress(RuntimeError, AttributeError):  # PyTorch does not document this function
         choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True)
     for name, backend in _BACKENDS.items():
-        # Missing, not for this device, or out of memory: the kernel gets no time.
+        # A kernel that is missing, does not support this device or runs out of memory gets no time.
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")
             times[name] = best_time(attend, device, seconds=seconds)
@@ -197,15 +201,15 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
 
 
 def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
-    """Compile a small function with `torch.compile` in a process of its own, for at most `seconds`.
+    """Compile a small function with `torch.compile` in a separate process, for at most `seconds`.
 
-    Returns the `seconds` that it took and the `reason` why it failed, or None. Its caches go into a folder that is
-    removed: an older cache would hide that the compiler is missing.
+    Returns the `seconds` of the attempt and the `reason` of a failure, or None. The process uses a new cache folder,
+    which is deleted afterwards: an older cache would hide that the compiler is missing.
     """
     start, reason = time.perf_counter(), None
     with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:
         settings = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
-        # Otherwise PyTorch starts a pool of processes, which outlives what is stopped.
+        # With more threads PyTorch starts a pool of processes, which would survive the timeout of this process.
         settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         try:
             done = subprocess.run(
@@ -232,10 +236,10 @@ def nearest_folder(path: Path) -> Path:
 
 
 def measure_disk(folder: Path, *, size: int) -> dict[str, Any]:
-    """Write `size` bytes in `folder`, until the disk confirms them, and read them. Raises `OSError`.
+    """Write `size` bytes to a file in `folder`, wait until the disk has stored them, and read them. Raises `OSError`.
 
-    Returns bytes/s to `write` and `read`, and whether they may be `read_from_memory`. The file has no name while it is
-    written, so that nothing stays however this ends.
+    Returns the bytes/s of `write` and `read`, and whether the bytes may be `read_from_memory` instead of the disk. The
+    file has no name, so that no file remains even if the process is killed.
     """
     if shutil.disk_usage(folder).free < 2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

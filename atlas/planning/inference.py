@@ -1,4 +1,4 @@
-"""Memory of a model that generates."""
+"""An estimate of the memory that a model needs during generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class InferenceMemory:
-    """Bytes while generating with a full KV cache, in fp32."""
+    """Bytes of memory during generation in fp32 with a full KV cache."""
 
     weights: int
     cache: int
@@ -22,17 +22,17 @@ class InferenceMemory:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(astuple(self))
 
 
 def estimate_inference_memory(model: ModelConfig, *, device: str, batch_size: int = 1) -> InferenceMemory:
-    """Estimate it with the KV cache of `batch_size` rows, each of `max_seq_len` tokens."""
+    """Estimate the memory of generation with a KV cache of `batch_size` rows of `max_seq_len` tokens each."""
     tokens = batch_size * model.max_seq_len
     inside = 2 * (model.hidden_size + model.mlp_width)
     return InferenceMemory(
         weights=stored_parameters(model) * _FP32,
         cache=2 * model.num_layers * tokens * model.kv_heads * model.head_size * _FP32,
-        activations=tokens * inside * _FP32,  # prefill: the residual stream and the inside of one MLP
+        activations=tokens * inside * _FP32,  # prefill: the residual stream and one MLP's inner values
         process=PROCESS_BYTES[device],
     )

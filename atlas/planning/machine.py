@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: this one, a card of the table, or a GPU of which only the memory is known."""
+"""The machine that a run is planned for: this machine, a card of the table, or a GPU with a given memory size."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from atlas.training.devices.device import setup_runtime
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory and speed; None for what is not known."""
+    """The memory and speed of a machine; None for unknown values."""
 
     name: str
     device: str
     """`cpu`, `cuda` or `mps`."""
     memory: int
-    """Bytes."""
+    """Memory in bytes."""
     flops_per_second: float | None = None
-    """Of large matrix products in the precision of training."""
+    """FLOP/s of large matrix products in the precision of training."""
     rate_is: str | None = None
-    """The source of that rate."""
+    """The source of `flops_per_second`, as text."""
     bytes_per_second: float | None = None
-    """Between the processor and its memory."""
+    """Bytes/s between the processor and its memory."""
     watts: int | None = None
-    """At full load."""
+    """Power in watts at full load."""
     speed: Speed | None = None
-    """What an NVIDIA or AMD GPU reaches; None for other devices too."""
+    """The speed that an NVIDIA or AMD GPU reaches; None for other devices, and for unknown speeds."""
 
     @property
     def time_is(self) -> str:
-        """The source of the time of an update."""
+        """The source of the estimated time of an update: `measured`, `simulated` or `stated`."""
         return "measured" if self.device == "cpu" else "simulated" if self.speed else "stated"
 
 
 def choose_machine(config: AtlasConfig, gpu: str | None = None, memory: str | None = None) -> Machine:
-    """Return the card named `gpu`, a GPU with `memory` (as `8GB`), or this machine. Raises `AtlasError`."""
+    """Return the card named `gpu`, else a GPU with `memory` (such as `8GB`), else this machine. Raises `AtlasError`."""
     size = None if memory is None else _parse_memory(memory)
     if gpu is not None:
         return machine_with(find_card(gpu), precision=config.training.precision, memory=size)
@@ -53,7 +53,7 @@ def choose_machine(config: AtlasConfig, gpu: str | None = None, memory: str | No
 
 
 def _parse_memory(text: str) -> int:
-    """Bytes of a size as makers of graphics cards write it: 8GB, 8 GiB and 8 are all 8 · 2³⁰."""
+    """Return the bytes of a size that is written as for graphics cards: 8GB, 8 GiB and 8 are all 8 · 2³⁰."""
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", text, re.IGNORECASE)
     if match is None:
         raise AtlasError(f"--memory {text}: is not a size; write it as 8GB")
@@ -61,9 +61,9 @@ def _parse_memory(text: str) -> int:
 
 
 def machine_with(card: Card, *, precision: str = "auto", memory: int | None = None) -> Machine:
-    """Return a machine with this card, training in `training.precision`; `memory` bytes replace the card's.
+    """Return a machine with this card that trains in `precision`. If `memory` is given, it replaces the card's bytes.
 
-    Raises `AtlasError` for a precision that the card does not compute in.
+    Raises `AtlasError` if the card does not compute in that precision.
     """
     if precision.startswith("bf16") and card.precision != "bf16":
         raise AtlasError(
@@ -82,8 +82,8 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
 
 
 def this_machine(config: AtlasConfig) -> Machine:
-    """Return this machine as a config would use it. Measuring its speed takes about a second."""
-    # How several processes share a model is planned, not set up.
+    """Return this machine, with the device and the precision of `config`. Measuring the speed takes about a second."""
+    # A config for several processes is planned in this single process.
     runtime = setup_runtime(config.replace("training", parallel="auto"))
     device = runtime.device.type
     memory, rate = measure_memory(device), measure_matrix_products(runtime.device, runtime.dtype)

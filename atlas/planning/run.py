@@ -1,8 +1,8 @@
-"""How much a run reads and computes, and how long it runs.
+"""The tokens, FLOPs, time and energy of a run.
 
-The time of an update is measured on a CPU: the rate of its matrix products, and the fraction of it that training
-reached in a benchmark. It is simulated for a GPU, by bytes and FLOPs (`atlas.planning.speed`), and stated for an Apple
-GPU.
+For a CPU, the time of an update comes from two measurements: the rate of the CPU's matrix products, and the fraction of
+this rate that training reached in a benchmark. For a GPU, `atlas.planning.speed` simulates the time from bytes and
+FLOPs. For an Apple GPU, the time follows from a stated fraction of the rate, which was not measured.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from atlas.planning.machine import Machine
 from atlas.planning.speed import update_seconds
 
 Range = tuple[float, float]
-"""From, to."""
+"""The low and the high end of an estimate."""
 
 CPU_UTILISATION = 0.65
-"""Measured: 395 of the 599 tokens a second that the matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
+"""Fraction of a CPU's matrix-product rate that training reaches. Measured: 395 of the 599 tokens per second that the
+matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
 MPS_UTILISATION = 0.35
-"""Stated, not measured."""
+"""Fraction of an Apple GPU's matrix-product rate that training reaches: stated, not measured."""
 SPREAD = 1.3
-"""A time is given as a range, from a `SPREAD`th to `SPREAD` times the estimate: no more than that is known."""
+"""An estimated time is given as a range, from estimate / `SPREAD` to estimate · `SPREAD`, the accuracy of estimates."""
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
 
 
 def utilisation(model: ModelConfig, device: str) -> float:
     """Return the fraction of the rate of matrix products that training reaches on a CPU or an Apple GPU.
 
-    The time of products grows with the square of the width C, that of norms and activations with C. On a CPU,
-    benchmarks/utilisation.py measured C / (C + 200) at 128, 256 and 384. Wider models are assumed to reach no more than
-    the last.
+    The time of matrix products grows with the square of the width C, and the time of norms and activations with C. On a
+    CPU, benchmarks/utilisation.py measured C / (C + 200) at 128, 256 and 384. For wider models, the fraction is assumed
+    to stay at `CPU_UTILISATION`, the measured value of the preset `tiny`.
     """
     if device != "cpu":
         return MPS_UTILISATION
@@ -39,7 +40,7 @@ def utilisation(model: ModelConfig, device: str) -> float:
 
 
 def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
-    """Return the seconds of one update without evaluations and saves; None if the speed is not known."""
+    """Return the seconds of one update, without evaluations and saves. Return None if the speed is not known."""
     if machine.speed is not None:
         return update_seconds(config, machine.speed)
     if machine.flops_per_second is None:
@@ -51,11 +52,11 @@ def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run reads, computes and needs; None for what is not known."""
+    """The plan of a run: tokens, FLOPs, time and energy; None for unknown values."""
 
     updates: int | None
     tokens: int | None
-    """In total; repeated tokens count each time."""
+    """All tokens that the run reads. Repeated tokens count each time."""
     epochs: float | None
     tokens_per_parameter: float | None
     flops_per_token: int
@@ -63,14 +64,14 @@ class Run:
     utilisation: float | None
     """Fraction of the machine's FLOP/s that the updates reach."""
     seconds: Range | None
-    """Of the updates alone, without evaluations and saves."""
+    """Seconds of the updates, without evaluations and saves."""
     kilowatt_hours: Range | None
 
 
 def plan_run(
     config: AtlasConfig, machine: Machine, *, updates: int | None, sequences_per_epoch: int | None = None
 ) -> Run:
-    """Plan a run of `updates` (None: not known), where an epoch has `sequences_per_epoch` sequences."""
+    """Plan a run of `updates` updates (None: not known) over data with `sequences_per_epoch` sequences per epoch."""
     per_token, seconds_each = training_flops_per_token(config), seconds_of_update(config, machine)
     tokens_each = config.training.sequences_per_update * config.model.max_seq_len
     tokens = updates and updates * tokens_each
@@ -97,7 +98,7 @@ def plan_run(
 
 
 def spread(seconds: float) -> Range:
-    """Return the range in which a time that was estimated as `seconds` is expected."""
+    """Return the expected range of a time that was estimated as `seconds`."""
     return seconds / SPREAD, seconds * SPREAD
 
 
@@ -106,7 +107,8 @@ def _two_digits(value: float) -> int:
 
 
 def describe_duration(seconds: Range) -> str:
-    """Return `3 to 5 hours`: two digits at most, in the largest unit in which the longer time is at least two."""
+    """Return a duration as text, such as `3 to 5 hours`, with at most two significant digits. The unit is the largest
+    unit in which the longer time is at least 2."""
     for name, length in _UNITS.items():
         if seconds[1] >= 2 * length:
             low, high = (_two_digits(time / length) for time in seconds)

@@ -1,7 +1,7 @@
-"""A run on many GPUs: how they share the model, the memory of each, and the time of an update.
+"""A run on many GPUs: the parallel mode, the memory of each GPU, and the time of an update.
 
-`atlas.training.devices.parallel` shares the model, `atlas.planning.communication` says what is sent. Nothing here was
-measured on several GPUs.
+`atlas.training.devices.parallel` shares the model between ranks. `atlas.planning.communication` estimates the bytes
+that the ranks send. No estimate was compared with a measurement on several GPUs.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class RankMemory(TrainingMemory):
-    """Bytes of one rank at the peak of an update; see `TrainingMemory`.
+    """Bytes of memory of one rank at the peak of an update; see `TrainingMemory`.
 
-    With `fsdp` weights, gradients and optimizer are the rank's shards. `gathered` is what it holds in full for a while:
-    the root, the block that runs and the next, and their gradients. Not all of this exists when the loss needs most, so
-    that `total` is an upper bound.
+    With `fsdp`, weights, gradients and optimizer are the rank's shards. `gathered` is the memory of tensors that the
+    rank temporarily holds in full: the root, the current block, the next block, and their gradients. Not all of these
+    tensors exist when the loss needs most memory, so `total` is an upper bound.
 
-    Accuracy: 1 % below to 9 % above the peak resident memory of a process whose network does nothing, as one rank of 8
-    or 64 on a CPU, with an allocator that returns freed memory (tests/planning/test_communication.py). No GPU was
-    measured.
+    Accuracy: the estimate is 1 % below to 9 % above a measured peak of resident memory. The measured process was one
+    rank of 8 or 64 on a CPU, with simulated communication and an allocator that returns freed memory
+    (tests/planning/test_communication.py). No GPU was measured.
     """
 
     gathered: int
@@ -38,7 +38,7 @@ class RankMemory(TrainingMemory):
 
 @dataclass(frozen=True)
 class Scaling:
-    """An update on a cluster, and one of its ranks."""
+    """The time of an update on a cluster, and the memory and communication of one rank."""
 
     cluster: Cluster
     parallel: str
@@ -46,26 +46,26 @@ class Scaling:
     shard_size: int
     """Number of ranks that share a model."""
     sequences: int
-    """Each rank's in an update."""
+    """Sequences per rank in an update."""
     micro_batch: int
-    """In a micro-batch."""
+    """Sequences per rank in a micro-batch."""
     memory: RankMemory
     available: int
-    """Bytes of a rank's device."""
+    """Bytes of memory that a rank's device has."""
     tokens: int
-    """All ranks' in an update."""
+    """Tokens of all ranks together in an update."""
     computing: float
-    """Seconds of an update."""
+    """Seconds of computation in an update."""
     communication: Communication
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of a rank suffices."""
+        """Whether the device's memory is enough for a rank."""
         return self.memory.total <= self.available
 
     @property
     def seconds(self) -> float:
-        """Seconds of an update with its communication."""
+        """Seconds of an update: computation, and the communication that computation does not hide."""
         return self.computing + self.communication.exposed
 
     @property
@@ -75,19 +75,19 @@ class Scaling:
 
     @property
     def tokens_per_second(self) -> float:
-        """All ranks'."""
+        """Tokens per second of all ranks together."""
         return self.tokens / self.seconds
 
 
 def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
-    """Plan a config with a known vocabulary on a cluster of nodes with such GPUs. Raises `AtlasError` for what cannot
-    be shared, and for a machine of unknown speed."""
+    """Plan a config with a known vocabulary on a cluster of GPUs like `machine`. Raises `AtlasError` if the GPUs cannot
+    share an update or the model, and if the speed of `machine` is unknown."""
     if machine.flops_per_second is None:
         raise AtlasError(
             f"--gpus {cluster.gpus}: the speed of {machine.name} in training.precision {config.training.precision} is "
-            'not known, and so no time: take a card from the table, --gpu "A100 80GB", and precision auto'
+            'not known, so no time can be estimated; name a known card, as in --gpu "A100 80GB", and use precision auto'
         )
-    if machine.device == "cpu":  # the ranks of a machine share it
+    if machine.device == "cpu":  # the processes share the CPU and its memory
         rate = machine.flops_per_second / cluster.gpus
         machine = replace(machine, memory=machine.memory // cluster.gpus, flops_per_second=rate)
     sequences, left = divmod(config.training.sequences_per_update, cluster.ranks)
@@ -116,8 +116,8 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
-    """The micro-batches of a rank's share; the last may be smaller. An update of the rank alone takes as long as all of
-    them together; each gets its share by its FLOPs."""
+    """Return the micro-batches of one rank in an update; the last may be smaller. The time of the rank's update is
+    divided over the micro-batches by their sizes, and over the forward and backward pass by their FLOPs."""
     share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": micro_batch}
     own = config.replace("training", **share)
     plain = config.replace("training", gradient_checkpointing=False)
@@ -132,7 +132,7 @@ def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: 
 
 
 def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
-    """Return the bytes of a model's parts."""
+    """Return the bytes of a model's weights and gradients, inside and outside the blocks."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
     width = weight_bytes(training)
     empty = count_parameters(model.model_copy(update={"num_layers": 0})).total
@@ -152,20 +152,20 @@ def _memory_of_a_rank(
     """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
     a model."""
     if parallel != "none":
-        # Between updates DDP keeps the memory of all gradients, and FSDP that of a shard: as if there were an earlier
-        # micro-batch.
+        # Between updates, DDP keeps the memory of all gradients, and FSDP the memory of a gradient shard. The peak is
+        # the same as with gradient accumulation, so the estimate assumes two micro-batches.
         alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
         config = config.replace("training", **alone)
     full = estimate_training_memory(config, device=device)
     if parallel != "fsdp":
-        # In the second update DDP rebuilds its buckets in the order in which gradients came, beside the old ones;
-        # nothing else of an update exists then.
+        # In the second update, DDP rebuilds its gradient buckets in the order in which the gradients were ready. New
+        # and old buckets then exist in parallel, before the other tensors of the update.
         beside = full.half_precision_weights + full.activations + full.loss
         rebuilt = max(0, full.gradients - beside) if parallel == "ddp" else 0
         return RankMemory(**asdict(replace(full, gradients=full.gradients + rebuilt)), gathered=0)
     sizes, layers = _sizes_of(config, device=device), config.model.num_layers
     two = min(2, layers) / layers
-    # The head's gradient is in `loss`.
+    # `loss` already includes the head's gradient.
     table = _FP32 * config.model.padded_vocab_size * config.model.hidden_size
     gradients = two * sizes.block_gradients + max(0, sizes.root_gradients - table)
     shares = {name: -(-getattr(full, name) // shards) for name in ("weights", "optimizer", "gradients")}

@@ -1,9 +1,10 @@
-"""How long a GPU needs for an update: a rule in closed form of two numbers of the GPU, the rate of its matrix products
-and the bandwidth of its memory.
+"""An estimate of the time that a GPU needs for an update, from the rate of its matrix products and its memory
+bandwidth.
 
-The rule is fitted to benchmarks/roofline.py, which counts the bytes and FLOPs of Atlas's own code by running it on
-tensors without memory. tests/planning/test_roofline.py holds the rule within 15 % of that for every preset. Nothing
-here was measured on a GPU. The constants in capitals are stated: they are what such GPUs and hosts usually reach.
+The closed formula is fitted to the simulated times of benchmarks/roofline.py. The simulation runs Atlas's code on
+tensors without memory and counts bytes and FLOPs. For every preset, the formula's time differs from the simulated time
+by at most 15 %, as tests/planning/test_roofline.py checks. No time was measured on a GPU. The constants in capitals are
+typical values of GPUs and their hosts, not measurements.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from atlas.planning.cards import Card
 from atlas.training.optimizers.muon import count_matrices
 
 LAUNCH = 2.5e-6
-"""Seconds of a GPU for the smallest kernel."""
+"""Seconds that a GPU needs for the smallest kernel."""
 OPERATOR, COMPILED_KERNEL, GRAPH = 6e-6, 3.5e-6, 80e-6
-"""Seconds of the host to launch an operator, to launch a kernel of a compiled graph, and to enter such a graph."""
+"""Seconds that the host needs to launch an operator, to launch a compiled kernel, and to enter a compiled graph."""
 EAGER_BYTES = {"layernorm": 2.3, "rmsnorm": 8.5}
-"""The bytes of blocks that are not compiled, as a multiple of those of compiled blocks. RMSNorm comes with RoPE."""
+"""By norm: memory traffic of an uncompiled block ÷ memory traffic of a compiled block. `rmsnorm` includes RoPE."""
 EAGER_OPERATORS = {"layernorm": 35, "rmsnorm": 112}
-"""Operators of a block that is not compiled, forward; the backward pass has as many."""
+"""By norm: number of operators in the forward pass of an uncompiled block; the backward pass has as many."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,18 @@ class Speed:
     products: float
     """FLOP/s of large matrix products in the precision of training."""
     bandwidth: float
-    """Bytes/s of its memory."""
+    """Bytes/s of the GPU's memory."""
     attention: float = 0.4
     """FlashAttention's speed as a fraction of `products`, for heads of 64 and sequences of 1,024 tokens."""
     misaligned: float = 0.33
-    """The speed of products with rows that do not begin at multiples of 16 bytes, as a fraction of `products`."""
+    """The speed of matrix products with rows that are not aligned to 16 bytes, as a fraction of `products`."""
 
 
 def card_speed(card: Card, *, products: float | None = None, bandwidth: float | None = None) -> Speed:
-    """Return the speed of a card: a fraction of its peaks, or what was measured.
+    """Return the speed of a card, from the measured rates if given, else from the card's peaks.
 
-    The tensor cores of GeForce cards are held to half of their rate, which products then nearly reach. Those of other
-    cards are limited by power and memory, and attention's softmax slows them down more.
+    The tensor cores of GeForce cards are limited to half of their rate, and matrix products nearly reach that limit. On
+    other cards, power and memory limit matrix products, and softmax slows attention down more.
     """
     reached, attention, misaligned = (0.95, 0.65, 0.5) if card.is_geforce else (0.8, 0.4, 0.33)
     products = products or reached * card.tflops * 1e12
@@ -52,14 +53,20 @@ def card_speed(card: Card, *, products: float | None = None, bandwidth: float | 
 
 
 def update_seconds(config: AtlasConfig, speed: Speed) -> float:
-    """Return the seconds of one update in half precision: those of the GPU or of its host, whichever needs more.
+    """Return the seconds of one update in half precision: the larger of the GPU's time and the host's time.
 
     A micro-batch of N tokens multiplies each matrix once forward and twice backward, and once more with gradient
-    checkpointing. A product needs the time of its FLOPs or of its bytes. The rest is bytes: 12 for each weight that is
-    rounded and whose gradient becomes fp32, 6 more with gradient checkpointing; 12 for each gradient that is
-    accumulated; 6 for each logit (40 if not compiled); 30 for each number of the table, whose gradient is scaled and
-    added to that of the embedding; 57 · C for a token outside the blocks. See `_block_bytes` and `_optimizer_work` for
-    the others. Symbols: L num_layers, C hidden_size, V padded vocabulary.
+    checkpointing. The time of a product is the longer of the times of its FLOPs and of its bytes. All other time
+    follows from the bytes of memory traffic:
+
+    - 12 for each weight, which is rounded and whose gradient becomes fp32, and 6 more with gradient checkpointing;
+    - 12 for each accumulated gradient;
+    - 6 for each logit (40 if not compiled);
+    - 30 for each number of the embedding table, whose gradient from the head is scaled and added to the embedding's;
+    - 57 · C for each token outside the blocks;
+    - the traffic of `_block_bytes` and `_optimizer_work`.
+
+    Symbols: L num_layers, C hidden_size, V padded vocabulary.
     """
     model, training = config.model, config.training
     sequences = training.sequences_at_once
@@ -74,7 +81,8 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
         moved = 2 * (matrix.size + N * sum(matrix))
         return max(2 * N * matrix.size / speed.products, moved / speed.bandwidth, LAUNCH)
 
-    # Attention has two products forward and five backward. Each covers half of all pairs of tokens.
+    # Attention has two matrix products forward and five backward. With the causal mask, each covers half of all token
+    # pairs.
     pairs = N * model.max_seq_len * model.num_heads * model.head_size
     attention = pairs * (2 * forwards + 5) / (speed.products * speed.attention)
     forward, backward = _block_bytes(config)
@@ -92,13 +100,15 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
 
 
 def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
-    """Return the bytes that a block moves for a token outside its matrix products, forward and backward.
+    """Return the memory traffic of a block per token, without the block's matrix products: bytes forward, bytes
+    backward.
 
-    The residual stream has 4 bytes a number, the inputs and outputs of products have 2. Compiled, each of these is a
-    kernel. Forward: first norm, 6 bytes for each of C; residual sum and second norm, 12; activation, 2 for each of U
-    and M; residual sum, 10. Backward: incoming gradient rounded, 6; activation, 4 for each of U and 2 for each of M;
-    norms and residual sums, 18 and 14; gradients of q, k and v joined, 4 for each of W. RoPE and the norms of queries
-    and keys move q, k and v once more. Dropout keeps masks of a byte.
+    The residual stream has 4 bytes per number, and the inputs and outputs of matrix products have 2. In a compiled
+    block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm; 12 · C for the
+    residual sum with the second norm; 2 · (U + M) for the activation; 10 · C for the last residual sum. Backward: 6 · C
+    for rounding the incoming gradient; 4 · U + 2 · M for the activation; 18 · C and 14 · C for the norms with residual
+    sums; 4 · W for joining the gradients of q, k and v. RoPE and the norms of queries and keys read and write q, k and
+    v once more. A dropout mask has one byte per number.
 
     Symbols: C hidden_size, M mlp_width, U outputs of `up`, W width of q, k and v.
     """
@@ -110,10 +120,10 @@ def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
 
 
 def _optimizer_work(config: AtlasConfig) -> tuple[int, int, int]:
-    """Return bytes, FLOPs and operators of the optimizer's step, gradient clipping left out.
+    """Return the bytes, FLOPs and operators of the optimizer step, without gradient clipping.
 
-    AdamW reads weights, gradients and two moments, and writes all but the gradients. Muon's iteration has five rounds
-    of three products, of which one is of the shorter side alone.
+    AdamW reads weights, gradients and two moments, and writes weights and moments. Muon's Newton-Schulz iteration has
+    five rounds of three matrix products. One of the three multiplies two square matrices of the shorter side.
     """
     model, kind = config.model, config.training.optimizer
     L, parameters = model.num_layers, count_parameters(model).total

@@ -1,5 +1,7 @@
-"""The tables of docs/TRAINING.md, docs/FAQ.md and docs/SCALING.md that say what presets take:
-`python -m atlas.planning.tables`."""
+"""The tables of presets in docs/TRAINING.md, docs/FAQ.md and docs/SCALING.md: memory and time of training.
+
+`python -m atlas.planning.tables` rebuilds the tables.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,12 @@ _BY_MEMORY = ("GTX 1060", "RTX 4060", "RTX 3080", *_SHOWN, "RTX 5090", "A100 80G
 _SCALED, _SCALED_ON = ("small", "default", "large"), "H100"
 _GPUS_OF_A_NODE, _NODES = 8, (1, 8, 64)
 _PER_MICRO_BATCH, _MICRO_BATCHES = 8, 4
-"""Of each GPU: sequences in a micro-batch, and micro-batches in an update."""
+"""For each GPU: sequences per micro-batch, and micro-batches per update."""
 _SIMPLE_WIKIPEDIA = 31_000_000  # tokens of GPT-2's vocabulary
 
 
 def presets_table() -> str:
-    """Each preset with its own number of updates, on a few cards."""
+    """Return a table of all presets on a few cards, each with the preset's own number of updates."""
     cards = [find_card(name) for name in _SHOWN]
     rows = []
     for preset in plan_presets(0, device="cuda"):
@@ -42,7 +44,7 @@ def presets_table() -> str:
 
 
 def pass_table() -> str:
-    """One pass over Simple Wikipedia; presets that train a vocabulary of their own are left out."""
+    """Return a table of the time of one pass over Simple Wikipedia. Presets with their own vocabulary are left out."""
     cards, rows = [find_card(name) for name in _SHOWN], []
     for preset in plan_presets(0, device="cuda"):
         training, length = preset.config.training, preset.config.model.max_seq_len
@@ -53,7 +55,7 @@ def pass_table() -> str:
 
 
 def cards_table() -> str:
-    """The largest preset that fits a card, and how long it trains there."""
+    """Return a table of the largest preset that fits each card, with its training time."""
     rows = []
     for card in map(find_card, _BY_MEMORY):
         preset = largest_that_fits(plan_presets(card.memory, device="cuda"))
@@ -67,7 +69,8 @@ def cards_table() -> str:
 
 
 def scaling_table() -> str:
-    """Presets on 8 GPUs and more; an update grows with their number."""
+    """Return a table of presets on 8 and more GPUs. The number of sequences per update grows with the number of
+    GPUs."""
     machine, rows = machine_with(find_card(_SCALED_ON)), []
     for preset in plan_presets(0, device="cuda"):
         for nodes in _NODES if preset.name in _SCALED else ():
@@ -95,7 +98,7 @@ PAGES = {
 
 
 def with_tables(name: str, page: str) -> str:
-    """Return the text of the page called `name` with its tables rebuilt, each between its marks."""
+    """Return the text of the page called `name` with rebuilt tables, each between its two HTML comments."""
     for table in PAGES[name]:
         before, begin, rest = page.partition(f"<!-- {table.__name__}: {_MADE_BY} -->\n")
         _, end, after = rest.partition("\n<!-- end -->\n")
@@ -105,7 +108,7 @@ def with_tables(name: str, page: str) -> str:
 
 
 def _parameters(preset: PresetPlan) -> str:
-    """The size, and with what vocabulary where the preset leaves it to the data."""
+    """Return the number of parameters, and the assumed vocabulary if the preset leaves the vocabulary to the data."""
     size = f"{preset.parameters / 1e6:.1f} M"
     is_assumed = preset.config.model.vocab_size == ASSUMED_VOCABULARY
     return f"{size} with a vocabulary of {ASSUMED_VOCABULARY:,}" if is_assumed else size
@@ -133,7 +136,7 @@ def _markdown(titles: str, rows: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Write the tables into their pages."""
+    """Rebuild the tables in the pages of docs/."""
     for name in PAGES:
         page = DOCS / name
         page.write_text(with_tables(name, page.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

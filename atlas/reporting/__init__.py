@@ -1,1 +1,1 @@
-"""Charts of what runs logged: a report to keep, figures for a paper, and the curves of the served page."""
+"""Charts of runs from their logs: an HTML report, figures for a paper, and the curves of the server's page."""

@@ -1,4 +1,4 @@
-"""Curves prepared for drawing: each step once, smoothed, and thinned."""
+"""Prepare curves for charts: remove repeated steps, smooth values, and reduce the number of points."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ MOST_POINTS = 2000
 
 
 def last_of_each_step(steps: Floats) -> Indices:
-    """The indices, in order, of the records that no later record replaces: after a rollback, a run logs steps again.
-    The steps of the result rise."""
+    """Return the indices of the records that no later record replaces, in ascending order.
+
+    After a rollback, a run logs the repeated steps again. The remaining steps are strictly increasing.
+    """
     later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
     return np.flatnonzero(steps < later)
 
 
 def smooth(values: Floats) -> Floats:
-    """The mean around each value, over about a fiftieth of all values, and fewer near the beginning, where a loss falls
-    fast. The means ignore NaN, and NaN stays NaN."""
+    """Return a centered moving average over about a fiftieth of all values.
+
+    The window is narrower near the beginning, where a loss falls fast. The averages ignore NaN, and NaN values stay
+    NaN.
+    """
     n = values.size
     place = np.arange(n)
     half = np.minimum(place, max(2, n // 100))
@@ -36,7 +41,8 @@ def smooth(values: Floats) -> Floats:
 
 
 def thin(values: Floats, most: int = MOST_POINTS) -> Indices:
-    """The indices, in order, of at most `most` values: the smallest and largest of each interval, and both ends."""
+    """Return the ascending indices of at most `most` values: both ends, and the smallest and largest value of each
+    interval."""
     if values.size <= most:
         return np.arange(values.size)
     kept = {0, values.size - 1}

@@ -16,10 +16,10 @@ _COLORS = {"train": "tab:blue", "val": "tab:orange"}
 def draw_lengths(
     path: Path, lengths: Mapping[str, Lengths], *, title: str, contexts: Mapping[int, str]
 ) -> None:
-    """Write a histogram of document lengths by split, as a PNG of 1500 × 825 pixels.
+    """Write a histogram of the document lengths of each split, as a PNG of 1500 × 825 pixels.
 
-    Heights are shares of a split's documents, so that a small validation split can be compared. `contexts` are context
-    lengths in tokens to mark, with their labels.
+    Heights are fractions of a split's documents, so that splits of different sizes can be compared. `contexts` maps the
+    context lengths to mark, in tokens, to their labels.
     """
     from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def draw_lengths(
         facts = f"median {split.median:,.10g} (dashed), longest {split.longest:,}"
         legend = f"{name}: {split.documents:,} documents, {facts}"
         axes.axvline(split.median, color=color, linewidth=1.5, linestyle="--", label=legend)
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # space for the names of contexts
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # space for the labels of the context lengths
     for tokens, name in contexts.items():
         axes.axvline(tokens, color="0.45", linewidth=1, linestyle=":")
         text = f"context {tokens:,}\n{name}"

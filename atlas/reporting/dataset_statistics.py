@@ -1,7 +1,8 @@
-"""Statistics of a prepared dataset: the lengths of its documents, a few of them, and the places that its tokenizer
-compresses worst.
+"""Statistics of a prepared dataset: document lengths, sample documents, and the text that the tokenizer compresses
+worst.
 
-Nothing here reads a complete dataset: lengths come from the document offsets, texts from a few memory-mapped places.
+No function here reads a complete dataset. Lengths come from the document offsets, and texts from a few memory-mapped
+parts.
 """
 
 from __future__ import annotations
@@ -21,45 +22,47 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 MOST_DOCUMENTS = 2**26
-"""Of a split with more documents, only those in evenly spread shards are measured."""
+"""The approximate limit of measured documents in a split. In a larger split, Atlas measures evenly spread shards."""
 STRETCH_TOKENS = 64
 SAMPLE_TOKENS = 2**24
-"""Of a split with more tokens, only evenly spread blocks are searched for the worst stretches."""
+"""The approximate limit of tokens that Atlas searches for the worst stretches. In a larger split, Atlas searches evenly
+spread blocks."""
 
 _OFFSETS_PER_STEP = 2**22
 _BLOCK_TOKENS = 2**18
-# One table of numbers should not fill the list.
+# The minimum distance prevents one table of numbers from filling the list of worst stretches.
 _APART_TOKENS = 1024
 _MOST_BYTES_OF_A_CHARACTER = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """Lengths of documents in tokens, with their end of text: `counts[i]` documents have `values[i]`, ascending."""
+    """A histogram of document lengths: `counts[i]` documents have `values[i]` tokens, end-of-text token included.
+    `values` are ascending."""
 
     values: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     @property
     def documents(self) -> int:
-        """Number of documents that were measured."""
+        """Number of measured documents."""
         return int(self.counts.sum())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens in the longest document."""
         return int(self.values[-1])
 
     @property
     def median(self) -> float:
-        """Median length; the mean of the two in the middle if their number is even."""
+        """Median length in tokens. For an even number of documents, the mean of the two middle lengths."""
         middle = [(self.documents - 1) // 2, self.documents // 2]
         return float(self.values[np.searchsorted(self.counts.cumsum(), middle, side="right")].mean())
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a document as the model gets it, and the number of its tokens."""
+    """The beginning of a document as the model reads it, and the number of tokens in the document."""
 
     text: str
     tokens: int
@@ -67,7 +70,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Stretch:
-    """`STRETCH_TOKENS` tokens of one document, from token `start` of the split."""
+    """A stretch of `STRETCH_TOKENS` tokens in one document, which begins at token `start` of the split."""
 
     start: int
     text: str
@@ -75,9 +78,9 @@ class Stretch:
 
 
 def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengths:
-    """Measure all documents of a split, or about `most` of them, in evenly spread shards.
+    """Measure the document lengths of a split: of all documents, or of about `most` documents in evenly spread shards.
 
-    They are counted by length, since a split of N tokens has at most √(2N) different lengths.
+    The function counts documents by length, since a split of N tokens has at most √(2N) different lengths.
     """
     counter: Counter[int] = Counter()
     for lengths in _lengths(stream, every=max(1, -(-stream.num_documents // most))):
@@ -90,12 +93,13 @@ def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengt
 def sample_documents(
     stream: TokenStream, tokenizer: Tokenizer, *, count: int = 10, characters: int = 100, seed: int = 0
 ) -> list[Excerpt]:
-    """The beginnings of `count` random documents, in the order of the data."""
+    """Return the beginnings of `count` random documents, in the order of the data."""
     numbers = random.Random(seed).sample(range(stream.num_documents), min(count, stream.num_documents))
     excerpts = []
     for number in sorted(numbers):
         start, end = _document_start(stream, number), _document_start(stream, number + 1)
-        # A token has at least one byte.
+        # These tokens contain at least `characters` characters: a token has at least one byte, a character at most
+        # four.
         read_to = min(end, start + _MOST_BYTES_OF_A_CHARACTER * characters)
         text = tokenizer.decode(stream.read(start, read_to).tolist())
         is_complete = read_to == end and len(text) <= characters
@@ -104,12 +108,12 @@ def sample_documents(
 
 
 def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count: int = 3) -> list[Stretch]:
-    """The stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` apart.
+    """Return the stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` apart.
 
-    They come from `SAMPLE_TOKENS` in evenly spread blocks, or from all tokens if there are no more. There are fewer
-    than `count` if few documents are long enough.
+    The search covers all tokens of the split. If there are more than `SAMPLE_TOKENS`, it covers about this number, in
+    evenly spread blocks. The result has fewer than `count` stretches if few documents are long enough.
     """
-    sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # a character is a byte
+    sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # one character per byte
     across_documents = STRETCH_TOKENS * int(sizes.max()) + 1
     sizes[tokenizer.eos_id] = across_documents
     candidates = []
@@ -130,8 +134,8 @@ def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count
 
 
 def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Evenly spread parts of a split and their starts; all of it, if it is small. Each overlaps what follows by a
-    stretch, so that none is missed between two parts."""
+    """Yield (start, token ids) of evenly spread blocks of a split. The blocks of a small split cover the full split. A
+    block then overlaps the next block by one stretch, so that the search misses no stretch between two blocks."""
     blocks = min(SAMPLE_TOKENS, stream.num_tokens) // _BLOCK_TOKENS + 1
     for block in range(blocks):
         start = block * stream.num_tokens // blocks
@@ -140,7 +144,7 @@ def _blocks(stream: TokenStream) -> Iterator[tuple[int, NDArray[Any]]]:
 
 
 def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
-    """Lengths of the documents that begin in every `every`-th shard, in pieces of bounded size."""
+    """Yield the lengths of the documents that begin in every `every`-th shard, as arrays of bounded size."""
     shards = (stream.starts_in(shard) for shard in stream.record.shards if shard.documents)
     end = np.array([stream.num_tokens])
     pairs = itertools.pairwise(itertools.chain(shards, [end]))
@@ -152,8 +156,8 @@ def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _document_start(stream: TokenStream, number: int) -> int:
-    """The first token of document `number`, counted from the split's first token; the split's end after the last
-    one."""
+    """Return the index in the split of the first token of document `number`. After the last document, return the end of
+    the split."""
     for shard in stream.record.shards:
         if number < shard.documents:
             return int(stream.starts_in(shard)[number])

@@ -1,4 +1,4 @@
-"""The loss of runs as a PNG, for a paper."""
+"""A chart of the losses of runs as a PNG, for a paper."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def shared_axis(runs: Sequence[Run]) -> str:
-    """Tokens if all runs logged them, since tokens compare batches of any size; else steps."""
+    """Return `tokens` if all runs logged tokens, else `step`. Tokens allow comparing runs with different batch
+    sizes."""
     return "tokens" if all("tokens" in run.axes() for run in runs) else "step"
 
 
 def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
-    """Draw the training loss (smoothed, over the raw one in a lighter shade) and the validation loss (dashed) of each
-    run over `axis`, as a PNG of 2100 × 1260 pixels: 7 inches at 300 dpi, the width of a page."""
+    """Draw the losses of each run over `axis`, as a PNG of 2100 × 1260 pixels: 7 inches at 300 dpi, a page's width.
+
+    The smoothed training loss is drawn over the raw training loss, which has a lighter shade. The validation loss is
+    dashed.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -52,5 +56,5 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
-        text.set_parse_math(False)  # a name with two $ is not a formula
+        text.set_parse_math(False)  # otherwise matplotlib would read a name with two $ as a formula
     save_png("--png", path, figure)

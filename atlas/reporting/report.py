@@ -1,4 +1,4 @@
-"""A report of runs in one HTML file, which needs no network and no other file."""
+"""A report of runs as one HTML file, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _MOST_EVENTS_LISTED = 200
 _COLUMNS = "Run,,Steps,Tokens,Time,Training loss,Validation,Perplexity,Bits per byte,Best validation"
 
 _STATES = {"stopped": "ended early", "unknown": "written on another machine"}
-"""What the page writes for a state; the others are written as they are."""
+"""State → its text on the page. For other states, the text is the name of the state."""
 
 
 def static_file(name: str) -> str:
-    """The text of a file of `static/`: `charts.js`, `report.css`, `uplot/uPlot.iife.min.js`, …"""
+    """Return the text of a file in `static/`: `charts.js`, `report.css`, `uplot/uPlot.iife.min.js`, …"""
     return files("atlas.reporting").joinpath("static", *name.split("/")).read_text(encoding="utf-8")
 
 
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
-    """Write the report of `runs` to `path`, completely or not at all. With `refresh` the page reloads itself after that
-    many seconds. Raises `AtlasError` if it cannot be written."""
+    """Write the report of `runs` to `path`, completely or not at all. With `refresh`, the page reloads itself every
+    `refresh` seconds. Raises `AtlasError` if the file cannot be written."""
     with explain_failed_write(f"--output {path}", "name another file"), replacing(path) as temporary:
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
 
 
 def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
-    """The HTML of the report."""
+    """Return the HTML of the report."""
     names = ", ".join(run.name for run in runs)
     states = ", ".join(dict.fromkeys(_STATES.get(run.state, run.state) for run in runs))
     written = f"{time.strftime('%d %B %Y, %H:%M')} by Atlas {__version__}"
@@ -59,12 +59,12 @@ def render(runs: Sequence[Run], *, refresh: int | None = None) -> str:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON for a `<script>`, which no text in it can close."""
+    """Return `value` as JSON for a `<script>` element. No text inside the JSON can close the element."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """The titles and their HTML."""
+    """Yield (title, HTML) of each section."""
     about = "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
     notes = map(_aside, itertools.chain([about], *map(_notes, runs)))
     table = _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
@@ -85,7 +85,8 @@ def _aside(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "facts") -> str:
-    """A table of rows of HTML, whose first cell is their name. Of `figures`, all cells from the third are numbers."""
+    """Return a table in HTML. The cells of `rows` are HTML, and the first cell of a row is its name. In a table of the
+    kind `figures`, all cells from the third one are numbers."""
     if not rows:
         return ""
     header = "".join(f"<th>{escape(name)}</th>" for name in head)
@@ -120,7 +121,7 @@ def _evaluation_row(run: Run) -> list[str]:
 
 def _notes(run: Run) -> Iterator[str]:
     if run.evaluations() is None:
-        yield f"{run.name} was not evaluated: it has no validation data, or has not come that far."
+        yield f"{run.name} was not evaluated: it has no validation data, or has not reached its first evaluation."
     loss = run.records("train")["loss"]
     if num_bad := int((~np.isfinite(loss)).sum()):
         bad = f"the loss of {num_bad:,} of {loss.size:,} records is not a finite number"
@@ -130,7 +131,8 @@ def _notes(run: Run) -> Iterator[str]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ, with each run's value, or – if its config does not name the setting."""
+    """Return the settings in which the runs differ, with each run's value. The value is – if a run's config does not
+    name the setting."""
     return [
         (key, values)
         for key, values in _side_by_side([run.config for run in runs])
@@ -139,7 +141,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _side_by_side(facts: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Each key with its values as text."""
+    """Return each key with its value in each of `facts`, as text."""
     keys = dict.fromkeys(itertools.chain(*facts))
     return [(key, [_value(each.get(key)) for each in facts]) for key in keys]
 
@@ -189,7 +191,9 @@ def _machine(runs: Sequence[Run]) -> str:
     facts = _side_by_side([run.start() for run in runs])
     rows = [[escape(key.replace("_", " ").replace(".", ": ")), *map(escape, values)] for key, values in facts]
     silent = [run.name for run in runs if not run.start()]
-    notes = [_aside(f"{name} did not record its machine: it is of an older Atlas.") for name in silent]
+    notes = [
+        _aside(f"{name} did not record its machine, because an older Atlas wrote it.") for name in silent
+    ]
     return _table(("", *(run.name for run in runs)), rows) + "".join(notes)
 
 
@@ -225,7 +229,7 @@ def _large(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration such as `1 d 2 h`, `3 h 25 min`, `4 min 7 s` or `12 s`."""
+    """Return a duration as text, such as `1 d 2 h`, `3 h 25 min`, `4 min 7 s` or `12 s`."""
     seconds = round(seconds)
     for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if seconds >= length:

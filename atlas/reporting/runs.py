@@ -1,7 +1,8 @@
-"""A run on the disk: its records, config, events and samples, and the curves drawn from them.
+"""Read a run from the disk: its records, config, events and samples, and the data of its charts.
 
 A run may have any age and state: still running, killed in the middle of a line, interrupted, rolled back, without
-validation, without a config. What it did not record is missing here as well, and `axes_missing` says why.
+validation, without a config. Values that a run did not record are missing in its charts. `axes_missing` gives the
+reason for each missing axis.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ from atlas.files import check_regular, read_limited
 from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smooth, thin
 
 _NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
-"""Metrics with small charts that show a smoothed curve over the raw one."""
+"""Metrics whose small charts show a smoothed curve over the raw curve."""
 _METRICS = ("loss", "learning_rate", "memory", *_NOISY)
-"""Metrics of train records that are drawn."""
+"""Metrics of train records for which the report has a chart."""
 _COLUMNS = {
     "train": ("step", "tokens", "seconds", "sequences_consumed", *_METRICS),
     "validation": ("step", "tokens", "seconds", "val_loss", "val_perplexity", "bits_per_byte"),
 }
 _WHY_MISSING = {
-    "tokens": "some records have neither tokens nor sequences with a max_seq_len in config.yaml",
+    "tokens": "some records have no token count, and the sequences or the max_seq_len to compute it are missing",
     "time": "not all of its records contain seconds",
 }
-"""Why a run is not drawn over an axis."""
+"""Axis → the reason why a run has no curve over this axis."""
 _LARGEST_LOG = 4 << 30
 _LARGEST_SIDECAR = 32 << 20
 _MOST_SMALL_POINTS = 800
-"""Points of a curve in a small chart."""
+"""The largest number of points of a curve in a small chart."""
 _MOST_EVENTS = 400
 _LONGEST_TEXT = 4000
-"""Characters of a sample or an event."""
+"""The largest number of characters of a sample or an event."""
 
 
 class Run:
-    """One run, read from its folder or its `metrics.jsonl`. `refresh` reads the lines that were added since.
+    """One run, read from its folder or from its `metrics.jsonl`. `refresh` reads the lines that were added later.
 
-    Raises `AtlasError` if there is no run.
+    Raises `AtlasError` if the path contains no run.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,7 +71,8 @@ class Run:
         """Number of lines that are not records."""
 
     def refresh(self) -> None:
-        """Read the lines that were added, or all lines again if the file was truncated, as a resume does."""
+        """Read the lines that were added since the last call. If the file was truncated, as by a resumed run, read all
+        lines again."""
         try:
             size = check_regular(self.metrics_path)
             if size > _LARGEST_LOG:
@@ -91,7 +93,7 @@ class Run:
             reason = "there is no such file" if is_missing else error.strerror or error
             remedy = "name a folder that atlas train wrote to (its --output-dir)"
             raise AtlasError(f"{self.metrics_path}: cannot be read ({reason}): {remedy}") from None
-        end = lines.rfind(b"\n") + 1  # the rest is still being written, or was cut by a kill
+        end = lines.rfind(b"\n") + 1  # the last line may be incomplete
         self._offset += end
         for line in lines[:end].splitlines():
             self._add(line)
@@ -124,7 +126,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`finished`, `running`, `interrupted`, `stopped` before its end, or `unknown` (on another machine)."""
+        """The state of the run: `finished`, `running`, `interrupted`, `stopped` (before its end), or `unknown` (written
+        on another machine)."""
         horizon = self.config.get("training.max_steps")
         if isinstance(horizon, int) and self.last_step >= horizon:
             return "finished"
@@ -140,16 +143,17 @@ class Run:
         return "unknown" if alive is None else "stopped"
 
     def records(self, kind: str) -> dict[str, Floats]:
-        """The `train` or `validation` records: name → float64 (N,), NaN where a value is missing, in order of steps.
+        """Return the `train` or `validation` records in the order of steps: name → float64 (N,), with NaN for missing
+        values.
 
-        If a step was trained again, after a rollback, its last record counts.
+        If a rollback made the run train a step again, the result contains only the step's last record.
         """
         columns = {name: np.array(values, dtype=np.float64) for name, values in self._columns[kind].items()}
         kept = last_of_each_step(columns["step"])
         return {name: values[kept] for name, values in columns.items()}
 
     def axes(self) -> dict[str, Floats]:
-        """The x axes of the train records: `step`, and of `tokens` and `time` those that every record has."""
+        """Return the x axes of the train records: `step`, and also `tokens` and `time` if every record has a value."""
         train, length = self.records("train"), self.config.get("model.max_seq_len")
         tokens = train["tokens"]
         if isinstance(length, int) and not _all_known(tokens):
@@ -158,7 +162,7 @@ class Run:
         return {"step": train["step"]} | {axis: at for axis, at in optional.items() if _all_known(at)}
 
     def evaluations(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        """The last validation record and the best; None without validation."""
+        """Return the last validation record and the validation record with the lowest loss; None without validation."""
         records = self.records("validation")
         known = np.flatnonzero(np.isfinite(records["val_loss"]))
         if not known.size:
@@ -168,13 +172,15 @@ class Run:
         return at_last, at_best
 
     def start(self) -> dict[str, Any]:
-        """The facts that the latest start logged, such as versions, machine and precision; empty for an old run."""
+        """Return the facts that the run logged at its latest start, such as versions, machine and precision. The result
+        is empty for a run of an old version of Atlas."""
         starts = [event for event in self.events if event.get("event") == "start"] or [{}]
         return {key: value for key, value in _flat(starts[-1]) if key not in ("kind", "event", "step")}
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs. If two folders have the same name, the runs' names show more of their paths."""
+    """Read the runs in `paths`. If two folders have the same name, the names of these runs contain more of their
+    paths."""
     runs = [Run(path) for path in paths]
     folders = [run.folder.resolve() for run in runs]
     for run, folder in zip(runs, folders, strict=True):
@@ -188,11 +194,14 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def chart_data(run: Run) -> dict[str, Any]:
-    """The data that `charts.js` draws of a run, as values of JSON; computed again only if something has changed: 50,000
-    records take 70 ms, and the page asks for eight runs every 2 seconds.
+    """Return the data from which `charts.js` draws a run's charts, as values for JSON.
 
-    A series has `value` and, of equal length, `step`, `tokens` and `time` (seconds), as far as the run recorded them.
-    It has at most some thousand points, among them the smallest and the largest of every interval.
+    The result is cached until the run changes: 50,000 records take 70 ms, and the page requests eight runs every 2
+    seconds.
+
+    A series has the lists `value`, `step`, `tokens` and `time` (seconds), all of the same length. Axes that the run did
+    not record are missing. A series has at most a few thousand points, including the smallest and the largest value of
+    every interval.
     """
     version = (run._file, run._offset, run.state, run.name, run.config.get("model.max_seq_len"))
     if run._chart[0] != version:
@@ -228,7 +237,8 @@ def _series(axes: dict[str, Floats], values: Floats, *, most: int) -> dict[str, 
 
 
 def _positions(axes: dict[str, Floats], records: dict[str, Floats]) -> dict[str, Floats]:
-    """The positions of records on each axis: their own values, else interpolated between train records by step."""
+    """Return the positions of records on each axis. If records have no values of an axis, interpolate between the train
+    records by step."""
     positions = {axis: records["seconds" if axis == "time" else axis] for axis in axes}
     for axis, own in positions.items():
         if not _all_known(own) and axes["step"].size:
@@ -237,7 +247,8 @@ def _positions(axes: dict[str, Floats], records: dict[str, Floats]) -> dict[str,
 
 
 def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
-    """Each event with its text and positions. Of very many events only the latest, without saves."""
+    """Return each event with its text and its positions. If there are more than `_MOST_EVENTS`, return only the latest,
+    without saves."""
     events = [event for event in run.events if isinstance(event.get("event"), str)]
     if len(events) > _MOST_EVENTS:
         events = ([event for event in events if event["event"] != "save"] or events)[-_MOST_EVENTS:]
@@ -255,7 +266,7 @@ def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """One line that describes an event, without its step."""
+    """Return one line that describes an event, without its step."""
     details = [f"from step {event['from_step']}"] if event.get("from_step") is not None else []
     if isinstance(names := event.get("names"), list):
         details.append(", ".join(map(str, names)))
@@ -266,7 +277,8 @@ def event_text(event: dict[str, Any]) -> str:
 
 
 def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, str]]]:
-    """Prompt → (step, text), in order; of more than `most` texts an even selection with the first and the last."""
+    """Return prompt → (step, text) in the order of steps. If a prompt has more than `most` texts, return an even
+    selection that includes the first and the last."""
     found: dict[str, dict[int, str]] = {}
     for sample in run.samples:
         step = int(_number(sample["step"]))
@@ -281,7 +293,8 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Setting → value, as in `model.num_layers`; empty, with the reason, without a readable file."""
+    """Return setting → value, with names such as `model.num_layers`, and None. If the file cannot be read, return an
+    empty dict and the reason."""
     if not path.exists():
         return {}, "there is no config.yaml beside its metrics.jsonl"
     try:
@@ -291,8 +304,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _interrupt_steps(folder: Path) -> Iterable[float]:
-    """The steps of the folder's interrupt checkpoints, which are all that older runs recorded of an interruption. Files
-    that were deleted meanwhile or are not sidecars are skipped."""
+    """Yield the steps of the interrupt checkpoints in the folder. Runs of older versions recorded an interruption only
+    in this way. Files that are not sidecars, or that were just deleted, are skipped."""
     for path in folder.glob("atlas_*.json"):
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             facts = json.loads(read_limited(path, limit=_LARGEST_SIDECAR))
@@ -301,16 +314,16 @@ def _interrupt_steps(folder: Path) -> Iterable[float]:
 
 
 def _writer_lives(lock: Path) -> bool | None:
-    """Whether the process that the lock names is running; None if it is on another machine. Atlas does not try to take
-    the lock, because a run that starts at that moment would be refused."""
+    """Return whether the process that the lock names is running; None if the process is on another machine. The
+    function does not try to take the lock, because Atlas would then refuse a run that starts at the same moment."""
     try:
         owner = json.loads(read_limited(lock, limit=1000))
         if owner["host"] != platform.node():
             return None
         process = psutil.Process(int(owner["process"]))
-        if process.status() == psutil.STATUS_ZOMBIE:  # killed, and not waited for
+        if process.status() == psutil.STATUS_ZOMBIE:  # the process has already exited
             return False
-        # A process that started after the lock was written has only the same number.
+        # A process that started after the lock was written is another process with the same number.
         return process.create_time() <= lock.stat().st_mtime + 1
     except (OSError, ValueError, KeyError, TypeError, OverflowError, psutil.Error):
         return False
@@ -325,13 +338,15 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 
 def _number(value: Any) -> float:
-    """The value as a float; NaN if it is not a finite number: null, a string, a bool, or too large for a float."""
+    """Return the value as a float; NaN for a value that is not a finite number: null, a string, a bool, or a number
+    that is too large for a float."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and abs(value) <= sys.float_info.max else math.nan
 
 
 def encodable(text: str) -> str:
-    """The text with ? for half a surrogate pair, which JSON and file names may contain, but UTF-8 may not."""
+    """Return the text with ? in place of unpaired surrogates, which JSON and file names may contain, but UTF-8 may
+    not."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -340,5 +355,5 @@ def _all_known(values: Floats) -> bool:
 
 
 def _rounded(values: Floats | Sequence[float]) -> list[float]:
-    """Integers as they are, other numbers with 7 digits: more would only make the file longer."""
+    """Return whole numbers unchanged, and other numbers rounded to 7 digits, which keeps the file short."""
     return [int(value) if float(value).is_integer() else float(f"{value:.7g}") for value in values]

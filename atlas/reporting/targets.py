@@ -1,4 +1,4 @@
-"""Files that the user names for a report or a chart: checks before any work, and writing a PNG."""
+"""Check the file names that the user gives for reports and charts, before any work, and write PNG files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def check_target(option: str, path: Path, kind: str, *endings: str) -> None:
-    """Raise `AtlasError` if the file that `option` names cannot become `kind`, whose names end in `endings`."""
+    """Raise `AtlasError` if `path`, the value of `option`, cannot be a new file of this `kind` with one of these
+    `endings`."""
     if path.suffix.lower() not in endings:
         raise AtlasError(f"{option} {path}: is {kind}: name a file that ends in {endings[0]}")
     if not path.absolute().parent.is_dir():
@@ -30,6 +31,6 @@ def check_png(option: str, path: Path) -> None:
 
 
 def save_png(option: str, path: Path, figure: Figure) -> None:
-    """Write `figure` to the file that `option` names."""
+    """Write `figure` as a PNG to `path`, the value of `option`. Raises `AtlasError` if the file cannot be written."""
     with explain_failed_write(f"{option} {path}", "name another file"):
         figure.savefig(path, format="png")

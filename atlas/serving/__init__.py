@@ -1,1 +1,1 @@
-"""A model behind OpenAI's API, and a page to look at it with."""
+"""An OpenAI-compatible server for models, with pages that show how a model works and how a run trains."""

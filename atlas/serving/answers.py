@@ -1,4 +1,4 @@
-"""The answer to a request in OpenAI's shape: complete or in chunks, with log-probabilities on request."""
+"""Answers in the format of OpenAI's API: complete or in chunks, with log-probabilities if the client requests them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atlas.serving.generation import Candidate, GenerationRequest, Piece
 from atlas.serving.stream import event
 
 _LOWEST = -9999.0
-"""OpenAI's log-probability of an impossible token: JSON has no infinity."""
+"""The log-probability that OpenAI's API returns for an impossible token, since JSON has no infinity."""
 
 
 class Answer:
-    """The answer to `request`. `is_chat` decides its shape."""
+    """The answer to `request`, as a chat completion if `is_chat`, else as a text completion."""
 
     def __init__(self, request: GenerationRequest, *, is_chat: bool) -> None:
         self.request = request
@@ -29,11 +29,11 @@ class Answer:
             "model": request.backend.id,
         }
         self._offsets = [0] * len(request.generations)
-        """Characters of each generation's tokens so far."""
+        """Number of characters in each generation's tokens so far."""
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in request.generations]
 
     async def complete(self) -> dict[str, Any]:
-        """The answer when all generations have ended. Raises `ApiError`."""
+        """Wait until all generations have ended and return the answer. Raises `ApiError`."""
         generated: list[list[Piece]] = [[] for _ in self.request.generations]
         async for index, piece in self.request.pieces():
             generated[index].append(piece)
@@ -46,7 +46,8 @@ class Answer:
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events, a chunk for each piece that shows anything."""
+        """Yield the answer as server-sent events: a chunk for each piece with text, log-probabilities or a finish
+        reason."""
         head: dict[str, Any] = {**self.head, **({"object": "chat.completion.chunk"} if self.is_chat else {})}
         if include_usage:
             head["usage"] = None
@@ -65,7 +66,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompts and of the generations so far."""
+        """The number of tokens in the prompts, and in the generations so far."""
         prompt, completion = self.request.num_prompt_tokens, self.request.num_generated
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -94,7 +95,10 @@ class Answer:
         }
 
     def _top_logprobs(self, chosen: Candidate, *likeliest: Candidate) -> dict[str, float]:
-        """As in OpenAI's API, the chosen token is included, so there may be one more than requested."""
+        """Return the text of each candidate → its log-probability.
+
+        As in OpenAI's API, the chosen token is included, so there may be one candidate more than requested.
+        """
         shown = (*likeliest, chosen) if likeliest else ()
         return {self._text(each.token): max(each.logprob, _LOWEST) for each in shown}
 
@@ -106,7 +110,8 @@ class Answer:
         }
 
     def _text(self, token: int) -> str:
-        """The text of a token. Bytes of an incomplete character get OpenAI's unique spelling, `bytes:\\xe2\\x82`."""
+        """Return the text of a token. The bytes of an incomplete character are written as in OpenAI's API:
+        `bytes:\\xe2\\x82`."""
         data = self.request.backend.token_bytes(token)
         try:
             return data.decode("utf-8")

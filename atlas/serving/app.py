@@ -1,4 +1,4 @@
-"""The application: its routes, its middleware, and the form of its errors."""
+"""The FastAPI application: routes, middleware and error responses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from atlas.serving.schema import ErrorBody, Health
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0
-"""The time limit for a body to arrive."""
+"""The time limit for the body of a request to arrive, in seconds."""
 
 
 def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
-    """The application. It starts the models when it starts, and closes them when it ends."""
+    """Return the application. The application starts the backends at its startup, and closes the backends at its
+    shutdown."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,7 +42,7 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
         version=__version__,
         description="An OpenAI-compatible API for your own models.",
         lifespan=lifespan,
-        docs_url=None,  # its page loads from a CDN
+        docs_url=None,  # FastAPI's documentation page loads scripts from a CDN
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
@@ -51,12 +52,12 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Health:
-        """200 while the server accepts requests."""
+        """Return status 200 while the server accepts requests."""
         return Health(needs_key=settings.api_key is not None)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return the server's metrics in Prometheus's text format."""
         media_type = "text/plain; version=0.0.4; charset=utf-8"
         return Response(dispatcher.metrics.text(), media_type=media_type)
 

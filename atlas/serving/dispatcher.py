@@ -1,4 +1,4 @@
-"""Take requests to a model, within the server's limits and the model's queue."""
+"""Check requests against the server's limits, and put valid requests into the queue of a model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from atlas.serving.schema import MOST_STOPS, SamplingParams
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The limits and the key of a server."""
+    """The limits, the API key and the folder of runs of a server."""
 
     max_tokens: int = 4096
-    """New tokens of one generation."""
+    """The largest number of new tokens in one generation."""
     seconds: float = 300.0
-    """The time limit of a request, from its acceptance to its end."""
+    """The time limit of a request in seconds, from its acceptance to its end."""
     api_key: str | None = None
     runs: Path = Path("checkpoints")
-    """The folder whose runs are drawn at /runs."""
+    """The folder of the runs whose curves the page at /runs shows."""
 
 
 class Dispatcher:
-    """Takes requests to the models. The first model is the default."""
+    """A dispatcher of requests to the queues of the models. The first model is the default."""
 
     def __init__(self, backends: Sequence[Backend], settings: ServerSettings) -> None:
         self.backends = {backend.id: backend for backend in backends}
@@ -36,11 +36,11 @@ class Dispatcher:
         self.metrics = Metrics(backends)
 
     def model(self, name: str | None) -> Backend:
-        """The model of this name, or the default model for None. Raises `ApiError`."""
+        """Return the model of this name, or the default model for None. Raises `ApiError`."""
         if name is None:
             return next(iter(self.backends.values()))
         if name not in self.backends:
-            message = f"The model {name[:100]!r} does not exist: here is {', '.join(self.backends)}"
+            message = f"The model {name[:100]!r} does not exist: the models are {', '.join(self.backends)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.backends[name]
 
@@ -56,17 +56,18 @@ class Dispatcher:
     ) -> GenerationRequest:
         """Put `params.n` generations of each prompt into the queue of `backend`. Raises `ApiError`.
 
-        With `may_exceed` the model reads the end of a prompt that is longer than its context.
+        With `may_exceed`, a prompt may be longer than the model's context; the model then reads the prompt's last
+        tokens.
         """
         n, most, known = params.n or 1, self.settings.max_tokens, backend.vocab_size
         stops, texts, largest = len(params.stops), len(prompts) * n, max(map(max, prompts))
         limit = f"at most {most}, not {max_tokens} (the server's --max-tokens)"
         for is_wrong, param, rule in (
             (stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {stops}"),
-            (params.stream_options and not params.stream, "stream_options", "only with stream"),
+            (params.stream_options and not params.stream, "stream_options", "only allowed with stream"),
             (texts > backend.capacity, "n", f"{texts} texts in one request: at most {backend.capacity}"),
             (max_tokens > most, "max_tokens", limit),
-            (largest >= known, "prompt", f"token {largest}: the vocabulary has {known}"),
+            (largest >= known, "prompt", f"token {largest}: the vocabulary has {known} tokens"),
         ):
             if is_wrong:
                 raise ApiError(400, f"{param}: {rule}", param=param)
@@ -84,7 +85,7 @@ class Dispatcher:
         return GenerationRequest(backend, generations, self.settings.seconds, count)
 
     def close(self, request: GenerationRequest) -> None:
-        """End a request, when its client has the answer or has disconnected."""
+        """Cancel and count a request, after its client has received the answer or has disconnected."""
         for generation in request.generations:
             generation.cancelled = True
         self.metrics.count_request(request)

@@ -1,8 +1,8 @@
-"""Many sequences generated in parallel by one model. They join and leave the batch between two tokens.
+"""Generate many sequences in parallel with one model. Sequences join and leave the batch between two tokens.
 
-Continuous batching (Yu et al. 2022, "Orca", OSDI): each step generates one token of every sequence in the batch, whose
-keys and values lie in the first rows of one static cache. A sequence that ends, or whose client disconnects, frees its
-row before the next step, and a waiting sequence takes it.
+Continuous batching (Yu et al. 2022, "Orca", OSDI): each step generates one token of every sequence in the batch. The
+keys and values of these sequences are in the first rows of one static cache. A sequence that ends, or whose client
+disconnects, frees its row before the next step, and a waiting sequence takes that row.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024
-"""Padded prompt positions that are prefilled between two steps; running sequences wait for them."""
+"""The largest number of padded prompt positions in one prefill, unless one prompt alone is longer. Running sequences
+wait during a prefill."""
 
 
 class Engine(Backend):
-    """A model and the thread that generates with it."""
+    """A model and the thread that generates text with the model."""
 
     def __init__(self, loaded: LoadedModel, id: str, *, parallel: int, queue: int) -> None:
-        """`parallel` sequences are generated in parallel, and at most `queue` wait."""
+        """Allow `parallel` sequences in the batch and `queue` more sequences in the queue."""
         context, vocab_size = loaded.config.model.max_seq_len, loaded.tokenizer.vocab_size
         super().__init__(id, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self.loaded = loaded
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
-        """In the order of the cache's rows."""
+        """The sequences in the batch, in the order of the cache's rows."""
         self._outbox: list[tuple[Generation, Piece]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -50,16 +51,16 @@ class Engine(Backend):
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the engine's thread."""
         super().start()
         self._thread.start()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; an empty one begins a document."""
+        """Return the token ids of a text. For an empty text, return the id that begins a document."""
         return encode_prompt(text, self.loaded.tokenizer)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the answer begins. Raises `AtlasError`."""
+        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError`."""
         if not self.loaded.is_chat_model:
             raise AtlasError(
                 f"{self.id} was not trained on conversations in Atlas's format: use /v1/completions, or fine-tune it "
@@ -68,11 +69,11 @@ class Engine(Backend):
         return encode_chat(messages, self.loaded.tokenizer)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token."""
+        """Return the bytes of a token."""
         return self.loaded.tokenizer.token_bytes(token)
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Accept all of them or raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
         with self._wake:
             self._waiting = deque(each for each in self._waiting if not each.generation.cancelled)
             if len(self._waiting) + len(self._running) + len(generations) > self.capacity:
@@ -81,14 +82,14 @@ class Engine(Backend):
             self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; unfinished generations stay unfinished."""
+        """End the engine's thread. Running generations stop without a last piece."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
 
-    # In the engine's thread
+    # The following methods run in the engine's thread.
 
     def _run(self) -> None:
         device = self._cache.keys.device
@@ -102,7 +103,7 @@ class Engine(Backend):
             try:
                 with torch.inference_mode():
                     self._step()
-            except Exception:  # a bug, or out of memory: the server continues without these sequences
+            except Exception:  # a bug or out of memory; the server continues with other sequences
                 traceback.print_exc(file=sys.stderr)
                 self._outbox += [(each.generation, failure("error")) for each in self._running]
                 self._running = []
@@ -113,12 +114,14 @@ class Engine(Backend):
                 self._outbox = []
 
     def _step(self) -> None:
-        """Generate the next token of every running sequence, and the first token of those that join."""
+        """Generate the next token of every running sequence, and the first token of every sequence that joins the
+        batch."""
         for each in list(self._running):
             if each.generation.cancelled:
                 self._remove(each)
             elif each.cached == self._cache.max_len:
-                # Its window is full: the newest half is prefilled again, as in `generate`, ahead of the queue.
+                # The sequence's window is full. As in `generate`, its newest half is prefilled again, ahead of waiting
+                # sequences.
                 self._remove(each)
                 each.slide(self.context)
                 with self._wake:
@@ -127,7 +130,7 @@ class Engine(Backend):
             newest = [each.tokens[-1] for each in self._running]
             self._sample(self._running, self._decoder.next_logits(newest))
         if joining := self._next_waiting(self.parallel - len(self._running)):
-            self._running += joining  # from here on, an error ends these too
+            self._running += joining  # from here on, an error also ends the joining sequences
             windows = [each.tokens[each.start :] for each in joining]
             cache = empty_cache(self.loaded.model, len(joining), max_len=max(map(len, windows)))
             logits = prefill(self.loaded.model, windows, cache)
@@ -135,7 +138,8 @@ class Engine(Backend):
             self._sample(joining, logits)
 
     def _next_waiting(self, free: int) -> list[_Sequence]:
-        """The sequences that have waited longest, as far as rows and `PREFILL_TOKENS` allow."""
+        """Remove the longest waiting sequences from the queue and return them: at most `free`, and within
+        `PREFILL_TOKENS`."""
         joining: list[_Sequence] = []
         with self._wake:
             while self._waiting and len(joining) < free:
@@ -148,7 +152,7 @@ class Engine(Backend):
         return joining
 
     def _sample(self, sequences: list[_Sequence], logits: Tensor) -> None:
-        """Add the next token of each sequence by its logits (B, V), and remove the sequences that end."""
+        """Sample the next token of each sequence from its row of `logits` (B, V), and remove the sequences that end."""
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, each in enumerate(sequences):
             groups[each.generation.sampling].append(row)
@@ -159,7 +163,7 @@ class Engine(Backend):
             part = logits[long_tensor(rows, logits.device)] if len(groups) > 1 else logits
             parts.append(sample(part, sampling, seen, generators))
             order += rows
-        # The one host-device sync of a step.
+        # The only synchronization of CPU and GPU in a step.
         tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
         wanted = {
             row: each.generation.num_candidates
@@ -171,17 +175,18 @@ class Engine(Backend):
             if tokens[row] >= 0:
                 piece = each.add(tokens[row], candidates.get(row, []))
             else:
-                # The logits are not finite, as those of a bad model in half precision may be. The row must not spoil
-                # others: a masked slot enters attention with weight 0, and 0 × NaN is NaN.
+                # The logits are not finite, for example because the model overflows in half precision. Clear the
+                # cache's row: a masked slot enters attention with weight 0, and 0 × NaN would give NaN in other
+                # sequences.
                 self._cache.clear(self._running.index(each))
-                print(f"{self.id}: a generation ended, its logits were not finite", file=sys.stderr)
+                print(f"{self.id}: a generation ended because its logits were not finite", file=sys.stderr)
                 piece = failure("error")
             self._outbox.append((each.generation, piece))
             if piece.finish:
                 self._remove(each)
 
     def _remove(self, sequence: _Sequence) -> None:
-        """Free its row; as in the cache, the last row takes its place."""
+        """Free the sequence's row. As in the cache, the sequence in the last row moves into the free row."""
         row = self._running.index(sequence)
         self._cache.remove(row)
         self._running[row] = self._running[-1]
@@ -189,7 +194,7 @@ class Engine(Backend):
 
 
 class _Sequence:
-    """A generation in progress."""
+    """A generation that waits or runs: its tokens, its window, and its random generator."""
 
     def __init__(self, generation: Generation, loaded: LoadedModel) -> None:
         self.generation = generation
@@ -200,16 +205,16 @@ class _Sequence:
         self._eos_id = loaded.tokenizer.eos_id
 
     def slide(self, context: int) -> None:
-        """Set `start`, where the model's window on the tokens begins."""
+        """Set `start`, the index of the first token in the model's window."""
         self.start = window_start(len(self.generation.prompt), len(self.tokens), context)
 
     @property
     def cached(self) -> int:
-        """Tokens in the cache: the window without the newest token."""
+        """Number of tokens in the cache: the window without the newest token."""
         return len(self.tokens) - self.start - 1
 
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
-        """Append a token. `candidates`, if requested, begin with the token itself."""
+        """Append a token and return its piece. `candidates`, if requested, begin with the token itself."""
         if token == self._eos_id:
             return Piece(self._stream.finish(), finish="stop", num_tokens=0)
         self.tokens.append(token)
@@ -224,7 +229,8 @@ class _Sequence:
 def _top_logprobs(
     logits: Tensor, tokens: dict[int, int], wanted: dict[int, int]
 ) -> dict[int, list[Candidate]]:
-    """For each row in `wanted`: its token of `tokens`, then as many of the likeliest tokens as `wanted` has."""
+    """Return, for each row in `wanted`, the candidates: the row's token in `tokens`, then the `wanted[row]` likeliest
+    tokens."""
     logprobs = logits[long_tensor(list(wanted), logits.device)].float().log_softmax(dim=-1)
     own = logprobs.gather(-1, long_tensor([[tokens[row]] for row in wanted], logits.device))
     top = logprobs.topk(min(max(wanted.values()), logprobs.shape[-1]), dim=-1)

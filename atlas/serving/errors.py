@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: message, type, the field that is wrong, and a code."""
+"""Errors in the format of OpenAI's API: message, type, wrong field, and code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An error response with `status`, and `body` in OpenAI's shape."""
+    """An error with the HTTP `status` and the `body` of its response, in the format of OpenAI's API."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -23,20 +23,20 @@ class ApiError(Exception):
 
 
 def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The HTTP response for an error."""
-    # OpenAI's clients would repeat a request that timed out, and wait as long again.
+    """Return the HTTP response for an error."""
+    # OpenAI's clients would send a request again after a timeout, and wait as long a second time.
     no_retry = {"x-should-retry": "false"} if error.status == 504 else {}
     return JSONResponse(error.body, error.status, {**no_retry, **(headers or {})})
 
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's problems with a body."""
+    """Return an error for the first of the problems that pydantic found in a body."""
     problem = problems[0]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     if isinstance(problem.get("input"), bytes):
         return ApiError(400, "the body is not declared as JSON: send Content-Type: application/json")
-    # The location also names the types of a union: str, list[str], ….
+    # Pydantic's location also contains the types of a union: str, list[str], ….
     names = [str(part) for part in problem["loc"][1:] if isinstance(part, int) or part.isidentifier()]
     param = ".".join(name for name in names if name != "str") or None
     if problem["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The static files of the pages, all served from this server."""
+"""Routes for the static files of the pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from starlette.routing import Route
 
 _HEADERS = {
-    # Nothing loads from another host, whatever a model generates.
+    # The browser loads nothing from other hosts, even if generated text contains HTML.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
@@ -21,12 +21,12 @@ FILES = {
     **{f"/{name}": _PAGE / name for name in ("page.css", "page.js", "common.js", "views.js", "runs.js")},
     **{f"/{name}": _REPORT.joinpath(*name.split("/")) for name in _CHARTS},
 }
-"""Path → file."""
+"""URL path → file."""
 _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "html": "text/html"}
 
 
 def file_routes() -> list[Route]:
-    """A route for each file, which is read now."""
+    """Read the files and return a route for each file."""
     routes = []
     for path, file in FILES.items():
         media_type = _MEDIA_TYPES[file.name.rpartition(".")[2]]

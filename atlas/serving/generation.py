@@ -1,4 +1,4 @@
-"""What a client requests, one or more generations, and the pieces in which they arrive."""
+"""A client's request, its generations, and the pieces of text that the generations return."""
 
 from __future__ import annotations
 
@@ -23,56 +23,56 @@ class Candidate(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The output of one step.
+    """The output of one step of a generation.
 
-    `text` may be empty, while a character or a possible stop string is incomplete. `candidates`, if requested, are the
-    chosen token and then the likeliest ones; none for the end of text, which is not part of the text. `finish` is set
-    in the last piece: `stop`, `length`, `error` or `timeout`.
+    `text` is empty while a character or a possible stop string is incomplete. `candidates`, if requested, are the
+    chosen token and then the likeliest tokens. The end-of-text token is not part of the text and has no candidates.
+    `finish` is set in the last piece: `stop`, `length`, `error` or `timeout`.
     """
 
     text: str
     candidates: Sequence[Candidate] = ()
     finish: str | None = None
     num_tokens: int = 1
-    """More than one if the backend did not report the tokens before this one."""
+    """The number of new tokens. The number is above 1 if the backend did not report the tokens before this token."""
 
 
 @dataclass(eq=False)
 class Generation:
-    """One text to generate. Setting `cancelled` ends it."""
+    """One text to generate. Setting `cancelled` ends the generation."""
 
     prompt: list[int]
     sampling: Sampling
     max_tokens: int
     seed: int
-    """Different for each generation of a request."""
+    """The random seed, which differs between the generations of a request."""
     stop: tuple[str, ...] = ()
     num_candidates: int | None = None
-    """Alternatives to report for each token; None: no log-probabilities, which saves their computation."""
+    """The number of alternatives to return for each token; None: return and compute no log-probabilities."""
     index: int = 0
-    """Its place in its request."""
+    """The position of this generation in its request."""
     queue: asyncio.Queue[tuple[int, Piece]] | None = None
-    """Receives its pieces, each with `index`."""
+    """The queue that receives (`index`, piece) for every piece of this generation."""
     cancelled: bool = False
 
 
 def _deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
-    """Put the pieces of a step into the queues of their requests; runs in the event loop."""
+    """Put the pieces of a step into the queues of their requests. Must run in the event loop."""
     for generation, piece in pieces:
         if generation.queue is not None and not generation.cancelled:
             generation.queue.put_nowait((generation.index, piece))
 
 
 def failure(finish: str) -> Piece:
-    """The last piece of a generation that ends with `error` or `timeout`."""
+    """Return the last piece of a generation that ends with `error` or `timeout`."""
     return Piece("", finish=finish, num_tokens=0)
 
 
 class Busy(ApiError):
-    """The queue is full."""
+    """The error of a full queue."""
 
     def __init__(self) -> None:
-        message = "too many texts wait: try again in a moment, or ask for fewer"
+        message = "too many generations are queued: try again in a moment, or request fewer"
         super().__init__(429, message, code="queue_full")
 
 
@@ -83,7 +83,7 @@ class Backend(ABC):
     _waiting: Sized
 
     def __init__(self, id: str, *, context: int, vocab_size: int, parallel: int, queue: int) -> None:
-        """`parallel` sequences are generated in parallel, and at most `queue` wait."""
+        """Allow `parallel` sequences in generation and `queue` more sequences in the queue."""
         self.id = id
         self.created = int(time.time())
         self.context = context
@@ -93,56 +93,58 @@ class Backend(ABC):
 
     @property
     def num_running(self) -> int:
-        """Sequences that are being generated."""
+        """Number of sequences that are being generated."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue."""
+        """Number of sequences in the queue."""
         return len(self._waiting)
 
     def start(self) -> None:
-        """Get ready for generations, whose pieces go to the running event loop."""
+        """Prepare the backend for generations, and send their pieces to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def _send(self, pieces: list[tuple[Generation, Piece]]) -> None:
-        """Send the pieces of a step, from any thread, to the requests that wait for them."""
-        with suppress(RuntimeError):  # the loop has ended, and no client waits any more
+        """Send the pieces of a step to their requests. May run in any thread."""
+        with suppress(RuntimeError):  # the event loop has ended, so no client waits for the pieces
             self._loop.call_soon_threadsafe(_deliver, pieces)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, at least one: an empty text begins a document."""
+        """Return the token ids of a text. For an empty text, return the id that begins a document."""
 
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the answer begins. Raises `AtlasError` if it is not a chat model."""
+        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` without a chat
+        format."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token."""
+        """Return the bytes of a token."""
 
     @abstractmethod
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Accept all of them or raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop; unfinished generations stay unfinished."""
+        """Stop the backend. Running generations stop without a last piece."""
 
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """The generations of one request and their progress. Raises `Busy`."""
+    """The generations of one request and their progress. The constructor submits the generations, and may raise
+    `Busy`."""
 
     backend: Backend
     generations: Sequence[Generation]
     seconds: float
-    """The time limit of `pieces`."""
+    """The time limit of `pieces` in seconds."""
     count: Callable[[int], object]
-    """Receives the numbers of new tokens."""
+    """A function that is called with the number of new tokens of each piece."""
     num_generated: int = 0
-    """Tokens so far, of all generations."""
+    """The number of tokens that all generations have generated so far."""
     seconds_to_first: float | None = None
 
     def __post_init__(self) -> None:
@@ -154,12 +156,12 @@ class GenerationRequest:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Each prompt counts once, however many generations continue it."""
+        """The number of tokens in all prompts. A prompt with several generations counts once."""
         return sum(map(len, {id(each.prompt): each.prompt for each in self.generations}.values()))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(index of the generation, piece) until all have ended. Raises `ApiError` when one fails, and when time is up;
-        unfinished generations then continue until they are `cancelled`."""
+        """Yield (index of the generation, piece) until all generations have ended. Raises `ApiError` if a generation
+        fails, and after the time limit. The other generations then continue until they are `cancelled`."""
         timeout = (0, failure("timeout"))
         timer = asyncio.get_running_loop().call_later(self.seconds, self._queue.put_nowait, timeout)
         unfinished = len(self.generations)
@@ -171,7 +173,7 @@ class GenerationRequest:
                 self.num_generated += piece.num_tokens
                 self.count(piece.num_tokens)
                 if piece.finish == "error":
-                    raise ApiError(500, "the model failed here: the server's log has the reason")
+                    raise ApiError(500, "the model failed: the server's log has the reason")
                 if piece.finish == "timeout":
                     late = f"not finished within {self.seconds:g} s: request fewer tokens, or raise --timeout"
                     raise ApiError(504, late)

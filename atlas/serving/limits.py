@@ -1,4 +1,4 @@
-"""Checks before a request is read: the size of its body, the time it takes, its key and its host."""
+"""Checks before a request is processed: size and arrival time of its body, API key, and host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atlas.serving.errors import ApiError, error_response
 
 LARGEST_BODY = 1 << 20
-"""Bytes: more text than any context holds."""
+"""The largest body of a request in bytes, which is more text than any context holds."""
 _READ_AND_DROPPED = 64 << 20
-"""Bytes of a larger body that are read, so that its sender gets the answer instead of a broken connection."""
+"""The number of bytes of a larger body that are read, so that the client receives the error instead of a reset."""
 
 
 def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
-    """ASGI middleware: a body must arrive within `seconds` and be at most `LARGEST_BODY` large."""
+    """Add ASGI middleware: a body must arrive within `seconds` and have at most `LARGEST_BODY` bytes."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +42,7 @@ def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
 
 
 async def _read(receive: Receive) -> bytes:
-    """The body. Raises `ApiError` if it is too large."""
+    """Return the body of a request. Raises `ApiError` if the body is too large."""
     body, size, more = bytearray(), 0, True
     while more and size <= _READ_AND_DROPPED:
         message = await receive()
@@ -57,8 +57,11 @@ async def _read(receive: Receive) -> bytes:
 
 
 def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str]) -> ASGIApp:
-    """ASGI middleware: with `api_key`, all paths but the `open_paths` need the key; without one, only clients of this
-    machine and this server's own pages are served."""
+    """Add ASGI middleware that checks who sends a request.
+
+    With `api_key`, all paths except `open_paths` need the key. Without `api_key`, the server answers only clients on
+    this machine and its own pages.
+    """
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         error = None
@@ -72,16 +75,17 @@ def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str
 def _auth_error(headers: Headers, api_key: str | None) -> ApiError | None:
     if api_key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # In constant time, so that the time does not reveal how much of a guess is right.
+        # The comparison takes constant time, so that its time does not reveal how many characters of a guess are right.
         if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode()):
             return None
         message = "Incorrect API key provided: send Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key")
-    # A page from elsewhere can make a browser request a loopback address, under its own host name, which is in `Host`.
+    # A page of another site can make a browser request a loopback address under that site's host name, which is in
+    # `Host`.
     host, origin = headers.get("host", ""), headers.get("origin")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
     if name not in ("localhost", "127.0.0.1", "[::1]"):
-        return ApiError(403, "this server is for its own machine: ask it as localhost or 127.0.0.1")
+        return ApiError(403, "this server answers only its own machine: use localhost or 127.0.0.1")
     if origin is not None and origin.partition("://")[2] != host:
-        return ApiError(403, f"this server answers its own pages, not those of {origin[:100]}")
+        return ApiError(403, f"this server answers only its own pages, not pages of {origin[:100]}")
     return None

@@ -1,6 +1,7 @@
-"""An exported GGUF file behind the same API: llama.cpp generates, through the package `xllamacpp`.
+"""A backend that serves a GGUF file: llama.cpp generates the text, through the package `xllamacpp`.
 
-Its server listens on the loopback interface with its own key. Threads of this process request the generations.
+llama.cpp's server listens on the loopback interface and has its own API key. Threads of this process send requests to
+that server.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
 
 _SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
-"""In the order of Atlas's own sampler."""
+"""llama.cpp's samplers in the order of Atlas's own sampler."""
 _FINISH = {"limit": "length", "eos": "stop", "word": "stop"}
 _WITHHELD: dict[str, Any] = {"logprob": None, "top_logprobs": []}
 
 
 class Llama(Backend):
-    """A GGUF file and llama.cpp's server for it."""
+    """A GGUF file and the llama.cpp server that runs it."""
 
     def __init__(self, path: str, *, parallel: int, queue: int, threads: int) -> None:
-        """Raises `AtlasError` for a file that is not a GGUF model, and where llama.cpp is missing."""
+        """Load the file. Raises `AtlasError` if it is not a GGUF model, and if llama.cpp is not installed."""
         metadata = read_metadata(Path(path))
         try:
             trained = int(metadata[f"{metadata['general.architecture']}.context_length"])
@@ -45,7 +46,7 @@ class Llama(Backend):
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
             raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
-        context = trained - 1  # llama.cpp keeps a slot for the first new token
+        context = trained - 1  # llama.cpp needs one position for the first new token
         name, vocab_size = Path(path).stem, len(self._tokens)
         super().__init__(name, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
@@ -70,11 +71,12 @@ class Llama(Backend):
         self._closed = False
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; an empty one begins a document."""
+        """Return the token ids of a text. For an empty text, return the id that begins a document."""
         return self._tokenize(text, parse_special=False) or [self._eos_id]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation in the file's own template. Raises `AtlasError` where it has none."""
+        """Return the token ids of a conversation in the file's chat template. Raises `AtlasError` if there is no
+        template."""
         if not self._has_template:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
         body = {"messages": [message._asdict() for message in messages]}
@@ -86,15 +88,15 @@ class Llama(Backend):
         return ids
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token."""
+        """Return the bytes of a token."""
         text = self._tokens[token]
         if self._is_byte_level:
-            with suppress(KeyError):  # an added token, which is stored as plain text
+            with suppress(KeyError):  # an added token is stored as plain text
                 return token_bytes(text)
         return text.encode("utf-8")
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Accept all of them or raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
         with self._lock:
             self._waiting = {each for each in self._waiting if not each.cancelled}
             if len(self._running) + len(self._waiting) + len(generations) > self.capacity:
@@ -104,12 +106,12 @@ class Llama(Backend):
             self._pool.submit(self._generate, generation)
 
     def close(self) -> None:
-        """Stop the server; unfinished generations stay unfinished."""
+        """Stop llama.cpp's server. Running generations stop without a last piece."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
         self._server = None
 
-    # In the threads of the pool
+    # The following methods run in the threads of the pool.
 
     def _generate(self, generation: Generation) -> None:
         with self._lock:
@@ -120,7 +122,7 @@ class Llama(Backend):
         try:
             for piece in self._pieces(generation):
                 self._send([(generation, piece)])
-        except Exception:  # this generation is lost, and the server continues
+        except Exception:  # only this generation fails; the server continues
             traceback.print_exc(file=sys.stderr)
             self._send([(generation, failure("error"))])
         finally:
@@ -135,12 +137,12 @@ class Llama(Backend):
             "stream": True,
             "return_tokens": True,
             "samplers": _SAMPLERS,
-            **asdict(sampling),  # llama.cpp has the same names, except for the penalty
+            **asdict(sampling),  # llama.cpp uses the same names, except for the penalty
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": self.context + 1,
-            "seed": generation.seed % (2**32 - 1),  # the last value means a random seed in llama.cpp
+            "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,
-            # At least one, else llama.cpp does not report the token that it chose.
+            # With 0 probabilities, llama.cpp would not report the probability of the chosen token.
             "n_probs": 0 if generation.num_candidates is None else max(1, generation.num_candidates),
         }
         with self._post("/completion", body) as response:
@@ -149,10 +151,11 @@ class Llama(Backend):
             reported, has_ended = 0, False
             for line in response:
                 if generation.cancelled or self._closed:
-                    return  # closing the connection ends it in llama.cpp too
+                    return  # closing the connection also ends the generation in llama.cpp
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
-                    # llama.cpp counts the end-of-text token, and reports it early after an incomplete character.
+                    # llama.cpp counts the end-of-text token. After an incomplete character, it reports this token in an
+                    # earlier event.
                     has_ended |= event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
                     event["tokens"] = [token for token in event["tokens"] if token != self._eos_id]
                     total = event["tokens_predicted"] - has_ended
@@ -175,12 +178,12 @@ class Llama(Backend):
 
 
 def _piece_of(event: dict[str, Any], num_candidates: int | None, *, num_tokens: int) -> Piece:
-    """The piece of one event. llama.cpp counts a token that ends inside a character, but does not report it."""
+    """Return the piece for one event. llama.cpp counts a token that ends inside a character, but does not report it."""
     candidates = []
     if event["tokens"] and num_candidates is not None:
         chosen = (event.get("completion_probabilities") or [_WITHHELD])[-1]
         reported = [{**chosen, "id": event["tokens"][-1]}, *chosen["top_logprobs"][:num_candidates]]
-        # llama.cpp writes null for a number that is not finite.
+        # llama.cpp writes null for numbers that are not finite.
         logprobs = [-math.inf if each["logprob"] is None else each["logprob"] for each in reported]
         candidates = [Candidate(each["id"], p) for each, p in zip(reported, logprobs, strict=True)]
     finish = _FINISH[event["stop_type"]] if event["stop"] else None

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus at /metrics (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""The metrics at /metrics, in Prometheus's format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROUTES = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/
 
 
 class Metrics:
-    """The counters of one server."""
+    """The Prometheus metrics of one server."""
 
     def __init__(self, backends: Iterable[Backend]) -> None:
         self._registry = CollectorRegistry()
@@ -25,7 +25,7 @@ class Metrics:
         self._requests = Counter("requests", "Requests answered.", ["route", "status"], **atlas)
         self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **atlas)
         self.tokens = Counter("completion_tokens", "Tokens generated.", ["model"], **atlas)
-        about = "From a request's acceptance to its first token."
+        about = "Seconds from a request's acceptance to its first token."
         self._first = Histogram("time_to_first_token_seconds", about, ["model"], buckets=_SECONDS, **atlas)
         for name, about in (("running", "Running sequences."), ("waiting", "Queued sequences.")):
             gauge = Gauge(name, about, ["model"], **atlas)
@@ -33,15 +33,15 @@ class Metrics:
                 gauge.labels(backend.id).set_function(functools.partial(getattr, backend, f"num_{name}"))
 
     def count_request(self, request: GenerationRequest) -> None:
-        """Count a request when it ends, for whatever reason."""
+        """Record the metrics of a request at its end, including failed and cancelled requests."""
         model = request.backend.id
         self._prompt_tokens.labels(model).inc(request.num_prompt_tokens)
         if request.seconds_to_first is not None:
             self._first.labels(model).observe(request.seconds_to_first)
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """ASGI middleware: count requests by route and status. Unknown paths count as `other`, since clients can
-        request any number of them."""
+        """Add ASGI middleware that counts requests by route and status. All unknown paths count as `other`, since
+        clients can request any number of unknown paths."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             async def watched(message: Message) -> None:
@@ -55,5 +55,5 @@ class Metrics:
         return counted
 
     def text(self) -> bytes:
-        """All metrics in Prometheus's format."""
+        """Return all metrics in Prometheus's format."""
         return generate_latest(self._registry)

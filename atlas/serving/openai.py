@@ -1,4 +1,4 @@
-"""OpenAI's routes: models, completions, chat completions."""
+"""The routes of OpenAI's API: models, completions, chat completions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from atlas.serving.stream import EventStream, until_disconnect
 from atlas.tokenizer.chat import Message
 
 _DEFAULT_TOKENS = 16
-"""OpenAI's number of new tokens for a completion without `max_tokens`."""
+"""The default of `max_tokens` in OpenAI's API for completions."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def openai_routes(dispatcher: Dispatcher) -> APIRouter:
-    """The routes under `/v1`."""
+    """Return the routes under `/v1`."""
     router = APIRouter(prefix="/v1")
 
     @router.get("/models", response_model=Models)
@@ -46,7 +46,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         backend = dispatcher.model(body.model)
-        prompts = await asyncio.to_thread(_prompts, body, backend)  # a long text takes a moment
+        prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
         max_tokens = body.max_tokens or _DEFAULT_TOKENS
         generations = dispatcher.submit(backend, prompts, body, max_tokens, body.logprobs)
         return await _respond(dispatcher, Answer(generations, is_chat=False), body, request)
@@ -56,7 +56,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         """Answer a conversation."""
         backend = dispatcher.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+            raise ApiError(400, "top_logprobs: only allowed with logprobs", param="top_logprobs")
         messages = [
             # `developer` is OpenAI's newer name for `system`.
             Message("system" if message.role == "developer" else message.role, message.text)
@@ -83,11 +83,11 @@ async def _respond(
         content = await until_disconnect(request.receive, answer.complete())
     finally:
         dispatcher.close(answer.request)
-    return JSONResponse(content or {})  # after a disconnect nobody reads it
+    return JSONResponse(content or {})  # None only after a disconnect, when no client reads the response
 
 
 def _prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:
-    """Ids of each prompt, at least one."""
+    """Return the token ids of each prompt in the request."""
     prompt: Any = body.prompt
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     return [backend.encode(each) if isinstance(each, str) else each for each in prompts]

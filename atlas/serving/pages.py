@@ -1,4 +1,4 @@
-"""What the pages request from this server: generations, looks inside the model at each token, and curves of runs."""
+"""The routes for the server's pages: generations, the model's internals at each token, and the curves of runs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, Sampling
 from atlas.serving.stream import EventStream, event, until_disconnect
 
 _LIKELIEST = 24
-"""Tokens of a distribution that are drawn."""
+"""The number of likeliest tokens that a page shows of a distribution."""
 _LENS = 6
-"""Tokens after each layer."""
+"""The number of likeliest tokens that a page shows after each layer."""
 _DRAWN = 256
-"""Tokens of a text whose attention is drawn; more would be megabytes, in a picture that shows nothing."""
+"""The page draws the attention of at most this number of tokens, the last ones. For more tokens, the response would
+have megabytes and the picture would be unreadable."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds
 
 
 class WriteRequest(SamplingParams):
-    """A text to continue, with alternatives for each token."""
+    """A request to continue a text, with alternatives for each token."""
 
     prompt: Prompt = ""
     max_tokens: int = Field(100, ge=1)
@@ -47,35 +48,37 @@ class WriteRequest(SamplingParams):
 
 
 class LookRequest(Body):
-    """A text to look into."""
+    """A request for the model's internals on a text."""
 
     model: str | None = None
     prompt: Prompt = ""
     given: int | None = Field(None, ge=1)
-    """Tokens of the prompt that the model did not generate; None: all."""
+    """The number of prompt tokens that the model did not generate; None: all tokens of the prompt."""
 
 
 class SamplingRequest(LookRequest, SamplingSettings):
-    """A text, and the settings with which its next token is chosen."""
+    """A request for the steps that choose a text's next token, with the sampling settings."""
 
 
 class AttentionRequest(LookRequest):
-    """A text, and the layer whose attention is drawn."""
+    """A request for the attention weights of one layer on a text."""
 
     layer: int = Field(0, ge=0)
 
 
 def page_routes(dispatcher: Dispatcher) -> APIRouter:
-    """The pages' routes under `/api/`."""
+    """Return the routes of the pages, under `/api/`."""
     router, run_folder = APIRouter(include_in_schema=False), RunFolder(dispatcher.settings.runs)
-    # Looks inside run one after the other in their own thread, so that generation and tokenization continue meanwhile.
+    # Requests for internals run one after the other in their own thread, so that they do not block generation and
+    # tokenization.
     thread = ThreadPoolExecutor(1, thread_name_prefix="look")
 
     async def in_turn(work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
     async def look_inside(body: LookRequest, request: Request, work: Callable[..., T]) -> T | None:
-        """What `work` returns for the model, the ids of its window on the text, where that begins, and the request."""
+        """Return `work(model, ids of the model's window, start of the window in the text,
+        body)`; None after a disconnect."""
         backend = dispatcher.model(body.model)
         if not isinstance(backend, Engine):
             message = f"{backend.id}: llama.cpp does not show how it chooses a token: serve the checkpoint"
@@ -87,10 +90,10 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
 
     @router.post("/api/write")
     async def write(body: WriteRequest) -> Response:
-        """Server-sent events: the prompt's tokens, each new token with its probability, and how the text ended.
+        """Send events: the prompt's tokens, each new token with its probability, and at the end the finish reason.
 
-        A prompt in ids continues a text from one of its tokens. The client knows those tokens already, so their
-        probabilities are left out.
+        If the prompt is a list of token ids, the client continues an earlier text. The client already has these tokens,
+        so the response leaves out their probabilities.
         """
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
@@ -126,7 +129,8 @@ async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
 
 
 def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[dict[str, Any]]:
-    """The tokens of a prompt, with the model's predictions if the backend shows them and `alternatives` is not None."""
+    """Return the tokens of a prompt. If the backend is an `Engine` and `alternatives` is not None, each token has the
+    model's predictions."""
     if isinstance(backend, Engine) and alternatives is not None:
         return [asdict(each) for each in look.expectations(backend.loaded, ids, alternatives=alternatives)]
     return [{**_option(backend, token, 0.0), "probability": None, "alternatives": []} for token in ids]
@@ -139,7 +143,7 @@ async def _events(
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
     def shown(token: dict[str, Any]) -> dict[str, Any]:
-        """Add the text that the token completes: a character of several tokens comes with the last one."""
+        """Add the text that the token completes. A character of several tokens is added to the last of these tokens."""
         return {**token, "shown": _visible(decoder.decode(backend.token_bytes(token["id"])))}
 
     tokens = [shown(token) for token in await prompt]
@@ -159,7 +163,7 @@ def _option(backend: Backend, token: int, logprob: float) -> dict[str, Any]:
 
 
 def _visible(text: str) -> str:
-    """Escape control characters and direction marks, but not whitespace."""
+    """Return the text with escaped control characters and direction marks. Line breaks and tabs stay as they are."""
     return "".join(
         each if each in "\n\t\r" or unicodedata.category(each) not in ("Cc", "Cf") else ascii(each)[1:-1]
         for each in text

@@ -1,7 +1,8 @@
 """The requests and responses of OpenAI's API (https://platform.openai.com/docs/api-reference).
 
-Types are strict and unknown fields are refused, so no setting of a client is ignored silently. `top_k`, `min_p` and
-`repetition_penalty` are not OpenAI's; its Python client sends them as `extra_body`.
+Types are strict and unknown fields are refused, so that the server ignores no setting of a client silently. `top_k`,
+`min_p` and `repetition_penalty` are not fields of OpenAI's API. OpenAI's Python client sends these fields with
+`extra_body`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from atlas.inference.sampling import Sampling
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
-"""`MOST_STOPS` also stands in the description of `stop`."""
+"""Limits of one request. The description of `stop` repeats the value of `MOST_STOPS`."""
 
 
 def _integer(value: Any) -> Any:
-    """JSON has one number type: 5.0 is an integer."""
+    """Convert a float such as 5.0 to an int, since JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _bool(value: Any) -> Any:
-    """In Python, and so in a `Literal` of pydantic, `false` equals 0; in JSON it does not."""
+    """Refuse a 0, which Python and so pydantic's `Literal` consider equal to `false`, but JSON does not."""
     if not isinstance(value, bool):
         raise ValueError("must be false")
     return value
@@ -37,7 +38,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
-    """A JSON object with strict types and no unknown fields. Docstrings of fields are their descriptions."""
+    """A JSON object with strict types and no unknown fields. The docstring of a field is its description in the API."""
 
     model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -46,52 +47,52 @@ class StreamOptions(Body):
     """Options of a stream."""
 
     include_usage: bool | None = None
-    """Send the token counts in a last chunk."""
+    """Send the token counts in an additional last chunk."""
 
 
 class SamplingSettings(Body):
-    """How the next token is chosen."""
+    """The settings for the choice of the next token."""
 
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """0: always the likeliest token. Default: 1."""
+    """0: always choose the likeliest token. Default: 1."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """Keep the likeliest tokens whose probabilities reach this sum."""
+    """Keep only the likeliest tokens whose probabilities together reach this sum."""
     top_k: Int | None = Field(None, ge=0)
-    """Keep the k likeliest tokens; 0: all."""
+    """Keep only the k likeliest tokens; 0: keep all."""
     min_p: float | None = Field(None, ge=0, lt=1)
-    """Keep tokens with at least this fraction of the likeliest token's probability."""
+    """Keep only tokens with at least this fraction of the likeliest token's probability."""
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    """Above 1: repeat earlier tokens less."""
+    """Above 1: make tokens that occurred earlier less likely."""
 
     def sampling(self) -> Sampling:
-        """The settings; one that the request leaves out changes nothing."""
+        """Return the sampling settings. A setting that the request leaves out has no effect on sampling."""
         named = self.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
         return Sampling(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **named})
 
 
 class SamplingParams(SamplingSettings):
-    """The fields that both kinds of request have."""
+    """The fields that requests for completions and for chat completions share."""
 
     model: str | None = None
-    """A name from /v1/models. Default: the first."""
+    """The id of a model in /v1/models. Default: the first model."""
     n: Int | None = Field(None, ge=1, le=MOST_CHOICES)
-    """Generations for each prompt."""
+    """The number of generations for each prompt."""
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
-    """Same seed, same text."""
+    """The same request with the same seed gives the same text."""
     stop: Stop | list[Stop] | None = None
-    """End before one of these strings, at most 16."""
+    """End the generation before any of these strings, of which there may be at most 16."""
     stream: bool | None = None
-    """Send the text while it is generated."""
+    """Send the text in chunks during generation."""
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Ignored."""
-    # OpenAI's clients may send these with the value that changes nothing.
+    """Accepted and ignored."""
+    # OpenAI's clients may send the following fields with their neutral values.
     frequency_penalty: Zero | None = None
-    """0; use repetition_penalty."""
+    """Must be 0 or null; use `repetition_penalty` instead."""
     presence_penalty: Zero | None = None
-    """0; use repetition_penalty."""
+    """Must be 0 or null; use `repetition_penalty` instead."""
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    """Empty."""
+    """Must be empty or null."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -103,21 +104,21 @@ class CompletionRequest(SamplingParams):
     """A text to continue."""
 
     prompt: str | Annotated[list[str], SEVERAL] | TokenIds | Annotated[list[TokenIds], SEVERAL] = ""
-    """One text, several, or token ids. An empty text begins a document."""
+    """One text or several, each as a string or as a list of token ids. An empty text begins a document."""
     max_tokens: Int | None = Field(None, ge=1)
-    """New tokens. Default: 16."""
+    """The largest number of new tokens. Default: 16."""
     logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
-    """Return each token's log-probability, and this many alternatives."""
+    """Return the log-probability of each token, and this number of alternatives per token."""
     echo: IsFalse | None = None
-    """False."""
+    """Must be false or null."""
     suffix: None = None
-    """Nothing."""
+    """Must be null."""
     best_of: Int | None = Field(None, ge=1, le=1)
-    """1."""
+    """Must be 1 or null."""
 
 
 class TextPart(Body):
-    """A part of a message."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -129,27 +130,27 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-    """Ignored."""
-    # Fields of an answer that a client sends back as part of the conversation.
+    """Accepted and ignored."""
+    # A client sends these fields if it adds an earlier answer to the conversation.
     refusal: None = None
-    """Nothing."""
+    """Must be null."""
     tool_calls: None = None
-    """Nothing."""
+    """Must be null."""
     function_call: None = None
-    """Nothing."""
+    """Must be null."""
     audio: None = None
-    """Nothing."""
+    """Must be null."""
     annotations: list[Any] | None = Field(None, max_length=0)
-    """Empty."""
+    """Must be empty or null."""
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content of the message as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ResponseFormat(Body):
-    """The format of the answer: text."""
+    """The format of the answer, which can only be text."""
 
     type: Literal["text"]
 
@@ -159,13 +160,13 @@ class ChatRequest(SamplingParams):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: Int | None = Field(None, ge=1)
-    """As max_completion_tokens."""
+    """Another name for `max_completion_tokens`."""
     max_completion_tokens: Int | None = Field(None, ge=1)
-    """New tokens. Default: the free part of the context."""
+    """The largest number of new tokens. Default: the number of free positions in the context."""
     logprobs: bool | None = None
-    """Return each token's log-probability."""
+    """Return the log-probability of each token."""
     top_logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
-    """With logprobs: this many alternatives."""
+    """With `logprobs`: the number of alternatives to return for each token."""
     response_format: ResponseFormat | None = None
 
 
@@ -188,7 +189,7 @@ class _Response(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """A list per field, with an entry per token."""
+    """Log-probabilities of a completion: each field is a list with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -197,7 +198,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One generation."""
+    """The result of one generation."""
 
     index: int
     text: str
@@ -227,7 +228,7 @@ class ChatTokenLogprob(TokenLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """An entry per token."""
+    """Log-probabilities of an answer, with one entry per token."""
 
     content: list[ChatTokenLogprob]
     refusal: None
@@ -242,7 +243,7 @@ class AssistantMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One generation."""
+    """The result of one generation."""
 
     index: int
     message: AssistantMessage
@@ -281,7 +282,7 @@ class Health(BaseModel):
 
 
 class ErrorInfo(BaseModel):
-    """What is wrong, and in which field."""
+    """The error message, the type of error, and the wrong field."""
 
     message: str
     type: str

@@ -1,4 +1,4 @@
-"""A listening socket, the application behind it, and a shutdown that lets generations finish."""
+"""An HTTP server in its own thread, with a graceful shutdown and limits for slow clients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from atlas.errors import AtlasError
 
 HEAD_SECONDS = 10.0
-"""The time limit for a request's head; for the first request of a connection, from the start of the connection."""
+"""The time limit for a request's headers to arrive, in seconds. For the first request of a connection, the time starts
+with the connection."""
 LARGEST_HEAD = 64 << 10
-"""Bytes, approximately: the parser itself has no limit."""
+"""The approximate limit for a request's headers in bytes. The parser itself has no limit."""
 READ_SECONDS = 30.0
-"""The time limit for a client to continue reading when the send buffers are full."""
+"""The number of seconds for which a client may stop reading while the send buffers are full."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `AtlasError`."""
+    """Return a socket that listens on this address. Raises `AtlasError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -40,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """Serves in its own thread, until `drain`."""
+    """A server that runs in its own thread until `drain`."""
 
     def __init__(self, app: FastAPI, listener: socket.socket, *, seconds_to_drain: float) -> None:
         config = uvicorn.Config(
@@ -55,25 +56,27 @@ class Server:
         self._listener = listener
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the server's thread."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="atlas-server")
         self._run = pool.submit(self._server.run, sockets=[self._listener])
 
     @property
     def is_ready(self) -> bool:
-        """Whether it accepts requests."""
+        """Whether the server accepts requests."""
         return self._server.started
 
     def drain(self) -> None:
-        """Accept no more requests, and end when the current ones are answered; immediately, if called again."""
+        """Accept no more requests, and end after the answers to the current requests. A second call ends the server
+        immediately."""
         if self._server.should_exit:
             self._server.force_exit = True
-            # It would log a traceback of each task that it cancels.
+            # Otherwise uvicorn would log a traceback for each task that it cancels.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = True
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended within that time. Raises what ended the thread."""
+        """Wait at most `seconds`, and return whether the server has ended. Raises the exception that ended the
+        thread."""
         wait([self._run], seconds)
         if self._run.done():
             self._run.result()
@@ -81,8 +84,10 @@ class Server:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Adds the limits that uvicorn does not have: for a head that does not arrive or never ends, and for a client that
-    does not read."""
+    """An HTTP protocol with limits that uvicorn lacks.
+
+    The limits end the connection of a client that sends its headers too slowly or without end, or that does not read.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -1,4 +1,4 @@
-"""Work for a client that ends when the client disconnects."""
+"""End the work for a response when the client disconnects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None: when the client disconnects, `work` is cancelled."""
+    """Return the result of `work`. If the client disconnects first, cancel `work` and return None."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -35,7 +35,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
 class EventStream(StreamingResponse):
     """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) until the client disconnects.
 
-    An `ApiError` becomes the last event. `on_end` runs at the end, also after a disconnect or an error.
+    If `events` raises an `ApiError`, the error's body is the last event. `on_end` is called at the end, also after a
+    disconnect or an error.
     """
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
@@ -60,5 +61,5 @@ async def _until_error(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def event(data: dict[str, Any]) -> str:
-    """A server-sent event that carries JSON."""
-    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients treat U+2028 as the end of a line
+    """Return a server-sent event with `data` as JSON."""
+    return f"data: {json.dumps(data)}\n\n"  # in ASCII, since some clients treat U+2028 as the end of a line

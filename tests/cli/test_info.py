@@ -133,7 +133,7 @@ def test_a_broken_one_is_refused_with_the_one_to_take(
     assert (code, output) == (2, "")
     assert errors.startswith(f"error: {path}: ")
     assert reason in errors
-    assert errors.endswith(f"take {folder / 'atlas_step_2.pt'} instead, which is intact\n")
+    assert errors.endswith(f"use {folder / 'atlas_step_2.pt'} instead, which is intact\n")
     assert errors.count("\n") == 1
     flip(folder / "atlas_step_2.pt")
     assert info(capsys, path, "--verify")[2].endswith("no other checkpoint beside it is intact\n")

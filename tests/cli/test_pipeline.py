@@ -91,7 +91,7 @@ def test_without_data_the_message_names_the_sources(capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "archive.zip: is not there"),
+        ([], "archive.zip: does not exist"),
         (["--yes"], "--demo"),
         (["--data", "nope"], "--data nope: no such file or folder"),
         (["--demo", "--data=empty"], "--data empty: is an empty folder"),

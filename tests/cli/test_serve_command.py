@@ -116,7 +116,7 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
         assert process.stderr.read().splitlines() == [
-            "shutting down: current generations finish; repeat to stop them"
+            "shutting down: current generations finish; a second Ctrl-C or signal ends them"
         ]
 
 

@@ -356,7 +356,7 @@ def test_two_hundred_pairs_some_longer_than_the_context(tuned: Path) -> None:
     assert lines[-1]["loss"] < 0.5 < 2 < lines[0]["loss"]
     assert logged(tuned / "whole", "validation")
     log = (tuned / "whole" / "training.log").read_text()
-    assert "the loss is that of the answers" in log
+    assert "the loss counts only the answers" in log
     assert "longer than 128 tokens: 1 conversations lose their end, " in log
     assert "document_mask: true" in log
     for name in ("whole", "lora"):

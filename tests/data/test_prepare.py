@@ -75,7 +75,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: p.write_bytes(gzip.compress(b"id,text")),
         ".csv.gz ending: Atlas reads a .txt",
     ),
-    "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "write one object a line"),
+    "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "write one object per line"),
     "noending": (lambda p: p.touch(), "no ending: Atlas reads a .txt"),
     "text.zip": (lambda p: p.write_text("no zip"), "is not a zip archive"),
     "broken.zip": (make_broken_zip, "the archive is damaged"),
@@ -153,7 +153,7 @@ def test_the_end_of_a_few_documents_is_held_out(tmp_path: Path) -> None:
     assert train[:9] == list(names.values())[:9]
     assert train[9] + val[0] == names["9.txt"]
     assert (
-        "fewer than 20 documents: not split by document, the last 5 % of the text are held out for validation"
+        "fewer than 20 documents: instead of a split by document, the last 5 % of the text are held out for validation"
         in summary.notes
     )
     # Cut between two words: no token differs from those of the whole.
@@ -257,7 +257,9 @@ def test_with_few_documents_no_copy_is_cut_and_a_short_document_is_left_out(
         long = [n for n in numbers if len(texts[n]) > min_chars]
         paths, out = [folder / "rows.jsonl"], folder / "out"
         if not long:
-            with pytest.raises(AtlasError, match=rf"{len(numbers)} by short\).*--min-chars than {min_chars}"):
+            with pytest.raises(
+                AtlasError, match=rf"{len(numbers)} as too short\).*--min-chars than {min_chars}"
+            ):
                 prepare(paths, out, val_fraction=0.2, cleaning=cleaning)
             return
         dataset = prepare(paths, out, val_fraction=0.2, cleaning=cleaning).dataset
@@ -427,7 +429,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     assert main(["prepare", "--input", str(source), "--output", str(out)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: .*new.out: its disk has 0 MB free, the tokens of .* need about 0 MB;.*\n", error
+        r"error: .*new.out: its disk has 0 MB free, but the tokens of .* need about 0 MB;.*\n", error
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed + 100))

@@ -165,7 +165,7 @@ def test_a_doubt_is_a_warning_among_the_notes(tmp_path: Path) -> None:
     list(sources.documents(report))
     warnings = [note for note in sources.notes(report) if note.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].endswith("as a section's heading is not: look at the boundaries")
+    assert warnings[0].endswith("which is usual for section headings: look at the boundaries")
 
 
 def test_articles_longer_than_the_buffer_do_not_depend_on_how_they_arrive(
@@ -215,7 +215,7 @@ def test_doubtful_boundaries_are_reported(form: str, gap: str, doubt: str) -> No
 def test_another_number_of_articles_than_in_the_real_archive_is_a_warning() -> None:
     assert ArticleReport(articles=WIKIPEDIA_ARTICLES, chars=WIKIPEDIA_CHARS).warning is None
     assert ArticleReport(articles=900, chars=500_000).warning is None
-    assert "about 249,396 articles, 31,000 were found" in str(
+    assert "about 249,396 articles, but 31,000 were found" in str(
         ArticleReport(articles=31_000, chars=WIKIPEDIA_CHARS).warning
     )
 

@@ -85,7 +85,7 @@ def test_all_unknown_keys_of_a_file_are_named_in_one_line(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.removeprefix(f"error: {config}: ").rstrip().split("; ") == [
-        "unknown setting model.activation: it is model.mlp here (gelu_exact computes what gelu did there)",
+        "unknown setting model.activation: it is model.mlp here (gelu_exact computes what gelu did in Atlas 1.x)",
         "unknown setting model.mlp_ratio: it is model.mlp_size here (hidden_size × mlp_ratio, by default "
         "4 × hidden_size)",
         "unknown setting training.max_grad_norm: it is training.grad_clip here",
@@ -376,7 +376,7 @@ def test_a_converted_model_is_fine_tuned_and_exported(
     assert json.loads(Path("hf/config.json").read_text(encoding="utf-8"))["activation_function"] == "gelu"
     capsys.readouterr()
     assert main(["export", "--checkpoint", "base/atlas_best.pt", "--no-verify"]) == 0
-    assert "llama.cpp computes GELU's tanh form" in capsys.readouterr().err
+    assert "llama.cpp computes the tanh approximation of GELU" in capsys.readouterr().err
 
 
 COMMANDS = (
@@ -496,10 +496,10 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
         "checkpoints/atlas_best.pt --config none.yaml": "none.yaml: no such config file",
         "checkpoints/atlas_best.pt --output-dir checkpoints": "checkpoints: is not empty; choose another --output-dir",
         "checkpoints/atlas_best.pt --output-dir file": "file: is a file; choose another --output-dir",
-        "checkpoints": "name it, such as checkpoints/atlas_best.pt",
+        "checkpoints": "name the file, such as checkpoints/atlas_best.pt",
         "missing.pt": "missing.pt: no such file or folder; give a folder",
         "other.yaml": "other.yaml: is not an Atlas checkpoint",
-        ". --num-heads 4": "--num-heads and --config are for a checkpoint of Atlas 1.x (.pt), and . is none",
+        ". --num-heads 4": "--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); . is a folder",
     }.items():
         assert main(["import", *arguments.split()]) == 2, arguments
         message = capsys.readouterr().err

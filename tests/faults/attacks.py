@@ -219,7 +219,7 @@ def _(folder: Path) -> Path:
     return path
 
 
-@attack("archive", "members over each other", "overlaps what follows it")
+@attack("archive", "members over each other", "overlaps the data after it")
 def overlapping(folder: Path) -> Path:
     """Fifield's kernel (USENIX WOOT 2019): every entry of the directory refers to the same compressed bytes."""
     path = zip_of(folder / "a.zip", {"a.txt": bytes(1_000_000), "b.txt": b""})
@@ -689,7 +689,7 @@ for label, (key, value, answer) in {
     "shard in Arabic digits": (f"{SHARD}/file", "train-٠٠٠٠٠.npy", "pattern"),
     "shard that ends in a line end": (f"{SHARD}/file", "train-00000.npy\n", "pattern"),
     "shard listed twice": ("splits/train/shards/1/file", "train-00000.npy", "twice"),
-    "vocabulary of 2^62": ("tokenizer/vocab_size", 2**62, "are no vocabulary"),
+    "vocabulary of 2^62": ("tokenizer/vocab_size", 2**62, "do not make a vocabulary"),
     "tokenizer without a name": ("tokenizer/name", None, "has no name"),
     "objects as tokens": ("dtype", "|O", "does not fit a vocabulary"),
     "tokenizer of code": ("tokenizer/kind", "custom", "is custom code"),
@@ -749,7 +749,7 @@ attack("dataset", "dataset.json of 10,000 digits", "cannot be read")(
 )
 
 
-@attack("dataset", "dataset.json of 10 GB", "the most that make sense")
+@attack("dataset", "dataset.json of 10 GB", "that are allowed")
 def _(folder: Path) -> Path:
     with (folder / "dataset.json").open("wb") as file:
         file.truncate(10 << 30)  # a hole, which needs no space
@@ -832,7 +832,7 @@ for label, change, answer in [
     attack("tokenizer", label, answer)(tokenizer_with(change))
 
 
-@attack("tokenizer", "file of 10 GB", "the most that make sense")
+@attack("tokenizer", "file of 10 GB", "that are allowed")
 def _(folder: Path) -> Path:
     with (folder / "tokenizer.json").open("wb") as file:
         file.truncate(10 << 30)
@@ -891,7 +891,7 @@ for label, content, answer in [
     ("NUL", b"seed: 1\x00", "not allowed"),
     ("not UTF-8", b"seed: \xff", "not UTF-8"),
     ("UTF-16", "seed: 1".encode("utf-16"), "not UTF-8"),
-    ("10 MB", "# comment\n" * 10**6, "the most that make sense"),
+    ("10 MB", "# comment\n" * 10**6, "that are allowed"),
     ("section that is a list", "model: [1]", "is a section with keys of its own"),
     ("escape codes in a key", '"\\e[31mred": 1', "unknown setting"),
     ("key of 100,000 characters", "? " + "k" * 100_000 + "\n: 1", "unknown setting"),

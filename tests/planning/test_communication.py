@@ -488,7 +488,7 @@ def test_the_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "On 2 nodes of 8 GPUs, pcie4 inside, ethernet-10g between" in out
     rows = {tuple(line.split()[:-1]): line.split()[-1] for line in out.splitlines() if line.startswith(" ")}
     assert rows["training.parallel",] == "ddp"
-    assert rows["sequences", "of", "an", "update,", "each"] == "2"
+    assert rows["sequences", "per", "rank", "and", "update"] == "2"
     assert ["gradients", "0.93", "GB"] in [line.split() for line in out.splitlines()]
     assert "Links: pcie4 inside a node, ethernet-10g between nodes, one port for all" in out
     assert "assumed, not measured" in out
@@ -527,14 +527,20 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 0", "--gpus 0: is the number of GPUs in each node; write 1 or more"),
         ("--gpus 8 --nodes -1", "--nodes -1: is the number of nodes; write 1 or more"),
         ("--gpus 8 --interconnect nvlink", "--interconnect nvlink: .*did you mean nvlink[34]"),
-        ("--gpus 8 --interconnect abacus", "take one of pcie3, .*infiniband-400; of another give GB/s"),
+        (
+            "--gpus 8 --interconnect abacus",
+            "use one of pcie3, .*infiniband-400; for any other link, give its GB/s",
+        ),
         ("--gpus 8 --interconnect 0", "--interconnect 0: is not a speed; write GB/s, above 0"),
         ("--gpus 8 --interconnect nan", "--interconnect nan: is not a speed"),
         (
             "--gpus 8 --interconnect pcie4,pcie4",
-            "names 2 links; give the one inside a node, and with --nodes",
+            "names 2 links; give the link inside a node, and with --nodes",
         ),
-        ("--gpus 8 --nodes 2 --interconnect pcie4", "pcie4: is the link inside a node; with --nodes 2 give"),
+        (
+            "--gpus 8 --nodes 2 --interconnect pcie4",
+            "pcie4: is the link inside a node; with --nodes 2 also give",
+        ),
         ("--gpus 8 --nodes 2 --interconnect 1,2,3", "1,2,3: names 3 links"),
         (
             "--gpus 5",

@@ -360,7 +360,7 @@ def test_memory_that_is_given_wins_over_the_cards(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["training.max_steps=null"], "neither training.max_steps nor --data"),
+        (["training.max_steps=null"], "not known without training.max_steps or --data"),
         (["training.max_steps=null", "training.max_hours=2"], "ends the run after 2 hours at the latest"),
         (["training.epochs=2"], "training.epochs may end the run sooner"),
         (["training.precision=fp32"], "Time: not known"),
@@ -385,7 +385,7 @@ def test_a_screen_about_a_config_a_text_and_a_card(
     assert "…" not in out
     assert "simulated: the FLOPs and bytes of an update at 24,225 GFLOP/s and 331 GB/s" in out
     assert "% of 25,500 GFLOP/s, its peak in bf16 by Atlas's table of cards" in out
-    assert "the text is small for every one" in out
+    assert "the text is too small for every preset" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
     assert rows["updates"] == ["updates", "2,400"]
     assert rows["energy"][-1] == "kWh"

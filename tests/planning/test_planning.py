@@ -397,7 +397,7 @@ def test_plan_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--set", "device=cpu", "--config", "nano"]) == 0
     out, _ = capsys.readouterr()
     assert "Memory of training on cpu" in out
-    assert "2048 is assumed here" in out
+    assert "this plan assumes 2048" in out
     assert "Presets on this machine (cpu)" in out
 
 

@@ -346,7 +346,7 @@ def test_plot_is_refused_before_any_work(
     for other in ("nano", tmp_path):
         code, output, errors = info(capsys, other, "--plot", tmp_path / "lengths.png")
         assert (code, output) == (2, "")
-        assert f"of a prepared dataset; {other} is none: leave it out" in errors
+        assert f"of a prepared dataset; {other} is not a dataset: leave it out" in errors
 
     real_import = builtins.__import__
 

@@ -1,4 +1,4 @@
-"""Documents → batches for one worker each, with the place in the sources where each batch ends."""
+"""Documents → batches. Each batch is for one worker, and records the place in the sources where it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Started = TypeVar("Started")
 
 
 class Position(NamedTuple):
-    """The place behind `part` parts of group number `group`. All earlier groups are done."""
+    """The place after `part` parts of group number `group`. All earlier groups are done."""
 
     group: int = 0
     part: int = 0
@@ -25,12 +25,12 @@ class Position(NamedTuple):
 
 @dataclass
 class Batch:
-    """Complete documents, or one part of a document that comes in several."""
+    """Complete documents, or one part of a document that comes in several parts."""
 
     end: Position
     parts: list[Part] = field(default_factory=list)
     report: SourceReport = field(default_factory=SourceReport)
-    """What was found in the groups that end in this batch."""
+    """Findings about the groups that end in this batch."""
     bytes_read: int = 0
     """Bytes of the sources that were read for this batch."""
 
@@ -41,8 +41,8 @@ class Batch:
 
 
 def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[Batch]:
-    """The text behind `start`. The last batch may have no parts; it brings the last report."""
-    # A cut is a place in the complete text: all groups are read as one.
+    """Yield the text after `start` in batches. The last batch may have no parts; it holds the last report."""
+    # A cut is a place in the complete text, so all groups are read as one text.
     texts = [[group] for group in groups] if rule.cut_at is None else [list(groups)]
     batch, chars = Batch(start), 0
 
@@ -71,7 +71,8 @@ def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> I
 
 
 def start_ahead(start: Callable[[Item], Started], items: Iterable[Item], most: int) -> Iterator[Started]:
-    """What `start` returns for each item, in order. At most `most` are started before the oldest is yielded."""
+    """Yield the return value of `start` for each item, in order. At most `most` items are started before the oldest
+    return value is yielded."""
     under_way: deque[Started] = deque()
     for item in items:
         under_way.append(start(item))

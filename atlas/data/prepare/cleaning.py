@@ -1,13 +1,14 @@
-"""Cleaning of a document before it becomes tokens. Each step has a name, is counted, and can be left out.
+"""Cleaning of a document before it becomes tokens. Each step has a name and can be left out. The changes of each step
+are counted.
 
     nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
     control      control characters other than tab and line ends are removed
     whitespace   line ends become \\n; blanks at a line's end are removed; a run of blanks inside a line becomes one
                  blank (indentation stays); more than two empty lines become two
-    duplicates   of documents with the same text the first is kept (`atlas.data.prepare.dedup`)
+    duplicates   only the first of documents with the same text is kept (`atlas.data.prepare.dedup`)
 
-Everything else is kept to the byte. Then documents of fewer than `min_chars` characters are left out, and with
-`near_dedup` near copies of earlier ones.
+All other bytes of a document are kept. After these steps, documents of fewer than `min_chars` characters are left out
+and, with `near_dedup`, near copies of earlier documents.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ STEPS = ("nfc", "control", "whitespace", "duplicates")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")
-# Each matches at one place of a run only, so a run of any length is scanned once.
+# Each pattern matches at only one place of a run, so a run of any length is scanned once.
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 _BLANKS_INSIDE_LINE = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _EMPTY_LINES = re.compile(r"\n{4,}")
-_BEFORE = "\ufffc"  # is no white space, and combines with nothing
+_BEFORE = "\ufffc"  # a character that is no white space and combines with nothing
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ class Cleaning:
 
     @staticmethod
     def parse(names: str) -> tuple[str, ...]:
-        """Return the steps in `nfc,control` in the order in which they are taken, and none for `none`."""
+        """Return the steps in a list such as `nfc,control`, in the order in which they are taken. For `none` there are
+        no steps."""
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         if wanted == ["none"]:
             return ()
         return Cleaning(tuple(sorted(wanted, key=(*STEPS, *wanted).index))).steps
 
     def clean(self, text: str, *, starts_document: bool = True) -> tuple[str, dict[str, int]]:
-        """Return the cleaned text, and for each step that changed it the number of characters fewer."""
+        """Return the cleaned text and, for each step that changed the text, by how many characters it became
+        shorter."""
         changes: dict[str, int] = {}
         for name, step in _TEXT_STEPS.items():
             if name in self.steps:
@@ -68,14 +71,14 @@ class Cleaning:
 
 
 def _drop_control(text: str) -> str:
-    content = text.encode()  # a test of bytes takes a tenth of the time
+    content = text.encode()  # testing the bytes takes a tenth of the time of `sub`
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
         return text
     return _CONTROL.sub("", text)
 
 
 def _tidy_whitespace(text: str) -> str:
-    # The tests are cheap, the substitutions expensive.
+    # The tests are cheap, but the substitutions are expensive.
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     has_tabs = "\t" in text
@@ -96,5 +99,5 @@ _TEXT_STEPS: dict[str, Callable[[str], str]] = {
 
 
 def digest_of(content: bytes) -> bytes:
-    """16 bytes that identify a text. They also decide whether it is held out for validation."""
+    """Return 16 bytes that identify a text. The bytes also decide whether the text is held out for validation."""
     return hashlib.blake2b(content, digest_size=16, person=b"atlas-text").digest()

@@ -1,6 +1,6 @@
-"""Finds documents that came before: exact copies by a hash of 16 bytes, near copies by MinHash.
+"""Find copies of earlier documents: exact copies by a hash of 16 bytes, near copies by MinHash.
 
-Both keep a log beside the shards, so that an interrupted preparation resumes with what it knew.
+Each of the two methods keeps a log beside the shards. An interrupted preparation resumes from these logs.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ _SEED, _SCHEME = 1, "affine32"
 
 
 def fractions(digests: bytes) -> NDArray[np.float64]:
-    """(n, 2): both halves of n digests as numbers from 0 to 1, evenly spread and independent of each other."""
+    """Return (n, 2): both halves of n digests as numbers from 0 to 1, uniformly distributed and independent."""
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2) / 2.0**64
 
 
 class SeenDigests:
-    """A growing set of digests. `log` holds them in the order of arrival, an SQLite file beside it is their index.
+    """A growing set of digests. `log` holds the digests in the order of arrival. An SQLite file beside `log` is their
+    index.
 
-    Only the log survives a kill: to commit an index of random keys would rewrite most of its pages each time.
-    Raises `OSError` where the disk is full.
+    Only the log survives a kill: committing an index of random keys would rewrite most of its pages each time. Raises
+    `OSError` if the disk is full.
     """
 
     def __init__(self, log: Path, *, count: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
-        """Take over the first `count` digests of an older `log`, and cut off the others."""
+        """Load the first `count` digests of an existing `log`, and cut off the rest."""
         index = log.with_suffix(".sqlite")
         index.unlink(missing_ok=True)
         with _disk_errors(index):
@@ -61,7 +62,7 @@ class SeenDigests:
         self._file.truncate(count * DIGEST_BYTES)
 
     def add(self, digests: bytes) -> NDArray[np.bool_]:
-        """Add n digests that follow one another. Returns (n,): True for each that was not in the set before."""
+        """Add the n digests in `digests`. Returns (n,): True for each digest that was not in the set before."""
         new = self._add(_split(digests))
         self._file.write(np.frombuffer(digests, dtype=f"V{DIGEST_BYTES}")[new].tobytes())
         return new
@@ -72,7 +73,7 @@ class SeenDigests:
         return self.count
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the log and the index."""
         self._index.close()
         self._file.close()
 
@@ -97,7 +98,8 @@ def _split(digests: bytes) -> list[bytes]:
 
 
 def minhash_of(text: str) -> NDArray[np.uint32]:
-    """(NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of the shingles of a text, its runs of five words.
+    """Return (NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of a text's shingles, which are its runs of five
+    words.
 
     The signature of a document is the minimum of its pieces' signatures.
     """
@@ -114,10 +116,10 @@ def minhash_of(text: str) -> NDArray[np.uint32]:
 
 
 class SeenSignatures:
-    """A growing set of signatures, searched by locality-sensitive hashing. It needs about 3 KB per document."""
+    """A growing set of signatures, searched by locality-sensitive hashing. The set needs about 3 KB per document."""
 
     def __init__(self, log: Path, *, count: int = 0) -> None:
-        """Take over the first `count` signatures of an older `log`, and cut off the others."""
+        """Load the first `count` signatures of an existing `log`, and cut off the rest."""
         from datasketch import MinHashLSH
 
         self._index = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
@@ -129,7 +131,8 @@ class SeenSignatures:
         self._file.truncate(count * self._row_bytes)
 
     def add(self, signature: NDArray[np.uint32]) -> bool:
-        """Add a signature unless a known one is at least `SIMILARITY` similar. Returns whether it was added."""
+        """Add a signature, unless a known signature is at least `SIMILARITY` similar to it. Returns whether the
+        signature was added."""
         for key in self._index.query(_lean(signature)):
             self._file.seek(key * self._row_bytes)
             if (self._read() == signature).mean() >= SIMILARITY:
@@ -163,7 +166,7 @@ def _lean(signature: NDArray[np.uint32]) -> Any:
 
 
 def require_datasketch() -> None:
-    """Raise `DataError` where the package that finds near copies is not installed."""
+    """Raise `DataError` if the package that finds near copies is not installed."""
     try:
         import datasketch  # noqa: F401
     except ImportError:

@@ -10,9 +10,10 @@ from atlas.errors import AtlasError
 
 
 def list_data(root: Path) -> list[tuple[Path, int, Manifest | str]]:
-    """Everything below `root` (a `data` folder) that can be trained on or prepared, datasets first.
+    """Return all datasets and texts below `root` (a `data` folder), datasets first.
 
-    Each entry is its path, its bytes, and its manifest, or `text`, or the reason why the dataset cannot be used.
+    Each entry holds a path, its size in bytes, and a description. The description is the manifest of a dataset, the
+    reason why the dataset cannot be used, or the word `text`.
     """
     folders = [entry for entry in sorted((root / "processed").glob("[!.]*")) if entry.is_dir()]
     listed = [_dataset(folder) for folder in folders if is_prepared(folder)]

@@ -1,8 +1,8 @@
-"""Encoded batches → the two splits. Copies are left out, documents that are held out go to `val`.
+"""Encoded batches → the two splits. Copies are left out, and held-out documents go to `val`.
 
-Everything that depends on the order of documents is decided here, so any number of workers gives the same shards. A
-document in several parts is written as they come. If it turns out at its end that it has to be left out, the split is
-truncated to where it began.
+All decisions that depend on the order of documents are made here, so any number of workers gives the same shards. A
+document in several parts is written part by part. If the end of a document shows that the document must be left out,
+the split is truncated to the place where the document began.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 
 @dataclass
 class _OpenDocument:
-    """A document of which parts are still to come. `before` is the extent of each split when it began."""
+    """A document with more parts to come. `before` is the extent of each split when the document began."""
 
     before: Mapping[str, Iterable[int]]
     split: str
@@ -39,7 +39,7 @@ class _OpenDocument:
 
 
 class Merger:
-    """The splits as far as they are written, in `workspace`. Resumes what `sync` returned, if that was committed."""
+    """Writes the splits in `workspace`. Resumes from the state that `sync` returned, if the state was committed."""
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class Merger:
     ) -> None:
         state = workspace.state.get("assembly", {})
         self.rule, self.cleaning = rule, cleaning
-        # With a cut the rule has left out and counted short documents. Half of a document, which may be empty, is not
-        # checked again.
+        # If the split rule has a cut, the rule has already left out and counted short documents. Half of a document may
+        # be empty, so its length is not checked again.
         self._checks_length = rule.cut_at is None
         self._min_chars = max(1, cleaning.min_chars) if self._checks_length else 1
         near = ["near_duplicates"] if cleaning.near_dedup else []
@@ -76,18 +76,18 @@ class Merger:
         return sum(writer.extent.tokens for writer in self.writers.values())
 
     def add(self, batch: Batch, encoded: Encoded) -> bool:
-        """Merge the next batch. Returns whether that finished a shard."""
+        """Merge the next batch. Returns whether the batch finished a shard."""
         if batch.is_complete:
             self._add_documents(batch.parts, encoded)
         else:
             self._add_part(batch.parts[0], encoded)
-        if self._document:  # it may have to be taken out again
+        if self._document:  # the open document may have to be removed again
             return False
         finished = [writer.finish_full_shards() for writer in self.writers.values()]
         return any(finished)
 
     def sync(self) -> dict[str, Any]:
-        """Flush everything to the disk. Returns the state that stands for it."""
+        """Flush everything to the disk. Returns the state from which a `Merger` resumes."""
         return {
             "splits": {name: writer.sync() for name, writer in self.writers.items()},
             "seen": self.seen.sync(),
@@ -97,18 +97,18 @@ class Merger:
         }
 
     def finish(self) -> dict[str, SplitRecord]:
-        """Finish the splits. Returns those that hold anything."""
+        """Finish the splits. Returns those that are not empty."""
         records = {name: writer.finish() for name, writer in self.writers.items()}
         return {name: record for name, record in records.items() if record}
 
     def close(self) -> None:
-        """Close the files of the documents seen."""
+        """Close the files with the digests and signatures of documents."""
         self.seen.close()
         if self.similar:
             self.similar.close()
 
     def _add_documents(self, parts: list[Part], encoded: Encoded) -> None:
-        self._document = None  # two halves of a document that the split cut have no end between them
+        self._document = None  # the first half of a document that was cut has no end
         for step, (documents, characters) in encoded.changes.items():
             self._count(step, documents, characters)
         keep = encoded.num_chars >= self._min_chars

@@ -33,29 +33,30 @@ from atlas.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
-"""A kill loses at most so many seconds of work, and never a finished shard."""
+"""A kill loses at most this many seconds of work, and never a finished shard."""
 _WORTH_PRINTING = 1_000_000
-"""Bytes on the disk from which the need for space is printed."""
+"""Atlas prints how much disk space a dataset needs, if that is at least this many bytes."""
 _PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
-"""How much of the beginning is read, and how much of that is tokenized, to estimate the size of the dataset."""
+"""To estimate the size of a dataset, Atlas reads `_PROBE_CHARS` characters and tokenizes `_ENCODED_PROBE_CHARS` of
+them."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `prepare` made, or found to be made already."""
+    """The result of `prepare`: a new dataset, or an existing one that is unchanged."""
 
     dataset: PreparedDataset
     unchanged: bool
 
     @property
     def notes(self) -> list[str]:
-        """What was found and decided during the preparation, one line each."""
+        """Findings and decisions from the preparation, one line each."""
         return self.dataset.manifest.notes
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The settings that decide the shards, besides text and tokenizer."""
+    """The settings that determine the shards, in addition to the text and the tokenizer."""
 
     val_fraction: float
     shard_tokens: int = SHARD_TOKENS
@@ -88,12 +89,12 @@ def prepare(
     """Make a dataset folder of the text in `inputs`. `output` defaults to `default_output`.
 
     The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens trained on the training split, or GPT-2's.
-    `workers` processes tokenize (default: one per core), on this machine or, with `engine="ray"`, on a Ray cluster; the
-    shards are the same, bit for bit. A folder that holds exactly this dataset stays as it is, an older dataset is
-    replaced, and an interrupted preparation is resumed.
+    `workers` processes tokenize (default: one per core), on this machine or, with `engine="ray"`, on a Ray cluster. The
+    shards are the same in every case, bit for bit. A folder that holds exactly this dataset is not changed. An older
+    dataset is replaced, and an interrupted preparation is resumed.
 
-    Raises `DataError` for input that cannot be read, an output folder that holds something else, a text of which
-    cleaning leaves nothing, and, unless `trust_archives`, for an archive that may be a bomb.
+    Raises `DataError` if input cannot be read, the output folder holds other files, or cleaning leaves no text. Unless
+    `trust_archives`, the function also raises `DataError` for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
@@ -109,9 +110,9 @@ def prepare(
 
 
 def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
-    """Return the dataset folder of plain text, prepared once for the same content, tokenizer and options.
+    """Return the dataset folder of plain text. The same content, tokenizer and options are prepared only once.
 
-    It lies in the user's cache folder, or in the one that `ATLAS_CACHE_DIR` names.
+    The dataset is in the user's cache folder, or in the folder that `ATLAS_CACHE_DIR` names.
     """
     with _file_errors():
         preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
@@ -120,7 +121,7 @@ def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_f
 
 @contextmanager
 def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
-    """Make `DataError`s of a file that cannot be read, a folder that cannot be written and a full disk."""
+    """Turn an `OSError`, such as that of an unreadable file, a read-only folder or a full disk, into a `DataError`."""
     try:
         yield
     except OSError as error:
@@ -136,7 +137,8 @@ def default_output(sources: Sources) -> Path:
 
 @dataclass(frozen=True)
 class _Preparation:
-    """What a dataset is made of and by whom. Without a `tokenizer` one is trained."""
+    """The sources and settings of a dataset, and the processes that make it. Without `tokenizer`, a new one is
+    trained."""
 
     sources: Sources
     tokenizer: Tokenizer | None
@@ -156,15 +158,15 @@ class _Preparation:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def run(self, output: Path) -> Summary:
-        """Make the dataset `output`, or find that it is there."""
+        """Make the dataset `output`, unless it exists already."""
         with _file_errors(output):
             refuse_foreign(output)
             if existing := self._existing(output):
                 return Summary(existing, unchanged=True)
             if next(self.sources.documents(), None) is None:
-                raise DataError(f"{self.sources.names}: holds no text to train on; give some that does")
+                raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
             with locked(output):
-                if existing := self._existing(output):  # made by the process that this one waited for
+                if existing := self._existing(output):  # the process that this one waited for has made it
                     return Summary(existing, unchanged=True)
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
                     notify(line)
@@ -173,15 +175,16 @@ class _Preparation:
                 return Summary(open_dataset(output), unchanged=False)
 
     def _existing(self, output: Path) -> PreparedDataset | None:
-        """The dataset in `output`, if it is intact and the wanted one."""
+        """Return the dataset in `output` if it is intact and the wanted one, else None."""
         try:
             dataset = open_dataset(output)
         except (AtlasError, OSError):
-            return None  # missing, damaged, or just being replaced by another process: it is prepared again
+            return None  # missing, damaged, or just being replaced by another process: the dataset is prepared again
         return dataset if dataset.manifest.key == self.key else None
 
     def _make(self, output: Path, workspace: Workspace) -> None:
-        """Tokenize every document once, write the shards and describe them; or resume an interrupted call's work."""
+        """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
+        interrupted call."""
         options, sources, folder = self.options, self.sources, workspace.dataset
         if workspace.state:
             rule, tokenizer = SplitRule(**workspace.state["rule"]), self.tokenizer or Tokenizer.load(folder)
@@ -197,7 +200,7 @@ class _Preparation:
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
             _require_space(sources, tokenizer, output, done=merger.tokens)
             if merger.tokens:
-                notify(f"{output}: {merger.tokens:,} tokens were done before; resuming behind them")
+                notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
         self._require_text(splits, merger.cleaned["short"].documents)
@@ -234,13 +237,13 @@ class _Preparation:
         return report
 
     def _require_text(self, splits: Collection[str], short: int) -> None:
-        # The first of several copies is kept, so all were too short.
+        # The first of several copies is kept, so copies cannot be the reason: all documents were too short.
         if not splits and short:
             shortest = self.options.cleaning.min_chars
             less = f", or a smaller --min-chars than {shortest}" if shortest > 1 else ""
             raise DataError(
                 f"{self.sources.names}: cleaning leaves no text to train on: every document is left out "
-                f"({short:,} by short); give more text{less}"
+                f"({short:,} as too short); give more text{less}"
             )
         if "train" not in splits:
             raise DataError(
@@ -254,7 +257,7 @@ class _Preparation:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
         if rule.cut_at is not None:
             yield (
-                f"fewer than {FEWEST_DOCUMENTS} documents: not split by document, "
+                f"fewer than {FEWEST_DOCUMENTS} documents: instead of a split by document, "
                 f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
             )
         if rule.val_fraction and "val" not in splits:
@@ -262,7 +265,8 @@ class _Preparation:
 
 
 def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:
-    """Print how much space the tokens need if all text is like its beginning. Refuse a disk that is too small."""
+    """Print how much space the tokens need, estimated from the beginning of the text. Refuse a disk that is too
+    small."""
     bytes_read: list[int] = []
     tokens = encoded_chars = chars = 0
     for piece in sources.documents(advance=bytes_read.append):
@@ -278,8 +282,8 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise DataError(
-            f"{output}: its disk has {free / 1e6:,.0f} MB free, the tokens of {sources.names} need about "
-            f"{needed / 1e6:,.0f} MB; free some, or choose a folder on another disk"
+            f"{output}: its disk has {free / 1e6:,.0f} MB free, but the tokens of {sources.names} need about "
+            f"{needed / 1e6:,.0f} MB; free some space, or choose a folder on another disk"
         )
     if needed >= _WORTH_PRINTING:
         notify(f"{output}: needs about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")

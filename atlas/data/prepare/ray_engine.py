@@ -1,7 +1,7 @@
-"""Preparation on a Ray cluster: its machines read the sources and tokenize, this machine writes the shards.
+"""Preparation on a Ray cluster: the cluster's machines read the sources and tokenize; this machine writes the shards.
 
-Batches and results come back in order, so the shards are those of one machine, bit for bit. The sources must have the
-same paths, or URLs, on every machine.
+Batches and results come back in order, so the shards are the same as with one machine, bit for bit. The sources must
+have the same paths, or URLs, on every machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _AHEAD = 3
 def encode_on_ray(
     groups: Sequence[Group], rule: SplitRule, start: Position, encoder: Encoder, workers: int | None
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Each batch behind `start` with its tokens, in order. `workers` defaults to the cluster's CPUs."""
+    """Yield each batch after `start` with its tokens, in order. `workers` defaults to the number of the cluster's
+    CPUs."""
     ray = _connected()
     workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     read = ray.remote(num_cpus=0, num_returns="streaming", _generator_backpressure_num_objects=2 * _AHEAD)(
@@ -35,7 +36,7 @@ def encode_on_ray(
     worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
     pool = itertools.cycle([worker.remote(encoder) for _ in range(workers)])
     readers = start_ahead(lambda bundle: read.remote(*bundle), _bundles(groups, rule, start), 2 * _AHEAD)
-    batches = itertools.chain.from_iterable(readers)  # references to them, in order
+    batches = itertools.chain.from_iterable(readers)  # references to batches, in order
     results = start_ahead(lambda batch: next(pool).encode.remote(batch), batches, _AHEAD * workers)
     for result in results:
         yield _fetch(ray, result)
@@ -46,19 +47,19 @@ class _Worker:
         self._encoder = encoder
 
     def encode(self, batch: Batch) -> tuple[Batch, Encoded]:
-        """The batch without its text, which is no longer needed, and the tokens."""
+        """Return the batch without its text, which is no longer needed, and the tokens."""
         bare = [Part("", part.split, part.starts_document, part.ends_document) for part in batch.parts]
         return replace(batch, parts=bare), self._encoder(batch.parts)
 
 
 def _read_bundle(groups: Sequence[Group], rule: SplitRule, start: Position, first: int) -> Iterator[Batch]:
-    """Batches of `groups`, which begin with group number `first` of all."""
+    """Yield the batches of `groups`, whose first group has the number `first` among all groups."""
     for batch in read_batches(groups, rule, start):
         yield replace(batch, end=Position(batch.end.group + first, batch.end.part))
 
 
 def _bundles(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[tuple[Any, ...]]:
-    """Runs of groups from `start` on, as arguments of `_read_bundle`."""
+    """Yield the arguments of `_read_bundle` for each run of groups from `start` on."""
     if rule.cut_at is not None:
         yield groups, rule, start, 0
         return
@@ -88,5 +89,7 @@ def _connected() -> Any:
     except ImportError:
         raise DataError('--engine ray: needs the package ray; pip install "atlas-llm[ray]"') from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)  # at RAY_ADDRESS, else on this machine
+        ray.init(
+            log_to_driver=False, logging_level=logging.WARNING
+        )  # connects to RAY_ADDRESS, or starts Ray here
     return ray

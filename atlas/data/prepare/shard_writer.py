@@ -1,7 +1,7 @@
 """Writes the shards that `atlas.data.shards` reads.
 
-A split is one long list of tokens, which is only appended to or truncated. Its shards are equal lengths of that list,
-so the lengths alone are enough to resume what a killed process wrote.
+A split is one long list of tokens, which is only extended or truncated. The list is cut into shards of equal length. So
+the counts of tokens, documents and bytes are enough to resume the work of a killed process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atlas.files import flush_to_disk, sha256_of
 
 
 class Extent(NamedTuple):
-    """How much a split holds."""
+    """The numbers of tokens, documents and bytes in a split."""
 
     tokens: int = 0
     documents: int = 0
@@ -27,12 +27,12 @@ class Extent(NamedTuple):
 
 
 class SplitWriter:
-    """One split, in shards of `shard_tokens` tokens in `folder`, in constant memory.
+    """Writes one split to `folder` in constant memory, as shards of `shard_tokens` tokens.
 
-    Each call opens the files that it needs, so none stays open between two batches.
+    Each call opens the files that it needs, so no file stays open between two batches.
 
-    `work` is a folder for what is needed until the end: `<split>.starts`, the places where documents begin. `state` is
-    what `sync` returned: the writer resumes there and cuts off what was written later.
+    `work` is a folder for a file that is needed until the end: `<split>.starts`, the places where documents begin.
+    `state` is the return value of `sync`: the writer resumes from it and cuts off all tokens that were written later.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SplitWriter:
     ) -> None:
         state = state or {"extent": (), "shards": []}
         self.shards = [ShardRecord(**shard) for shard in state["shards"]]
-        """The finished ones. Nothing in them is ever truncated."""
+        """The finished shards, which are never truncated."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._starts = work / f"{split}.starts"
         self._starts.touch()
@@ -54,7 +54,7 @@ class SplitWriter:
         self.truncate(self.extent)
 
     def append(self, tokens: NDArray[Any], starts: NDArray[np.int64], num_bytes: int) -> None:
-        """Append tokens that stand for `num_bytes` bytes of text. `starts` are the places in them where a document
+        """Append tokens that stand for `num_bytes` bytes of text. `starts` are the places in `tokens` where a document
         begins."""
         end = self.extent.tokens
         with self._starts.open("ab") as file:
@@ -70,7 +70,7 @@ class SplitWriter:
         self.extent = Extent(end, self.extent.documents + len(starts), self.extent.bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
-        """Remove what was appended since `extent`."""
+        """Remove all tokens that were appended since `extent`."""
         self.extent = extent
         os.truncate(self._starts, 8 * extent.documents)
         shard, rest = divmod(extent.tokens, self._shard_tokens)
@@ -83,14 +83,15 @@ class SplitWriter:
             shard += 1
 
     def finish_full_shards(self) -> bool:
-        """Finish the full shards, which can then not be truncated. Returns whether there was one."""
+        """Finish the full shards. A finished shard can no longer be truncated. Returns whether there was a full
+        shard."""
         before = len(self.shards)
         while (len(self.shards) + 1) * self._shard_tokens <= self.extent.tokens:
             self._finish(self._shard_tokens)
         return len(self.shards) > before
 
     def sync(self) -> dict[str, Any]:
-        """Flush everything to the disk. Returns the state that stands for it."""
+        """Flush everything to the disk. Returns the state from which a `SplitWriter` resumes."""
         shards = range(len(self.shards), -(-self.extent.tokens // self._shard_tokens))
         for path in (self._starts, *map(self._path, shards)):
             with path.open("r+b") as file:
@@ -108,7 +109,7 @@ class SplitWriter:
         return self._folder / f"{self._split}-{shard:05d}.npy"
 
     def _header(self, tokens: int) -> bytes:
-        # NumPy leaves space in the header for a larger count, so it can be set at the end.
+        # NumPy leaves space in the header for a larger count, so the count can be set at the end.
         header = io.BytesIO()
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": (tokens,)}
         np.lib.format.write_array_header_1_0(header, description)
@@ -124,7 +125,7 @@ class SplitWriter:
         done = sum(finished.documents for finished in self.shards)
         starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
         starts = starts[: np.searchsorted(starts, shard * self._shard_tokens + tokens)]
-        # Through memory: when NumPy itself writes to a full disk, its error does not have the reason.
+        # Write through memory: if NumPy itself writes to a full disk, its error does not give the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
         documents.write_bytes(content.getvalue())

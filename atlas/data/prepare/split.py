@@ -1,4 +1,4 @@
-"""Which text is for training and which is held out for validation."""
+"""Split the text into training text and held-out validation text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from atlas.data.prepare.dedup import fractions
 from atlas.data.text.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
-"""With fewer documents a split by document would depend on chance."""
+"""With fewer than `FEWEST_DOCUMENTS` documents, the size of a split by document would depend on chance."""
 
 
 class Part(NamedTuple):
-    """A piece of a document. `split` is None where the document's hash decides."""
+    """A piece of a document. `split` is None if the document's hash decides the split."""
 
     text: str
     split: str | None
@@ -29,15 +29,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Splits by the hash of each document, or, with `cut_at`, by place: what follows so many characters is held out.
+    """Splits by the hash of each document or, with `cut_at`, by place: all text after `cut_at` characters is held out.
 
-    Copies and short documents are left out before such a cut, which could otherwise go through one of them.
+    With `cut_at`, copies and short documents are left out first, since the cut could otherwise go through one of them.
     """
 
     val_fraction: float
     cut_at: int | None = None
     copies: tuple[int, ...] = ()
-    """Numbers of the documents that repeat an earlier one."""
+    """Numbers of the documents that repeat an earlier document."""
     copied_chars: int = 0
     short: tuple[int, ...] = ()
     """Numbers of the documents with fewer characters than `Cleaning.min_chars`."""
@@ -45,7 +45,7 @@ class SplitRule:
 
     @staticmethod
     def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
-        """Choose the rule. Reads `documents` until it is clear that there are enough of them."""
+        """Choose the rule. Reads `documents` only until there are `FEWEST_DOCUMENTS` of them."""
         if val_fraction == 0:
             return SplitRule(0.0)
         seen: set[bytes] = set()
@@ -59,7 +59,7 @@ class SplitRule:
             text = text.lstrip() if starts else blanks + text
             starts = piece.ends_document
             body = text.rstrip()
-            blanks = text[len(body) :]  # at the document's end, if nothing follows
+            blanks = text[len(body) :]  # trailing white space, unless more text of the document follows
             digest.update(body.encode())
             chars += len(piece.text)
             if not piece.ends_document:
@@ -80,7 +80,7 @@ class SplitRule:
         return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
-        """Each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
+        """Yield each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
         if self.cut_at is not None:
             yield from self._cut(pieces, self.cut_at)
             return
@@ -90,8 +90,8 @@ class SplitRule:
             starts = piece.ends_document
 
     def holds_out(self, digests: bytes) -> NDArray[np.bool_]:
-        """(n,): which of the documents with these n digests are for validation. That depends on a document's text
-        alone, so other documents and copies do not change it."""
+        """Return (n,): True for each of n digests whose document is for validation. The decision depends on a
+        document's text alone, so other documents and copies do not change it."""
         return fractions(digests)[:, 0] < self.val_fraction
 
     def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:

@@ -1,4 +1,4 @@
-"""Why a dataset is rebuilt: what differs from the time when it was prepared."""
+"""The reasons why a dataset is rebuilt: the differences since it was prepared."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 MOST_ROOTS = 1000
-"""A manifest keeps the hashes of up to so many files one by one, else one hash of all."""
+"""For up to this many files a manifest keeps the hash of each file; for more, only one hash of all files."""
 _SHOWN = 3
 
 
 def what_changed(
     output: Path, sources: Sources, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """A line for each difference between the dataset in `output` and the wanted one. Empty if there is no dataset."""
+    """Return a line for each difference between the dataset in `output` and the wanted one. The list is empty if there
+    is no dataset."""
     if not is_prepared(output):
         return []
     try:
@@ -36,7 +37,8 @@ def what_changed(
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options besides the tokenizer, with those of cleaning beside the others and as a user writes them."""
+    """Return the options without the tokenizer, as a user writes them. The options of cleaning are on the same level as
+    all others."""
     flat = {name: value for name, value in options.items() if name not in ("cleaning", "train_tokenizer")}
     for name, value in (options.get("cleaning") or {}).items():
         flat |= {"clean": ",".join(value) or "none"} if name == "steps" else {name: value}
@@ -44,7 +46,8 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:
-    """Name → hash of each given file, which a manifest keeps for a later comparison."""
+    """Return name → hash of each given file, which a manifest keeps for a later comparison. The dict is empty for more
+    than `MOST_ROOTS` files."""
     return sources.roots if len(sources.roots) <= MOST_ROOTS else {}
 
 

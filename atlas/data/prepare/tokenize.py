@@ -1,4 +1,4 @@
-"""A batch of documents → its tokens: the work of a worker. It depends on that batch alone."""
+"""A batch of documents → its tokens, which is the work of a worker. The tokens depend on that batch alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Encoded:
     """The n parts of a batch after cleaning, as columns."""
 
     tokens: NDArray[Any]
-    """All parts one after the other, with the end of text where a document ends."""
+    """The tokens of all parts, one part after the other, with an end-of-text token where a document ends."""
     lengths: NDArray[np.int64]
     """(n,) number of tokens."""
     num_bytes: NDArray[np.int64]
@@ -28,7 +28,7 @@ class Encoded:
     num_chars: NDArray[np.int64]
     """(n,) characters without the white space around the text."""
     digests: bytes
-    """16 bytes for each part, of its text without the white space around."""
+    """16 bytes per part: the digest of its text without the white space around the text."""
     signatures: list[NDArray[np.uint32]] | None
     """MinHash of each part, if near copies are left out."""
     changes: dict[str, list[int]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Cleans and tokenizes. It can be sent to another process."""
+    """Cleans and tokenizes documents. An encoder can be sent to another process."""
 
     tokenizer: Tokenizer
     cleaning: Cleaning

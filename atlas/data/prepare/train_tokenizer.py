@@ -15,11 +15,12 @@ from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1 << 30
-"""Of a larger text a sample of this size, spread over all of it, is used: more changes no frequent merge."""
+"""From a larger text, Atlas takes a sample of this size, spread over all of the text. More text changes no frequent
+merge."""
 
 
 def train_tokenizer_on(sources: Sources, rule: SplitRule, cleaning: Cleaning, vocab_size: int) -> Tokenizer:
-    """Train a BPE on the training split alone: validation text must be as new to it as to the model."""
+    """Train a BPE on the training split alone: validation text must be as new to the tokenizer as to the model."""
     with byte_progress(sources.total_bytes, "training the tokenizer") as advance:
         return _train(_training_texts(sources, rule, cleaning, advance), vocab_size)
 
@@ -38,9 +39,9 @@ def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advan
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """`Tokenizer.train` in a thread. It is compiled code, which would react to no signal for minutes.
+    """Run `Tokenizer.train` in another thread: it is compiled code, which would react to no signal for minutes.
 
-    An interrupt of this thread gives it no more text to read.
+    If this thread is interrupted, the other thread gets no more text.
     """
     result: Future[Tokenizer] = Future()
     stopped = threading.Event()

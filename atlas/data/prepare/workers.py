@@ -1,7 +1,7 @@
-"""Where batches are tokenized: in this process, in others on this machine, or on a Ray cluster.
+"""Tokenize batches: in this process, in other processes on this machine, or on a Ray cluster.
 
-All give the same results in the same order. The number of batches under way is limited, so the memory is constant
-however large the text.
+All three ways give the same results in the same order. The number of unfinished batches is limited, so memory stays
+constant for a text of any size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
 _AHEAD = 3
-"""Batches under way per worker: one in work, the others waiting."""
+"""Unfinished batches per worker: one is being tokenized, the others wait."""
 _WORTH_A_WORKER = 4_000_000
 """Bytes of text below which starting a process costs more than it saves."""
 _CHECK_SECONDS = 5.0
@@ -42,7 +42,7 @@ _encoder: Encoder | None = None
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """`workers` processes that tokenize. None means one per core, and no process besides this one for a small text."""
+    """`workers` processes that tokenize. None means one process per core, or only this process for a small text."""
 
     workers: int | None = None
     engine: str = "local"
@@ -56,7 +56,7 @@ class WorkerPool:
     def encode(
         self, sources: Sources, rule: SplitRule, start: Position, encoder: Encoder
     ) -> Iterator[tuple[Batch, Encoded]]:
-        """Each batch behind `start` with its tokens, in order."""
+        """Return each batch after `start` with its tokens, in order."""
         if self.engine == "ray":
             from atlas.data.prepare.ray_engine import encode_on_ray
 
@@ -75,18 +75,18 @@ def _cores() -> int:
 
 
 def _cannot_travel(encoder: Encoder) -> str | None:
-    """Why a tokenizer, which may be a user's object, cannot be sent to another process."""
+    """Return why the tokenizer, which may be a user's object, cannot be sent to another process; None if it can."""
     from loky.backend.reduction import dumps
 
     try:
         dumps(encoder)
-    except Exception as error:  # whatever a stranger's object raises
+    except Exception as error:  # any error that the user's object raises
         return f"{error!s:.100}"
     return None
 
 
 def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
-    """On this machine, by `workers` processes; a single one is this process."""
+    """Tokenize on this machine, in `workers` processes. If `workers` is 1, this process tokenizes."""
     if workers == 1:
         for batch in batches:
             yield batch, encoder(batch.parts)
@@ -94,7 +94,7 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
     with _pool(encoder, workers) as pool:
 
         def submit(batch: Batch) -> tuple[Batch, Future[Encoded]]:
-            # This may start processes, which must not receive Ctrl-C before they ignore it.
+            # `pool.submit` may start processes, which must not receive Ctrl-C before they ignore it.
             with _signals_blocked():
                 return batch, pool.submit(_encode, batch.parts)
 
@@ -104,10 +104,10 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
 
 @contextmanager
 def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, which end however this context is left.
+    """Yield a pool of processes, which end however this context is left.
 
-    The pool is loky's: its processes do not run the user's script again, start without what this process has loaded,
-    and report when one of them is killed.
+    The pool comes from loky. Its processes do not run the user's script again, and start without the modules that this
+    process has loaded. The pool reports when one of its processes is killed.
     """
     import loky
 
@@ -120,7 +120,7 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException as error:
-        # Dead workers and a closed pipe: nobody waits for a result that is half sent.
+        # Terminate the workers and close the pipe, so that no thread waits for a result that is half sent.
         for worker in [*pool._processes.values()]:
             worker.terminate()
         pool._result_queue._writer.close()
@@ -129,14 +129,15 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
         raise WorkerKilled(
             "a worker process was killed, as happens where memory runs out: run the same command again with fewer "
-            "--workers; it resumes behind what is done"
+            "--workers; it resumes the work so far"
         ) from None
     pool.shutdown()
 
 
 def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:
-    """Wait for a result. A worker that is killed while it sends leaves half a result in the pipe, and loky would wait
-    for the other half for ever. A worker that is dead at two checks in a row counts as such a one."""
+    """Wait for a result and return it. A worker that is killed while it sends leaves half a result in the pipe, and
+    loky would wait for the other half forever. So a worker that is dead at two checks in a row makes
+    the function raise `TerminatedWorkerError`."""
     from loky.process_executor import TerminatedWorkerError
 
     dead: set[int] = set()
@@ -150,7 +151,7 @@ def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:
 def _begin(encoder: Encoder, parent: int) -> None:
     """Prepare a worker process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but only the parent reacts
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _encoder = encoder
@@ -158,8 +159,8 @@ def _begin(encoder: Encoder, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended. A killed parent would leave its workers waiting for ever."""
-    while os.getppid() == parent and psutil.pid_exists(parent):  # the second is for Windows
+    """End this process when its parent has ended. A killed parent would leave its workers waiting forever."""
+    while os.getppid() == parent and psutil.pid_exists(parent):  # the second check is for Windows
         time.sleep(0.5)
     os._exit(1)
 

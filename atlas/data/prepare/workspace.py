@@ -1,4 +1,4 @@
-"""A dataset folder that appears complete or not at all, and never in place of something else."""
+"""Make a dataset folder that appears complete or not at all, and that never replaces other files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.doc
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raise `DataError` unless `output` is free, empty, or an older dataset and nothing else."""
+    """Raise `DataError` unless `output` does not exist, is empty, or holds only an older dataset."""
     names = sorted(os.listdir(output)) if output.is_dir() else []
     foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
     if foreign:
         raise DataError(f"{output}: holds other files ({foreign[0]}); choose another folder with --output")
     if names and MANIFEST not in names:
         raise DataError(
-            f"{output}: is not empty and no prepared dataset; choose another folder with --output"
+            f"{output}: is not empty, and is not a prepared dataset; choose another folder with --output"
         )
     for place in (output, *output.parents):
         if place.exists() and not place.is_dir():
@@ -45,10 +45,10 @@ def refuse_foreign(output: Path) -> None:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Wait until no other process prepares `output`, and let others wait meanwhile.
+    """Wait until no other process prepares `output`. Within this context other processes wait.
 
-    The lock ends with its process. Its file is removed at the end, and so are the folders above `output` that were made
-    for it, unless they hold the dataset.
+    The lock ends with its process. At the end the lock file is removed, and so are the folders that were made above
+    `output`, unless they hold the dataset.
     """
     output = output.absolute()
     made = [folder for folder in output.parents if not folder.exists()]
@@ -56,14 +56,14 @@ def locked(output: Path) -> Iterator[None]:
     lock = None
     try:
         if (lock := try_to_lock(path)) is None:
-            notify(f"{output}: another process prepares it; waiting for its end")
+            notify(f"{output}: another process prepares it; waiting until it is done")
         while lock is None:
             time.sleep(0.1)
             lock = try_to_lock(path)
         yield
     finally:
         with suppress(OSError):
-            if lock and os.name == "nt":  # where an open file cannot be removed
+            if lock and os.name == "nt":  # Windows cannot remove an open file
                 lock.close()
             if lock:
                 path.unlink()
@@ -73,17 +73,17 @@ def locked(output: Path) -> Iterator[None]:
 
 
 class Workspace:
-    """A folder beside a dataset's place, where the dataset is made. If a process is killed, the next one
+    """The folder in which a dataset is made, beside the dataset's final place. If a process is killed, the next process
     takes the folder over.
 
-    `dataset` will be moved to the place. `journal.json` holds the key of the dataset and the state of the work.
+    `dataset` will be moved to the final place. `journal.json` holds the key of the dataset and the state of the work.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self.journal = key, folder / "journal.json"
         self.state: dict[str, Any] = {}
-        """What was last committed, by whichever process; empty if there is nothing to resume."""
+        """The state that this process or an earlier one committed last; empty if there is nothing to resume."""
         with suppress(OSError, ValueError):
             content = json.loads(self.journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
@@ -93,7 +93,7 @@ class Workspace:
             self.dataset.mkdir(parents=True)
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Let the next process resume here. All that `state` stands for must be on the disk."""
+        """Let the next process resume from `state`. All data that `state` describes must be on the disk."""
         with replacing(self.journal) as new:
             new.write_text(json.dumps({"key": self.key, "state": state}), encoding="utf-8", newline="\n")
         self.state = state
@@ -101,10 +101,10 @@ class Workspace:
 
 @contextmanager
 def building(output: Path, key: str) -> Iterator[Workspace]:
-    """A workspace whose dataset replaces `output` at the end. The caller must have `locked` the output.
+    """Yield a workspace whose dataset replaces `output` at the end. The caller must have `locked` the output.
 
-    If this process is killed or interrupted, or runs out of disk or memory, what is committed stays for the next call
-    with the same `key`. Any other failure leaves nothing.
+    If this process is killed or interrupted, or runs out of disk or memory, the committed work stays for the next call
+    with the same `key`. After any other failure the workspace is removed.
     """
     output = output.absolute()
     clean_up(output)
@@ -113,7 +113,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     keep = False
     try:
         yield workspace
-        for file in workspace.dataset.iterdir():  # so it is complete under its new name after a power cut too
+        for file in workspace.dataset.iterdir():  # so the dataset is complete even after a power cut
             with file.open("rb+") as opened:
                 flush_to_disk(opened)
         flush_folder(workspace.dataset)
@@ -124,7 +124,7 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
     except (KeyboardInterrupt, OSError, WorkerKilled):
         keep = workspace.journal.exists()  # an interrupt may come in the middle of a commit
         if keep:
-            notify(f"{output}: what is done so far is kept; the same command resumes it")
+            notify(f"{output}: the work so far is kept; the same command resumes it")
         raise
     finally:
         if replaced.exists() and not output.exists():
@@ -135,7 +135,8 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed process left, except a workspace. Put back a dataset that it had moved out of the way."""
+    """Remove files that a killed process left, except a workspace. Put back a dataset that the process had moved
+    away."""
     own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)

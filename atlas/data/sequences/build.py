@@ -1,4 +1,4 @@
-"""The data of a run → the windows that its settings ask for."""
+"""The data of a run → the windows that the run's settings ask for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SequenceSource = Windows | MixtureDataset
 
 
 def training_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource:
-    """The training data: one dataset's windows, or a mixture's."""
+    """Return the training data: the windows of one dataset, or of a mixture."""
     parts = [training_windows(stream, config) for stream in data.trains]
     return parts[0] if len(parts) == 1 else MixtureDataset(parts, data.weights)
 
 
 def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
-    """The windows of one training dataset."""
+    """Return the windows of one training dataset."""
     masked = config.data.document_mask
     if isinstance(stream, TokenStream) and config.data.packing == "best_fit":
         return PackedDataset(stream, config.model.max_seq_len, with_documents=masked)
@@ -29,9 +29,9 @@ def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
 
 
 def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource | None:
-    """Validation data, or None.
+    """Return the validation data, or None if there is none.
 
-    Conversations that were held out at random may have no answer within a window. They do not count.
+    Conversations that were held out from the training data are left out if none of them has an answer within a window.
     """
     trained_on = {stream.name for stream in data.trains}
     streams = [
@@ -49,7 +49,8 @@ def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSou
 
 
 def validation_windows(stream: Stream, config: AtlasConfig) -> Windows:
-    """Every token of a text, or every answer within a window, with each conversation by itself."""
+    """Return windows with every token of a text, or with every answer that is within a window. Attention stays inside
+    each conversation."""
     masked = config.data.document_mask or isinstance(stream, Conversations)
     return _windows(stream, config, masked, pad_last=True)
 

@@ -35,15 +35,16 @@ _EXAMPLE = (
 )
 _ROWS_PER_STEP = 1024
 FEWEST_HELD_OUT = 20
-"""The fewest conversations that are held out for validation. With two or three the best checkpoint would be a matter of
-chance, and each is missing from training."""
+"""The fewest conversations that are held out for validation. With two or three, chance would decide which checkpoint is
+the best, and each held-out conversation is missing from training."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Tokens of conversations one after the other, each of which ends with the end of text.
+    """The tokens of conversations, one after the other. Each conversation ends with an end-of-text token.
 
-    `is_answer` marks the assistant's tokens, its end of text included. Conversation i begins at `ends[i - 1]`.
+    `is_answer` marks the assistant's tokens, including the end-of-text token after each answer. Conversation i begins
+    at `ends[i - 1]`.
     """
 
     name: str
@@ -55,14 +56,15 @@ class Conversations:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tokens, and of which of them are answers."""
+        """sha256 of the tokens, the answer marks and the ends of the conversations."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.is_answer, self.ends):
             digest.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
         return digest.hexdigest()
 
     def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
-        """(conversations,): how many answer tokens of each have at most `max_seq_len` tokens before them."""
+        """Return (conversations,): for each conversation, the number of answer tokens with at most `max_seq_len` tokens
+        before them."""
         starts = np.concatenate([[0], self.ends[:-1]])
         before = np.concatenate([[0], np.cumsum(self.is_answer)])
         counts: NDArray[np.int64] = before[np.minimum(self.ends, starts + max_seq_len + 1)] - before[starts]
@@ -70,7 +72,7 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path) -> bool:
-    """Whether a path is a file of JSON rows whose first row has messages, or a prompt, and no text."""
+    """Return whether a path is a file of JSON rows whose first row has `messages` or `prompt`, but no `text`."""
     if not Path(path).is_file() or format_of(Path(path).name) != "rows":
         return False
     if is_json(Path(path).name) and not holds_rows(_file(path), at_least=1):
@@ -82,8 +84,8 @@ def holds_conversations(path: str | Path) -> bool:
 def read_conversations(
     path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
 ) -> tuple[Conversations, Conversations | None, list[str]]:
-    """Read a JSONL file. Returns the conversations to train on, those held out (`val_fraction` of them, by the hash of
-    each), and notes, one line each.
+    """Read a JSONL file. Returns the conversations to train on, the held-out conversations or None, and notes, one line
+    each. The hash of each conversation decides whether the conversation is in the `val_fraction` that is held out.
 
     Raises `DataError` for a row that is not a conversation with an answer.
     """
@@ -108,7 +110,7 @@ def read_conversations(
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
-        "loss is that of the answers"
+        "loss counts only the answers"
     ]
     if undecodable:
         notes.append(f"{path}: {sum(undecodable):,} bytes are not UTF-8 and became U+FFFD")
@@ -116,7 +118,7 @@ def read_conversations(
 
 
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
-"""Tokens of a conversation, which of them are answers, and bytes of the answers' text."""
+"""The tokens of a conversation, the marks of its answers' tokens, and the bytes of the answers' text."""
 
 
 def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: int) -> _Chat:
@@ -146,8 +148,8 @@ def _file(path: str | Path) -> TextFile:
 
 
 def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:
-    """The conversation of a row, up to its last answer. `on_undecodable` receives the number of bytes that were not
-    UTF-8. Raises `DataError` that names `place`."""
+    """Return the conversation in a row, up to its last answer. `on_undecodable` receives the number of bytes that were
+    not UTF-8. Raises a `DataError` that names `place`."""
     if "messages" not in row:
         missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
         if missing:
@@ -178,11 +180,11 @@ def _message(value: object, place: str) -> Message:
 
 
 class ChatDataset(Dataset[tuple[Tensor, ...]]):
-    """`dataset[w]` is (inputs (T,), targets (T,)), both int64, with `with_documents` also the number of each input's
-    conversation (T,). Targets that are no answers are `IGNORE_INDEX`.
+    """`dataset[w]` is (inputs (T,), targets (T,)), both int64. With `with_documents` a third tensor (T,) holds the
+    number of each input's conversation. Targets outside the answers are `IGNORE_INDEX`.
 
-    Complete conversations are packed into windows, best fit. A longer one loses its end (`num_cut`), and is left out if
-    that takes all its answers (`num_left_out`).
+    Complete conversations are packed into windows by best fit. A conversation longer than a window loses its end
+    (`num_cut` counts these). A conversation that loses all its answers is left out (`num_left_out` counts these).
 
     Raises `DataError` if no answer is left.
     """
@@ -210,7 +212,7 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.num_tokens = int(lengths[has_answer].sum())
         """Tokens of all conversations that are kept."""
         self.bytes_per_token = conversations.answer_bytes / int(conversations.is_answer.sum())
-        """Bytes per token of the answers, including those that were cut off."""
+        """Mean number of bytes per answer token. Tokens that were cut off also count."""
         self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)
 
     def __len__(self) -> int:

@@ -27,9 +27,9 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
     With `with_documents` a third tensor (T,) holds the number of each input's document in the window, from 0 on. The
     token after an end of text begins the next document.
 
-    Windows overlap by one token: the last target of one is the first input of the next. The tokens left over at the
-    end are dropped. With `pad_last` they are one more window, padded with end of text in the inputs and `IGNORE_INDEX`
-    in the targets, so every token except the first is a target exactly once.
+    Windows overlap by one token: the last target of a window is the first input of the next window. The tokens left
+    over at the end are dropped. With `pad_last` these tokens form one more window, which is padded with end of text in
+    the inputs and `IGNORE_INDEX` in the targets. Then every token except the first is a target exactly once.
 
     Raises `DataError` if the stream is shorter than a window.
     """
@@ -41,7 +41,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         self.max_seq_len = max_seq_len
         self.with_documents = with_documents
         self.num_tokens = self.num_targets = stream.num_tokens
-        """Tokens of the stream. About as many are predicted: one less per window at most."""
+        """Tokens of the stream. Nearly as many tokens are predicted: at most one token fewer per window."""
         predicted = max(0, stream.num_tokens - 1)
         self._num_windows = -(-predicted // max_seq_len) if pad_last else predicted // max_seq_len
         if self._num_windows == 0:
@@ -77,7 +77,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
 
 
 def documents_of(inputs: Tensor, eos_id: int) -> Tensor:
-    """(T,) ids → (T,) int64: the number of ends of text before each token, without the token itself."""
+    """(T,) ids → (T,) int64: the number of end-of-text tokens before each token, not counting the token itself."""
     ends = inputs == eos_id
     return ends.cumsum(0) - ends.long()
 
@@ -87,8 +87,8 @@ class TextDataset(SequenceDataset):
 
         TextDataset(["a.txt", "b.txt"], tokenizer=MyTokenizer(), max_seq_len=512)
 
-    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. It defaults to
-    GPT-2's. The tokens are cached by content and tokenizer.
+    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. `tokenizer`
+    defaults to GPT-2's. The tokens are cached by content and tokenizer.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ Order = Callable[[Numbers], Numbers]
 """Numbers of a run's sequences → the numbers of their windows."""
 
 _AHEAD = 2
-"""Batches per thread that are read or waiting: one in work, one done."""
+"""Batches per thread: one that is being read, and one that waits."""
 
 _ROUNDS = 8
 _NUM_KEYS = np.uint64(_ROUNDS + 1)
@@ -36,9 +36,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class SequenceOrder:
     """Maps sequence i of a run to its window: a new permutation of all windows in each epoch.
 
-    It is a keyed bijection and not a stored permutation: a Feistel network (Luby and Rackoff 1988) over the smallest
-    even number of bits that holds `num_windows`, applied again until the result is a window (Black and Rogaway 2002).
-    So every i costs the same time and memory, for 10¹⁰ windows too.
+    The permutation is not stored, but computed by a Feistel network (Luby and Rackoff 1988) over the smallest even
+    number of bits that holds `num_windows`. The network is applied again until the result is a window (Black and
+    Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
     """
 
     def __init__(self, seed: int, num_windows: int) -> None:
@@ -50,7 +50,7 @@ class SequenceOrder:
         self._seed_key = np.uint64(int.from_bytes(digest, "little"))
 
     def __call__(self, sequences: Numbers) -> Numbers:
-        """The windows of these sequences of the run, in their shape."""
+        """Return the numbers of the windows of a run's `sequences`, in the same shape."""
         flat = np.asarray(sequences, dtype=np.uint64).reshape(-1)
         epoch, window = np.divmod(flat, np.uint64(self.num_windows))
         keys = [_mix(self._seed_key + _mix(epoch * _NUM_KEYS + np.uint64(k))) for k in range(_ROUNDS + 1)]
@@ -61,8 +61,8 @@ class SequenceOrder:
 
     def _permute(self, x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        # A Feistel network makes only even permutations, which is visible with a few windows. The rotation makes odd
-        # ones too.
+        # A Feistel network makes only even permutations, which is noticeable with few windows. Adding a key rotates the
+        # numbers, which makes odd permutations possible, too.
         x = x + keys[-1]
         left, right = (x >> half) & mask, x & mask
         for key in keys[:-1]:
@@ -72,7 +72,7 @@ class SequenceOrder:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Return splitmix64 of `x` (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -81,7 +81,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def share_of_update(sequences_per_update: int, world_size: int) -> int:
-    """The number of sequences of an update per process. Raises `DataError` if they cannot be divided evenly."""
+    """The number of sequences of an update per process. Raises `DataError` if the sequences cannot be divided
+    evenly."""
     if sequences_per_update % world_size:
         raise DataError(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
@@ -104,12 +105,13 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
-    They are the dataset's columns stacked, (inputs, targets) or (inputs, targets, documents), each (N, T) int64, for
-    `num_updates` updates or without end. Each of `world_size` processes gets an equal share of every update: `rank` 0
-    the first N sequences, rank 1 the next. Together they are the update of a single process, in its order.
+    Each batch holds the dataset's columns, stacked: (inputs, targets) or (inputs, targets, documents), each (N, T)
+    int64. The iterator ends after `num_updates` updates, or never if `num_updates` is None. Each of `world_size`
+    processes gets an equal share of every update: `rank` 0 the first N sequences, rank 1 the next N. Together the
+    shares are the update of a single process, in the same order.
 
-    `num_workers` threads read ahead, with memory for 2 batches each (16 bytes per token). The batches are the same, bit
-    for bit. What a thread raises is raised here, and closing the iterator stops the threads.
+    `num_workers` threads read ahead, with memory for 2 batches each (16 bytes per token). The batches are the same as
+    without threads, bit for bit. An exception in a thread is raised here. Closing the iterator stops the threads.
 
     Raises `DataError` if an update cannot be divided evenly.
     """
@@ -118,7 +120,7 @@ def batches(
     updates = (np.arange(first, first + share) for first in itertools.islice(firsts, num_updates))
 
     def read(sequences: Numbers) -> Batch:
-        # NumPy, since torch.stack would start a pool of OpenMP threads for every thread that reads.
+        # `np.stack`, since `torch.stack` would start a pool of OpenMP threads for every thread that reads.
         rows = zip(*(dataset[window] for window in order(sequences).tolist()), strict=True)
         columns = tuple(torch.from_numpy(np.stack(column)) for column in rows)
         return tuple(column.pin_memory() for column in columns) if pin_memory else columns
@@ -129,7 +131,8 @@ def batches(
 def _read_ahead(
     read: Callable[[Numbers], Batch], updates: Iterator[Numbers], num_threads: int
 ) -> Iterator[Batch]:
-    """The batches of `updates` in order, read by threads: page faults and copies do not hold Python's lock."""
+    """Yield the batches of `updates` in order. Threads read the batches, since page faults and copies do not hold
+    Python's lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return
@@ -143,7 +146,7 @@ def _read_ahead(
                 return
             yield ahead.popleft().result()
     finally:  # also when the iterator is deleted: each thread ends after its current batch, and nothing waits for it
-        # `cancel_futures` would fail when the interpreter deletes the iterator at its own end.
+        # `cancel_futures` would fail when the interpreter deletes the iterator while it shuts down.
         for batch in ahead:
             batch.cancel()
         pool.shutdown(wait=False)

@@ -15,11 +15,11 @@ from atlas.data.sequences.loader import SequenceOrder
 from atlas.errors import DataError
 
 BLOCK = 4096
-"""Number of sequences in which the shares are exact."""
+"""Number of sequences per block. In each block the shares are exact."""
 
 
 class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
-    """The windows of its parts, one part after the other, and the `weights` by which training samples them."""
+    """The windows of all parts, one part after the other, and the `weights` with which training samples the parts."""
 
     def __init__(self, parts: Sequence[SequenceDataset | ChatDataset], weights: Sequence[float]) -> None:
         super().__init__(parts)
@@ -33,11 +33,11 @@ class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
 
 
 class MixtureOrder:
-    """Maps sequence i of a run over several datasets to its window; called like `SequenceOrder`.
+    """Maps sequence i of a run over several datasets to its window, like `SequenceOrder`.
 
-    Each block of `BLOCK` sequences holds a fixed number of every part, in an order of its own. The j-th sequence of a
-    part is the j-th of that part's `SequenceOrder`. So a part's windows occur once in each pass over it, and every i
-    costs the same.
+    Each block of `BLOCK` sequences holds a fixed number of sequences of every part, and has its own order. The j-th
+    sequence of a part is the j-th of that part's `SequenceOrder`. So each window of a part occurs once per pass over
+    the part, and every i costs the same.
 
     Raises `DataError` for a weight that is too small for one sequence of a block.
     """
@@ -50,7 +50,8 @@ class MixtureOrder:
         self._orders = [SequenceOrder(seed + (part << 64), n) for part, n in enumerate(num_windows, 1)]
 
     def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows of these sequences of the run, in their shape, numbered through all parts."""
+        """Return the numbers of the windows of a run's `sequences`, in the same shape. The numbers count through all
+        parts."""
         flat = np.asarray(sequences, dtype=np.int64).reshape(-1)
         windows = np.empty_like(flat)
         block, place = np.divmod(flat, BLOCK)
@@ -65,7 +66,8 @@ class MixtureOrder:
         return windows.reshape(np.shape(sequences))
 
     def _layout(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each place in a block, (BLOCK,) each: its part, and the number of that part's sequences before it."""
+        """Return two arrays (BLOCK,): for each place in a block its part, and how many of that part's sequences precede
+        it."""
         slots = self._slots(block * BLOCK + np.arange(BLOCK))
         part_of = np.searchsorted(self._ends, slots, side="right")
         rank_of = np.empty(BLOCK, np.int64)
@@ -75,7 +77,7 @@ class MixtureOrder:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """The number of sequences of each part in `BLOCK`, as integers, by largest remainder (Hamilton's method)."""
+    """Return the number of sequences of each part per block, rounded by largest remainder (Hamilton's method)."""
     exact = np.asarray(weights, dtype=np.float64) / max(weights)
     exact = exact / exact.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)
@@ -84,7 +86,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     if counts.min() == 0:
         smallest = weights[counts.argmin()]
         raise DataError(
-            f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: give more, or leave the part out"
+            f"data.mixture: weight {smallest:g} is less than one sequence in {BLOCK}: raise it, or leave the part out"
         )
     return [*map(int, counts)]
 
@@ -92,7 +94,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
 def order_of(
     dataset: SequenceDataset | ChatDataset | MixtureDataset, seed: int
 ) -> SequenceOrder | MixtureOrder:
-    """The order of a dataset's windows in a run with this `seed`."""
+    """Return the order of a dataset's windows in a run with this `seed`."""
     if isinstance(dataset, MixtureDataset):
         return MixtureOrder(seed, [len(part) for part in dataset.parts], dataset.weights)
     return SequenceOrder(seed, len(dataset))

@@ -1,5 +1,5 @@
-"""Open what `--train-data` and `--val-data` name: prepared folders, plain text, which is prepared, and
-conversations."""
+"""Open the data that `--train-data` and `--val-data` name: prepared folders, conversations, and plain text, which is
+prepared first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ResolvedData:
     tokenizer: Tokenizer
     fingerprint: str
     notes: list[str]
-    """What was found and decided when the data was prepared, one line each."""
+    """Findings and decisions from the preparation of the data, one line each."""
 
     @property
     def train(self) -> Stream:
@@ -63,11 +63,11 @@ def resolve_data(
 ) -> ResolvedData:
     """Open or prepare the data of a run.
 
-    `tokenizer` is the one that the user named. By default a prepared folder has its own and plain text gets GPT-2's.
-    `val_fraction` of a plain text is held out, unless `val_data` is given. A prepared folder as `val_data` stands for
-    its validation split, or for all of it if it has none.
+    `tokenizer` is the tokenizer that the user named. By default a prepared folder uses its own tokenizer, and other
+    data uses GPT-2's. `val_fraction` of a plain text is held out, unless `val_data` is given. If `val_data` is a
+    prepared folder, its validation split is used, or its training split if it has no validation split.
 
-    Raises `DataError` for missing or empty data, and where two tokenizers differ.
+    Raises `DataError` for missing or empty data, and if two tokenizers differ.
     """
     train: Stream
     val: Stream | None
@@ -84,7 +84,7 @@ def resolve_data(
                     f"{dataset.folder}: was prepared with tokenizer {dataset.tokenizer_state.get('name')} "
                     f"({dataset.tokenizer_fingerprint[:16]}), not with {tokenizer.name} "
                     f"({tokenizer.fingerprint[:16]}); give the text that it was prepared from instead, or prepare "
-                    "that with atlas prepare --tokenizer"
+                    "that text with atlas prepare --tokenizer"
                 )
             tokenizer = tokenizer or dataset.tokenizer()
         else:
@@ -106,9 +106,10 @@ def resolve_mixture(
     tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
 ) -> ResolvedData:
-    """Open or prepare several datasets, as `resolve_data` does for one. Validation uses that of all, or `val_data`.
+    """Open or prepare several datasets, as `resolve_data` does for one. Validation uses the validation data of all
+    datasets, or `val_data`.
 
-    All have one tokenizer: the one that the user named, else that of the first prepared folder.
+    All datasets use one tokenizer: the tokenizer that the user named, else that of the first prepared folder.
     """
     prepared = next((part.path for part in mixture if is_prepared(part.path)), None)
     if tokenizer is None and prepared is not None:

@@ -1,9 +1,10 @@
-"""Best-fit packing: complete documents are packed into windows, instead of windows cut out of a stream.
+"""Best-fit packing: windows are filled with complete documents, instead of being cut out of a stream.
 
 Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830). A document longer than a window is
-cut into windows, each of which begins with the last token of the one before, so every token is predicted once. The
-rest of it, and each shorter document, is a piece. Pieces are packed by best-fit decreasing, shard by shard. The plan
-of which pieces are in which window lies in the user's cache folder. It is made once and read by memory map.
+cut into windows. Each of these windows begins with the last token of the window before it, so every token is predicted
+once. The rest of a document that was cut is a piece, and so is each shorter document. Pieces are packed by best-fit
+decreasing, shard by shard. The plan, which lists the pieces of each window, is stored in the user's cache folder. The
+plan is made once and read by memory map.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ Array = NDArray[Any]
 
 
 class Packing(NamedTuple):
-    """The starts and lengths of all pieces in the order of the windows; the pieces of window w are those before
-    `ends[w]`."""
+    """The starts and lengths of all pieces in the order of the windows; window w has the pieces from `ends[w - 1]` to
+    `ends[w]` - 1."""
 
     starts: Array
     lengths: Array
@@ -47,11 +48,11 @@ class Packing(NamedTuple):
 
 
 class PackedDataset(SequenceDataset):
-    """`dataset[w]` as in `SequenceDataset`, from complete documents.
+    """Windows as in `SequenceDataset`, but filled with complete documents.
 
     A window that is not full is padded with end of text in the inputs and `IGNORE_INDEX` in the targets. The target
-    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token.
-    `padding` is the fraction of all positions that is padding.
+    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token. `padding`
+    is the fraction of all positions that is padding.
     """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, *, with_documents: bool = False) -> None:
@@ -96,15 +97,16 @@ def pieces_of(starts: Array, ends: Array, max_seq_len: int) -> tuple[Array, Arra
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
-    """The bin of each piece: the longest first, each into the fullest bin that still holds it (Johnson 1973).
+    """Return the bin of each piece. The longest pieces come first; each goes into the fullest bin with space (Johnson
+    1973).
 
-    Pieces of one length are placed together. A bin that received one is the fullest for the next until it is full, so a
-    bin with free space c receives c // length of them.
+    Pieces of the same length are placed together. A bin that has received a piece is the fullest bin for the next
+    piece, until no more fit. So a bin with free space c receives c // length pieces.
     """
     bin_of = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")
     kinds, counts = np.unique(lengths, return_counts=True)
-    spaces: list[int] = []  # the free spaces that some bin has, ascending
+    spaces: list[int] = []  # the free spaces of the bins, ascending, each once
     bins_with: dict[int, Array] = {}
     num_bins = placed = 0
 
@@ -146,7 +148,8 @@ def pack(starts: Array, lengths: Array, capacity: int) -> Packing:
 
 
 def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
-    """Starts and ends of the documents, shard by shard. The last document of a shard comes with the next shard."""
+    """Yield the starts and ends of the documents, shard by shard. The last document of a shard comes with the next
+    shard."""
     begun = np.zeros(1, np.int64)
     for shard in stream.record.shards:
         starts = stream.starts_in(shard)
@@ -157,7 +160,7 @@ def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
 
 
 def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
-    """The folder of the plan, which is made if it does not exist. It appears complete, by a rename."""
+    """Return the folder of the plan, which is made if it does not exist. A rename makes the folder appear complete."""
     shards = [f"{shard.sha256} {shard.documents_sha256}" for shard in stream.record.shards]
     key = hashlib.sha256("\n".join([str(_VERSION), str(max_seq_len), *shards]).encode()).hexdigest()
     folder = cache_folder() / "packing" / key[:32]
@@ -169,7 +172,7 @@ def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
             _write_plan(Path(temporary), stream, max_seq_len)
             os.replace(temporary, folder)
         except OSError:
-            if not (folder / "plan.json").is_file():  # else another process made it meanwhile
+            if not (folder / "plan.json").is_file():  # else another process has made the plan
                 raise
     return folder
 

@@ -1,8 +1,8 @@
-"""Zip and tar archives from anywhere: what is refused before anything in them is unpacked.
+"""Checks of zip and tar archives that may be untrusted, before anything in them is unpacked.
 
-Nothing is ever written to disk, and `zipfile` returns no more bytes of a member than the archive's directory says, so
-the directory is enough to check. Checks of sizes are a matter of trust, which `--trust-archives` gives. Everything
-else is refused in any case.
+Nothing is ever written to disk. `zipfile` returns no more bytes of a member than the archive's directory says, so it is
+enough to check the directory. `--trust-archives` turns off the checks of sizes. All checks except those of sizes always
+apply.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ else:
 MAX_RATIO = 200
 """Bytes of text per byte of archive: prose has 3 to 5, logs 10 to 50, a bomb 1,000 and more."""
 RATIO_FREE_BYTES = 100_000_000
-"""An archive with less text than this may have any compression ratio."""
+"""An archive with fewer unpacked bytes than `RATIO_FREE_BYTES` may have any compression ratio."""
 MAX_BYTES = 10**12
 MAX_MEMBERS = 1_000_000
 
@@ -41,23 +41,23 @@ _LONGEST_NAME = 1024
 _LARGEST_HEADER = 16 << 20
 _CHUNK = 1 << 20
 _MOST_WINDOW_BITS = 27
-"""A Zstandard stream may make its reader remember up to 128 MiB."""
+"""A Zstandard stream may need a window of at most 128 MiB."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IF_TRUSTED = "if you know where it comes from, give atlas prepare --trust-archives"
 
 _COMPRESSION_ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 DAMAGE = (*_COMPRESSION_ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
-"""What the readers of archives and compressed files raise for damaged ones."""
+"""Exceptions that the readers of archives and compressed files raise for damaged files."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive that is no folder."""
+    """An archive member that is not a folder."""
 
     name: str
     size: int
     is_file: bool
-    """Not a link or a device."""
+    """False for a link or a device."""
 
 
 def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
@@ -71,16 +71,18 @@ def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
 
 
 def members_of(path: Path, *, trust: bool = False) -> list[Member]:
-    """Check a zip or tar, and return its members in its own order.
+    """Check a zip or tar archive, and return its members in the order of the archive.
 
-    Raises `DataError` for what is no archive, is not safe to read, or, unless `trust`, may be a bomb.
+    Raises `DataError` for a file that is no archive, is not safe to read or, unless `trust`, may be a bomb.
     """
     members = _checked_zip(path, trust) if path.suffix.lower() == ".zip" else _checked_tar(path, trust)
-    return list({member.name: member for member in members}.values())  # the last one of a name counts
+    # If several members have the same name, the last one counts.
+    return list({member.name: member for member in members}.values())
 
 
 def is_in_own_order(path: Path) -> bool:
-    """Whether members are read in their own order: a compressed tar cannot seek back without starting again."""
+    """Return whether members are read in the archive's order: a compressed tar can only seek back by reading from its
+    start."""
     return path.suffix.lower() not in (".zip", ".tar")
 
 
@@ -95,17 +97,18 @@ def open_member(root: str, name: str) -> IO[bytes]:
 def _opener(path: Path, _stamp: tuple[int, int]) -> Callable[[str], IO[bytes] | None]:
     """Return the function that opens a member by its name.
 
-    Cached, since the directory of a large archive takes long to read. `_stamp` changes with the file.
+    The function is cached, since reading the directory of a large archive takes long. `_stamp` changes with the file.
     """
     if path.suffix.lower() == ".zip":
         return open_zip(path, directory_limit=_TRUSTED_DIRECTORY_LIMIT).open
     tar = _open_tar(path)
-    by_name = {member.name: member for member in tar}  # `tarfile` itself searches through every member
+    by_name = {member.name: member for member in tar}  # `tarfile` itself would search all members
     return lambda name: tar.extractfile(by_name[name])
 
 
 def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
-    """The content of a file with that name: `stream` itself, if it is not compressed. Uses limited memory."""
+    """Return a stream of the decompressed content of a file with this name, or `stream` itself if it is not compressed.
+    Decompression uses limited memory."""
     opened: Any = stream
     if name.lower().endswith((".gz", ".tgz")):
         opened = gzip.GzipFile(fileobj=stream)
@@ -140,7 +143,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
         check_regular(path)
         with _open_tar(path) as archive:
             for count, member in enumerate(archive, start=1):
-                if not trust:  # before the member is skipped, which unpacks it
+                if not trust:  # checked before the loop skips the member, which would unpack it
                     _refuse_too_much(path, count, archive.offset)
                 if member.isdir():
                     continue
@@ -149,7 +152,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
             _check_end(archive, path, trust)
     except (OSError, ValueError, RecursionError, *DAMAGE) as error:
         # tarfile recurses along a chain of headers
-        reason = "headers without end" if isinstance(error, RecursionError) else f"{error!s:.200}"
+        reason = "an endless chain of headers" if isinstance(error, RecursionError) else f"{error!s:.200}"
         raise DataError(
             f"{path}: is not a complete tar archive ({reason}); download or pack it again"
         ) from None
@@ -157,8 +160,8 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
 
 
 def _check_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
-    """Require a block of zeros, since `tarfile` takes anything that is no header for the end. Then read a compressed
-    stream to its end, where its checksum is."""
+    """Require a block of zeros at the end, since `tarfile` treats anything that is no header as the end. Then read a
+    compressed stream to its end, where the checksum is."""
     stream: Any = archive.fileobj
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -169,12 +172,14 @@ def _check_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
 
 
 def _is_file(member: zipfile.ZipInfo) -> bool:
-    """Whether it is no link or device, which an archive made on Unix can hold. (Others leave the kind at 0.)"""
+    """Return whether a member is a plain file, since an archive made on Unix can hold links and devices. (Archives made
+    on other systems leave the kind at 0.)"""
     return stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
 
 
 def _refuse_unsafe_name(name: str, shown: str) -> None:
-    """Members are never written to disk, but an archive that tries to leave its folder is refused."""
+    """Raise `DataError` for a name that points outside the archive, or that no file can have. Members are never written
+    to disk, but an archive with such names is refused."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
         raise DataError(f"{shown} points outside the archive; it is not safe to use")
@@ -193,7 +198,7 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
             f"{shown} is compressed in a way Atlas does not read; unpack it, or pack with deflate"
         )
     if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
-        raise DataError(f"{shown} contradicts itself about its size; download or pack it again")
+        raise DataError(f"{shown} gives two different sizes; download or pack it again")
 
 
 def _refuse_too_much(archive: Path, count: int, size: int) -> None:

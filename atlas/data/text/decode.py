@@ -1,7 +1,7 @@
 """Bytes → text → documents, as streams of a few megabytes.
 
-A document comes in pieces. They are cut where a word ends and a blank begins: GPT-2's split never joins across such a
-place, so the pieces' tokens are the document's tokens.
+A document comes in pieces, which are cut where a word ends and a blank begins. GPT-2's pre-tokenizer never joins text
+across such a place, so the tokens of the pieces are the tokens of the document.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is longer than `PIECE_CHARS` characters."""
+    """A document, or a part of a document that is longer than `PIECE_CHARS` characters."""
 
     text: str
     ends_document: bool = True
 
 
 def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str:
-    """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` gets their number."""
+    """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` receives their
+    number."""
     try:
-        text.encode()  # ten times as fast as a search
+        text.encode()  # encoding is ten times as fast as a search
     except UnicodeEncodeError:
         text, count = _SURROGATE.subn("\ufffd", text)
         on_undecodable(count)
@@ -49,15 +50,15 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
 
 
 def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
-    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with one. Yields chunks; line ends are kept.
+    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with such a mark. Yields chunks; line ends are kept.
 
-    Raises `DataError` for a file that begins like a binary one.
+    Raises `DataError` for a file that begins like a binary file.
     """
     first = b""
     while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
         first += more
     utf16 = is_utf16(first)
-    if b"\0" in first[:_BINARY_BYTES] and not utf16:  # no text has a zero byte (git decides so, too)
+    if b"\0" in first[:_BINARY_BYTES] and not utf16:  # no text has a zero byte (git has the same rule)
         shown = next((what for mark, what in _BINARY.items() if first.startswith(mark)), "a binary file")
         raise DataError(f"{name}: is {shown}, not text; leave it out, or save it as UTF-8 text")
     codec, errors = ("utf-16", "replace") if utf16 else ("utf-8", "surrogateescape")
@@ -71,13 +72,15 @@ def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], No
 
 
 def is_utf16(beginning: bytes) -> bool:
-    """Whether a text begins with a UTF-16 byte-order mark. One of UTF-32's begins with the same two bytes."""
+    """Return whether a text begins with a UTF-16 byte-order mark. A UTF-32 mark that begins with the same two bytes
+    does not count."""
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return beginning.startswith(marks) and not beginning.startswith(codecs.BOM_UTF32_LE)
 
 
 def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:
-    """All `chunks` as one document, or, with `is_open`, as the rest of one. Blanks alone are no document."""
+    """Yield all `chunks` as one document or, with `is_open`, as the rest of a document. White space alone is no
+    document."""
     rest, started = "", is_open
     for chunk in chunks:
         rest += chunk
@@ -90,6 +93,6 @@ def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Pie
 
 
 def last_word_end(text: str) -> int:
-    """Return the last place where `text` can be cut without changing a token; its end, if there is none."""
+    """Return the last place where `text` can be cut without changing a token, or its end if there is no such place."""
     found = _UP_TO_LAST_WORD_END.match(text)
     return found.end() if found else len(text)

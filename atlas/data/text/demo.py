@@ -1,6 +1,6 @@
-"""A corpus that is on every machine with Python: the documentation inside its standard library.
+"""A corpus that every machine with Python has: the documentation in Python's standard library.
 
-About 2 MB of English by many authors: the docstrings of the library's source, read without importing it, and the
+About 2 MB of English by many authors: the docstrings of the library's source files, which are not imported, and the
 language reference that `help()` shows.
 """
 
@@ -19,7 +19,7 @@ from atlas.errors import DataError
 from atlas.files import replacing
 
 _SHORTEST = 80
-"""A text of fewer characters is no document."""
+"""A text with fewer characters is not used as a document."""
 _ENOUGH_BYTES = 200_000
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -27,7 +27,7 @@ _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) -> Path:
     """Write the documentation of `library` (default: this Python's) to `path`, as JSONL with one document per line.
 
-    Each document occurs once, in the same order at every call.
+    Each document occurs once. The order is the same at every call.
 
     Raises `DataError` if this Python carries too little documentation.
     """
@@ -59,7 +59,7 @@ def _documents(library: Path) -> Iterator[str]:
 
 
 def _nodes(source: Path) -> list[ast.AST]:
-    """The syntax tree of a file; nothing if this Python cannot parse it, as with templates."""
+    """Return the nodes of a file's syntax tree, or none if this Python cannot parse the file, such as a template."""
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError):
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         return list(ast.walk(ast.parse(source.read_bytes())))

@@ -1,4 +1,4 @@
-"""A file → its documents: a text is one, a JSONL line is one, a Parquet row is one."""
+"""A file → its documents. Each text file, JSONL line or Parquet row is one document."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from atlas.errors import DataError, first_line
 _LONGEST_ROW = 64 << 20
 _NAMES_SHOWN = 8
 _PARQUET_ROWS = 32
-"""Rows decoded per step. In a column's dictionary a few bytes may stand for a long text in every row."""
+"""Rows decoded per step. The number is small because a column with a dictionary can hold a long text in every row at
+the cost of a few bytes."""
 _BUFFER = 1 << 20
 
 
 class SourceReport(BaseModel):
-    """What was found while reading the sources."""
+    """Findings about the sources, collected while Atlas reads them."""
 
     undecodable: Counter[str] = Counter()
     """Number of replaced bytes by file."""
@@ -38,11 +39,11 @@ class SourceReport(BaseModel):
     """Number of files that are named like those of the Kaggle archive but hold no title."""
 
     def counter_of(self, file: TextFile) -> Callable[[int], None]:
-        """A function that counts replaced bytes of a file."""
+        """Return a function that adds to the number of replaced bytes of a file."""
         return lambda count: self.undecodable.update({file.name: count})
 
     def merge(self, other: SourceReport) -> None:
-        """Add what was found in the text that follows."""
+        """Add the report on the text that follows."""
         self.undecodable.update(other.undecodable)
         self.empty_rows.update(other.empty_rows)
         self.untitled += other.untitled
@@ -54,9 +55,10 @@ class SourceReport(BaseModel):
 
 @dataclass(frozen=True)
 class Group:
-    """Files that are read as one text: the parts of an archive, since an article may span two of them; else one file.
+    """Files that are read as one text: the parts of the Kaggle archive, since an article may span two parts, or one
+    file.
 
-    It can be sent to another process.
+    A group can be sent to another process.
     """
 
     files: tuple[TextFile, ...]
@@ -68,7 +70,7 @@ class Group:
         return sum(file.size for file in self.files)
 
     def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """The documents, in pieces. Fills `report`; `advance` receives the number of bytes read."""
+        """Yield the documents, in pieces. The method fills `report`; `advance` receives the number of bytes read."""
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)
@@ -83,7 +85,7 @@ class Group:
                     yield from as_document([replace_undecodable(text, report.counter_of(first))])
 
     def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """The articles of all files as one text. If no title is found, each file is a document."""
+        """Yield the articles of all files, read as one text. If no title is found, each file is a document."""
         beginning = (_text(file, SourceReport(), lambda _: None) for file in self.files)
         texts = (_text(file, report, advance) for file in self.files)
         if has_titles(itertools.chain.from_iterable(beginning)):
@@ -107,7 +109,8 @@ def _rows(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | N
 
 
 def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file, each with its place for error messages. `like` is the example of a row in them."""
+    """Yield the rows of a JSONL file, each with its place for error messages. The messages give `like` as the example
+    of a row."""
     with file.open(advance) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
@@ -132,7 +135,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """The lines in UTF-8. One that is too long is cut to a byte more than the longest allowed."""
+    """Yield the lines in UTF-8. A line that is too long is cut to one byte more than the longest allowed."""
     if is_utf16(stream.peek(4)):
         text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
         for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
@@ -156,22 +159,22 @@ def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
 
 
 def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
-    """The text of a row; None where the field is null."""
+    """Return the text of a row, or None if the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise DataError(
-            f"{place}: is a conversation, which is not prepared: give a file of conversations alone to "
+            f"{place}: is a conversation, which is not prepared: give a file of only conversations to "
             "atlas train --train-data"
         )
     if text_field not in row:
         raise DataError(
             f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
-            "atlas prepare --text-field, or call those of a conversation prompt and response"
+            "atlas prepare --text-field, or name the fields of a conversation prompt and response"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):
         raise DataError(
             f"{place}: field {text_field!r} is {json_name(text)}, not text; "
-            "name the field that holds the text with --text-field, or take the row out"
+            "name the field that holds the text with --text-field, or remove the row"
         )
     return text
 

@@ -1,6 +1,6 @@
-"""One file of text, wherever it lies: on the disk, behind a URL, in an archive, compressed.
+"""One file of text on the disk, behind a URL or in an archive, compressed or not.
 
-A `TextFile` is only a name. It can be opened in this process or another.
+A `TextFile` only names a file. This process or another process can open the file.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ _BUFFER = 1 << 20
 
 
 def printable(name: str) -> str:
-    """Escape bytes of a file's name that are not UTF-8: as lone surrogates they can be neither printed nor saved."""
+    """Escape bytes of a file's name that are not UTF-8: lone surrogates, which stand for them, can be neither printed
+    nor saved."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL."""
+    """Return whether a path is a URL."""
     return "://" in str(path)
 
 
 def format_of(name: str) -> Format | None:
-    """Return the format of a file with that name, None for what Atlas does not read.
+    """Return the format of a file with this name, or None if Atlas does not read such files.
 
-    A `.json` file may hold something else: see `is_json`.
+    A `.json` file may hold something other than rows: see `is_json`.
     """
     *compressed, inner = _split_compression(name)
     path = PurePosixPath(inner)
@@ -58,13 +59,15 @@ def format_of(name: str) -> Format | None:
 
 
 def ending_of(name: str) -> str:
-    """Return a name's ending with that of its compression, such as `.pdf.gz`; an empty string where it has none."""
+    """Return the ending of a name, including that of its compression, such as `.pdf.gz`. Returns an empty string if
+    there is none."""
     *compressed, inner = _split_compression(name)
     return PurePosixPath(inner).suffix + "".join(compressed)
 
 
 def is_json(name: str) -> bool:
-    """Return whether a name ends with `.json`, compressed or not. Only its content shows whether it holds rows."""
+    """Return whether a name ends with `.json`, compressed or not. Only the file's content shows whether the file holds
+    rows."""
     return _split_compression(name)[-1].endswith(".json")
 
 
@@ -76,22 +79,22 @@ def _split_compression(name: str) -> list[str]:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a name is that of an archive."""
+    """Return whether a name has the ending of an archive."""
     return name.lower().endswith(ARCHIVES)
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of text. `root` is its path or URL, or, with `member`, that of its archive."""
+    """One file of text. `root` is the path or URL of the file or, with `member`, of the archive that holds it."""
 
     root: str
     format: Format | None
-    """None for a kind that Atlas does not read."""
+    """None if Atlas does not read the file."""
     size: int
-    """Bytes to read: compressed ones, except where the archive itself compresses."""
+    """Bytes to read: before the file's own decompression, but after that of its archive."""
     member: str | None = None
     shown: str | None = None
-    """The name for the user, if that is not the path."""
+    """The name for the user, if it is not the path."""
     trusted: bool = False
 
     @property
@@ -101,31 +104,31 @@ class TextFile:
 
     @property
     def place(self) -> PurePosixPath:
-        """Its path inside its archive, or on the disk."""
+        """The file's path inside its archive, or on the disk."""
         return PurePosixPath(
             self.member or (self.root if is_url(self.root) else Path(self.root).resolve().as_posix())
         )
 
     @property
     def basename(self) -> str:
-        """The last part of its path."""
+        """The last part of the file's path."""
         return PurePosixPath(self.member or Path(self.root).as_posix()).name
 
     @property
     def is_part(self) -> bool:
-        """Whether it is named like a part of the Kaggle archive."""
+        """Whether the file is named like a part of the Kaggle archive."""
         return _PART.fullmatch(self.basename) is not None
 
     @property
     def is_combined(self) -> bool:
-        """Whether it is named like the combined text of the Kaggle archive."""
+        """Whether the file is named like the combined text of the Kaggle archive."""
         return self.basename == COMBINED
 
     @contextmanager
     def open(self, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:
-        """Open its bytes, unpacked. `advance` receives the number of bytes read, which are `size` in the end.
+        """Open the unpacked content. `advance` receives the number of bytes read, `size` in total.
 
-        Raises `DataError` for what cannot be read or unpacked, and, unless it is `trusted`, for a bomb.
+        Raises `DataError` if the file cannot be read or unpacked or, unless it is `trusted`, if it may be a bomb.
         """
         try:
             with open_member(self.root, self.member) if self.member else open_root(self.root) as raw:
@@ -142,7 +145,7 @@ class TextFile:
             raise DataError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
 
     def unpack_counter(self) -> Advance:
-        """A function that receives the number of unpacked bytes. It raises `DataError` when they are too many, unless
+        """Return a function that counts unpacked bytes. The function raises `DataError` when there are too many, unless
         the file is `trusted`."""
         unpacked = 0
 
@@ -165,14 +168,14 @@ def open_root(root: str) -> IO[bytes]:
 
 @contextmanager
 def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
-    """Yield fsspec's filesystem for a URL, and the path in it. Raises `DataError` for any error of the two."""
+    """Yield fsspec's filesystem for a URL, and the path in it. Any error within this context becomes a `DataError`."""
     if "::" in url:
         raise DataError(f"{url}: a URL inside another cannot be read; download it")
     try:
         import fsspec
 
         yield fsspec.core.url_to_fs(url)
-    except Exception as error:  # no such scheme, bucket, permission or network: whatever a backend raises
+    except Exception as error:  # any error of a backend: no such scheme, bucket, permission or network
         raise DataError(
             f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install what its scheme needs, or "
             "download it"
@@ -180,7 +183,7 @@ def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _observed(stream: IO[bytes], on_read: Advance) -> io.BufferedReader:
-    """A buffered stream whose `on_read` receives the size of each read."""
+    """Return a buffered stream. `on_read` receives the size of each read from `stream`."""
     return io.BufferedReader(_Observed(stream, on_read), _BUFFER)
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from atlas.files import cache_folder, sha256_of
 
 _SETTLED_SECONDS = 2.0
-"""A file that changed less than this before it is hashed could change again without another time stamp."""
+"""If a file changed less than this time before it is hashed, it could change again and keep its time stamp."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
 _LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
 def hashes_of(paths: Iterable[Path]) -> list[str]:
-    """sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A copy that
-    keeps the times of the original has another change time.)"""
+    """Return the sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A
+    copy that keeps the modification time of the original still has another change time.)"""
     hashes, new = [], []
     with closing(_open_cache()) as cache:
         try:
@@ -36,7 +36,7 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
 
 
 def _open_cache() -> sqlite3.Connection:
-    """The cached hashes, or an empty table where the cache folder cannot be used."""
+    """Open the table of cached hashes, or an empty table in memory if the cache folder cannot be used."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def _open_cache() -> sqlite3.Connection:
 
 
 def _stamp(path: Path) -> tuple[str, float]:
-    """What changes with the file, and the time of its last change."""
+    """Return a text that changes whenever the file changes, and the time of its last change."""
     status = path.stat()
     stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return stamp, max(status.st_mtime, status.st_ctime)

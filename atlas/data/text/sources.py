@@ -1,7 +1,7 @@
 """Paths → files of text in a fixed order: files, archives, folders, patterns, URLs, the Kaggle archive.
 
 Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in `AllCombined.txt`
-and in parts (`1of2/wiki_00` …). If the former is there, the parts are left out.
+and in parts (`1of2/wiki_00` …). If `AllCombined.txt` is there, the parts are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
-    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object a line (text and JSON also as .gz or "
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object per line (text and JSON also as .gz or "
     ".zst), a folder of them, or a URL"
 )
 
@@ -63,16 +63,17 @@ class Sources:
         trust_archives: bool = False,
         stdin: Path | None = None,
     ) -> None:
-        """`stdin` is the file with the text from standard input, for which `-` stands in `paths`."""
+        """`stdin` is the file with the text from standard input. In `paths`, `-` stands for this file."""
         self.paths = [str(path) for path in paths]
         self.text_field = text_field
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
         """Files of kinds that Atlas does not read."""
         self.links_out: list[str] = []
-        """Links in a folder that lead out of it. The folder may be a stranger's, the other files private."""
+        """Links in a folder that lead out of it. Atlas does not follow such links: the folder may be untrusted, and the
+        files outside may be private."""
         self.in_own_order: list[str] = []
-        """Compressed tars whose members are not in the order in which a folder's files would be read."""
+        """Compressed tars whose members are not in the order in which Atlas would read the files of a folder."""
         self._roots: dict[str, str] = {}
         """Path or URL of each file or archive that is read → its name below the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
@@ -86,7 +87,7 @@ class Sources:
         self.groups = [Group(tuple(texts), text_field) for _, texts in groups]
         """The groups of files that are read as one text, in reading order."""
         self.is_kaggle = any(file.is_part or file.is_combined for file in self.files)
-        """Whether this is the Kaggle archive, which the documentation uses."""
+        """Whether any file is named like those of the Kaggle archive, which the documentation uses."""
         if not self.files:
             raise DataError(
                 f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
@@ -100,7 +101,7 @@ class Sources:
 
     @property
     def stem(self) -> str:
-        """The name of a dataset of this text: the first path's name without its ending."""
+        """The name for a dataset of this text: the first path's name without its ending."""
         if self.paths[0] == STANDARD_INPUT:
             return "stdin"
         path = Path(self.paths[0].rstrip("/")) if is_url(self.paths[0]) else Path(self.paths[0]).resolve()
@@ -122,19 +123,20 @@ class Sources:
 
     @cached_property
     def content_key(self) -> str:
-        """sha256 of the names below the given paths, and of the content."""
+        """sha256 of the field that holds the text, the names below the given paths, and the content."""
         identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
-        """Every document, in pieces. Fills `report`; `advance` receives the number of bytes read."""
+        """Return every document, in pieces. Reading the documents fills `report`; `advance` receives the number of
+        bytes read."""
         report = report or SourceReport()
         return itertools.chain.from_iterable(group.pieces(report, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
-        """What a dataset keeps about its origin."""
+        """Return the facts that a dataset keeps about the origin of its text."""
         return {
             "paths": [printable(path) for path in self.paths],
             "files": len(self.files),
@@ -144,7 +146,7 @@ class Sources:
         }
 
     def notes(self, report: SourceReport) -> list[str]:
-        """What the user should know about the text, one line each."""
+        """Return notes about the text for the user, one line each."""
         notes = self._skipped()
         own_order = "is a compressed tar and is read in its own order, not by the names of its files"
         notes += [f"{name}: {own_order}" for name in self.in_own_order]
@@ -166,11 +168,14 @@ class Sources:
         return notes
 
     def _skipped(self) -> list[str]:
-        """What was found and is not read, one line for each reason."""
+        """Return one line for each reason why files that were found are not read."""
         reasons = (
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
-            (self.links_out, "links that lead out of their folder are left out: name what they point to"),
+            (
+                self.links_out,
+                "links that lead out of their folder are left out: give the paths that they point to",
+            ),
         )
         return [f"{len(names)} {what} ({names[0]} …)" for names, what in reasons if names]
 
@@ -210,7 +215,7 @@ class Sources:
         resolved = str(path.resolve())
         file = TextFile(str(path), format_of(path.name), path.stat().st_size, trusted=self._trust)
         if resolved in self._roots:
-            return  # given twice, or by its folder and by itself
+            return  # the file was given twice, or by its own path and by its folder
         if is_archive(path.name):
             self._roots[resolved] = name
             yield from self._members(path)
@@ -219,7 +224,7 @@ class Sources:
             yield file
         elif file.format and named:
             raise DataError(
-                f"{path}: does not begin with a JSON object in a line of its own: write one object a line, as "
+                f"{path}: does not begin with a JSON object in a line of its own: write one object per line, as "
                 "jq -c '.[]' does with an array"
             )
         elif named:
@@ -245,7 +250,7 @@ class Sources:
 
     def _remote(self, url: str) -> Iterator[TextFile]:
         with filesystem_of(url) as (filesystem, path):
-            # A file is found by its name, too: to look for files in it, HTTP would read it as a page of links.
+            # `glob` finds a single file, too. `find` would make HTTP read that file as a page of links.
             in_folder = not _PATTERN.search(path) and not filesystem.isfile(path)
             find = filesystem.find if in_folder else filesystem.glob
             found = find(path, detail=True)
@@ -266,10 +271,10 @@ class Sources:
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
-    """Return whether the content of `file` is what its name says.
+    """Return whether the content of `file` has the format that its name promises.
 
-    A single JSON object is a row in a file that the user named. In a file that was found in a folder it may also be the
-    settings of some program.
+    In a `.json` file that the user named, a single JSON object is a row. In a `.json` file that was found in a folder,
+    a single object may be the settings of some program, so two rows are required.
     """
     if file.format and is_json(file.basename):
         return holds_rows(file, at_least=1 if named else 2)
@@ -292,9 +297,9 @@ def _why_missing(given: str) -> str:
 
 
 def is_text_or_archive(path: Path) -> bool:
-    """Whether Atlas reads a file with this name, and for a `.json` file, whether it holds rows."""
+    """Return whether Atlas reads a file with this name. A `.json` file must also hold rows."""
     file = TextFile(str(path), format_of(path.name), path.stat().st_size)
-    with suppress(AtlasError):  # reading the file reports what is wrong with it
+    with suppress(AtlasError):  # the error is reported when the file is read
         return bool(path.suffix) and (is_archive(path.name) or _has_format(file))
     return True
 
@@ -312,7 +317,7 @@ def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
 
 
 def _holds(combined: TextFile, part: TextFile) -> bool:
-    """Whether `AllCombined.txt` is in the same archive as a part, or in a folder above it."""
+    """Return whether `AllCombined.txt` is in the same archive as a part, or in a folder above the part."""
     same = combined.root == part.root or not (combined.member or part.member)
     return same and part.place.is_relative_to(combined.place.parent)
 
@@ -322,7 +327,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _natural(name: str) -> list[list[str | int]]:
-    """A key that sorts `wiki_9` before `wiki_10`, and keeps a folder's files together."""
+    """Return a key that sorts `wiki_9` before `wiki_10`, and keeps a folder's files together."""
     parts = name.split("/")
     return [
         [int(run) if place % 2 else run for place, run in enumerate(_DIGITS.split(part))] for part in parts

@@ -1,4 +1,5 @@
-"""Standard input as a source: kept in a file until it is prepared, since it can be read only once."""
+"""Standard input as a source. Its text is kept in a file until it is prepared, since standard input can be read only
+once."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | None) -> Iterator[Path | None]:
-    """The file, beside `output`, that holds what came from standard input; None if `inputs` do not name it.
+    """Yield a file beside `output` with the text from standard input, or None if `inputs` do not name standard input.
 
-    Choosing the split and training a tokenizer read it a second time. It is not kept for a call that resumes after a
-    kill: that call reads standard input from its start.
+    Choosing the split and training a tokenizer read the file a second time. The file is not kept for a call that
+    resumes after a kill: that call reads standard input from its start again.
     """
     if STANDARD_INPUT not in map(str, inputs):
         yield None
@@ -42,6 +43,6 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         yield path
     finally:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # the nearest one that is not empty ends it
+        with suppress(OSError):  # a folder that is not empty ends the loop
             for folder in made:
                 folder.rmdir()

@@ -1,8 +1,9 @@
 """Articles in the plain text of Simple English Wikipedia (Kaggle: plaintext-wikipedia-simpleenglish).
 
-An article is a title line, an empty line, then paragraphs. A run of two or more empty lines separates articles, if the
-text has such runs. Otherwise the form of the title does: a short line of its own without closing punctuation. Headings
-and lists have that form, too. What distinguishes them is used, and the remaining doubts are reported.
+An article is a title line, an empty line, then paragraphs. If the text has runs of two or more empty lines, these runs
+separate the articles. Otherwise an article begins at a line that has the form of a title: short, on its own, and
+without closing punctuation. Headings and lists have this form, too. Atlas uses the features that distinguish them from
+titles, and reports the remaining doubts.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from dataclasses import dataclass, field
 from atlas.data.text.decode import PIECE_CHARS, Piece, as_document
 
 TITLE_CHARS = 150
-# The real archive, as its publisher describes it.
+# The size of the real archive, as its publisher gives it.
 WIKIPEDIA_CHARS, WIKIPEDIA_ARTICLES = 168_085_788, 249_396
 
 _SAMPLE_CHARS = 4 * PIECE_CHARS
 _LONGEST_MEAN_ARTICLE = 50_000
 _HEADING_TIMES = 3
-"""A short line that occurs this often in the sample is a heading inside articles, such as "History"."""
+"""A short line that occurs `_HEADING_TIMES` times or more in the sample is a heading inside articles, such as
+"History"."""
 _DOUBTFUL_SHARE = 0.02
 _UNNAMED_SHARE, _NAMED_WITHIN = 0.3, 300
 _SHOWN = 3
 
 _BLANKS = " \t\r\n"
 _CLOSING = tuple(".!?:;,…")
-# Both begin with a rare character, so the search runs at the speed of memory.
+# `_EMPTY_LINES` and `_BEFORE_SHORT_LINE` begin with a rare character, so a search is as fast as reading memory.
 _EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 _BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
 _SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
 _CONTEXT = 1000
-"""This many characters before and behind a place are enough to decide about it."""
+"""`_CONTEXT` characters before and after a place are enough to decide whether an article begins there."""
 
 
 @dataclass
@@ -45,23 +47,23 @@ class ArticleReport:
     articles: int = 0
     chars: int = 0
     boundaries: list[str] = field(default_factory=list)
-    """The first three, as `… last words ⏎⏎⏎ Title`."""
+    """The first three boundaries, as `… last words ⏎⏎⏎ Title`."""
     doubt: str | None = None
-    """What speaks against the rule, in the beginning of the text."""
+    """Signs in the beginning of the text that the rule may be wrong."""
 
     @property
     def warning(self) -> str | None:
-        """A warning if this is the real archive by its size, but not by the number of its articles."""
+        """A warning if the text is as large as the real archive, but has a different number of articles."""
         like_wikipedia = abs(self.chars / WIKIPEDIA_CHARS - 1) < 0.02
         if not like_wikipedia or abs(self.articles / WIKIPEDIA_ARTICLES - 1) < 0.05:
             return None
         return (
-            f"an archive of this size has about {WIKIPEDIA_ARTICLES:,} articles, {self.articles:,} were found: "
+            f"an archive of this size has about {WIKIPEDIA_ARTICLES:,} articles, but {self.articles:,} were found: "
             "look at the boundaries"
         )
 
     def merge(self, other: ArticleReport) -> None:
-        """Add what was found in the text that follows."""
+        """Add the report on the text that follows."""
         self.rule, self.doubt = self.rule or other.rule, self.doubt or other.doubt
         self.articles += other.articles
         self.chars += other.chars
@@ -70,11 +72,12 @@ class ArticleReport:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Where an article begins: behind a run of empty lines, or, with `by_title`, at a short line of its own."""
+    """The rule that decides where an article begins: after a run of empty lines, or, with `by_title`, at a short line
+    of its own."""
 
     by_title: bool
     headings: frozenset[str] = frozenset()
-    """Short lines that are no titles."""
+    """Short lines that are not titles."""
 
     @property
     def name(self) -> str:
@@ -84,12 +87,14 @@ class _Rule:
         return "two or more empty lines before a title"
 
     def gaps(self, text: str, *, at_beginning: bool) -> Iterator[re.Match[str]]:
-        """The gaps between the articles of `text`, which begins with an article or in the middle of one."""
+        """Yield the gaps between the articles of `text`. If not `at_beginning`, `text` begins in the middle of an
+        article."""
         if not self.by_title:
             yield from _EMPTY_LINES.finditer(text)
             return
-        # A short line right below another belongs to it: a heading under a title, an entry of a list. Below a known
-        # heading this does not hold: a last section is often empty, and the next article's title follows it.
+        # A short line right below another short line is no title: it is a heading under a title, or an entry of a list.
+        # A short line below a known heading may be a title: the last section of an article is often empty, and the next
+        # article's title follows.
         first = _SHORT_LINE.match(text) if at_beginning else None
         end_of_short_line = first.end(1) if first and _is_title(first[1]) else -1
         for gap in _BEFORE_SHORT_LINE.finditer(text):
@@ -103,14 +108,14 @@ class _Rule:
 
 
 def has_titles(chunks: Iterable[str]) -> bool:
-    """Return whether the beginning of a text has a title. Without one it has no articles to separate."""
+    """Return whether the beginning of a text has a title. Without a title, the text has no articles to separate."""
     sample = "".join(_take_sample(iter(chunks))).lstrip("\r\n")
     rule, _ = _choose_rule(sample)
     return not rule.by_title or bool(_titles(sample, rule))
 
 
 def _take_sample(chunks: Iterator[str]) -> list[str]:
-    """Return the first chunks, as a sample. `chunks` then yields the later ones."""
+    """Return the first chunks, as a sample. `chunks` then yields the later chunks."""
     sample, size = [], 0
     for chunk in chunks:
         sample.append(chunk)
@@ -121,13 +126,13 @@ def _take_sample(chunks: Iterator[str]) -> list[str]:
 
 
 def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
-    """The articles of a text, each without the empty lines around it. Fills `report`."""
+    """Yield the articles of a text, each without the empty lines around it. The function also fills `report`."""
     chunks = iter(chunks)
     sample = _take_sample(chunks)
     rule, doubts = _choose_rule("".join(sample).lstrip("\r\n"))
     report.rule, report.doubt = rule.name, "; ".join(doubts) or None
-    is_open, rest = False, ""  # whether pieces of an article are out, and the text that follows them
-    searched = 0  # length of the text in which all gaps are known
+    is_open, rest = False, ""  # whether pieces of the current article were yielded, and the text after them
+    searched = 0  # length of the beginning of `rest` in which all gaps are known
     all_chunks = ((chunk, False) for chunk in itertools.chain(sample, chunks))
     for chunk, at_end in itertools.chain(all_chunks, [("", True)]):
         report.chars += len(chunk)
@@ -139,7 +144,7 @@ def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Pie
         for gap in rule.gaps(rest, at_beginning=not is_open):
             if gap.end() > searched:
                 break
-            if gap.end() <= known:  # found when the text before it was still here
+            if gap.end() <= known:  # already decided, with the text before the gap still in `rest`
                 continue
             _show(report, rest, gap)
             yield from _article(rest[start : gap.start()], report, is_open=is_open)
@@ -163,7 +168,8 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
-    """Choose empty lines if the sample has many runs of them and a title follows most. Returns doubts as well."""
+    """Choose the rule that separates the articles. Returns the rule and the doubts about the rule. Empty lines separate
+    articles if the sample has many runs of them and a title follows most of the runs."""
     lines = (_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample))
     runs = [line[1] if line else "" for line in lines]
     titles = sum(map(_is_title, runs))
@@ -175,30 +181,31 @@ def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
     doubts = [f"{titles:,} of {len(runs):,} runs of empty lines are before a title"] if titles else []
     if headings:
         doubts.append(
-            f"short lines that come again and again were taken for headings inside articles: {_most(headings)}"
+            f"short lines that occur repeatedly were taken for headings inside articles: {_most(headings)}"
         )
     return rule, [*doubts, *_doubts_about_titles(sample, rule)]
 
 
 def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
-    """What speaks against an article after each run of empty lines. `lines` are the first ones behind the runs."""
+    """Yield the signs that not every run of empty lines is before an article. `lines` holds the first line after each
+    run."""
     others = sum(not _is_title(line) for line in lines)
     if others > _DOUBTFUL_SHARE * len(lines):
         yield f"{others:,} of {len(lines):,} runs of empty lines in the beginning are not before a title"
     times = Counter(line.strip() for line in lines if _is_title(line))
     recurring = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
     if recurring.total() > _DOUBTFUL_SHARE * len(lines):
-        yield f"titles that come again and again may be headings inside articles: {_most(recurring)}"
+        yield f"titles that occur repeatedly may be headings inside articles: {_most(recurring)}"
 
 
 def _titles(sample: str, rule: _Rule) -> list[re.Match[str]]:
-    """The matches that hold a title: the first line, if it is one, and the gap before each other title."""
+    """Return the matches that hold a title: the first line, if it is a title, and the gap before each other title."""
     first = _SHORT_LINE.match(sample)
     return [*([first] if first and _is_title(first[1]) else []), *rule.gaps(sample, at_beginning=True)]
 
 
 def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
-    """What many titles that `rule` finds have in common with lists, headings and sentences."""
+    """Yield the signs that many titles found by `rule` may be lists, headings or sentences."""
     found = _titles(sample, rule)
     if not found:
         return
@@ -206,14 +213,14 @@ def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
     below = (_BEFORE_SHORT_LINE.match(sample, title.end(1)) for title in found)
     followed = sum(_is_title(line[1]) for line in below if line)
     if followed > _DOUBTFUL_SHARE * len(found):
-        yield f"{followed:,} {in_all} have another short line below them, as has a list"
+        yield f"{followed:,} {in_all} have another short line below them, as in a list"
     ends = [*(title.start() for title in found[1:]), len(sample)]
     unnamed = sum(
         not _is_named_in(sample[title.end(1) : min(end, title.end(1) + _NAMED_WITHIN)], title[1])
         for title, end in zip(found, ends, strict=True)
     )
     if unnamed > _UNNAMED_SHARE * len(found):
-        yield f"{unnamed:,} {in_all} are not named in the text below them, as a section's heading is not"
+        yield f"{unnamed:,} {in_all} are not named in the text below them, which is usual for section headings"
     exclaimed = sum(gap[1].rstrip().endswith(("?", "!")) for gap in _BEFORE_SHORT_LINE.finditer(sample))
     if exclaimed > _DOUBTFUL_SHARE * len(found):
         yield f"{exclaimed:,} short lines that end in ? or ! were not taken for titles"
@@ -229,7 +236,7 @@ def _is_title(line: str) -> bool:
 
 
 def _is_named_in(beginning: str, title: str) -> bool:
-    """Whether a word of the title occurs there, as it does in an encyclopedia."""
+    """Return whether a word of the title occurs in the beginning of the text, as is usual in an encyclopedia."""
     words = re.findall(r"\w{3,}|\d+", title.casefold()) or [title.strip().casefold()]
     return any(word in beginning.casefold() for word in words)
 
