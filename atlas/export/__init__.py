@@ -1,1 +1,1 @@
-"""Write a trained model as a file that other programs run, prove that they compute the same, and import such files."""
+"""Export a model to files that other programs run, prove that both compute the same, and import such files."""

@@ -1,6 +1,6 @@
-"""Which models can be exported, the names of their tensors in other programs, and the split and order of their rows.
+"""The models that can be exported: the names of their tensors in other programs, and the split and order of rows.
 
-Names and orders for llama.cpp are those of its own converter, `convert_hf_to_gguf.py`.
+For llama.cpp, names and orders are those of llama.cpp's own converter, `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atlas.tokenizer.foreign import ForeignTokenizer
 
 _BLOCK, _LAYER = "transformer.h.{}.", "model.layers.{}."
 MODULES = {
-    # Atlas: llama.cpp, GPT-2 at Hugging Face, Llama and Qwen3 there
+    # Atlas: (llama.cpp, GPT-2 in Hugging Face's format, Llama and Qwen3 in Hugging Face's format)
     "token_embedding": ("token_embd", "transformer.wte", "model.embed_tokens"),
     "position_embedding": ("position_embd", "transformer.wpe", ""),
     "blocks.{}.attention_norm": ("blk.{}.attn_norm", _BLOCK + "ln_1", _LAYER + "input_layernorm"),
@@ -41,11 +41,11 @@ MODULES = {
     "blocks.{}.attention.q_norm": ("blk.{}.attn_q_norm", "", _LAYER + "self_attn.q_norm"),
     "blocks.{}.attention.k_norm": ("blk.{}.attn_k_norm", "", _LAYER + "self_attn.k_norm"),
 }
-"""Atlas's name of a module → its names in other programs: `{}` is the block; empty where they have no such module."""
+"""Atlas's name of a module → its names in other programs. `{}` is the block. An empty name: no such module."""
 
 
 def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
-    """The names of the tensors of `modules`, Atlas's → other ones: embeddings and head have no bias, all others do."""
+    """Atlas's name → the other name, for each tensor of `modules`. Embeddings and head have no bias."""
     return {
         f"{ours}.{kind}": f"{theirs}.{kind}"
         for ours, theirs in modules.items()
@@ -55,7 +55,7 @@ def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
 
 
 def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
-    """Per architecture: Atlas's name of a tensor → that of another program, by its columns in `MODULES`."""
+    """Per architecture: Atlas's name of a tensor → the name in the column `gpt2` or `llama` of `MODULES`."""
     of_gpt2 = with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]})
     of_qwen3 = {f"{ours}.weight": f"{theirs[llama]}.weight" for ours, theirs in MODULES.items() if theirs[2]}
     of_llama = {a: b for a, b in of_qwen3.items() if not a.endswith(("q_norm.weight", "k_norm.weight"))}
@@ -63,17 +63,17 @@ def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
 
 
 TENSOR_NAMES = tables(gpt2=0, llama=0)
-"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's, `{}` being the block."""
+"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's name. `{}` is the block."""
 
 
 ROTATED: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 """The settings of Llama and Qwen3."""
 VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
-"""Tensors with one row per token; the rows that only pad the vocabulary are not exported."""
+"""Tensors with one row per token. An export leaves out the rows that only pad the vocabulary."""
 
 
 def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
-    """A model in evaluation mode with the weights `state`: fp32, without rows that pad the vocabulary."""
+    """A model in evaluation mode with the weights `state`, which are fp32 and lack the rows that pad the vocabulary."""
     padding = config.padded_vocab_size - config.vocabulary
     padded = {name: F.pad(state[name], (0, 0, 0, padding)) for name in VOCABULARY_ROWS & state.keys()}
     with torch.device("meta"):
@@ -84,8 +84,8 @@ def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
 
 @contextmanager
 def import_of(source: Path, misfit: str) -> Iterator[None]:
-    """Within, an `AtlasError` becomes an `ExportError` that names `source`. PyTorch's `RuntimeError` for tensors of
-    other shapes becomes one that says `misfit`."""
+    """A context that turns an `AtlasError` into an `ExportError` that names `source`. PyTorch's `RuntimeError` for
+    tensors of other shapes becomes an `ExportError` with the text `misfit`."""
     try:
         yield
     except RuntimeError as error:
@@ -95,14 +95,17 @@ def import_of(source: Path, misfit: str) -> Iterator[None]:
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's architecture that computes this model. Raises `ExportError` if there is none."""
+    """The name of the llama.cpp architecture that computes this model. Raises `ExportError` if there is none."""
     if config.gguf_architecture is None:
         raise ExportError(f"the model is for Atlas only: {config.train_only}, and train again to export")
     return config.gguf_architecture
 
 
 def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """`tokenizer`, if a file can hold it and the model, and both have one vocabulary. Raises `ExportError` if not."""
+    """Return `tokenizer` if a GGUF file can hold both it and the model, and their vocabularies have the same size.
+
+    Raises `ExportError` otherwise.
+    """
     architecture_of(config)
     if isinstance(tokenizer, ForeignTokenizer):
         raise ExportError(
@@ -122,12 +125,12 @@ def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevel
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → llama.cpp's, for each tensor of a model of this shape."""
+    """Atlas's name → llama.cpp's name, for each tensor of a model of this shape."""
     return names_in(TENSOR_NAMES, config)
 
 
 def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConfig) -> dict[str, str]:
-    """The names that the table of the model's architecture gives to the tensors of a model of this shape."""
+    """Atlas's name → the name in the table of the model's architecture, for each tensor of a model of this shape."""
     table = by_architecture[architecture_of(config)]
     names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
     if config.tie_embeddings:
@@ -136,8 +139,11 @@ def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConf
 
 
 def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict split as other programs need it, still by Atlas's names, without the rows that pad the vocabulary.
-    GPT-2 has all biases there, so those that the model lacks are zeros."""
+    """A state dict with its matrices split as in other programs, but with Atlas's names.
+
+    The rows that pad the vocabulary are left out. In other programs GPT-2 has all biases, so biases that the model
+    lacks are zeros.
+    """
     state = {**state, **{name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}}
     if architecture_of(config) != "gpt2":
         return separated(state, config)
@@ -148,20 +154,24 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same, with the rows in llama.cpp's order: its `llama` rotates neighbouring rows of q and k, Atlas the rows i
-    and i + D/2 of a head. Their products stay the same."""
+    """The result of `exportable_state`, with rows in llama.cpp's order.
+
+    For `llama`, llama.cpp rotates neighbouring rows of q and k, and Atlas rotates the rows i and i + D/2 of a head. The
+    products of q and k stay the same.
+    """
     return _with_rows(exportable_state(state, config), config, from_shape=(2, config.head_size // 2))
 
 
 def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse: the state dict that an `AtlasLM` loads."""
+    """The inverse of `for_llama_cpp`: the state dict that an `AtlasLM` loads."""
     return joined(_with_rows(state, config, from_shape=(config.head_size // 2, 2)), config)
 
 
 def _with_rows(
     state: Mapping[str, Tensor], config: ModelConfig, *, from_shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """For `llama`: the rows of each head of q and k, seen as a matrix of `from_shape`, transposed."""
+    """Reorder the rows of q and k for `llama`: the rows of each head form a matrix of `from_shape`, which is
+    transposed."""
     result = dict(state)
     for name, tensor in state.items() if config.gguf_architecture == "llama" else ():
         if name.endswith(("attention.q.weight", "attention.k.weight")):
@@ -171,7 +181,8 @@ def _with_rows(
 
 
 def separated(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """`qkv` as `q`, `k` and `v`, and SwiGLU's `up` as `gate` and `value`: weights, and biases where there are any."""
+    """Split the weights, and any biases, of `qkv` into `q`, `k` and `v`, and of SwiGLU's `up` into `gate` and
+    `value`."""
     separate = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
@@ -194,7 +205,7 @@ def joined(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
 
 
 def _splits(module: str, config: ModelConfig) -> dict[str, int]:
-    """The matrices that a linear layer joins, with the rows of each; empty for a layer of one matrix."""
+    """The name and the number of rows of each matrix that a linear layer joins; empty for a layer of one matrix."""
     parent = module.rpartition(".")[0]
     if module.endswith("attention.qkv"):
         queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size

@@ -56,7 +56,7 @@ _SHAPE = {
     "llama": _ROTATED_SIZES,
     "qwen3": _ROTATED_SIZES,
 }
-"""Per architecture: a field of `ModelConfig` → its key in the metadata, behind the architecture's name."""
+"""Per architecture: a field of `ModelConfig` → its key in the metadata, without the architecture's name in front."""
 
 _KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
 
@@ -71,11 +71,11 @@ def export_gguf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> dict[str, str]:
-    """Write `model` with `tokenizer` inside to `output`, which appears complete or not at all. Return the type of each
-    tensor, by its name in the file.
+    """Write `model` and `tokenizer` to one file, `output`. The file appears complete or not at all. Return the type of
+    each tensor, by its name in the file.
 
     `name` is the model's name in lists of models, `license` an SPDX identifier such as `mit`, `chat_template` a Jinja
-    template. Raises `ExportError` for a tokenizer or weights that the file cannot hold and where it cannot be written,
+    template. Raises `ExportError` if the file cannot hold the tokenizer or the weights, or cannot be written. Raises
     `ValueError` if the name table and the model's state dict differ.
     """
     output = Path(output)
@@ -100,15 +100,15 @@ def export_gguf(
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for tensor, weights in tensors.items():  # one converted tensor in memory at a time
+            for tensor, weights in tensors.items():  # only one converted tensor is in memory at a time
                 writer.write_tensor_data(as_type(weights.numpy(), types[tensor]))
     return {tensor: type.name.lower() for tensor, type in types.items()}
 
 
 def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
-    """llama.cpp's name → fp32 tensor on the CPU, of every tensor that its graph reads.
+    """llama.cpp's name → fp32 tensor on the CPU, for every tensor that llama.cpp's graph reads.
 
-    Covers the state dict exactly, or raises `ValueError`.
+    Raises `ValueError` if the name table does not cover the state dict exactly.
     """
     config = model.config
     names, state = tensor_names(config), for_llama_cpp(model.state_dict(), config)
@@ -118,7 +118,7 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
 
 
 def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantization) -> dict[str, Any]:
-    """All metadata but the model's name, licence and chat template."""
+    """All metadata except the model's name, license and chat template."""
     config, eos_id = model.config, tokenizer.eos_id
     tokens = tokenizer.token_strings()
     token_types = [int(gguf.TokenType.NORMAL)] * len(tokens)
@@ -140,7 +140,7 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
 
 
 def _size_label(parameters: int) -> str:
-    """The number of parameters as in names of models: `124M`."""
+    """The number of parameters as in the names of models, such as `124M`."""
     for unit, suffix in ((1e9, "B"), (1e6, "M")):
         if parameters >= unit:
             return f"{parameters / unit:.3g}{suffix}"
@@ -158,7 +158,7 @@ def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantization) -> dict[str, TensorType]:
-    """The type of each tensor of `file_tensors` in the file."""
+    """The type that each of `tensors` has in the file, by name."""
     return {
         name: tensor_type(name, tensor.shape, quantize, model.config.num_layers, model.config.tie_embeddings)
         for name, tensor in tensors.items()
@@ -168,8 +168,8 @@ def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantizat
 def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     """The model in a GGUF file of Atlas, in fp32 and evaluation mode, and the file's metadata.
 
-    Everything comes from the file: shape, norm epsilon, and the weights as their type has rounded them.
-    Raises `ExportError` for a file that is not complete or of another architecture.
+    The shape, the norm epsilon and the weights come from the file. The weights are rounded to their types in the file.
+    Raises `ExportError` if the file is incomplete or of another architecture.
     """
     with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -189,7 +189,7 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of any GGUF file; its tensors are not read. Raises `ExportError`."""
+    """The metadata of any GGUF file. No tensor is read. Raises `ExportError`."""
     with open_gguf(path) as reader:
         return {name: field.contents() for name, field in reader.fields.items()}
 
@@ -201,12 +201,10 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
         check_header(Path(path))
         yield gguf.GGUFReader(path)
     except FileNotFoundError:
-        raise ExportError(f"{path}: no such file: atlas export makes one") from None
+        raise ExportError(f"{path}: no such file: atlas export writes GGUF files") from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         if Path(path).suffix == ".pt":
-            raise ExportError(
-                f"{path}: is a checkpoint and no GGUF file: atlas export makes one of it"
-            ) from None
+            raise ExportError(f"{path}: is a checkpoint, not a GGUF file: atlas export converts it") from None
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise ExportError(
             f"{path}: is not a complete GGUF file: {reason:.200}; download or export it again"
@@ -224,14 +222,14 @@ def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
     largest = tensor.abs().max().item()
     if not np.isfinite(largest):
-        raise ExportError(f"{name}: holds values that are not numbers; export an earlier checkpoint")
+        raise ExportError(f"{name}: holds values that are not finite; export an earlier checkpoint")
     if type is TensorType.F16 and largest > (limit := torch.finfo(torch.float16).max):
         raise ExportError(f"{name}: holds {largest:.3g}, more than f16's {limit:.0f}; use --quantize f32")
 
 
 def _check_place(output: Path, needed: int) -> None:
-    """Make the folder, and raise `ExportError` if it is too small. A typing error must not replace a checkpoint by the
-    export."""
+    """Create the folder. Raises `ExportError` if its disk has too little space, or if `output` exists and is not a GGUF
+    file: a typing error must not overwrite a checkpoint."""
     if output.is_file():
         with open(output, "rb") as file:
             if file.read(4) not in (b"GGUF", b""):
@@ -240,6 +238,6 @@ def _check_place(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output}: needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there; "
+            f"{output}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on its disk; "
             "free some space or choose another place"
         )

@@ -1,7 +1,7 @@
-"""Compare the sizes that a GGUF file's header claims with the file's length, before the library reads it.
+"""Compare the sizes in a GGUF file's header with the file's length, before the package `gguf` reads the file.
 
-`gguf.GGUFReader` trusts the header and makes two arrays for every number of a list: a file of 100 MB can need 50 GB,
-and one that claims 2^62 entries never ends.
+`gguf.GGUFReader` trusts the header and makes two arrays for every number of a list. So a file of 100 MB can need 50 GB
+of memory, and reading a file that claims 2^62 entries never ends.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gguf import GGUFValueType as Kind
 from atlas.files import check_regular
 
 MOST_VALUES = 4_000_000
-"""Most values in the metadata; a vocabulary of 256,000 tokens with its merges has about 1.3 million."""
+"""The most values in the metadata. A vocabulary of 256,000 tokens, with its merges, has about 1.3 million values."""
 _MOST_ENTRIES = 1 << 17
 _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
 
 
 def check_header(path: Path) -> None:
-    """Raise `ValueError` or `OSError` for a file whose header claims more than the file can hold."""
+    """Raise `ValueError` if the header claims more than the file can hold, `OSError` if the file cannot be read."""
     size = check_regular(path)
     with path.open("rb") as file:
         _Header(file, size).check()
@@ -39,11 +39,11 @@ class _Header:
         if self._file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         if self._number(4) & 0xFFFF == 0:
-            self._order = "big"  # the version reads as a small number in the writer's byte order
+            self._order = "big"  # the version is a small number, in the writer's byte order
         tensors, entries = self._number(8), self._number(8)
         if max(tensors, entries) > _MOST_ENTRIES:
             raise ValueError(
-                f"it claims {tensors:,} tensors and {entries:,} entries, beyond {_MOST_ENTRIES:,}"
+                f"it claims {tensors:,} tensors and {entries:,} entries, more than {_MOST_ENTRIES:,}"
             )
         for _ in range(entries):
             self._skip_text(_LONGEST_NAME)
@@ -72,7 +72,7 @@ class _Header:
                 raise ValueError("it holds lists of lists")
         self._values += count
         if self._values > MOST_VALUES:
-            raise ValueError(f"its metadata claim {self._values:,} values, beyond {MOST_VALUES:,}")
+            raise ValueError(f"its metadata claim {self._values:,} values, more than {MOST_VALUES:,}")
         if kind is Kind.STRING:
             for _ in range(count):
                 self._skip_text(self._size)
@@ -91,7 +91,7 @@ class _Header:
         self._file.seek(length, 1)
 
     def _number(self, num_bytes: int) -> int:
-        """The next unsigned number."""
+        """Read the next unsigned number."""
         content = self._file.read(num_bytes)
         if len(content) < num_bytes:
             raise ValueError("it is cut off")

@@ -1,6 +1,6 @@
-"""The format of Hugging Face's `transformers`: convert config.json and the names of tensors, out and in.
+"""The format of Hugging Face's `transformers`: export and import config.json and the names of tensors.
 
-The model types are those that Atlas computes: `gpt2`, `llama`, `qwen3`.
+Atlas supports the model types `gpt2`, `llama` and `qwen3`.
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ _COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": _SILU_WITHOUT_BIASES,
     "qwen3": _SILU_WITHOUT_BIASES,
 }
-"""Per model type: a key of config.json → the values that Atlas computes, the default of `transformers` first."""
+"""Per model type: a key of config.json → the values that Atlas supports. The first value is the default of
+`transformers`."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""What older versions saved besides the weights: masks and RoPE's frequencies."""
+"""Suffixes of tensors that older versions of `transformers` saved besides the weights: masks and RoPE's frequencies."""
 
 
 def import_safetensors(problem: str) -> Any:
-    """The package, with `safetensors.torch`. Raises `ExportError` with `problem` if it is not installed."""
+    """Import and return the package safetensors. Raises `ExportError` with the text `problem` if it is not
+    installed."""
     try:
         import safetensors.torch
     except ImportError:
@@ -91,18 +93,19 @@ def import_safetensors(problem: str) -> Any:
 
 
 def names_of(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → Hugging Face's, for each tensor."""
+    """Atlas's name → Hugging Face's name, for each tensor of a model of this shape."""
     return names_in(_NAMES, config)
 
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict of Atlas by Hugging Face's names, without the rows that only pad the vocabulary."""
+    """A state dict of Atlas with Hugging Face's names, without the rows that only pad the vocabulary."""
     split = exportable_state(state, config)
     return {theirs: _transposed(split[ours], ours, config) for ours, theirs in names_of(config).items()}
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse, in fp32. Raises `ExportError` for tensors that are missing, unknown or of another shape."""
+    """The inverse of `state_out`, in fp32. Raises `ExportError` if tensors are missing or unknown, or the vocabulary
+    has another size."""
     found = {
         _full_name(name, config): tensor
         for name, tensor in tensors.items()
@@ -110,7 +113,7 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     }
     names = names_of(config)
     if config.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some files hold the shared table twice
+        found.pop("lm_head.weight", None)  # some files hold the shared matrix twice
     if missing := sorted(set(names.values()) - found.keys()):
         raise ExportError(f"lacks {len(missing)} tensors, such as {missing[0]}: is the download complete?")
     if unknown := sorted(found.keys() - set(names.values())):
@@ -120,15 +123,15 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
         tensor = found[theirs].float()
         if ours in VOCABULARY_ROWS and len(tensor) != config.vocabulary:
             raise ExportError(
-                f"{theirs} has {len(tensor):,} rows, and vocab_size in config.json is {config.vocabulary:,}: "
-                "one of the two files is of another model"
+                f"{theirs} has {len(tensor):,} rows, but vocab_size in config.json is {config.vocabulary:,}: "
+                "the two files are not from the same model"
             )
         state[ours] = _transposed(tensor, ours, config)
     return joined(state, config)
 
 
 def _full_name(name: str, config: ModelConfig) -> str:
-    """The full name of a tensor: files without a head, such as OpenAI's GPT-2, omit the prefix."""
+    """The full name of a tensor. Files without a head, such as OpenAI's GPT-2, omit the prefix."""
     if name.startswith("lm_head."):
         return name
     prefix = "transformer." if config.gguf_architecture == "gpt2" else "model."
@@ -136,13 +139,13 @@ def _full_name(name: str, config: ModelConfig) -> str:
 
 
 def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """The tensor, transposed if it is a linear layer of GPT-2, which is stored as (in, out)."""
+    """Transpose the tensor if it is a matrix of a linear layer of GPT-2. Hugging Face stores these as (in, out)."""
     is_turned = config.gguf_architecture == "gpt2" and name.startswith("blocks.") and tensor.dim() == 2
     return (tensor.T if is_turned else tensor).contiguous()
 
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
-    """The content of config.json."""
+    """The content of config.json for a model of this shape."""
     family, sizes = architecture_of(config), config.resolved_sizes
     content: dict[str, Any] = {
         "architectures": [CLASSES[family]],
@@ -160,8 +163,8 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
 
 
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
-    """The shape in a config.json, with the defaults of `transformers`. Raises `ExportError` for values that Atlas does
-    not compute."""
+    """The model config for a config.json. Missing keys have the defaults of `transformers`. Raises `ExportError` for
+    values that Atlas does not support."""
     family = stated.get("model_type")
     if family not in CLASSES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
@@ -182,7 +185,7 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(stated: Mapping[str, Any]) -> Any:
-    """`rope_theta`, or, since version 5 of `transformers`, `rope_parameters`."""
+    """RoPE's base, from the key `rope_theta`, or from `rope_parameters`, which `transformers` 5 and later write."""
     parameters = stated.get("rope_parameters") or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise ExportError(

@@ -36,12 +36,12 @@ def export_hf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `model` with `tokenizer` into `folder`, which appears complete or not at all. An earlier export there is
-    replaced; other files are not.
+    """Write `model` and `tokenizer` to `folder`. The export appears complete or not at all. It replaces an earlier
+    export in the folder, but no other files.
 
-    `facts` is the checkpoint's record of its training, for the model card, `license` an SPDX identifier,
-    `chat_template` a Jinja template. Raises `ExportError` for a tokenizer or a shape that the format cannot hold, for
-    weights that `dtype` cannot hold, and if the folder cannot be written.
+    `facts` holds the checkpoint's facts about its training, for the model card. `license` is an SPDX identifier,
+    `chat_template` a Jinja template. Raises `ExportError` if the format cannot hold the tokenizer or the shape, if
+    `dtype` cannot hold the weights, or if the folder cannot be written.
     """
     safetensors = import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
@@ -53,7 +53,7 @@ def export_hf(
     tensors = {tensor_name: tensor.to(kind) for tensor_name, tensor in state.items()}
     for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ExportError(f"{tensor_name}: holds values that {dtype} cannot; use --quantize f32")
+            raise ExportError(f"{tensor_name}: holds values that {dtype} cannot hold; use --quantize f32")
     configs = {
         "config.json": config_out(model.config, eos_id=eos_id, dtype=str(kind).split(".")[1]),
         "generation_config.json": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, **ends},
@@ -74,7 +74,7 @@ def export_hf(
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors hides its file from other users
+        # safetensors writes a file that other users cannot read
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
 
     return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
@@ -98,7 +98,7 @@ def _model_card(
         "tokens seen": f"{sequences * config.max_seq_len:,}" if sequences else None,
         "optimizer": training.get("optimizer"),
         "peak learning rate": training.get("learning_rate"),
-        **{name: f"{loss:.4f} nats a token" for name, loss in losses.items() if loss is not None},
+        **{name: f"{loss:.4f} nats per token" for name, loss in losses.items() if loss is not None},
         "started from": facts.get("initialized_from"),
     }
     example = 'ids = tokenizer("The river", return_tensors="pt").input_ids'

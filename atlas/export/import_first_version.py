@@ -1,8 +1,8 @@
 """Import a checkpoint of Atlas 1.x.
 
-No code in the file is run: see `atlas/training/checkpoint/safe_unpickle.py`. Its shape follows from its tensors. The
-file does not hold the number of heads, the activation and the epsilon of the norms. They come from flags, from the
-config that it was trained with, or are the defaults of Atlas 1.x.
+No code in the file runs: see `atlas/training/checkpoint/safe_unpickle.py`. The model's shape follows from the tensors.
+The file does not hold the number of heads, the activation and the norms' epsilon. These come from flags, from the
+config that the model was trained with, or from the defaults of Atlas 1.x.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TENSOR_NAMES = with_biases(
         "lm_head": "lm_head",
     }
 )
-"""Atlas's name of a tensor → that of Atlas 1.x, `{}` being the block."""
+"""Atlas's name of a tensor → its name in Atlas 1.x. `{}` is the block."""
 
 _LINEAR_BIASES = re.compile(r"blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])\.bias")
 _NOT_NEEDED = ("optimizer_state_dict", "scheduler_state_dict")
@@ -57,10 +57,10 @@ def import_first_version(
     config: str | Path | None = None,
     tokenizer: str | None = None,
 ) -> tuple[AtlasLM, Tokenizer, list[str]]:
-    """The model of `path`, in fp32 on the CPU, its tokenizer, and notes on what was assumed and omitted.
+    """The model in `path`, in fp32 on the CPU, its tokenizer, and notes on all assumptions and omissions.
 
-    `num_heads` has precedence over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` for
-    a file that is no checkpoint of Atlas 1.x or is not complete, and if the number of heads is unknown.
+    `num_heads` has precedence over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` if
+    the file is not a complete checkpoint of Atlas 1.x, or if the number of heads is unknown.
     """
     path = Path(path)
     contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
@@ -77,13 +77,13 @@ def import_first_version(
     ]
     if not stated:
         notes.append(
-            "the file does not record the activation and norm_eps: taken as gelu and 1e-5, the defaults of Atlas 1.x; "
-            "if your config differs, name it with --config"
+            "the file does not record the activation and norm_eps: Atlas assumes gelu and 1e-5, the defaults of Atlas "
+            "1.x. If your config differs, name it with --config"
         )
     with import_of(path, "its tensors do not fit together"):
         weights = _checked(contents["model_state_dict"])
         own, rows = Tokenizer.resolve(tokenizer or "gpt2"), len(weights[TOKEN_EMBEDDING])
-        # Atlas 1.x gave a model with GPT-2's tokenizer rows for 4 more tokens, which its data never contained.
+        # With GPT-2's tokenizer, Atlas 1.x gave a model 4 rows too many. Its data never contained those 4 tokens.
         if own.name == "gpt2" and rows > own.vocab_size:
             notes.append(
                 f"of {rows:,} tokens the last {rows - own.vocab_size} are left out: GPT-2's tokenizer has "
@@ -102,15 +102,18 @@ def import_first_version(
 
 
 def _model_section(config: Any) -> Layer:
-    """The numbers and strings of a config's `model` section, or of a config that is this section itself."""
+    """The numbers and strings in the `model` section of a config. A config without sections is that section itself."""
     section = config.get("model", config) if isinstance(config, Mapping) else {}
     entries = section.items() if isinstance(section, Mapping) else ()
     return {key: value for key, value in entries if isinstance(value, (int, float, str))}
 
 
 def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors. Raises `ExportError` unless they are exactly those of the table, for some number of blocks, and
-    share no memory but that of tied embeddings."""
+    """Return the tensors in `weights`.
+
+    Raises `ExportError` unless their names are exactly those in `TENSOR_NAMES`, for some number of blocks. Only tied
+    embeddings may share memory.
+    """
     for name, tensor in weights.items():
         is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
         if not is_plain or not tensor.is_floating_point() or not tensor.is_contiguous():
@@ -154,7 +157,7 @@ def _shape_of(
     for key, value in found.items():
         if str(stated.get(key, value)) != str(value):
             raise ExportError(
-                f"has {key} {value}, and the config {stated[key]!s:.40}: give the config that it was trained with"
+                f"has {key} {value}, but the config has {stated[key]!s:.40}: give the config that it was trained with"
             )
     if (activation := stated.get("activation", "gelu")) != "gelu":
         raise ExportError(

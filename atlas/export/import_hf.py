@@ -1,6 +1,6 @@
 """Import a model in Hugging Face's format, GPT-2, Llama or Qwen3, from a local folder.
 
-No code in it is run: tensors come from safetensors, everything else is JSON.
+No code in the folder runs. Tensors are read from safetensors, and everything else is JSON.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _LARGEST_TEMPLATE = 1 << 20
 
 
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
-    """The model, in fp32 on the CPU, and the tokenizer of `folder`, or the one that `tokenizer` names.
+    """The model in `folder`, in fp32 on the CPU, and its tokenizer, or the tokenizer that `tokenizer` names.
 
-    Raises `ExportError` for a family that Atlas does not compute, for missing, damaged or mismatched files, and for
+    Raises `ExportError` for a model type that Atlas does not support, for missing, damaged or mismatched files, and for
     pickled weights.
     """
     folder = Path(folder)
@@ -36,8 +36,10 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The folder's chat template, in Jinja, or None. It is not run here but kept for exports. Of several named
-    templates it is the one called default."""
+    """The folder's chat template, in Jinja, or None. It is not run here, but kept for exports.
+
+    If the folder has several named templates, the template called default is returned.
+    """
     try:
         if (folder / "chat_template.jinja").is_file():
             template: Any = read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode()
@@ -63,7 +65,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= safetensors.torch.load_file(folder / file)
         except FileNotFoundError:
             raise ExportError(
-                f"{file} is missing, which the index names: is the download complete?"
+                f"{file} is missing, but the index names it: is the download complete?"
             ) from None
         except (OSError, safetensors.SafetensorError) as error:
             raise ExportError(f"{file}: cannot be read: {error!s:.200}; download it again") from None
@@ -77,11 +79,11 @@ def _weight_files(folder: Path) -> list[str]:
         places = _read_json(folder / "model.safetensors.index.json").get("weight_map")
         names = set(places.values()) if isinstance(places, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ExportError("model.safetensors.index.json: names no files of this folder")
+            raise ExportError("model.safetensors.index.json: does not name files in this folder")
         return sorted(names)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ExportError(
-            "holds pickled weights, which can run code and are not read; save it with safetensors "
+            "holds pickled weights, which can run code, so Atlas does not read them; save the model as safetensors "
             "(model.save_pretrained does)"
         )
     raise ExportError("has no model.safetensors and no model.safetensors.index.json")
@@ -95,8 +97,8 @@ def _read_tokenizer(folder: Path, named: str | None, vocab_size: int) -> Tokeniz
     tokenizer = Tokenizer.load(folder) if named is None else Tokenizer.resolve(named)
     if tokenizer.vocab_size != vocab_size:
         raise ExportError(
-            f"{folder}: the model has {vocab_size:,} tokens, and tokenizer {named or 'tokenizer.json'} has "
-            f"{tokenizer.vocab_size:,}: they are not of one model"
+            f"{folder}: the model has {vocab_size:,} tokens, but tokenizer {named or 'tokenizer.json'} has "
+            f"{tokenizer.vocab_size:,}: they are not from the same model"
         )
     return tokenizer
 
@@ -109,5 +111,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path.name}: cannot be read: {error!s:.200}") from None
     if not isinstance(content, dict):
-        raise ExportError(f"{path.name}: is not an object")
+        raise ExportError(f"{path.name}: is not a JSON object")
     return content

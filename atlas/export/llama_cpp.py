@@ -1,9 +1,9 @@
-"""Run a GGUF file in llama.cpp, through the package `xllamacpp`, in a separate process.
+"""Run a GGUF file in llama.cpp with the package `xllamacpp`, in a separate process.
 
-A separate process, because llama.cpp ends the process that gives it a file it cannot compute, writes to standard
-output and handles Ctrl-C itself. That process runs this module: one JSON request on standard input, one JSON answer as
-the last line of standard output. It sends its requests to llama.cpp's HTTP server on the loopback interface, the only
-interface of the package that can tokenize.
+The process is separate because llama.cpp ends its process if it cannot run a file. llama.cpp also writes to standard
+output and handles Ctrl-C itself. The separate process runs this module. The process reads one JSON request from
+standard input, and writes one JSON answer as the last line of standard output. The process sends requests to
+llama.cpp's HTTP server on the loopback interface, since no other function of the package can tokenize.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from urllib.parse import urlsplit
 from atlas.errors import ExportError
 
 NUM_CANDIDATES = 10
-"""The most probable tokens at each step, whose log-probabilities are requested."""
+"""The number of most probable tokens at each step whose log-probabilities are requested."""
 
 
 UNDERFLOW = -80.0
-"""Below this log-probability llama.cpp's fp32 softmax underflows."""
+"""The log-probability below which llama.cpp's fp32 softmax underflows."""
 
 _MANY, _ALL = 300, 10**6
-"""Numbers of candidates: one that nearly always includes a token, and one larger than any vocabulary."""
+"""Two numbers of candidates: the first nearly always includes a given token, the second exceeds every vocabulary."""
 
 _CERTAIN = 1000.0
-"""Added to a logit, so that its token is generated. Log-probabilities are computed before it is added."""
+"""The bias that makes the server generate a token. The server computes log-probabilities before it adds the bias."""
 
 Post = Callable[[str, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One token of llama.cpp's greedy text, and the log-probabilities of the most probable tokens, by id."""
+    """One token of llama.cpp's greedy text, and the log-probabilities of the most probable tokens at that step, by
+    id."""
 
     token: int
     logprobs: dict[int, float]
@@ -49,8 +50,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """The token ids of each text, the continuation of each prompt, and for each window the log-probability of every
-    token but the first, given the tokens before it; None where llama.cpp computes nan."""
+    """The results of a request: the token ids of each text, the continuation of each prompt, and the log-probabilities
+    of each window.
+
+    A window has a log-probability for every token but the first, given the tokens before it. None means that llama.cpp
+    computed nan.
+    """
 
     token_ids: list[list[int]]
     continuations: list[list[Step]]
@@ -74,14 +79,14 @@ def ask_llama_cpp(
     """Tokenize `texts`, continue each of `prompts` (token ids) greedily by its number of tokens in `lengths`, and
     evaluate `windows` (token ids, at most `context`).
 
-    Runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises `ExportError`
-    if llama.cpp cannot load or run the file.
+    llama.cpp runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises
+    `ExportError` if llama.cpp cannot load or run the file.
     """
-    import torch  # which the other process does not need
+    import torch  # the separate process does not need torch
 
     request = {"path": str(path), "context": context, "threads": max(1, torch.get_num_threads() // 2)}
     request |= {"texts": texts, "prompts": prompts, "lengths": lengths, "windows": windows}
-    # The child imports Atlas from where this process did, installed or not.
+    # The separate process imports Atlas from the same place as this process, installed or not.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(
         [sys.executable, "-m", "atlas.export.llama_cpp"],
@@ -102,7 +107,7 @@ def ask_llama_cpp(
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    """llama.cpp's first error, which causes the later ones; else the exception's message."""
+    """llama.cpp's first error, since it causes all later errors; without an error, the exception's message."""
     logged = [line.split(" E ", 1)[1] for line in process.stderr.splitlines() if " E " in line]
     reason = logged[:1] or process.stdout.strip().splitlines()[-1:] or process.stderr.strip().splitlines()[:1]
     return reason[0].strip() if reason else f"it ended with {process.returncode}"
@@ -112,7 +117,7 @@ def _main() -> None:
     try:
         _answer(json.load(sys.stdin))
     except Exception as error:
-        # To standard output: a thread of llama.cpp may be writing parts of a line to standard error.
+        # A thread of llama.cpp may be writing to standard error, so this line goes to standard output.
         print(f"\n{error}")
         sys.exit(1)
 
@@ -138,7 +143,7 @@ def _answer(request: dict[str, Any]) -> None:
 
 
 def server_params(path: str, context: int, threads: int, *, parallel: int = 1) -> Any:
-    """The settings of llama.cpp's server for a file, and for `context` tokens of all `parallel` sequences together."""
+    """The settings of llama.cpp's server for a file. All `parallel` sequences share a context of `context` tokens."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -165,7 +170,7 @@ def load(path: str, context: int, threads: int) -> Any:
 
 
 def connect(server: Any) -> Post:
-    """A function that sends a request to a route of the server and returns the answer."""
+    """A function that sends a request to a route of the server and returns the parsed answer."""
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -182,25 +187,25 @@ def connect(server: Any) -> Post:
 def _continue(post: Post, prompt: list[int], length: int, letter: int) -> list[Any]:
     """[[candidate, log-probability], …] per step. The first candidate, the most probable one, is the step's token.
 
-    Each step is a request for one more token; the server's cache keeps the earlier ones. The request is forced to
-    generate "a": after text that ends inside a character, or at the end of the document, llama.cpp's server stops,
-    withholds the log-probabilities or, in older versions, fails.
+    Each step is a request for one more token. The server's cache keeps the earlier tokens. Each request forces the
+    server to generate "a". Otherwise, after text that ends inside a character, or at the end of the document, the
+    server stops, withholds the log-probabilities or, in older versions, fails.
     """
     steps: list[list[Any]] = []
     for _ in range(length):
         [record] = _force(post, [*prompt, *(step[0][0] for step in steps)], letter, NUM_CANDIDATES)
         logprobs = [(each["id"], each["logprob"]) for each in record["top_logprobs"]]
-        # llama.cpp writes null for nan, and Python reads and writes NaN.
+        # llama.cpp writes nan as null. The JSON of Python can hold NaN.
         steps.append([(id, math.nan if logprob is None else logprob) for id, logprob in logprobs])
     return steps
 
 
 def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | None:
-    """The log-probability of `token` after `prompt`: the server is forced to generate it.
+    """The log-probability of `token` after `prompt`. The server is forced to generate the token.
 
-    For a token that ends inside a character the server returns nothing. It is then forced to generate "a" and asked for
-    the log-probabilities of many tokens, and if `token` is not among them, of all tokens, which takes up to a second
-    with a large vocabulary.
+    If the token ends inside a character, the server returns no log-probability. A second request then forces "a" and
+    asks for the log-probabilities of many tokens. If `token` is not among these, a third request asks for all tokens,
+    which takes up to a second with a large vocabulary.
     """
     records = _force(post, prompt, token, 1)
     for candidates in (_MANY, _ALL):
@@ -212,8 +217,8 @@ def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | 
 
 
 def _force(post: Post, prompt: list[int], token: int, candidates: int) -> list[dict[str, Any]]:
-    """The server's record of `token`, which it is forced to generate after `prompt`: its log-probability, and those of
-    the most probable `candidates`. Empty if the server withholds them."""
+    """Force the server to generate `token` after `prompt`. Return its record: the log-probabilities of this token and
+    of the most probable `candidates`. The list is empty if the server withholds the record."""
     request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": candidates}
     answer = post("/completion", request | {"logit_bias": [[token, _CERTAIN]]})
     records: list[dict[str, Any]] = answer.get("completion_probabilities", [])

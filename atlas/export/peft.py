@@ -30,10 +30,9 @@ def export_adapter(
     *,
     base: str = "",
 ) -> Path:
-    """Write the updates in `weights`, a training state dict, into `folder`; `base` names the model that they were
-    trained on.
+    """Write the low-rank updates in `weights`, a training state dict, to `folder`. `base` names the base model.
 
-    Raises `ExportError` if there are none, and as `write_folder` does.
+    Raises `ExportError` if there are no low-rank updates, or if `write_folder` raises it.
     """
     safetensors = import_safetensors("--format peft: needs safetensors")
     if not lora.rank:
@@ -41,7 +40,7 @@ def export_adapter(
             "--format peft: all weights of this model were trained (lora.rank 0); use --format hf"
         )
     tensors = adapter_tensors(weights, config)
-    # With the parent module's name: GPT-2 has two modules called c_proj.
+    # The names include the parent module, since GPT-2 has two modules called c_proj.
     modules = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
     stated: dict[str, Any] = {
         "peft_type": "LORA",
@@ -52,20 +51,20 @@ def export_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
-        "fan_in_fan_out": config.gguf_architecture == "gpt2",  # it stores matrices as (in, out)
+        "fan_in_fan_out": config.gguf_architecture == "gpt2",  # GPT-2 stores matrices as (in, out)
         "inference_mode": True,
     }
 
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
-        shutil.copymode(folder / _FILES[0], folder / _FILES[1])  # which safetensors hides from others
+        shutil.copymode(folder / _FILES[0], folder / _FILES[1])  # else other users cannot read it
 
     return write_folder(Path(folder), _FILES, write)
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The updates by PEFT's names. Where PEFT splits a matrix of Atlas, all of its splits share A."""
+    """PEFT's name → tensor, for each low-rank update. If PEFT splits a matrix of Atlas, all splits have the same A."""
     names, tensors = names_of(config), {}
     for module in [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]:
         splits = {f"{module}.weight": weights[f"{module}.lora_b"]}

@@ -1,8 +1,8 @@
 """The types of GGUF's tensors, and the conversion of weights to them.
 
 The type of each tensor follows llama.cpp's own rule (`llama_tensor_get_type_impl` and `tensor_type_fallback` in its
-`src/llama-quant.cpp`, for models without experts and without an importance matrix). The package `gguf` converts to the
-simple types. It can only read K-quants; ggml's own function, inside the package `xllamacpp`, writes them.
+`src/llama-quant.cpp`, for models without experts and without an importance matrix). The package `gguf` converts weights
+to the simple types, but it can only read K-quants. ggml's own function, in the package `xllamacpp`, writes K-quants.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _FALLBACKS = {
     TensorType.Q5_K: TensorType.Q5_1,
     TensorType.Q6_K: TensorType.Q8_0,
 }
-"""For rows that do not divide into blocks of 256."""
+"""K-quant → the type that replaces it for a matrix whose rows do not divide into blocks of 256."""
 _UNQUANTIZED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
 def file_type(quantize: Quantization) -> int:
-    """GGUF's number for the type of a file."""
+    """GGUF's number for the quantization of a file."""
     return int(FileType["ALL_F32" if quantize == "f32" else f"MOSTLY_{quantize.upper()}"])
 
 
@@ -47,8 +47,9 @@ def tensor_type(
 ) -> TensorType:
     """The type of the tensor that llama.cpp calls `name`.
 
-    Vectors and positions stay in 32 bits, since they are small. In quantized files the head has more bits, and in the
-    mixtures (`_k_m`) so have attention's values and the MLP's down projection in some layers.
+    Vectors and positions stay in 32 bits, since they are small. In quantized files the head has more bits than other
+    matrices. In the mixtures (`_k_m`) attention's values and the MLP's down projection also have more bits in some
+    layers.
     """
     if len(shape) == 1 or name == "position_embd.weight":
         return TensorType.F32
@@ -82,19 +83,19 @@ def _block_length(kind: TensorType) -> int:
 
 
 def num_bytes(count: int, kind: TensorType) -> int:
-    """Bytes of `count` numbers, in complete blocks."""
+    """The bytes of `count` numbers, which fill complete blocks."""
     length, size = gguf.GGML_QUANT_SIZES[kind]
     return count // length * size
 
 
 def check_available(quantize: Quantization) -> None:
-    """Raise `ExportError` if the library that writes this type is missing."""
+    """Raise `ExportError` if `quantize` needs ggml and ggml is missing."""
     if "_k" in quantize:
         _ggml(quantize)
 
 
 def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
-    """Convert fp32 weights to the bytes in the file. Raises `ExportError` for K-quants without ggml."""
+    """Convert fp32 weights to the bytes of type `kind` in the file. Raises `ExportError` for K-quants without ggml."""
     if kind not in _FALLBACKS:
         return gguf.quantize(weights, kind)
     rows = np.ascontiguousarray(weights, dtype=np.float32)
@@ -112,11 +113,11 @@ def _ggml(quantize: str) -> Any:
     found = importlib.util.find_spec("xllamacpp")
     problem = "the package xllamacpp is not installed"
     if found is not None and found.origin is not None:
-        problem = "this xllamacpp does not export it"
+        problem = "the installed xllamacpp does not export it"
         for path in sorted(Path(found.origin).parent.glob("xllamacpp*")):
             try:
                 function = ctypes.CDLL(str(path)).ggml_quantize_chunk
-            except (OSError, AttributeError):  # no library, or one without the function
+            except (OSError, AttributeError):  # not a library, or a library without the function
                 continue
             function.restype = ctypes.c_size_t
             number, pointer = ctypes.c_int64, ctypes.c_void_p

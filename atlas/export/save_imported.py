@@ -1,4 +1,4 @@
-"""Save a model that was trained elsewhere as a checkpoint of step 0, to generate with and to fine-tune."""
+"""Save an imported model as a checkpoint of step 0, for generation and fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def save_imported(
     source: str,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `atlas_best.pt` into `folder` and return its path. It has no optimizer state, so no run can resume from it.
-    Raises `ExportError` if it cannot be written."""
+    """Write `atlas_best.pt` into `folder` and return its path. The checkpoint has no optimizer state, so no run can
+    resume from it. Raises `ExportError` if it cannot be written."""
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -1,8 +1,8 @@
-"""How well a GGUF file predicts a text in llama.cpp, compared with the original model in PyTorch.
+"""Measure how well a GGUF file in llama.cpp predicts a text, compared with the original model in PyTorch.
 
 llama.cpp and PyTorch read the same windows, spread evenly over the text, and return the log-probability of every token
 except each window's first. A window is one token shorter than the model's context, since llama.cpp's server accepts no
-prompt that fills it. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
+prompt that fills the context. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.evaluate import Evaluation, fixed_subset
 
 NUM_TOKENS = 4000
-"""Tokens of a text that a file is evaluated on: seconds for a small model, an uncertainty of a few percent."""
+"""The number of tokens that a file is evaluated on. The evaluation of a small model takes seconds, and its uncertainty
+is a few percent."""
 
 LogProbs = NDArray[np.float64]
 """(tokens,): the log-probability of each predicted token of a sample, in order."""
@@ -33,7 +34,7 @@ LogProbs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """Windows of the text `name`. The first token of each is given, the others are predicted."""
+    """Windows of the text `name`. The model predicts all tokens of a window except the first, which is given."""
 
     name: str
     windows: Sequence[list[int]]
@@ -42,11 +43,11 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are predicted."""
+        """The number of predicted tokens."""
         return sum(len(window) - 1 for window in self.windows)
 
     def bits_per_byte(self, logprobs: LogProbs) -> float:
-        """The mean cost of a byte of the sample."""
+        """The mean bits per byte of the sample, from the log-probability of each predicted token."""
         num_bytes = self.num_tokens * self.bytes_per_token
         return Evaluation(-float(logprobs.mean()), self.num_tokens, num_bytes).bits_per_byte
 
@@ -56,7 +57,7 @@ def sample_of(
 ) -> Sample:
     """About `num_tokens` tokens of a prepared folder (its validation part, if it has one) or of plain text.
 
-    Raises `ExportError` if there is no text, for conversations, and for data prepared with another tokenizer.
+    Raises `ExportError` if there is no text, if the data are conversations, or if another tokenizer prepared them.
     """
     resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
     length, stream = max(1, context - 1), resolved.val or resolved.train
@@ -73,7 +74,7 @@ def sample_of(
 
 @torch.inference_mode()
 def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
-    """The log-probabilities of a sample by the model."""
+    """The log-probability that the model gives to each predicted token of the sample."""
     rows = []
     for window in sample.windows:
         tokens = torch.tensor(window)
@@ -83,7 +84,10 @@ def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
 
 
 def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
-    """The log-probabilities of a sample by the file. Raises `ExportError` if llama.cpp cannot run it."""
+    """The log-probability that the GGUF file in llama.cpp gives to each predicted token of the sample.
+
+    Raises `ExportError` if llama.cpp cannot run the file.
+    """
     answer = ask_llama_cpp(path, windows=sample.windows, context=sample.context)
     logprobs = [logprob for row in answer.logprobs for logprob in row]
     return np.maximum(np.array(logprobs, dtype=np.float64), UNDERFLOW)  # None becomes nan

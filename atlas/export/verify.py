@@ -1,21 +1,26 @@
-"""Prove, in llama.cpp itself, that a GGUF file computes what the model computes.
+"""Prove, with llama.cpp itself, that a GGUF file and the original model compute the same.
 
-Four things must agree. The file: shape and vocabulary are the model's, and every tensor is the model's, rounded to its
-type. Token ids: llama.cpp gives the tokenizer's ids for a corpus of difficult texts. Log-probabilities: llama.cpp's are
-those of PyTorch running the weights *read back from the file*. Greedy text: each token of llama.cpp is PyTorch's choice
-too, or less probable by less than the bound (a near-tie).
+Four things must agree:
+
+- The file has the model's shape and vocabulary. Every tensor equals the model's tensor, rounded to the type in the
+  file.
+- llama.cpp and the tokenizer give the same token ids for a corpus of difficult texts.
+- llama.cpp computes the same log-probabilities as PyTorch with the weights *read back from the file*.
+- In greedy text, llama.cpp and PyTorch choose the same tokens. A token of llama.cpp may be less probable than PyTorch's
+  choice by less than the bound (a near-tie).
 
 PyTorch gets the text that llama.cpp generated, so that a near-tie does not end the comparison. One prompt reaches to
-the end of the context, so that every position is tested. The report also has the drift, by which rounding the weights
-changed the log-probabilities; it does not affect the verdict.
+the end of the context, so that every position is tested. The report also has the drift: how much the rounding of the
+weights changed the log-probabilities. The drift does not affect the verdict.
 
-The bound. llama.cpp rounds where PyTorch does not: it reads GELU from a table of f16 numbers. It also rounds the inputs
-of matrix products to the type of the weights, or to 8 bits if the weights are quantized. How far this changes a
-log-probability depends on the model: 1e-4 in a new one, 1e-3 (f32) and 2e-3 (f16) in a trained one of 4 layers, 9e-3
-and 2e-2 in one that has memorized a text. So no fixed bound fits. Instead PyTorch runs once with these roundings and
-once in fp32, and the difference between the two is the unit. In 27 proofs of random models (x86-64, the three
-architectures, 9 types) llama.cpp differed from the rounded run by at most 1.2 units. It may differ by 3; with f16
-weights by 10, as some CPUs also add in f16.
+The bound depends on the model, because llama.cpp rounds some numbers that PyTorch does not round. llama.cpp reads GELU
+from a table of f16 numbers. It also rounds the inputs of matrix products to the type of the weights, or to 8 bits if
+the weights are quantized. These roundings change a log-probability by 1e-4 in an untrained model. In a trained model of
+4 layers the change is 1e-3 (f32) or 2e-3 (f16). In a model that has memorized a text the change is 9e-3 (f32) or 2e-2
+(f16). So no fixed bound fits. Instead PyTorch runs once with these roundings and once in fp32, and the difference
+between the two runs is the unit. In 27 proofs of random models (x86-64, the three architectures, 9 types) llama.cpp
+differed from the rounded run by at most 1.2 units. The bound is 3 units, or 10 units with f16 weights, as some CPUs
+also add in f16.
 """
 
 from __future__ import annotations
@@ -44,13 +49,13 @@ from atlas.model.mlp import MLP
 from atlas.tokenizer import Tokenizer
 
 SMALLEST_BOUND, LARGEST_BOUND, LARGEST_QUANTIZED_BOUND = 1e-3, 0.1, 0.5
-"""Nats; between them the bound follows from the model."""
+"""Limits of the bound, in nats. Between these limits the bound follows from the model."""
 
 _ROUNDING_FACTOR, _ROUNDING_FACTOR_OF_F16 = 3.0, 10.0
-"""llama.cpp may differ from PyTorch's rounded run by this many times the difference of the plain run."""
+"""The bound, in units of the difference between PyTorch's rounded run and its fp32 run."""
 
 PROMPT_TOKENS = 16
-"""Length of the prompts that are the beginnings of texts."""
+"""The number of tokens of each prompt that is the beginning of a text."""
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. It's what they've said; we'll see, I'd think, you're right.",
@@ -71,12 +76,12 @@ CORPUS = (
     "\n",
     "a",
 )
-"""English, contractions, code, digits, white space, scripts, combining marks, control characters."""
+"""Difficult texts: contractions, code, digits, white space, many scripts, combining marks, control characters."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared and what differed. `holds` is the verdict, `str()` the report."""
+    """The results of all comparisons. `holds` is the verdict, and `str()` gives the report."""
 
     num_tensors: int
     quantize: Quantization
@@ -95,7 +100,7 @@ class Proof:
 
     @property
     def checks(self) -> list[tuple[str, bool, str]]:
-        """What was compared, whether it agrees, and details."""
+        """For each of the four checks: its name, whether both sides agree, and details."""
         file = f"{self.num_tensors} {self.quantize} tensors, shape, vocabulary"
         texts = f"{self.num_text_tokens:,} tokens of {self.num_texts} texts"
         logprobs = f"{self.num_logprobs:,} compared, largest difference {self.largest_difference:.1e}"
@@ -110,7 +115,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether everything agrees."""
+        """Whether all four checks agree."""
         return all(agrees for _, agrees, _ in self.checks)
 
     def __str__(self) -> str:
@@ -137,8 +142,8 @@ def verify_gguf(
 ) -> Proof:
     """Compare the file `path` with the `model` and `tokenizer` that it was exported from with `quantize`.
 
-    `texts` are added to the corpus, and the first of them are prompts. Raises `ExportError` if the file is no GGUF file
-    of Atlas, or llama.cpp cannot run it.
+    `texts` are added in front of the corpus, and the first two become prompts. Raises `ExportError` if the file is not
+    a GGUF file of Atlas, or llama.cpp cannot run it.
     """
     tokenizer = exportable_tokenizer(tokenizer, model.config)
     read, metadata = read_gguf(path)
@@ -203,9 +208,12 @@ def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: in
 def _compare(
     read: AtlasLM, model: AtlasLM, quantize: Quantization, continued: Iterable[tuple[list[int], list[Step]]]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Differences of log-probabilities, with PyTorch imitating llama.cpp's roundings as the reference: of llama.cpp,
-    and of PyTorch without them; from the latter to the `model`, whose weights were not rounded; and for each step how
-    much more probable PyTorch's choice is than llama.cpp's (0: they are the same).
+    """Return four arrays: absolute differences of log-probabilities, and the gaps in greedy text.
+
+    The rounded run is PyTorch with llama.cpp's roundings; the plain run is PyTorch in fp32. The first array compares
+    llama.cpp with the rounded run. The second compares the rounded run with the plain run. The third compares the plain
+    run with the `model`, whose weights were not rounded. The fourth holds, for each step, the gap in log-probability
+    between PyTorch's choice and llama.cpp's choice (0: the same token).
     """
     compared, gaps = [], []
     for prompt, steps in continued:
@@ -233,7 +241,7 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
-    """Round as llama.cpp does: GELU's input and output to f16, SwiGLU's not, inputs of matrices as their weights."""
+    """A context in which `model` rounds like llama.cpp: GELU's input and output, and the inputs of matrix products."""
     head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
     with ExitStack() as hooks:
         add = hooks.enter_context
@@ -248,14 +256,16 @@ def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[N
 
 
 def _as_in_gelu_table(x: Tensor) -> Tensor:
-    """llama.cpp's table covers -10 to 10; beyond, GELU is 0 or its input."""
+    """Round `x` to f16 from -10 to 10, the range of llama.cpp's table. Outside the range GELU is 0 or its input."""
     return torch.where(x.abs() < 10, x.half().float(), x)
 
 
 def _as_multiplied(x: Tensor, quantize: str) -> Tensor:
-    """Return `x` rounded as llama.cpp rounds what it multiplies with weights of that type: for quantized weights to
-    8 bits with a scale for every 32 numbers, or for every 256 with K-quants. Where `x` does not consist of full blocks
-    of 32, `quantize.tensor_type` keeps the weights in f16."""
+    """Round `x` as llama.cpp rounds a matrix product's input, by the type of the weights.
+
+    For quantized weights the type is 8 bits, with a scale for every 32 numbers, or for every 256 with K-quants. If the
+    length of `x` is not a multiple of 32, `quantize.tensor_type` keeps the weights in f16.
+    """
     if quantize == "f32":
         return x
     if quantize == "bf16":

@@ -1,4 +1,4 @@
-"""From a checkpoint to text."""
+"""Load a checkpoint, generate text with it, and evaluate it."""
 
 from atlas.inference.generate import generate
 from atlas.inference.load import LoadedModel, load_model

@@ -1,8 +1,9 @@
-"""One decoding step, a new token for each row: a forward pass, on a GPU as a CUDA graph.
+"""Compute the logits of each row's next token: one forward pass, which runs as a CUDA graph on a GPU.
 
-A step is some hundred small kernels, and the host needs longer to launch them than the GPU to run them. A CUDA graph
-(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches them all in one call. A graph is valid for
-one number of rows and one number of cache slots that attention reads. The slots are doubled as the sequences grow.
+A step consists of some hundred small kernels. The CPU needs longer to launch them than the GPU needs to run them. A
+CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches all kernels in one call. A graph
+is valid for one number of rows and one number of cache slots that attention reads. The number of slots doubles as the
+sequences grow.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from atlas.model.kv_cache import CacheWindow
 
 _FEWEST_SLOTS = 256
 _WARM_UPS = 2
-"""Forward passes before a capture, in which libraries allocate their workspaces."""
+"""The number of forward passes before a capture. In these passes, libraries allocate their workspaces."""
 _CAPTURE_LOCK = threading.Lock()
-"""PyTorch captures one graph at a time in a process; a server may have several models."""
+"""A process can capture only one graph at a time, and a server may have several models."""
 
 
 class Decoder:
@@ -35,10 +36,11 @@ class Decoder:
         self._uses_graphs = cache.keys.is_cuda
         self._graphs: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
         self._pool: Any = None
-        """The memory pool that all graphs share, since one runs at a time."""
+        """The memory pool that all graphs share, since only one graph runs at a time."""
 
     def next_logits(self, newest: Sequence[int]) -> Tensor:
-        """(B, V): the logits after the newest token of each row, which enters the cache. Valid until the next call."""
+        """(B, V): the logits after the newest token of each row. The newest tokens enter the cache. The result is valid
+        until the next call."""
         tokens = long_tensor(newest, self.cache.keys.device)[:, None]
         step = self._captured_step(tokens) if self._uses_graphs else None
         if step is None:
@@ -48,7 +50,8 @@ class Decoder:
         return logits
 
     def _captured_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """Runs the graph for this number of rows and their lengths; None where PyTorch cannot capture one."""
+        """A function that runs the graph for this number of rows and their lengths; None if PyTorch cannot capture a
+        graph."""
         slots = _FEWEST_SLOTS
         while slots <= self.cache.longest:
             slots *= 2
@@ -76,7 +79,7 @@ class Decoder:
         return self._graphs[key]
 
     def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """`step` as a graph, which returns the same tensor each time."""
+        """Capture `step` as a graph. Return a function that runs the graph and returns the same tensor each time."""
         device = self.cache.keys.device
         with _CAPTURE_LOCK, torch.cuda.device(device):
             before, side = torch.cuda.current_stream(), _side_stream(device)
@@ -92,7 +95,7 @@ class Decoder:
                 with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                     logits = step()
             except RuntimeError:
-                torch.cuda.set_stream(before)  # a failed capture does not restore it
+                torch.cuda.set_stream(before)  # a failed capture does not restore the stream
                 raise
 
         def replay() -> Tensor:
@@ -104,5 +107,6 @@ class Decoder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps a workspace for each stream."""
+    """The stream for all captures on a device. Several streams would waste memory: cuBLAS keeps a workspace for each
+    stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

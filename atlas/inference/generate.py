@@ -1,7 +1,7 @@
-"""Prefill, then one token at a time: the loop under every command that generates text.
+"""The loop of every command that generates text: prefill the prompts, then generate one token at a time.
 
-The context is a window on each row's tokens. When it is full, the newest half is kept and prefilled again. This is so
-with and without a cache, so both generate the same text, of any length.
+The model reads a window of each row's tokens. When the window is full, its newest half is kept and prefilled again.
+Without a cache the windows are the same, so the text is the same. A text may have any length.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def generate(
     generators: list[torch.Generator] | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Continue every prompt (ids, at least one each); yield one new token per row and step, None for a
-    row that is done: after `eos_id` (which is not yielded) or `max_tokens`.
+    """Continue every prompt, a list of at least one id. Yield, at each step, one new token per row.
 
-    `generators`, one per row, decide the draws; `use_cache` changes the speed, never the text.
+    A row that generates `eos_id` is done. It yields None instead of `eos_id` and at all later steps. There are at most
+    `max_tokens` steps.
+
+    Each row draws its tokens with its own generator. `use_cache` changes the speed, never the text.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
@@ -74,8 +76,8 @@ def empty_cache(model: AtlasLM, rows: int, *, max_len: int | None = None) -> KVC
 
 
 def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
-    """The start of the model's window when it predicts the token after `num_tokens`, of which the first
-    `num_prompt_tokens` were the prompt and the others were generated."""
+    """The index at which the model's window starts when it predicts the token after `num_tokens` tokens. The first
+    `num_prompt_tokens` of these are the prompt, and the others were generated."""
     start = max(0, num_prompt_tokens - context)
     while num_tokens - start > context:
         start += context + 1 - max(1, context // 2)
@@ -83,7 +85,8 @@ def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
 
 
 def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Run the windows (ids) in one forward pass, into an empty `cache`: (B, V), the logits of each row's next token.
+    """Run the windows (ids) in one forward pass, and fill the empty `cache`. Return (B, V), the logits of each row's
+    next token.
 
     Rows are padded on the right. No query attends to the padding.
     """

@@ -1,4 +1,4 @@
-"""A model behind lm-eval's interface: log-likelihoods of continuations and of full texts, and generation.
+"""A model with lm-eval's interface. It computes log-likelihoods of continuations and full texts, and generates text.
 
 lm-eval is EleutherAI's evaluation harness, https://github.com/EleutherAI/lm-evaluation-harness.
 """
@@ -23,13 +23,13 @@ from atlas.inference.sampling import Sampling, row_generators
 from atlas.inference.text import encode_prompt, stream_ids
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
-"""May draw a progress bar around batches."""
+"""A function that iterates over batches and may draw a progress bar."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests with `loaded`, in batches of `batch_size`.
 
-    lm-eval's own base class splits each text into context and continuation, as for every model that it evaluates.
+    The base class, which lm-eval uses for every model, splits each text into context and continuation.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int, track: Track = iter) -> None:
@@ -45,11 +45,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self.loaded.tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Ids of the text alone: Atlas's tokenizers add no special tokens."""
+        """The ids of a text. Atlas's tokenizers add no special tokens."""
         return self.loaded.tokenizer.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows of the model's context that predict every token once."""
+        """The log-likelihood of each text. Each token is predicted once, in windows as long as the model's context."""
         windows = [
             (number, (request.args, *make_disjoint_window(window)))
             for number, request in enumerate(requests)
@@ -95,18 +95,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if len(continuation) > self.max_length:
             raise AtlasError(
                 f"--tasks: an answer of {len(continuation)} tokens is longer than the model's context of "
-                f"{self.max_length}; choose a task with shorter ones"
+                f"{self.max_length}; choose a task with shorter answers"
             )
 
     def _score(self, hidden: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """`hidden` (T, C) ends at the position that predicts the last token of `continuation`."""
+        """The log-likelihood of `continuation`, and whether greedy decoding would generate it.
+
+        `hidden` (T, C) ends at the position that predicts the last token of `continuation`.
+        """
         targets = torch.tensor(continuation, device=hidden.device)
         logits = self.loaded.model.head(hidden[-len(continuation) :]).float()
         chosen = logits.log_softmax(dim=-1).gather(-1, targets[:, None])
         return float(chosen.sum()), bool((logits.argmax(dim=-1) == targets).all())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each text, up to a stop string or the task's maximum number of tokens."""
+        """Generate a continuation of each text, up to a stop string or the task's maximum number of tokens."""
         tokenizer = self.loaded.tokenizer
         prompts = [encode_prompt(request.args[0], tokenizer) for request in requests]
         groups = defaultdict(list)  # requests with the same options, longest prompt first
@@ -115,14 +118,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batches = [(*options, batch) for options, group in groups.items() for batch in self._batches(group)]
         texts = [""] * len(requests)
         for sampling, stop, max_tokens, batch in self.track(batches):
-            # The prompt may use what the new tokens leave of the context, or else the half that a full window keeps.
+            # The prompt may use the part of the context that the new tokens leave free. If they leave none, the prompt
+            # may use the half that a full window keeps.
             room = self.max_length - max_tokens
             room = room if room > 0 else max(1, self.max_length // 2)
             steps = stream_ids(
                 self.loaded,
                 [prompts[number][-room:] for number in batch],
                 sampling,
-                # Seeded by the request's number, so that its text does not depend on the batch.
+                # The request's number gives the seed, so that the generated text does not depend on the batch.
                 [row_generators(0, 1, first_row=number)[0] for number in batch],
                 max_tokens=max_tokens,
                 stop=stop,
@@ -137,9 +141,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def _generation_options(kwargs: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...], int]:
-    """Sampling settings, stop strings and maximum number of tokens from a task's `generation_kwargs`.
+    """The sampling settings, stop strings and maximum number of tokens in a task's `generation_kwargs`.
 
-    Greedy unless the task asks for samples, which come from all tokens unless the task limits them.
+    Decoding is greedy unless the task asks for samples. Samples are drawn from all tokens unless the task limits them.
     """
     known = ("until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample", "top_k", "top_p")
     until, max_gen_toks, max_new_tokens, temperature, do_sample, top_k, top_p = map(kwargs.get, known)

@@ -1,7 +1,7 @@
 """A weight layout for decoding on a CPU: each thread reads its own part of a matrix, in memory order.
 
-The product of one row with a matrix reads every weight once, and costs that memory traffic. PyTorch's product
-of one row with a row-major matrix reads the matrix in one thread.
+The product of one row with a matrix reads every weight once, so it takes as long as reading the matrix from memory. For
+a row-major matrix, PyTorch reads the matrix in only one thread.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
         model.token_embedding = _SplitEmbedding(head)  # type: ignore[assignment]
     else:
         del model.lm_head
-    # An attribute of the instance hides the class's method.
+    # This attribute of the instance hides the method of the class.
     model.head = head.forward  # type: ignore[method-assign, assignment]
 
 
 class SplitLinear(nn.Module):
-    """`F.linear` with a (N, K) weight stored as (parts, K, ⌈N / parts⌉): a batched product, one part per thread."""
+    """`F.linear` with a (N, K) weight stored as (parts, K, ⌈N / parts⌉). A batched product has one part per thread."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class SplitLinear(nn.Module):
 
 
 class _SplitEmbedding(nn.Module):
-    """Rows of the embedding table that a tied head stores in parts."""
+    """An embedding that looks up its rows in a tied head, which stores the matrix in parts."""
 
     def __init__(self, head: SplitLinear) -> None:
         super().__init__()

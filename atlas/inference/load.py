@@ -30,8 +30,9 @@ NOT_NEEDED = ("optimizer_state_dict",)
 """The parts of a checkpoint that only training reads."""
 
 _LARGE = 50_000_000
-"""A model with at least this many parameters is built on `meta` and takes the checkpoint's tensors. The first
-use of `meta` costs PyTorch a second and some 60 MB; to initialise and overwrite a small model costs less."""
+"""A model with at least this many parameters is built on the device `meta` and takes the checkpoint's tensors. The
+first use of `meta` costs PyTorch a second and about 60 MB. For a small model, initializing and overwriting it costs
+less."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,12 +49,12 @@ class LoadedModel(ModelAndTokenizer):
 
     @property
     def is_chat_model(self) -> bool:
-        """Whether it was trained on conversations in Atlas's own chat format."""
+        """Whether the model was trained on conversations in Atlas's own chat format."""
         return bool(self.facts["data"].get("chat_form") == CHAT_FORMAT)
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of the conversations that the model was trained on, here or before it was imported, or
+        """The Jinja template of the conversations that the model was trained on, by Atlas or before its import, or
         None."""
         if self.is_chat_model:
             return CHAT_TEMPLATE
@@ -88,10 +89,12 @@ class LoadedModel(ModelAndTokenizer):
         chat: bool = False,
     ) -> str:
         """The text that `atlas generate` prints for the same settings: `prompt` and its continuation, or with `chat`
-        only the answer. The same seed gives the same text; None draws a new one for each call."""
+        only the answer. The same seed gives the same text. With `seed` None, each call draws a new seed."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if not isinstance(prompt, str):
-            raise AtlasError(f"prompt: must be one text, not {type(prompt).__name__}: call it once for each")
+            raise AtlasError(
+                f"prompt: must be one text, not {type(prompt).__name__}: call generate once for each"
+            )
         if chat:
             self.check_chat()
         pieces = stream_text(
@@ -106,14 +109,15 @@ class LoadedModel(ModelAndTokenizer):
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
-        """(T, V) in fp32 on the CPU: row t holds the logits of the token after the first t + 1 of `text`, which is
-        text or its T ids. An empty text begins a document, as in `generate`.
+        """(T, V) in fp32 on the CPU: row t has the logits of the token after the first t + 1 tokens of `text`.
+
+        `text` is a string or its T ids. An empty string begins a document, as in `generate`.
         """
         ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else list(text)
         return self.model(self.batch_of(ids))[0].float().cpu()  # type: ignore[no-any-return]
 
     def batch_of(self, ids: Sequence[int]) -> Tensor:
-        """(1, T) on the model's device. Raises `AtlasError` for ids that the model cannot read."""
+        """The ids as a (1, T) tensor on the model's device. Raises `AtlasError` for ids that the model cannot read."""
         context, vocabulary = self.config.model.max_seq_len, self.config.model.vocabulary
         if len(ids) == 0:
             raise AtlasError("0 tokens: give at least one id, such as [tokenizer.eos_id]")
@@ -125,8 +129,9 @@ class LoadedModel(ModelAndTokenizer):
         return torch.tensor([list(ids)], device=next(self.model.parameters()).device)
 
     def _for_decoding(self) -> LoadedModel:
-        """On a CPU, a copy with the weight layout of `atlas generate`, so that it rounds in the same way. Each call
-        makes a new copy, since the caller may change `model`."""
+        """On a CPU, a copy with the weight layout of `atlas generate`, so that this object and that command round in
+        the same way. Each call makes a new copy, since the caller may change `model`. On other devices, the object
+        itself."""
         if self.model.head_weight.device.type != "cpu":
             return self
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
@@ -159,8 +164,8 @@ def load_model(
     """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
 
     `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
-    `contents` are those that `load_checkpoint` read from `path`; None: they are read here.
-    Raises `AtlasError` for a missing, broken or foreign file, or another tokenizer.
+    `contents` is the result of `load_checkpoint(path)`, if the caller already has it. Raises `AtlasError` if the file
+    is missing, damaged or not a checkpoint, or if the model was trained with another tokenizer.
     """
     path = find_checkpoint(path)
     contents = contents or load_checkpoint(path, without=NOT_NEEDED)
@@ -173,7 +178,9 @@ def load_model(
     except AtlasError as error:
         raise AtlasError(f"{path}: {error}") from None
     if config.model.vocab_size is None:
-        raise AtlasError(f"{path}: its config has no model.vocab_size; take one that atlas train wrote")
+        raise AtlasError(
+            f"{path}: its config has no model.vocab_size; take a checkpoint that atlas train wrote"
+        )
     own = own or Tokenizer.resolve(str(tokenizer))
     if own.fingerprint != saved.get("fingerprint"):
         raise AtlasError(

@@ -1,8 +1,8 @@
 """Look inside a model: its prediction at each position of a text, how the next token is chosen, the attention weights,
 and the prediction after each layer.
 
-Plain functions of a loaded model and token ids, for the page, the terminal and notebooks. Numbers are computed in fp32,
-whatever dtype the weights have. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
+The functions take a loaded model and token ids. The web page, the terminal and notebooks use them. Numbers are computed
+in fp32, whatever dtype the weights have. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atlas.model.attention import Context
 from atlas.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 128
-"""Rows of logits per chunk; a row is 4 bytes times the vocabulary."""
+"""The number of rows of logits per chunk. A row has 4 bytes per token of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution that the next token is drawn from, step by step.
+    """The distribution from which the next token is drawn, after each sampling step.
 
-    The steps are `model` and then the settings in the order in which they are applied. Each has the number of remaining
-    tokens and the entropy in bits. `candidates` are the likeliest tokens of the model itself, the likeliest first.
+    The steps are `model`, and then the sampling settings in the order in which they are applied. `remaining` and
+    `entropy` have the number of remaining tokens and the entropy in bits after each step. `candidates` are the
+    likeliest tokens before any setting is applied, the likeliest first.
     """
 
     remaining: dict[str, int]
@@ -78,9 +79,9 @@ class NextToken:
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """The prediction of the model if it ended after `layer`, counted from 0; None stands for the embedding alone.
+    """The prediction of the model if `layer`, counted from 0, were its last layer. None stands for the embedding alone.
 
-    `probability` and `rank` are those of the token that really follows, None at the end. `entropy` is in bits.
+    `probability` and `rank` are those of the token that follows in the text, and None at its end. `entropy` is in bits.
     """
 
     layer: int | None
@@ -91,18 +92,18 @@ class LayerPrediction:
 
 
 def encode(loaded: LoadedModel, text: str) -> list[int]:
-    """The ids that the model gets for a text; an empty one begins a document."""
+    """The ids that the model gets for a text. An empty text begins a document."""
     return encode_prompt(text, loaded.tokenizer)
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    r"""The text of a token; bytes of an incomplete character are written as \xe2\x82."""
+    r"""The text of a token. Bytes of an incomplete character are written as \xe2\x82."""
     return tokenizer.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
 
 @torch.no_grad()
 def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[TokenPrediction]:
-    """A `TokenPrediction` for each token, each with this many `alternatives`."""
+    """A `TokenPrediction` for each token. `alternatives` is the number of alternatives per token."""
     tokens = loaded.batch_of(ids)
     hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
     predictions = [TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0]))]
@@ -121,7 +122,8 @@ def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int =
 def next_token(
     loaded: LoadedModel, ids: Sequence[int], sampling: Sampling, *, candidates: int = 10
 ) -> NextToken:
-    """How the token after `ids` is chosen, shown for the `candidates` likeliest tokens of the model itself."""
+    """The steps that choose the token after `ids`, for the `candidates` likeliest tokens before any setting is
+    applied."""
     hidden = loaded.model.hidden_states(loaded.batch_of(ids))[:, -1]
     raw = loaded.model.head(hidden).float()
     penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
@@ -165,10 +167,10 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
 def lens(
     loaded: LoadedModel, ids: Sequence[int], *, position: int = -1, alternatives: int = 5
 ) -> list[LayerPrediction]:
-    """The prediction after the token at `position` (negative: from the end), after the embedding and after each layer.
+    """The predictions of the token after `position`: one after the embedding, and one after each layer.
 
-    The final norm and the head are applied to the residual stream there. This is the logit lens (nostalgebraist 2020,
-    https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
+    A negative `position` counts from the end. The final norm and the head are applied to the residual stream at that
+    position, which is the logit lens (nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
     """
     if not -len(ids) <= position < len(ids):
         raise AtlasError(f"position {position}: the text has tokens 0 to {len(ids) - 1}")
@@ -188,7 +190,7 @@ def lens(
 
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:
-    """The residual stream, (1, T, C), before the first block and after each; and what attention takes beside it."""
+    """The residual stream, (1, T, C), before the first block and after each block; and the `Context` of attention."""
     x, context = loaded.model.embed(loaded.batch_of(ids))
     streams = [x]
     for block in loaded.model.blocks:
@@ -206,6 +208,6 @@ def _likeliest(loaded: LoadedModel, log_probs: Tensor, count: int) -> list[tuple
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """(…, V) → (…) in bits (Shannon 1948)."""
+    """The entropy in bits of each distribution, (…, V) → (…) (Shannon 1948)."""
     nats: Tensor = torch.special.entr(probabilities).sum(dim=-1)
     return nats / math.log(2)

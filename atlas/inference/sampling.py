@@ -1,6 +1,6 @@
-"""From logits to a token: pure functions over (B, V), with one random generator per row.
+"""Sample tokens from logits: pure functions of (B, V) tensors, with one random generator per row.
 
-The order is that of `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+The steps have the order of `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from atlas.errors import AtlasError
 from atlas.model import long_tensor
 
 _FEW = 1024
-"""This many likeliest tokens nearly always reach top-p's sum. Sorting the full vocabulary takes milliseconds."""
+"""The probabilities of this many likeliest tokens nearly always reach top-p's sum. Sorting the full vocabulary would
+take milliseconds."""
 _COLDEST = 1e-6
-"""Below this temperature only the likeliest token is drawn, and the division overflows in fp32."""
+"""The lowest temperature that logits are divided by. At lower temperatures only the likeliest token is drawn, and the
+division would overflow in fp32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings for the next token. Temperature 0 is greedy decoding; 0 or 1 switches a filter off as noted."""
+    """Sampling settings for the next token. Temperature 0 is greedy decoding. Each filter can be switched off."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -32,7 +34,7 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens with at least this fraction of the likeliest token's probability; 0: all."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens already seen by this (multiply negative ones); 1: off."""
+    """Divide positive logits of tokens already seen by this number, and multiply negative logits by it; 1: off."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -49,8 +51,11 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
 ) -> Tensor:
-    """The next token of each row, (B,), from logits (B, V), the tokens that each row has seen, and a generator per row;
-    -1 where the logits are not finite. On CUDA nothing here synchronizes with the host."""
+    """The next token of each row, (B,); -1 for a row whose logits are not finite.
+
+    `logits` is (B, V). `seen` has the tokens that each row has seen, and `generators` one generator per row. On CUDA
+    this function never waits for the GPU.
+    """
     logits = logits.float()
     is_finite = logits.sum(dim=-1).isfinite()
     logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
@@ -66,12 +71,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
-    """The logits (B, V) after each step and the name of its setting, in the order in which the steps are applied."""
+    """Apply the sampling steps in order. Yield the name of each setting and the logits (B, V) after its step."""
     logits = divide_by_temperature(logits, sampling.temperature)
     yield "temperature", logits
     logits = keep_top_k(logits, sampling.top_k)
     yield "top_k", logits
-    # On CUDA the host would wait to know whether few tokens are enough. If more than `most` tie, some are dropped.
+    # On CUDA the CPU would have to wait for the GPU to know whether few tokens are enough. So at most `most` tokens are
+    # kept; if more tie, some are dropped.
     most = _FEW if 0 < sampling.top_k <= _FEW else logits.shape[-1]
     logits = keep_top_p(logits, sampling.top_p, most=most if logits.is_cuda else None)
     yield "top_p", logits
@@ -91,16 +97,17 @@ def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """At temperature 0, what the quotient tends to: -inf everywhere but at the likeliest token of each row."""
+    """Divide logits by the temperature. At 0, return the limit: 0 for the likeliest token of each row, -inf for all
+    others."""
     if temperature > 0:
-        # The largest becomes 0 first: divided by a small temperature, it would not be a number.
+        # The largest logit becomes 0 first. Otherwise its quotient by a small temperature could overflow.
         return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, _COLDEST)
     likeliest = logits.argmax(dim=-1, keepdim=True)
     return torch.full_like(logits, -torch.inf).scatter(-1, likeliest, 0.0)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf everywhere but at the k largest logits of each row (ties with the k-th stay)."""
+    """Set all logits of each row to -inf except the k largest. Ties with the k-th logit stay."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest_kept = logits.topk(k, dim=-1).values[:, -1:]
@@ -108,8 +115,11 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751); the likeliest token is always kept. `most` limits the
-    number of kept tokens; None means no limit."""
+    """Set logits to -inf except those of the smallest set of likeliest tokens whose probabilities reach p.
+
+    This is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751). The likeliest token is always kept. `most` limits
+    the number of kept tokens; None means no limit.
+    """
     if p == 1:
         return logits
     probs = logits.softmax(dim=-1)
@@ -118,7 +128,7 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
         ordered = probs.gather(-1, index)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
         if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
-            break  # the tokens after these are outside too
+            break  # all less likely tokens are removed, too
     kept = before < p
     kept[:, 0] = True
     removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, ~kept)
@@ -126,7 +136,8 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Mask tokens that are less than p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Set logits to -inf for tokens less than p times as likely as the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082)."""
     if p == 0:
         return logits
     probs = logits.softmax(dim=-1)
@@ -140,7 +151,7 @@ def draw(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
     the same seed gives the same numbers on every device.
     """
     numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32 the number could exceed the total
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32 the random number could exceed the total
     goals = torch.stack(numbers).to(probs.device, non_blocking=True) * sums[:, -1:]
     return torch.searchsorted(sums, goals, right=True)[:, 0]
 

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from atlas.inference.harness import Track
 
 _RESAMPLES = 1000
-"""Bootstrap samples for the standard error of a metric that is not a mean: enough for two digits of it."""
+"""The number of bootstrap samples for the standard error of a metric that is not a mean. This number gives two digits
+of the error."""
 
 _DATA = (
-    "lm-eval's tasks fetch it from huggingface.co, your own file names it under dataset_kwargs: data_files"
+    "a task of lm-eval downloads its data from huggingface.co; "
+    "your own file names its data under dataset_kwargs: data_files"
 )
 _TASK = "fix the file, name the folder of a group, or choose another task"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task, with its standard error (where lm-eval reports one) and the number of examples and shots."""
+    """A metric of a task, with its standard error (if lm-eval reports it) and the numbers of examples and shots."""
 
     task: str
     metric: str
@@ -54,7 +56,7 @@ def evaluate_tasks(
     """The scores of a model in tasks: `names` are lm-eval's names, YAML files, or folders of YAML files.
 
     `limit` is the number of examples of each task. `track` may draw a progress bar around the batches. Raises
-    `AtlasError` where lm-eval is not installed, and for a task that lm-eval does not know or cannot load.
+    `AtlasError` if lm-eval is not installed, or does not know or cannot load a task.
     """
     try:
         from lm_eval import defaults, evaluator
@@ -63,9 +65,9 @@ def evaluate_tasks(
     from atlas.inference.harness import HarnessModel
 
     model = HarnessModel(loaded, batch_size=batch_size, track=track)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else a process per core, for a second of resampling
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval starts a process per core
     with _quietly():
-        # The seeds of lm-eval's own command, for the same questions and the same few-shot examples.
+        # These are the seeds of lm-eval's own command, which give the same questions and the same few-shot examples.
         random.seed(defaults.DEFAULT_RANDOM_SEED)
         np.random.seed(defaults.DEFAULT_OTHER_SEED)
         tasks = _load(names)
@@ -93,8 +95,8 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     import datasets
     from lm_eval.tasks import TaskManager
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report local files to a server, too
-    # lm-eval's own 14,000 tasks only where a name needs them: to read their files takes seconds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # the library would also report local files to a server
+    # lm-eval's own 14,000 tasks are included only if a name needs them, since reading their files takes seconds.
     manager = TaskManager(include_defaults=not all(map(os.path.exists, names)))
     merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name in names:
@@ -110,7 +112,7 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor a YAML file of one; {hint}")
         try:
             for part in wanted:
-                if not any(part in entries for entries in merged.values()):  # loaded already with its group
+                if not any(part in entries for entries in merged.values()):  # else its group loaded the task
                     found = source.load(part)
                     for kind, entries in merged.items():
                         entries.update(found.get(kind, {}))
@@ -135,7 +137,7 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
-    """From lm-eval's keys, `metric,filter` and `metric_stderr,filter`."""
+    """Yield the scores in lm-eval's results, whose keys are `metric,filter` and `metric_stderr,filter`."""
     for task, entries in results["results"].items():
         for key, value in entries.items():
             metric, comma, kind = key.partition(",")

@@ -1,4 +1,4 @@
-"""Turn tokens into text as they come: complete characters only, and no part of a stop string."""
+"""Turn tokens into text as they are generated: only complete characters, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class ModelAndTokenizer:
 
 
 class TextStream:
-    """Incremental detokenization of one generation. `add` returns the text that may be shown now, `finish` the rest.
+    """Incremental detokenization of one generation. `add` returns the text that may be shown now, and `finish` returns
+    the rest.
 
-    A character whose bytes are spread over several tokens is held back until it is complete. So is text that may be
-    the beginning of a stop string. The stop string itself is never shown.
+    A character whose bytes are spread over several tokens is held back until it is complete. Text that may be the
+    beginning of a stop string is also held back. The stop string itself is never shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -64,9 +65,9 @@ class TextStream:
         return text if self.stopped else text + self._held
 
     def _release(self, text: str) -> str:
-        """The held text and `text`, up to where a stop string may begin."""
+        """Return the held text and `text`, up to the place where a stop string may begin, and hold the rest."""
         self._held += text
-        # The stop string that is complete first counts, so the split into tokens makes no difference.
+        # The stop string that ends first in the text counts, so the split into tokens makes no difference.
         found = [(start + len(stop), start) for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -94,10 +95,10 @@ def stream_text(
     first_row: int = 0,
     count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[str]]:
-    """Continue every prompt; yield, per step, the new text of each row. An empty prompt begins a document.
+    """Continue every prompt. Yield, at each step, the new text of each row. An empty prompt begins a document.
 
-    A row's random numbers follow from `seed` and the row's number. `first_row` is the number of the first row, for
-    prompts that are spread over several calls. `count` receives the number of tokens of each step.
+    A row's random numbers follow from `seed` and the row's number. `first_row` is the number of the first row, for a
+    caller that spreads its prompts over several calls. `count` is called with the number of tokens of each step.
     """
     tokenizer = loaded.tokenizer
     ids = [
@@ -118,7 +119,7 @@ def stream_ids(
     stop: Sequence[str] = (),
     count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[str]]:
-    """As `stream_text`, for prompts that are ids already, at least one each, and with a generator for each row."""
+    """Like `stream_text`, but each prompt is a list of at least one id, and each row has its own generator."""
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
     model, eos_id = loaded.model, loaded.tokenizer.eos_id
@@ -140,8 +141,8 @@ def sample_texts(
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """`tracking.samples` continuations of its prompt, for a run to show while it trains; an empty list if `should_stop`
-    returned true between two tokens.
+    """Generate `tracking.samples` continuations of `tracking.sample_prompt`, which a run shows while it trains. Return
+    an empty list if `should_stop` returned true between two tokens.
 
     The model must be in evaluation mode. The same model and `seed` give the same texts. The global random number
     generators are not used.
@@ -156,5 +157,5 @@ def sample_texts(
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that the model gets for a text, at least one: an empty text begins a document."""
+    """The ids that the model gets for a text. An empty text gives one id, which begins a document."""
     return tokenizer.encode(text) or [tokenizer.eos_id]

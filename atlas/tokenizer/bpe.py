@@ -1,7 +1,7 @@
-"""A byte-level BPE, trained and run by Hugging Face `tokenizers` and kept as tokenizer.json.
+"""A byte-level BPE, trained and run by Hugging Face `tokenizers` and stored as tokenizer.json.
 
-Only the vocabulary and the merges of a file are used, and the pipeline around them is rebuilt. So a truncation or a
-normalizer hidden in a downloaded file cannot change an id.
+Atlas uses only the vocabulary and the merges of a file, and rebuilds all other steps. So a truncation or a normalizer
+hidden in a downloaded file cannot change an id.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _UNSUPPORTED = (
     "ignore_merges",
 )
 
-# Set explicitly; else the library warns at every fork of a data-loading process, which never encodes.
+# Without this setting the library warns at every fork of a data-loading process, although that process never encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class BPETokenizer(ByteLevelTokenizer):
-    """A BPE of which a tokenizer.json holds the vocabulary and the merges."""
+    """A byte-level BPE whose vocabulary and merges a tokenizer.json holds."""
 
     kind = "bpe"
 
     def state(self) -> dict[str, Any]:
-        """The state with the tokenizer.json."""
+        """The state of the base class, and the content of the tokenizer.json."""
         return super().state() | {"json": self.hf.to_str()}
 
     @classmethod
     def from_file(cls, path: Path) -> BPETokenizer:
-        """Read a tokenizer.json. Raises `TokenizerError` as `from_json` does, and for a file that cannot be read."""
+        """Read a tokenizer.json. Raises `TokenizerError` if the file cannot be read, or if `from_json` raises it."""
         try:
             text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
@@ -60,7 +60,10 @@ class BPETokenizer(ByteLevelTokenizer):
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> BPETokenizer:
-        """Raises `TokenizerError` for anything except a byte-level BPE with GPT-2's split and `<|endoftext|>`."""
+        """Read the content of a tokenizer.json.
+
+        Raises `TokenizerError` unless it is a byte-level BPE with GPT-2's split and `<|endoftext|>`.
+        """
         try:
             tokens, merges, eos_id = _read(json.loads(text))
         except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
@@ -69,8 +72,8 @@ class BPETokenizer(ByteLevelTokenizer):
             ) from None
         except NotGPT2s as error:
             raise NotGPT2s(
-                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split, others with the config.json of "
-                "their model beside them, or as --tokenizer package.module:factory"
+                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split; for another tokenizer.json, put "
+                "the config.json of its model beside it, or give --tokenizer package.module:factory"
             ) from None
         return cls("bpe", tokens, merges, eos_id)
 
@@ -78,7 +81,7 @@ class BPETokenizer(ByteLevelTokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on `texts`, which are read once, as a stream.
 
-    A text that is too small for `vocab_size` gives a smaller vocabulary: see `vocab_size` of the result.
+    If the texts are too short for `vocab_size` tokens, the result has fewer tokens.
     """
     if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise TokenizerError(
@@ -99,7 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class NotGPT2s(TokenizerError):
-    """A tokenizer of another kind, perhaps a `ForeignTokenizer`."""
+    """The file holds another kind of tokenizer, perhaps a `ForeignTokenizer`."""
 
 
 def _demand(condition: bool, reason: str) -> None:
@@ -108,18 +111,19 @@ def _demand(condition: bool, reason: str) -> None:
 
 
 def _read(content: Any) -> tuple[list[str], list[Merge], int]:
-    """Tokens in id order, merges, and the id of the end of text. Raises `NotGPT2s`, whose message is the difference."""
+    """Tokens in id order, merges, and the id of the end of text. Raises `NotGPT2s`, whose message names the
+    difference."""
     model: Any = content.get("model") if isinstance(content, dict) else None
     _demand(isinstance(model, dict), "has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")
-    _demand(content.get("normalizer") is None, "it changes the text by a normalizer")
+    _demand(content.get("normalizer") is None, "its normalizer changes the text")
     split: Any = content.get("pre_tokenizer")
     _demand(
         isinstance(split, dict) and split.get("type") == "ByteLevel", "its pre-tokenizer is not ByteLevel"
     )
-    _demand(split.get("use_regex", True) is True, "its pre-tokenizer does not split as GPT-2's")
+    _demand(split.get("use_regex", True) is True, "its pre-tokenizer does not split like GPT-2's")
     _demand(split.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
     tokens = _read_vocabulary(model.get("vocab"))
     merges = _read_merges(model.get("merges"), set(tokens))

@@ -1,7 +1,7 @@
-"""What GPT-2's tokenizer and a BPE that Atlas trained share: byte-level tokens, written as GPT-2 writes them.
+"""The base of GPT-2's tokenizer and of BPEs that Atlas trained: byte-level tokens, written in GPT-2's characters.
 
-A token is a run of bytes. In files each byte is one printable character (Radford et al. 2019, `bytes_to_unicode` of
-their encoder), so a vocabulary is readable text: a space is `Ġ`.
+A token is a run of bytes. In files each byte is one printable character (Radford et al. 2019, `bytes_to_unicode` in
+GPT-2's encoder). So a vocabulary is readable text: a space is `Ġ`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ BYTE_ORDER = _PRINTABLE + [byte for byte in range(256) if byte not in set(_PRINT
 CHAR_OF_BYTE = dict(
     zip(BYTE_ORDER, map(chr, itertools.chain(_PRINTABLE, itertools.count(256))), strict=False)
 )
-"""A printable byte is its own character, the others are those from U+0100 on."""
+"""Byte → character. A printable byte is its own character; all other bytes are the characters from U+0100 on."""
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes of a byte-level token string. Raises `KeyError` if it is not one."""
+    """The bytes of a byte-level token string. Raises `KeyError` for any other string."""
     return bytes([BYTE_OF_CHAR[char] for char in token])
 
 
 class HFTokenizerBase(Tokenizer):
-    """Encodes by Hugging Face `tokenizers`, on all cores of one process. Its state holds the tokenizer."""
+    """Encodes with Hugging Face's library `tokenizers`, on all cores. A pickle of this object holds its `state`."""
 
     hf: HFTokenizer
 
@@ -55,9 +55,9 @@ class HFTokenizerBase(Tokenizer):
 
 
 class ByteLevelTokenizer(HFTokenizerBase):
-    """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, which decode to exactly that text.
+    """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, and the ids decode to exactly that text.
 
-    Only such a tokenizer can be saved and exported: `token_strings` and `merges` are the values of GGUF's
+    Only such a tokenizer can be exported to GGUF. `token_strings` and `merges` return the values of GGUF's
     `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`, with the `gpt-2` pre-tokenizer.
     """
 
@@ -69,11 +69,11 @@ class ByteLevelTokenizer(HFTokenizerBase):
         self._merges = list(merges)
 
     def token_strings(self) -> list[str]:
-        """Every token in id order, in GPT-2's characters for bytes; `<|endoftext|>` at `eos_id`."""
+        """Every token in id order, in GPT-2's characters for bytes. `<|endoftext|>` is at `eos_id`."""
         return list(self._tokens)
 
     def merges(self) -> list[Merge]:
-        """The merges in the order of training, in the same characters."""
+        """The merges in the order of training, in GPT-2's characters for bytes."""
         return list(self._merges)
 
     @cached_property
@@ -91,13 +91,13 @@ class ByteLevelTokenizer(HFTokenizerBase):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the ids: tokens, merges, end of text."""
+        """The sha256 of everything that affects the ids: tokens, merges, end of text."""
         vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
         return hashlib.sha256(vocabulary.encode()).hexdigest()
 
     @cached_property
     def hf(self) -> HFTokenizer:  # type: ignore[override]
-        """The same tokenizer in Hugging Face `tokenizers`."""
+        """This tokenizer as an object of Hugging Face's library `tokenizers`."""
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
         tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=self._merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -1,11 +1,11 @@
-"""The template of a conversation, which is Zephyr's. It needs no special token besides the end of text.
+"""Zephyr's template for conversations. It needs no special token except the end of text.
 
     <|user|>
     Who are you?<|endoftext|>
     <|assistant|>
     A small model.<|endoftext|>
 
-The names of the roles are plain text. A prompt ends with `<|assistant|>` and a new line, an answer with the end of
+The names of the roles are plain text. A prompt ends with `<|assistant|>` and a new line. An answer ends with the end of
 text.
 """
 
@@ -19,7 +19,7 @@ from atlas.tokenizer.base import Tokenizer
 ROLES = ("system", "user", "assistant")
 
 CHAT_FORMAT = "zephyr"
-"""Its name in checkpoints."""
+"""The name of the template in checkpoints."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -31,16 +31,16 @@ CHAT_TEMPLATE = (
 
 
 class Message(NamedTuple):
-    """A message of a conversation. Blanks around `content` do not count."""
+    """A message of a conversation. White space around `content` is ignored."""
 
     role: str
     content: str
 
 
 class Turn(NamedTuple):
-    """One message as two texts, each encoded by itself, followed by the end of text.
+    """One message as two texts. Each text is encoded by itself, and the end of text follows the second.
 
-    The boundary of prompt and answer is between the two, so an answer has the same ids in training as in generation.
+    The prompt and the answer are separate texts, so an answer has the same ids in training as in generation.
     """
 
     prompt: str
@@ -57,7 +57,7 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a conversation up to the place where the assistant answers."""
+    """The ids of a conversation, as a prompt for the assistant's next answer."""
     ids = []
     for prompt, answer in turns_of(messages):
         ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]
@@ -65,7 +65,7 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
-    """The newest messages that have at most `max_tokens` tokens as a prompt, and at least the last one."""
+    """The newest messages whose prompt has at most `max_tokens` tokens. The last message is always kept."""
     kept = list(messages)
     while len(kept) > 1 and len(encode_chat(kept, tokenizer)) > max_tokens:
         del kept[0]

@@ -14,7 +14,7 @@ from atlas.tokenizer.base import Tokenizer, fingerprint_of
 
 
 def import_object(spec: str) -> Any:
-    """Import `package.module:name`; modules in the working folder are found too."""
+    """Import and return `package.module:name`. The module may be in the working folder."""
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -32,7 +32,7 @@ def import_object(spec: str) -> Any:
 
 
 class CustomTokenizer(Tokenizer):
-    """The user's object behind the interface. A model can be trained with it, but no file can hold it."""
+    """Wraps the user's object as a `Tokenizer`. A model can be trained with the object, but no file can hold it."""
 
     def __init__(self, custom: Any, name: str | None = None) -> None:
         kind = type(custom)
@@ -50,7 +50,7 @@ class CustomTokenizer(Tokenizer):
         return TokenizerError(f"tokenizer {self.name}: {reason}")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Raises `TokenizerError` for one outside the vocabulary."""
+        """The ids of `text`. Raises `TokenizerError` for an id outside the vocabulary."""
         ids = [int(id) for id in self._custom.encode(text)]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = max(ids) if min(ids) >= 0 else min(ids)
@@ -63,11 +63,11 @@ class CustomTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The object's own `fingerprint`, else a hash of its type, its sizes and the ids of a probe text."""
+        """The object's own `fingerprint`, or else a hash of its type, its sizes and the ids of a probe text."""
         own = getattr(self._custom, "fingerprint", None)
         return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 
     def token_bytes(self, id: int) -> bytes:
-        """The object's own `token_bytes`, else the bytes of the decoded token."""
+        """The bytes from the object's own `token_bytes`, or else the bytes of the decoded token."""
         own = getattr(self._custom, "token_bytes", None)
         return bytes(own(id)) if own else super().token_bytes(id)

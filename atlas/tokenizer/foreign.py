@@ -1,7 +1,7 @@
-"""A tokenizer.json of another model, run as it is by Hugging Face `tokenizers`: Llama's, Qwen's, or any other.
+"""A tokenizer.json of another model, such as Llama or Qwen. Hugging Face's library `tokenizers` runs it unchanged.
 
-A model can be trained with it, and checkpoints and Hugging Face folders keep it. A GGUF file cannot hold it, since that
-names the split by a word that llama.cpp must know.
+A model can be trained with such a tokenizer. Checkpoints and Hugging Face folders can hold the tokenizer. A GGUF file
+cannot, since it stores the split as a name, which llama.cpp must know.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from atlas.tokenizer.byte_level import BYTE_OF_CHAR, HFTokenizerBase, token_byte
 
 
 class ForeignTokenizer(HFTokenizerBase):
-    """`text` is the tokenizer.json. `vocab_size` can exceed its number of tokens, as in a model with spare rows."""
+    """A tokenizer from `text`, the content of a tokenizer.json. `vocab_size` can exceed the number of tokens, as in a
+    model with spare rows."""
 
     kind = name = "hf"
 
@@ -32,7 +33,7 @@ class ForeignTokenizer(HFTokenizerBase):
             raise TokenizerError(f"{origin}: has no eos_id or vocab_size; the file is damaged or was edited")
         try:
             self.hf = HFTokenizer.from_str(text)
-        except Exception as error:  # whatever the library raises for a file from anybody
+        except Exception as error:  # the library may raise anything for a broken file
             raise TokenizerError(f"{origin}: is not a tokenizer.json: {error!s:.200}") from None
         self.hf.no_truncation()
         self.hf.no_padding()
@@ -44,18 +45,19 @@ class ForeignTokenizer(HFTokenizerBase):
         if not 0 <= eos_id < tokens <= vocab_size:
             raise TokenizerError(
                 f"{origin}: has {tokens:,} tokens, which does not fit vocab_size {vocab_size:,} and "
-                f"eos_token_id {eos_id:,}: are the files of one model?"
+                f"eos_token_id {eos_id:,}: are both files from the same model?"
             )
 
     @classmethod
     def from_file(cls, path: Path, refusal: AtlasError) -> ForeignTokenizer:
-        """Take the end of text and the number of rows from config.json beside it. Raises `refusal` if there is none."""
+        """Read a tokenizer.json, and `eos_id` and `vocab_size` from the config.json beside it. Raises `refusal` if that
+        config.json is missing or incomplete."""
         try:
             config = json.loads(read_limited(path.with_name("config.json"), limit=MAX_FILE_BYTES))
             eos_id, rows = config["eos_token_id"], config["vocab_size"]
         except (OSError, ValueError, RecursionError, LookupError, TypeError):
             raise refusal from None
-        if isinstance(eos_id, list) and eos_id:  # each of these ends a text; the first also begins one
+        if isinstance(eos_id, list) and eos_id:  # each id in the list ends a text; the first also begins one
             eos_id = eos_id[0]
         if type(eos_id) is not int or type(rows) is not int:
             raise refusal
@@ -73,23 +75,23 @@ class ForeignTokenizer(HFTokenizerBase):
             return token_bytes(token)
         if "ByteFallback" in self._decoder and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
             return bytes.fromhex(byte[1])
-        # In the middle of a text, since some decoders remove a token's blank at the beginning.
+        # Decode the token in the middle of a text, since some decoders remove the blank at the beginning of a text.
         return self.decode([id, id]).removeprefix(self.decode([id])).encode("utf-8")
 
     @cached_property
     def _decoder(self) -> frozenset[str]:
-        """The types of the steps of its decoder."""
+        """The types of the steps in the tokenizer's decoder."""
         decoder = json.loads(self._text).get("decoder") or {}
         return frozenset(part.get("type") for part in (decoder, *decoder.get("decoders", ())))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer.json and the sizes."""
+        """The sha256 of the tokenizer.json and the sizes."""
         identity = json.dumps([json.loads(self._text), self.eos_id, self.vocab_size], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """The state with the tokenizer.json."""
+        """The state of the base class, and the content of the tokenizer.json."""
         return super().state() | {"json": self._text}
 
     def save(self, path: str | Path) -> None:

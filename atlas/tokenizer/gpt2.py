@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer, offline: the ids follow from its merge table alone, which is package data."""
+"""GPT-2's tokenizer. It needs no download: its ids follow from the merge table, which is package data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from atlas.tokenizer.byte_level import BYTE_ORDER, CHAR_OF_BYTE, ByteLevelTokeni
 
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
-# OpenAI's own revision of GPT-2's pattern: the same pieces, less backtracking.
+# OpenAI's own revision of GPT-2's pattern. It gives the same pieces with less backtracking.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Without the lookahead, which takes half of tiktoken's time. Every blank is a piece of its own, so the pieces are
-# GPT-2's where at most two blanks precede a word and at most one blank ends the text.
+# A pattern without the lookahead, which takes half of tiktoken's time. Every blank that precedes no word is a separate
+# piece. So the pieces are the same as GPT-2's if at most two blanks precede a word and at most one blank ends the text.
 _QUICK_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 _BLANKS = b"\t\n\v\f\r "
 _WIDE_BLANKS = [chr(code) for code in range(0x80, 0x3001) if chr(code).isspace()]
-"""Blanks of several bytes, of which a token may hold only a part."""
+"""Blanks of several bytes. A token may hold only a part of such a blank."""
 
 # tiktoken's regex engine aborts in `\s+(?!\S)` at about a million white characters in a row.
 _LONG_BLANK_LENGTH = 200_000
@@ -34,7 +34,7 @@ _LONG_BLANK = re.compile(rf"\s{{{_LONG_BLANK_LENGTH},}}")
 
 
 class GPT2Tokenizer(ByteLevelTokenizer):
-    """50,000 merges over 256 bytes, and `<|endoftext|>` = 50256. tiktoken encodes."""
+    """GPT-2's tokenizer: 256 bytes, 50,000 merges, and `<|endoftext|>` = 50256. It encodes with tiktoken."""
 
     kind = "gpt2"
 
@@ -44,8 +44,8 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         eos_id = len(tokens)
         super().__init__("gpt2", [*tokens, END_OF_TEXT], merges, eos_id)
         self._ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
-        # 2: a token of blanks only; 1: a token that begins with a blank, or end of text. GPT-2's pattern cuts two
-        # blanks before either of them differently.
+        # 2 is a token of blanks only; 1 is a token that begins with a blank, or the end of text; 0 is any other token.
+        # GPT-2's pattern may split two blanks before a token of kind 1 or 2 differently.
         self._blankness = np.array([*map(_blankness, self._ranks), 1], dtype=np.uint8)
 
     @cached_property
@@ -63,16 +63,17 @@ class GPT2Tokenizer(ByteLevelTokenizer):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
         if len(text) >= _LONG_BLANK_LENGTH and (blank := _LONG_BLANK.search(text)):
-            # The pattern makes one piece of the run without its last character, or of all of it at the end.
+            # In GPT-2's pattern, the run of blanks without its last character is one piece. At the end of a text, the
+            # full run is one piece.
             end = blank.end() if blank.end() == len(text) else blank.end() - 1
             run = self._tiktoken._encode_single_piece(text[blank.start() : end])
             return self._tiktoken.encode_ordinary(text[: blank.start()]) + run + self.encode(text[end:])
         return self._tiktoken.encode_ordinary(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """`encode` each text, by the quicker pattern where it gives the same ids."""
+        """`encode` each text, with the quicker pattern if that pattern gives the same ids."""
         arrays = [self._quick.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        # The places of texts with a run of blanks that GPT-2's pattern may cut differently.
+        # The indexes of texts with a run of blanks that GPT-2's pattern may split differently.
         wide = {
             place
             for place, text in enumerate(texts)

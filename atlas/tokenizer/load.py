@@ -1,6 +1,6 @@
 """Make a tokenizer: by name, from a file or stored state, by training, or around the user's object.
 
-This module gives `Tokenizer` its constructors: `Tokenizer.gpt2()` and the like.
+This module adds the constructors to `Tokenizer`, such as `Tokenizer.gpt2()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atlas.tokenizer.gpt2 import gpt2_tokenizer
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`, of a folder that holds one, or of a prepared dataset."""
+    """Return the tokenizer in a `tokenizer.json`, in a folder with that file, or in a prepared dataset."""
     path = Path(path)
     if path.is_dir():
         if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
@@ -53,7 +53,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
         tokenizer = ForeignTokenizer(text, **sizes, origin="stored tokenizer")
     else:
         raise TokenizerError(
-            f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; was it made by a later version?"
+            f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; did a later version write the file?"
         )
     for fact in ("fingerprint", "vocab_size", "eos_id"):
         value = getattr(tokenizer, fact)
@@ -82,7 +82,7 @@ def resolve(spec: str | Path) -> Tokenizer:
 def wrap(custom: Any, name: str | None = None) -> Tokenizer:
     """Return any object with `encode`, `decode`, `vocab_size` and `eos_id` as a `Tokenizer`.
 
-    One of Atlas's own kinds, or one that is wrapped already, is returned as it is.
+    A tokenizer of Atlas, or an object that is already wrapped, is returned unchanged.
     """
     if isinstance(custom, CustomTokenizer) or (isinstance(custom, Tokenizer) and custom.kind != "custom"):
         return custom

@@ -91,7 +91,7 @@ def test_an_intact_checkpoint_is_reported_as_such(folder: Path, capsys: pytest.C
     renamed = path.rename(folder / "mine.pt")
     code, output, _ = info(capsys, renamed, "--verify")
     assert code == 0
-    assert "checksums inside the file as saved (no mine.json beside it)" in output
+    assert "the checksums inside the file match (no mine.json beside it)" in output
     assert "size as saved; --verify compares every byte" in info(capsys, folder / "atlas_best.pt")[1]
 
 

@@ -335,7 +335,7 @@ def test_a_converted_model_gives_the_old_logits(
     assert config.tie_embeddings is shape.get("tied", True)
     assert loaded.tokenizer.fingerprint == Tokenizer.gpt2().fingerprint
     assert "the weights after 3,000 steps are converted, the optimizer state is not" in said.err
-    assert "taken as gelu and 1e-5, the defaults of Atlas 1.x" in said.err
+    assert "assumes gelu and 1e-5, the defaults of Atlas 1.x" in said.err
     extra = shape.get("vocabulary", 50261) - 50257
     assert (f"the last {extra} are left out" in said.err) is (extra > 0)
 
@@ -350,7 +350,7 @@ def test_heads_and_epsilon_come_from_the_config_of_the_run(
         encoding="utf-8",
     )
     assert main(["import", "old.pt", "--config", "old.yaml"]) == 0
-    assert "taken as" not in capsys.readouterr().err
+    assert "assumes gelu" not in capsys.readouterr().err
     loaded = load_model("checkpoints/imported-old/atlas_best.pt")
     tokens = torch.arange(CONTEXT)[None] * 1000
     with torch.no_grad():
@@ -490,7 +490,7 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
         "trained with (--config FILE), or give --num-heads, one of 1, 2, 4 for its hidden_size 32",
         "checkpoints/atlas_best.pt --num-heads 5": "hidden_size 32 is not divisible by num_heads 5",
         "checkpoints/atlas_best.pt --num-heads 0": "--num-heads 0: ",
-        "checkpoints/atlas_best.pt --config other.yaml": "has hidden_size 32, and the config 64",
+        "checkpoints/atlas_best.pt --config other.yaml": "has hidden_size 32, but the config has 64",
         "checkpoints/atlas_best.pt --config silu.yaml": "the activation silu, which Atlas does not compute",
         "checkpoints/atlas_best.pt --config words.yaml": "must be a number",
         "checkpoints/atlas_best.pt --config none.yaml": "none.yaml: no such config file",

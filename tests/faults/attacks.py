@@ -346,7 +346,7 @@ PROGRAMS = {
     "code": (call("posix", "system", short("touch exploded")), "it holds posix.system"),
     "64 GB by bytearray": (call("builtins", "bytearray", number(2**36)), "it holds builtins.bytearray"),
     "256 GB by torch.Tensor": (call("torch", "Tensor", number(2**36)), "it holds torch.Tensor"),
-    "storage that is called": (call("torch", "FloatStorage", number(2**40)), "with something else"),
+    "storage that is called": (call("torch", "FloatStorage", number(2**40)), "with unexpected arguments"),
     "2^40 numbers over one": (tensor((2**40,), (0,)), "does not fit its storage"),
     "2^60 by 4 dimensions": (tensor((2**15,) * 4, (0,) * 4), "does not fit its storage"),
     "tensor beyond its storage": (tensor((17,), (1,)), "does not fit its storage"),
@@ -371,7 +371,7 @@ PROGRAMS = {
     "list that holds itself": (b"]q\x00h\x00a", "deeper than 32 levels"),
     "lists of the same list, 10^30 in all": (
         b"]q\x00" + b"".join(b"]q" + bytes([n + 1]) + b"(" + b"h%c" % n * 10 + b"e" for n in range(30)),
-        "values, or deeper",
+        "values, or some deeper",
     ),
     "six million lists": (b"(" + b"]" * 6_000_000 + b"t", "instructions"),
     "no end": (b"]" + b"0", REFUSED),
@@ -827,7 +827,7 @@ for label, change, answer in [
         ),
         "is not ByteLevel",
     ),
-    ("normalizer", lambda c: c.update(normalizer={"type": "Replace"}), "by a normalizer"),
+    ("normalizer", lambda c: c.update(normalizer={"type": "Replace"}), "its normalizer changes the text"),
 ]:
     attack("tokenizer", label, answer)(tokenizer_with(change))
 
@@ -934,7 +934,7 @@ for label, make, answer in [
     ("2^62 tensors", gguf_of(entries=0, tensors=2**62), "it claims"),
     ("name of 2^62 bytes", gguf_of(2**62), "claims 4,611,686,018,427,387,904 bytes"),
     ("text of 2^62 bytes", gguf_of(KEY, u32(8), 2**62), "claims 4,611,686,018,427,387,904 bytes"),
-    ("list of 2^62 bytes", gguf_of(KEY, u32(9), u32(0), 2**62), "beyond 4,000,000"),
+    ("list of 2^62 bytes", gguf_of(KEY, u32(9), u32(0), 2**62), "more than 4,000,000"),
     ("list of 3 million numbers that are not there", gguf_of(KEY, u32(9), u32(4), 3_000_000), "cut off"),
     ("lists of lists", gguf_of(KEY, *([u32(9), u32(9), 1] * 3)), "lists of lists"),
     ("unknown kind", gguf_of(KEY, u32(77)), "77"),

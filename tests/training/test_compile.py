@@ -58,7 +58,7 @@ def test_a_missing_compiler_is_one_line_before_anything_is_written(tmp_path: Pat
     )
     _, said = process.communicate(timeout=300)
     assert process.returncode == 2, said
-    assert said.splitlines()[-1].startswith("error: training.compile: on: this machine cannot ("), said
+    assert said.splitlines()[-1].startswith("error: training.compile: on: this machine cannot compile"), said
     assert not (tmp_path / "run").exists()
 
 

@@ -347,7 +347,7 @@ def test_a_tracker_that_hangs_delays_nothing(capfd: pytest.CaptureFixture[str]) 
         slow.record("train", {"step": number})
     slow.close(0.1)
     assert said[1:] == [
-        "tracking.wandb: has not finished within 0.1 s: training continues without it; metrics.jsonl has everything"
+        "tracking.wandb: has not finished within 0.1 s: training continues without it; metrics.jsonl has all records"
     ]
 
 

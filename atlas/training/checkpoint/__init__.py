@@ -1,4 +1,4 @@
-"""Checkpoints: written so that no kill loses one, read so that a damaged one is never used."""
+"""Checkpoints. A kill at any moment leaves the last one intact, and a damaged one is never loaded."""
 
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.locate import find_checkpoint

@@ -1,4 +1,4 @@
-"""Write a checkpoint: its bytes once, hashed while they are written, then committed under each of its names."""
+"""Write a checkpoint to a temporary file, hash its bytes meanwhile, and commit the file under its name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from atlas.training.devices.parallel import map_tensors
 _PIECE = 4 << 20
 
 Pace = Callable[[float], None]
-"""A function that is called after every few megabytes with the seconds they took. It may sleep, so that training gets
-the cores, or raise `Abandoned`."""
+"""A function that a save calls after every few megabytes, with the seconds that writing them took. It may sleep, so
+that training gets the cores, or raise `Abandoned`, which ends the save."""
 
 
 class Abandoned(Exception):
@@ -27,11 +27,11 @@ class Abandoned(Exception):
 
 
 def no_pause(seconds: float) -> None:
-    """Write as fast as possible."""
+    """Do nothing: the save writes as fast as possible."""
 
 
 def tensor_bytes(value: Any) -> int:
-    """The bytes of all tensors in nested dicts and lists."""
+    """The total size, in bytes, of all tensors in nested dicts and lists."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(value))
 
 
@@ -43,7 +43,8 @@ def named_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manifest | None) -> int:
-    """Write `contents` to `path`, with `manifest` as its sidecar, or with none. Return the bytes. Raises `OSError`."""
+    """Write `contents` to `path`, and `manifest`, if given, to its sidecar. Return the file's bytes. Raises
+    `OSError`."""
     staged = path.with_name(path.name + ".tmp")
     try:
         size, sha256 = write_tensors(staged, contents)
@@ -59,8 +60,11 @@ def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manife
 
 
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:
-    """Rename the staged bytes to `path`. The order of these lines is safe against a kill: from the first on, the
-    sidecar accepts the new bytes, and the old ones as well if there are any. The rename decides."""
+    """Rename the file `staged` to `path` and write its sidecar.
+
+    A kill between any two steps leaves a valid checkpoint. Before the rename, a new sidecar accepts both the new bytes
+    and the old bytes, if there are any.
+    """
     old = read_manifest(path, check_hash=False)
     write_manifest(
         path, manifest.model_copy(update={"replaces": old and old.model_copy(update={"replaces": None})})
@@ -72,7 +76,7 @@ def commit(staged: Path, path: Path, manifest: Manifest) -> None:
 
 
 class _HashingWriter:
-    """A file that computes the sha256 and size of what is written to it, so that nothing is read again."""
+    """A file that computes the sha256 and size of the bytes written to it, so that Atlas need not read them again."""
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file
@@ -89,7 +93,7 @@ class _HashingWriter:
                 self._file.write(piece)
                 self.size += len(piece)
                 self._pace(time.perf_counter() - begin)
-        except (OSError, Abandoned) as error:  # torch.save raises a RuntimeError without the reason instead
+        except (OSError, Abandoned) as error:  # torch.save would raise a RuntimeError without the reason
             self.error = error
             raise
         return len(data)
@@ -101,7 +105,7 @@ class _HashingWriter:
 def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pause) -> tuple[int, str]:
     """Write `contents` to `path` and flush it to the disk. Return its size and sha256.
 
-    Raises `OSError`, and `Abandoned` if `pace` does.
+    Raises `OSError`, and `Abandoned` if `pace` raises it.
     """
     with open(path, "wb") as file:
         writer = _HashingWriter(file, pace)
@@ -119,7 +123,8 @@ def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pa
 def copy_file(source: Path, target: Path, *, pace: Pace = no_pause) -> None:
     """Copy the bytes of a file and flush them to the disk.
 
-    A hard link would be faster, but one bad block would then destroy the best model along with the latest.
+    A hard link would be faster. But then one bad block of the disk would destroy both the best and the latest
+    checkpoint.
     """
     with open(source, "rb") as reading, open(target, "wb") as writing:
         begin = time.perf_counter()

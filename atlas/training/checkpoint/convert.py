@@ -13,7 +13,8 @@ from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
 
 
 def consolidate(source: Path, target: Path, *, say: Callable[[str], None]) -> int:
-    """Write the contents of `source` to one file with its own sidecar. Return its bytes. Raises `CheckpointError`."""
+    """Write the checkpoint `source` to the file `target`, with a sidecar. Return its bytes. Raises
+    `CheckpointError`."""
     if target.suffix != ".pt":
         raise CheckpointError(f"{target}: name a file that ends with .pt")
     if taken := next((path for path in (target, sidecar_of(target)) if path.exists()), None):

@@ -1,4 +1,4 @@
-"""Read a checkpoint. A damaged one is refused, and no code in it runs."""
+"""Read a checkpoint. Atlas refuses a damaged one and runs no code in it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def load_checkpoint(
     remedy: str = _ANOTHER,
     without: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, after its bytes were checked, see `compare_bytes`. No code in it runs.
+    """Check a checkpoint's bytes with `compare_bytes` and return its contents, on the CPU. No code in it runs.
 
-    The keys in `without` are left out and need no memory: with AdamW two thirds of a checkpoint are the optimizer's
-    state, which only training needs. `say` gets a note if there is no sidecar, as for a renamed or downloaded file.
+    The keys in `without` are left out and need no memory. For example, only training needs the optimizer's state, which
+    with AdamW is two thirds of a checkpoint. `say` gets a note if there is no sidecar, as for a renamed or downloaded
+    file.
 
-    Raises `CheckpointError`, which ends with `remedy`, by default with another checkpoint to take.
+    Raises `CheckpointError`. Its message ends with `remedy`. The default remedy names another checkpoint, if there is
+    one.
     """
     path = find_checkpoint(path)
     try:
@@ -40,26 +42,27 @@ def load_checkpoint(
     except CheckpointError as error:
         if not str(error).endswith(_ANOTHER):
             raise
-        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # to find one reads every byte of it
+        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # reads all bytes of each candidate
     if manifest is None:
-        say(f"{path}: no sidecar to check its bytes against: {how}")
+        say(f"{path}: has no sidecar: {how}")
     return contents
 
 
 def compare_bytes(
     path: Path, *, remedy: str, advance: Callable[[int], None] = lambda done: None
 ) -> tuple[str, Manifest | None]:
-    """Compare a checkpoint with its sidecar's sha256, or without a sidecar with the checksums inside the file (CRC-32).
+    """Compare a checkpoint's bytes with the sha256 in its sidecar. Without a sidecar, use the CRC-32 checksums in the
+    file.
 
-    Return how the bytes were compared, and the manifest. `advance` gets the number of bytes of each read. Raises
-    `CheckpointError` if the bytes differ.
+    Return a phrase that says how the bytes were compared, and the manifest, or None without a sidecar. After each read,
+    `advance` is called with its number of bytes. Raises `CheckpointError` if the bytes differ.
     """
     sidecar, shards = sidecar_of(path), shards_of(path)
     if not sidecar.exists():
         if shards is None:
             check_zip(path, remedy=remedy)
         advance(checkpoint_size(path))
-        how = "checksums inside the file as saved" if shards is None else "its bytes not compared"
+        how = "the checksums inside the file match" if shards is None else "its bytes were not compared"
         return f"{how} (no {sidecar.name} beside it)", None
     if manifest := read_manifest(path, check_hash=True, advance=advance):
         return "sha256 as saved", manifest
@@ -72,15 +75,16 @@ def compare_bytes(
 
 
 def left_in_shards(path: Path) -> tuple[str, ...]:
-    """The keys that a run does not read at first when it resumes from `path`: the optimizer's state in a sharded
-    checkpoint. Each rank reads its own part later, when it has an optimizer."""
+    """The keys that a run skips at first when it resumes from `path`: in a sharded checkpoint, the optimizer's state.
+    Each rank reads its own part of that state later, when the rank has an optimizer."""
     return ("optimizer_state_dict",) if shards_of(path) else ()
 
 
 def saved_optimizer(
     contents: Mapping[str, Any], source: Path | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The optimizer's state from `contents`, or, if `left_in_shards` left it out, this rank's part from `source`."""
+    """The optimizer's state in `contents`. If it was left out (see `left_in_shards`), read this rank's part from
+    `source`."""
     shards = shards_of(source) if source else None
     if "optimizer_state_dict" in contents or shards is None:
         return dict(contents.get("optimizer_state_dict") or {})
@@ -90,7 +94,7 @@ def saved_optimizer(
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint, in one file or in shards. The sidecar is not read. Raises `CheckpointError`."""
+    """The contents of a checkpoint, in one file or in shards. No hash is compared. Raises `CheckpointError`."""
     shards = shards_of(path)
     if shards is None:
         return read_plain(path, remedy=remedy, without=without)
@@ -100,10 +104,10 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Load a checkpoint's weights into `model`. Its low-rank updates are merged, unless the model has its own.
+    """Load a checkpoint's weights into `model`. Merge its low-rank updates, unless `model` has low-rank updates.
 
-    The weights are copied. A model on the meta device, which has no memory yet, takes the tensors themselves (in fp32),
-    so that they are in memory once. Raises `CheckpointError` if a shape differs.
+    The weights are copied into the model's memory. A model on the meta device has no memory yet: its weights become the
+    checkpoint's own tensors (in fp32), without a copy. Raises `CheckpointError` if a shape differs.
     """
     weights = contents["model_state_dict"]
     lora = LoraConfig(**contents["config"].get("lora", {}))

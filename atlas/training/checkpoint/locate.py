@@ -1,4 +1,4 @@
-"""Find checkpoints: their names, those in a folder, and the one that a user means."""
+"""The names of checkpoints: build them, list those in a folder, and find the one that a user means."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ _NAMES = {
     "interrupt": "atlas_interrupt_step_{step}",
     "best": "atlas_best",
 }
-"""Kinds of checkpoints and their names, in the order in which those of one step are listed."""
+"""The file name of each kind of checkpoint. Checkpoints of one step are listed in this order of kinds."""
 
 
 def checkpoint_name(kind: str, contents: Mapping[str, Any]) -> str:
-    """The file name of a checkpoint of this kind, by the step and epoch in its contents."""
+    """The file name of a checkpoint of this kind, with the step and epoch that `contents` holds."""
     return f"{_NAMES[kind].format_map(contents)}.pt"
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a checkpoint by its file name; None for another name."""
+    """The kind of a checkpoint, by its file name; None if no kind has such a name."""
     stem = path.name.removesuffix(".pt")
     names = {kind: name.format(step=r"\d+", epoch=r"\d+") for kind, name in _NAMES.items()}
     return next((kind for kind, name in names.items() if re.fullmatch(name, stem)), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file that a user means, or the name of a sharded checkpoint, which is that of its sidecar.
+    """The path of the checkpoint that a user means. For a sharded checkpoint, that is the sidecar's path without
+    `.json`.
 
-    `best_model.pt` is also understood as `atlas_best.pt`, if no file has that name. `.pt` may be left out, or be
-    `.json` instead. Raises `CheckpointError` if there is no such checkpoint.
+    If there is no file `best_model.pt`, that name means `atlas_best.pt`. The user may omit `.pt`, or write `.json`
+    instead. Raises `CheckpointError` if there is no such checkpoint.
     """
     path = Path(path)
     if path.suffix == ".json" and path.with_suffix(".pt").is_file():
@@ -63,13 +64,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The files and the names of sharded checkpoints in `folder`, sorted, whether they are intact or not."""
+    """The paths of all checkpoints in `folder`, intact or not: first the files, then the sharded ones, each sorted."""
     sharded = (path.with_suffix("") for path in sorted(folder.glob("atlas_*.json")))
     return [*sorted(folder.glob("atlas_*.pt")), *(path for path in sharded if shards_of(path))]
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:
-    """The checkpoints whose sizes match their sidecars, the latest step first; within a step, by kind."""
+    """The checkpoints whose sizes match their sidecars. The latest step is first; each step is sorted by kind."""
     order = [*_NAMES]
     pairs = [
         (manifest, path)

@@ -1,4 +1,4 @@
-"""A lock on an output folder, so that one run at a time writes to it. It ends with its process, however that ends."""
+"""A lock on an output folder, so that only one run writes to it. Even a killed process releases its lock."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from atlas.files import read_limited, try_to_lock
 
 
 class FolderLock:
-    """Held from construction until `release` or the end of the process.
+    """A lock that is held from construction until `release` or the end of the process.
 
-    Raises `CheckpointError` if another process holds it.
+    Raises `CheckpointError` if another process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,17 +24,18 @@ class FolderLock:
         file = try_to_lock(path)
         if file is None:
             raise CheckpointError(
-                f"{folder}: another run is writing to it{_owner(path)}: wait for it, or choose another --output-dir"
+                f"{folder}: another run is writing to this folder{_owner(path)}: wait until that "
+                "run ends, or choose another --output-dir"
             )
         self._file = file
         owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # on a full disk the lock holds without this note
+        with suppress(OSError):  # the lock also works without this note, as on a full disk
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))
             file.flush()
 
     def release(self) -> None:
-        """Let another run use the folder."""
+        """Release the lock, so that another run can use the folder."""
         self._file.close()
 
 

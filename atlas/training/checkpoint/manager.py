@@ -1,9 +1,9 @@
-"""The checkpoints of a run: written so that no kill loses one, read so that no damaged one is used.
+"""The checkpoints of a run. A kill at any moment leaves the last one intact, and a damaged one is never loaded.
 
 A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled code) and its sidecar, see `manifest.py`.
-Its keys: `format_version`, `model_state_dict`, `optimizer_state_dict`,
-`scaler_state_dict`, `step`, `epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`,
-`micro_batch_size`, `best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`.
+The keys in the file: `format_version`, `model_state_dict`, `optimizer_state_dict`, `scaler_state_dict`, `step`,
+`epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`, `micro_batch_size`, `best_loss`, `evaluations_since_best`,
+`config`, `tokenizer`, `data`, `machine`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SPARE_BYTES = 8 << 20
 class CheckpointManager:
     """The checkpoints of one output folder.
 
-    The constructor touches no file, so a manager may also be used only to read. `say` gets the lines for the user.
+    The constructor changes no file, so a manager can also be used just to read. `say` gets the lines for the user.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CheckpointManager:
     # Reading
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """The contents of `path`, on the CPU, after its bytes were checked. Raises `CheckpointError`."""
+        """Check the bytes of `path` and return its contents, on the CPU. Raises `CheckpointError`."""
         return load_checkpoint(path, say=self.say)
 
     def found(self) -> list[tuple[Manifest, Path]]:
@@ -78,11 +78,12 @@ class CheckpointManager:
     def load_latest(
         self, *, before: int | None = None, to_resume: bool = False
     ) -> tuple[Path, dict[str, Any]] | None:
-        """The latest checkpoint that a run can resume from, and its contents; of a step before `before`, if given. With
-        `to_resume`, what each rank reads later from shards is left out (`left_in_shards`).
+        """The path and the contents of the latest checkpoint that a run can resume from, or None.
 
-        Checkpoints with damaged bytes or contents, or without optimizer state, are skipped, each with a line for the
-        user.
+        With `before`, only checkpoints of earlier steps count. With `to_resume`, the keys that each rank reads later
+        are left out (see `left_in_shards`).
+
+        Checkpoints with damaged bytes or contents, or without optimizer state, are skipped. Each skip is reported.
         """
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
@@ -110,10 +111,10 @@ class CheckpointManager:
     # Writing
 
     def save(self, contents: Mapping[str, Any], kinds: list[str], *, pace: Pace = no_pause) -> list[Path]:
-        """Write `contents` once and commit it under the name of each kind. Return the paths.
+        """Write a checkpoint and commit it under the name of each kind. Return the paths.
 
-        If the disk is too small, nothing is written, one line says so, training continues, and the existing checkpoints
-        stay.
+        If the disk has too little space, nothing is written, and the existing checkpoints stay. One line reports it,
+        and training continues.
         """
         written: list[Path] = []
         try:
@@ -132,13 +133,15 @@ class CheckpointManager:
                         copy_file(temporary, staged, pace=pace)
                     commit(staged, path, _describe(contents, kind, (entry,)))
                     written.append(path)
-                except OSError as error:  # another name may still succeed
-                    self.say(f"{path.name}: not saved: {error.strerror or error}; what was there stays")
+                except OSError as error:  # a save under another name may still succeed
+                    self.say(
+                        f"{path.name}: not saved: {error.strerror or error}; an existing file stays as it is"
+                    )
             self._remove_surplus(kinds)
             for path in surplus(self.found(), "step", RESUMABLE) if self.slim_old else ():
                 drop_optimizer_state(path)
         except OSError as error:
-            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            self.say(f"no checkpoint saved: {error.strerror or error}; the existing checkpoints stay")
         except Abandoned:
             pass
         finally:
@@ -147,22 +150,25 @@ class CheckpointManager:
         return written
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
-        """Whether there is space for a sharded checkpoint of `needed` bytes. If so, make the folder `staged` for it."""
+        """Make the folder `staged` if there is space for a sharded checkpoint of `needed` bytes. Return whether there
+        is enough space."""
         try:
             self.clean()
             if self._make_space(needed, step):
                 staged.mkdir()
                 return True
         except OSError as error:
-            self.say(f"no checkpoint saved: {error.strerror or error}; the ones that are there stay")
+            self.say(f"no checkpoint saved: {error.strerror or error}; the existing checkpoints stay")
         return False
 
     def commit_shards(
         self, staged: Path, kinds: list[str], contents: Mapping[str, Any], files: tuple[FileEntry, ...]
     ) -> list[Path]:
-        """Rename the folder that the ranks wrote, and write a sidecar that names it for each kind. Return the names.
+        """Rename the folder that the ranks wrote. For each kind, write a sidecar that names the folder. Return the
+        checkpoints' paths.
 
-        The bytes exist before a sidecar does, and a sidecar is replaced atomically: a kill leaves the old or the new.
+        The folder is complete before a sidecar names it, and a sidecar is replaced atomically. So a kill leaves either
+        the old or the new checkpoint.
         """
         paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
         previous = {shards_of(path) for path in paths.values()}
@@ -178,13 +184,13 @@ class CheckpointManager:
         return [*paths.values()]
 
     def _free_folder(self, step: int) -> Path:
-        """`atlas_step_100`, or, if a sidecar names that one already, `atlas_step_100-2`, and so on."""
+        """A folder that no sidecar names: `atlas_step_100`, or if that name is taken, `atlas_step_100-2`, and so on."""
         named, number = {shards_of(path) for _, path in self.found()}, 1
         folder = self.folder / f"atlas_step_{step}"
         while folder in named:
             number += 1
             folder = self.folder / f"atlas_step_{step}-{number}"
-        remove_folder(folder)  # left by a kill before its sidecar was written
+        remove_folder(folder)  # a kill may have left a folder without a sidecar
         return folder
 
     def _remove_surplus(self, kinds: list[str]) -> None:
@@ -193,8 +199,8 @@ class CheckpointManager:
                 remove(path)
 
     def _make_space(self, needed: int, step: int) -> bool:
-        """Whether the folder, which is made if necessary, has space for tensors of `needed` bytes. Older checkpoints
-        are removed if that is necessary."""
+        """Create the folder if it does not exist, and remove older checkpoints if necessary. Return whether there is
+        space for tensors of `needed` bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found, needed = self.found(), needed + _SPARE_BYTES
         space = find_space(self.folder, found, needed, max_total=self.max_total)
@@ -215,7 +221,8 @@ class CheckpointManager:
         return True
 
     def clean(self) -> None:
-        """Remove what an interrupted save left behind. Only the run that owns the folder may call this."""
+        """Remove the temporary files of an interrupted save. Only the run that holds the folder's lock may call
+        this."""
         for leftover in self.folder.glob("atlas_*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -226,7 +233,8 @@ class CheckpointManager:
 def _describe(
     contents: Mapping[str, Any], kind: str, files: tuple[FileEntry, ...], folder: str | None = None
 ) -> Manifest:
-    """The manifest of a checkpoint: the fields that `contents` holds by the same names, and those that follow."""
+    """The manifest of a checkpoint: the fields that `contents` has under the same names, and the fields computed
+    here."""
     loss = contents.get("loss")
     fields = {
         "model": contents["config"].get("model", {}),

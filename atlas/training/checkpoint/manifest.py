@@ -1,10 +1,10 @@
-"""The sidecar of a checkpoint: a manifest of its files. Without it, the files are no checkpoint.
+"""The sidecar of a checkpoint: a manifest of its files. A run resumes by itself only from files with a sidecar.
 
-`atlas_step_100.pt` is a checkpoint if `atlas_step_100.json` beside it names its size and sha256. The bytes are flushed
-under a temporary name, then the sidecar is put in place (temporary file, fsync, rename), then the bytes are renamed:
-from that rename on, the checkpoint exists. While a name such as `atlas_best` is overwritten, the sidecar accepts both
-the old bytes and the new ones (`replaces`). So a kill at any moment leaves one of the two intact, and never a file
-without a sidecar that describes it.
+`atlas_step_100.pt` is a checkpoint if `atlas_step_100.json` beside it names its size and sha256. A save flushes the
+bytes to a temporary file. Next, it puts the sidecar in place (temporary file, fsync, rename). Last, it renames the file
+with the bytes. The checkpoint exists from that last rename on. While a name such as `atlas_best` is overwritten, the
+sidecar accepts both the old bytes and the new bytes (`replaces`). So a kill at any moment leaves either the old or the
+new checkpoint intact, and never a file without a sidecar that describes it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 """The file of a sharded checkpoint that holds everything but the tensors."""
 LARGEST_COUNT = 2**48
-"""The most updates or sequences. A run of a million sequences per second reaches it in nine years."""
+"""The largest count of updates or sequences. A run of a million sequences per second reaches this count in nine
+years."""
 _LARGEST_SIDECAR = 32 << 20  # enough for a checkpoint that thousands of ranks wrote
 
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
-"""None instead of NaN and infinity, which JSON does not have."""
+"""NaN and infinity become None, since JSON has neither."""
 
 
 class FileEntry(BaseModel):
@@ -40,7 +41,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Describes a checkpoint, so that it need not be opened."""
+    """The description of a checkpoint, so that Atlas need not open the checkpoint itself."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
@@ -56,7 +57,7 @@ class Manifest(BaseModel):
     data_fingerprint: str
     initialized_from: str | None = None
     slim: bool = False
-    """Without optimizer state: it can be loaded, but a run cannot be resumed from it."""
+    """The checkpoint has no optimizer state: it can be loaded, but a run cannot resume from it."""
     folder: str | None = Field(None, pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
     """The folder of a sharded checkpoint's files. Several checkpoint names may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)
@@ -64,13 +65,14 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _replaces_one(self) -> Manifest:
-        """Refuse longer chains, since each candidate may cost a read of the complete file."""
+        """Refuse a chain of more than two manifests, since checking each one may mean reading the complete file."""
         if self.replaces is not None and self.replaces.replaces is not None:
-            raise ValueError("what it replaces cannot replace something else")
+            raise ValueError("a replaced manifest cannot replace another one")
         return self
 
     def matches(self, path: Path, *, check_hash: bool, advance: Callable[[int], None]) -> bool:
-        """Whether this manifest describes `path`. The name of a single file does not matter: it may be renamed."""
+        """Whether this manifest describes `path`. The name of a single file is not compared, since a user may rename
+        the file."""
         places = [path] if self.folder is None else [path.parent / self.folder / e.name for e in self.files]
         if len(places) != len(self.files):
             return False
@@ -86,7 +88,8 @@ def sidecar_of(checkpoint: Path) -> Path:
 
 
 def shards_of(checkpoint: Path) -> Path | None:
-    """The folder of a sharded checkpoint, whose name is that of its sidecar without `.json`; None for a file."""
+    """The folder of the sharded checkpoint whose sidecar is `checkpoint` + `.json`; None for a checkpoint in one
+    file."""
     if checkpoint.suffix or not checkpoint.name:  # `.` and `/` have no name
         return None
     manifest = _parse_sidecar(checkpoint)
@@ -103,7 +106,7 @@ def _parse_sidecar(checkpoint: Path) -> Manifest | None:
 
 
 def checkpoint_size(checkpoint: Path) -> int:
-    """The bytes on the disk, of one file or of all files in the folder."""
+    """The size in bytes of a checkpoint's file, or of all files in its folder."""
     shards = shards_of(checkpoint)
     if shards is None:
         return checkpoint.stat().st_size
@@ -113,10 +116,11 @@ def checkpoint_size(checkpoint: Path) -> int:
 def read_manifest(
     checkpoint: Path, *, check_hash: bool, advance: Callable[[int], None] = lambda done: None
 ) -> Manifest | None:
-    """The manifest that describes `checkpoint` as it is on the disk, or None if none does.
+    """The manifest that describes `checkpoint` as it is on the disk, or None if there is no such manifest.
 
-    Without `check_hash` the sizes must match; with it, every byte, and `advance` gets the number of bytes of each read.
-    If a kill left two candidates, only the bytes can decide, so they are read in any case.
+    Without `check_hash` only the sizes must match. With `check_hash` the sha256 must match too, and after each read
+    `advance` is called with its number of bytes. If the sidecar describes both old and new bytes, as after a kill, the
+    sha256 is always compared.
     """
     manifest = _parse_sidecar(checkpoint)
     check_hash = check_hash or (manifest is not None and manifest.replaces is not None)

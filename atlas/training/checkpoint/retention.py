@@ -1,4 +1,4 @@
-"""Remove old checkpoints: by number, by bytes, and when the disk is nearly full. The best is never removed."""
+"""Remove old checkpoints: if they are too many, too large, or fill the disk. The best checkpoint is never removed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Found = Sequence[tuple[Manifest, Path]]
 """Checkpoints with their manifests, the latest step first."""
 
 RESUMABLE = 2
-"""This many of the newest step checkpoints are never removed for space, and keep their optimizer state."""
+"""How many of the newest step checkpoints keep their optimizer state, and are never removed to free the disk."""
 
 
 class Space(NamedTuple):
-    """The bytes that are free, by the stricter limit, once the victims are removed."""
+    """The bytes that are free under the stricter limit after the victims are removed."""
 
     free: int
     limit: str
@@ -29,10 +29,11 @@ class Space(NamedTuple):
 
 
 def find_space(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Space:
-    """How to get `needed` bytes: on the disk, and within `max_total` bytes of checkpoints.
+    """Choose which checkpoints to remove for `needed` bytes. All checkpoints together may use `max_total` bytes.
 
-    For the disk, step checkpoints beyond the newest two are removed, the oldest first. For `max_total` every one may be
-    removed but the newest and the best. If that would not suffice, fewer bytes than `needed` are free.
+    To free the disk, step checkpoints other than the newest two are chosen, the oldest first. To stay within
+    `max_total`, every checkpoint except the newest and the best may be chosen. If these are not enough, the result's
+    `free` is less than `needed`.
     """
     steps = [entry for entry in found if entry[0].kind == "step"]
     on_disk = Space(shutil.disk_usage(folder).free, "free on the disk", [])
@@ -54,13 +55,16 @@ def _choose_victims(space: Space, needed: int, candidates: Found) -> Space:
 
 
 def surplus(found: Found, kind: str, keep: int) -> list[Path]:
-    """The checkpoints of a kind beyond the newest `keep`."""
+    """The checkpoints of one kind except the newest `keep`. There are none of the kind `best`."""
     return [path for manifest, path in found if manifest.kind == kind and kind != "best"][keep:]
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: the file before its sidecar, since a sidecar alone means nothing, but a file alone looks
-    like a checkpoint from elsewhere. A folder that another name shares stays."""
+    """Remove a checkpoint: first its file, then its sidecar.
+
+    If a kill leaves only a sidecar, Atlas ignores it, but a file alone looks like a downloaded checkpoint. A folder
+    that another name shares stays.
+    """
     for file in _files_of(path):
         if file.is_dir():
             remove_folder(file)
@@ -69,8 +73,8 @@ def remove(path: Path) -> None:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """A checkpoint's file, or its folder unless another name shares it; then its sidecar. For any other file,
-    itself."""
+    """The paths to remove or move for a checkpoint: its sidecar, and its file, or its folder unless another name shares
+    the folder. For any other file, the file itself."""
     shards = shards_of(path)
     if shards is None:
         return [path, sidecar_of(path)] if path.suffix == ".pt" else [path]
@@ -80,7 +84,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Rename the folder, then remove it, so that no kill leaves a part of a folder that looks complete."""
+    """Rename the folder, then remove it, so that a kill leaves no incomplete folder under the old name."""
     renamed = folder.with_name(folder.name + ".old.tmp")
     shutil.rmtree(renamed, ignore_errors=True)
     if folder.exists():
@@ -89,7 +93,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
-    """Move checkpoints, each with its sidecar, and other `files` to a new `previous-N` in `folder`; return its path."""
+    """Move `files`, and the sidecars of checkpoints among them, to a new folder `previous-N` in `folder`. Return its
+    path."""
     numbered = (folder / f"previous-{number}" for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
     target.mkdir()
@@ -100,7 +105,7 @@ def move_aside(folder: Path, files: Sequence[Path]) -> Path:
 
 
 def drop_optimizer_state(path: Path) -> None:
-    """Rewrite a checkpoint without its optimizer state, with AdamW two thirds of its bytes. Raises `OSError`."""
+    """Rewrite a checkpoint without its optimizer state, which with AdamW is two thirds of it. Raises `OSError`."""
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return
@@ -110,5 +115,5 @@ def drop_optimizer_state(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """The bytes that are free once it is removed: 0 if its folder stays, since another name shares it."""
+    """The bytes that removing the checkpoint frees: 0 if its folder stays because another name shares it."""
     return checkpoint_size(path) if len(_files_of(path)) > 1 else 0

@@ -1,13 +1,14 @@
 """Read the plain values in a pickle without running it.
 
 A pickle is a program for a stack machine, and `torch.save` writes one that calls a function for each tensor.
-`torch.load(..., weights_only=True)` calls only functions of a fixed list. But `bytearray` and `torch.Tensor` are among
-them, so a file of a hundred bytes can make it allocate any amount of memory, or return 2^60 numbers in a storage of
-one. Behind the checks of the zip, it still loads, or allocates memory for, 11 of the hostile pickles in
-`tests/faults/attacks.py`. It also cannot leave out the optimizer state, which generation does not need.
+`torch.load(..., weights_only=True)` calls only functions of a fixed list. But the list includes `bytearray` and
+`torch.Tensor`. So a file of a hundred bytes can make `torch.load` allocate any amount of memory, or return a tensor of
+2^60 numbers whose storage has one number. Even after the checks of the zip, `torch.load` loads, or allocates memory
+for, 11 of the hostile pickles in `tests/faults/attacks.py`. It also cannot leave out the optimizer state, which
+generation does not need.
 
-The machine here has the instructions that plain values and tensors need, and it calls nothing: a tensor is only a claim
-until the claim is checked.
+The stack machine in this module has only the instructions that plain values and tensors need. It calls no function. For
+a tensor, it returns a claim about size and storage, which is checked before the tensor is built.
 
 The instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 
 MOST_VALUES = 3_000_000
-"""Each needs about 100 bytes. A model of 1,000 layers, with AdamW's moments, has about 2 million."""
+"""The most values in a pickle. Each value needs about 100 bytes. A model of 1,000 layers has, with AdamW's moments,
+about 2 million values."""
 DEEPEST = 32
 _MOST_DIMENSIONS = 8
 
@@ -47,7 +49,7 @@ class NotPlainError(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """`numel` numbers in the record `key` of the file."""
+    """A claim that the record `key` of the file holds `numel` numbers of a dtype."""
 
     key: str
     dtype: torch.dtype
@@ -55,13 +57,13 @@ class Storage:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the storage."""
+        """The size of the storage in bytes."""
         return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TensorClaim:
-    """A view of a storage; `size`, `stride` and `offset` count elements."""
+    """A claimed tensor: a view of a storage. `size`, `stride` and `offset` count elements."""
 
     storage: Storage
     offset: int
@@ -70,7 +72,8 @@ class TensorClaim:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the view has no more elements than its storage, all of them inside."""
+        """Whether all elements of the view are inside its storage, and the view has no more elements than the
+        storage."""
         if math.prod(self.size) == 0:
             return self.offset <= self.storage.numel and math.prod(n for n in self.size if n) < 2**48
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
@@ -79,7 +82,7 @@ class TensorClaim:
 
 @dataclass(frozen=True)
 class _Name:
-    """`module name` of something that a pickle would import. It is never imported."""
+    """The `module name` of an object that the pickle asks to import. Atlas never imports the object."""
 
     name: str
 
@@ -87,8 +90,8 @@ class _Name:
 def read_pickle(
     program: bytes, build: Callable[[TensorClaim], torch.Tensor], *, without: Collection[str] = ()
 ) -> Any:
-    """Return the value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers, and tensors, which
-    `build` makes. If it is a dict, the keys in `without` are left out and their tensors are not built.
+    """Return the value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers and tensors. `build`
+    makes the tensors. If the value is a dict, its keys in `without` are left out, and their tensors are not built.
 
     Raises `NotPlainError` for anything else."""
     try:
@@ -100,12 +103,14 @@ def read_pickle(
     count = 0
 
     def plain(value: Any, depth: int = 0) -> Any:
-        """Copy `value` so that nothing is shared. Otherwise a small file could hold lists of lists of the same list,
-        and a walk through them would never end."""
+        """Copy `value` so that no object is shared, and limit the number of values. Otherwise a small file could hold
+        the same list many times at each level, and a walk through all levels would never end."""
         nonlocal count
         count += 1
         if count > MOST_VALUES or depth > DEEPEST:
-            raise NotPlainError(f"it holds more than {MOST_VALUES:,} values, or deeper than {DEEPEST} levels")
+            raise NotPlainError(
+                f"it holds more than {MOST_VALUES:,} values, or some deeper than {DEEPEST} levels"
+            )
         match value:
             case dict():
                 return {key: plain(entry, depth + 1) for key, entry in value.items()}
@@ -175,17 +180,17 @@ def _run(program: bytes) -> Any:
             case "REDUCE":
                 arguments, function = stack.pop(), _expect(_Name, stack.pop())
                 stack.append(_dict_or_tensor(function.name, arguments))
-            case "BUILD":  # the version numbers of a state dict, which PyTorch stores as its attribute
+            case "BUILD":  # the attribute of a state dict that holds its version numbers
                 stack.pop()
                 _expect(dict, stack[-1])
             case name:
                 raise NotPlainError(f"it holds the instruction {name}")
-    raise NotPlainError("it does not end")
+    raise NotPlainError("it has no STOP instruction")
 
 
 def _expect(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in a wrong place")  # the value may have no finite text
+        raise TypeError(f"{type(value).__name__} in a wrong place")  # the value's text may be endless
     return value
 
 
@@ -199,7 +204,7 @@ def _dict_or_tensor(name: str, arguments: Any) -> Any:
             if not natural or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
                 raise NotPlainError("it holds a tensor of an impossible shape")
             return TensorClaim(storage, offset, size, stride)
-    raise NotPlainError(f"it calls {'.'.join(name.split())} with something else")
+    raise NotPlainError(f"it calls {'.'.join(name.split())} with unexpected arguments")
 
 
 def _storage(identity: Any) -> Storage:

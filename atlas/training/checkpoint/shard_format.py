@@ -1,9 +1,9 @@
 """Sharded checkpoints: a folder in which each rank writes its own part, for states that do not fit on one rank.
 
-`atlas_step_100/` holds the tensors in safetensors files, as PyTorch's Distributed Checkpoint writes them, and
-`state.json` with everything else. (The usual format of Distributed Checkpoint keeps a pickle beside the tensors, and
-Atlas reads none.) The folder is a checkpoint if a sidecar, `atlas_step_100.json` beside it, names the folder and each
-file with its size and sha256. `atlas_best.json` may name the same folder.
+The folder `atlas_step_100/` holds the tensors in safetensors files, which PyTorch's Distributed Checkpoint writes, and
+everything else in `state.json`. (The default format of Distributed Checkpoint also has a pickle, and Atlas runs no
+pickle.) The folder is a checkpoint if a sidecar, `atlas_step_100.json` beside it, names the folder and each file with
+its size and sha256. `atlas_best.json` may name the same folder.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from atlas.training.checkpoint.validate import check_contents
 from atlas.training.devices.parallel import gather_full
 from atlas.training.devices.world import has_joined
 
-# One process may save and read shards, too, and PyTorch need not warn each time that there are no others.
+# A single process may also save and read shards. PyTorch would warn each time that it is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _LARGEST_STATE = 160 << 20
 
 
 def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Nested dicts and lists → the same for JSON, with `{"tensor": its name}` for each tensor; and the tensors by name.
-    A tensor of a single number, such as an optimizer's count of steps, is written to the JSON."""
+    """Nested dicts and lists → a form that JSON can hold, and the tensors by name.
+
+    In the JSON form `{"tensor": name}` stands for each tensor. A tensor without dimensions, such as an optimizer's step
+    count, is a number in the JSON form itself.
+    """
     return _for_json(contents, ""), {name: tensor for name, tensor in named_tensors(contents) if tensor.dim()}
 
 
@@ -57,7 +60,7 @@ def _for_json(value: Any, name: str) -> Any:
 
 
 def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `split`. Raises `ValueError` for JSON that `split` does not write."""
+    """The inverse of `split`. Raises `ValueError` for JSON that `split` cannot have written."""
     match plain:
         case {"value": value} if value is None or isinstance(value, (bool, int, float, str)):
             return value
@@ -75,7 +78,7 @@ def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a sharded checkpoint, its tensors full and on the CPU. Raises `CheckpointError`.
+    """The contents of a sharded checkpoint, with full tensors on the CPU. Raises `CheckpointError`.
 
     The keys in `without` are left out and need no memory.
     """
@@ -89,15 +92,15 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
         contents = join({"dict": pairs}, _read_tensors(folder, allocate, no_dist=True))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(
-            f"{folder}: is damaged, or no sharded checkpoint ({first_line(error)}): {remedy}"
+            f"{folder}: is damaged, or is not a sharded checkpoint ({first_line(error)}): {remedy}"
         ) from None
     return check_contents(contents, folder, remedy)
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state in a sharded checkpoint, each tensor sharded like its parameter. Every rank must call it.
+    """The optimizer's state in a sharded checkpoint, each tensor sharded like its parameter. Every rank must call this.
 
-    Raises `ValueError` if the state is missing or belongs to another optimizer.
+    Raises `ValueError` if a tensor of the state is missing. Whether the state fits the optimizer is not checked.
     """
     key = "optimizer_state_dict"
     plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))["dict"].get(key, {"dict": {}})

@@ -26,7 +26,7 @@ from atlas.training.logs.run_log import RunLog
 
 
 class ShardSaver(BackgroundSaver):
-    """Saves sharded checkpoints, one at a time; every rank must call `save`.
+    """Saves sharded checkpoints one at a time. Every rank must call `save`.
 
     With `in_background` the ranks copy their shards to main memory and write them while training continues.
     """
@@ -38,12 +38,12 @@ class ShardSaver(BackgroundSaver):
     ) -> None:
         super().__init__(checkpoints, in_background=in_background, log=log)
         self._world = world
-        # A group of their own keeps the messages of the saving threads apart from those of the training threads.
+        # A separate process group keeps the messages of the saving threads apart from those of the training threads.
         timeout = timedelta(seconds=world.timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if has_joined() else None
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Wait for the save in progress, but not after an error: another rank may be gone."""
+        """Wait for the save in progress, but not after an error, since another rank may have exited."""
         if kind is None:
             self.join()
 
@@ -80,7 +80,7 @@ class ShardSaver(BackgroundSaver):
                 return self.checkpoints.commit_shards(staged, kinds, contents, files)
             except (OSError, CheckpointException) as error:
                 reason = str(error).strip().splitlines()[-1]
-                self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the ones that are there stay")
+                self.checkpoints.say(f"no checkpoint saved: {reason:.200}; the existing checkpoints stay")
                 return []
 
         return write

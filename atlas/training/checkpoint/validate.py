@@ -1,8 +1,9 @@
 """Check a checkpoint file, which may come from anywhere, before Atlas uses its tensors.
 
-No code in the file runs, and no memory is allocated for a size that the file only claims. It is a zip of uncompressed
-records that do not overlap, so together they are no larger than the file. `safe_unpickle.py` reads its pickle. A tensor
-must fit its record, and a config cannot describe a larger model than the one whose weights are there.
+No code in the file runs, and no memory is allocated for a size that the file only claims. The file must be a zip of
+uncompressed records that do not overlap, so the records together are no larger than the file. `safe_unpickle.py` reads
+the pickle in the zip. A tensor must fit its record, and the config must not describe a larger model than the one whose
+weights are in the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT, Co
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
-_LARGEST_PICKLE = 160 << 20  # most of it is the tokenizer, if that is a BPE that Atlas trained
+_LARGEST_PICKLE = 160 << 20  # with a BPE that Atlas trained, most bytes are the tokenizer's
 _LARGEST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
@@ -38,7 +39,7 @@ _Number = bool | Count | float | None
 class _Contents(BaseModel):
     """The contents of a checkpoint. Tensors, config and tokenizer are checked elsewhere.
 
-    A value that is not named here is a number, a string, or a list or dict of numbers.
+    The value of any other key is a number, a string, or a list or dict of numbers.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
@@ -64,8 +65,8 @@ class _Contents(BaseModel):
 def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The contents of a checkpoint file on the CPU: plain values and tensors.
 
-    The keys in `without` are left out and need no memory. Raises `CheckpointError`, whose message ends with `remedy`:
-    which file to take instead.
+    The keys in `without` are left out and need no memory. Raises `CheckpointError`. Its message ends with `remedy`,
+    which says which file to take instead.
     """
     return check_contents(read_values(path, remedy=remedy, without=without), path, remedy)
 
@@ -79,14 +80,14 @@ def holds_first_version(path: Path) -> bool:
 
 
 def refuse_first_version(path: Path) -> None:
-    """Raise `CheckpointError` for a checkpoint of Atlas 1.x, with the command that converts it."""
+    """Raise `CheckpointError` for a checkpoint of Atlas 1.x. The message names the command that converts it."""
     if holds_first_version(path):
         raise CheckpointError(refusal(path))
 
 
 def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
-    """The plain values and tensors of any file that `torch.save` wrote, whether it is a checkpoint or not. With
-    `names_only` the tensors are empty. Raises `CheckpointError`."""
+    """The plain values and tensors of any file that `torch.save` wrote, a checkpoint or not. With `names_only` the
+    tensors are empty. Raises `CheckpointError` for any other file."""
     archive = _open(path, remedy)
     storages: dict[Storage, Tensor] = {}
 
@@ -117,7 +118,7 @@ def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
-    """Refuse a file that is no zip, or whose bytes do not match its own checksums (CRC-32)."""
+    """Raise `CheckpointError` if a file is not a zip, or its bytes do not match the CRC-32 checksums in it."""
     with _open(path, remedy) as archive:
         try:
             if broken := archive.testzip():
@@ -127,7 +128,7 @@ def check_zip(path: Path, *, remedy: str) -> None:
 
 
 def _open(path: Path, remedy: str) -> zipfile.ZipFile:
-    """The zip, if each record in it is stored uncompressed: as long as its bytes in the file."""
+    """Open a zip. Raises `CheckpointError` unless every record in it is stored uncompressed."""
     try:
         archive = open_zip(path, directory_limit=_LARGEST_DIRECTORY)
         for member in archive.infolist():
@@ -139,20 +140,21 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
     except _BROKEN as error:
         reason = f"is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
         if path.suffix == ".gguf":
-            reason = "is a GGUF file and no checkpoint: atlas serve --gguf takes it"
+            reason = "is a GGUF file, not a checkpoint: atlas serve --gguf takes it"
         raise CheckpointError(f"{path}: {reason}") from None
     return archive
 
 
 def _folder_of(archive: zipfile.ZipFile) -> str:
-    """The folder in the zip that `torch.save` wrote everything to. The caller of `torch.save` chose its name."""
+    """The folder in the zip to which `torch.save` wrote all records. The folder's name depends on the caller of
+    `torch.save`."""
     programs = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(programs) != 1:
         raise NotPlainError("it has no data.pkl, or more than one")
     folder = programs[0].split("/")[0]
     order = f"{folder}/byteorder"
     if order in archive.namelist() and _read_record(archive, order, limit=16) != sys.byteorder.encode():
-        raise NotPlainError(f"its byte order is not this machine's, {sys.byteorder}")
+        raise NotPlainError(f"its byte order is not that of this machine ({sys.byteorder})")
     return folder
 
 
@@ -165,10 +167,12 @@ def _read_record(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
 
 
 def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Tensor:
-    """The bytes of a record, read in pieces into their final memory. `zipfile` compares the checksum."""
+    """Read the bytes of a storage, in pieces, into the memory of a new tensor. `zipfile` compares the checksum."""
     record = archive.getinfo(f"{folder}/data/{storage.key}")
     if record.file_size != storage.num_bytes:
-        raise NotPlainError(f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,}")
+        raise NotPlainError(
+            f"a storage of {storage.num_bytes:,} bytes has a record of {record.file_size:,} bytes"
+        )
     buffer = torch.empty(storage.num_bytes, dtype=torch.uint8)
     view = memoryview(buffer.numpy().data)
     with archive.open(record) as file:
@@ -180,7 +184,7 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
 
 
 def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
-    """Return `contents` if they are those of a checkpoint. Raises `CheckpointError` otherwise."""
+    """Return `contents` unchanged. Raises `CheckpointError` if they are not the contents of a checkpoint."""
     if is_first_version(contents) and "format_version" not in contents:
         raise CheckpointError(refusal(path))
     if not isinstance(contents, dict) or "format_version" not in contents:
@@ -220,16 +224,17 @@ def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: P
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Raise `ValueError` if a saved optimizer state is not of the form that this optimizer saves.
+    """Raise `ValueError` if `saved` does not have the groups and shapes of this optimizer's own state.
 
-    PyTorch loads it unchecked, and the fused AdamW then reads and writes beyond the end of a smaller tensor.
+    PyTorch loads such a state without a check. The fused AdamW then reads and writes beyond the end of a smaller
+    tensor.
     """
     own = optimizer.state_dict()["param_groups"]
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         raise ValueError("it has no groups")
     if len(groups) != len(own) or not all(map(_alike, groups, own)):
-        raise ValueError("its groups are others")
+        raise ValueError("its groups differ from those of the optimizer")
     numbers = [number for group in groups for number in group["params"]]
     if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
         raise ValueError("its parameters are not numbered")
@@ -241,7 +246,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
 
 
 def _shapes(state: Any, key: object = "") -> Any:
-    """Nested dicts of tensors → of their shapes; None for any other value, or for a tensor of the wrong kind."""
+    """Nested dicts of tensors → the same dicts with the tensors' shapes. None replaces a tensor of the wrong dtype, and
+    any other value."""
     if isinstance(state, dict):
         return {key: _shapes(value, key) for key, value in state.items()}
     if not isinstance(state, Tensor):
@@ -251,8 +257,11 @@ def _shapes(state: Any, key: object = "") -> Any:
 
 
 def _alike(group: Any, own: dict[str, Any]) -> bool:
-    """Whether a group has as many parameters, and the settings in both groups agree: switches are equal, numbers may
-    differ. (Another version of PyTorch has other settings.)"""
+    """Whether a saved group has as many parameters as the optimizer's `own`, and whether their common settings agree.
+
+    Two settings agree if their switches and strings are equal; their numbers may differ. (Another version of PyTorch
+    has other settings.)
+    """
     if not isinstance(group, dict) or not isinstance(group.get("params"), list):
         return False
     settings = group.keys() & own.keys() - {"params"}

@@ -1,4 +1,4 @@
-"""Read a checkpoint to its last byte: whether it is what was saved, complete and finite."""
+"""Verify that every byte of a checkpoint is as saved, that no weight is missing, and that all numbers are finite."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Verdict:
     line: str
     broken: bool = False
     problem: bool = True
-    """Whether it is broken, or its bytes are as saved but hold numbers that are not finite."""
+    """Whether the checkpoint is broken, or its numbers are as saved but not all finite."""
 
 
 def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda done: None) -> Verdict:
-    """Compare every byte with the sidecar's sha256, or without a sidecar with the checksums inside the file. Then read
-    the contents and look for numbers that are not finite.
+    """Compare every byte with the sha256 in the sidecar or, if there is no sidecar, with the checksums inside the file.
+    Then read the contents and look for numbers that are not finite.
 
-    `advance` gets the number of bytes of each read. Needs as much memory as resuming.
+    After each read, `advance` is called with its number of bytes. Verifying needs as much memory as resuming a run.
     """
     size = checkpoint_size(path)
     try:
@@ -60,6 +60,6 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
 
 
 def intact_alternative(path: Path) -> Path | None:
-    """The latest other checkpoint of the same folder without a problem."""
+    """The latest other checkpoint in the same folder that has no problem, or None."""
     others = (other for _, other in list_checkpoints(path.parent) if other != path)
     return next((other for other in others if not verify_checkpoint(other).problem), None)

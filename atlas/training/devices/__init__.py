@@ -1,1 +1,1 @@
-"""What a run computes on: devices, ranks, memory, compilation, signals."""
+"""The hardware and processes of a run: devices, ranks, memory, compilation and signals."""

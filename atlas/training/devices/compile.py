@@ -1,4 +1,4 @@
-"""torch.compile: whether a run is compiled, and the message if it cannot be."""
+"""torch.compile: decide whether a run is compiled, and say why a machine cannot compile."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _INSTALL = "install a C++ compiler (and Triton, on a GPU)"
 
 
 def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[str], None]) -> bool:
-    """Whether the blocks are compiled on `device`, by `training.compile`.
+    """Whether to compile the model's blocks on `device`, as `training.compile` asks.
 
-    `auto` compiles on CUDA. On a CPU it does not pay: compiled, `tiny` ran at 0.83 of its eager speed, since matrix
-    products take most of the time there (benchmarks/RESULTS.md).
-    If this machine cannot compile, `on` raises `AtlasError`, and `auto` logs a line and trains without.
+    `auto` compiles on CUDA only. On a CPU the compiled preset `tiny` ran at 0.83 of its eager speed, since matrix
+    products take most of the time there (benchmarks/RESULTS.md). If this machine cannot compile, `on` raises
+    `AtlasError`, and `auto` logs a line and trains without compilation.
     """
     asked = config.training.compile
     if asked == "off" or (asked == "auto" and device.type != "cuda"):
@@ -32,14 +32,14 @@ def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[
         return True
     if asked == "on":
         raise AtlasError(
-            f"training.compile: on: this machine cannot ({problem}): {_INSTALL}, or --set training.compile=auto"
+            f"training.compile: on: this machine cannot compile ({problem}): {_INSTALL}, or --set training.compile=auto"
         )
-    say(f"training without torch.compile, slower, since this machine cannot ({problem}): {_INSTALL}")
+    say(f"training without torch.compile (slower): this machine cannot compile ({problem}): {_INSTALL}")
     return False
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Compile a step of one weight on `device`, forward and backward. Return what is missing, or None."""
+    """Compile a small forward and backward pass on `device` as a test. Return the error's first line, or None."""
     torch._dynamo.reset()
     weight = torch.ones(8, device=device, requires_grad=True)
     try:
@@ -48,7 +48,7 @@ def why_not_compile(device: torch.device) -> str | None:
     except Exception as error:
         return first_line(error)
     finally:
-        torch._dynamo.reset()  # so that the run's own compilations do not count this one
+        torch._dynamo.reset()  # so that this test does not count among the run's compilations
     return None
 
 
@@ -56,24 +56,25 @@ def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:
     """Compile each block in place. State-dict keys stay as they are, and equal blocks compile once for each shape.
 
     By default the compiler saves the outputs of norms and of the MLP's activation for the backward pass. With
-    `keeps_little` it recomputes them from the outputs of the matrix products. That saves a third of the memory and
-    costs 3 % more memory traffic; matrix products are computed once either way.
+    `keeps_little` the compiler recomputes these outputs from the outputs of the matrix products. This saves a third of
+    the memory and costs 3 % more memory traffic. In both cases, matrix products are computed once.
     """
     torch._functorch.config.aggressive_recomputation = keeps_little
-    # It would split blocks to send gradients earlier, which separate blocks do anyway.
+    # This option would split each compiled graph so that DDP sends gradients earlier. Blocks compiled one by one allow
+    # that too.
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def filled_up(columns: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Pad inputs, targets and documents, if any, from (N, T) each to (`size`, T). The added rows do not count.
+    """Pad inputs, targets and, if given, documents from (N, T) to (`size`, T). The added rows do not affect the loss.
 
-    For another number of rows, the blocks would be compiled again.
+    Without padding, a batch of another number of rows would compile the blocks again.
     """
     missing = size - len(columns[0])
     if missing == 0:
-        return list(columns)  # `F.pad` would copy them out of pinned memory
+        return list(columns)  # `F.pad` would copy the columns out of pinned memory
     pairs = zip(columns, (0, IGNORE_INDEX, 0), strict=False)
     return [F.pad(column, (0, 0, 0, missing), value=filling) for column, filling in pairs]
 
@@ -86,7 +87,7 @@ def refuse_failed_compilation(
 ) -> None:
     """Raise `AtlasError` if `error` comes from the compiler, which the user has to fix; otherwise do nothing."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        if "flex_attention" in str(error):  # compiled whatever training.compile says
+        if "flex_attention" in str(error):  # Atlas always compiles FlexAttention
             what = "data.document_mask: FlexAttention"
             instead = "--set data.document_mask=false"
         reason = f"cannot be compiled here ({first_line(error)})"

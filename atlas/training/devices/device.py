@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision, threads, random numbers. Set once, in one place."""
+"""Choose the device and precision of a run, seed its random numbers, and describe the machine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the precision of its matrix products. Weights are fp32, but bf16 in `bf16-true`. The optimizer's
-    state is fp32 in every precision."""
+    """A device and the precision of its matrix products. Weights are bf16 with `bf16-true` and fp32 otherwise. The
+    optimizer's state is always fp32."""
 
     device: torch.device
     precision: str
@@ -39,30 +39,33 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matrix products."""
+        """The dtype of matrix products."""
         return _DTYPES[self.precision.removesuffix("-true")]
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
         """PyTorch's context for matrix products in the run's precision."""
         if self.precision == "fp32":
             return nullcontext()
-        # Each weight is used once per forward pass. The cache would only keep its copy alive until the end, and with
-        # gradient checkpointing nothing else keeps it.
+        # Each weight is used once per forward pass. Autocast's cache would keep the weight's copy in memory until the
+        # end of the pass. With gradient checkpointing nothing else keeps that copy.
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss in fp16, which would lose small gradients otherwise; changes nothing in other precisions."""
+        """A scaler of the loss. Without it, fp16 would lose small gradients; in other precisions it is disabled."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
 def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
-    """Return the runtime that `device` and `training.precision` ask for, on this rank's own GPU, without how its ranks
-    share the model: see `choose_parallel`. Raises `AtlasError` for what cannot be had."""
+    """Return the runtime for the config's `device` and `training.precision`, on this rank's own GPU.
+
+    `choose_parallel` sets the field `parallel` later. Raises `AtlasError` if the device or the precision is not
+    available.
+    """
     device = choose_device(config.device)
     if world.local_size > 1 and device.type == "cuda":
         if ":" in config.device:
@@ -82,8 +85,11 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for cuda, else mps, else cpu. `cuda:N` becomes
-    PyTorch's current GPU. Raises `AtlasError` for a device that does not exist."""
+    """The device called `name`: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`.
+
+    `auto` selects cuda, else mps, else cpu. `cuda:N` becomes PyTorch's current GPU. Raises `AtlasError` for a device
+    that does not exist.
+    """
     if not re.fullmatch(DEVICE, name):
         raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -99,13 +105,13 @@ def choose_device(name: str) -> torch.device:
     if int(number) >= torch.cuda.device_count():
         there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
         raise AtlasError(f"device: {name}: is not there; this machine has {there}")
-    torch.cuda.set_device(int(number))  # queries for memory and names go to the current GPU
+    torch.cuda.set_device(int(number))  # PyTorch's queries for memory and names use the current GPU
     return torch.device(kind, int(number))
 
 
 def cpu_only_build_with_nvidia_driver() -> bool:
-    """Whether there is an NVIDIA card that this PyTorch cannot use: a wrong wheel, which costs users days if
-    unnoticed."""
+    """Whether there is an NVIDIA card that this PyTorch cannot use, since its wheel is for CPUs only. If nobody
+    notices, a run takes days longer."""
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     return has_driver and torch.version.cuda is None and torch.version.hip is None
 
@@ -117,7 +123,7 @@ def _why_no_cuda() -> str:
 
 
 def why_not_in(precision: str, device: torch.device) -> str | None:
-    """Why `device` does not compute in a precision of `training.precision`; None if it does."""
+    """The reason why `device` does not compute in a value of `training.precision`, or None if it does."""
     precision = precision.removesuffix("-true")
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
@@ -146,8 +152,9 @@ def _own_precision(device: torch.device) -> str:
 
 
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV cache for inference on `device`: `f32`, `bf16` or `f16` as asked. `auto` selects half
-    precision on CUDA, the kind that training selects there, and f32 on other devices.
+    """The dtype of weights and KV cache for inference on `device`: `f32`, `bf16` or `f16` as asked.
+
+    `auto` selects f32, but on CUDA the 16-bit dtype that training selects there.
 
     Raises `AtlasError` for a dtype that the device does not compute in.
     """
@@ -160,7 +167,7 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def _gpu_has_bf16() -> bool:
-    # Without `including_emulation=False` older cards claim bf16 and compute it very slowly.
+    # By default the query also returns true for older cards, which only emulate bf16 and are very slow.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -170,7 +177,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _cpu_info() -> str:
-    """What Linux reports about the CPU; empty on other systems."""
+    """The text of Linux's `/proc/cpuinfo`; empty on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -178,15 +185,16 @@ def _cpu_info() -> str:
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
-    """Seed PyTorch, so that dropout is a pure function of its place and a resumed run needs no generator state.
+    """Seed PyTorch for a micro-batch. Dropout then depends on no earlier step, so a resumed run needs no generator
+    state.
 
     `position` is the index, within the update of all ranks, of the micro-batch's first sequence.
     """
-    torch.manual_seed(_seed_of(seed, update, 0, position))  # the 0 keeps the bits of older runs
+    torch.manual_seed(_seed_of(seed, update, 0, position))  # the 0 gives the same seeds as in older versions
 
 
 def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
-    """The generator for rounding an update's new weights: a pure function of the update, as in `seed_micro_step`."""
+    """The generator for rounding an update's new weights. Its seed depends only on the run's seed and the update."""
     return torch.Generator(device).manual_seed(_seed_of(seed, update, "rounding"))
 
 
@@ -196,8 +204,8 @@ def _seed_of(*place: int | str) -> int:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """What the bits of a result depend on. If it is equal here and in a checkpoint, a resumed run on a CPU repeats
-    them."""
+    """The properties of the machine that affect the bits of a result. If a checkpoint has the same properties, a run
+    resumed from it on a CPU gives the same bits."""
     device = runtime.device
     name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
     return {
@@ -215,8 +223,8 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
-    """Set the thread count that a checkpoint was trained with. Return a line for each remaining difference from
-    that machine."""
+    """Set the number of threads that the checkpoint was trained with. Return a line for each difference that remains
+    between this machine and the saved one."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)

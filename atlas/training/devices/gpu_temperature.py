@@ -1,8 +1,9 @@
 """Read the temperature of an NVIDIA GPU, and wait while it is too hot.
 
 The readings come from NVML, the library behind `nvidia-smi` (https://docs.nvidia.com/deploy/nvml-api/), through the
-package nvidia-ml-py. `torch.cuda.temperature` and its kin use it too, but they return neither the power limit nor the
-reasons for throttling, and do not find the card of a slice (MIG). On any other device nothing is opened or read.
+package nvidia-ml-py. `torch.cuda.temperature` and similar functions also use NVML. But they return neither the power
+limit nor the reasons for throttling, and they do not find the card of a MIG slice. On other devices this module reads
+nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from atlas.config import GuardConfig
 from atlas.errors import AtlasError
 
 COOLING = 5
-"""Training resumes this many °C below `guard.max_gpu_temp`. Without the gap it would stop and start all the time."""
+"""Training resumes this many °C below `guard.max_gpu_temp`. Without this gap, training would stop and resume all the
+time."""
 TOO_HOT = 85
-"""From this temperature (°C) on, Atlas advises better cooling or less load."""
+"""At this temperature (°C) or above, Atlas advises better cooling or less load."""
 
 _SECONDS_BETWEEN_READINGS = 1.0
-_SECONDS_BETWEEN_CHECKS = 0.2  # for a stop request, while waiting
+_SECONDS_BETWEEN_CHECKS = 0.2  # between two checks for a stop request during a wait
 _SECONDS_BETWEEN_REMINDERS = 600.0
 
-# NVML's bits for the reasons why clocks are lower than they could be. Atlas does not count an idle card, clocks that
-# somebody chose, or those of a display.
+# NVML's bits for the reasons why clocks are lower than they could be. Three reasons are left out: an idle card, clocks
+# that a user set, and clocks that a display needs.
 _THROTTLE_REASONS = {
     0x04: "power limit",
     0x08: "hardware slowdown",
@@ -46,30 +48,31 @@ _QUERIES: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
         lambda reasons: [word for bit, word in _THROTTLE_REASONS.items() if reasons & bit],
     ),
 }
-"""Each field of a reading: NVML's functions for it, the newest first, and how their answer is converted."""
+"""For each field of a reading: the NVML functions that return it, the newest first, and the conversion of the
+result."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the sensors of a GPU report; None for what they do not."""
+    """The values that the sensors of a GPU report; None for a value that they do not report."""
 
     temperature: int | None = None  # °C
     power: float | None = None  # W
     power_limit: float | None = None  # W
-    utilization: int | None = None  # % of the time in which anything ran
+    utilization: int | None = None  # % of the time in which the GPU ran any kernel
     throttle: list[str] | None = None
 
     def metrics(self) -> dict[str, Any]:
-        """What is known, as entries of a line of `metrics.jsonl`."""
+        """The known values, as entries of a record of `metrics.jsonl`."""
         return {f"gpu_{name}": value for name, value in vars(self).items() if value is not None}
 
 
 class GpuSensor:
-    """Reads one NVIDIA GPU, at most once a second.
+    """Reads the sensors of one NVIDIA GPU, at most once per second.
 
-    `failure` is NVML's error if it stopped answering (as after a change of drivers); from then on every reading is
-    empty. `reported_failure` and `advised` belong to `cool_down`, which reports each of the two once. `clock` has the
-    functions `monotonic` and `sleep`, as the module `time` does.
+    `failure` is NVML's error after NVML stopped answering, for example after a change of drivers. From then on every
+    reading is empty. `cool_down` sets `reported_failure` and `advised`, so that it reports a failure and a hot GPU only
+    once each. `clock` has the functions `monotonic` and `sleep`, like the module `time`.
     """
 
     def __init__(self, nvml: Any, handle: Any, *, clock: Any = time) -> None:
@@ -90,7 +93,7 @@ class GpuSensor:
     def open(cls, device: torch.device) -> GpuSensor:
         """Open the sensor of PyTorch's CUDA `device`.
 
-        Raises `AtlasError` without an NVIDIA GPU, nvidia-ml-py or the driver.
+        Raises `AtlasError` if the NVIDIA GPU, its driver or nvidia-ml-py is missing.
         """
         if torch.version.hip:
             raise AtlasError("only NVIDIA GPUs can be read, and this PyTorch is for AMD's")
@@ -105,7 +108,7 @@ class GpuSensor:
             raise AtlasError(f"the GPU cannot be read (NVML: {error}): check it with nvidia-smi") from None
 
     def read(self) -> Reading:
-        """Return the last reading, or a new one if that is a second old."""
+        """Return the last reading, or a new reading if the last is a second old."""
         now = self.clock.monotonic()
         if self.failure is None and now - self._read_at >= _SECONDS_BETWEEN_READINGS:
             self._read_at = now
@@ -118,7 +121,8 @@ class GpuSensor:
 
 
 def _first_available(nvml: Any, handle: Any, names: tuple[str, ...]) -> Callable[[], Any] | None:
-    """The first of NVML's functions that this package, driver and card all have, ready to be called."""
+    """The first NVML function in `names` that the package, the driver and the card support, with its arguments bound;
+    None if there is none."""
     for name in names:
         sensor = (nvml.NVML_TEMPERATURE_GPU,) if "Temperature" in name else ()
         try:
@@ -131,13 +135,14 @@ def _first_available(nvml: Any, handle: Any, names: tuple[str, ...]) -> Callable
 
 
 def _handle(nvml: Any, device: torch.device) -> Any:
-    """NVML's handle of PyTorch's `device`. NVML numbers the cards differently (CUDA_VISIBLE_DEVICES, CUDA's order)."""
+    """NVML's handle of PyTorch's `device`. NVML ignores CUDA_VISIBLE_DEVICES and CUDA's order of cards, so indexes may
+    differ."""
     properties: Any = torch.cuda.get_device_properties(device)
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
     except nvml.NVMLError:
-        # A slice of a card (MIG) has its own UUID and no sensors. The card is found by its place on the bus, if PyTorch
-        # reports that.
+        # A MIG slice has its own UUID and no sensors. If PyTorch reports the card's PCI address, Atlas finds the card
+        # by that address.
         if not hasattr(properties, "pci_bus_id"):
             raise
         place = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
@@ -145,9 +150,10 @@ def _handle(nvml: Any, device: torch.device) -> Any:
 
 
 def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str], None]) -> GpuSensor | None:
-    """Open the sensor of the run's GPU; None if there is none.
+    """Open the sensor of the run's GPU. Return None if there is no sensor.
 
-    Raises `AtlasError` for a limit on a GPU that cannot be read. On a CPU or an Apple GPU, `say` gets a line instead.
+    If `guard.max_gpu_temp` is set, raises `AtlasError` for a GPU that cannot be read. On a CPU or an Apple GPU, `say`
+    gets a line instead.
     """
     limit = guard.max_gpu_temp
     if device.type != "cuda":
@@ -168,10 +174,10 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
 def cool_down(
     sensor: GpuSensor, *, limit: int | None, should_stop: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    """Call it between two updates: if the GPU is at `limit` °C, wait until it is `COOLING` °C below.
+    """If the GPU is at `limit` °C, wait until it is `COOLING` °C cooler. The training loop calls this between updates.
 
-    A stop request ends the wait. Without a limit there is no wait, and a card at `TOO_HOT` is reported once. So is a
-    sensor that has stopped answering.
+    A stop request ends the wait. Without a limit there is no wait, and a GPU at `TOO_HOT` is reported once. A sensor
+    that has stopped answering is also reported once.
     """
     temperature = sensor.read().temperature
     if limit is not None and temperature is not None and temperature >= limit and not should_stop():
@@ -194,8 +200,8 @@ def cool_down(
     elif limit is None and (temperature or 0) >= TOO_HOT and not sensor.advised:
         sensor.advised = True
         say(
-            f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable; this is more: clean the "
-            "fans, improve the air flow, or lower the load: a smaller training.micro_batch_size, "
+            f"GPU at {temperature} °C: 50–75 is normal, up to {TOO_HOT} high but acceptable. This GPU is hotter: clean "
+            "the fans, improve the air flow, or lower the load: a smaller training.micro_batch_size, "
             "training.gradient_checkpointing, a shorter model.max_seq_len; guard.max_gpu_temp makes training wait"
         )
     if sensor.failure is not None and not sensor.reported_failure:

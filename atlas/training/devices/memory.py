@@ -1,4 +1,4 @@
-"""Recognise that memory ran out, remember what fits on this machine and how fast it is, and control the garbage
+"""Detect that memory ran out, store the micro-batch size and the speed of this machine, and control the garbage
 collector."""
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of me
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. A GPU's allocator raises its own class, the CPU's a `RuntimeError` with its name."""
+    """Whether `error` means that memory ran out. On a CPU PyTorch raises only a `RuntimeError`, recognized by its
+    message."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
 
 
 def release_memory(device: torch.device) -> None:
-    """Return the memory of freed tensors that PyTorch's allocator keeps."""
+    """Return to the GPU the memory of freed tensors that PyTorch's allocator keeps."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each update. On a GPU its first call exempts all objects that exist by then from
-    Python's garbage collection, until the run ends.
+    """Yield a function to call after each update. On a GPU its first call exempts all existing objects from Python's
+    garbage collection until the run ends.
 
-    They live as long as the run, and a full collection visits all of them, which stops training for some 0.2 s with
-    PyTorch's compiler loaded. Later objects are collected as usual.
+    These objects live as long as the run. A full collection would visit all of them, which stops training for about 0.2
+    s with PyTorch's compiler loaded. Later objects are collected as usual.
     """
 
-    @functools.cache  # so that only the first call does it
+    @functools.cache  # so that only the first call has an effect
     def after_update() -> None:
         if device.type != "cpu":
             gc.collect()
@@ -58,13 +59,14 @@ def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None
 
 
 def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
-    """The micro-batch that a trial found to fit on this machine with this config; None without a trial."""
+    """The micro-batch size that fitted in memory in an earlier trial with this config and machine; None without a
+    trial."""
     value = _read(_fit_note(config, device), "micro_batch_size")
     return value if isinstance(value, int) and value >= 1 else None
 
 
 def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
-    """Store the micro-batch that fits, for later runs."""
+    """Store the micro-batch size that fits in memory, for later runs."""
     _write(_fit_note(config, device), "micro_batch_size", size)
 
 
@@ -87,7 +89,7 @@ def _read(note: Path, key: str) -> Any:
 
 
 def _write(note: Path, key: str, value: float) -> None:
-    """Write to Atlas's cache folder. If that fails, the next run measures again."""
+    """Write to Atlas's cache folder. If the write fails, the next run measures again."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:
@@ -95,15 +97,15 @@ def _write(note: Path, key: str, value: float) -> None:
 
 
 def _speed_note(runtime: Runtime) -> Path:
-    """The file for the speed, named by everything that decides how fast products are."""
+    """The file for the measured speed. Its name is a hash of everything that affects the speed."""
     machine = describe_machine(runtime)
     facts = [machine[key] for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")]
     return _note("speed", facts)
 
 
 def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
-    """The file for the micro-batch, named by everything that decides how much fits: the model, the precision, the
-    device and its memory."""
+    """The file for the micro-batch size. Its name is a hash of everything that affects what fits in memory: the model,
+    the training settings, the device and its memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine = [properties.name, properties.total_memory]

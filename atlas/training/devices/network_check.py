@@ -1,6 +1,6 @@
-"""Test the connection between ranks before a run: which hosts take part, whether sums are right, and how fast they are.
+"""Test the connection between ranks before a run: list the hosts, check all-reduce sums, and measure their speed.
 
-A failure is reported with the settings of gloo and NCCL that help.
+The error message for a failure names the settings of gloo and NCCL that help.
 """
 
 from __future__ import annotations
@@ -25,35 +25,33 @@ from atlas.training.devices.world import World, join_world, together
 Facts = dict[str, Any]
 
 DEFAULT_TIMEOUT = 60.0
-"""Seconds."""
+"""The default of `--timeout`, in seconds."""
 ROUNDS = {1_000: 20, 1_000_000: 10, 64_000_000: 5}
-"""Bytes → how many all-reduces of this size are measured, after one that is not."""
+"""Bytes → the number of timed all-reduces of this size. One untimed all-reduce precedes them."""
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _HOST_NAME = 255
 _MARGIN = 5.0
-"""Seconds after the timeout in which a backend may report by itself that it waited too long."""
+"""Extra seconds after the timeout, in which a backend may raise its own timeout error."""
 
 
 def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Facts | None:
-    """Join the ranks that torchrun started, and let them sum numbers: on the CPU with gloo, and with NCCL if each rank
-    has its own GPU. Return the results on the first rank, None on the others; seconds, bytes and bytes/s.
+    """Join the ranks that torchrun started and sum numbers over them: with gloo on the CPU, and with NCCL if each rank
+    has its own GPU. Return the results on the first rank, in seconds, bytes and bytes/s, and None on the others.
 
-    Raises `AtlasError` for a wrong sum, and if another rank does not answer within `timeout` seconds.
+    Raises `AtlasError` if a sum is wrong, or if another rank does not answer within `timeout` seconds.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         raise AtlasError(
-            "--distributed: tests the connection between several processes, and this is one: torchrun "
-            "--nproc-per-node=2 -m atlas doctor --distributed; on several machines, with the options of the training"
+            "--distributed: tests the connection between several processes, but this process is alone: start it with "
+            "torchrun --nproc-per-node=2 -m atlas doctor --distributed; on several machines, with training's options"
         )
-    # Without it, NCCL itself ends the process after the timeout, with a page of its own messages.
+    # Without this setting, NCCL ends the process after the timeout and prints a page of its own messages.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         world = join_world(timeout)
     except AtlasError as error:
-        reason = (
-            f"the others could not be reached within {timeout:g} s ({first_line(error.__context__ or error)})"
-        )
+        reason = f"the other ranks could not be reached within {timeout:g} s ({first_line(error.__context__ or error)})"
         raise _refusal("gloo", reason) from None
     with together(world):
         hosts = _hosts(world)
@@ -84,14 +82,14 @@ def _hosts(world: World) -> list[str]:
 
 
 def _measure(world: World, device: torch.device) -> list[Facts]:
-    """The median time of the all-reduces on `device`, for each size."""
+    """The median seconds and the bus bandwidth (bytes/s) of the all-reduces on `device`, for each size."""
     backend = _BACKENDS[device.type]
     try:
         answers = list(_answers(_all_reduces(world, device), world.timeout))
     except (RuntimeError, Empty) as error:
         reason = first_line(error) if str(error) else f"no answer within {world.timeout:g} s"
         raise _refusal(backend, f"{backend}: {reason}") from None
-    traffic = 2 * (world.size - 1) / world.size  # of each rank's bytes, in each direction of a ring
+    traffic = 2 * (world.size - 1) / world.size  # sent by each rank of a ring, per byte of a tensor
     medians = {size: statistics.median(took for of, took in answers if of == size) for size in ROUNDS}
     common = {"backend": backend, "device": device.type}
     return [
@@ -101,9 +99,9 @@ def _measure(world: World, device: torch.device) -> list[Facts]:
 
 
 def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
-    """Yield what `work` yields. Raises `queue.Empty` if one takes longer than `timeout` seconds.
+    """Yield the values of `work`. Raises `queue.Empty` if a value takes longer than `timeout` seconds and a margin.
 
-    `work` runs in a thread, since NCCL has no timeout while it connects, and ignores Ctrl-C while it waits.
+    `work` runs in a thread, since NCCL connects without a timeout, and ignores Ctrl-C while it waits.
     """
     found: Queue[Any] = Queue()
 
@@ -123,13 +121,13 @@ def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
 
 
 def _all_reduces(world: World, device: torch.device) -> Iterator[tuple[int, float]]:
-    """Run one all-reduce after the other; (bytes, seconds) of each."""
+    """Run the all-reduces one after the other. Yield the (bytes, seconds) of each timed one."""
     one = torch.empty(1, device=device)
     for size, rounds in ROUNDS.items():
         numbers = torch.empty(size // 4, device=device)
         _sum_and_check(world, numbers)
         for _ in range(rounds):
-            _sum_and_check(world, one)  # so that all ranks begin together
+            _sum_and_check(world, one)  # makes all ranks begin the timed one together
             yield size, _sum_and_check(world, numbers)
 
 
@@ -161,7 +159,7 @@ def _refusal(backend: str, reason: str) -> AtlasError:
     first = {
         "gloo": f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {host}:{port}",
         "nccl": "NCCL_P2P_DISABLE=1 helps with consumer cards whose peer-to-peer is broken, NCCL_IB_DISABLE=1 without "
-        "InfiniBand, and NCCL_DEBUG=INFO says more",
+        "InfiniBand, and NCCL_DEBUG=INFO logs more",
     }[backend]
     interfaces = {
         name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]

@@ -1,4 +1,4 @@
-"""How several ranks share a model: PyTorch's DDP and FSDP2, and tensors that are sharded among them."""
+"""Share a model among several ranks with PyTorch's DDP or FSDP2, and gather or shard tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atlas.training.devices.world import World, has_joined
 
 
 def refuse_parallel_alone(config: AtlasConfig) -> None:
-    """Raise `AtlasError` if the config shares the model among several processes and this process is alone."""
+    """Raise `AtlasError` if `training.parallel` needs several processes and this process is the only one."""
     asked = config.training.parallel
     if asked in ("ddp", "fsdp") and not has_joined():
         raise AtlasError(
@@ -27,12 +27,12 @@ def refuse_parallel_alone(config: AtlasConfig) -> None:
 def wrap(
     objective: nn.Module, config: AtlasConfig, world: World, parallel: str, device: torch.device
 ) -> nn.Module:
-    """Wrap `objective`, the module from tokens to loss, for several ranks. Its `model` has a list of `blocks`.
+    """Wrap `objective`, the module that computes the loss, for several ranks. Its `model` has a list of `blocks`.
 
-    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds the full model, and gradients are averaged. `fsdp` (Zhao
-    et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of weights, gradients and optimizer state, and
-    gathers the full weights of a block only while it runs. Each group of `training.shard_size` ranks holds one complete
-    model.
+    `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds the full model, and gradients are averaged over the ranks.
+    `fsdp` (Zhao et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of weights, gradients and
+    optimizer state, and gathers the full weights of a block only while the block runs. Each group of
+    `training.shard_size` ranks holds one complete model.
     """
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(
@@ -53,11 +53,11 @@ def wrap(
 
 
 def no_sync_except_last(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-    """The context of a micro-batch: only after the last one of an update are gradients summed over equal replicas."""
+    """The context of a micro-batch. Gradients are reduced over replicas only in the last micro-batch of an update."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
     if set_all_reduce := getattr(wrapped, "set_requires_all_reduce", None):
-        set_all_reduce(is_last)  # the reduction to shards still runs, which keeps memory small
+        set_all_reduce(is_last)  # each micro-batch still reduces gradients to shards, to save memory
     return nullcontext()
 
 
@@ -67,8 +67,8 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
-    """Nested dicts and lists with each tensor replaced by what `change` returns for its name and the tensor. The name
-    is the keys that lead to it, with `/` between them."""
+    """Nested dicts and lists, with each tensor replaced by the result of `change(name, tensor)`. The name is the keys
+    that lead to the tensor, joined by `/`."""
     if isinstance(value, Tensor):
         return change(name.lstrip("/"), value)
     if isinstance(value, Mapping):
@@ -79,8 +79,11 @@ def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -
 
 
 def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
-    """Nested dicts and lists with every sharded tensor gathered to its full shape. Every rank must call it. With `keep`
-    false the full tensors are dropped one by one: this rank takes part only because the others need it."""
+    """Nested dicts and lists, with every sharded tensor gathered to its full shape. Every rank must call this.
+
+    With `keep` false, this rank only helps the other ranks: it drops each full tensor immediately and returns None in
+    its place.
+    """
 
     def gather(_: str, tensor: Any) -> Any:
         if not is_sharded(tensor):
@@ -92,7 +95,7 @@ def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
 
 
 def shard_like(tensor: Tensor, other: Any) -> Tensor:
-    """Shard the full `tensor`, which every rank has, like `other`."""
+    """Shard a full `tensor` like `other`. Every rank must have the full tensor."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -102,7 +105,7 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state dict of full tensors, with each sharded like its parameter."""
+    """The optimizer's state dict `saved`, with each full tensor sharded like its parameter."""
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
 
     def shard(value: Any, parameter: Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""Page-locked (pinned) main memory, which a GPU copies into at full speed while the host continues.
+"""Page-locked (pinned) main memory. A GPU copies to it at full speed while the CPU continues.
 
-PyTorch's own allocator rounds each pinned tensor up to a power of two: a checkpoint of 6 GB may need 8. Here the
-tensors are in one block of ordinary memory, one after the other, and CUDA locks that block.
+PyTorch's own allocator rounds each pinned tensor up to a power of two: a checkpoint of 6 GB may need 8 GB. This module
+puts the tensors one after the other into one block of ordinary memory, and CUDA locks that block.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ _PORTABLE = 1
 
 
 def pinned_like(tensors: Sequence[Tensor], *, say: Callable[[str], None]) -> list[Tensor]:
-    """Uninitialized CPU tensors of these shapes and dtypes in one pinned block, each with its own storage. The block is
-    freed with the last of them. If CUDA does not lock it, it stays ordinary memory, and `say` gets a line."""
+    """Uninitialized CPU tensors with the shapes and dtypes of `tensors`, in one pinned block. Each has its own storage.
+
+    The block is freed with the last of these tensors. If CUDA cannot lock the block, it stays ordinary memory, and
+    `say` gets a line.
+    """
     size = sum(_rounded(tensor.nbytes, _ALIGNED) for tensor in tensors)
-    # The block has its own pages: CUDA locks full pages, and those of another block may be locked already.
+    # CUDA locks full pages, and the pages of another block may be locked already. So this block has its own pages.
     block = numpy.empty(_rounded(size, _PAGE) + _PAGE, dtype=numpy.uint8)
     offset = -block.ctypes.data % _PAGE
     _lock(block, block.ctypes.data + offset, _rounded(size, _PAGE), say)
@@ -42,14 +45,14 @@ def _lock(block: numpy.ndarray, address: int, size: int, say: Callable[[str], No
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if (error := int(cuda.cudaHostRegister(address, size, _PORTABLE))) == 0:
-        # Unlock it before it is freed, or CUDA would regard the next allocation there as locked. Not at the exit of the
-        # process, when CUDA may have shut down already.
+        # Unlock the block before it is freed, or CUDA would regard the next allocation at its address as locked. Do not
+        # unlock the block when the process exits, since CUDA may have shut down already.
         weakref.finalize(block, cuda.cudaHostUnregister, address).atexit = False
         return
-    with suppress(RuntimeError):  # the next kernel raises the error that is handled here
+    with suppress(RuntimeError):  # clears the error, which the next kernel raises again
         torch.ones(1, device="cuda")
     say(
-        f"CUDA cannot pin {size / 1e9:.2f} GB of main memory for the copy that checkpoints are written from (error "
+        f"CUDA cannot pin {size / 1e9:.2f} GB of main memory for the copy of each checkpoint (error "
         f"{error}): the copy uses ordinary memory, and each save stops training for longer"
     )
 

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP set a flag that the loop reads between micro-batches; a second one ends the process."""
+"""Ctrl-C, SIGTERM or SIGHUP sets a flag, which training reads between micro-batches. A second signal ends the
+process."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from atlas.errors import Interrupted
 
 
 class Stopped(BaseException):
-    """A stop was requested: raised by `StopRequest.check`, and anywhere within `StopRequest.at_once`."""
+    """A stop was requested. `StopRequest.check` raises this, and a signal raises it anywhere within
+    `StopRequest.at_once`."""
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP (SIGBREAK on Windows) sets `requested` instead of ending the
-    process. Under `nohup` SIGHUP stays ignored.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP (SIGBREAK on Windows) sets `requested` instead of ending
+    the process. Under `nohup` SIGHUP is still ignored.
 
-    `say` gets a line for the user. The exit restores the handlers. Outside the main thread Python allows no handlers,
-    so nothing changes there. With several ranks (`is_alone` false) a signal only sets `asked`. The ranks exchange it
-    and all call `agree` at the same update.
+    `say` gets a line for the user. The exit of the context restores the previous handlers. Python allows handlers in
+    the main thread only, so in another thread the context does nothing. With several ranks (`is_alone` false) a signal
+    only sets `asked`. The ranks exchange this flag, and all of them call `agree` at the same update.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, *, is_alone: bool = True) -> None:
@@ -34,8 +36,8 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, *, enabled: bool = True) -> Iterator[None]:
-        """Within this context a request raises `Stopped`, for work that does not read the flag, such as a
-        compiler's."""
+        """A context in which a stop request raises `Stopped` immediately. It is for code that does not read the flag,
+        such as a compiler. With several ranks it does nothing."""
         self._raises = enabled and self._is_alone
         try:
             yield
@@ -62,17 +64,17 @@ class StopRequest:
             raise Stopped
 
     def check(self, *, of_others: bool = False) -> None:
-        """Raise `Stopped` if a stop was requested, here or, as the caller found out, on another rank."""
+        """Raise `Stopped` if a stop was requested. Give `of_others` if another rank received the request."""
         if of_others and not self.requested:
             self.agree()
         if self.requested:
             raise Stopped
 
     def agree(self) -> None:
-        """Stop, since this process or, as all ranks know, some rank was asked to."""
+        """Set `requested`. With several ranks, all of them call this at the same update."""
         self.requested = True
         self._say(
-            "stopping after this micro-batch, then saving; a second request ends at once, without saving"
+            "stopping after this micro-batch, then saving; a second request ends the run immediately, without saving"
         )
 
     def __exit__(self, *error: object) -> None:

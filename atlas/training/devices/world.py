@@ -1,8 +1,8 @@
-"""Several processes (ranks) as one run: the place of each, and the values that they exchange.
+"""Several processes (ranks) in one run: the rank of each process, and the values that they exchange.
 
-torchrun starts the processes and sets their places in the environment. All ranks have the same numbers in `TrainState`
-and make the same decisions, since the inputs of a decision are summed, or broadcast by the first rank, before. The
-model's files know nothing of this.
+torchrun starts the processes and sets their ranks in the environment. All ranks have the same numbers in `TrainState`
+and make the same decisions. Before a decision, its inputs are summed over the ranks, or the first rank broadcasts them.
+The code in `atlas/model` does not depend on ranks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor
 from atlas.errors import AtlasError, EndedElsewhere, first_line
 
 DEFAULT_TIMEOUT = 600.0
-"""Seconds."""
+"""Seconds that ranks wait for one another by default."""
 _GRACE = 30.0
-"""Seconds in which torchrun ends the other ranks after one rank ended."""
+"""Seconds that torchrun gets to end the other ranks after one rank has ended."""
 _LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "nccl")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and this one's place among them. In a run of one process every method returns its argument
+    """The processes of a run, and the rank of this process. In a run of one process, every method returns its argument
     and costs nothing."""
 
     rank: int = 0
@@ -50,7 +50,8 @@ class World:
         return self.sums_async(*numbers)()
 
     def sums_async(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
-        """Start `sums` and return a function for the result, so that the ranks need not wait for one another here."""
+        """Start `sums` and return a function that waits for the result. This rank can continue until it calls that
+        function."""
         together = torch.tensor(numbers, dtype=torch.float64)
         wait = self.all_reduce_async(together)
 
@@ -73,7 +74,7 @@ class World:
         return int(smallest)
 
     def broadcast(self, value: Any = None) -> Any:
-        """The first rank's `value`, anything that JSON holds, on every rank."""
+        """Send the first rank's `value` to every rank and return it. JSON must be able to hold the value."""
         if self.size == 1:
             return value
         message = json.dumps(value).encode() if self.is_first else b""
@@ -90,8 +91,8 @@ class World:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Within this context every rank does the same on its own. If some ranks raise `AtlasError`, only the first of
-        these raises it in the end; all others raise `EndedElsewhere`, which logs nothing."""
+        """A context for work that every rank does by itself. If some ranks raise `AtlasError`, only the lowest of these
+        ranks raises it at the end of the context. All other ranks raise `EndedElsewhere`, which logs nothing."""
         error: AtlasError | None = None
         try:
             yield
@@ -109,9 +110,10 @@ ALONE = World()
 
 
 def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
-    """Join the ranks that torchrun (or Slurm, with the same names) set in the environment; without any, one process.
+    """Join the ranks that torchrun, or Slurm, describes in environment variables. Without these, the run has one
+    process.
 
-    `timeout` is the seconds that ranks wait for one another. Raises `AtlasError` if the others do not come.
+    `timeout` is the seconds that ranks wait for one another. Raises `AtlasError` if the other ranks cannot be reached.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(timeout=timeout)
@@ -130,15 +132,16 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun may keep its store when it restarts the ranks, with the addresses of those that died. Several
-            # machines count restarts separately; there --rdzv-backend c10d makes a new store.
+            # When torchrun restarts the ranks, it may keep its store, with the addresses of the ranks that died. So
+            # each restart uses its own prefix. Several machines count restarts separately; there, --rdzv-backend c10d
+            # makes a new store.
             store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise AtlasError(
             f"the other ranks could not be reached at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-            f"({first_line(error)}): check the address and the firewall; atlas doctor --distributed tests it"
+            f"({first_line(error)}): check the address and the firewall; atlas doctor --distributed tests both"
         ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout)
@@ -151,8 +154,8 @@ def has_joined() -> bool:
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Within this context the loss of another rank ends this one: without a message if the other rank has reported the
-    reason, and with one line if it only stopped answering."""
+    """A context in which the loss of another rank ends this rank. If the other rank has reported its error, this rank
+    logs nothing. If the other rank only stopped answering, this rank logs one line."""
     if not has_joined():
         yield
         return
@@ -165,8 +168,8 @@ def together(world: World) -> Iterator[None]:
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
             silence = AtlasError(
-                f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: it hangs, or is slower "
-                "than that; its own log shows how far it came. --timeout gives it longer; atlas doctor --distributed "
+                f"rank {world.rank}: no answer from another rank within {world.timeout:g} s: that rank hangs or is "
+                "slow; its own log shows how far it came. --timeout sets a longer limit; atlas doctor --distributed "
                 "tests the connection"
             )
             _record(silence)
@@ -182,7 +185,7 @@ def together(world: World) -> Iterator[None]:
 
 
 def _record(error: AtlasError) -> None:
-    """Record the error for torchrun's report, which names the rank that failed first and its message."""
+    """Record the error for torchrun's report. The report names the rank that failed first, with its error message."""
     if dist.is_torchelastic_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

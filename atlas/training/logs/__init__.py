@@ -1,1 +1,1 @@
-"""What a run reports: its log, its metrics, and trackers."""
+"""The logs of a run, its metrics, and trackers such as TensorBoard."""

@@ -1,4 +1,4 @@
-"""The logs of a run: a progress bar on a terminal, else lines; always `training.log` and `metrics.jsonl`."""
+"""The logs of a run: a progress bar or lines on the console, and the files `training.log` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from atlas.training.logs.trackers import Tracker
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite rather than an overflow for an absurd loss."""
+    """exp(loss); infinity for a loss so large that exp would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 _WAIT_WORTH_SHOWING = 0.01
-"""The share of a step's time from which on waiting for data is shown."""
+"""Waiting for data is shown if it takes at least this share of a step's time."""
 
 
 class _RunConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Raise instead of ending the process, as Rich does."""
+        """Raise `BrokenPipeError`. By default Rich would end the process."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class RunLog:
-    """The console, `training.log` (which is only appended to) and `metrics.jsonl` of one output folder. `trackers` get
-    the same records as `metrics.jsonl`. A rank other than the first logs lines to `training.rank-N.log` alone."""
+    """Writes to the console, and to `training.log` (append-only) and `metrics.jsonl` in one output folder.
+
+    `trackers` get the same records as `metrics.jsonl`. Any rank except the first writes only lines, to
+    `training.rank-N.log`.
+    """
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.trackers: list[Tracker] = []
@@ -52,7 +55,7 @@ class RunLog:
         self._task = TaskID(0)
 
     def say(self, line: str) -> None:
-        """One line for the user, on the console and in `training.log`."""
+        """Write one line for the user to the console and to `training.log`."""
         self._print(line)
         self._write_to_log(line)
 
@@ -65,26 +68,26 @@ class RunLog:
 
     @contextmanager
     def _survives_the_console(self) -> Iterator[None]:
-        """A context for writing to the console. If its terminal is closed, or `head` has read enough, the run continues
-        without it, and `training.log` has a line about it."""
+        """A context for writing to the console. If the terminal is closed, or the reader of a pipe exits, the run
+        continues without the console, and `training.log` gets a line about it."""
         try:
             yield
         except OSError as error:
             with suppress(OSError, ValueError):
-                # Other writers there, such as the progress bar, must not fail either.
+                # Other code that writes to the console, such as the progress bar, must not fail either.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.console.file.fileno())
                 os.close(nowhere)
             self.console = Console(quiet=True)
             reason = error.strerror or type(error).__name__
             self._write_to_log(
-                f"the console cannot be written to any more ({reason}): the run continues, and is logged here"
+                f"the console cannot be written to any more ({reason}): the run continues, and its log is in this file"
             )
 
     def rewind(self, step: int) -> None:
-        """Cut `metrics.jsonl` back to `step`. The lines that are cut are appended to `metrics.lost.jsonl`.
+        """Move the records after `step` from `metrics.jsonl` to the end of `metrics.lost.jsonl`.
 
-        A killed run has logged steps that are in no checkpoint. They will be trained, and logged, again.
+        A killed run has logged steps after its last checkpoint. The resumed run trains and logs these steps again.
         """
         for tracker in self.trackers:
             tracker.rewind(step)
@@ -112,8 +115,7 @@ class RunLog:
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """The context of a run: at its end the trackers get some time to finish, unless a Ctrl-C ends it
-        immediately."""
+        """The context of a run. At the run's end the trackers get some time to finish, but not if Ctrl-C ends it."""
         try:
             yield
         except KeyboardInterrupt:
@@ -125,7 +127,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, *, done: int, total: int | None) -> Iterator[None]:
-        """A progress bar over the updates on a terminal. Without one, `train` prints lines instead."""
+        """A context that shows a progress bar of the updates on a terminal. Elsewhere, `train` prints lines instead."""
         if not self.console.is_terminal:
             yield
             return
@@ -136,7 +138,7 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
-        # expand: the bar uses the width that the figures leave
+        # expand: the bar fills the rest of the line
         progress = self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = progress.add_task("training", total=total, completed=done, status="")
         with self._survives_the_console():
@@ -154,13 +156,13 @@ class RunLog:
             self._progress.update(self._task, total=total)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
+        """Move the progress bar to `step`."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def train(self, metrics: dict[str, Any], *, total: int | None) -> None:
-        """Log a training record to `metrics.jsonl`, the bar or the console, and `training.log`. `total` is the number
-        of updates of the run, if it is known."""
+        """Log a training record to `metrics.jsonl`, to `training.log`, and to the progress bar or the console. `total`
+        is the number of updates of the run, if it is known."""
         self._record("train", metrics)
         status = (
             f"loss {metrics['loss']:.4f}  ppl {_large(metrics['perplexity'])}  {metrics['steps_per_second']:.2f} it/s  "
@@ -178,7 +180,7 @@ class RunLog:
             self.say(line if left is None else f"{line}  ETA {_duration(left)}")
 
     def validation(self, metrics: dict[str, Any], *, note: str = "") -> None:
-        """Log an evaluation record."""
+        """Log an evaluation record to `metrics.jsonl`, to `training.log`, and to the console."""
         self._record("validation", metrics)
         self.say(
             f"step {metrics['step']}: validation loss {metrics['val_loss']:.4f}, perplexity "
@@ -186,7 +188,7 @@ class RunLog:
         )
 
     def event(self, event: str, step: int, **facts: Any) -> None:
-        """Log an event that is no update and no evaluation to `metrics.jsonl`."""
+        """Log an event, such as a save, to `metrics.jsonl`."""
         self._record("event", {"event": event, "step": step, **facts})
 
     def samples(self, step: int, prompt: str, texts: Sequence[str]) -> None:
@@ -204,7 +206,7 @@ class RunLog:
 
 
 class _AppendedFile:
-    """Appends lines to a file. On a full disk they wait in memory, and training continues."""
+    """Appends lines to a file. On a full disk the lines wait in memory, and training continues."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
@@ -220,7 +222,7 @@ class _AppendedFile:
         self.write_waiting()
 
     def write_waiting(self) -> None:
-        """Write the lines that could not be written before, in order."""
+        """Write all waiting lines, in order."""
         with self._lock:
             if not self._waiting:
                 return
@@ -229,7 +231,7 @@ class _AppendedFile:
                 with open(self._path, "ab", buffering=0) as file:
                     end = file.seek(0, os.SEEK_END)
                     if file.write(data) != len(data):
-                        file.truncate(end)  # no half lines
+                        file.truncate(end)  # leave no incomplete line
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 if not self._is_full:
@@ -241,12 +243,12 @@ class _AppendedFile:
 
 
 def _is_not_finite(value: Any) -> bool:
-    """Whether `value` is a number that JSON does not have."""
+    """Whether `value` is NaN or infinite, which JSON cannot hold."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for an incomplete one after a kill, so that it is dropped."""
+    """The step of a metrics line; infinity for a line that a kill left incomplete, so that `rewind` drops the line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -254,7 +256,7 @@ def _step_of(line: str) -> float:
 
 
 def _large(number: float) -> str:
-    """Format a perplexity; that of a diverged model has hundreds of digits."""
+    """Format a perplexity. A diverged model's perplexity can have hundreds of digits."""
     return f"{number:,.1f}" if number < 1e9 else f"{number:.1e}"
 
 

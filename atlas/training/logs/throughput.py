@@ -1,4 +1,4 @@
-"""How fast a run is, how much of the machine's speed that is, and how much memory it uses."""
+"""Measure a run's speed, its share of the machine's peak speed, and its memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import is_out_of_memory, remember_peak_rate, remembered_peak_rate
 
 _SECONDS = 0.2
-"""How long the peak rate is measured."""
+"""Seconds for which the peak rate is measured."""
 _SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
-"""Rows of the matrices in the measurement. They are small, since the run needs the rest of the memory."""
+"""The number of rows of the matrices in this measurement. The matrices are small, since the run needs the rest of the
+memory."""
 
 
 class Throughput:
-    """Steps and tokens per second since the last reading, without the time for evaluation and saving, and the share of
-    that time in which training waited for its data."""
+    """Measures steps and tokens per second since the last reading, and the share of the time in which training waited
+    for its data. Evaluation and saving do not count."""
 
     def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -40,7 +41,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count."""
+        """A context whose time does not count in the rates."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
@@ -55,8 +56,9 @@ class Throughput:
     def metrics(self) -> dict[str, float | int]:
         """The rates since the last call, as entries of a line of `metrics.jsonl`.
 
-        `utilisation`: the FLOP/s of training over those of matrix products alone on as many devices, which are measured
-        once and stored for the machine. `memory`: the peak bytes so far, of the GPU's allocator or of the process.
+        `utilisation`: the FLOP/s of training, divided by the FLOP/s of matrix products alone on the same number of
+        devices. The FLOP/s of matrix products are measured once and stored for the machine. `memory`: the peak so far,
+        in bytes, of the GPU's allocator or of the process.
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
         rate, device = self._tokens / seconds, self._runtime.device

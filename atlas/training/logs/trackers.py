@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases: each gets the records of `metrics.jsonl`, in its own thread.
 
-Training never waits for them: it puts a record into a queue. If a tracker fails, one line reports it, and that tracker
-gets nothing more.
+Training only puts records into a queue and never waits for a tracker. If a tracker fails, one line reports the failure,
+and that tracker gets no more records.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from atlas.config import AtlasConfig, TrackingConfig
 from atlas.errors import AtlasError
 
 _MOST_WAITING = 1000
-"""Records. A run with an update per millisecond, each of them logged, makes as many in a second."""
+"""The most records that may wait for a tracker. A run that logs an update every millisecond produces this many in a
+second."""
 _SECONDS_TO_FINISH = 30.0
 
 Record = dict[str, Any]
@@ -29,18 +30,18 @@ class Sink(Protocol):
     """A destination of records. It is called from one thread and may raise any exception."""
 
     def record(self, kind: str, record: Record) -> None:
-        """Take a record as in `metrics.jsonl`, with None for numbers that are not finite. `kind` is train, validation,
+        """Log a record of `metrics.jsonl`. None replaces a number that is not finite. `kind` is train, validation,
         sample or event."""
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`: the next records repeat later steps."""
+        """Prepare for records that repeat the steps after `step`."""
 
     def close(self) -> None:
-        """Write what is left. A record may follow, if the run resumes in the same process."""
+        """Write all pending records. More records may follow, if the run resumes in the same process."""
 
 
 class Tracker:
-    """A sink and the thread in which it works."""
+    """A sink, and the thread that calls it."""
 
     def __init__(self, name: str, sink: Sink, say: Callable[[str], None]) -> None:
         self._name = name
@@ -56,11 +57,11 @@ class Tracker:
         self._put(lambda: self._sink.record(kind, record))
 
     def rewind(self, step: int) -> None:
-        """Queue a return to `step`."""
+        """Queue a rewind to `step`."""
         self._put(lambda: self._sink.rewind(step))
 
     def close(self, seconds: float = _SECONDS_TO_FINISH) -> None:
-        """Wait until everything is written, at most `seconds`."""
+        """Wait until all records are written, for at most `seconds`."""
         thread = self._thread
         if thread is None:
             return
@@ -85,7 +86,7 @@ class Tracker:
     def _work(self) -> None:
         task = None
         try:
-            while not self._is_dropped and task != self._sink.close:  # which is the last one
+            while not self._is_dropped and task != self._sink.close:  # `close` is the last task
                 task = self._tasks.get()
                 task()
         except BaseException as error:  # whatever another package raises, training continues
@@ -97,7 +98,7 @@ class Tracker:
             was_dropped, self._is_dropped = self._is_dropped, True
         if not was_dropped:
             self._say(
-                f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has everything"
+                f"tracking.{self._name}: {reason}: training continues without it; metrics.jsonl has all records"
             )
 
 
@@ -112,7 +113,7 @@ def _wanted(config: TrackingConfig) -> dict[str, str]:
 
 
 def refuse_missing_trackers(config: TrackingConfig) -> None:
-    """Raise `AtlasError` for a tracker that the config asks for and that is not installed. Imports nothing."""
+    """Raise `AtlasError` if the config asks for a tracker that is not installed. No tracker is imported."""
     for name, setting in _wanted(config).items():
         if importlib.util.find_spec(name) is None:
             raise AtlasError(
@@ -122,7 +123,7 @@ def refuse_missing_trackers(config: TrackingConfig) -> None:
 
 
 def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
-    """The trackers that the config asks for. Each is imported and starts with its first record."""
+    """The trackers that the config asks for. The first record imports and starts a tracker."""
     sinks: dict[str, Sink] = {
         "tensorboard": TensorBoard(folder / "tensorboard"),
         "wandb": WeightsAndBiases(config, folder),
@@ -140,33 +141,33 @@ class TensorBoard:
         self._purged: int | None = None
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`: older files stay, but their later steps are ignored."""
+        """Begin a new file at the next record. Older files stay, but their steps after `step` are ignored."""
         self.close()
-        # TensorBoard then ignores this step and later ones in older files.
+        # In older files, TensorBoard then ignores this step and all later steps.
         self._purged = step + 1
 
     def record(self, kind: str, record: Record) -> None:
         """Write a record, see `Sink`."""
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # it takes a second
+            from torch.utils.tensorboard import SummaryWriter  # the import takes a second
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purged)
         for name, value in _named(kind, record, event="events").items():
-            if isinstance(value, str):  # in Markdown, four spaces keep a text as it is
+            if isinstance(value, str):  # four spaces are a Markdown code block
                 self._writer.add_text(name, "    " + value.replace("\n", "\n    "), record["step"])
             else:
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending records and close the file."""
         if self._writer is not None:
             self._writer.close()
         self._writer, self._purged = None, None
 
 
 class WeightsAndBiases:
-    """Logs to a run in `wandb/` of the output folder, one for each process that trains. The runs of a folder are one
-    group."""
+    """Logs to Weights & Biases, in `wandb/` of the output folder. Each training process starts a W&B run, and the W&B
+    runs of an output folder are one group."""
 
     def __init__(self, config: AtlasConfig, folder: Path) -> None:
         self._config = config
@@ -174,10 +175,10 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def rewind(self, step: int) -> None:
-        """Do nothing: its charts use the steps in the records, see `_opened`."""
+        """Do nothing, since the charts use the step in each record (see `_opened`)."""
 
     def _opened(self) -> Any:
-        # Else it reports crashes to its makers, online.
+        # By default wandb sends crash reports to its makers.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -208,14 +209,14 @@ class WeightsAndBiases:
         self._run.log({"step": record["step"], **_named(kind, record, event="event")})
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending records and finish the W&B run."""
         if self._run is not None:
             self._run.finish()
         self._run = None
 
 
 def _named(kind: str, record: Record, *, event: str) -> dict[str, float | str]:
-    """The numbers in a record of training or validation, for charts, or the text of a sample or an event, by name."""
+    """Name → number for each chart, from a record of training or validation. For a sample or an event, name → text."""
     if kind == "sample":
         return {f"samples/{record['number']}": record["prompt"] + record["text"]}
     if kind == "event":

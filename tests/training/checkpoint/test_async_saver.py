@@ -274,7 +274,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path, tex
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(AtlasError, match=rf"another run is writing to it \(process {holder.pid} on "):
+        with pytest.raises(AtlasError, match=rf"is writing to this folder \(process {holder.pid} on "):
             run_for(layer(folder, text_file))
         assert os.listdir(folder) == ["atlas.lock"]  # refused before anything was written
     finally:

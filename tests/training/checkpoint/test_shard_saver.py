@@ -127,7 +127,7 @@ def test_any_name_and_a_moved_folder_are_understood(
     shutil.copytree(tmp_path / "run/atlas_step_6", moved)
     said: list[str] = []
     assert load_checkpoint(moved, say=said.append)["step"] == 6
-    assert "its bytes not compared" in said[0]
+    assert "its bytes were not compared" in said[0]
     assert (
         main(
             [

@@ -85,7 +85,7 @@ def test_a_rank_that_never_comes() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     line = only_line(done.stderr)
-    assert f"rank 0 of 2 on {socket.gethostname()}: the others could not be reached within 3 s" in line
+    assert f"rank 0 of 2 on {socket.gethostname()}: the other ranks could not be reached within 3 s" in line
     assert f"MASTER_ADDR:MASTER_PORT, 127.0.0.1:{port}" in line
     assert "GLOO_SOCKET_IFNAME=<interface>" in line
     assert "(127.0.0.1)" in line
