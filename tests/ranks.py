@@ -25,14 +25,15 @@ from atlas.training.checkpoint import manager as checkpoint
 from atlas.training.checkpoint import shard_saver as sharded
 from atlas.training.devices.world import World
 from atlas.training.run import Learner
+from atlas.training.state import TrainState
 
 
 def before_update(step: int, fault: str) -> None:
     original = training.accumulate_gradient
     done = []
 
-    def accumulate(learner: Learner, batch: Any, **named: Any) -> Any:
-        if named["step"] == step and not done:
+    def accumulate(learner: Learner, batch: Any, state: TrainState, **named: Any) -> Any:
+        if state.step == step and not done:
             done.append(True)
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -44,7 +45,7 @@ def before_update(step: int, fault: str) -> None:
                 _poison(learner)
             if fault.startswith("memory"):
                 _run_out(learner, in_backward=fault == "memory-late")
-        return original(learner, batch, **named)
+        return original(learner, batch, state, **named)
 
     training.accumulate_gradient = accumulate
 
