@@ -459,6 +459,7 @@ def test_the_code_in_the_pickles_would_run_if_anything_ran_it(
                 torch.load(file, weights_only=False)["model_state_dict"].close()
             else:
                 pickle.load(file).close()  # noqa: S301
+        assert (tmp_path / "exploded").exists()
         (tmp_path / "exploded").unlink()
 
 
