@@ -197,6 +197,23 @@ def test_views_of_a_text_longer_than_the_context_use_the_models_window(address: 
     assert texts(page, ".token")[:105] == before
 
 
+def test_a_late_response_does_not_replace_the_view_of_a_token(address: str, page: Page) -> None:
+    """After the last token the page asks what could follow. A token is chosen before the response comes."""
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    late: list = []
+    page.route("**/api/sampling", lambda route: late.append(route))
+    write(page, "The river", seed=3, max_tokens=10)
+    page.locator(".token").nth(5).click()
+    shown = page.inner_text("#view")
+    assert "by the model, before any setting" in shown
+    assert late
+    for route in late:
+        route.continue_()
+    page.wait_for_timeout(300)
+    assert page.inner_text("#view") == shown
+
+
 def test_a_refused_request_keeps_the_text(address: str, page: Page) -> None:
     page.goto(address)
     page.locator("#model option").nth(1).wait_for(state="attached")

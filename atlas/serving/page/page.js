@@ -191,6 +191,7 @@ function showSoon() {
 
 function showView() {
   clearTimeout(pause);
+  asking?.abort(); // a late response must not replace what is shown now
   for (const column of columns) for (const token of column.tokens) token.span.classList.remove("attended");
   for (const tab of document.querySelectorAll("[role=tab]")) {
     const isSelected = tab.id === `tab-${view}`;
@@ -262,10 +263,9 @@ async function showAlternatives(place) {
   );
 }
 
-let asking = null; // the last request of a view; late responses are not shown
+let asking = null; // the request of the view that is shown
 
 async function about(place, route, body) {
-  asking?.abort();
   asking = new AbortController();
   return ask(route, { model: place.column.model, given: Math.min(place.column.given, body.prompt.length), ...body }, asking.signal);
 }
