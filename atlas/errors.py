@@ -51,6 +51,10 @@ class EndedElsewhere(Exception):
     """Ends this process because another process of the run has failed and has printed the reason."""
 
 
+INTERRUPTED = 130
+"""The exit code of an interrupted command."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Raised when a signal asks the process to end.
 

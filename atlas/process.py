@@ -5,9 +5,11 @@ The computed numbers stay the same to the bit. The gain on a CPU is in benchmark
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
+from threading import Thread
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's `malloc.h`."""
@@ -35,6 +37,22 @@ def set_up_process() -> None:
             os.environ[_ALLOCATOR] = "expandable_segments:True"
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()
+
+
+def abandon(thread: Thread, exit_code: int) -> None:
+    """Let the process end with `exit_code` if the daemon `thread` is still inside compiled code by then.
+
+    When such a thread asks for the interpreter's lock after the interpreter has ended, CPython before 3.14 unwinds the
+    thread's stack, on which Rust and C++ abort the process (python/cpython#87135).
+    """
+
+    def leave() -> None:
+        if thread.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_code)
+
+    atexit.register(leave)
 
 
 def keep_memory() -> None:

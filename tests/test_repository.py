@@ -26,7 +26,7 @@ ROOMS = {
     "tokenizer": "errors files config",
     "data": "errors files config tokenizer",
     "data.text": "errors files progress data",
-    "data.prepare": "errors files progress tokenizer data data.text",
+    "data.prepare": "errors files process progress tokenizer data data.text",
     "data.sequences": "errors files progress config tokenizer data data.text data.prepare",
     "config": "errors files",
     "model": "errors config",

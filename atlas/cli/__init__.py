@@ -22,8 +22,8 @@ from typing import Any
 import typer
 
 from atlas.cli.old_flags import OLD_FLAGS
-from atlas.cli.terminal import INTERRUPTED, USER_MISTAKE, printable, say
-from atlas.errors import AtlasError, EndedElsewhere, Interrupted, explain
+from atlas.cli.terminal import USER_MISTAKE, printable, say
+from atlas.errors import INTERRUPTED, AtlasError, EndedElsewhere, Interrupted, explain
 from atlas.process import set_up_process
 from atlas.version import __version__
 

@@ -16,8 +16,8 @@ import typer
 
 from atlas.cli.choose_text import somebody_can_answer
 
-USER_MISTAKE, INTERRUPTED = 2, 130
-"""The exit codes for a user's mistake, and for an interrupted command."""
+USER_MISTAKE = 2
+"""The exit code for a user's mistake."""
 _LONGEST_LINE = 2000
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atlas.cli.terminal import INTERRUPTED, ask_or_none, own_command, print_table, say
+from atlas.cli.terminal import ask_or_none, own_command, print_table, say
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
+from atlas.errors import INTERRUPTED, AtlasError
 
 if TYPE_CHECKING:
     from atlas.training.devices.world import World
@@ -156,7 +157,6 @@ def train_to_the_end(
 ) -> Run:
     """Start or resume the requested run, train it to its end, and report the outcome. Exit with 130 if it was
     interrupted."""
-    from atlas.errors import AtlasError
     from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
     from atlas.training.launch import start_run

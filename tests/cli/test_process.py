@@ -117,3 +117,25 @@ def test_gpu_memory_grows_in_segments_unless_the_user_sets_it(
     there: str, variables: dict[str, str], set_to: str
 ) -> None:
     assert printed(ALLOCATOR.format(there=there), **variables) == set_to.strip()
+
+
+def test_a_process_ends_with_its_code_while_compiled_code_runs_in_an_abandoned_thread() -> None:
+    """CPython before 3.14 would unwind the thread through Rust, on which the process aborts with signal 6."""
+    program = """if True:
+        import sys, threading, time
+        from atlas.process import abandon
+        from atlas.tokenizer import Tokenizer
+
+        def texts():
+            while True:
+                time.sleep(0.0005)
+                yield "abc def " * 50
+
+        thread = threading.Thread(target=Tokenizer.train, args=(texts(), 300), daemon=True)
+        thread.start()
+        time.sleep(0.3)
+        abandon(thread, 130)
+        print("written")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "written\n", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -11,6 +10,8 @@ from atlas.data.prepare.cleaning import Cleaning, digest_of
 from atlas.data.prepare.dedup import fractions
 from atlas.data.prepare.split import SplitRule
 from atlas.data.text.sources import Advance, Sources
+from atlas.errors import INTERRUPTED, Interrupted
+from atlas.process import abandon
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 
@@ -41,22 +42,30 @@ def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advan
 def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Run `Tokenizer.train` in another thread: it is compiled code, which would react to no signal for minutes.
 
-    If this thread is interrupted, the other thread gets no more text.
+    If this thread is interrupted, the other thread is abandoned: it gets no more text.
     """
     result: Future[Tokenizer] = Future()
     stopped = threading.Event()
 
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise Interrupted
+            yield text
+
     def train() -> None:
         try:
-            until_stopped = itertools.takewhile(lambda _: not stopped.is_set(), texts)
-            result.set_result(Tokenizer.train(until_stopped, vocab_size))
+            result.set_result(Tokenizer.train(until_stopped(), vocab_size))
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=train, daemon=True).start()
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
     try:
         while not wait([result], timeout=0.2).done:  # Windows reacts to Ctrl-C only between two waits
             pass
-    finally:
+    except KeyboardInterrupt:
         stopped.set()
+        abandon(thread, INTERRUPTED)
+        raise
     return result.result()
