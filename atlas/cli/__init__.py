@@ -1,9 +1,8 @@
 """The `atlas` command. Each subcommand has its own module, which is imported only when the user calls the subcommand.
 
-Each module has one function with the command's name. The function's typer annotations define the command's options. The
-function imports other modules inside its body, so that `atlas --help` does not load PyTorch and takes less than a
-second. For a mistake in the command line, or in a file that the command names, this file prints one line and returns
-exit code 2.
+The typer annotations of the module's main function define the options of the subcommand. The function imports most
+modules inside its body, so that `atlas train --help` does not load PyTorch and takes less than a second. For a mistake
+in the command line, or in a file that the command line names, `main` prints one line and returns exit code 2.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "train": "Train a model, or resume a run.",
     "generate": "Generate text with a trained model.",
-    "look": "Show how a model reads a text, and how it chooses the next token.",
+    "look": "Show a model's prediction at each position of a text, and how Atlas chooses the next token.",
     "serve": "Start an OpenAI-compatible server for a trained model.",
     "evaluate": "Measure loss, perplexity and bits per byte on a text, or scores in tasks of lm-eval.",
     "report": "Write an HTML page with the curves and results of runs.",
-    "export": "Write a GGUF file and verify it in llama.cpp, or a folder for Hugging Face's transformers.",
+    "export": "Write a GGUF file, verified in llama.cpp, or a folder for Hugging Face's transformers.",
     "import": "Make a checkpoint from a public model in Hugging Face's format, or from an Atlas 1.x checkpoint.",
     "info": "Describe a checkpoint, dataset, tokenizer, GGUF or config file.",
     "plan": "Estimate the memory, disk space, tokens and time that a config needs.",
@@ -88,8 +87,9 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
     """Inside this context, SIGTERM, SIGHUP and, on Windows, SIGBREAK raise the same exception as Ctrl-C.
 
-    The exception lets commands clean up unfinished work. Training replaces these signal handlers by its own handlers
-    and restores them. Outside the main thread, where Python allows no signal handlers, the context has no effect.
+    The exception lets commands clean up unfinished work. Training installs other signal handlers, and at the end
+    restores the handlers of this context. Outside the main thread, where Python allows no signal handlers, the context
+    has no effect.
     """
     with ExitStack() as previous:
         if threading.current_thread() is threading.main_thread():
@@ -134,7 +134,8 @@ def _print_version(asked: bool) -> None:
 
 
 def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with `KeyboardInterrupt` replaced by `typer.Abort`, for which `main` prints a message."""
+    """Return a function that runs `command` and raises `typer.Abort` instead of `KeyboardInterrupt`. For `typer.Abort`,
+    `main` prints a message; for `KeyboardInterrupt`, typer would exit without a message."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -147,7 +148,8 @@ def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:
-    """Return the parser's message as one line with the value, such as `--max-tokens abc: must be a valid integer`."""
+    """Return the parser's message as one line with the option and its value, such as
+    `--max-tokens abc: must be a valid integer`."""
     unknown = getattr(error, "option_name", "")
     if instead := OLD_FLAGS.get(invoked or "", {}).get(unknown):
         return f"no such option: {unknown}; {instead}"
@@ -167,7 +169,8 @@ def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -
 
 
 def _speak_utf8() -> None:
-    """Set the output streams to UTF-8. A Windows console, or a pipe with LANG=C, would fail at non-ASCII characters."""
+    """Set the output streams to UTF-8. Otherwise a non-ASCII character would raise an error on a Windows console, or in
+    a pipe with LANG=C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -15,7 +15,7 @@ from atlas.planning.run import describe_duration, plan_run
 from atlas.training.memory.presets import PresetPlan, largest_that_fits, plan_presets
 
 VOCABULARY = 1024
-"""Size of the vocabulary that Atlas trains on the text, for presets without a vocabulary size."""
+"""Vocabulary size of the tokenizer that Atlas trains on the text, for presets that do not set `model.vocab_size`."""
 ON_A_CPU = "modern-nano"
 
 
@@ -36,11 +36,11 @@ def choose_preset(ask: Callable[[str], str] | None, *, vocab_size: int | None, d
         raise AtlasError(
             f"{machine.memory / 1e9:.1f} GB of memory: too little for any preset; close other programs"
         )
-    # A CPU has enough memory for large models, but is too slow for them.
+    # Without CUDA, a large model may fit into memory, but its training would take too long.
     default = largest.name if machine.device == "cuda" else ON_A_CPU
     _print_menu(plans, machine, default)
     if ask is None:
-        say(f"training {default}; choose another with --config")
+        say(f"training {default}; choose another preset with --config")
         return default
     question = f"\nWhich preset to train? Number or name (Enter: {default}): "
     while True:
@@ -64,11 +64,14 @@ def _print_menu(plans: Sequence[PresetPlan], machine: Machine, default: str) -> 
         rows.append((str(number), plan.name, *size, f"{plan.memory / 1e9:.1f} GB", duration + note))
     print_table(rows, right={2, 3, 4, 5}, err=True)
     if len({plan.config.model.vocabulary for plan in plans}) > 1:
-        say(f"\nAtlas trains a vocabulary of {VOCABULARY:,} on your text; a vocabulary of 50,257 is GPT-2's.")
+        say(
+            f"\nAtlas trains a vocabulary of {VOCABULARY:,} tokens on your text; GPT-2's vocabulary has 50,257."
+        )
 
 
 def _preset_of(answer: str, plans: Sequence[PresetPlan]) -> str:
-    """Return the preset or the config file that the user's answer names. Raises `AtlasError`."""
+    """Return the preset or the config file that the user's answer names. Raises `AtlasError` if the answer names
+    neither."""
     if answer.isdecimal():
         if not 1 <= int(answer) <= len(plans):
             raise AtlasError(f"{answer}: the presets are numbered 1 to {len(plans)}")
@@ -82,10 +85,10 @@ def print_next_commands(checkpoint: Path) -> None:
     atlas, named = own_command(), f"--checkpoint {shlex.quote(str(checkpoint))}"
     for purpose, command in (
         ("generate text", f'{atlas} generate {named} --prompt "Once upon a time"'),
-        ("open it in the browser", f"{atlas} serve {named}"),
-        ("export it to llama.cpp", f"{atlas} export {named} --output atlas_model.gguf"),
+        ("start a server", f"{atlas} serve {named}"),
+        ("export to llama.cpp", f"{atlas} export {named} --output atlas_model.gguf"),
         (
-            "train it to answer",
+            "fine-tune to answer",
             f"{atlas} train --init-from {shlex.quote(str(checkpoint))} --train-data chats.jsonl --epochs 40 "
             "--batch-size 4 --output-dir checkpoints/chat",
         ),

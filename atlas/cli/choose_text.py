@@ -1,7 +1,7 @@
 """The choice of the pipeline's training text, before any package is installed.
 
-`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python, so the file imports only the standard
-library.
+`scripts/run_pipeline.sh` and `.ps1` run this file by its path, with any Python. The file therefore imports only the
+standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NoTextError(Exception):
 def choose_text(data: str | None, *, command: str, ask: Callable[[str], str] | None) -> str | None:
     """Return the path of the training text, or None for the demo.
 
-    The path is `data` if given, else the FAQ's archive if it exists, else the user's answer. `ask` is None if no user
+    The path is `data` if given, else `ARCHIVE` if this file exists, else the user's answer. `ask` is None if no user
     can answer. `command` is the command that the user called, for messages.
 
     Raises `NoTextError` if there is no text.
@@ -42,7 +42,7 @@ def choose_text(data: str | None, *, command: str, ask: Callable[[str], str] | N
         return str(ARCHIVE)
     if ask is None:
         raise NoTextError(
-            f"{ARCHIVE}: does not exist, and no text is named. Use your text with {command} --data FOLDER_OR_FILE, "
+            f"{ARCHIVE}: does not exist, and --data is not set. Use your text with {command} --data FOLDER_OR_FILE, "
             f"see all steps on Python's documentation with {command} --demo, or download the FAQ's archive from "
             f"{ORIGIN}"
         )
@@ -71,7 +71,7 @@ def _path_of(answer: str) -> str:
 def _why_not(path: str) -> str | None:
     """Return the reason why `path` cannot contain text; None if the path may contain text."""
     if not path.strip():
-        return "names nothing"
+        return "is empty"
     try:
         if _LINK_OR_PATTERN.search(path) or Path(path).is_file():
             return None
@@ -83,7 +83,7 @@ def _why_not(path: str) -> str | None:
 
 
 def somebody_can_answer() -> bool:
-    """Whether standard input and standard error are a terminal with a user."""
+    """Whether a user can answer: standard input and standard error are terminals, and no CI system runs the command."""
     streams = (sys.stdin, sys.stderr)  # a closed stream is None
     return all(stream and stream.isatty() for stream in streams) and not os.environ.get("CI")
 
@@ -99,7 +99,7 @@ def ask_person(question: str) -> str:
 
 
 def _main(command: str, arguments: Sequence[str]) -> int:
-    """Print the options that the user's answer adds to `arguments`, one per line, and return the exit code."""
+    """Print the option that the choice of text adds to `arguments`, if any, and return the exit code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="?")
     for flag in ("--demo", "--help", "-h", "--yes"):

@@ -28,7 +28,8 @@ _SAMPLES, _SAMPLE_TOKENS = 3, 120
 def run_demo(text: str | None, folder: Path, overrides: Layer, *, no_resume: bool) -> None:
     """Run the demo in `folder`: text → tokens → model → samples → GGUF file → verification in llama.cpp.
 
-    Without `text`, the demo uses Python's own documentation. Steps that an earlier call finished are not repeated.
+    Without `text`, the demo uses Python's own documentation. The demo does not repeat the preparation and the training
+    if an earlier call finished them.
     """
     start = time.perf_counter()
     _headline(1, "text" if text else "text: the documentation inside Python's standard library")
@@ -71,7 +72,7 @@ def _openings(stream: TokenStream | None, tokenizer: Tokenizer) -> list[str]:
     for number in range(_SAMPLES):
         start = stream.num_tokens * number // _SAMPLES
         ids = stream.read(start, min(start + 400, stream.num_tokens)).tolist()
-        # The first line is dropped, since it may be incomplete.
+        # Drop the first line, since this line may be incomplete.
         lines = tokenizer.decode(ids).replace(END_OF_TEXT, "\n").splitlines()[1:]
         words = next((line.split() for line in lines if len(line.split()) > 4), ["The"])
         openings.append(" ".join(words[:3]))

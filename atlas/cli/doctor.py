@@ -1,4 +1,4 @@
-"""`atlas doctor`: report the machine's abilities, training's choices on this machine, and problems to fix."""
+"""`atlas doctor`: report what this machine can do, which device and precision training will use, and what to fix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Rows = Iterable[tuple[str, Any]]
 SOMETHING_TO_FIX = 1
 _SLOW = 3
 _CLEARLY = 1.15
-"""The ratio of two times from which a kernel counts as clearly faster. Two measurements of one kernel differ by
-less."""
+"""The smallest ratio of two times for which one kernel counts as clearly faster than the other. Repeated measurements
+of the same kernel differ by less."""
 
 
 def doctor(
@@ -32,7 +32,7 @@ def doctor(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder whose disk is measured; it need not exist. Default: the default output folder of train.",
+            help="Folder on the disk to measure; the folder need not exist. Default: train's default output folder.",
             metavar="DIR",
         ),
     ] = None,
@@ -52,15 +52,15 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Report what this machine can do, what train will choose, and what to fix.
+    """Report what this machine can do, which device and precision `atlas train` will use, and what to fix.
 
     The command takes about half a minute and leaves no files. Exit code 0: there is nothing to fix. Exit code 1: the
     last lines name the problems and their remedies.
     """
     if distributed and output_dir is not None:
-        raise AtlasError(f"--output-dir {output_dir}: no disk is measured with --distributed; leave it out")
+        raise AtlasError(f"--output-dir {output_dir}: --distributed measures no disk; omit --output-dir")
     if timeout is not None and not distributed:
-        raise AtlasError(f"--timeout {timeout:g}: is for --distributed; leave it out")
+        raise AtlasError(f"--timeout {timeout:g}: is for --distributed; omit --timeout")
     if distributed:
         # PyTorch reads this variable only once. Without this setting, PyTorch prints pages of text if an address cannot
         # be reached. Atlas reports the last line of the error.
@@ -85,7 +85,7 @@ def doctor(
 
 
 def _print_connection(facts: dict[str, Any]) -> None:
-    """Print the ranks of each host, and for each backend the latency of the smallest all-reduce and the bandwidth of
+    """Print the ranks of each host. For each backend, print the latency of the smallest all-reduce and the bandwidth of
     the larger all-reduces."""
     ranks = [("ranks", "host")]
     for host, group in itertools.groupby(enumerate(facts["hosts"]), key=lambda place: place[1]):
@@ -106,7 +106,9 @@ def _print_connection(facts: dict[str, Any]) -> None:
     print_table([titles, *rows], right=range(2, len(titles)))
     for backend, reason in facts["left_out"].items():
         typer.echo(f"{backend} was not tested: {reason}")
-    typer.echo("\nEvery sum is right. GB/s of an all-reduce over N ranks: bytes × 2 (N − 1) / N ÷ seconds")
+    typer.echo(
+        "\nEvery all-reduce sum is right. GB/s of an all-reduce over N ranks: bytes × 2 (N − 1) / N ÷ seconds"
+    )
 
 
 def _bytes(entry: dict[str, Any]) -> str:
@@ -119,7 +121,7 @@ def _print(facts: dict[str, Any]) -> None:
     groups = {
         "Versions": _versions(facts["versions"]),
         "Machine": _machine(facts["machine"], facts.get("memory")),
-        "Precision: a training step against 64 bits": _precision(facts.get("precision", {})),
+        "Precision: a training step, compared with fp64": _precision(facts.get("precision", {})),
         "Speed": _speed(facts),
         "Train will use": _choice(facts["train"]),
     }
@@ -163,8 +165,8 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
 
 
 def _precision(precision: dict[str, Any]) -> Rows:
-    """Yield a row for each precision. If training refuses a precision, the row gives the reason; the user need not fix
-    it."""
+    """Yield a row for each precision. If training does not use a precision, the row gives the reason. An error in such
+    a precision is not a problem to fix."""
     for name, step in precision.items():
         unused = "" if step["refusal"] is None else f", and training does not use it ({step['refusal']})"
         if "error" in step:
@@ -197,7 +199,7 @@ def _speed(facts: dict[str, Any]) -> Rows:
     if times := facts.get("attention_times"):
         yield "attention time", _attention_times(times)
     compiled, disk = facts["compile"], facts["disk"]
-    took = f"works; {compiled['seconds']:.0f} s for a first function"
+    took = f"works; compiling a test function took {compiled['seconds']:.0f} s"
     without = f"not available: {compiled['reason']}; training runs without it"
     yield "compile", without if compiled["reason"] else took
     if "error" in disk:
@@ -209,7 +211,8 @@ def _speed(facts: dict[str, Any]) -> Rows:
 
 
 def _attention_times(times: dict[str, Any]) -> str:
-    """Return a text that names PyTorch's choice of kernel, and a kernel that is clearly faster, if any."""
+    """Return a text with PyTorch's choice of kernel, a clearly faster kernel if there is one, and all measured
+    times."""
     chosen, seconds, shape = times["chosen"], times["seconds"], times["shape"]
     by_time = sorted(seconds, key=seconds.get)
     measured = ", ".join(f"{name} {seconds[name] * 1e3:.2f} ms" for name in by_time)

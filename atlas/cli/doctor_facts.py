@@ -1,6 +1,6 @@
 """The facts of `atlas doctor` as one JSON object, with the problems that the user should fix.
 
-Training's own functions determine the reported choices of training.
+The reported device, precision and compilation come from the functions that training itself calls.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _WHY_AUTO = {
     "mps": "PyTorch sees no CUDA device, but an Apple GPU",
     "cpu": "PyTorch sees neither a CUDA device nor an Apple GPU",
 }
-"""Type of device → the reason why `--device auto` chooses it."""
+"""Type of device → the reason why `--device auto` chooses this type."""
 
 
 def _problem(value: str, reason: str, remedy: str) -> Facts:
@@ -77,8 +77,8 @@ def examine(device_name: str, output_dir: Path | None, effort: Effort | None = N
     try:
         torch.zeros(1, device=device)
         available = measure_memory(device.type)
-    except RuntimeError as error:  # a full or broken GPU; the other parts of the machine are still measured
-        remedy = "check it with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
+    except RuntimeError as error:  # the GPU is full or broken; measure the rest of the machine
+        remedy = "check the GPU with nvidia-smi and restart the machine, or train on the CPU: --device cpu"
         problems.append(_problem(f"device {device.type}", f"does not compute ({first_line(error)})", remedy))
     else:
         facts |= _computing(device, available, effort, problems)
@@ -100,11 +100,11 @@ def _wheel_and_driver() -> list[Facts]:
         return []
     version, newest = driver
     if int(newest.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
-        reason = f"supports CUDA up to {newest}, and this PyTorch is built with {torch.version.cuda}"
+        reason = f"supports CUDA up to {newest}, but this PyTorch is built with CUDA {torch.version.cuda}"
         remedy = "update the driver, or install a PyTorch build with an older CUDA (README, Install)"
     else:
         reason = "is installed, but PyTorch sees no CUDA device"
-        remedy = "check it with nvidia-smi; after an update of the driver restart the machine"
+        remedy = "check the GPU with nvidia-smi; if the driver was updated, restart the machine"
     return [_problem(f"NVIDIA driver {version}", reason, remedy)]
 
 
@@ -201,7 +201,7 @@ def _mean_loss(model: AtlasLM, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
-    """Return a problem if the step gave wrong numbers in a precision that training would use."""
+    """Return a problem if the training step failed or gave wrong numbers, in a precision that training would use."""
     if step["right"] or step["refusal"] is not None:
         return []
     if "error" in step:
@@ -218,7 +218,7 @@ def _wrong_numbers(name: str, step: Facts, device: torch.device) -> list[Facts]:
 
 
 def _shown(error: float | None) -> str:
-    return "no finite number" if error is None else f"{error:.0e}"
+    return "a non-finite number" if error is None else f"{error:.0e}"
 
 
 def _products(device: torch.device, name: str, size: int | None, seconds: float) -> float | None:
@@ -227,7 +227,7 @@ def _products(device: torch.device, name: str, size: int | None, seconds: float)
 
 
 def _unless_full(measure: Callable[[], T]) -> T | None:
-    """Return the result of `measure()`, or None if the GPU has too little free memory for its tensors."""
+    """Return the result of `measure()`, or None if the GPU has too little free memory for the tensors of `measure`."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -249,10 +249,12 @@ def _choice(device_name: str, device: torch.device) -> Facts:
     """Return the device, precision and compilation that training chooses by default, with the reasons."""
     runtime = _chosen(device)
     others = [name for name in PRECISIONS if name != runtime.precision]
-    reasons = [f"{name}: {why_not_in(name, device) or 'can be asked for'}" for name in others]
+    reasons = [f"{name}: {why_not_in(name, device) or 'can be set'}" for name in others]
     notes: list[str] = []
     compiles = choose_compile(AtlasConfig(), device, say=notes.append)
-    why_compile = "auto compiles on CUDA" if compiles else "auto compiles on CUDA only, where it pays"
+    why_compile = (
+        "auto compiles on CUDA" if compiles else "auto compiles only on CUDA, where compiled code saves time"
+    )
     return {
         "device": runtime.device.type,
         "device_reason": _WHY_AUTO[device.type] if device_name == "auto" else f"--device {device_name}",

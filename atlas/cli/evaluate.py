@@ -25,13 +25,14 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A prepared dataset (its validation split, if there is one), or all of a text or JSONL file."
+            help="A text or JSONL file, or a prepared dataset. If the dataset has a validation split, Atlas "
+            "evaluates only this split."
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm-eval, or your own YAML files or folders, separated by commas.",
+            help="Tasks of lm-eval, or YAML files or folders of your own tasks, separated by commas.",
             metavar="NAME[,NAME]",
         ),
     ] = None,
@@ -52,15 +53,15 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte of a checkpoint on a text, or its scores in tasks of lm-eval.
 
-    Bits per byte compare models with different tokenizers; loss and perplexity do not.
+    Use bits per byte to compare models with different tokenizers; loss and perplexity depend on the tokenizer.
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if (data is None) == (not names):
         raise AtlasError("give one of --data TEXT and --tasks NAME")
     if data is not None and (limit or num_fewshot is not None):
-        raise AtlasError("--limit and --num-fewshot are for --tasks; leave them out")
+        raise AtlasError("--limit and --num-fewshot are for --tasks; omit both options")
     if names and worst:
-        raise AtlasError(f"--worst {worst}: is for --data; leave it out")
+        raise AtlasError(f"--worst {worst}: is for --data; omit --worst")
     from atlas.inference.load import load_model
 
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
@@ -95,8 +96,8 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
     resolved = resolve_data(data, None, tokenizer=loaded.tokenizer, val_fraction=0.0)
     if resolved.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise AtlasError(
-            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, but {loaded.path} needs "
-            f"{loaded.tokenizer.name}'s ids: give --data the original text instead"
+            f"{data}: was prepared with tokenizer {resolved.tokenizer.name}, but {loaded.path} needs the token ids of "
+            f"{loaded.tokenizer.name}: set --data to the original text"
         )
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
@@ -116,8 +117,8 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
 
 
 def _show_worst(loaded: LoadedModel, dataset: Windows, runtime: Runtime, count: int) -> None:
-    """Print the mean loss of the worst windows, and the text around the worst token of each. The tokens with the
-    highest loss are marked with ⟦ and ⟧."""
+    """Print the `count` windows with the highest mean loss, each with the text around the token of highest loss. ⟦ and
+    ⟧ mark the tokens with the highest losses in the window."""
     from atlas.training.evaluate import token_losses
 
     decode, windows = loaded.tokenizer.decode, _bar("searching")(range(len(dataset)))

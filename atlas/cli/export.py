@@ -1,4 +1,4 @@
-"""`atlas export`: write a checkpoint as a GGUF file and verify it in llama.cpp, or write it in Hugging Face's
+"""`atlas export`: write a checkpoint as a GGUF file that Atlas verifies in llama.cpp, or as a folder in Hugging Face's
 format."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def export(
     output: Annotated[
         str | None,
         typer.Option(
-            help="The GGUF file to write, or the folder for hf and peft.",
+            help="The GGUF file to write; with --format hf or peft, the folder.",
             show_default="atlas_model.gguf, atlas_model",
         ),
     ] = None,
@@ -40,7 +40,7 @@ def export(
     quantize: Annotated[
         Quantization | None,
         typer.Option(
-            help="Type of the matrices: f32 is exact; f16 and bf16 need half its size, q8_0 a quarter, q4_k_m a fifth.",
+            help="Type of the matrices. f32 is exact. f16 and bf16 use 1/2 of f32's bytes, q8_0 1/4, q4_k_m 1/5.",
             show_default="gguf f16, hf f32",
         ),
     ] = None,
@@ -48,16 +48,18 @@ def export(
         str | None, typer.Option(help="The model's licence, as an SPDX identifier such as mit.")
     ] = None,
     modelfile: Annotated[
-        bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside the file.")
+        bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside the GGUF file.")
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option(help="gguf: run the file in llama.cpp (package xllamacpp) and compare it with PyTorch."),
+        typer.Option(
+            help="gguf: run the file in llama.cpp (xllamacpp) and compare the results with PyTorch's."
+        ),
     ] = True,
     data: Annotated[
         str | None,
         typer.Option(
-            help="gguf: evaluate the file on this text or prepared dataset: bits per byte in llama.cpp and in PyTorch."
+            help="gguf: measure bits per byte on this text or prepared dataset, in llama.cpp and in PyTorch."
         ),
     ] = None,
 ) -> None:
@@ -119,13 +121,13 @@ def _check_options(
 ) -> None:
     """Raise `AtlasError` for options that cannot be combined."""
     if data is not None and format != "gguf":
-        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; leave it out with --format {format}")
+        raise AtlasError(f"--data: is for GGUF, which llama.cpp runs; omit --data with --format {format}")
     if data is not None and not verify:
         raise AtlasError(
-            "--data: evaluates the file in llama.cpp, which --no-verify omits; drop one of the two options"
+            "--data: evaluates the file in llama.cpp, but --no-verify skips llama.cpp; omit one of the two options"
         )
     if format == "peft" and (quantize or modelfile):
-        raise AtlasError("--format peft: takes no --quantize and no --modelfile")
+        raise AtlasError("--format peft: takes no --quantize and no --modelfile; omit these options")
     if format == "hf" and quantize not in (None, "f32", "f16", "bf16"):
         raise AtlasError(f"--quantize {quantize}: is for GGUF; --format hf takes f32, f16 or bf16")
     if format == "hf" and modelfile:
@@ -136,15 +138,18 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|endoftext|>
 {{ end }}<|assistant|>
 \"\"\""""
-"""`CHAT_TEMPLATE` in Ollama's template language. Unlike `CHAT_TEMPLATE`, it keeps white space around a message."""
+"""`CHAT_TEMPLATE` in Ollama's template language. Unlike `CHAT_TEMPLATE`, this template keeps white space around a
+message."""
 
 
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
-    """Write a Modelfile for Ollama beside `file`. The template is the chat template, or the unchanged prompt for other
-    models."""
+    """Write a Modelfile for Ollama beside `file`. A chat model gets the chat template. For another model, the template
+    is the unchanged prompt."""
     target = file.with_name("Modelfile")
     if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
-        raise AtlasError(f"{target}: exists and is not a Modelfile; move it, or export into another folder")
+        raise AtlasError(
+            f"{target}: exists and is not a Modelfile; move this file, or export into another folder"
+        )
     target.write_text(
         f"FROM ./{file.name}\n"
         f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
@@ -173,7 +178,8 @@ def export_and_prove(
 ) -> None:
     """Write the GGUF file `output` and print its path.
 
-    With `verify`, compare llama.cpp's results for the file with the model's, and report the bits per byte of `sample`.
+    With `verify`, compare the results of llama.cpp with the results of `loaded`, and print the bits per byte of
+    `sample` for both.
 
     Raises `AtlasError` if the results differ. The file remains for inspection.
     """
@@ -199,8 +205,8 @@ def export_and_prove(
     print_table(list(rows.items()), err=True)
     if quantize.startswith("q") and (in_f16 := counts["f16"]):
         say(
-            f"note: {in_f16} matrices are f16, not {quantize}: their rows do not divide into blocks of 32; "
-            "to quantize them, train with a hidden_size that 32 divides"
+            f"note: {in_f16} matrices are f16, not {quantize}: the length of their rows is not a multiple of 32; "
+            "to quantize these matrices, train with a hidden_size that is a multiple of 32"
         )
     if loaded.config.model.mlp == "gelu_exact":
         say(
@@ -241,8 +247,8 @@ def _prove(
 
 
 def _types_by_tensor(types: dict[str, str]) -> dict[str, str]:
-    """Return name of a matrix → its type. If the type differs between blocks, the text lists the blocks of each
-    type."""
+    """Return a dict: name of a matrix → its type. If the type differs between blocks, the value lists the blocks of
+    each type."""
     blocks: dict[str, dict[str, list[str]]] = {}
     for name, kind in types.items():
         block = re.match(r"blk\.(\d+)\.", name)

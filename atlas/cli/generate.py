@@ -39,19 +39,23 @@ def generate(
         bool, typer.Option("--interactive", help="Ask for prompts until end of input.")
     ] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are messages to a chat model; print only its answers.")
+        bool,
+        typer.Option("--chat", help="Treat prompts as messages to a chat model, and print only the answers."),
     ] = False,
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} to this file instead of printing.')
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per generation.", min=1)] = 100,
+    max_tokens: Annotated[
+        int, typer.Option(help="Largest number of new tokens per generation.", min=1)
+    ] = 100,
     temperature: options.Temperature = 0.8,
     top_k: options.TopK = 50,
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the generation before this string; may be repeated.")
+        list[str] | None,
+        typer.Option(help="End the generation before this string. The option may be repeated."),
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Generations per prompt.", min=1)] = 1,
     seed: Annotated[
@@ -64,7 +68,7 @@ def generate(
     dtype: options.Dtype = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
-    """Generate text with a trained model: --prompt, --prompts-file or --interactive."""
+    """Generate text with a trained model, from --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:
         raise AtlasError("give one of --prompt TEXT, --prompts-file FILE and --interactive")
     from atlas.inference.layout import lay_out_for_decoding
@@ -126,7 +130,8 @@ def _interact(
 
 
 def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[tuple[Prompt, Iterable[str]]]:
-    """Yield (prompt, pieces of its continuation) for every row. A single row is streamed; several rows are batched."""
+    """Yield (prompt, pieces of its completion) for every row. A single row is streamed; several rows are generated in
+    batches."""
     if len(rows) == 1:
         yield rows[0], (piece for [piece] in stream(rows, seed=seed))
         return
@@ -136,10 +141,10 @@ def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[
 
 
 def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
-    """Print the prompts and their continuations, separated by blank lines. Return the continuations."""
+    """Print the prompts and their completions, separated by blank lines. Return the completions."""
     texts: list[str] = []
     for prompt, pieces in _generations(stream, rows, seed):
-        repeated = prompt if isinstance(prompt, str) else ""  # a conversation is not repeated
+        repeated = prompt if isinstance(prompt, str) else ""  # do not print a conversation again
         print("\n" * bool(texts) + repeated, end="", flush=True)
         texts.append("")
         for piece in pieces:

@@ -28,7 +28,9 @@ def import_model(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="The model's tokenizer, if its folder has none: gpt2, or a tokenizer.json."),
+        typer.Option(
+            help="The tokenizer of a model whose folder contains no tokenizer: gpt2, or a tokenizer.json."
+        ),
     ] = None,
     num_heads: Annotated[
         int | None,
@@ -39,9 +41,7 @@ def import_model(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            help="For a checkpoint of Atlas 1.x: the YAML file that it was trained with.", metavar="FILE"
-        ),
+        typer.Option(help="For a checkpoint of Atlas 1.x: the YAML config of the old run.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Make a checkpoint from a model in Hugging Face's format (GPT-2, Llama, Qwen3), or from a checkpoint of Atlas 1.x.
@@ -90,5 +90,5 @@ def _check_folder(folder: Path, *, takes_shape: bool) -> None:
         )
     if takes_shape:
         raise AtlasError(
-            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); {folder} is a folder: leave them out"
+            f"--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); {folder} is a folder: omit both options"
         )

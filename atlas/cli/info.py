@@ -26,20 +26,20 @@ def info(
         typer.Option(
             "--verify",
             help="Check every byte of a checkpoint, a folder of checkpoints or a dataset against the saved "
-            "checksums, and look for numbers that are not finite.",
+            "checksums. In checkpoints, also find non-finite numbers.",
         ),
     ] = False,
     consolidate: Annotated[
         Path | None,
         typer.Option(
-            help="Convert a sharded checkpoint to one file, for every command that takes a .pt.",
+            help="Convert a sharded checkpoint to one .pt file.",
             metavar="FILE.pt",
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the document lengths of a dataset as a PNG picture. Needs matplotlib: "
+            help="Draw the document lengths of a dataset as a PNG image. Needs matplotlib: "
             'pip install "atlas-llm[plot]".',
             metavar="FILE.png",
         ),
@@ -55,7 +55,7 @@ def info(
     if consolidate:
         if not is_checkpoint:
             raise AtlasError(
-                f"--consolidate: converts a sharded checkpoint to one file; {path} is not a checkpoint: leave it out"
+                f"--consolidate: converts a sharded checkpoint; {path} is not a checkpoint: omit --consolidate"
             )
         return info_checkpoint.consolidate(file, consolidate)
     if not file.exists() and not is_checkpoint and path not in preset_names():
@@ -66,14 +66,14 @@ def info(
         return show_dataset(file, verify=verify, plot=plot)
     if plot:
         raise AtlasError(
-            f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: leave it out"
+            f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: omit --plot"
         )
     if is_checkpoint:
         facts: Facts = info_checkpoint.checkpoint_facts(file, verify=verify)
     elif file.is_dir():
         return info_checkpoint.print_folder(file, verify=verify)
     elif verify:
-        raise AtlasError(f"--verify: reads checkpoints and datasets; {path} is neither: leave it out")
+        raise AtlasError(f"--verify: reads checkpoints and datasets; {path} is neither: omit --verify")
     elif file.suffix == ".gguf":
         facts = _gguf(file)
     elif file.suffix == ".json":
@@ -82,8 +82,8 @@ def info(
         facts = _config(path)
     else:
         raise AtlasError(
-            f"{path}: is none of .pt, .gguf, .json, .yaml, or a folder that Atlas made; "
-            f"if it is text: atlas prepare --input {path}"
+            f"{path}: is not a .pt, .gguf, .json or .yaml file, and not a folder that Atlas made; "
+            f"to prepare text: atlas prepare --input {path}"
         )
     print_facts(facts)
 
@@ -98,7 +98,7 @@ def _tokenizer(path: Path) -> Facts:
 
 
 def _gguf(path: Path) -> Facts:
-    """Yield the facts of a GGUF file, which may come from another program."""
+    """Yield the facts of a GGUF file. The file may come from another program."""
     from collections import Counter
 
     from atlas.export.gguf import open_gguf

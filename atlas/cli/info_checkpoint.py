@@ -44,9 +44,9 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
     elif sidecar.exists():
         state = "size as saved; --verify compares every byte"
     elif shards:
-        state = f"no {sidecar.name} beside it, so Atlas cannot check the bytes"
+        state = f"no {sidecar.name} beside the checkpoint, so Atlas cannot check the bytes"
     else:
-        state = f"no {sidecar.name} beside it; --verify reads the checksums inside the file"
+        state = f"no {sidecar.name} beside the checkpoint; --verify compares the checksums inside the file"
     contents = read_contents(
         path, remedy="atlas info --verify finds a checkpoint to use instead", without=NOT_NEEDED
     )
@@ -95,7 +95,9 @@ def _verified(path: Path) -> str:
         return verdict.line
     instead = intact_alternative(path)
     remedy = (
-        f"use {instead} instead, which is intact" if instead else "no other checkpoint beside it is intact"
+        f"use {instead} instead, which is intact"
+        if instead
+        else "no other checkpoint in the folder is intact"
     )
     raise AtlasError(f"{path}: {verdict.line}: {remedy}")
 

@@ -28,7 +28,7 @@ from atlas.training.memory.presets import ASSUMED_VOCABULARY
 
 
 def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
-    """Print one screen about the dataset, and write a PNG of its document lengths to `plot`."""
+    """Print one screen about the dataset. If `plot` is given, write a PNG of the document lengths to `plot`."""
     if plot:
         check_png("--plot", plot)
     total = sum(file.stat().st_size for file in folder.glob("*.npy"))
@@ -82,8 +82,8 @@ def cleaning_facts(cleaning: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[
 def _print_advice(num_tokens: int, vocab_size: int) -> None:
     advice = advise(num_tokens, vocab_size=vocab_size)
     fitting = max((row for row in advice if row.fits), key=lambda row: row.parameters, default=None)
-    best = f"the largest preset that fits is {fitting.preset}" if fitting else "every preset is larger"
-    typer.echo(f"\nhow large a model for this text: {best}")
+    best = f"the largest preset that fits is {fitting.preset}" if fitting else "every preset is too large"
+    typer.echo(f"\nmodel size for this text: {best}")
     header = ("preset", "parameters", "tokens per parameter", f"passes to {TOKENS_PER_PARAMETER}", "")
     rows = [
         (row.preset, f"{row.parameters:,}", figure(row.tokens_per_parameter), figure(row.passes), row.verdict)
@@ -91,7 +91,7 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
     ]
     print_table([header, *rows], right={1, 2, 3})
     typer.echo(
-        f"{TOKENS_PER_PARAMETER} tokens per parameter make the best use of the time "
+        f"{TOKENS_PER_PARAMETER} tokens per parameter make the best use of the training time "
         "(Hoffmann et al. 2022, arXiv:2203.15556); "
         f"each pass over a text beyond about {GOOD_PASSES} helps less (Muennighoff et al. 2023, arXiv:2305.16264)"
     )
@@ -100,8 +100,8 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
     smallest, own = advice[0], advise(num_tokens, vocab_size=ASSUMED_VOCABULARY)[0]
     wanted = TOKENS_PER_PARAMETER * smallest.parameters // GOOD_PASSES
     remedy = (
-        f"what to do: {smallest.preset} needs about {wanted:,} tokens, so add text; or train it anyway and use "
-        "atlas_best.pt, which is saved before the model memorizes the text"
+        f"what to do: {smallest.preset} needs about {wanted:,} tokens, so add text; or train this preset anyway and "
+        "use atlas_best.pt, which is saved before the model memorizes the text"
     )
     if own.parameters < smallest.parameters / 2:
         remedy += (
@@ -120,7 +120,7 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
         return
     tokenizer = dataset.tokenizer()
     excerpts = sample_documents(stream, tokenizer)
-    typer.echo(f"\n{len(excerpts)} random documents of train, by their tokens")
+    typer.echo(f"\n{len(excerpts)} random documents of train, each after its number of tokens")
     print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
     if isinstance(tokenizer, ByteLevelTokenizer):
         searched = f", in {SAMPLE_TOKENS:,} tokens that are evenly spread over the split"
@@ -128,7 +128,7 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
         typer.echo(f"\nworst compressed stretches of {STRETCH_TOKENS} tokens, by bytes per token{of_all}")
         stretches = worst_stretches(stream, tokenizer)
         rows = [(f"{stretch.bytes_per_token:.2f}", printable(stretch.text)) for stretch in stretches]
-        print_table(rows or [("none: no document is that long",)])
+        print_table(rows or [("none: every document is shorter",)])
 
 
 def _draw(path: Path, folder: Path, lengths: Mapping[str, Lengths], vocab_size: int) -> None:

@@ -31,11 +31,13 @@ _BAR = 10
 _PATTERN = 48
 """The largest number of tokens in a text whose attention pattern is drawn."""
 _UNWRAPPED = 1000
-"""The width of the output in columns without a terminal, so that no line is wrapped."""
+"""The width of the output in columns if there is no terminal. No line is wrapped at this width."""
 
 
 def look(
-    prompt: Annotated[str, typer.Option(help="The text to look at; empty: the beginning of a document.")],
+    prompt: Annotated[
+        str, typer.Option(help="The text to look at. An empty text means the beginning of a document.")
+    ],
     checkpoint: options.Checkpoint = options.BEST_CHECKPOINT,
     lens: Annotated[
         bool, typer.Option("--lens", help="Show the prediction after each layer (logit lens).")
@@ -43,7 +45,7 @@ def look(
     position: Annotated[
         int | None,
         typer.Option(
-            help="Position of the token for --lens, from 0, or from the end as -1. Default: the last."
+            help="Position of the token for --lens: 0 is the first token, -1 the last. Default: -1."
         ),
     ] = None,
     attention: Annotated[
@@ -62,7 +64,7 @@ def look(
     device: options.Device = "auto",
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
-    """Show a model's prediction at each position of a text, and how the next token is chosen."""
+    """Show a model's prediction at each position of a text, and how Atlas chooses the next token."""
     if position is not None and not lens:
         raise AtlasError(f"--position {position}: is the token for --lens; give both options, or neither")
     head = None if attention is None else re.fullmatch(r"(\d+)\.(\d+)", attention)
@@ -139,7 +141,7 @@ def _print_next_token(console: Console, next_token: NextToken, sampling: Samplin
     on = [name for name, off in _OFF.items() if getattr(sampling, name) != off]
     steps = ["model", *on]
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(sampling, name):g}" for name in on)
-    console.print(f"\nthe next token, {f'with {flags}' if on else 'with no setting'}")
+    console.print(f"\nthe next token, {f'with {flags}' if on else 'without sampling settings'}")
     names = [step.removeprefix("repetition_").replace("_", "-") for step in steps]
     table = _table("token", *(f"{name}>" for name in names), "probability")
     for candidate in next_token.candidates:

@@ -14,7 +14,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of weights and cache: auto (half precision on CUDA, else f32), f32, bf16 or f16.",
+        help="Precision of the weights and the KV cache: auto (half precision on CUDA, else f32), f32, bf16 or f16.",
         metavar="DTYPE",
     ),
 ]
@@ -31,7 +31,7 @@ TopP = Annotated[
 MinP = Annotated[
     float,
     typer.Option(
-        help="Keep only tokens with this fraction of the likeliest token's probability, or more; 0: all."
+        help="Keep only tokens with at least this fraction of the likeliest token's probability; 0: keep all."
     ),
 ]
 RepetitionPenalty = Annotated[

@@ -47,7 +47,7 @@ def pipeline(
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing and use the defaults.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """All steps in one command: text → tokens → model → text → GGUF.
+    """Run all steps from text to a model in one command. With --demo, also generate text and write a GGUF file.
 
     Without --demo, the command shows the memory and time of each preset on this machine and asks for a preset. Then the
     command prepares your text for the preset and trains the model. Without a terminal, or with --yes, the command asks
@@ -98,7 +98,7 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
         )
     prepared = open_dataset(data) if is_prepared(data) else None
     if prepared is None:
-        Sources([data])  # refuses an unreadable text before Atlas asks a question
+        Sources([data])  # raises an error for an unreadable text before Atlas asks a question
     vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
     device = str(overrides.get("device", "auto"))
     preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
@@ -114,7 +114,7 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
 
 def _prepare(text: str, tokenizer: str | None, *, train_tokenizer: int | None) -> PreparedDataset:
     """Prepare a text, if needed, and return its dataset. A dataset with a trained vocabulary has its own folder, so
-    that it does not replace the dataset with GPT-2's vocabulary."""
+    that both this dataset and a dataset with GPT-2's vocabulary can exist."""
     from atlas.data import prepare
     from atlas.data.prepare.pipeline import default_output
     from atlas.data.text.sources import Sources

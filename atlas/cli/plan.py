@@ -1,4 +1,4 @@
-"""`atlas plan`: estimate the needs of a config, before any work."""
+"""`atlas plan`: estimate the memory, disk space, tokens and time that a config needs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def plan(
         bool, typer.Option("--json", help="Print one JSON object, in bytes, seconds, FLOPs and kWh.")
     ] = False,
 ) -> None:
-    """Estimate the memory, disk space, tokens and time of a config. List the presets that fit the machine or card, and
-    the text."""
+    """Estimate the memory, disk space, tokens and time that a config needs. List which presets fit the machine or card
+    and, with --data, the text."""
     from atlas.cli.plan_output import print_json, print_report
     from atlas.cli.plan_report import make_report
     from atlas.planning.communication import cluster_of
@@ -54,9 +54,9 @@ def plan(
     has_config = bool(config or overrides)
     for flag, value in (("--nodes", nodes), ("--interconnect", interconnect)):
         if gpus is None and value is not None:
-            raise AtlasError(f"{flag} {value}: is for several GPUs; say how many each node has, --gpus 8")
+            raise AtlasError(f"{flag} {value}: needs the number of GPUs in each node, such as --gpus 8")
     if gpus is not None and not has_config:
-        raise AtlasError(f"--gpus {gpus}: is for one config; name it, --config small")
+        raise AtlasError(f"--gpus {gpus}: needs a config, such as --config small")
     cluster = None if gpus is None else cluster_of(gpus, 1 if nodes is None else nodes, interconnect)
     wanted = resolve(explicit_layer(config, overrides, {}))
     report = make_report(wanted, data, gpu, memory, cluster, has_config=has_config)

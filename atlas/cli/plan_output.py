@@ -113,15 +113,15 @@ def _print_summary(report: Report, summary: Summary) -> None:
     copy = snapshot_bytes(config)
     memory = {
         **_parts(summary.memory, gibibytes),
-        "besides, in main memory": copy and gibibytes(copy),
+        "checkpoint copy, main memory": copy and gibibytes(copy),
         "sequences per micro-batch": f"{config.training.sequences_at_once:,}",
         "at most in a micro-batch": f"{summary.largest_micro_batch:,}",
     }
     _print_rows(f"Memory of training on {machine.device}", memory)
     if copy:
         typer.echo(
-            "Besides: the copy of the state from which Atlas writes a checkpoint while training continues. If the copy "
-            "does not fit, or with checkpoint.background=false, training waits for the disk.\n"
+            "Checkpoint copy: the copy of the state from which Atlas writes a checkpoint while training continues. If "
+            "the copy does not fit, or with checkpoint.background=false, training waits for the disk.\n"
         )
     if summary.remedies and report.scaling is None:
         there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
@@ -144,7 +144,7 @@ def _print_summary(report: Report, summary: Summary) -> None:
 
 
 def _print_scaling(scaling: Scaling, summary: Summary, device: str) -> None:
-    """Print the plan of a run on several GPUs, or in several processes on a CPU. All sections before are for a single
+    """Print the plan of a run on several GPUs, or in several processes on a CPU. All earlier sections are for a single
     rank."""
     sent, updates = scaling.communication, summary.run.updates
     shared = {
@@ -196,7 +196,7 @@ def _remedies(scaling: Scaling, summary: Summary) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    """Yield notes on the sources of the figures, and on unknown values."""
+    """Yield notes on the sources of the printed values, and on unknown values."""
     machine, summary, scaling = report.machine, report.summary, report.scaling
     if summary:
         yield from _notes_on_length(summary, has_text=report.text is not None)
@@ -208,19 +208,19 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"Text: {tokens} tokens per parameter in one pass; this model: {advice.verdict}."
     if report.text:
         yield (
-            f"Passes: the passes over the text that give {TOKENS_PER_PARAMETER} tokens per parameter, the best use of "
-            f"training time. Each pass beyond about {GOOD_PASSES} helps less. "
+            f"Passes: the passes over the text to reach {TOKENS_PER_PARAMETER} tokens per parameter, the best use of "
+            f"training time. Each pass beyond about {GOOD_PASSES} improves the model less. "
             f"More: atlas info {printable(report.text.name)}"
         )
     if report.assumes_vocabulary and summary:
         yield (
-            f"model.vocab_size is not set, so training uses the dataset's; this plan assumes "
-            f"{summary.config.model.vocab_size}. For GPT-2's: --set model.vocab_size=50257"
+            f"model.vocab_size is not set, so training uses the dataset's vocabulary; this plan assumes "
+            f"{summary.config.model.vocab_size} tokens. For GPT-2's vocabulary: --set model.vocab_size=50257"
         )
 
 
 def _note_on_time(report: Report) -> str:
-    """Return a note that says whether the times are measured, simulated or stated, and from which rates."""
+    """Return a note on the source of the times (measured, simulated or stated) and on the rates behind them."""
     machine, speed = report.machine, report.machine.speed
     reached = (report.summary or report.presets[-1][1]).run.utilisation
     if machine.flops_per_second is None or reached is None:
@@ -232,7 +232,7 @@ def _note_on_time(report: Report) -> str:
     else:
         how = (
             f"simulated: the FLOPs and bytes of an update at {speed.products / 1e9:,.0f} GFLOP/s and "
-            f"{speed.bandwidth / 1e9:,.0f} GB/s; its FLOPs are at {rate}"
+            f"{speed.bandwidth / 1e9:,.0f} GB/s; the update reaches {rate}"
         )
     return f"Time: {how}. Evaluations and saves take additional time."
 
@@ -249,13 +249,14 @@ def _notes_on_length(summary: Summary, *, has_text: bool) -> Iterator[str]:
 
 def _notes_on_scaling(scaling: Scaling, device: str) -> Iterator[str]:
     cluster = scaling.cluster
-    yield f"Ranks: the sections up to “The run” are for one rank, the later sections for {cluster.ranks:,}."
+    yield f"Ranks: the sections up to “The run” are for one rank, the later sections for {cluster.ranks:,} ranks."
     if device == "cpu" and cluster.ranks > 1:
-        yield "On a CPU, the ranks share its cores, so more ranks compute no faster. --gpu plans for cards."
+        yield "On a CPU, all ranks share the cores, so more ranks compute no faster. --gpu plans for a GPU."
     if scaling.parallel != "none":
         yield (
-            f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal speed, hidden behind {OVERLAP:.0%} "
-            "of the simultaneous computation (assumed, not measured); the links' latency is left out."
+            f"Communication: rings at {LINK_EFFICIENCY:.0%} of the links' nominal bandwidth; {OVERLAP:.0%} of the time "
+            "of simultaneous computation can hide communication. Both values are assumed, not measured. The estimate "
+            "ignores the links' latency."
         )
     if cluster.is_assumed:
         ports = ", one port for all GPUs of a node" if cluster.between and cluster.between.is_shared else ""
@@ -289,7 +290,8 @@ def _print_presets(report: Report) -> None:
 
 
 def _print_rows(title: str, rows: dict[str, Any]) -> None:
-    """Print a section of figures. Figures that are None, 0 or False are left out."""
+    """Print a section: a line with the name and the value of each row. Values that are None, 0 or False are left
+    out."""
     typer.echo(title)
     shown = {name: value for name, value in rows.items() if value}
     width = max(14, *map(len, shown.values()))

@@ -37,7 +37,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of `atlas plan`. `text`, `summary` and `scaling` are None without --data, a config, and --gpus."""
+    """The report of `atlas plan`. `text` is None without --data, `summary` without a config, and `scaling` without
+    --gpus."""
 
     machine: Machine
     text: TokenStream | None
@@ -47,8 +48,8 @@ class Report:
     presets: list[tuple[PresetPlan, Summary]]
 
     def largest(self, *, for_text: bool = False) -> str | None:
-        """Return the name of the largest preset that fits the machine and, with `for_text`, also the text; None if none
-        fits."""
+        """Return the name of the largest preset that fits the machine and, with `for_text`, also the text; None if no
+        preset fits."""
         enough = [plan for plan, summary in self.presets if summary.advice and summary.advice.fits]
         plans = enough if for_text else [plan for plan, _ in self.presets]
         largest = largest_that_fits(plans)
@@ -64,7 +65,8 @@ def make_report(
     *,
     has_config: bool,
 ) -> Report:
-    """Plan every preset and, if `has_config`, the config `wanted`. Raises `AtlasError`."""
+    """Return the estimates for every preset and, if `has_config`, for the config `wanted`. Raises `AtlasError` for
+    unusable data, GPU or memory."""
     text = None if data is None else _open(data)
     if text is not None:
         wanted = with_vocabulary(wanted, text.vocab_size, text.name)
@@ -75,22 +77,22 @@ def make_report(
     scaling = scale(known, machine, cluster) if cluster else None
     presets, vocab_size = [], text.vocab_size if text else None
     for preset in plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size):
-        # The number of windows is computed without opening the text, since a text shorter than the preset's context
-        # would raise an error.
+        # Compute the number of windows here, since `training_windows` raises an error for a text that is shorter than
+        # the preset's context.
         windows = (text.num_tokens - 1) // preset.config.model.max_seq_len if text else 0
         presets.append((preset, _summarize(preset.config, machine, text, windows)))
     return Report(machine, text, wanted.model.vocab_size is None, summary, scaling, presets)
 
 
 def _open(data: Path) -> TokenStream:
-    """Return the training split of a prepared dataset. Raises `AtlasError`."""
+    """Return the training split of a prepared dataset. Raises `AtlasError` if `data` is not a prepared dataset."""
     if holds_conversations(data):
         raise AtlasError(
             f"--data {data}: holds conversations, which atlas plan does not read; leave --data out"
         )
     if not is_prepared(data):
         raise AtlasError(
-            f"--data {data}: is not a prepared dataset; make one with atlas prepare --input, and name its folder"
+            f"--data {data}: is not a prepared dataset; make one with atlas prepare --input, and name the new folder"
         )
     stream = open_dataset(data).split("train")
     assert stream is not None
@@ -100,8 +102,8 @@ def _open(data: Path) -> TokenStream:
 def _summarize(
     config: AtlasConfig, machine: Machine, text: TokenStream | None, sequences_per_epoch: int
 ) -> Summary:
-    """Return the estimates for a config with a known vocabulary. If `text` is given, they are for a run over this
-    text."""
+    """Return the estimates for a config with a known vocabulary size. If `text` is given, the estimates are for a run
+    over this text."""
     device, updates = machine.device, config.training.max_steps
     if text and (updates := horizon_steps(config.training, sequences_per_epoch)) == NO_LIMIT:
         updates = None

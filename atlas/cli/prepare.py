@@ -26,19 +26,22 @@ _OUTPUT_HELP = (
 _TOKENIZER_HELP = "gpt2 (default), a tokenizer.json, or package.module:factory."
 _TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
 _FIELD_HELP = "The field of a JSONL row, or the Parquet column, that contains the text."
-_CLEAN_HELP = "The cleaning steps to apply: a list of nfc, control, whitespace and duplicates, or none."
+_CLEAN_HELP = (
+    "The cleaning steps, separated by commas: nfc, control, whitespace, duplicates; or the word none."
+)
 _NEAR_HELP = (
-    "Also leave out near copies of earlier documents: documents that share 80 % of their five-word sequences "
-    "(MinHash). This is slow and needs about 3 KB of memory per document."
+    "Also leave out near-duplicates: documents whose word 5-grams have a Jaccard similarity of about 0.8 or more with "
+    "an earlier document (MinHash). This option is slow and needs about 3 KB of memory per document."
 )
 _WORKERS_HELP = (
     "The number of tokenizing processes. Default: one per core. The result is the same for any number."
 )
 _ENGINE_HELP = (
-    "Where the processes run: local, or ray, a cluster whose machines all have the input under the same path."
+    "local: tokenize on this machine. ray: tokenize on a Ray cluster, in which each machine needs the input at the "
+    "same path."
 )
 _TRUST_HELP = (
-    "Also read an archive that unpacks to more than 1 TB or to more than 200 times its own bytes, or that contains "
+    "Also read an archive that unpacks to more than 1 TB or to more than 200 times its own size, or that contains "
     "more than a million files."
 )
 
@@ -63,7 +66,7 @@ def prepare(
         str, typer.Option(help=_CLEAN_HELP, metavar="STEP,…")
     ] = "nfc,control,whitespace,duplicates",
     min_chars: Annotated[
-        int, typer.Option(help="Leave out documents with fewer characters.", metavar="N")
+        int, typer.Option(help="Leave out documents with fewer than N characters.", metavar="N")
     ] = 1,
     near_dedup: Annotated[bool, typer.Option("--near-dedup", help=_NEAR_HELP)] = False,
     workers: Annotated[int | None, typer.Option(help=_WORKERS_HELP, metavar="N", show_default=False)] = None,
@@ -116,7 +119,7 @@ def _print_summary(summary: Summary) -> None:
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
         say(
-            f"cleaning: {kept:,} documents are distinguished by a hash of 16 bytes each, {16 * kept / 1e6:,.2f} MB"
+            f"cleaning: hashes to find duplicates: {kept:,} documents, 16 bytes each, {16 * kept / 1e6:,.2f} MB"
         )
     typer.echo(f"{folder}: {_tokenizer(manifest)}")
     for name, split in manifest.splits.items():
@@ -127,7 +130,7 @@ def _print_summary(summary: Summary) -> None:
     # The larger presets require GPT-2's vocabulary; the nano presets accept any vocabulary.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""
     say(f"train on this dataset: atlas train --config modern-nano --train-data {folder}{larger}")
-    say(f"see which models it is large enough for: atlas info {folder}")
+    say(f"see for which models this dataset is large enough: atlas info {folder}")
 
 
 def _print_list(root: Path) -> None:

@@ -28,7 +28,8 @@ def serve(
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A checkpoint to serve; may be repeated. Default, without --gguf: {options.BEST_CHECKPOINT}."
+            help="A checkpoint to serve. The option may be repeated. "
+            f"Default, without --gguf: {options.BEST_CHECKPOINT}."
         ),
     ] = None,
     gguf: Annotated[
@@ -46,7 +47,7 @@ def serve(
     parallel: Annotated[
         int | None,
         typer.Option(
-            help="Sequences per model in parallel. Default: up to 64, in 1/4 of the free memory; llama.cpp: 4.",
+            help="Parallel sequences per model. Default: at most 64, in 1/4 of the free memory; with llama.cpp: 4.",
             min=1,
             max=1024,
         ),
@@ -54,7 +55,8 @@ def serve(
     queue: Annotated[
         int,
         typer.Option(
-            help="Sequences that may wait for a slot. The server refuses more with status 429.", min=0
+            help="Sequences that may wait for a slot. The server answers further requests with status 429.",
+            min=0,
         ),
     ] = 256,
     runs: Annotated[
@@ -82,7 +84,7 @@ def serve(
         api_key = api_key.strip()
         if not re.fullmatch("[!-~]+", api_key):  # the characters that every client can send in a header
             raise AtlasError(
-                "--api-key: must be ASCII letters, digits and signs, without spaces; or leave it out"
+                "--api-key: must be ASCII letters, digits and signs, without spaces; or omit --api-key"
             )
     try:
         from atlas.serving.app import build_app
@@ -122,8 +124,8 @@ def serve(
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Return the models' names in the API: the file's name, with the folder's name in front if two files have the same
-    name."""
+    """Return the models' names in the API. A name is the file's name, with the folder's name in front if two files have
+    the same name."""
     stems = [path.stem for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
@@ -132,7 +134,7 @@ def _names(paths: list[Path]) -> list[str]:
     for name in names:
         if names.count(name) > 1:
             raise AtlasError(
-                f"--checkpoint: two checkpoints are called {name}: name each once, or copy one to another folder"
+                f"--checkpoint: two checkpoints are called {name}: name each file once, or copy one to another folder"
             )
     return names
 
@@ -161,7 +163,8 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
 
 
 def _run(server: Server, address: str) -> None:
-    """Serve until a signal. After the first signal, current generations finish; a second signal ends them."""
+    """Run the server until a signal arrives. After the first signal, current generations finish; a second signal ends
+    them."""
 
     def end(number: int, frame: object) -> None:
         say("shutting down: current generations finish; a second Ctrl-C or signal ends them")

@@ -49,15 +49,16 @@ def own_command() -> str:
 def printable(text: str) -> str:
     """Return the text as one line without control characters, which a terminal could execute.
 
-    Control characters and unpaired surrogates, for example from an untrusted file, become escapes. A text that is too
-    long is cut off.
+    Control characters and unpaired surrogates, for example from an untrusted file, become escapes. Characters beyond
+    the first `_LONGEST_LINE` are cut off.
     """
     shown = "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text[:_LONGEST_LINE])
     return shown + ("…" if len(text) > _LONGEST_LINE else "")
 
 
 def figure(value: float) -> str:
-    """Return a number as text with at least two digits. Numbers from 100 on have no decimals."""
+    """Return a number as text: without decimals from 100 on, with one decimal from 1 on, else with two significant
+    digits."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
@@ -73,13 +74,13 @@ def print_facts(facts: Iterable[tuple[str, Any]], *, indent: str = "", width: in
 
 
 def gibibytes(size: int) -> str:
-    """Return a size of memory as text in GiB, or in MiB if it is small."""
+    """Return a size in bytes as text in GiB, or in MiB if the size is below 0.1 GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def print_table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = (), err: bool = False) -> None:
-    """Print a table with columns as wide as their widest cell. The columns with numbers in `right` are aligned
-    right."""
+    """Print a table with columns as wide as their widest cell. `right` contains the indices of the columns that are
+    aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

@@ -26,7 +26,11 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any setting of docs/CONFIG.md; may be repeated.", metavar="KEY=VALUE"),
+    typer.Option(
+        "--set",
+        help="A setting of docs/CONFIG.md. The option may be repeated.",
+        metavar="KEY=VALUE",
+    ),
 ]
 NoResume = Annotated[
     bool,
@@ -50,8 +54,8 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Resume from a checkpoint, or from the latest intact checkpoint (auto). "
-            "On other data: fine-tune from the checkpoint's weights.",
+            help="Resume from the checkpoint PATH, or from the latest intact checkpoint (auto). "
+            "If PATH was trained on other data, fine-tune from the weights of PATH.",
             metavar="PATH|auto",
         ),
     ] = None,
@@ -82,7 +86,7 @@ def train(
         bool,
         typer.Option(
             "--overfit-batch",
-            help="Train on a single batch and report whether its loss falls to zero: the first check if a "
+            help="Train on a single batch and report whether the loss falls to zero. Use this check first if a "
             "run's loss does not fall. Saves nothing.",
         ),
     ] = False,
@@ -155,7 +159,7 @@ def _print_profile(explicit: Layer) -> None:
 def train_to_the_end(
     request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Start or resume the requested run, train it to its end, and report the outcome. Exit with 130 if it was
+    """Start or resume the requested run, train it to its end, and report the outcome. Exit with code 130 if the run was
     interrupted."""
     from atlas.inference.text import sample_texts
     from atlas.training.devices.world import ALONE
@@ -169,7 +173,7 @@ def train_to_the_end(
     if run.is_complete:
         run.log.say(
             f"nothing to do: the run is complete at step {run.state.step}; --set training.max_steps=N with a larger N "
-            "continues it"
+            "continues the run"
         )
         return run
     result = train_run(run)

@@ -17,7 +17,8 @@ MOST_POINTS = 2000
 def last_of_each_step(steps: Floats) -> Indices:
     """Return the indices of the records that no later record replaces, in ascending order.
 
-    After a rollback, a run logs the repeated steps again. The remaining steps are strictly increasing.
+    After a rollback, a run logs the repeated steps again. A later record with the same or a smaller step replaces a
+    record, so the steps at the returned indices increase strictly.
     """
     later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
     return np.flatnonzero(steps < later)
@@ -41,8 +42,8 @@ def smooth(values: Floats) -> Floats:
 
 
 def thin(values: Floats, most: int = MOST_POINTS) -> Indices:
-    """Return the ascending indices of at most `most` values: both ends, and the smallest and largest value of each
-    interval."""
+    """Return the ascending indices of at most `most` values: the first and the last value, and the smallest and the
+    largest value of each interval."""
     if values.size <= most:
         return np.arange(values.size)
     kept = {0, values.size - 1}

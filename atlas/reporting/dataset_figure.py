@@ -18,8 +18,8 @@ def draw_lengths(
 ) -> None:
     """Write a histogram of the document lengths of each split, as a PNG of 1500 × 825 pixels.
 
-    Heights are fractions of a split's documents, so that splits of different sizes can be compared. `contexts` maps the
-    context lengths to mark, in tokens, to their labels.
+    Heights are fractions of a split's documents, so that splits of different sizes can be compared. `contexts` maps
+    each context length to mark, in tokens, to its label.
     """
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
 """Statistics of a prepared dataset: document lengths, sample documents, and the text that the tokenizer compresses
 worst.
 
-No function here reads a complete dataset. Lengths come from the document offsets, and texts from a few memory-mapped
-parts.
+No function here reads all tokens of a large dataset. Lengths come from the document offsets, and texts from a few
+memory-mapped parts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.byte_level import ByteLevelTokenizer
 
 MOST_DOCUMENTS = 2**26
-"""The approximate limit of measured documents in a split. In a larger split, Atlas measures evenly spread shards."""
+"""The approximate largest number of documents that Atlas measures in a split. In a split with more documents, Atlas
+measures evenly spread shards."""
 STRETCH_TOKENS = 64
 SAMPLE_TOKENS = 2**24
-"""The approximate limit of tokens that Atlas searches for the worst stretches. In a larger split, Atlas searches evenly
-spread blocks."""
+"""The approximate largest number of tokens in a split that Atlas searches for the worst stretches. In a split with more
+tokens, Atlas searches evenly spread blocks."""
 
 _OFFSETS_PER_STEP = 2**22
 _BLOCK_TOKENS = 2**18
-# The minimum distance prevents one table of numbers from filling the list of worst stretches.
+# The minimum distance between two worst stretches. Otherwise one table of numbers could fill the list of worst
+# stretches.
 _APART_TOKENS = 1024
 _MOST_BYTES_OF_A_CHARACTER = 4
 
@@ -70,7 +72,8 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of `STRETCH_TOKENS` tokens in one document, which begins at token `start` of the split."""
+    """A stretch of `STRETCH_TOKENS` tokens in one document. `start` is the index of the stretch's first token in the
+    split."""
 
     start: int
     text: str
@@ -78,9 +81,10 @@ class Stretch:
 
 
 def measure_lengths(stream: TokenStream, *, most: int = MOST_DOCUMENTS) -> Lengths:
-    """Measure the document lengths of a split: of all documents, or of about `most` documents in evenly spread shards.
+    """Return the document lengths of a split. If the split has more than `most` documents, measure only evenly spread
+    shards with about `most` documents.
 
-    The function counts documents by length, since a split of N tokens has at most √(2N) different lengths.
+    A count for each length needs little memory, since a split of N tokens has at most √(2N) different lengths.
     """
     counter: Counter[int] = Counter()
     for lengths in _lengths(stream, every=max(1, -(-stream.num_documents // most))):
@@ -98,8 +102,8 @@ def sample_documents(
     excerpts = []
     for number in sorted(numbers):
         start, end = _document_start(stream, number), _document_start(stream, number + 1)
-        # These tokens contain at least `characters` characters: a token has at least one byte, a character at most
-        # four.
+        # These tokens contain at least `characters` characters: a token has at least one byte, and a character has at
+        # most four bytes.
         read_to = min(end, start + _MOST_BYTES_OF_A_CHARACTER * characters)
         text = tokenizer.decode(stream.read(start, read_to).tolist())
         is_complete = read_to == end and len(text) <= characters
@@ -108,10 +112,11 @@ def sample_documents(
 
 
 def worst_stretches(stream: TokenStream, tokenizer: ByteLevelTokenizer, *, count: int = 3) -> list[Stretch]:
-    """Return the stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` apart.
+    """Return the `count` stretches with the fewest bytes per token, worst first, at least `_APART_TOKENS` tokens apart.
 
-    The search covers all tokens of the split. If there are more than `SAMPLE_TOKENS`, it covers about this number, in
-    evenly spread blocks. The result has fewer than `count` stretches if few documents are long enough.
+    The search covers all tokens of the split. If the split has more than `SAMPLE_TOKENS` tokens, the search covers
+    about `SAMPLE_TOKENS` tokens in evenly spread blocks. The result has fewer than `count` stretches if few documents
+    are long enough.
     """
     sizes = np.array([len(token) for token in tokenizer.token_strings()], np.int64)  # one character per byte
     across_documents = STRETCH_TOKENS * int(sizes.max()) + 1
@@ -156,8 +161,8 @@ def _lengths(stream: TokenStream, *, every: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _document_start(stream: TokenStream, number: int) -> int:
-    """Return the index in the split of the first token of document `number`. After the last document, return the end of
-    the split."""
+    """Return the index of the first token of document `number` in the split. If there is no such document, return the
+    number of tokens in the split."""
     for shard in stream.record.shards:
         if number < shard.documents:
             return int(stream.starts_in(shard)[number])

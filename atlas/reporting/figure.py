@@ -15,8 +15,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def shared_axis(runs: Sequence[Run]) -> str:
-    """Return `tokens` if all runs logged tokens, else `step`. Tokens allow comparing runs with different batch
-    sizes."""
+    """Return `tokens` if all runs logged tokens, else `step`. Runs with different batch sizes are comparable over
+    tokens, not over steps."""
     return "tokens" if all("tokens" in run.axes() for run in runs) else "step"
 
 
@@ -32,7 +32,7 @@ def draw_losses(path: Path, runs: Sequence[Run], *, axis: str) -> None:
     all_series = [chart_data(run)["series"] for run in runs]
     if not any("loss" in series for series in all_series):
         raise AtlasError(
-            f"--png {path}: no run has logged a loss yet, so there is nothing to draw: wait for its records"
+            f"--png {path}: no run has logged a loss yet, so there is nothing to draw: wait until a run logs a loss"
         )
     figure = Figure(figsize=(7, 4.2), dpi=300, layout="constrained")
     axes = figure.add_subplot()

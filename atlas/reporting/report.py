@@ -65,7 +65,7 @@ def json_in_html(value: Any) -> str:
 
 def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     """Yield (title, HTML) of each section."""
-    about = "The training loss is smoothed. Bits per byte compare models with different tokenizers; losses do not."
+    about = "The training loss is smoothed. To compare models with different tokenizers, use bits per byte, not loss."
     notes = map(_aside, itertools.chain([about], *map(_notes, runs)))
     table = _table(_COLUMNS.split(","), list(map(_evaluation_row, runs)), kind="figures")
     yield "Evaluation", table + "".join(notes)
@@ -86,7 +86,7 @@ def _aside(text: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "facts") -> str:
     """Return a table in HTML. The cells of `rows` are HTML, and the first cell of a row is its name. In a table of the
-    kind `figures`, all cells from the third one are numbers."""
+    kind `figures`, the third column and all later columns contain numbers."""
     if not rows:
         return ""
     header = "".join(f"<th>{escape(name)}</th>" for name in head)
@@ -125,7 +125,7 @@ def _notes(run: Run) -> Iterator[str]:
     loss = run.records("train")["loss"]
     if num_bad := int((~np.isfinite(loss)).sum()):
         bad = f"the loss of {num_bad:,} of {loss.size:,} records is not a finite number"
-        yield f"{run.name}: {bad}; the curves and figures leave it out."
+        yield f"{run.name}: {bad}; the curves leave these records out."
     if run.unreadable:
         yield f"{run.unreadable:,} lines of {run.metrics_path} are not records and are left out."
 
@@ -180,7 +180,9 @@ def _events(run: Run) -> str:
         time_of = duration(event["time"]) if "time" in event else _MISSING
         rows.append([f"{event['step']:,}", time_of, escape(event["text"])])
     num_events = len(run.events)
-    note = _aside(f"{num_events - len(rows):,} more are left out.") if num_events > len(rows) else ""
+    note = (
+        _aside(f"{num_events - len(rows):,} earlier events are left out.") if num_events > len(rows) else ""
+    )
     summary = f"{escape(run.name)}: {num_events:,} event{'' if num_events == 1 else 's'}"
     table = _table(("Step", "Time", "What happened"), rows)
     opened = " open" if len(rows) <= 12 else ""
@@ -191,9 +193,7 @@ def _machine(runs: Sequence[Run]) -> str:
     facts = _side_by_side([run.start() for run in runs])
     rows = [[escape(key.replace("_", " ").replace(".", ": ")), *map(escape, values)] for key, values in facts]
     silent = [run.name for run in runs if not run.start()]
-    notes = [
-        _aside(f"{name} did not record its machine, because an older Atlas wrote it.") for name in silent
-    ]
+    notes = [_aside(f"{name} did not record its machine: an older Atlas wrote this run.") for name in silent]
     return _table(("", *(run.name for run in runs)), rows) + "".join(notes)
 
 

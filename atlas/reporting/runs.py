@@ -71,8 +71,8 @@ class Run:
         """Number of lines that are not records."""
 
     def refresh(self) -> None:
-        """Read the lines that were added since the last call. If the file was truncated, as by a resumed run, read all
-        lines again."""
+        """Read the lines that were added since the last call. If the file was truncated, for example by a resumed run,
+        or replaced, read all lines again."""
         try:
             size = check_regular(self.metrics_path)
             if size > _LARGEST_LOG:
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step that the run logged, 0 if it logged none."""
+        """The last step that the run logged, or 0 if the run logged no step."""
         steps = [step for columns in self._columns.values() for step in columns["step"]]
         return int(max(steps, default=0))
 
@@ -179,7 +179,7 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Read the runs in `paths`. If two folders have the same name, the names of these runs contain more of their
+    """Return the runs in `paths`. If two folders have the same name, the names of these runs contain more of their
     paths."""
     runs = [Run(path) for path in paths]
     folders = [run.folder.resolve() for run in runs]
@@ -196,8 +196,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 def chart_data(run: Run) -> dict[str, Any]:
     """Return the data from which `charts.js` draws a run's charts, as values for JSON.
 
-    The result is cached until the run changes: 50,000 records take 70 ms, and the page requests eight runs every 2
-    seconds.
+    The result is cached until the run changes, because 50,000 records take 70 ms, and the server's page requests up to
+    eight runs every 2 seconds.
 
     A series has the lists `value`, `step`, `tokens` and `time` (seconds), all of the same length. Axes that the run did
     not record are missing. A series has at most a few thousand points, including the smallest and the largest value of
@@ -247,8 +247,8 @@ def _positions(axes: dict[str, Floats], records: dict[str, Floats]) -> dict[str,
 
 
 def _events(run: Run, axes: dict[str, Floats]) -> list[dict[str, Any]]:
-    """Return each event with its text and its positions. If there are more than `_MOST_EVENTS`, return only the latest,
-    without saves."""
+    """Return each event with its text and its positions. If there are more than `_MOST_EVENTS` events, return only the
+    latest `_MOST_EVENTS`, without saves."""
     events = [event for event in run.events if isinstance(event.get("event"), str)]
     if len(events) > _MOST_EVENTS:
         events = ([event for event in events if event["event"] != "save"] or events)[-_MOST_EVENTS:]
@@ -293,8 +293,8 @@ def samples_by_prompt(run: Run, *, most: int = 12) -> dict[str, list[tuple[int, 
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return setting → value, with names such as `model.num_layers`, and None. If the file cannot be read, return an
-    empty dict and the reason."""
+    """Return a dict of the settings, with keys such as `model.num_layers`, and None. If the file cannot be read, return
+    an empty dict and the reason."""
     if not path.exists():
         return {}, "there is no config.yaml beside its metrics.jsonl"
     try:
@@ -304,8 +304,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _interrupt_steps(folder: Path) -> Iterable[float]:
-    """Yield the steps of the interrupt checkpoints in the folder. Runs of older versions recorded an interruption only
-    in this way. Files that are not sidecars, or that were just deleted, are skipped."""
+    """Yield the steps of the interrupt checkpoints in the folder. Older versions of Atlas recorded an interruption only
+    by such a checkpoint. Files that are not sidecars, or that were just deleted, are skipped."""
     for path in folder.glob("atlas_*.json"):
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             facts = json.loads(read_limited(path, limit=_LARGEST_SIDECAR))
@@ -315,7 +315,8 @@ def _interrupt_steps(folder: Path) -> Iterable[float]:
 
 def _writer_lives(lock: Path) -> bool | None:
     """Return whether the process that the lock names is running; None if the process is on another machine. The
-    function does not try to take the lock, because Atlas would then refuse a run that starts at the same moment."""
+    function does not try to take the lock, because a run that starts at the same moment would then fail to take the
+    lock."""
     try:
         owner = json.loads(read_limited(lock, limit=1000))
         if owner["host"] != platform.node():
@@ -355,5 +356,5 @@ def _all_known(values: Floats) -> bool:
 
 
 def _rounded(values: Floats | Sequence[float]) -> list[float]:
-    """Return whole numbers unchanged, and other numbers rounded to 7 digits, which keeps the file short."""
+    """Return whole numbers unchanged, and other numbers rounded to 7 significant digits, to keep the page short."""
     return [int(value) if float(value).is_integer() else float(f"{value:.7g}") for value in values]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def check_target(option: str, path: Path, kind: str, *endings: str) -> None:
-    """Raise `AtlasError` if `path`, the value of `option`, cannot be a new file of this `kind` with one of these
-    `endings`."""
+    """Raise `AtlasError` if `path` has none of the `endings`, or if the folder of `path` does not exist. `option` and
+    `kind` are for the message."""
     if path.suffix.lower() not in endings:
-        raise AtlasError(f"{option} {path}: is {kind}: name a file that ends in {endings[0]}")
+        raise AtlasError(f"{option} {path}: must be {kind}: name a file that ends in {endings[0]}")
     if not path.absolute().parent.is_dir():
         raise AtlasError(f"{option} {path}: there is no folder {path.parent}: make it first")
 

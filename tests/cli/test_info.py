@@ -136,7 +136,7 @@ def test_a_broken_one_is_refused_with_the_one_to_take(
     assert errors.endswith(f"use {folder / 'atlas_step_2.pt'} instead, which is intact\n")
     assert errors.count("\n") == 1
     flip(folder / "atlas_step_2.pt")
-    assert info(capsys, path, "--verify")[2].endswith("no other checkpoint beside it is intact\n")
+    assert info(capsys, path, "--verify")[2].endswith("no other checkpoint in the folder is intact\n")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -211,5 +211,5 @@ def test_verify_is_for_checkpoints_and_datasets(capsys: pytest.CaptureFixture[st
     code, _, errors = info(capsys, "small", "--verify")
     assert (code, errors) == (
         2,
-        "error: --verify: reads checkpoints and datasets; small is neither: leave it out\n",
+        "error: --verify: reads checkpoints and datasets; small is neither: omit --verify\n",
     )

@@ -180,7 +180,7 @@ def test_the_suggestion_without_a_gpu_is_the_demos_recipe(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["pipeline", "--data", "my texts", *SMALLER]) == 0
     said = capfd.readouterr().err
-    assert "training modern-nano; choose another with --config" in said
+    assert "training modern-nano; choose another preset with --config" in said
     config = load_checkpoint("checkpoints/atlas_best.pt")["config"]
     assert config["model"]["position"] == "rope"
     assert config["model"]["vocab_size"] <= 1024

@@ -124,7 +124,7 @@ def test_export_prints_bits_per_byte_beside_pytorch_s_and_the_drift(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--no-verify"], "--data: evaluates the file in llama.cpp, which --no-verify omits"),
+        (["--no-verify"], "--data: evaluates the file in llama.cpp, but --no-verify skips llama.cpp"),
         (["--format", "hf"], "--data: is for GGUF"),
         (["--format", "peft"], "--data: is for GGUF"),
     ],

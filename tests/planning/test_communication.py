@@ -522,8 +522,8 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--nodes 2", "--nodes 2: is for several GPUs; say how many each node has, --gpus 8"),
-        ("--interconnect pcie4", "--interconnect pcie4: is for several GPUs"),
+        ("--nodes 2", "--nodes 2: needs the number of GPUs in each node, such as --gpus 8"),
+        ("--interconnect pcie4", "--interconnect pcie4: needs the number of GPUs"),
         ("--gpus 0", "--gpus 0: is the number of GPUs in each node; write 1 or more"),
         ("--gpus 8 --nodes -1", "--nodes -1: is the number of nodes; write 1 or more"),
         ("--gpus 8 --interconnect nvlink", "--interconnect nvlink: .*did you mean nvlink[34]"),
@@ -562,7 +562,7 @@ def test_mistakes_are_one_line(arguments: str, says: str, capsys: pytest.Capture
 
 def test_several_gpus_are_for_one_config_and_need_a_speed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "8", "--gpu", "A100"]) == 2
-    assert "--gpus 8: is for one config; name it, --config small" in capsys.readouterr().err
+    assert "--gpus 8: needs a config, such as --config small" in capsys.readouterr().err
     assert main(["plan", "--config", "small", "--gpus", "8", "--memory", "8GB"]) == 2
     assert "the speed of 8GB (cuda)" in capsys.readouterr().err
 

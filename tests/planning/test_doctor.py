@@ -258,8 +258,12 @@ def test_a_wheel_without_cuda_beside_a_driver(
 @pytest.mark.parametrize(
     ("newest", "hidden", "says"),
     [
-        ("11.4", None, "supports CUDA up to 11.4, and this PyTorch is built with 13.0; update the driver"),
-        ("13.1", None, "PyTorch sees no CUDA device; check it with nvidia-smi"),
+        (
+            "11.4",
+            None,
+            "supports CUDA up to 11.4, but this PyTorch is built with CUDA 13.0; update the driver",
+        ),
+        ("13.1", None, "PyTorch sees no CUDA device; check the GPU with nvidia-smi"),
         ("11.4", "", ""),
     ],
 )

@@ -284,7 +284,7 @@ def test_no_text_is_shown_for_a_custom_tokenizer(
     prepare([tmp_path / "text.txt"], tmp_path / "set", Tokenizer.wrap(Letters()))
     code, output, _ = info(capsys, tmp_path / "set")
     assert code == 0
-    assert "how large a model for this text" in output
+    assert "model size for this text" in output
     assert output.endswith(
         "\ntexts cannot be shown: tokenizer tests.reporting.test_dataset_statistics:Letters is custom code, "
         "which a file does not contain\n"
@@ -339,14 +339,14 @@ def test_plot_is_refused_before_any_work(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plot, reason in {
-        tmp_path / "lengths.jpg": "is a PNG image: name a file that ends in .png",
+        tmp_path / "lengths.jpg": "must be a PNG image: name a file that ends in .png",
         tmp_path / "none" / "lengths.png": f"there is no folder {tmp_path / 'none'}: make it first",
     }.items():
         assert info(capsys, dataset, "--plot", plot) == (2, "", f"error: --plot {plot}: {reason}\n")
     for other in ("nano", tmp_path):
         code, output, errors = info(capsys, other, "--plot", tmp_path / "lengths.png")
         assert (code, output) == (2, "")
-        assert f"of a prepared dataset; {other} is not a dataset: leave it out" in errors
+        assert f"of a prepared dataset; {other} is not a dataset: omit --plot" in errors
 
     real_import = builtins.__import__
 

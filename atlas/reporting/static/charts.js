@@ -1,18 +1,18 @@
 /* Curves of runs, drawn by uPlot: `AtlasCharts.create(container, {runs}, options)` → {update({runs}), destroy()}.
  *
- * `runs` is a list of results of atlas.reporting.runs.chart_data. options.axis is the first x axis, and options.onAxis is
- * called with each axis that the user chooses. All text goes into the page by textContent. */
+ * `runs` is a list of results of atlas.reporting.runs.chart_data. options.axis is the initial x axis, and options.onAxis is
+ * called with each axis that the user chooses. All text is inserted into the page with textContent. */
 "use strict";
 
 const AtlasCharts = (() => {
-  // Okabe and Ito's colours, which colour-blind people can distinguish, in a lightness for each background.
+  // The colours of Okabe and Ito, which colour-blind people can distinguish, adjusted to a light and a dark background.
   const COLOURS = {
     light: ["#0072b2", "#d55e00", "#007a5a", "#b3548b", "#a86f00", "#2a8fc7", "#444444", "#7a6cc9"],
     dark: ["#56b4e9", "#f08a3c", "#2fc79a", "#e39ac4", "#f0c040", "#9fd3f5", "#cfcfcf", "#aaa0f0"],
   };
   const AXES = { step: "Step", tokens: "Tokens", time: "Time" };
   const MAIN_HEIGHT = 380, SMALL_HEIGHT = 170;
-  const NEAR = 7; // the largest distance in pixels from an event's line at which its text is shown
+  const NEAR = 7; // show an event's text if the pointer is at most this many pixels from the event's line
 
   // Numbers as text
 
@@ -93,7 +93,7 @@ const AtlasCharts = (() => {
 
   const withAlpha = (colour, alpha) => colour + Math.round(255 * alpha).toString(16).padStart(2, "0");
 
-  /* The index of the value in rising `xs` that is nearest to `x`. */
+  /* Return the index of the value in `xs`, sorted in ascending order, that is nearest to `x`. */
   function nearest(xs, x) {
     let low = 0, high = xs.length - 1;
     while (high - low > 1) {
@@ -104,7 +104,7 @@ const AtlasCharts = (() => {
     return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
   }
 
-  /* A series on one axis, sorted by x: a clock may have been set back between two stops. */
+  /* Return a series on one axis, sorted by x, since the times in a log may be out of order. */
   function along(series, axis) {
     const xs = series[axis], order = xs.map((_, place) => place).sort((a, b) => xs[a] - xs[b]);
     return { xs: order.map((place) => xs[place]), ys: order.map((place) => series.value[place]) };
@@ -148,7 +148,7 @@ const AtlasCharts = (() => {
       }
     }
 
-    /* The facts that the elements depend on. While they stay the same, new data goes into the existing charts. */
+    /* Return a string of all facts that determine the page's elements. If the string is the same, charts are kept. */
     shape() {
       const shapes = this.runs.map((run) => [run.name, run.state, run.axes, Object.keys(run.series)]);
       return JSON.stringify([shapes, this.axis, this.isLog, [...this.hidden]]);
@@ -192,7 +192,7 @@ const AtlasCharts = (() => {
       return this.curves.get(`${run.name}\n${key}`);
     }
 
-    /* uPlot's columns for a chart, and the layer and run of each column. */
+    /* Return uPlot's columns for a chart, and the layer and run of each column. */
     tables(spec) {
       const columns = [];
       for (const layer of spec.layers) {
@@ -420,7 +420,8 @@ const AtlasCharts = (() => {
       this.build();
     }
 
-    /* Show the values at the pointer, or the last ones, in the legend and above each small chart, and the events there. */
+    /* Show the values at the pointer, or else the last values, in the legend and above each small chart. Show the events
+     * at the pointer. */
     showValues() {
       const shown = this.shown(), rows = this.legend.querySelectorAll("tbody tr");
       this.runs.forEach((run, place) => {
@@ -459,7 +460,7 @@ const AtlasCharts = (() => {
         .map((event) => `${several ? `${run.name}, ` : ""}step ${grouped(event.step)}: ${event.text}`));
     }
 
-    /* Draw a line at each event; a save, of which there are many, is only a tick on the axis. */
+    /* Draw a line at each event. Saves are frequent, so each save is only a tick on the axis. */
     mark(plot, isMain) {
       const { ctx, bbox } = plot, ratio = devicePixelRatio;
       ctx.save();

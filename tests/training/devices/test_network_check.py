@@ -95,7 +95,7 @@ def test_a_rank_that_never_comes() -> None:
     ("arguments", "says"),
     [
         (["--distributed"], "torchrun --nproc-per-node=2 -m atlas doctor --distributed"),
-        (["--distributed", "--output-dir", "here"], "--output-dir here: no disk is measured"),
+        (["--distributed", "--output-dir", "here"], "--output-dir here: --distributed measures no disk"),
         (["--timeout", "3"], "--timeout 3: is for --distributed"),
     ],
 )
