@@ -19,11 +19,11 @@ def load(
     dtype: str = "auto",
     tokenizer: str | None = None,
 ) -> LoadedModel:
-    """Load a trained model, for generation (`generate`) and inspection (`logits`).
+    """Load and return a trained model. Its method `generate` returns a text, and its method `logits` returns logits.
 
-    The arguments and their defaults are those of `atlas generate`. Raises `AtlasError` where the command would print an
-    error.
+    The arguments have the meaning and the defaults of the options of `atlas generate`. Raises `AtlasError` for an error
+    that `atlas generate` would print.
     """
-    from atlas.inference import load_model  # this imports PyTorch, which takes a second
+    from atlas.inference import load_model  # importing PyTorch takes about a second
 
     return load_model(checkpoint, device=device, dtype=dtype, tokenizer=tokenizer)

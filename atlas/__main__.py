@@ -1,4 +1,4 @@
-"""The entry point of `python -m atlas`, which torchrun starts, and of every script in `scripts/`."""
+"""The entry point of `python -m atlas`, of `torchrun -m atlas`, and of every script in `scripts/`."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ _NEEDED |= {"torch", "typer", "yaml"}
 
 
 def run(*words: str) -> int:
-    """Run `atlas` with `words` and the arguments of this process, and return its exit code."""
+    """Run the command line with `words` and the arguments of this process. Return the exit code."""
     try:
         from atlas.cli import main
 

@@ -1,9 +1,9 @@
 """The errors that the user can fix.
 
 An `AtlasError` carries one line that names the value, the reason and the remedy. The command line prints this line and
-exits with code 2. The subclasses of `AtlasError` name the part of Atlas that failed, for code that calls Atlas from
-Python. `explain` returns such a line for an unexpected error that the user's files or machine caused. Any other
-exception is a bug in Atlas and shows its traceback.
+exits with code 2. Code that calls Atlas from Python can tell from the subclass of `AtlasError` which part of Atlas
+failed. `explain` returns such a line for an unexpected error that the user's files or machine caused. Any other
+exception is a bug in Atlas, and the command line prints its traceback.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 _FAULTS_OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
-"""Error codes of a disk that is full or fails. The `OSError` of a failed read or write carries no file name."""
+"""Error codes of a disk that is full, broken, read-only or no longer there. `explain` needs these codes because the
+`OSError` of a failed read or write contains no file name."""
 _DEEPEST_CALL = 100
 """A `RecursionError` whose traceback has `_DEEPEST_CALL` or more frames of Atlas is a bug in Atlas."""
 
 
 class AtlasError(Exception):
-    """A mistake the user can fix. The message is one line: value, reason, remedy."""
+    """An error that the user can fix. The message is one line: value, reason, remedy."""
 
 
 class ConfigError(AtlasError):
@@ -44,11 +45,11 @@ class CheckpointError(AtlasError):
 
 
 class ExportError(AtlasError):
-    """A model that cannot be exported or imported, or an export that failed its proof in llama.cpp."""
+    """A model that cannot be exported or imported, or an exported file that failed the verification in llama.cpp."""
 
 
 class EndedElsewhere(Exception):
-    """Ends this process because another process of the run has failed and has printed the reason."""
+    """Raised to end this process after another process of the run has failed and has printed the reason."""
 
 
 INTERRUPTED = 130
@@ -58,17 +59,17 @@ INTERRUPTED = 130
 class Interrupted(KeyboardInterrupt):
     """Raised when a signal asks the process to end.
 
-    The class is separate because of CPython: after a plain `KeyboardInterrupt` passes through `exec` or `eval` of a
-    string, the process may end by SIGINT, whatever exit code it requests. CPython ended by SIGINT in 4 of 16 runs that
-    were interrupted while modules were loading.
+    Atlas does not raise a plain `KeyboardInterrupt`. After a plain `KeyboardInterrupt` has passed through `exec` or
+    `eval` of a string, CPython may kill its own process with SIGINT instead of returning Atlas's exit code. This
+    happened in 4 of 16 runs that were interrupted during imports.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that gives a reason, cut to 200 characters, or the error's class
-    name.
+    """Return the first line of an error's message that gives a reason, or the name of the error's class.
 
-    PyTorch's compiler prints a line with its backend before the reason; gloo prints a location in PyTorch's source.
+    The line is cut to 200 characters. PyTorch's compiler first prints a line that names its backend, and gloo first
+    prints a location in PyTorch's source code. The function skips both.
     """
     lines = (re.sub(r"^\[\S+\] ", "", line.strip()) for line in str(error).splitlines())
     reasons = (line for line in lines if line and not line.endswith("raised:"))
@@ -76,7 +77,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Return a question that suggests the known name closest to `name`, or `otherwise` if none is close."""
+    """Return a question that suggests the known name closest to `name`, or `otherwise` if no known name is close."""
     close = difflib.get_close_matches(name, [*known], n=1)
     return f"did you mean {close[0]}?" if close else otherwise
 
@@ -84,8 +85,9 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def explain(error: BaseException) -> str | None:
     """Return one line with value, reason and remedy for an error that the user's files or machine caused, else None.
 
-    Such errors are `MemoryError`, some kinds of `OSError`, and `RecursionError` in a parser that Atlas called, but not
-    in Atlas itself. An `OSError` is explained if it names a file outside the package, or if a disk is full or fails.
+    Such errors are `MemoryError`, some kinds of `OSError`, and a `RecursionError` in a parser that Atlas called. A
+    `RecursionError` in Atlas itself is a bug. An `OSError` is explained if it names a file outside the package, or if a
+    disk is full or fails.
     """
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if frame.is_relative_to(_PACKAGE)]

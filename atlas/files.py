@@ -1,7 +1,7 @@
-"""Work with files: open and read files that may be untrusted; hash, flush and lock files.
+"""Functions that read untrusted files, and that hash, replace, flush and lock files.
 
-Only regular files are opened, since a pipe or a device would block forever. Files are read up to a limit, since the
-sizes in a header may be false.
+An untrusted file must be a regular file, since a read from a pipe or a device can block forever. Every read has a size
+limit, since the sizes in a file header may be false.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import platformdirs
 
 from atlas.errors import AtlasError
 
-# Atlas uses record locks instead of flock. Forked processes that read data ahead would hold a flock for seconds after
-# their parent was killed. Record locks work over NFS, too. On Windows the locked byte is behind the end of the text, so
-# other processes can read the text.
+# Atlas uses POSIX record locks instead of flock. Child processes inherit a flock, and would hold the flock for seconds
+# after their parent was killed. Record locks also work over NFS. On Windows, the locked byte is beyond the end of the
+# text, so that other processes can read the text.
 if sys.platform == "win32":
     import msvcrt
 
@@ -48,7 +48,8 @@ _LOCAL_HEADER_BYTES = 30
 
 
 def check_regular(path: Path) -> int:
-    """Return the size of a file in bytes; links are followed. Raises `OSError` unless it is a regular file."""
+    """Return the size of the file at `path` in bytes. Links are followed. Raises `OSError` unless `path` is a regular
+    file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -59,8 +60,8 @@ def check_regular(path: Path) -> int:
 def explain_failed_write(
     place: object, remedy: str, *, kind: type[AtlasError] = AtlasError, problem: str = "cannot be written"
 ) -> Iterator[None]:
-    """Turn an `OSError` raised within this context into an error of class `kind`. The message of that error gives the
-    place, the problem with the system's reason, and the remedy."""
+    """Convert an `OSError` that is raised inside this context to an error of class `kind`. The message of the new error
+    gives the place, the problem, the system's reason and the remedy."""
     try:
         yield
     except OSError as error:
@@ -75,11 +76,12 @@ def read_limited(path: Path, *, limit: int) -> bytes:
         reason = f"is {size:,} bytes long, more than the {limit:,} that are allowed"
         raise OSError(errno.EFBIG, reason, str(path))
     with path.open("rb") as file:
-        return file.read(size)  # not `limit`: Python allocates the full requested size
+        return file.read(size)  # `file.read(limit)` would allocate `limit` bytes
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
-    """Return the SHA-256 of a file in hex. `advance` receives the number of bytes read, piece by piece."""
+    """Return the SHA-256 of a file in hex. The function calls `advance` after each chunk, with the chunk's size in
+    bytes."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -93,14 +95,14 @@ def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) ->
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """Flush a file from Python's buffer and the system's to the disk."""
+    """Flush a file to the disk, from Python's buffer and from the system's cache."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk, which makes a rename in it durable. Windows has no call to flush a folder, and needs
-    none."""
+    """Flush a folder to the disk, so that a rename inside the folder survives a power cut. On Windows, do nothing:
+    Windows cannot flush a folder, and a rename there needs no flush."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -112,8 +114,8 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file beside `path`. At the end the temporary file, complete and flushed to the
-    disk, replaces `path`. After an error the temporary file is removed."""
+    """Yield the path of a temporary file in the folder of `path`. When the context ends, flush the temporary file to
+    the disk and rename it to `path`. After an error, remove the temporary file instead."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link with that name would make Atlas write outside the folder
@@ -127,10 +129,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
-    """Create `folder` with the files `names`, complete or not at all. `write` makes the files in a temporary folder.
+    """Create `folder` with the files `names`, and return `folder`. After an error, `folder` has none of the new files.
 
-    An existing folder that holds only files with these names is replaced. Raises `AtlasError` if the folder holds other
-    files or cannot be written.
+    `write` makes the files in a temporary folder. An existing folder that holds only files with these names is
+    replaced. Raises `AtlasError` if the folder holds other files or cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
@@ -153,16 +155,16 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:
-    """Open and lock a file, which is created if needed. The lock ends when the file is closed or the process ends.
+    """Open and lock a file, and return it. A missing file is created.
 
-    Returns None while another process holds the lock, or if that process has removed the file meanwhile. Raises
-    `OSError` for any other failure.
+    The lock ends when the file is closed or the process ends. Returns None if another process holds the lock, or has
+    just removed the file. Raises `OSError` for any other failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("ab")
     except PermissionError:
-        if os.name == "nt" and path.exists():  # Windows raises this for a file that is just being removed
+        if os.name == "nt" and path.exists():  # Windows raises this error while a file is being removed
             return None
         raise
     try:
@@ -178,10 +180,9 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
 
 
 def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
-    """Open a zip archive. The archive's directory must have at most `directory_limit` bytes, and its members must not
-    overlap.
+    """Open a zip archive whose directory has at most `directory_limit` bytes and whose members do not overlap.
 
-    Raises `zipfile.BadZipFile`, `ValueError` or `OSError`.
+    Raises `zipfile.BadZipFile`, `ValueError` or `OSError` for any other file.
     """
     size = check_regular(path)
     try:
@@ -197,11 +198,11 @@ def open_zip(path: Path, *, directory_limit: int) -> zipfile.ZipFile:
 
 
 class LimitedReads(io.BufferedReader):
-    """A seekable stream that refuses any single read of more than `limit` bytes.
+    """A seekable stream that raises `ValueError` if a single read requests more than `limit` bytes.
 
-    `zipfile` reads a directory in one read, and `tarfile` reads a header in one read. In both cases the file itself
-    gives the size of the read. `zipfile` needs `size`, the length of the stream, because it searches the rest of the
-    stream for the directory.
+    `zipfile` reads the directory of an archive in one read, and `tarfile` reads a header in one read. In both cases,
+    the size of the read comes from the untrusted file. `size` is the length of the stream in bytes. Only `zipfile`
+    needs `size`, because it reads up to the end of the stream to find the directory.
     """
 
     def __init__(self, stream: Any, limit: int, size: int = 0) -> None:
@@ -209,7 +210,7 @@ class LimitedReads(io.BufferedReader):
         self._limit, self._size = limit, size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read up to `size` bytes. Raises `ValueError` for a read that is too large."""
+        """Read up to `size` bytes. Raises `ValueError` if `size` exceeds the limit."""
         if size is None or size < 0:
             size = max(0, self._size - self.tell())
         if size > self._limit:
@@ -221,5 +222,5 @@ class LimitedReads(io.BufferedReader):
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of Atlas, or the folder that `ATLAS_CACHE_DIR` names."""
+    """Return the folder that `ATLAS_CACHE_DIR` names, or else Atlas's folder in the user's cache folder."""
     return Path(os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False))

@@ -1,7 +1,7 @@
-"""Measure this machine's memory and two rates that no model can exceed: those of matrix products and of copies.
+"""Measure this machine's memory, its rate of matrix products, and its rate of memory copies.
 
-A training step takes at least as long as its floating-point operations at the rate of matrix products. Generating a
-token takes at least as long as reading the weights at the rate of copies.
+No model can exceed these two rates. A training step takes at least the time of its FLOPs at the rate of matrix
+products. Generating a token takes at least the time of reading all weights at the rate of copies.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ _CGROUP = Path("/sys/fs/cgroup")
 _SECONDS = 0.5
 _SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
-"""Bytes of the tensor that is copied, by device: too many for any cache."""
+"""Size in bytes of the copied tensor, by type of device. The tensor is larger than any processor cache."""
 
 
 def measure_memory(device: str) -> int:
-    """Return the bytes that are free for a run on `device` (`cpu`, `cuda` or `mps`)."""
+    """Return the memory, in bytes, that is free for a run on `device` (`cpu`, `cuda` or `mps`)."""
     if device == "cuda":
         free, _total = torch.cuda.mem_get_info()
         return int(free)
     available = min(psutil.virtual_memory().available, _left_in_container(_CGROUP), left_of_data_limit())
-    if device == "mps":  # the GPU shares the main memory, and the driver allows a process only a part of it
+    if device == "mps":  # the GPU shares this memory, but the driver limits each process
         return min(available, torch.mps.recommended_max_memory())
     return available
 
 
 def left_of_data_limit() -> int:
-    """Return the bytes that `ulimit -d` leaves this process, or all memory if there is no limit. Linux counts private
-    writable memory, touched or not."""
+    """Return the bytes that this process may still allocate under `ulimit -d`, or the machine's total memory if there
+    is no limit. On Linux, the limit counts all private writable memory, including pages that were never touched."""
     total = psutil.virtual_memory().total
     if sys.platform == "win32":
         return total
@@ -45,24 +45,24 @@ def left_of_data_limit() -> int:
 
 
 def data_bytes() -> int:
-    """Return the bytes of this process that `ulimit -d` counts."""
+    """Return the bytes of this process's memory that `ulimit -d` counts."""
     memory = psutil.Process().memory_info()
     return int(memory.data if psutil.LINUX else memory.rss)
 
 
 def _left_in_container(cgroup: Path) -> int:
-    """Return the bytes that a container's limit leaves, or all memory. The system's figures do not show a container's
-    limit."""
+    """Return the bytes that this process may still use in its container, or the machine's total memory if there is no
+    limit. `psutil` does not report a container's limit."""
     try:
         limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
         return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no container, or "max": no limit
+    except (OSError, ValueError):  # no container, or a container without a limit ("max")
         return psutil.virtual_memory().total
 
 
 def peak_resident() -> int:
-    """Return the peak resident bytes of this process. On Linux and Windows the peak is since the start of the program.
-    On other systems the function returns the bytes that are resident now."""
+    """Return the peak resident memory of this process in bytes, since the process started. On systems other than Linux
+    and Windows, return the current resident memory instead."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) * 1024
@@ -78,8 +78,9 @@ def measure_matrix_products(
     size: int | None = None,
     seconds: float = _SECONDS,
 ) -> float:
-    """Return the FLOP/s of the fastest of many products of `size` × `size` matrices of `dtype` on `device`. A product
-    counts as 2 N³ operations. The global random state, which a run may use, does not change."""
+    """Multiply matrices of `size` × `size` numbers on `device` for about `seconds`. Return the FLOP/s of the fastest
+    product, which counts as 2 · size³ operations. The function does not change the global random state, because a run
+    may use that state."""
     size = size or _SIZE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -88,16 +89,16 @@ def measure_matrix_products(
 
 
 def measure_copy(device: torch.device, *, copied: int | None = None, seconds: float = _SECONDS) -> float:
-    """Return the bytes/s of the fastest of many copies of a tensor of `copied` bytes on `device`. The bytes read and
-    the bytes written both count."""
+    """Copy a tensor of `copied` bytes on `device` for about `seconds`. Return the bytes/s of the fastest copy. Both the
+    bytes read and the bytes written count."""
     source = torch.zeros(copied or COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / best_time(lambda: target.copy_(source), device, seconds=seconds)
 
 
 def best_time(work: Callable[[], object], device: torch.device, *, seconds: float) -> float:
-    """Call `work` for about `seconds`, and return the time of the fastest call in seconds. The first call does not
-    count. The fastest call is the one to report because other programs can only make a call slower."""
+    """Call `work` repeatedly for about `seconds`, and return the seconds of the fastest call. The first call does not
+    count. The fastest call is the most accurate, because other programs can only make a call slower."""
     work()
     _wait_for(device)
     best, end = float("inf"), time.perf_counter() + seconds

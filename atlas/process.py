@@ -1,6 +1,6 @@
-"""Settings of the system's C libraries and of PyTorch that make a process compute faster on Linux.
+"""Settings of the system's C libraries and of PyTorch that make Atlas faster on Linux.
 
-The computed numbers stay the same to the bit. The gain on a CPU is in benchmarks/RESULTS.md.
+The settings do not change any computed number. benchmarks/RESULTS.md shows how much faster Atlas is on a CPU.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ from threading import Thread
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's `malloc.h`."""
 KEPT_BELOW = 32 << 20
-"""Malloc keeps freed blocks of fewer bytes than `KEPT_BELOW`."""
+"""Malloc keeps freed blocks of fewer bytes than this number, instead of returning them to the system."""
 _NVIDIA_DRIVER = "/dev/nvidiactl"
-"""A file that exists with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, expandable segments may fail at
-the first allocation (pytorch/pytorch#192330, #192259)."""
+"""A file that exists only with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, this file is missing, and
+expandable segments may fail at the first allocation (pytorch/pytorch#192330, #192259)."""
 _ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 _BUSY_CORES, _LOOK = 0.5, 0.1
-"""Another program counts as computing if `_BUSY_CORES` cores were busy while this process waited `_LOOK` seconds, and
-also on average over the last minute."""
+"""Atlas assumes that another program is computing if at least `_BUSY_CORES` cores are busy: while this process waits
+for `_LOOK` seconds, and also on average over the last minute."""
 
 
 def set_up_process() -> None:
     """Apply all settings. Call this function before PyTorch is imported, since PyTorch's threads read their setting
-    once."""
+    only once."""
     if sys.platform == "linux":
         keep_memory()
-        # With `THP_MEM_ALLOC_ENABLE` PyTorch aligns tensors of 2 MB and more to the system's large pages, and requests
-        # such pages. A large page causes one page fault instead of 512.
+        # With `THP_MEM_ALLOC_ENABLE`, PyTorch requests transparent huge pages for tensors of 2 MB and more. A huge page
+        # causes one page fault instead of 512.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if os.path.exists(_NVIDIA_DRIVER) and not {_ALLOCATOR, _OLD_ALLOCATOR} & os.environ.keys():
-            # Segments of GPU memory that can grow leave no gaps that are too small for anything else.
+            # If memory segments can grow, the GPU's memory is less fragmented.
             os.environ[_ALLOCATOR] = "expandable_segments:True"
         if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             _share_the_cores()
 
 
 def abandon(thread: Thread, exit_code: int) -> None:
-    """Let the process end with `exit_code` if the daemon `thread` is still inside compiled code by then.
+    """Register an exit handler, which ends the process with `exit_code` if the daemon `thread` is still alive.
 
-    When such a thread asks for the interpreter's lock after the interpreter has ended, CPython before 3.14 unwinds the
-    thread's stack, on which Rust and C++ abort the process (python/cpython#87135).
+    Without this handler, compiled code in the thread may request the GIL after the interpreter has ended. CPython
+    before 3.14 then unwinds the thread's stack, and Rust or C++ code on this stack aborts the process
+    (python/cpython#87135).
     """
 
     def leave() -> None:
@@ -56,24 +57,25 @@ def abandon(thread: Thread, exit_code: int) -> None:
 
 
 def keep_memory() -> None:
-    """Let malloc keep freed blocks for the next update, which needs the same sizes.
+    """Let malloc keep freed blocks, because the next update allocates blocks of the same sizes.
 
-    By default malloc returns blocks of some megabytes to the system and gets them back page by page, zeroed. The result
-    is hundreds of thousands of page faults per update.
+    By default, malloc returns blocks of several megabytes to the system. The next update then gets zeroed pages from
+    the system, with hundreds of thousands of page faults.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    # Set both thresholds or neither: if only one is set, malloc no longer adapts the other. Larger blocks go back to
-    # the system: among smaller blocks they would leave holes that nothing fills.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt
+    # Set both thresholds or neither: if one threshold is set, malloc no longer adapts the other threshold. Blocks of
+    # `KEPT_BELOW` bytes and more go back to the system. If malloc kept these blocks, they would leave unused gaps
+    # between smaller blocks.
     if mallopt and mallopt(_M_MMAP_THRESHOLD, KEPT_BELOW):
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _share_the_cores() -> None:
-    """If another program is computing, let PyTorch's waiting threads sleep soon.
+    """If another program is computing, let PyTorch's waiting threads sleep after a short spin.
 
-    PyTorch's threads wait for each other hundreds of times per update. By default a waiting thread spins, which is
-    fastest on an idle machine. If the awaited thread has lost its core to another program, the spinning lasts until the
-    scheduler runs that thread again (benchmarks/busy_machine.py).
+    PyTorch's threads wait for each other hundreds of times per update. By default, a waiting thread spins, because
+    spinning is fastest on an idle machine. But if another program has taken the core of the awaited thread, the waiting
+    threads spin until the scheduler runs the awaited thread again (benchmarks/busy_machine.py).
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""Progress for the user on standard error: lines, and on a terminal a progress bar in bytes."""
+"""Report progress on standard error, as lines and, on a terminal, as a progress bar in bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def notify(line: str) -> None:
 
 @contextmanager
 def byte_progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar for `total` bytes. Yields a function to call with the number of bytes that were just processed."""
+    """Show a progress bar for `total` bytes. Yield a function that advances the bar by a number of bytes."""
     console = Console(stderr=True)
     kinds = (progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *(kind() for kind in kinds))
