@@ -1,6 +1,6 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T new tokens, S tokens seen (earlier and new), H heads, K heads of keys and values, D head_dim, C
+Shapes: B batch, T new tokens, S earlier and new tokens, H query heads, K key and value heads, D head_dim, C
 hidden_size.
 """
 
@@ -28,12 +28,12 @@ class Context(NamedTuple):
     positions: Tensor
     """The positions of the new tokens: (T,), or (B, T) if the rows have different positions."""
     mask: Tensor | BlockMask | None = None
-    """(B, 1, T, S): the tokens to which each query attends. With None, a query attends to itself and all earlier
+    """(B, 1, T, S): the tokens to which each query attends. With None, each token attends to itself and all earlier
     tokens."""
     rotation: Rotation | None = None
-    """The rotation of queries and keys."""
+    """The rotation of queries and keys, or None without RoPE."""
     cache: KVCache | None = None
-    """Keys and values of earlier tokens."""
+    """The cache with the keys and values of earlier tokens, or None."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -49,14 +49,14 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.bias)
         self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
-        # Bound the products of queries and keys (Henry et al. 2020, arXiv:2010.04245).
+        # QK-norm bounds the products of queries and keys (Henry et al. 2020, arXiv:2010.04245).
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) → (B, T, C).
 
-        If K < H, each head of keys and values is shared by H / K heads of queries (Ainslie et al. 2023,
+        If K < H, H / K query heads share one key and value head: grouped-query attention (Ainslie et al. 2023,
         arXiv:2305.13245).
         """
         positions, mask, rotation, cache = context
@@ -68,8 +68,8 @@ class CausalSelfAttention(nn.Module):
         else:
             if cache is not None:
                 k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
-            # With one query per sequence, the query heads that share a key head become rows of one head. On CUDA, no
-            # fused kernel supports both a mask and shared heads.
+            # If each sequence has one query, the query heads that share a key head become rows of one head. The reason:
+            # on CUDA, no fused kernel supports both a mask and shared key heads.
             as_rows = self.shares_keys and cache is not None and T == 1
             if as_rows:
                 q_BHTD = q_BHTD.reshape(B, k_BKTD.shape[1], -1, self.head_size)
@@ -85,8 +85,9 @@ class CausalSelfAttention(nn.Module):
         return self.output(out_BHTD.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, C) → (B, H, T, T) in fp32: the attention weights of each token (a row) over itself and all earlier
-        tokens. For inspection only: `forward` never computes this tensor, whose memory grows with T²."""
+        """Return the attention weights (B, H, T, T) of `x` (B, T, C) in fp32. Row t has the weights of token t over
+        itself and all earlier tokens. Use this method for inspection only. `forward` never computes this tensor,
+        because its memory grows with T²."""
         q_BHTD, k_BKTD, _ = self._project(x, context.rotation)
         k_BHTD = k_BKTD.repeat_interleave(q_BHTD.shape[1] // k_BKTD.shape[1], dim=1)
         scores = q_BHTD.float() @ k_BHTD.float().mT / math.sqrt(self.head_size)
@@ -94,7 +95,8 @@ class CausalSelfAttention(nn.Module):
         return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
 
     def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) → queries (B, H, T, D), keys and values (B, K, T, D), with norms and rotation applied."""
+        """Return queries (B, H, T, D), keys and values (B, K, T, D) of `x` (B, T, C). Norms and rotation are applied to
+        queries and keys."""
         B, T, _ = x.shape
         qkv = self.qkv(x)
         q_BTHD, k_BTKD, v_BTKD = (
@@ -106,7 +108,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def _norm_and_rope(x: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
-    """Return queries or keys (B, T, H, D), normalized and rotated. The backward pass needs only `x` and the result."""
+    """Return queries or keys (B, T, H, D), normalized and rotated. For the backward pass, only `x` and the result are
+    kept."""
 
     def apply(x: Tensor) -> Tensor:
         x = x if norm is None else norm(x)

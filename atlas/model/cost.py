@@ -1,14 +1,14 @@
 """The cost of a model: its parameters, its FLOPs, and the bytes that autograd saves for the backward pass.
 
 The numbers come from a real `AtlasLM` with one block, so that this module does not repeat the architecture. A model has
-this block `num_layers` times. The tensors are fake: they have a shape and a dtype but no memory. Two rules describe the
-behaviour of a GPU; tests/cuda_path checks both:
+`num_layers` such blocks. The tensors are fake: they have a shape and a dtype but no memory. Two rules describe the
+tensors that autograd saves on a GPU. tests/cuda_path checks both rules:
 
-- On a GPU the fused attention kernel saves q, k, v, its output and a logarithm per head and token (Dao et al. 2022,
-  arXiv:2205.14135), and on CUDA dropout saves a mask of one byte per number.
-- A compiled block saves its input, the outputs of its matrix products except the last, and attention's output and
-  logarithms; all other tensors are recomputed. If memory is ample, the block also saves the inputs of these products,
-  q, k and v, dropout's masks, and the weights in half precision.
+- The fused attention kernel saves q, k, v, its output, and one logsumexp per head and token (Dao et al. 2022,
+  arXiv:2205.14135). On CUDA, dropout saves a mask of one byte per element.
+- A compiled block saves its input, attention's output and logsumexp, and the outputs of all its matrix products except
+  the last. The backward pass recomputes all other tensors. If memory is ample, the block also saves the inputs of the
+  matrix products, q, k and v, the dropout masks, and the weights in half precision.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers.
 """
@@ -35,8 +35,8 @@ from atlas.model.transformer import AtlasLM
 _NO_LORA = LoraConfig()
 _FORWARD, _FORWARD_AND_BACKWARD = 2, 6
 _TRACED = (2, 16), (4, 64)
-"""(B, T) of the two traces. B differs by a factor of 2 and T by a factor of 4, so that the growth of a tensor gives
-both exponents."""
+"""(B, T) of the two traces. The second trace has 2 times the B and 4 times the T of the first trace, so that the growth
+of a tensor determines the exponents of B and T."""
 _GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
 
 
@@ -44,7 +44,8 @@ _GROWTHS = {2**i * 4**j: (i, j) for i in range(2) for j in range(3)}
 
 
 class _NoValues(TorchFunctionMode):
-    """Skip the initialization of weights, for which PyTorch would load its compiler, even on `meta`."""
+    """Skip the random initialization of weights. For this initialization, PyTorch would load its compiler, even on the
+    device `meta`."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -52,7 +53,8 @@ class _NoValues(TorchFunctionMode):
 
 
 def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
-    """Return the model with a single block, on `meta`. With a `lora.rank`, the model has low-rank updates."""
+    """Return `model` with a single block, on the device `meta`. If `lora.rank` is not 0, the block has low-rank
+    updates."""
     with torch.device("meta"), _NoValues():
         one = AtlasLM(model.model_copy(update={"num_layers": 1}))
         if lora.rank:
@@ -61,16 +63,16 @@ def one_block_model(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> AtlasLM:
 
 
 def is_in_block(name: str) -> bool:
-    """Whether the model has the parameter of this name once per layer."""
+    """Whether the parameter `name` belongs to a block. Such a parameter exists once per layer."""
     return name.startswith("blocks.")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model. A parameter in a block stands for all `copies`, one per block."""
+    """A parameter of the model. A parameter in a block represents its `copies` in all blocks."""
 
     name: str
-    """The name; for a parameter in a block, its name in the first block."""
+    """The parameter's name. For a parameter in a block: the name in the first block."""
     shape: torch.Size
     copies: int
     is_trainable: bool
@@ -83,7 +85,7 @@ class Weight:
 
 @functools.lru_cache(maxsize=128)
 def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weight, ...]:
-    """Return all parameters, with the rows that only pad the vocabulary. The function is fast even for a model of
+    """Return all parameters, including the rows that only pad the vocabulary. The function is fast even for a model of
     10,000 layers."""
     return tuple(
         Weight(name, p.shape, model.num_layers if is_in_block(name) else 1, p.requires_grad)
@@ -93,7 +95,7 @@ def list_weights(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> tuple[Weigh
 
 @dataclass(frozen=True)
 class Parameters:
-    """The number of parameters of each part, without the rows that only pad the vocabulary."""
+    """The number of parameters of each part of a model, without the rows that only pad the vocabulary."""
 
     token_embedding: int
     position_embedding: int
@@ -109,7 +111,7 @@ class Parameters:
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
-    """Count the parameters of each part."""
+    """Return the number of parameters of each part of the model."""
     parts = dict.fromkeys(Parameters.__dataclass_fields__, 0)
     padding = (model.padded_vocab_size - model.vocabulary) * model.hidden_size
     for weight in list_weights(model):
@@ -122,32 +124,34 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 
 def stored_parameters(model: ModelConfig, lora: LoraConfig = _NO_LORA) -> int:
-    """Count the elements of the model's tensors, including padding rows and low-rank updates."""
+    """Return the number of elements of all parameters, including padding rows and low-rank updates."""
     return sum(weight.size for weight in list_weights(model, lora))
 
 
 def lora_parameters(config: AtlasConfig) -> int:
-    """Count the parameters of the low-rank updates, (r, in) and (out, r) per matrix; 0 without LoRA."""
+    """Return the number of parameters of the low-rank updates, (r, in) and (out, r) per matrix. Return 0 without
+    LoRA."""
     if not config.lora.rank:
         return 0
     return sum(weight.size for weight in list_weights(config.model, config.lora) if weight.is_trainable)
 
 
 def block_matrices(model: ModelConfig) -> dict[str, torch.Size]:
-    """Return the shapes, outputs × inputs, of a block's matrices: `qkv` and `output` of attention, `up` and `down` of
+    """Return name → shape (outputs, inputs) for a block's matrices: `qkv` and `output` of attention, `up` and `down` of
     the MLP."""
     weights = (weight for weight in list_weights(model) if is_in_block(weight.name))
     return {weight.name.split(".")[-2]: weight.shape for weight in weights if len(weight.shape) == 2}
 
 
 def training_flops_per_token(config: AtlasConfig) -> int:
-    """Return the floating-point operations per token of an update, forward and backward. Only matrix products count,
-    which take nearly all of the time. Evaluations do not count.
+    """Return the FLOPs per token of an update, forward and backward. Only matrix products count, because they take
+    nearly all of the time. Evaluations do not count.
 
     As in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311), each weight of a matrix needs 6 operations: a
     multiplication and an addition in the forward pass, and twice as many in the backward pass. Embeddings need no
-    multiplication. Attention's two products need 12 · T · (width of all queries) per layer, if each token is compared
-    with all T tokens. Fused kernels skip later tokens, which halves this number.
+    multiplication. Attention's two products need 12 · T · (width of all queries) per layer, if each token attends to
+    all T tokens. This function counts all of these operations, although fused kernels skip later tokens and need only
+    half of them.
 
     Gradient checkpointing repeats each block's forward pass, up to the last tensor that the backward pass needs. With
     dropout, this tensor is the block's output; without dropout, it is the input of the MLP's last product.
@@ -167,11 +171,11 @@ def training_flops_per_token(config: AtlasConfig) -> int:
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor that is saved for the backward pass: `factor` · Bⁱ · Tʲ bytes."""
+    """The size of a tensor that autograd saves for the backward pass: `factor` · Bⁱ · Tʲ bytes."""
 
     factor: int
     sequences: int
-    """The exponent i of B: 1, or 0 for the copy of a weight in half precision."""
+    """The exponent i of B: 1, or 0 for a half-precision copy of a weight."""
     tokens: int
     """The exponent j of T."""
 
@@ -182,29 +186,30 @@ class Saved:
 
 @dataclass(frozen=True)
 class SavedTensors:
-    """The tensors that the forward pass saves, except weights. Each storage counts once."""
+    """The tensors that the forward pass saves, except the weights. Tensors that share a storage count once."""
 
     input: Saved
     """The input of a block, which is the residual stream. `block` contains this input too."""
     block: tuple[Saved, ...]
-    """The tensors of one block."""
+    """The tensors that are saved inside one block."""
     rest: tuple[Saved, ...]
-    """The tensors outside the blocks, except those of the loss and the half-precision copy of the head's table."""
+    """The tensors that are saved outside the blocks, except the loss's tensors and the half-precision copy of the LM
+    head's weight."""
 
 
 class Execution(NamedTuple):
-    """The way in which a model runs in training."""
+    """How a model runs in training."""
 
     device: str
     """`cpu`, `cuda` or `mps`."""
     half: bool = False
-    """Matrix products are in half precision."""
+    """Whether matrix products are in half precision."""
     half_weights: bool = False
-    """Weights and residual stream are in half precision too."""
+    """Whether weights and residual stream are in half precision too."""
     dense_mask: bool = False
-    """Attention has a mask of documents."""
+    """Whether attention has a dense mask of documents."""
     compiled: str | None = None
-    """A compiled block saves `little` or `all`; None: not compiled."""
+    """How much a compiled block saves: `little` or `all`. None if blocks are not compiled."""
 
 
 def trace_saved_tensors(
@@ -227,7 +232,8 @@ def _trace(model: ModelConfig, lora: LoraConfig, execution: Execution) -> SavedT
 def _saved_bytes(
     model: ModelConfig, lora: LoraConfig, execution: Execution, sequences: int, context: int
 ) -> tuple[list[int], ...]:
-    """Return the bytes of a block's input, of the tensors saved inside the block, and of those saved outside."""
+    """Return three lists of bytes: the block's input, the tensors saved inside the block, and the tensors saved
+    outside."""
     one = one_block_model(model.model_copy(update={"max_seq_len": context}), lora)
     dtype = torch.bfloat16 if execution.half_weights else torch.float32
     recorder = _Recorder(one, execution)
@@ -270,13 +276,13 @@ class _Recorder(TorchFunctionMode):
         self.saved = self.outside
         self.inputs: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
-        """The storages of the outputs of the block's matrix products; `inputs` has those of the inputs."""
+        """Storage → bytes, for the outputs of the block's matrix products. `inputs` is the same for their inputs."""
         self.of_attention: dict[int, int] = {}
-        """The storages of attention's output and logarithms."""
+        """Storage → bytes, for attention's output and logsumexp."""
         self.masks: dict[int, int] = {}
-        """The storages of dropout's masks."""
+        """Storage → bytes, for the dropout masks."""
         self.attended: dict[int, int] = {}
-        """The storages of queries, keys and values."""
+        """Storage → bytes, for queries, keys and values."""
         self._alive: list[Tensor] = []
         [block] = model.blocks
         block.register_forward_pre_hook(self._enter_block)
@@ -299,7 +305,7 @@ class _Recorder(TorchFunctionMode):
         self.saved = self.inside
         x, context = arguments
         self.shared |= {self.hold(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor)}
-        # With LoRA, the input of the first block needs no gradient, but the inputs of all other blocks do.
+        # With LoRA, the input of the first block needs no gradient, but the inputs of all other blocks need gradients.
         return x.detach().requires_grad_(), context
 
     def _leave_block(self, *_: Any) -> None:
@@ -317,8 +323,8 @@ class _Recorder(TorchFunctionMode):
         return tensor
 
     def hold(self, tensor: Tensor) -> int:
-        """Return a key for a tensor's storage, and keep the storage alive: a new storage could get the key of a freed
-        one."""
+        """Return a key that identifies a tensor's storage. Keep the storage alive, because a new storage could get the
+        key of a freed storage."""
         self._alive.append(tensor)
         return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 

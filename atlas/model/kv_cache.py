@@ -1,12 +1,12 @@
 """A cache of the keys and values of earlier tokens, so that the model computes only the new tokens.
 
 The caller owns the cache and passes it to `AtlasLM.forward`; the model keeps no state. Slot `s` of a row holds the
-token at position `s`. So the mask is simple: a query attends to the slots up to its own position. Slots beyond a row's
-length are never attended to and are overwritten later. For prompts of different lengths, pad on the right, run the
-model, then call `truncate` with the true lengths.
+token at position `s`. The mask is therefore simple: a query attends to the slots up to its own position. No query
+attends to the slots beyond a row's length, and later tokens overwrite these slots. For prompts of different lengths,
+pad the prompts on the right, run the model, and then call `truncate` with the true lengths.
 
-Sequences may be added and removed while others are being generated. The rows in use are always the first rows, so a
-forward pass computes only these.
+Sequences may be added and removed while the model generates other sequences. The rows in use are always the first rows,
+so that a forward pass computes only these rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from atlas.config import ModelConfig
 def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Return nested sequences of integers as an int64 tensor on `device`.
 
-    The host does not wait for the GPU, unlike with `torch.tensor(numbers, device=device)`. The numbers may change after
-    the call, since PyTorch first copies pageable memory to its own buffer.
+    Unlike `torch.tensor(numbers, device=device)`, this function does not wait for the GPU. The caller may change
+    `numbers` after the call, since PyTorch first copies pageable memory to its own buffer.
     """
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
@@ -32,8 +32,8 @@ def long_tensor(numbers: Sequence[Any], device: torch.device) -> Tensor:
 class KVCache:
     """Preallocated keys and values, with one length per row.
 
-    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` is (B,). B is the number
-    of rows in use. B is `batch_size` until `truncate`, `append` or `remove` changes it.
+    `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` has shape (B,). B is the
+    number of rows in use: `batch_size`, until `truncate`, `append` or `remove` changes it.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """Return the mask (B, 1, T, S) bool of the first S slots to which the queries at `positions` (B, T) attend.
+        """Return the mask (B, 1, T, S) bool: to which of the first S slots each query at `positions` (B, T) attends.
 
-        Return None, which is faster, if attention needs no mask. No mask is needed for a single query that attends to
-        every slot, and for an empty cache, where attention is causal.
+        Return None if attention needs no mask, since attention without a mask is faster. No mask is needed for a single
+        query that attends to every slot. No mask is needed for an empty cache either, because attention is then causal.
         """
         if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None
@@ -71,8 +71,8 @@ class KVCache:
         return (slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, D) at `positions` (B, T). Return the first S slots of the layer, (B, K, S,
-        D)."""
+        """Write keys and values (B, K, T, D) at `positions` (B, T). Return the keys and values in the first S slots of
+        the layer, each (B, K, S, D)."""
         end = self.longest + positions.shape[1]
         if self._even:
             self.keys[layer, :, :, self.longest : end] = keys
@@ -85,7 +85,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, num_new: int) -> None:
-        """Add `num_new` to the length of every row. The model calls this once per forward pass, after the last
+        """Add `num_new` to the length of every row. The model calls this method once per forward pass, after the last
         layer."""
         self.lengths += num_new
         self._lengths = [length + num_new for length in self._lengths]
@@ -100,7 +100,7 @@ class KVCache:
         self._lengths = list(lengths)
 
     def append(self, other: KVCache) -> None:
-        """Append the rows of another cache to those in use."""
+        """Append the rows of another cache to the rows in use."""
         first, length = len(self._lengths), other.longest
         rows = slice(first, first + len(other._lengths))
         self._all_keys[:, rows, :, :length] = other.keys[..., :length, :]
@@ -108,7 +108,7 @@ class KVCache:
         self.truncate([*self._lengths, *other._lengths])
 
     def remove(self, row: int) -> None:
-        """Remove a row. The last row takes its place."""
+        """Remove a row. The last row moves to the place of the removed row."""
         *lengths, length = self._lengths
         last = len(lengths)
         if row != last:
@@ -138,7 +138,8 @@ class CacheWindow(KVCache):
     """A view of a cache's rows in use, for a forward pass of one token per row. Attention reads the first `num_slots`
     slots of each row, and masks the slots beyond the row's length.
 
-    No shape and no number on the host depends on the lengths, so one CUDA graph of the pass serves all lengths.
+    No shape and no number on the host depends on the lengths. One CUDA graph of the forward pass therefore works for
+    all lengths.
     """
 
     def __init__(self, cache: KVCache, num_slots: int) -> None:
@@ -157,11 +158,11 @@ class CacheWindow(KVCache):
         return (self._slots <= positions[:, :, None])[:, None]
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, 1, D) at `positions` (B, 1). Return all slots of the layer, (B, K, num_slots,
-        D)."""
+        """Write keys and values (B, K, 1, D) at `positions` (B, 1). Return the keys and values in all slots of the
+        layer, each (B, K, num_slots, D)."""
         self.keys[layer][self._rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self._rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer], self.values[layer]
 
     def advance(self, num_new: int) -> None:
-        """Do nothing: the caller advances the cache itself."""
+        """Do nothing: the caller advances the underlying cache."""

@@ -1,5 +1,5 @@
 """LoRA, low-rank adaptation (Hu et al. 2021, arXiv:2106.09685). The base weights are frozen. Each target matrix W gets
-two small trainable matrices: W + α/r · B A.
+two small trainable matrices A and B: the layer computes with W + α/r · B A.
 
 Shapes: r rank, A (r, in), B (out, r). At first, A is random and B is zero, so training starts at the base model.
 """
@@ -21,7 +21,7 @@ _A, _B = ".lora_a", ".lora_b"
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer, its parameters under their old names, and a trainable low-rank update."""
+    """A frozen linear layer with a trainable low-rank update. The frozen parameters keep their names."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> None:
-    """Freeze `model` and add trainable updates to `config.targets` in every block; `seed` decides their initial
-    weights."""
+    """Freeze `model`, and add trainable low-rank updates to the matrices `config.targets` of every block. `seed`
+    determines the initial weights of the updates."""
     if seed is not None:
         torch.manual_seed(seed)
     model.requires_grad_(False)
@@ -51,7 +51,7 @@ def add_lora(model: AtlasLM, config: LoraConfig, *, seed: int | None = None) -> 
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter of this name belongs to a low-rank update."""
+    """Whether the parameter `name` belongs to a low-rank update."""
     return name.endswith((_A, _B))
 
 

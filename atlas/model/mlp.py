@@ -10,8 +10,9 @@ from atlas.model.recompute import Linear, checkpointed
 
 
 class MLP(nn.Module):
-    """C → M → C, where M is `mlp_width`, with GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415) or SwiGLU (Shazeer 2020,
-    arXiv:2002.05202). With SwiGLU, `up` computes both the gates and the values that they multiply.
+    """Two linear layers, C → M → C with M = `mlp_width`. The activation between them is GELU (Hendrycks & Gimpel 2016,
+    arXiv:1606.08415) or SwiGLU (Shazeer 2020, arXiv:2002.05202). With SwiGLU, `up` computes both the gates and the
+    values that are multiplied by the gates.
 
     The default is GELU's tanh form, as in GPT-2 and llama.cpp. Atlas 1.x used the exact form, which differs by at most
     5e-4.
@@ -26,7 +27,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C). The activation's output is recomputed in the backward pass."""
+        """(B, T, C) → (B, T, C). The backward pass recomputes the activation's output."""
         return checkpointed(lambda inside: self.down(self._activate(inside)), self.up(x))
 
     def _activate(self, inside: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from atlas.model.recompute import checkpointed, recomputable
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last dimension (Ba et al. 2016, arXiv:1607.06450). Its output is recomputed in the backward
-    pass."""
+    """LayerNorm over the last dimension (Ba et al. 2016, arXiv:1607.06450). The backward pass recomputes the norm's
+    output."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
@@ -29,17 +29,18 @@ class RMSNorm(nn.RMSNorm):
         return recomputable(self._normalize, x)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        # PyTorch has no CPU kernel for RMSNorm, and runs a dozen operators instead.
+        # PyTorch has no fused CPU kernel for RMSNorm, and runs a dozen operators instead.
         if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
             result: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return result
-        # Other devices may run several operators as well. `checkpointed` keeps none of their intermediate results.
+        # On other devices, PyTorch may also run several operators. `checkpointed` keeps no intermediate results of
+        # these operators for the backward pass.
         return checkpointed(super().forward, x)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm with fewer passes over memory, forward and backward: 2.3 times as fast (2,048 × 256 numbers, one
-    thread)."""
+    """RMSNorm with fewer passes over memory, forward and backward. It is 2.3 times as fast as PyTorch's RMSNorm (2,048
+    × 256 numbers, one thread)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

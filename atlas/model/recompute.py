@@ -15,10 +15,10 @@ def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return `function(x)`, but keep only `x` for the backward pass.
 
     Use this function for a cheap operation before a matrix product: recomputation stops at the product's input and does
-    not repeat the product. `function` must be deterministic: no dropout.
+    not repeat the product. `function` must be deterministic, so it must not contain dropout.
 
     Under torch.compile, only `function` is called, and the compiler decides which tensors to keep (`training.compile`).
-    A checkpoint there would make the compiler repeat the matrix product too.
+    A checkpoint inside compiled code would make the compiler repeat the matrix product too.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
@@ -36,8 +36,8 @@ def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (…, in) → (…, out). If `x` came from `recomputable`, `linear` keeps the tensor from which `x` was
-    computed."""
+    """Return `F.linear(x, weight, bias)`, (…, in) → (…, out). If `x` came from `recomputable`, keep the tensor from
+    which `x` was computed, instead of `x`."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(x, "recompute_from"):
         return F.linear(x, weight, bias)
     result: Tensor = _LinearOfRecomputed.apply(x, weight, bias, *x.recompute_from)  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that calls this module's `linear`, for layers whose input is the output of a norm."""
+    """An `nn.Linear` that calls this module's `linear`, for layers whose input is the output of a norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
 
 
 class _LinearOfRecomputed(torch.autograd.Function):
-    """PyTorch's linear layer and its gradients, with x = function(source) computed again in the backward pass."""
+    """PyTorch's linear layer and its gradients. The backward pass recomputes x as `function(source)`."""
 
     @staticmethod
     def forward(

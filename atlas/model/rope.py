@@ -1,9 +1,9 @@
-"""Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864): queries and keys are rotated by an angle that
-grows with their position. So the product of a query and a key depends on their distance.
+"""Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864): queries and keys are rotated by angles that grow
+with their position. The product of a query and a key then depends on the distance between the two tokens.
 
 Each pair of numbers of a head has its own frequency. A pair consists of the numbers i and i + D/2, as in GPT-NeoX and
-in the published weights of Llama and Qwen. llama.cpp's `llama` pairs neighbours, which is equivalent if the weight rows
-are reordered.
+in Hugging Face's weights of Llama and Qwen. llama.cpp's architecture `llama` pairs neighbouring numbers instead. Its
+result is the same if the rows of the weights are reordered.
 
 Shapes: B batch, T tokens, H heads, D head_dim.
 """
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) where the rows have different positions."""
+"""Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) if the rows have different positions."""
 
 
 def rotation_at(positions: Tensor, head_size: int, theta: float) -> Rotation:
-    """The rotation of tokens at `positions`, (T,) or (B, T), in fp32."""
+    """Return the rotation of the tokens at `positions`, (T,) or (B, T), in fp32."""
     pairs = torch.arange(0, head_size, 2, device=positions.device)
     angles = positions[..., None, None] / theta ** (pairs / head_size)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """(B, T, H, D) → the same shape, rotated. The computation is in fp32, for any dtype of `x`."""
+    """Return the rotated `x` (B, T, H, D). The computation is in fp32, for any dtype of `x`."""
     cos, sin = rotation
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         rotated: Tensor = _RotationOnCPU.apply(x, cos, sin)  # type: ignore[no-untyped-call]
@@ -37,8 +37,9 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class _RotationOnCPU(torch.autograd.Function):
-    """`rotate` with three passes over memory instead of seven. The backward pass rotates back, also with three. This
-    implementation is 1.6 times as fast (2,048 tokens, 2 heads of 64, two threads)."""
+    """`rotate` with three passes over memory instead of seven. The backward pass rotates the gradient back, also in
+    three passes. This implementation is 1.6 times as fast as `rotate` without it (2,048 tokens, 2 heads of 64, two
+    threads)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

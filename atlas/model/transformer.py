@@ -1,7 +1,7 @@
-"""`AtlasLM`: a decoder-only transformer, as in GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023,
-arXiv:2302.13971) or Qwen3, or a mixture of them. `ModelConfig` selects the parts.
+"""`AtlasLM`: a decoder-only transformer with the parts of GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023,
+arXiv:2302.13971) and Qwen3. `ModelConfig` selects the parts, in any combination.
 
-The blocks are pre-norm. The head may share the token embedding's weights. The model does not depend on training,
+The blocks are pre-norm. The LM head may share the token embedding's weights. The model does not depend on training,
 devices or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
@@ -25,8 +25,8 @@ from atlas.model.rope import rotation_at
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). For the outputs that the backward pass recomputes, see
-    `recompute`."""
+    """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)). The module `recompute` decides which outputs
+    the backward pass recomputes."""
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class AtlasLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set biases to zero, gains to 1, and weights to normally distributed numbers. Rows that only pad the
+        """Set biases to zero, gains of norms to 1, and weights to normally distributed numbers. Rows that only pad the
         vocabulary are zero.
 
         `gpt2`: std 0.02. For the projections that write to the residual stream, std is 0.02/√(2 · num_layers), so that
@@ -73,8 +73,9 @@ class AtlasLM(nn.Module):
 
         `scaled`: std 1/(2√inputs) in the blocks, so that outputs have the same scale at any width (Yang et al. 2022,
         arXiv:2203.03466). The projections that write to the residual stream are zero, so every block starts as the
-        identity (Zhang et al. 2019, arXiv:1901.09321). A tied head then gives the input token itself a logit of std ·
-        width. This logit is limited to 5, so that the model does not start by repeating its input.
+        identity (Zhang et al. 2019, arXiv:1901.09321). With a tied head, the logit of the input token itself is then
+        std · width. The embedding's std is at most 5 / width, so that this logit is at most 5. Otherwise the model
+        would start by repeating its input.
         """
         is_scaled = self.config.init == "scaled"
         residual_scale = 0.0 if is_scaled else 1 / math.sqrt(2 * self.config.num_layers)
@@ -99,15 +100,15 @@ class AtlasLM(nn.Module):
     ) -> Tensor:
         """Return the logits (B, T, V) of `tokens` (B, T). With a `cache`, these tokens follow the tokens in the cache.
 
-        `documents` (B, T) gives the number of each token's document in its row. Attention then stays inside a document,
-        and positions restart in each document.
+        `documents` (B, T) gives the number of each token's document. With `documents`, attention stays inside each
+        document, and positions restart in each document.
         """
         return self.head(self.hidden_states(tokens, cache, documents))
 
     def hidden_states(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids → (B, T, C) after the final norm, the input of `head`."""
+        """Return the hidden states (B, T, C) of `tokens` (B, T) after the final norm: the input of `head`."""
         x, context = self.embed(tokens, cache, documents)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
@@ -121,7 +122,8 @@ class AtlasLM(nn.Module):
     def embed(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> tuple[Tensor, Context]:
-        """(B, T) ids → the residual stream (B, T, C) before the first block, and the context of every attention."""
+        """Return, for `tokens` (B, T), the residual stream (B, T, C) before the first block, and the context for every
+        block's attention."""
         context = self._context(tokens, cache, documents)
         x = self._look_up(tokens)
         if self.config.position == "learned":
@@ -129,8 +131,8 @@ class AtlasLM(nn.Module):
         return self.dropout(x), context
 
     def _context(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None) -> Context:
-        """Return the context, computed once for all blocks. A single document needs no mask: the attention kernel
-        itself is causal."""
+        """Return the context, which is computed once for all blocks. A row with a single document needs no mask,
+        because the attention kernel itself is causal."""
         T, rotation = tokens.shape[1], None
         mask: Tensor | BlockMask | None = None
         if cache is not None:
@@ -151,10 +153,10 @@ class AtlasLM(nn.Module):
         return Context(positions, mask, rotation, cache)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
-        """(B, T) ids → (B, T, C)."""
-        # A tied table already holds the head's gradient when the embedding's gradient arrives. A sparse gradient is
-        # added row by row. A dense gradient would need the memory of the table, and took 4 % of an update of `tiny` on
-        # a CPU.
+        """Return the embeddings (B, T, C) of `tokens` (B, T)."""
+        # The head's gradient is already in the tied weight when autograd adds the embedding's gradient. A sparse
+        # gradient is added only to the rows of the tokens. A dense gradient would need as much memory as the full
+        # weight, and took 4 % of an update of `tiny` on a CPU.
         if self.config.tie_embeddings and tokens.device.type == "cpu" and torch.is_grad_enabled():
             return F.embedding(tokens, self.token_embedding.weight, sparse=True)
         return self.token_embedding(tokens)  # type: ignore[no-any-return]
@@ -174,7 +176,7 @@ class AtlasLM(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def num_parameters(self) -> int:
-        """Return the number of parameters, without the rows that pad the vocabulary, which are always zero."""
+        """Return the number of parameters, without the rows that pad the vocabulary. These rows are always zero."""
         total = sum(parameter.numel() for parameter in self.parameters())
         tables = 1 if self.config.tie_embeddings else 2
         padding = self.config.padded_vocab_size - self.config.vocabulary
@@ -182,7 +184,7 @@ class AtlasLM(nn.Module):
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> AtlasLM:
-    """Return a newly initialized model on the CPU. `seed` decides its weights."""
+    """Return a newly initialized model on the CPU. `seed` determines the model's weights."""
     if seed is not None:
         torch.manual_seed(seed)
     return AtlasLM(config)
