@@ -1,9 +1,9 @@
 """Compare the size of a model with the size of its training text.
 
-A model of P parameters makes the best use of its training time with about 20 · P tokens (Hoffmann et al. 2022,
-arXiv:2203.15556). A run over a shorter text reads it several times. Up to about 4 passes, repeated text is almost as
-good as new text. Each further pass helps less, and passes beyond about 40 do not help (Muennighoff et al. 2023,
-arXiv:2305.16264).
+For a given amount of computation, a model of P parameters is best trained on about 20 · P tokens (Hoffmann et al. 2022,
+arXiv:2203.15556). If the text has fewer tokens, the run reads the text several times. Up to about 4 passes, repeated
+text is almost as good as new text. Each further pass helps less, and passes beyond about 40 do not help (Muennighoff et
+al. 2023, arXiv:2305.16264).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Advice:
     parameters: int
     max_seq_len: int
     tokens_per_parameter: float
-    """The text's tokens per parameter, in one pass over the text."""
+    """The number of tokens per parameter, in one pass over the text."""
     passes: float
     """The number of passes over the text that gives `TOKENS_PER_PARAMETER` tokens per parameter."""
 
@@ -39,18 +39,18 @@ class Advice:
 
     @property
     def verdict(self) -> str:
-        """A verdict on the number of passes, in a few words."""
+        """A short verdict on the number of passes, as text."""
         if self.passes <= 1:
             return "fits: one pass is enough"
         if self.fits:
-            return "fits: so few passes are almost as good as new text"
+            return "fits: a few passes are almost as good as new text"
         if self.passes <= MOST_PASSES:
-            return f"large: beyond about {GOOD_PASSES} passes repeated text gives less and less"
+            return f"large: beyond about {GOOD_PASSES} passes, repeated text gives less and less"
         return "larger than this text can teach"
 
 
 def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
-    """Compare every preset, smallest first, with a text of `num_tokens`; each has a vocabulary of `vocab_size`."""
+    """Compare every preset, smallest first, with a text of `num_tokens` tokens. Every model gets `vocab_size`."""
     models = {name: resolve(read_yaml(preset_path(name))).model for name in preset_names()}
     return [
         advise_on(model.model_copy(update={"vocab_size": vocab_size}), num_tokens, name=name)
@@ -59,7 +59,7 @@ def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
 
 
 def advise_on(model: ModelConfig, num_tokens: int, *, name: str) -> Advice:
-    """Compare one model with a text of `num_tokens`."""
+    """Compare one model with a text of `num_tokens` tokens."""
     parameters = count_parameters(model).total
     passes = TOKENS_PER_PARAMETER * parameters / num_tokens
     return Advice(name, parameters, model.max_seq_len, num_tokens / parameters, passes)

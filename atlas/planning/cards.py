@@ -1,16 +1,16 @@
 """Graphics cards by name: their memory, the speed of their matrix products, and their power.
 
-The figures should equal the figures in the makers' whitepapers and data sheets, which the comments name. The figures
-were written down from common knowledge. tests/planning/test_plan_run.py compares the rates with units × clock. The
-figures of H100 and H200 were compared with copies of their data sheets. The figures of the other cards were not yet
-compared line by line. No figure was measured. `atlas.planning.speed` estimates the fraction of these peaks that a card
-reaches.
+The values should equal the values in the makers' whitepapers and data sheets, which the comments name. The values were
+written down from common knowledge. tests/planning/test_plan_run.py checks each rate against processing units × clock ×
+FLOPs per clock. The values of H100 and H200 were also compared with copies of their data sheets. The values of the
+other cards were not yet compared. No value was measured. `atlas.planning.speed` estimates which fraction of these peaks
+a card reaches.
 
 Rates are peaks of dense matrix products in the precision that training chooses on the card, accumulated in fp32 as in
 PyTorch. These rates are lower than the advertised rates, for three reasons:
 
 - the tensor cores of GeForce cards (20, 30, 40 and 50 series) accumulate in fp32 at half of their fp16 rate, while the
-  tensor cores of workstation and data-centre cards do it at the full rate;
+  tensor cores of workstation and data-centre cards accumulate in fp32 at the full rate;
 - advertised rates "with sparsity" are twice the dense rates;
 - GeForce 10 cards have no tensor cores: their fp16 products run at the rate of fp32.
 
@@ -29,16 +29,16 @@ from atlas.errors import AtlasError
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card, as its maker states it."""
+    """The maker's specifications of a graphics card."""
 
     name: str
     gibibytes: int
     precision: str
     """`bf16`, or `fp16` for a card that does not compute in bf16."""
     tflops: float
-    """10¹² FLOP/s of dense matrix products in `precision`, summed in fp32."""
+    """TFLOP/s of dense matrix products in `precision`, accumulated in fp32."""
     bandwidth: int
-    """GB/s between the chip and its memory."""
+    """Memory bandwidth in GB/s."""
     watts: int
     """Power of the board in watts."""
 
@@ -49,7 +49,8 @@ class Card:
 
     @property
     def is_geforce(self) -> bool:
-        """Whether the tensor cores accumulate in fp32 at half of their rate: NVIDIA's consumer cards from Turing on."""
+        """Whether the tensor cores accumulate in fp32 at half of their fp16 rate, as in NVIDIA's consumer cards since
+        Turing."""
         return re.match(r"RTX \d", self.name) is not None
 
 
@@ -120,10 +121,10 @@ _NO_NAME = re.compile(r"nvidia|geforce|amd|radeon|tesla|\bgpu\b|\bsxm\d?\b|\bhbm
 
 
 def card_named(text: str) -> Card | None:
-    """Return the card for a name as people or drivers write it, or None if the card is not known.
+    """Return the card with the name `text`, in the spelling of people or drivers, or None if the card is not known.
 
     Examples: `rtx3060`, `RTX 3060 12GB`, `NVIDIA GeForce RTX 3060`. If the card was sold with several memory sizes and
-    the name states none, return the card with the smallest.
+    the name states no size, return the card with the smallest memory.
     """
     key, gibibytes = _key(text)
     return next(
@@ -140,7 +141,7 @@ def find_card(text: str) -> Card:
 
 
 def _key(text: str) -> tuple[str, int | None]:
-    """Return the name without maker, family and spaces, and the GiB of memory that the name states, or None."""
+    """Return the name without maker, family and spaces, and the memory in GiB, or None if the name states no memory."""
     text = text.lower()
     stated = _MEMORY.search(text)
     bare = _NO_NAME.sub("", _MEMORY.sub("", text))
@@ -150,7 +151,7 @@ def _key(text: str) -> tuple[str, int | None]:
 def _hint(text: str) -> str:
     if re.search(r"laptop|mobile|max-?q", text, re.IGNORECASE):
         return (
-            "a laptop's GPU is not the desktop card with the same name; give its memory, as in --memory 8GB"
+            "a laptop's GPU is not the desktop card with the same name; give the GPU's memory: --memory 8GB"
         )
     sizes = [str(card.gibibytes) for card in CARDS if _key(card.name)[0] == _key(text)[0]]
     if sizes:
@@ -158,5 +159,5 @@ def _hint(text: str) -> str:
     names = {spelling: card.name for card in CARDS for spelling in (card.name.lower(), _key(card.name)[0])}
     if close := difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.7):
         meant = " or ".join(dict.fromkeys(names[spelling] for spelling in close))
-        return f"did you mean {meant}? For any other card, give its memory, as in --memory 8GB"
-    return f"give its memory, as in --memory 8GB, or a card of the table: {', '.join(dict.fromkeys(names.values()))}"
+        return f"did you mean {meant}? For any other card, give the card's memory: --memory 8GB"
+    return f"give the card's memory (--memory 8GB), or a card of the table: {', '.join(dict.fromkeys(names.values()))}"

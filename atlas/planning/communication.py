@@ -2,16 +2,16 @@
 
 The estimates come from a model of the communication, not from measurements. `ddp` sums the gradients of all ranks once,
 during the last micro-batch's backward pass. `fsdp` gathers the weights of each block before the block's forward pass
-and again before its backward pass. `fsdp` gathers the weights of the root (embeddings, final norm, head) once. `fsdp`
-reduces the gradients' shards in each micro-batch. If several groups of `shard_size` ranks hold a model, the last
-micro-batch also sums the shards' gradients over the groups. All data is in the weights' precision and is sent in rings
-(Patarasuk & Yuan 2009). For an all-gather or a reduce-scatter, each of S ranks sends (S-1)/S of the bytes. For an
-all-reduce, each rank sends twice as many.
+and again before its backward pass. In each micro-batch, `fsdp` gathers the weights of the root (embeddings, final norm,
+head) once, and reduce-scatters all gradients. If several groups of `shard_size` ranks each hold a model, the last
+micro-batch also all-reduces the gradient shards over the groups. Weights and gradients are sent in the weights'
+precision. All communication uses rings (Patarasuk & Yuan 2009). For an all-gather or a reduce-scatter, each of S ranks
+sends (S-1)/S of the bytes. For an all-reduce, each rank sends twice as many.
 
 Computation never hides the root's communication: the root's weights are needed first, and its gradients are ready last.
 Computation does not hide Muon's communication either: Muon gathers full matrices after the last backward pass. The time
-of a transfer is its bytes divided by the speed. The latency of a ring's steps, some microseconds each, is left out,
-although it adds up to milliseconds for hundreds of ranks.
+of a transfer is its bytes divided by the bandwidth. The estimates ignore the latency of a ring's steps, some
+microseconds each. For hundreds of ranks, these latencies add up to milliseconds.
 
 Symbols: S is the number of ranks that share a model.
 """
@@ -28,7 +28,7 @@ from atlas.errors import AtlasError
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that a ring reaches: assumed, not measured."""
 OVERLAP = 0.8
-"""Fraction of the simultaneous computation's time that can hide communication: assumed, not measured."""
+"""Fraction of computation time that can hide simultaneous communication: assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Link:
     gigabytes: float
     """Speed in one direction, in 10⁹ bytes per second."""
     is_shared: bool = False
-    """Whether all GPUs of a node share one port; otherwise each GPU has its own port."""
+    """Whether all GPUs of a node share one network port. Otherwise each GPU has its own port."""
 
 
 LINKS = (
@@ -64,7 +64,7 @@ ASSUMED_LINKS = ("pcie4", "ethernet-10g")
 class Cluster:
     """A cluster of `nodes` nodes with `gpus` GPUs each.
 
-    Rank r is GPU r mod `gpus` of node r div `gpus`, as in torchrun.
+    As with torchrun, rank r runs on node r // `gpus`, and uses GPU r % `gpus` of this node.
     """
 
     gpus: int
@@ -81,18 +81,18 @@ class Cluster:
         return self.gpus * self.nodes
 
     def rate_of_neighbours(self, size: int) -> float:
-        """Return the bytes/s of each ring of `size` consecutive ranks."""
+        """Return the bandwidth (bytes/s) of each ring, if every `size` consecutive ranks form one ring."""
         if self.gpus % size == 0:
             return self._rate(0)
         return self._rate(1 if size % self.gpus == 0 else 2)
 
     def rate_across(self, size: int) -> float:
-        """Return the bytes/s of each of the `size` rings that consist of every `size`-th rank."""
+        """Return the bandwidth (bytes/s) of each ring, if the ranks r, r + `size`, r + 2 · `size`, … form one ring."""
         return self._rate(min(size, self.gpus))
 
     def _rate(self, leaving: int) -> float:
-        """Return the bytes/s of each ring, if `leaving` rings leave a node. NCCL splits a ring that leaves the node
-        into one ring per port of the node, and all rings share the ports."""
+        """Return the bandwidth (bytes/s) of each ring, if `leaving` rings connect a node with other nodes. NCCL splits
+        such a ring into one ring per port of the node, and all rings share the ports."""
         slowest = self.inside.gigabytes
         if leaving and self.between is not None:
             ports = 1 if self.between.is_shared else self.gpus
@@ -101,7 +101,8 @@ class Cluster:
 
 
 def cluster_of(gpus: int, nodes: int, interconnect: str | None) -> Cluster:
-    """Return the cluster of the command line's options. The default links are `ASSUMED_LINKS`. Raises `AtlasError`."""
+    """Return the cluster that `--gpus`, `--nodes` and `--interconnect` describe. The default links are `ASSUMED_LINKS`.
+    Raises `AtlasError` for an invalid option."""
     for flag, count, what in (("--gpus", gpus, "GPUs in each node"), ("--nodes", nodes, "nodes")):
         if count < 1:
             raise AtlasError(f"{flag} {count}: is the number of {what}; write 1 or more")
@@ -146,18 +147,18 @@ def _link(text: str) -> Link:
 
 
 def gather(size: float, ranks: int) -> float:
-    """Return the bytes that each of `ranks` sends for an all-gather or a reduce-scatter of `size` bytes."""
+    """Return the bytes that each of `ranks` ranks sends for an all-gather or a reduce-scatter of `size` bytes."""
     return size * (ranks - 1) / ranks
 
 
 def all_reduce(size: float, ranks: int) -> float:
-    """Return the bytes that each of `ranks` sends for an all-reduce of `size` bytes."""
+    """Return the bytes that each of `ranks` ranks sends for an all-reduce of `size` bytes."""
     return 2 * gather(size, ranks)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts: the weights, and the gradients of the trainable weights."""
+    """Bytes of the weights in each part of a model, and bytes of the gradients of the trainable weights."""
 
     blocks: int
     root: int
@@ -172,7 +173,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pass:
-    """Micro-batches of one size: their number, and the seconds of the forward and backward pass of each."""
+    """Micro-batches of the same size: their number, and the seconds of each forward and each backward pass."""
 
     times: int
     forward: float
@@ -184,9 +185,9 @@ class Communication:
     """The communication of one rank in one update."""
 
     weights: float = 0.0
-    """Bytes of weights that the rank sends; it receives as many."""
+    """Bytes of weights that the rank sends. The rank receives as many bytes."""
     gradients: float = 0.0
-    """Bytes of gradients that the rank sends; it receives as many."""
+    """Bytes of gradients, and of Muon's momentum, that the rank sends. The rank receives as many bytes."""
     seconds: float = 0.0
     exposed: float = 0.0
     """The part of `seconds` in which the rank computes nothing."""
@@ -197,7 +198,8 @@ class Communication:
         return self.weights + self.gradients
 
     def add(self, times: int, weights: float, gradients: float, seconds: float, beside: float = 0.0) -> None:
-        """Add `times` transfers: the bytes and the seconds of each, and the seconds of computation `beside` each."""
+        """Add `times` transfers. The other arguments are for one transfer: its bytes of weights, its bytes of
+        gradients, its seconds, and the seconds of simultaneous computation (`beside`)."""
         self.weights += times * weights
         self.gradients += times * gradients
         self.seconds += times * seconds

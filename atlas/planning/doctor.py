@@ -40,14 +40,14 @@ LossOf = Callable[[AtlasLM, Tensor, Tensor], Tensor]
 _SHAPE = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=256, max_seq_len=64)
 _BATCH = 2
 
-# Half precision rounds the results of 6 operations in each block's forward pass (two norms, qkv, attention, two of the
-# MLP), as many in its backward pass, and 4 around the head. Independent roundings add up like a random walk, to √28
-# times the unit roundoff: 2e-2 for bf16 and 3e-3 for fp16. The error of a CPU's step is one unit roundoff. Attention
-# that is not causal causes an error of 0.2.
+# In half precision, the forward pass of a block rounds the results of 6 operations: two norms, qkv, attention, and two
+# in the MLP. The backward pass rounds 6 results too. There are 4 more roundings around the head. Independent roundings
+# add up like a random walk, to √28 times the unit roundoff: 2e-2 for bf16 and 3e-3 for fp16. On a CPU, the measured
+# error is one unit roundoff. If attention were not causal, the error would be 0.2.
 _ROUNDINGS = 2 * 6 * _SHAPE.num_layers + 4
-# The bound of fp32 is wider than its rounding errors, since GPUs use faster exponentials and add in other orders. The
-# error of a CPU's step is 3e-7. A GPU that silently computes in TF32 exceeds the bound: TF32 has a unit roundoff of
-# 5e-4.
+# The bound for fp32 is larger than the rounding errors of fp32, since GPUs use faster exponentials and add in other
+# orders. On a CPU, the measured error is 3e-7. If a GPU silently computes in TF32, the error exceeds the bound, because
+# TF32 has a unit roundoff of 5e-4.
 _BOUND_FP32 = 1e-4
 
 _BACKENDS = {
@@ -58,7 +58,7 @@ _BACKENDS = {
 }
 
 _ATTENTION = {"batch": 4, "heads": 12, "tokens": 1024, "head_size": 64}
-"""The shape of the attention in a micro-batch of the preset `small`, or in a part of such a micro-batch."""
+"""The shape of attention in the preset `small`, for 4 sequences."""
 
 _BLOCK = 4_000_000  # bytes per write
 
@@ -71,19 +71,21 @@ sys.exit(why_not_compile(torch.device(sys.argv[1])))
 
 @dataclass(frozen=True)
 class Effort:
-    """The extent of the measurements. The defaults give reliable results on a user's machine; a test needs less."""
+    """The size and duration of the measurements. The defaults give reliable results on a user's machine. Tests use
+    less."""
 
-    seconds: float = 0.5  # for each rate
+    seconds: float = 0.5  # per measured rate
     matrix_size: int | None = None  # None: large enough to keep the device busy
-    copied: int | None = None  # bytes
-    disk: int = 128_000_000  # bytes
+    copied: int | None = None  # bytes of the copied tensor; None: the default of `measure_copy`
+    disk: int = 128_000_000  # bytes of the written file
     compile_seconds: float = 60.0  # at most
 
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
-    """Return extra of Atlas's package → required package → installed version; None for a package that is missing."""
+    """Return optional extra of `atlas-llm` → required package → installed version, or None if the package is
+    missing."""
     required: list[str] = []
-    with suppress(importlib.metadata.PackageNotFoundError):  # a source folder that is not installed
+    with suppress(importlib.metadata.PackageNotFoundError):  # Atlas runs without installation
         required = importlib.metadata.requires("atlas-llm") or []
     found: dict[str, dict[str, str | None]] = {}
     for requirement in required:
@@ -98,7 +100,7 @@ def optional_packages() -> dict[str, dict[str, str | None]]:
 
 def nvidia_driver() -> tuple[str, str] | None:
     """Return the NVIDIA driver's version and the newest CUDA version that the driver supports, such as 580.65.06 and
-    13.0. Return None without a driver or a card."""
+    13.0. Return None if there is no driver or no card."""
     import pynvml
 
     with suppress(pynvml.NVMLError):
@@ -116,9 +118,9 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
     """Compare a training step of a small model with the same step in fp64 on the CPU.
 
     Returns the relative errors of loss and gradient, their `bound`, whether no error exceeds the bound (`right`), and
-    the seconds of the fastest step. The step is repeated for about `seconds`. The gradient is compared as one vector:
-    ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the error of its norm. Raises `RuntimeError` if the device cannot compute the
-    step.
+    the seconds of the fastest step. The step is repeated for about `seconds`. The gradients of all parameters form one
+    vector g. Its error is ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the relative error of the gradient norm. Raises
+    `RuntimeError` if the device cannot compute the step.
     """
     device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
     model = build_model(_SHAPE, seed=0)
@@ -146,7 +148,8 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
         "loss_error": abs(loss.item() / exact_loss.item() - 1),
         "gradient_error": float(difference.norm() / exact_gradient.norm()),
     }
-    is_right = all(error <= bound for error in errors.values())  # false for NaN, which JSON cannot hold
+    is_right = all(error <= bound for error in errors.values())  # false for NaN
+    # JSON has no NaN.
     finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
     return {"right": is_right, **finite, "bound": bound, "seconds": best}
 
@@ -157,7 +160,8 @@ def _gradient(model: AtlasLM) -> Tensor:
 
 
 def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
-    """Return name → whether PyTorch's attention kernel of that name works on this device, forward and backward."""
+    """Return the name of each attention kernel of PyTorch → whether the kernel works on this device, forward and
+    backward."""
     works = dict.fromkeys(_BACKENDS, False)
     for name, backend in _BACKENDS.items():
         if device.type == "mps" and name != "math":
@@ -173,10 +177,10 @@ def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, boo
 
 
 def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) -> dict[str, Any]:
-    """Measure each attention kernel separately, forward and backward, for about `seconds` each.
+    """Measure the time of each attention kernel, forward and backward, for about `seconds` per kernel.
 
-    Returns the kernel `chosen` by PyTorch (None: unknown), the `seconds` of each kernel that works, and the `shape`.
-    Queries, keys and values share a tensor, as in the model.
+    Returns the kernel `chosen` by PyTorch (None: unknown), the `seconds` that each working kernel needs, and the
+    `shape` of the attention. Queries, keys and values share a tensor, as in the model.
     """
     B, H, T, D = _ATTENTION.values()
     qkv = torch.randn(B, T, 3 * H * D, device=device, dtype=dtype, requires_grad=True)
@@ -192,7 +196,7 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
     with suppress(RuntimeError, AttributeError):  # PyTorch does not document this function
         choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True)
     for name, backend in _BACKENDS.items():
-        # A kernel that is missing, does not support this device or runs out of memory gets no time.
+        # A kernel that is missing, does not support this device or runs out of memory gets no entry in `times`.
         with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")
             times[name] = best_time(attend, device, seconds=seconds)
@@ -203,13 +207,14 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
 def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
     """Compile a small function with `torch.compile` in a separate process, for at most `seconds`.
 
-    Returns the `seconds` of the attempt and the `reason` of a failure, or None. The process uses a new cache folder,
-    which is deleted afterwards: an older cache would hide that the compiler is missing.
+    Returns the `seconds` of the attempt, and the `reason` why it failed. The `reason` is None if the attempt succeeded.
+    The process uses a new cache folder, which is deleted afterwards: an older cache would hide that the compiler is
+    missing.
     """
     start, reason = time.perf_counter(), None
     with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:
         settings = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
-        # With more threads PyTorch starts a pool of processes, which would survive the timeout of this process.
+        # With more threads, PyTorch starts a pool of processes, which would continue to run after the timeout.
         settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         try:
             done = subprocess.run(
@@ -230,16 +235,17 @@ def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return `path`, or the nearest of its parents that exists."""
+    """Return `path` if it exists, or else its nearest existing parent."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def measure_disk(folder: Path, *, size: int) -> dict[str, Any]:
-    """Write `size` bytes to a file in `folder`, wait until the disk has stored them, and read them. Raises `OSError`.
+    """Write `size` bytes to a file in `folder`, wait until the disk has stored them, and read the file.
 
-    Returns the bytes/s of `write` and `read`, and whether the bytes may be `read_from_memory` instead of the disk. The
-    file has no name, so that no file remains even if the process is killed.
+    Returns the bytes/s of `write` and `read`. `read_from_memory` is true if the system may have read the bytes from its
+    cache instead of the disk. Raises `OSError`. The file has no name, so that no file remains even if the process is
+    killed.
     """
     if shutil.disk_usage(folder).free < 2 * size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

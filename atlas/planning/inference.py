@@ -1,4 +1,4 @@
-"""An estimate of the memory that a model needs during generation."""
+"""Estimate the memory that a model needs during generation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class InferenceMemory:
 
 
 def estimate_inference_memory(model: ModelConfig, *, device: str, batch_size: int = 1) -> InferenceMemory:
-    """Estimate the memory of generation with a KV cache of `batch_size` rows of `max_seq_len` tokens each."""
+    """Estimate the memory that generation needs. The KV cache has `batch_size` rows of `max_seq_len` tokens."""
     tokens = batch_size * model.max_seq_len
     inside = 2 * (model.hidden_size + model.mlp_width)
     return InferenceMemory(
         weights=stored_parameters(model) * _FP32,
         cache=2 * model.num_layers * tokens * model.kv_heads * model.head_size * _FP32,
-        activations=tokens * inside * _FP32,  # prefill: the residual stream and one MLP's inner values
+        activations=tokens * inside * _FP32,  # prefill: the residual stream and the hidden layer of one MLP
         process=PROCESS_BYTES[device],
     )

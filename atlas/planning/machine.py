@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: this machine, a card of the table, or a GPU with a given memory size."""
+"""The machine that a run is planned for: this machine, a known card, or a GPU with a given memory size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Machine:
     rate_is: str | None = None
     """The source of `flops_per_second`, as text."""
     bytes_per_second: float | None = None
-    """Bytes/s between the processor and its memory."""
+    """Memory bandwidth in bytes/s."""
     watts: int | None = None
     """Power in watts at full load."""
     speed: Speed | None = None
@@ -42,7 +42,8 @@ class Machine:
 
 
 def choose_machine(config: AtlasConfig, gpu: str | None = None, memory: str | None = None) -> Machine:
-    """Return the card named `gpu`, else a GPU with `memory` (such as `8GB`), else this machine. Raises `AtlasError`."""
+    """Return a machine with the card `gpu`. Without `gpu`, return a machine with `memory` (such as `8GB`). Without
+    both, return this machine. Raises `AtlasError` for an unknown card, an invalid size or an unsupported precision."""
     size = None if memory is None else _parse_memory(memory)
     if gpu is not None:
         return machine_with(find_card(gpu), precision=config.training.precision, memory=size)
@@ -53,7 +54,7 @@ def choose_machine(config: AtlasConfig, gpu: str | None = None, memory: str | No
 
 
 def _parse_memory(text: str) -> int:
-    """Return the bytes of a size that is written as for graphics cards: 8GB, 8 GiB and 8 are all 8 · 2³⁰."""
+    """Return the bytes of a memory size. As is usual for graphics cards, 8GB, 8 GiB and 8 are all 8 · 2³⁰ bytes."""
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", text, re.IGNORECASE)
     if match is None:
         raise AtlasError(f"--memory {text}: is not a size; write it as 8GB")
@@ -67,7 +68,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
     """
     if precision.startswith("bf16") and card.precision != "bf16":
         raise AtlasError(
-            f"training.precision: {precision}: the {card.name} does not compute in it; use fp16 or auto"
+            f"training.precision: {precision}: the {card.name} does not compute in bf16; use fp16 or auto"
         )
     return Machine(
         name=card.name,
@@ -83,7 +84,7 @@ def machine_with(card: Card, *, precision: str = "auto", memory: int | None = No
 
 def this_machine(config: AtlasConfig) -> Machine:
     """Return this machine, with the device and the precision of `config`. Measuring the speed takes about a second."""
-    # A config for several processes is planned in this single process.
+    # This process plans alone, and `setup_runtime` would refuse ddp and fsdp in a single process.
     runtime = setup_runtime(config.replace("training", parallel="auto"))
     device = runtime.device.type
     memory, rate = measure_memory(device), measure_matrix_products(runtime.device, runtime.dtype)

@@ -1,8 +1,8 @@
 """The tokens, FLOPs, time and energy of a run.
 
 For a CPU, the time of an update comes from two measurements: the rate of the CPU's matrix products, and the fraction of
-this rate that training reached in a benchmark. For a GPU, `atlas.planning.speed` simulates the time from bytes and
-FLOPs. For an Apple GPU, the time follows from a stated fraction of the rate, which was not measured.
+this rate that training reached in a benchmark. For a GPU, `atlas.planning.speed` estimates the time from FLOPs and
+memory traffic. For an Apple GPU, the fraction is assumed, not measured.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ Range = tuple[float, float]
 """The low and the high end of an estimate."""
 
 CPU_UTILISATION = 0.65
-"""Fraction of a CPU's matrix-product rate that training reaches. Measured: 395 of the 599 tokens per second that the
-matrix products of `tiny` allow (benchmarks/RESULTS.md)."""
+"""Fraction of a CPU's matrix-product rate that training reaches. Measured with the preset `tiny`: 395 tokens per
+second, where its matrix products alone would allow 599 (benchmarks/RESULTS.md)."""
 MPS_UTILISATION = 0.35
-"""Fraction of an Apple GPU's matrix-product rate that training reaches: stated, not measured."""
+"""Fraction of an Apple GPU's matrix-product rate that training reaches: assumed, not measured."""
 SPREAD = 1.3
-"""An estimated time is given as a range, from estimate / `SPREAD` to estimate · `SPREAD`, the accuracy of estimates."""
+"""The accuracy of an estimated time. The time is reported as a range, from estimate / `SPREAD` to estimate ·
+`SPREAD`."""
 _UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}  # in seconds
 
 
 def utilisation(model: ModelConfig, device: str) -> float:
     """Return the fraction of the rate of matrix products that training reaches on a CPU or an Apple GPU.
 
-    The time of matrix products grows with the square of the width C, and the time of norms and activations with C. On a
-    CPU, benchmarks/utilisation.py measured C / (C + 200) at 128, 256 and 384. For wider models, the fraction is assumed
-    to stay at `CPU_UTILISATION`, the measured value of the preset `tiny`.
+    The time of matrix products grows with the square of the width C, and the time of norms and activations grows with
+    C. On a CPU, benchmarks/utilisation.py measured C / (C + 200) for the widths 128, 256 and 384. For wider models, the
+    fraction is assumed to stay at `CPU_UTILISATION`, the measured value of the preset `tiny`.
     """
     if device != "cpu":
         return MPS_UTILISATION
@@ -108,7 +109,7 @@ def _two_digits(value: float) -> int:
 
 def describe_duration(seconds: Range) -> str:
     """Return a duration as text, such as `3 to 5 hours`, with at most two significant digits. The unit is the largest
-    unit in which the longer time is at least 2."""
+    unit in which the longer time is 2 or more."""
     for name, length in _UNITS.items():
         if seconds[1] >= 2 * length:
             low, high = (_two_digits(time / length) for time in seconds)

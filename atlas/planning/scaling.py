@@ -1,7 +1,7 @@
 """A run on many GPUs: the parallel mode, the memory of each GPU, and the time of an update.
 
-`atlas.training.devices.parallel` shares the model between ranks. `atlas.planning.communication` estimates the bytes
-that the ranks send. No estimate was compared with a measurement on several GPUs.
+`atlas.training.devices.parallel` distributes the model over the ranks. `atlas.planning.communication` estimates the
+bytes that the ranks send. No estimate was compared with a measurement on several GPUs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FP32 = 4
 class RankMemory(TrainingMemory):
     """Bytes of memory of one rank at the peak of an update; see `TrainingMemory`.
 
-    With `fsdp`, weights, gradients and optimizer are the rank's shards. `gathered` is the memory of tensors that the
-    rank temporarily holds in full: the root, the current block, the next block, and their gradients. Not all of these
-    tensors exist when the loss needs most memory, so `total` is an upper bound.
+    With `fsdp`, weights, gradients and optimizer state are the rank's shards. `gathered` is the memory of tensors that
+    the rank temporarily holds in full: the root, the current block, the next block, and their gradients. Not all of
+    these tensors exist when the loss uses the most memory, so `total` is an upper bound.
 
-    Accuracy: the estimate is 1 % below to 9 % above a measured peak of resident memory. The measured process was one
+    The estimate was between 1 % below and 9 % above the measured peak of resident memory. The measured process was one
     rank of 8 or 64 on a CPU, with simulated communication and an allocator that returns freed memory
     (tests/planning/test_communication.py). No GPU was measured.
     """
@@ -44,7 +44,7 @@ class Scaling:
     parallel: str
     """`none`, `ddp` or `fsdp`."""
     shard_size: int
-    """Number of ranks that share a model."""
+    """Number of ranks that share one copy of the model."""
     sequences: int
     """Sequences per rank in an update."""
     micro_batch: int
@@ -80,8 +80,8 @@ class Scaling:
 
 
 def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
-    """Plan a config with a known vocabulary on a cluster of GPUs like `machine`. Raises `AtlasError` if the GPUs cannot
-    share an update or the model, and if the speed of `machine` is unknown."""
+    """Plan a run of `config` on a cluster of GPUs like `machine`. The vocabulary size in `config` must be known. Raises
+    `AtlasError` if the GPUs cannot share an update or the model, or if the speed of `machine` is unknown."""
     if machine.flops_per_second is None:
         raise AtlasError(
             f"--gpus {cluster.gpus}: the speed of {machine.name} in training.precision {config.training.precision} is "
@@ -116,8 +116,9 @@ def scale(config: AtlasConfig, machine: Machine, cluster: Cluster) -> Scaling:
 
 
 def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: int) -> list[Pass]:
-    """Return the micro-batches of one rank in an update; the last may be smaller. The time of the rank's update is
-    divided over the micro-batches by their sizes, and over the forward and backward pass by their FLOPs."""
+    """Return the micro-batches of one rank in an update. The last micro-batch may be smaller. Each micro-batch gets a
+    part of the update's time in proportion to its size. The forward and the backward pass share this time in proportion
+    to their FLOPs."""
     share = {"batch_size": sequences, "gradient_accumulation_steps": 1, "micro_batch_size": micro_batch}
     own = config.replace("training", **share)
     plain = config.replace("training", gradient_checkpointing=False)
@@ -149,17 +150,17 @@ def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
 def _memory_of_a_rank(
     config: AtlasConfig, device: str, parallel: str, shards: int, micro_batch: int
 ) -> RankMemory:
-    """Estimate the peak of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that share
-    a model."""
+    """Estimate the peak memory of an update with `micro_batch` sequences per micro-batch, on one of `shards` ranks that
+    share a model."""
     if parallel != "none":
-        # Between updates, DDP keeps the memory of all gradients, and FSDP the memory of a gradient shard. The peak is
-        # the same as with gradient accumulation, so the estimate assumes two micro-batches.
+        # Between updates, DDP keeps the memory of all gradients, and FSDP keeps the memory of a gradient shard. The
+        # peak is the same as with gradient accumulation, so the estimate assumes two micro-batches.
         alone = {"batch_size": micro_batch, "gradient_accumulation_steps": 2, "micro_batch_size": "auto"}
         config = config.replace("training", **alone)
     full = estimate_training_memory(config, device=device)
     if parallel != "fsdp":
-        # In the second update, DDP rebuilds its gradient buckets in the order in which the gradients were ready. New
-        # and old buckets then exist in parallel, before the other tensors of the update.
+        # In the second update, DDP rebuilds its gradient buckets in the order in which the gradients were ready. The
+        # new and the old buckets then exist at the same time, but the other tensors of the update do not exist yet.
         beside = full.half_precision_weights + full.activations + full.loss
         rebuilt = max(0, full.gradients - beside) if parallel == "ddp" else 0
         return RankMemory(**asdict(replace(full, gradients=full.gradients + rebuilt)), gathered=0)

@@ -1,5 +1,4 @@
-"""An estimate of the time that a GPU needs for an update, from the rate of its matrix products and its memory
-bandwidth.
+"""Estimate the time that a GPU needs for an update, from the GPU's matrix-product rate and memory bandwidth.
 
 The closed formula is fitted to the simulated times of benchmarks/roofline.py. The simulation runs Atlas's code on
 tensors without memory and counts bytes and FLOPs. For every preset, the formula's time differs from the simulated time
@@ -22,9 +21,10 @@ LAUNCH = 2.5e-6
 OPERATOR, COMPILED_KERNEL, GRAPH = 6e-6, 3.5e-6, 80e-6
 """Seconds that the host needs to launch an operator, to launch a compiled kernel, and to enter a compiled graph."""
 EAGER_BYTES = {"layernorm": 2.3, "rmsnorm": 8.5}
-"""By norm: memory traffic of an uncompiled block ÷ memory traffic of a compiled block. `rmsnorm` includes RoPE."""
+"""Memory traffic of an uncompiled block ÷ memory traffic of a compiled block, by norm. The value for `rmsnorm` includes
+RoPE."""
 EAGER_OPERATORS = {"layernorm": 35, "rmsnorm": 112}
-"""By norm: number of operators in the forward pass of an uncompiled block; the backward pass has as many."""
+"""Number of operators in the forward pass of an uncompiled block, by norm. The backward pass has as many operators."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Speed:
 
 
 def card_speed(card: Card, *, products: float | None = None, bandwidth: float | None = None) -> Speed:
-    """Return the speed of a card, from the measured rates if given, else from the card's peaks.
+    """Return the speed that a card reaches: the measured rates if they are given, else fractions of the card's peaks.
 
-    The tensor cores of GeForce cards are limited to half of their rate, and matrix products nearly reach that limit. On
-    other cards, power and memory limit matrix products, and softmax slows attention down more.
+    `products` is in FLOP/s and `bandwidth` in bytes/s. The tensor cores of GeForce cards are limited to half of their
+    rate, and matrix products nearly reach this limit. On other cards, power and memory limit matrix products, and
+    softmax slows attention down more than on GeForce cards.
     """
     reached, attention, misaligned = (0.95, 0.65, 0.5) if card.is_geforce else (0.8, 0.4, 0.33)
     products = products or reached * card.tflops * 1e12
@@ -56,14 +57,14 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
     """Return the seconds of one update in half precision: the larger of the GPU's time and the host's time.
 
     A micro-batch of N tokens multiplies each matrix once forward and twice backward, and once more with gradient
-    checkpointing. The time of a product is the longer of the times of its FLOPs and of its bytes. All other time
-    follows from the bytes of memory traffic:
+    checkpointing. A product takes the time of its FLOPs or the time of its memory traffic, whichever is longer. All
+    other time is memory traffic. In bytes, this traffic is:
 
-    - 12 for each weight, which is rounded and whose gradient becomes fp32, and 6 more with gradient checkpointing;
-    - 12 for each accumulated gradient;
+    - 12 for each matrix weight, to round the weight and to convert its gradient to fp32 (18 with checkpointing);
+    - 12 for each parameter, if gradients are accumulated over micro-batches;
     - 6 for each logit (40 if not compiled);
-    - 30 for each number of the embedding table, whose gradient from the head is scaled and added to the embedding's;
-    - 57 · C for each token outside the blocks;
+    - 30 for each number of the embedding table, to scale the head's gradient and to add the embedding's gradient;
+    - 57 · C for each token, outside the blocks;
     - the traffic of `_block_bytes` and `_optimizer_work`.
 
     Symbols: L num_layers, C hidden_size, V padded vocabulary.
@@ -81,8 +82,8 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
         moved = 2 * (rows * columns + N * (rows + columns))
         return max(2 * N * rows * columns / speed.products, moved / speed.bandwidth, LAUNCH)
 
-    # Attention has two matrix products forward and five backward. With the causal mask, each covers half of all token
-    # pairs.
+    # Attention has two matrix products forward and five backward. With the causal mask, each product covers half of all
+    # token pairs.
     pairs = N * model.max_seq_len * model.num_heads * model.head_size
     attention = pairs * (2 * forwards + 5) / (speed.products * speed.attention)
     forward, backward = _block_bytes(config)
@@ -100,8 +101,7 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
 
 
 def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
-    """Return the memory traffic of a block per token, without the block's matrix products: bytes forward, bytes
-    backward.
+    """Return the memory traffic of a block in bytes per token: forward, and backward. Matrix products are not included.
 
     The residual stream has 4 bytes per number, and the inputs and outputs of matrix products have 2. In a compiled
     block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm; 12 · C for the
@@ -123,7 +123,8 @@ def _optimizer_work(config: AtlasConfig) -> tuple[int, int, int]:
     """Return the bytes, FLOPs and operators of the optimizer step, without gradient clipping.
 
     AdamW reads weights, gradients and two moments, and writes weights and moments. Muon's Newton-Schulz iteration has
-    five rounds of three matrix products. One of the three multiplies two square matrices of the shorter side.
+    five rounds of three matrix products. One of these three products multiplies two square matrices, whose side is the
+    shorter side of the weight matrix.
     """
     model, kind = config.model, config.training.optimizer
     L, parameters = model.num_layers, count_parameters(model).total

@@ -24,7 +24,7 @@ _BY_MEMORY = ("GTX 1060", "RTX 4060", "RTX 3080", *_SHOWN, "RTX 5090", "A100 80G
 _SCALED, _SCALED_ON = ("small", "default", "large"), "H100"
 _GPUS_OF_A_NODE, _NODES = 8, (1, 8, 64)
 _PER_MICRO_BATCH, _MICRO_BATCHES = 8, 4
-"""For each GPU: sequences per micro-batch, and micro-batches per update."""
+"""Sequences per micro-batch, and micro-batches per update, of each GPU."""
 _SIMPLE_WIKIPEDIA = 31_000_000  # tokens of GPT-2's vocabulary
 
 
@@ -44,7 +44,8 @@ def presets_table() -> str:
 
 
 def pass_table() -> str:
-    """Return a table of the time of one pass over Simple Wikipedia. Presets with their own vocabulary are left out."""
+    """Return a table of the time of one pass over Simple Wikipedia. The nano presets are left out, because they do not
+    use GPT-2's vocabulary."""
     cards, rows = [find_card(name) for name in _SHOWN], []
     for preset in plan_presets(0, device="cuda"):
         training, length = preset.config.training, preset.config.model.max_seq_len

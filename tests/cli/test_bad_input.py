@@ -367,7 +367,7 @@ MISTAKES = {
         "--gpu abacus": "--gpu abacus: is not a known card; give its memory … RTX 3060",
         "--gpu 'RTX 306O'": "--gpu RTX 306O: is not a known card; did you mean RTX 3060 … --memory",
         "--gpu 'RTX 3060 8GB'": "RTX 3060 8GB … that card has 12 GB; leave the size out … --memory",
-        "--gpu T4 --set training.precision=bf16": "bf16: the T4 does not compute in it; use fp16 or auto",
+        "--gpu T4 --set training.precision=bf16": "bf16: the T4 does not compute in bf16; use fp16 or auto",
         "--data missing": "--data missing: is not a prepared dataset; make one with atlas prepare",
         "--data river.txt": "--data river.txt: is not a prepared dataset; make one with atlas prepare",
         "--data nothing": "--data nothing: is not a prepared dataset; make one with atlas prepare",

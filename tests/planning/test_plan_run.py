@@ -187,7 +187,7 @@ def test_precision_decides_whether_the_table_knows_the_speed() -> None:
     assert machine_with(ampere, precision="fp16").flops_per_second == pytest.approx(25.5e12)
     assert machine_with(ampere, precision="fp32").flops_per_second is None
     assert "fp16" in str(machine_with(turing).rate_is)
-    with pytest.raises(AtlasError, match="RTX 2060 does not compute in it"):
+    with pytest.raises(AtlasError, match="RTX 2060 does not compute in bf16"):
         machine_with(turing, precision="bf16")
 
 
