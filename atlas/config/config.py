@@ -14,14 +14,15 @@ from atlas.config.fields import DEVICE, Float, Int, Section, count_or_auto, devi
 from atlas.config.model import ModelConfig as ModelConfig
 
 LOSS_CHUNK_TOKENS = 256
-"""Rows of logits per chunk of the training loss on a CPU: 51 MB in fp32 for GPT-2's vocabulary."""
+"""Number of tokens per chunk of logits in the training loss on a CPU. With GPT-2's vocabulary, a chunk needs 51 MB in
+fp32."""
 CUDA_LOSS_BYTES = 256 << 20
-"""The most bytes per chunk of logits on CUDA. Without compilation, the bytes include all tensors that are computed from
-the chunk."""
+"""Largest size in bytes of a chunk of logits on CUDA. Without compilation, the size includes all tensors that are
+computed from the chunk."""
 MUON_STACK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 20}
-"""The most numbers in a group of matrices of the same shape that Muon orthogonalizes together, by device. On a CPU
-grouping is 1.8 times as fast in a model 128 wide, and no faster at 768. On CUDA grouping saves kernel launches: a group
-needs 25 launches, whatever its size."""
+"""Largest number of elements in a group of matrices that Muon orthogonalizes together, by device. All matrices of a
+group have the same shape. On a CPU, grouping makes Muon 1.8 times as fast in a model of width 128, and no faster at
+width 768. On CUDA, grouping saves kernel launches: a group needs 25 launches, whatever its size."""
 
 
 class MixturePart(Section):
@@ -54,8 +55,8 @@ class DataConfig(Section):
     document is cut only if it is longer than a window. Validation data is always read as concat. Complete conversations
     are always combined into windows."""
     document_mask: bool = False
-    """If a sequence holds several documents, keep attention inside each document and restart positions in each.
-    Default: true for conversations, else false."""
+    """If a sequence holds several documents, keep attention inside each document, and restart positions in each
+    document. Default: true for conversations, else false."""
     num_workers: Int = Field(1, ge=0)
     """Threads that read batches ahead. With 0, the training thread reads the batches."""
 
@@ -69,14 +70,14 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Optimization, and how often progress is logged and evaluated."""
+    """Optimization, logging and evaluation."""
 
     batch_size: Int = Field(8, ge=1)
     """Sequences per accumulation step."""
     gradient_accumulation_steps: Int = Field(1, ge=1)
     """An update uses batch_size × gradient_accumulation_steps sequences."""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
-    """Sequences per forward pass; the value changes memory and speed, not the result. auto: batch_size, or fewer if
+    """Sequences per forward pass. The value changes memory and speed, not the result. auto: batch_size, or fewer if
     memory is too small. On a GPU with ample memory, auto may use all sequences of an update. auto never exceeds a
     batch_size that you set yourself (in your own config file, with --set or as a flag)."""
     max_steps: Int | None = Field(None, ge=1)
@@ -85,55 +86,57 @@ class TrainingConfig(Section):
     epochs: Int | None = Field(None, ge=1)
     """Passes over the training data."""
     max_hours: Float | None = Field(None, gt=0)
-    """Total hours to train for. Atlas plans the schedule to end within this time, from the speed of the first updates.
-    If max_steps or epochs is set too, the earlier limit counts; else training runs for as many epochs as there is time
-    for."""
+    """Total hours to train for. From the speed of the first updates, Atlas plans the learning-rate schedule so that
+    training ends within this time. If max_steps or epochs is set too, the earlier limit counts. Otherwise, training
+    runs for as many epochs as there is time for."""
     optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = "adamw"
-    """The optimizer, which cannot change during a run. adamw: AdamW. adamw8bit: AdamW with a quarter of the memory, by
-    torchao. muon: Muon for the matrices of the blocks and AdamW for all other weights, with less memory than AdamW.
-    Muon's learning rate is AdamW's for a model 768 wide, and much the same for other widths. adafactor: almost no
-    memory, with AdamW's learning rate."""
+    """The optimizer, which cannot change during a run. adamw: AdamW. adamw8bit: torchao's AdamW, whose state needs a
+    quarter of the memory. muon: Muon for the matrices of the blocks and AdamW for all other weights; needs less memory
+    than AdamW. At width 768, Muon's updates are as large as AdamW's at the same learning rate. Muon's best learning
+    rate changes little with the width. adafactor: Adafactor, whose state needs almost no memory, with AdamW's learning
+    rates."""
     learning_rate: Float = Field(3e-4, gt=0)
     """Peak learning rate, reached after warm-up."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """How the learning rate decays after warm-up: cosine, linear or wsd. wsd keeps the rate constant and decays it
-    linearly in the last part of the run (decay_fraction)."""
+    """How the learning rate decays after warm-up: cosine, linear or wsd. wsd keeps the learning rate constant, and
+    decays it linearly in the last part of the run (decay_fraction)."""
     decay_fraction: Float = Field(0.2, gt=0, le=1)
-    """Fraction of the run, at its end, in which wsd decays the learning rate."""
+    """With wsd: the last fraction of the run, in which the learning rate decays."""
     min_learning_rate_ratio: Float = Field(0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     warmup_steps: Int = Field(100, ge=0)
     """Updates of linear warm-up."""
     weight_decay: Float = Field(0.1, ge=0)
-    """Weight decay of matrices; biases and norms have none."""
+    """Weight decay of matrices. Biases and norms have no weight decay."""
     beta1: Float = Field(0.9, ge=0, lt=1)
-    """AdamW's decay of the mean gradient."""
+    """Decay rate of AdamW's moving average of the gradient."""
     beta2: Float = Field(0.95, ge=0, lt=1)
-    """AdamW's decay of the mean squared gradient."""
+    """Decay rate of AdamW's moving average of the squared gradient."""
     grad_clip: Float = Field(1.0, ge=0)
-    """Largest gradient norm; 0 turns clipping off."""
+    """Largest gradient norm: gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true", "fp16"] = "auto"
-    """auto: bf16 where the GPU supports it, else fp16 on CUDA, fp32 elsewhere. bf16-true: weights and gradients are
-    bf16 too."""
+    """auto: bf16 if the GPU supports it, else fp16 on CUDA, and fp32 on other devices. bf16-true: weights and gradients
+    are bf16 too."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(off_on)] = "auto"
-    """Compile each block with torch.compile: this takes a minute at the start and makes updates faster. auto: compile
-    on CUDA if that works, but never on a CPU, where compiling does not pay off."""
+    """Compile each block with torch.compile. Compilation takes a minute at the start, and makes updates on a GPU
+    faster. auto: compile on CUDA if compilation works there, and on no other device. On a CPU, compiled blocks can be
+    slower."""
     parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
     """How the processes that torchrun starts share the work. ddp: each process holds the full model. fsdp: each process
-    holds a part of the model, of its gradients and of the optimizer's state. auto, with several processes: ddp if a
-    step fits on one device, else fsdp."""
+    holds a part of the model, of its gradients and of the optimizer's state. auto, with several processes: ddp if an
+    update fits on one device, else fsdp."""
     shard_size: Int | None = Field(None, ge=1)
     """With fsdp: the number of processes that share one copy of the model, such as the processes of one machine. Each
     group of shard_size processes holds its own copy. Default: all processes share one copy."""
     loss: str | None = None
-    """Your own loss, as package.module:function. Atlas calls function(logits, targets, mask=None), which returns the
-    mean over the given tokens."""
+    """Your own loss, as package.module:function. Atlas calls function(logits, targets, mask=None). The function returns
+    the mean loss over the tokens at which mask is true."""
     log_interval: Int = Field(10, ge=1)
-    """Updates between two lines of metrics."""
+    """Number of updates between two lines of metrics."""
     eval_interval: Int = Field(100, ge=1)
-    """Updates between two evaluations on validation data."""
+    """Number of updates between two evaluations on validation data."""
     eval_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
     """Sequences per forward pass of an evaluation. auto: the same number as in training."""
     eval_sequences: Int = Field(128, ge=1)
@@ -148,7 +151,7 @@ class TrainingConfig(Section):
 
     @property
     def sequences_at_once(self) -> int:
-        """Number of sequences per forward pass, unless memory runs out."""
+        """Number of sequences per forward pass. If memory runs out, Atlas uses fewer."""
         asked = self.micro_batch_size
         return self.batch_size if asked == "auto" else min(asked, self.sequences_per_update)
 
@@ -157,7 +160,7 @@ class LoraConfig(Section):
     """Fine-tuning by low-rank updates; the base weights are frozen."""
 
     rank: Int = Field(0, ge=0, le=4096)
-    """Rank of each low-rank update. 0: no LoRA, all weights are trained."""
+    """Rank of each low-rank update. 0: no LoRA; all weights are trained."""
     alpha: Float = Field(16.0, gt=0)
     """Each low-rank update is multiplied by alpha / rank."""
     targets: tuple[Literal["qkv", "output", "up", "down"], ...] = Field(
@@ -172,7 +175,7 @@ class CheckpointConfig(Section):
     output_dir: str = "checkpoints"
     """Folder for checkpoints, training.log and metrics.jsonl."""
     save_interval: Int = Field(100, ge=1)
-    """Updates between two checkpoints."""
+    """Number of updates between two checkpoints."""
     keep_checkpoints: Int = Field(5, ge=1)
     """Number of checkpoints to keep of each kind (step, epoch, interrupt); the best checkpoint is always kept as
     well."""
@@ -180,21 +183,21 @@ class CheckpointConfig(Section):
     """Largest total size of all checkpoints, such as 20GB. The oldest checkpoints are deleted first; the best and the
     newest are never deleted."""
     slim_old: bool = False
-    """Remove the optimizer state (AdamW's is two thirds of the bytes) from step checkpoints older than the newest
-    two."""
+    """Remove the optimizer state from all step checkpoints except the newest two. AdamW's state is two thirds of a
+    checkpoint."""
     format: Literal["auto", "single", "sharded"] = "auto"
     """single: one .pt file, gathered on the first process. sharded: a folder to which each process writes its part.
-    auto: sharded if parallel is fsdp and the first process does not have the memory for the full checkpoint, else
+    auto: sharded if parallel is fsdp and the first process has too little memory for the full checkpoint, else
     single."""
     background: bool = True
-    """Write checkpoints from a copy in main memory while training continues; false: training waits for the disk."""
+    """Write checkpoints from a copy in main memory while training continues. false: training waits for the disk."""
 
 
 class GuardConfig(Section):
-    """Problems that Atlas watches for during a run, and its reactions to them."""
+    """Problems that Atlas detects during a run, and how Atlas reacts."""
 
     max_bad_steps: Int = Field(5, ge=1)
-    """After this many updates in a row whose loss or gradient was not finite, the run returns to its last save."""
+    """After this many updates in a row whose loss or gradient was not finite, the run rolls back to the last save."""
     spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(off_on)] = "off"
     """Reaction to an update whose loss or gradient norm is far above those of the last 128 updates. off: none. skip:
     skip the update. rollback: roll back to the last save."""

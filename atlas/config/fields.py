@@ -1,4 +1,4 @@
-"""Numbers, sizes and words as users write them in YAML and on the command line."""
+"""Convert and check the numbers, sizes and words that users write in YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: Any) -> Any:
-    """Return a number. YAML 1.1 reads `3e-4` as a string, which is accepted, and `yes` as a bool, which is not."""
+    """Convert a string to a number. Raises `ValueError` for a bool. YAML 1.1 reads `3e-4` as a string, and `yes` as a
+    bool."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true/false")
     if isinstance(value, str):
@@ -21,7 +22,7 @@ def _number(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """An integer; `1e5` is 100000."""
+    """Convert a number to an integer: `1e5` becomes 100000. Raises `ValueError` for a fraction."""
     value = _number(value)
     if isinstance(value, float):
         if not value.is_integer():
@@ -33,7 +34,7 @@ def whole_number(value: Any) -> Any:
 
 
 def count_or_auto(value: Any) -> Any:
-    """`auto`, or an integer from 1."""
+    """Return `auto`, or an integer of at least 1. Raises `ValueError` for any other number."""
     if value == "auto":
         return value
     value = whole_number(value)
@@ -43,12 +44,12 @@ def count_or_auto(value: Any) -> Any:
 
 
 def off_on(value: Any) -> Any:
-    """Turn booleans into `off` and `on`: YAML 1.1 reads these words as booleans."""
+    """Convert booleans back to `off` and `on`, since YAML 1.1 reads these words as booleans."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 def size(value: Any) -> Any:
-    """Refuse a string that is not a number of bytes such as 20GB."""
+    """Return `value`. Raises `ValueError` if it is a string but not a size such as 20GB."""
     if isinstance(value, str) and not re.fullmatch(
         r"\s*\d+(\.\d+)?\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE
     ):
@@ -57,7 +58,7 @@ def size(value: Any) -> Any:
 
 
 def device_name(value: str) -> str:
-    """Refuse a name that the setting `device` does not accept."""
+    """Return `value`. Raises `ValueError` if the setting `device` does not accept this name."""
     if not re.fullmatch(DEVICE, value):
         raise ValueError("must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     return value
@@ -69,8 +70,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A section of the config, which is frozen and refuses unknown keys. The docstring of a field is its
-    description."""
+    """A section of the config. Its values cannot change, and unknown keys raise an error. The docstring of a field is
+    the field's description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True

@@ -1,4 +1,4 @@
-"""Read YAML files, `--set key=value` and flags through one decoder.
+"""Read settings from YAML files, from `--set key=value` and from flags.
 
 A *layer* is a nested dict of the settings from one source. Layers are merged, and the later layer wins: default <
 checkpoint < YAML < `--set` < flag. Every layer is checked the same way.
@@ -24,7 +24,7 @@ from atlas.files import read_limited
 
 Layer = dict[str, Any]
 
-# A hostile file may hold values whose full text would fill the memory (nested aliases).
+# Messages show values only in brief: the full text of a malicious file's values could fill the memory.
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 
@@ -36,7 +36,7 @@ _MOST_SHOWN = 40
 # Exceptions that PyYAML raises for impossible dates, `!!int x`, `!!bool x`, `!!map [x]` and endless nesting.
 _YAML_ESCAPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Keys in the section where the FAQ has them → the settings that they mean.
+# Keys in the section in which the FAQ shows them → the settings that these keys set.
 ALSO_ACCEPTED = {"training.keep_checkpoints": "checkpoint.keep_checkpoints"}
 
 
@@ -45,9 +45,9 @@ def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A loader that refuses a key given twice and aliases of aliases. If a key is given twice, PyYAML silently takes
-    the last value. Ten lines of aliases of aliases can expand to more values than any memory holds (`<<` copies
-    them)."""
+    """A YAML loader that rejects duplicate keys and aliases inside anchors. If a key is duplicated, PyYAML silently
+    uses the last value. Ten lines of aliases of aliases can expand to more values than any memory holds, because the
+    merge key `<<` copies values."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -61,7 +61,7 @@ class _StrictLoader(yaml.SafeLoader):
                 problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
                 raise _refusal(problem, event)
             return super().compose_node(parent, index)
-        if self._depth == _DEEPEST:  # PyYAML needs quadratic time for deep nesting
+        if self._depth == _DEEPEST:  # PyYAML's time grows with the square of the depth
             raise _refusal(f"nested deeper than {_DEEPEST} levels", event)
         anchored = getattr(event, "anchor", None) is not None
         self._anchors_open += anchored
@@ -73,7 +73,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if abs(number) >= 2**64:  # Python refuses to print a number of 5,000 digits
+        if abs(number) >= 2**64:  # Python cannot print a number of 5,000 digits
             raise _refusal("a whole number beyond 2^64 is no setting", node)
         return number
 
@@ -116,8 +116,8 @@ def read_yaml(path: str | Path) -> Layer:
 
 
 def read_sections(path: str | Path) -> dict[Any, Any]:
-    """Return the keys of a config file of any version of Atlas. Raises `ConfigError` if the file is missing or
-    malformed."""
+    """Return the content of a config file from any version of Atlas, without checking the keys. Raises `ConfigError` if
+    the file is missing or malformed."""
     path = Path(path)
     try:
         text = read_limited(path, limit=LARGEST_FILE).decode("utf-8-sig")
@@ -137,7 +137,8 @@ def read_sections(path: str | Path) -> dict[Any, Any]:
 
 
 def parse_overrides(assignments: Iterable[str]) -> Layer:
-    """The layer of `--set training.learning_rate=1e-4 --set …`."""
+    """Return the layer of `--set` assignments such as `training.learning_rate=1e-4`. Raises `ConfigError` for an
+    invalid assignment."""
     layer: Layer = {}
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
@@ -148,7 +149,7 @@ def parse_overrides(assignments: Iterable[str]) -> Layer:
 
 
 def nested(dotted: str, value: Any) -> Layer:
-    """`nested("a.b", 1)` is `{"a": {"b": 1}}`."""
+    """Return a dotted key and its value as a layer: `nested("a.b", 1)` is `{"a": {"b": 1}}`."""
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -164,7 +165,7 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Layer:
 
 
 def resolve(*layers: Mapping[str, Any]) -> AtlasConfig:
-    """Merge the layers, lowest precedence first, into a config. Raises `ConfigError` for wrong values."""
+    """Merge the layers, lowest precedence first, into a config. Raises `ConfigError` for invalid values."""
     try:
         return AtlasConfig.model_validate(functools.reduce(overlay, layers, Layer()))
     except ValidationError as error:
@@ -183,7 +184,7 @@ def _problem(detail: Any) -> str:
 
 
 def fields(section: type[Section] = AtlasConfig, prefix: str = "") -> dict[str, Any]:
-    """Every setting, as dotted key → pydantic's field."""
+    """Return dotted key → pydantic's field, for every setting."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
@@ -200,19 +201,19 @@ _KNOWN_PARTS = {part for key in _FIELDS for part in key.split(".")}
 
 
 def describe(dotted: str) -> str:
-    """The description of one setting, for `--help`."""
+    """Return the description of one setting, for `--help`."""
     return " ".join(str(_FIELDS[dotted].description).split())
 
 
 def check_keys(values: Mapping[Any, Any], origin: str) -> Layer:
     """Return `values` as a layer. Raises `ConfigError` for unknown settings. The message names each unknown setting and
-    the one that was probably meant."""
+    the setting that was probably meant."""
     layer: Layer = {}
     unknown: list[str] = []
     wrong: list[str] = []
     for name, value in values.items():
         if name in _SECTIONS and value is None:
-            continue  # a section with every line commented out
+            continue  # a section in which every line is a comment
         if name in _SECTIONS and not isinstance(value, Mapping):
             wrong.append(f"{name}: is a section with keys of its own, not {_BRIEF.repr(value)}")
         elif name in _SECTIONS or (name in OLD_SECTIONS and isinstance(value, Mapping) and value):

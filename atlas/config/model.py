@@ -1,4 +1,4 @@
-"""The shape of the network, and the llama.cpp architecture that computes it."""
+"""The shape of the network, and the llama.cpp architecture that computes this network."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from pydantic import Field, model_validator
 from atlas.config.fields import Float, Int, Section
 
 MAX_PARAMETERS = 10**13
-"""The most parameters of a model. The weights of such a model alone need 40 TB."""
+"""The largest number of parameters that a model may have. In fp32, the weights of such a model need 40 TB."""
 VOCAB_MULTIPLE = 64
 """The number of embedding rows is padded to a multiple of `VOCAB_MULTIPLE`; the padding rows are zero and stay zero."""
 FLEX_HEAD_SIZE = 16
-"""The narrowest head that FlexAttention's CUDA kernel supports."""
+"""The smallest width of a head that FlexAttention's CUDA kernel supports."""
 _ROPE_THETA = 10_000.0
 
 _SIZES = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "vocab_size"}
 _EVERY_VALUE = _SIZES | {"max_seq_len", "rope_theta", "norm_eps", "dropout", "bias", "tie_embeddings", "init"}
-"""Fields that llama.cpp's architectures compute at every value, or that change only how a model is trained."""
+"""Fields whose value never prevents an export: llama.cpp supports every value, or the field changes only the
+training."""
 _LEARNED = {"position": ("learned",), "norm": ("layernorm",), "mlp": ("gelu", "gelu_exact")}
 _ROTATED = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,)}
 _ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {**_LEARNED, "qk_norm": (False,)},  # llama.cpp computes gelu_exact by the tanh form
+    "gpt2": {**_LEARNED, "qk_norm": (False,)},  # for gelu_exact, llama.cpp computes the tanh form
     "llama": {**_ROTATED, "qk_norm": (False,)},
     "qwen3": {**_ROTATED, "qk_norm": (True,)},
 }
-"""The architectures of llama.cpp to which a model can be exported, each with the values that it computes, by field. A
-field that neither this table nor `_EVERY_VALUE` names makes the model train-only, at any value."""
+"""Architecture of llama.cpp → field → the values that the architecture supports. If a field is neither in this table
+nor in `_EVERY_VALUE`, no model can be exported."""
 
 
 class ModelConfig(Section):
@@ -44,8 +45,8 @@ class ModelConfig(Section):
     head_dim: Int | None = Field(None, ge=1, le=2**24)
     """Width of a head. Default: hidden_size / num_heads."""
     mlp_size: Int | None = Field(None, ge=1, le=2**26)
-    """Width inside the MLP. Default: 4 × hidden_size for gelu; for swiglu, which has a third matrix, 8/3 × hidden_size,
-    rounded up to a multiple of 64."""
+    """Width inside the MLP. Default for gelu: 4 × hidden_size. Default for swiglu, which has a third matrix: 8/3 ×
+    hidden_size, rounded up to a multiple of 64."""
     vocab_size: Int | None = Field(None, ge=1, le=2**24)
     """Tokens in the vocabulary. Default: the vocabulary size of the dataset's tokenizer."""
     max_seq_len: Int = Field(1024, ge=1, le=2**32)
@@ -57,21 +58,23 @@ class ModelConfig(Section):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Norm before attention and MLP."""
     norm_eps: Float = Field(1e-5, gt=0, lt=1)
-    """ε, added to the variance or the mean square in a norm."""
+    """ε, which a norm adds to the variance or the mean square."""
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
     """Activation of the MLP. gelu: GELU's tanh form, as in GPT-2. gelu_exact: exact GELU, as in Atlas 1.x; llama.cpp
     computes the tanh form instead. swiglu: values multiplied by a gate, as in Llama."""
     qk_norm: bool = False
     """RMS norms of queries and keys, per head."""
     dropout: Float = Field(0.0, ge=0, lt=1)
-    """Dropout after embeddings, attention and MLP during training."""
+    """Dropout probability during training, for the embeddings, the attention weights, and the outputs of attention and
+    MLP."""
     bias: bool = True
     """Biases in linear layers and layer norms, as in GPT-2."""
     tie_embeddings: bool = True
-    """The output head shares the token embedding's weights."""
+    """The LM head shares the token embedding's weights."""
     init: Literal["gpt2", "scaled"] = "gpt2"
-    """Initial weights. gpt2: one standard deviation for all weights. scaled: in the blocks, a standard deviation that
-    falls with the width, and zero for the projections that write to the residual stream."""
+    """Initial weights. gpt2: a standard deviation of 0.02, and less for the projections that write to the residual
+    stream. scaled: in the blocks, a standard deviation that falls with the width, and zero for the projections that
+    write to the residual stream."""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ModelConfig:
@@ -136,7 +139,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Number of rows of the embedding and of the output head, including the padding rows."""
+        """Number of rows of the embedding and of the LM head, including the padding rows."""
         return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -147,14 +150,14 @@ class ModelConfig(Section):
 
     @property
     def gguf_architecture(self) -> str | None:
-        """The llama.cpp architecture that computes this model, if there is one."""
+        """The llama.cpp architecture that computes this model, or None if no architecture does."""
         if self._unknown_fields:
             return None
         return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
 
     @property
     def train_only(self) -> str | None:
-        """Why the model cannot be exported, and what to change; None if it can."""
+        """Why the model cannot be exported, and what to change, or None if the model can be exported."""
         if unknown := self._unknown_fields:
             return f"the table of llama.cpp's architectures does not name model.{unknown[0]}: remove this setting"
         if self.gguf_architecture:
@@ -171,10 +174,11 @@ class ModelConfig(Section):
         return [name for name in type(self).model_fields if name not in named]
 
     def _changes_for(self, architecture: str) -> dict[str, Any]:
-        """The settings that differ from a llama.cpp architecture, with the values that it needs."""
+        """Return setting → the value that `architecture` needs, for each setting that the architecture does not
+        support."""
         computed = _ARCHITECTURES[architecture]
         changes = {name: values[0] for name, values in computed.items() if getattr(self, name) not in values}
-        if architecture == "gpt2":  # in gpt2 the heads together are as wide as the model
+        if architecture == "gpt2":  # in gpt2, all heads together are as wide as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads
             if self.head_size * self.num_heads != self.hidden_size:

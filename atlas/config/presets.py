@@ -29,7 +29,8 @@ def preset_path(name: str) -> Path:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """Return the file that `--config` names by its path or as a preset. Raises `ConfigError` if there is neither."""
+    """Return the file that `--config` names, by its path or as a preset. Raises `ConfigError` if there is no such file
+    or preset."""
     path = Path(name_or_path)
     if path.is_file():
         return path

@@ -46,14 +46,14 @@ def schema() -> dict[str, Any]:
 
 
 def _properties() -> dict[str, Any]:
-    """Return the sections and the settings outside of them, as pydantic describes them."""
+    """Return the JSON schemas of the sections, and of the settings outside the sections, as pydantic generates them."""
     generated = AtlasConfig.model_json_schema()
     return {name: _inlined(entry, generated["$defs"]) for name, entry in generated["properties"].items()}
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """Return `node` without references and titles, and with JSON Schema's names for limits. (Inside a union pydantic
-    keeps its own names.)"""
+    """Return `node` with references resolved, without titles, and with JSON Schema's names for limits. Inside a union,
+    pydantic uses its own names for limits, such as `ge`."""
     if isinstance(node, list):
         return [_inlined(entry, definitions) for entry in node]
     if isinstance(node, str):
@@ -71,7 +71,7 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _also_as_text(entry: dict[str, Any]) -> dict[str, Any]:
-    """Accept numbers in the spellings that YAML reads as text, and empty sections."""
+    """Return the schema `entry`, extended so that it accepts empty sections and the numbers that YAML reads as text."""
     if "properties" in entry:
         inside = {name: _also_as_text(property_) for name, property_ in entry["properties"].items()}
         return {**entry, "type": ["object", "null"], "properties": inside}
@@ -83,7 +83,7 @@ def _also_as_text(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def page() -> str:
-    """Return the text of docs/CONFIG.md: its present introduction, and new tables."""
+    """Return the text of docs/CONFIG.md: the existing introduction, and regenerated tables."""
     introduction, mark, _ = (_DOCS / "CONFIG.md").read_text(encoding="utf-8").partition(_GENERATED)
     properties = _properties()
     sections = {name: entry for name, entry in properties.items() if "properties" in entry}
@@ -91,7 +91,7 @@ def page() -> str:
     parts = [introduction + mark, _section("Above the sections", "", above)]
     for name, entry in sections.items():
         parts.append(_section(f"`{name}`", entry["description"], entry["properties"]))
-    parts += [f"`{written}` is understood as `{home}`.\n" for written, home in ALSO_ACCEPTED.items()]
+    parts += [f"`{written}` has the same meaning as `{home}`.\n" for written, home in ALSO_ACCEPTED.items()]
     return "\n".join(parts)
 
 

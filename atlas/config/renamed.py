@@ -1,7 +1,7 @@
 """Settings of Atlas 1.x, nanoGPT and other programs, and the settings of Atlas that replace them.
 
-Names with almost the same spelling are not listed: `loader.py` finds them by similarity. `docs/MIGRATING.md` has the
-same tables.
+Names that are almost spelled like the new name are not listed: `loader.py` finds such names by similarity.
+`docs/MIGRATING.md` has the same tables.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ VALUES = {
     "use_amp": "auto, fp32, bf16, bf16-true or fp16",
     "mixed_precision": "auto, fp32, bf16, bf16-true or fp16",
     "eval_steps": "in sequences: eval_steps × batch_size",
-    "save_optimizer_state": "slim_old: true removes it from older checkpoints",
+    "save_optimizer_state": "slim_old: true removes the state from older checkpoints",
 }
-"""Keys whose values differ too → the value to write."""
+"""Keys whose values differ as well → a hint about the new value."""
 
 REMOVED = {
     "momentum": "Atlas has no SGD, and training.beta1 is AdamW's momentum",
     "prefetch_factor": "Atlas reads batches ahead by itself (data.num_workers)",
-    "pin_memory": "Atlas does so by itself on a GPU",
+    "pin_memory": "Atlas pins memory by itself on a GPU",
     "log_dir": "training.log and metrics.jsonl are in checkpoint.output_dir",
     "log_gradients": "Atlas logs the gradient norm to metrics.jsonl by itself",
-    "log_model_structure": "atlas info CONFIG prints it",
+    "log_model_structure": "atlas info CONFIG prints the structure",
     "data.max_seq_len": "model.max_seq_len applies to the data, too",
     "logging": "its keys are now in training and checkpoint",
     "inference": "these are options of atlas generate, such as --max-tokens and --temperature",
 }
-"""The last part of a key, a section, or a full key → why to remove it."""
+"""The last part of a key, a section, or a full key → the reason to remove it."""
 
 OLD_SECTIONS = {"logging"}
 """Sections of Atlas 1.x that Atlas does not have. Each key of such a section gets its own hint."""

@@ -90,7 +90,7 @@ def test_all_unknown_keys_of_a_file_are_named_in_one_line(
         "4 × hidden_size)",
         "unknown setting training.max_grad_norm: it is training.grad_clip here",
         "unknown setting training.use_amp: it is training.precision here (auto, fp32, bf16, bf16-true or fp16)",
-        "unknown setting data.pin_memory: remove it: Atlas does so by itself on a GPU",
+        "unknown setting data.pin_memory: remove it: Atlas pins memory by itself on a GPU",
         "logging.log_interval is not a setting here",
         "write it as training.log_interval",
         "unknown setting inference: remove it: these are options of atlas generate, such as --max-tokens and "
