@@ -94,13 +94,9 @@ def explain(error: BaseException) -> str | None:
     place = f" (in {own[-1].relative_to(_PACKAGE.parent).as_posix()})" if own else ""
     if isinstance(error, MemoryError):
         detail = f": {error}" if str(error) else ""
-        return (
-            f"out of memory{place}{detail}; give a smaller file or model, or use a machine with more memory"
-        )
+        return f"out of memory{place}{detail}; use a smaller file or model, or a machine with more memory"
     if isinstance(error, RecursionError) and frames and len(own) < _DEEPEST_CALL:
-        return (
-            f"a file that was given is nested too deeply{place}: {error}; check the files and simplify them"
-        )
+        return f"an input file is nested too deeply{place}: {error}; check the files and simplify them"
     if isinstance(error, OSError):
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
         if name is not None and not Path(name).absolute().is_relative_to(_PACKAGE):
@@ -108,5 +104,5 @@ def explain(error: BaseException) -> str | None:
                 f"{name:.200}: {error.strerror or error}{place}; check the path, its permissions and the disk"
             )
         if name is None and error.errno in _FAULTS_OF_A_DISK:
-            return f"a disk fails: {error.strerror}{place}; free some space, or check the disk"
+            return f"disk error: {error.strerror}{place}; free some space, or check the disk"
     return None

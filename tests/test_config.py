@@ -191,7 +191,7 @@ def test_overrides_speak_yaml_and_the_last_of_one_key_wins() -> None:
             "config.yaml: keep_checkpoints is given twice, as 2 and 3",
         ),
         ("model: 12", "config.yaml: model: is a section with keys of its own, not 12"),
-        ("- model", "config.yaml: a config is a list of sections such as `model:`, not list"),
+        ("- model", "config.yaml: must contain sections such as `model:`; its content is of type list"),
         ("model: {", "config.yaml line 1: expected the node content, but found '<stream end>'"),
         ("training: {batch_size: -5}", "training.batch_size: -5: must be greater than or equal to 1"),
         ("training: {micro_batch_size: 0}", "training.micro_batch_size: 0: must be at least 1, or auto"),

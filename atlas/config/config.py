@@ -58,7 +58,7 @@ class DataConfig(Section):
     """If a sequence holds several documents, keep attention inside each document, and restart positions in each
     document. Default: true for conversations, else false."""
     num_workers: Int = Field(1, ge=0)
-    """Threads that read batches ahead. With 0, the training thread reads the batches."""
+    """Number of threads that read batches ahead of training. With 0, the training thread reads the batches."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -73,7 +73,7 @@ class TrainingConfig(Section):
     """Optimization, logging and evaluation."""
 
     batch_size: Int = Field(8, ge=1)
-    """Sequences per accumulation step."""
+    """Number of sequences per accumulation step."""
     gradient_accumulation_steps: Int = Field(1, ge=1)
     """An update uses batch_size × gradient_accumulation_steps sequences."""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], BeforeValidator(count_or_auto)] = "auto"
@@ -151,7 +151,7 @@ class TrainingConfig(Section):
 
     @property
     def sequences_at_once(self) -> int:
-        """Number of sequences per forward pass. If memory runs out, Atlas uses fewer."""
+        """Number of sequences per forward pass. If memory runs out, Atlas uses fewer sequences."""
         asked = self.micro_batch_size
         return self.batch_size if asked == "auto" else min(asked, self.sequences_per_update)
 
@@ -199,7 +199,7 @@ class GuardConfig(Section):
     max_bad_steps: Int = Field(5, ge=1)
     """After this many updates in a row whose loss or gradient was not finite, the run rolls back to the last save."""
     spikes: Annotated[Literal["off", "skip", "rollback"], BeforeValidator(off_on)] = "off"
-    """Reaction to an update whose loss or gradient norm is far above those of the last 128 updates. off: none. skip:
+    """Reaction to an update whose loss or gradient norm is far above the mean of the last 128 updates. off: none. skip:
     skip the update. rollback: roll back to the last save."""
     spike_z_score: Float = Field(6.0, gt=0)
     """An update is a spike if its loss or gradient norm is more than this number of standard deviations above the mean
@@ -210,7 +210,7 @@ class GuardConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Experiment tracking besides training.log and metrics.jsonl, and sample texts during training."""
+    """Experiment tracking in addition to training.log and metrics.jsonl, and sample texts during training."""
 
     tensorboard: bool = False
     """Write TensorBoard's event files to tensorboard/ in the output folder as well."""

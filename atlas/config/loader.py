@@ -58,7 +58,7 @@ class _StrictLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             self._aliases += 1
             if self._anchors_open or self._aliases > _MOST_ALIASES:
-                problem = f"aliases within anchors, or more than {_MOST_ALIASES}, are not read; write the values out"
+                problem = f"aliases within anchors, or over {_MOST_ALIASES} aliases, are not read; write the values out"
                 raise _refusal(problem, event)
             return super().compose_node(parent, index)
         if self._depth == _DEEPEST:  # PyYAML's time grows with the square of the depth
@@ -74,7 +74,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
         if abs(number) >= 2**64:  # Python cannot print a number of 5,000 digits
-            raise _refusal("a whole number beyond 2^64 is no setting", node)
+            raise _refusal("a whole number beyond 2^64 is not a valid value", node)
         return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -104,7 +104,7 @@ def _decode_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{place}: {problem!s:.200}") from None
     except _YAML_ESCAPES as error:
         reason = (
-            error if isinstance(error, ValueError) else "a value its tag does not allow, or too deep nesting"
+            error if isinstance(error, ValueError) else "a value that its tag does not allow, or deep nesting"
         )
         raise ConfigError(f"{origin}: not valid YAML: {reason!s:.200}") from None
 
@@ -131,7 +131,7 @@ def read_sections(path: str | Path) -> dict[Any, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: a config is a list of sections such as `model:`, not {type(values).__name__}"
+            f"{path}: must contain sections such as `model:`; its content is of type {type(values).__name__}"
         )
     return values
 
@@ -178,7 +178,7 @@ def _problem(detail: Any) -> str:
     place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
-        return f"{place}: {message}"  # the message of a rule over several fields names the values itself
+        return f"{place}: {message}"  # a rule over several fields names the values in its message
     message = message.replace("Input should be", "must be")
     return f"{place}: {_BRIEF.repr(detail['input'])}: {message}"
 

@@ -48,8 +48,8 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def leaves_batch_size_open(config: str | Path | None, written: Layer) -> bool:
-    """Return whether the user set no `training.batch_size`, neither in `written` nor in the file that `--config` names.
-    A preset's value does not count."""
+    """Return True if the user did not set `training.batch_size`, neither in the layer `written` nor in the file that
+    `--config` names. A preset's value does not count."""
     path = None if config is None else find_config(config)
     is_own = path is not None and path.resolve() not in {preset_path(name).resolve() for name in _NAMES}
     own = read_yaml(path) if path and is_own else {}

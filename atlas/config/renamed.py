@@ -1,6 +1,6 @@
 """Settings of Atlas 1.x, nanoGPT and other programs, and the settings of Atlas that replace them.
 
-Names that are almost spelled like the new name are not listed: `loader.py` finds such names by similarity.
+Old names that are similar to the new name are not listed: `loader.py` finds such names by their spelling.
 `docs/MIGRATING.md` has the same tables.
 """
 
@@ -47,7 +47,7 @@ _ELSEWHERE = {
 RENAMED = FIRST_ATLAS | _ELSEWHERE
 
 VALUES = {
-    "activation": "gelu_exact computes what gelu did in Atlas 1.x",
+    "activation": "gelu_exact computes what gelu computed in Atlas 1.x",
     "mlp_ratio": "hidden_size × mlp_ratio, by default 4 × hidden_size",
     "attention_dropout": "one value for embeddings, attention and MLP",
     "optimizer_type": "adamw, adamw8bit, muon or adafactor",

@@ -1,6 +1,6 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T new tokens, S earlier and new tokens, H query heads, K key and value heads, D head_dim, C
+Shapes: B batch, T new tokens, S earlier and new tokens together, H query heads, K key and value heads, D head_dim, C
 hidden_size.
 """
 

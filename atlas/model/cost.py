@@ -276,7 +276,7 @@ class _Recorder(TorchFunctionMode):
         self.saved = self.outside
         self.inputs: dict[int, int] = {}
         self.outputs: dict[int, int] = {}
-        """Storage → bytes, for the outputs of the block's matrix products. `inputs` is the same for their inputs."""
+        """Storage → bytes: `inputs` for the inputs of the block's matrix products, and `outputs` for their outputs."""
         self.of_attention: dict[int, int] = {}
         """Storage → bytes, for attention's output and logsumexp."""
         self.masks: dict[int, int] = {}

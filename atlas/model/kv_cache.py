@@ -33,7 +33,7 @@ class KVCache:
     """Preallocated keys and values, with one length per row.
 
     `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` has shape (B,). B is the
-    number of rows in use: `batch_size`, until `truncate`, `append` or `remove` changes it.
+    number of rows in use. At first, B is `batch_size`. `truncate`, `append` and `remove` change B.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class KVCache:
         """Return the mask (B, 1, T, S) bool: to which of the first S slots each query at `positions` (B, T) attends.
 
         Return None if attention needs no mask, since attention without a mask is faster. No mask is needed for a single
-        query that attends to every slot. No mask is needed for an empty cache either, because attention is then causal.
+        query that attends to every slot. No mask is needed for an empty cache either, because causal attention is then
+        enough.
         """
         if self._even and (positions.shape[1] == 1 or self.longest == 0):
             return None

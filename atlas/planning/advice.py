@@ -50,7 +50,8 @@ class Advice:
 
 
 def advise(num_tokens: int, *, vocab_size: int) -> list[Advice]:
-    """Compare every preset, smallest first, with a text of `num_tokens` tokens. Every model gets `vocab_size`."""
+    """Compare every preset, smallest first, with a text of `num_tokens` tokens. Every model gets the vocabulary size
+    `vocab_size`."""
     models = {name: resolve(read_yaml(preset_path(name))).model for name in preset_names()}
     return [
         advise_on(model.model_copy(update={"vocab_size": vocab_size}), num_tokens, name=name)

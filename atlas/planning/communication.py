@@ -6,7 +6,7 @@ and again before its backward pass. In each micro-batch, `fsdp` gathers the weig
 head) once, and reduce-scatters all gradients. If several groups of `shard_size` ranks each hold a model, the last
 micro-batch also all-reduces the gradient shards over the groups. Weights and gradients are sent in the weights'
 precision. All communication uses rings (Patarasuk & Yuan 2009). For an all-gather or a reduce-scatter, each of S ranks
-sends (S-1)/S of the bytes. For an all-reduce, each rank sends twice as many.
+sends (S-1)/S of the bytes. For an all-reduce, each rank sends twice as many bytes.
 
 Computation never hides the root's communication: the root's weights are needed first, and its gradients are ready last.
 Computation does not hide Muon's communication either: Muon gathers full matrices after the last backward pass. The time
@@ -73,7 +73,7 @@ class Cluster:
     between: Link | None
     """The link between nodes; None for a single node."""
     is_assumed: bool = False
-    """Whether the links are the defaults, because the user named none."""
+    """Whether the links are the defaults, because the user named no link."""
 
     @property
     def ranks(self) -> int:
@@ -168,7 +168,7 @@ class Sizes:
     embedding_gradients: int
     """The part of `root_gradients` that the backward pass computes last: the embeddings' gradients."""
     gathered: int
-    """The fp32 matrices of momentum that Muon gathers in full before its step; 0 for other optimizers."""
+    """The fp32 momentum matrices that Muon gathers in full before its step; 0 for other optimizers."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ sys.exit(why_not_compile(torch.device(sys.argv[1])))
 @dataclass(frozen=True)
 class Effort:
     """The size and duration of the measurements. The defaults give reliable results on a user's machine. Tests use
-    less."""
+    smaller values."""
 
     seconds: float = 0.5  # per measured rate
     matrix_size: int | None = None  # None: large enough to keep the device busy
@@ -82,7 +82,7 @@ class Effort:
 
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
-    """Return optional extra of `atlas-llm` → required package → installed version, or None if the package is
+    """Return a dict: optional extra of `atlas-llm` → required package → installed version, or None if the package is
     missing."""
     required: list[str] = []
     with suppress(importlib.metadata.PackageNotFoundError):  # Atlas runs without installation
@@ -119,7 +119,7 @@ def check_step(runtime: Runtime, loss_of: LossOf, *, seconds: float) -> dict[str
 
     Returns the relative errors of loss and gradient, their `bound`, whether no error exceeds the bound (`right`), and
     the seconds of the fastest step. The step is repeated for about `seconds`. The gradients of all parameters form one
-    vector g. Its error is ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the relative error of the gradient norm. Raises
+    vector g. The error of g is ‖g − g₆₄‖ / ‖g₆₄‖, which is at least the relative error of the gradient norm. Raises
     `RuntimeError` if the device cannot compute the step.
     """
     device, dtype, scale = runtime.device, runtime.dtype, runtime.grad_scaler().get_scale()
@@ -160,8 +160,7 @@ def _gradient(model: AtlasLM) -> Tensor:
 
 
 def working_attention(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
-    """Return the name of each attention kernel of PyTorch → whether the kernel works on this device, forward and
-    backward."""
+    """Return a dict: attention kernel of PyTorch → whether the kernel works on this device, forward and backward."""
     works = dict.fromkeys(_BACKENDS, False)
     for name, backend in _BACKENDS.items():
         if device.type == "mps" and name != "math":
@@ -207,9 +206,9 @@ def time_attention(device: torch.device, dtype: torch.dtype, *, seconds: float) 
 def try_compile(device: torch.device, *, seconds: float) -> dict[str, Any]:
     """Compile a small function with `torch.compile` in a separate process, for at most `seconds`.
 
-    Returns the `seconds` of the attempt, and the `reason` why it failed. The `reason` is None if the attempt succeeded.
-    The process uses a new cache folder, which is deleted afterwards: an older cache would hide that the compiler is
-    missing.
+    Returns the `seconds` of the attempt, and the `reason` why the attempt failed. The `reason` is None if the attempt
+    succeeded. The process uses a new cache folder, which is deleted afterwards: an older cache would hide that the
+    compiler is missing.
     """
     start, reason = time.perf_counter(), None
     with tempfile.TemporaryDirectory(prefix="atlas-doctor-", ignore_cleanup_errors=True) as folder:

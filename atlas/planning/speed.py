@@ -103,12 +103,12 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
 def _block_bytes(config: AtlasConfig) -> tuple[float, float]:
     """Return the memory traffic of a block in bytes per token: forward, and backward. Matrix products are not included.
 
-    The residual stream has 4 bytes per number, and the inputs and outputs of matrix products have 2. In a compiled
-    block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm; 12 · C for the
-    residual sum with the second norm; 2 · (U + M) for the activation; 10 · C for the last residual sum. Backward: 6 · C
-    for rounding the incoming gradient; 4 · U + 2 · M for the activation; 18 · C and 14 · C for the norms with residual
-    sums; 4 · W for joining the gradients of q, k and v. RoPE and the norms of queries and keys read and write q, k and
-    v once more. A dropout mask has one byte per number.
+    The residual stream has 4 bytes per number, and the inputs and outputs of matrix products have 2 bytes. In a
+    compiled block, each item of the following lists is one kernel. Forward: 6 · C bytes for the first norm; 12 · C for
+    the residual sum with the second norm; 2 · (U + M) for the activation; 10 · C for the last residual sum. Backward: 6
+    · C for rounding the incoming gradient; 4 · U + 2 · M for the activation; 18 · C and 14 · C for the norms with
+    residual sums; 4 · W for joining the gradients of q, k and v. RoPE and the norms of queries and keys read and write
+    q, k and v once more. A dropout mask has one byte per number.
 
     Symbols: C hidden_size, M mlp_width, U outputs of `up`, W width of q, k and v.
     """

@@ -85,7 +85,7 @@ def test_all_unknown_keys_of_a_file_are_named_in_one_line(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.removeprefix(f"error: {config}: ").rstrip().split("; ") == [
-        "unknown setting model.activation: it is model.mlp here (gelu_exact computes what gelu did in Atlas 1.x)",
+        "unknown setting model.activation: it is model.mlp here (gelu_exact computes what gelu computed in Atlas 1.x)",
         "unknown setting model.mlp_ratio: it is model.mlp_size here (hidden_size × mlp_ratio, by default "
         "4 × hidden_size)",
         "unknown setting training.max_grad_norm: it is training.grad_clip here",
