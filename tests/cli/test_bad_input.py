@@ -364,7 +364,7 @@ MISTAKES = {
         "--config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
         "--config indivisible.yaml": "hidden_size 16 is not divisible by num_heads 3 … use hidden_size 15 or 18",
         "--config small.yaml --memory much": "--memory much: is not a size; write it as 8GB",
-        "--gpu abacus": "--gpu abacus: is not a known card; give its memory … RTX 3060",
+        "--gpu abacus": "--gpu abacus: is not a known card; give the card's memory … RTX 3060",
         "--gpu 'RTX 306O'": "--gpu RTX 306O: is not a known card; did you mean RTX 3060 … --memory",
         "--gpu 'RTX 3060 8GB'": "RTX 3060 8GB … that card has 12 GB; leave the size out … --memory",
         "--gpu T4 --set training.precision=bf16": "bf16: the T4 does not compute in bf16; use fp16 or auto",
