@@ -102,11 +102,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut off": (
         lambda path: path.write_bytes(path.read_bytes()[:-9]),
-        "is not the file that was saved (atlas_step_6.json does not describe its ",
+        "is not the file that was saved (atlas_step_6.json does not describe a file of ",
     ),
     "empty sidecar": (
         lambda path: path.with_suffix(".json").write_text(""),
-        "is not the file that was saved (atlas_step_6.json does not describe its ",
+        "is not the file that was saved (atlas_step_6.json does not describe a file of ",
     ),
     "flipped, no sidecar": (
         lambda path: (flip(path), path.with_suffix(".json").unlink()),

@@ -411,7 +411,7 @@ def test_everywhere_else_an_old_checkpoint_is_recognised(
     assert main(["info", "checkpoints"]) == 0
     assert "of the first Atlas (1.x): atlas import" in capsys.readouterr().out
     assert main(["train", "--config", "nano", "--train-data", "text.txt"]) == 2
-    assert "is of the first Atlas (1.x), which atlas import converts" in capsys.readouterr().err
+    assert "is a checkpoint of the first Atlas (1.x), which atlas import converts" in capsys.readouterr().err
 
 
 def broken(contents: dict[str, Any], what: str) -> dict[str, Any]:
@@ -458,7 +458,7 @@ def broken(contents: dict[str, Any], what: str) -> dict[str, Any]:
             "has 1,000 tokens, and tokenizer gpt2 has 50,257: name the right one with --tokenizer",
         ),
         ("not old", "is no checkpoint of Atlas 1.x: give a checkpoint of Atlas 1.x, or a folder"),
-        ("code", "refused without running it (it holds io.open)"),
+        ("code", "refused without running it (it imports io.open)"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(

@@ -343,9 +343,9 @@ def forged(program: bytes, method: int = zipfile.ZIP_STORED) -> Callable[[Path],
 
 REFUSED = "refused without running it"
 PROGRAMS = {
-    "code": (call("posix", "system", short("touch exploded")), "it holds posix.system"),
-    "64 GB by bytearray": (call("builtins", "bytearray", number(2**36)), "it holds builtins.bytearray"),
-    "256 GB by torch.Tensor": (call("torch", "Tensor", number(2**36)), "it holds torch.Tensor"),
+    "code": (call("posix", "system", short("touch exploded")), "it imports posix.system"),
+    "64 GB by bytearray": (call("builtins", "bytearray", number(2**36)), "it imports builtins.bytearray"),
+    "256 GB by torch.Tensor": (call("torch", "Tensor", number(2**36)), "it imports torch.Tensor"),
     "storage that is called": (call("torch", "FloatStorage", number(2**40)), "with unexpected arguments"),
     "2^40 numbers over one": (tensor((2**40,), (0,)), "does not fit its storage"),
     "2^60 by 4 dimensions": (tensor((2**15,) * 4, (0,) * 4), "does not fit its storage"),
@@ -359,7 +359,7 @@ PROGRAMS = {
     "record outside the folder": (tensor((1,), (1,), key="../data.pkl"), "is damaged"),
     "meta tensor": (
         call("torch._utils", "_rebuild_meta_tensor_no_storage", name_of("torch", "float32"), number(1)),
-        "it holds torch._utils._rebuild_meta_tensor_no_storage",
+        "it imports torch._utils._rebuild_meta_tensor_no_storage",
     ),
     "sparse tensor": (call("torch._utils", "_rebuild_sparse_tensor", number(1)), "_rebuild_sparse_tensor"),
     "quantized tensor": (call("torch._utils", "_rebuild_qtensor", number(1)), "_rebuild_qtensor"),
@@ -371,14 +371,14 @@ PROGRAMS = {
     "list that holds itself": (b"]q\x00h\x00a", "deeper than 32 levels"),
     "lists of the same list, 10^30 in all": (
         b"]q\x00" + b"".join(b"]q" + bytes([n + 1]) + b"(" + b"h%c" % n * 10 + b"e" for n in range(30)),
-        "values, or some deeper",
+        "values, or nests them deeper",
     ),
     "six million lists": (b"(" + b"]" * 6_000_000 + b"t", "instructions"),
     "no end": (b"]" + b"0", REFUSED),
     "empty stack": (b"R", "it is damaged"),
     "key without hash": (b"}(]Nu", "it is damaged"),
     "a set": (b"\x8f", "the instruction EMPTY_SET"),
-    "an object": (name_of("torch", "Tensor") + b")\x81", "it holds torch.Tensor"),
+    "an object": (name_of("torch", "Tensor") + b")\x81", "it imports torch.Tensor"),
     "extension registry": (b"\x82\x01", "the instruction EXT1"),
     "just a tensor": (tensor((16,), (1,)), "no format_version"),
 }

@@ -112,7 +112,7 @@ def test_with_one_sequence_per_micro_batch_advice_is_listed_in_order(tmp_path: P
             "1. batch_size",
             "2. --set training.gradient_checkpointing=true:",
             "3. --set model.max_seq_len=8",
-            "6. --set training.optimizer=adafactor, a new run: ",
+            "6. --set training.optimizer=adafactor (needs a new run): ",
         )
     ]
     assert places == sorted(places)

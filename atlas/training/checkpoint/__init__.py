@@ -1,4 +1,7 @@
-"""Checkpoints. A kill at any moment leaves the last one intact, and a damaged one is never loaded."""
+"""Save and load checkpoints.
+
+If the process is killed at any moment, the last checkpoint stays intact. Atlas never loads a damaged checkpoint.
+"""
 
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.locate import find_checkpoint

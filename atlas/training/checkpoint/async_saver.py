@@ -1,7 +1,7 @@
-"""Save checkpoints in the background: the training thread copies its state, another thread writes the copy.
+"""Save checkpoints in the background: the training thread copies the state, and another thread writes the copy.
 
-The copy is in main memory (pinned if the state is on a GPU). Each save reuses the same memory, which is allocated once.
-A run that rolls back loads this copy.
+The copy is in main memory, which is pinned if the state is on a GPU. Atlas allocates this memory once, and each save
+reuses it. If the run rolls back, it loads the copy.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from atlas.training.logs.run_log import RunLog
 
 _SLOW_DISK = 100e6  # bytes per second
 _LONG_INTERVAL = 20.0  # seconds between saves
-_LONGEST_PAUSE, _SHORTEST_PAUSE = 8.0, 0.005  # longest: seconds per second of work; shortest: seconds
+_LONGEST_PAUSE, _SHORTEST_PAUSE = 8.0, 0.005  # seconds per second of work; seconds per pause
 
 
 class Snapshot:
-    """A copy, on the CPU, of nested dicts, lists and tensors. Every new copy reuses the same memory."""
+    """A copy of nested dicts, lists and tensors in main memory. Each new copy overwrites the previous copy."""
 
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self._say = say
@@ -39,14 +39,14 @@ class Snapshot:
         self.contents: dict[str, Any] | None = None
 
     def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
-        """Overwrite the last copy with `contents`. Return the new copy when every byte is in main memory."""
+        """Copy `contents` over the previous copy. Wait until every byte is in main memory, and return the new copy."""
         tensors = {(name, tensor.shape, tensor.dtype): tensor for name, tensor in named_tensors(contents)}
         missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
         on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
         self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
         if on_gpu:
-            # One pinned block for the weights at the start of a run; another for the optimizer's state at the first
-            # save.
+            # The tensors that have no buffer yet share one new pinned block. At the start of a run, these are the
+            # weights; at the first save, they are the optimizer's state.
             self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
 
         def copy(name: str, tensor: Tensor) -> Tensor:
@@ -60,28 +60,28 @@ class Snapshot:
 
 
 class Pacer:
-    """Pauses a save between its pieces, so that training on a CPU keeps the cores.
+    """Pauses a save after every few megabytes, so that training on a CPU can use the cores.
 
-    The pauses last up to eight seconds per second of work. They never stretch a save beyond half of the time until the
-    next save is due.
+    The pauses last at most eight seconds per second of work. They stretch a save to at most about half of the time
+    between two saves.
     """
 
     def __init__(self) -> None:
         self.hurry = threading.Event()
-        """Set when training waits for the save. The save then no longer pauses."""
+        """An event that is set when training waits for the save. From then on, the save does not pause."""
         self.is_abandoned = False
         self._work = self._pause = self._debt = 0.0
 
     def begin(self, interval: float, *, num_bytes: int) -> None:
-        """Begin a save of `num_bytes`, `interval` seconds after the previous one. With an interval of 0 the save never
-        pauses."""
-        work = self._work or num_bytes / _SLOW_DISK  # assume the work of the last save
+        """Prepare the pauses of a save of `num_bytes` that begins `interval` seconds after the previous save. If
+        `interval` is 0, the save never pauses."""
+        work = self._work or num_bytes / _SLOW_DISK  # seconds, as in the last save
         self._pause = min(_LONGEST_PAUSE, max(0.0, interval / 2 / work - 1))
         self._work = self._debt = 0.0
         self.hurry.clear()
 
     def __call__(self, seconds: float) -> None:
-        """Count another `seconds` of work and pause if a pause is due. Raises `Abandoned` if the save is abandoned."""
+        """Count `seconds` of work, and pause if a pause is due. Raises `Abandoned` if `is_abandoned` is set."""
         if self.is_abandoned:
             raise Abandoned
         self._work += seconds
@@ -92,15 +92,16 @@ class Pacer:
 
 
 class BackgroundSaver:
-    """Saves checkpoints one at a time. Each is one file, written from a snapshot.
+    """Saves checkpoints, one at a time. Each checkpoint is one file.
 
-    With `in_background` false, `save` writes the state directly and returns when it is on the disk. `log` is flushed to
-    the disk before each save and gets an event after it. A subclass that writes another format overrides `_prepare`.
+    With `in_background`, `save` copies the state, and a thread writes the copy while training continues. Otherwise
+    `save` writes the state directly, and returns when the checkpoint is on the disk. Each save first flushes `log` to
+    the disk, and logs an event afterwards. A subclass that writes another format overrides `_prepare`.
     """
 
     is_sharded = False
-    """Whether each rank writes its own shards. Otherwise the first rank writes everything. With shards, a process that
-    exits does not wait for its save, since the other ranks may have exited."""
+    """Whether each rank writes its own shards. Otherwise the first rank writes everything. With shards, a process can
+    exit during a save, since the save may be waiting for a rank that has exited."""
 
     def __init__(
         self, checkpoints: CheckpointManager, *, in_background: bool, log: RunLog | None = None
@@ -110,7 +111,7 @@ class BackgroundSaver:
         self.written: list[Path] = []
         """The paths that the last finished save wrote."""
         self.seconds = self.stall = 0.0
-        """The seconds that the last save took, and the seconds that training waited for it."""
+        """The seconds that the last save took, and the seconds that training waited for that save."""
         self._log = log
         self._snapshot = Snapshot(checkpoints.say)
         self._pacer = Pacer()
@@ -123,7 +124,8 @@ class BackgroundSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Wait for the save in progress. After a second Ctrl-C, abandon the save; its incomplete file is removed."""
+        """Wait for the save in progress. After a `KeyboardInterrupt` (a second Ctrl-C), abandon that save instead; the
+        save then removes its incomplete file."""
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.join()
         elif self._thread is not None:
@@ -137,12 +139,14 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def keep_snapshot(self, contents: Mapping[str, Any]) -> None:
-        """Keep a copy of the state at the start of a run. Before its first save, the run can roll back to this copy."""
+        """Copy the state if saves are in the background. The run can roll back to the copy until the next save replaces
+        it."""
         if self.in_background:
             self._snapshot.take(contents)
 
     def last_good(self) -> dict[str, Any] | None:
-        """The state to roll back to: that of the last save, or else of the latest intact checkpoint, or None."""
+        """The state to roll back to: the last copy of the state, otherwise the latest intact checkpoint, otherwise
+        None."""
         self.join()
         if self._snapshot.contents is not None:
             return self._snapshot.contents
@@ -150,15 +154,17 @@ class BackgroundSaver:
         return latest and latest[1]
 
     def expected_seconds(self, num_bytes: int) -> float:
-        """The estimated seconds of a save: those of the last save, or else `num_bytes` at the rate of a slow disk."""
+        """The estimated duration of a save in seconds: the duration of the last save. Before the first save, it is the
+        time in which a slow disk writes `num_bytes`."""
         return self.seconds or num_bytes / _SLOW_DISK
 
     def save(self, contents: Mapping[str, Any], kinds: list[str], *, wait: bool) -> None:
-        """Save `contents` under the names of `kinds`.
+        """Save `contents` as a checkpoint of each kind in `kinds`. With `wait`, return when the checkpoints are
+        written.
 
-        If the previous save is still being written, this save waits for it. A regular step save is skipped in that
-        case, and only the first skip is reported. A save of a new best or of the end of an epoch is never skipped,
-        since the same state does not come again.
+        If the previous save is still in progress, this method first waits for that save to end. But if `wait` is false
+        and `kinds` is only `step`, the new save is skipped instead, and only the first skip is reported. A new best or
+        the end of an epoch is never skipped, since the run does not reach the same state again.
         """
         if self._is_busy() and kinds == ["step"] and not wait:
             self._report_skip(contents)
@@ -186,9 +192,9 @@ class BackgroundSaver:
     def _prepare(
         self, contents: Mapping[str, Any], kinds: list[str], interval: float
     ) -> Callable[[], list[Path]] | None:
-        """Return a function that writes the checkpoint and returns its paths, or None if nothing can be saved.
+        """Return a function that writes the checkpoint and returns its paths. Return None if nothing can be saved.
 
-        For a save in the background, `contents` are copied first.
+        If the save is in the background, copy `contents` first.
         """
         if not self.in_background:
             return lambda: self.checkpoints.save(contents, kinds)
@@ -213,11 +219,11 @@ class BackgroundSaver:
             if self._log and self.written:
                 names = [path.name for path in self.written]
                 self._log.event("save", step, names=names, save_seconds=self.seconds)
-        except BaseException as error:  # a bug: `join` raises it in the training thread
+        except BaseException as error:  # a bug in Atlas; `join` raises the error in the training thread
             self._error = error
 
     def join(self) -> None:
-        """Wait for the save in progress. From this call on, the save no longer pauses."""
+        """Wait for the save in progress, which no longer pauses. If that save raised an error, raise the error."""
         self._pacer.hurry.set()
         if self._thread is not None:
             self._thread.join()
@@ -233,17 +239,20 @@ class BackgroundSaver:
         step, size = contents["step"], tensor_bytes(contents)
         seconds = time.perf_counter() - self._began
         self.checkpoints.say(
-            f"step {step}: no checkpoint saved: the previous one is still being written: {size / 1e9:.3f} GB have "
-            f"taken more than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s). If that happens often, "
-            "raise checkpoint.save_interval or set checkpoint.background=false. This is reported once"
+            f"step {step}: no checkpoint saved: the previous checkpoint is still being written: its "
+            f"{size / 1e9:.3f} GB have taken more than {seconds:.1f} s (less than {size / 1e6 / seconds:,.0f} MB/s). "
+            "If this happens often, raise checkpoint.save_interval or set checkpoint.background=false. "
+            "This is reported once"
         )
 
 
 def _yield_the_cores() -> None:
-    """Lower this thread's priority, so that training gets a free core first. Only Linux has a priority per thread.
+    """Lower this thread's priority, so that training gets a free core first. Only on Linux does Python set the priority
+    of a single thread.
 
-    Even a small save then takes seconds, which matters only if the next save is due soon.
+    With the lower priority, even a small save takes seconds. Therefore, a save keeps its priority if the next save is
+    due soon.
     """
     if sys.platform == "linux":
-        with suppress(OSError):  # a container may forbid it; the save still pauses
+        with suppress(OSError):  # a container may forbid this call; the save still pauses
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

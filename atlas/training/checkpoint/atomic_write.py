@@ -1,4 +1,4 @@
-"""Write a checkpoint to a temporary file, hash its bytes meanwhile, and commit the file under its name."""
+"""Write a checkpoint to a temporary file, hash the bytes while writing, and rename the file to its final name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from atlas.training.devices.parallel import map_tensors
 _PIECE = 4 << 20
 
 Pace = Callable[[float], None]
-"""A function that a save calls after every few megabytes, with the seconds that writing them took. It may sleep, so
-that training gets the cores, or raise `Abandoned`, which ends the save."""
+"""A function that a save calls after every few megabytes. Its argument is the seconds that the save took to write these
+megabytes. The function may sleep, so that training gets the cores. It may also raise `Abandoned` to end the save."""
 
 
 class Abandoned(Exception):
-    """A save was ended before it was complete."""
+    """A save ended before it was complete."""
 
 
 def no_pause(seconds: float) -> None:
-    """Do nothing: the save writes as fast as possible."""
+    """Do nothing, so that the save writes as fast as possible."""
 
 
 def tensor_bytes(value: Any) -> int:
@@ -36,15 +36,15 @@ def tensor_bytes(value: Any) -> int:
 
 
 def named_tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dicts and lists, with its name as in `map_tensors`."""
+    """(name, tensor) for every tensor in nested dicts and lists. `map_tensors` defines the names."""
     found: list[tuple[str, torch.Tensor]] = []
     map_tensors(value, lambda name, tensor: found.append((name, tensor)))
     return found
 
 
 def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manifest | None) -> int:
-    """Write `contents` to `path`, and `manifest`, if given, to its sidecar. Return the file's bytes. Raises
-    `OSError`."""
+    """Write `contents` to the file `path`. If there is a `manifest`, write it to the sidecar with the file's new size
+    and sha256. Return the size of the file in bytes. Raises `OSError`."""
     staged = path.with_name(path.name + ".tmp")
     try:
         size, sha256 = write_tensors(staged, contents)
@@ -60,10 +60,10 @@ def replace_checkpoint(path: Path, contents: Mapping[str, Any], manifest: Manife
 
 
 def commit(staged: Path, path: Path, manifest: Manifest) -> None:
-    """Rename the file `staged` to `path` and write its sidecar.
+    """Rename the file `staged` to `path`, and write the sidecar of `path`.
 
-    A kill between any two steps leaves a valid checkpoint. Before the rename, a new sidecar accepts both the new bytes
-    and the old bytes, if there are any.
+    If `path` exists, a kill between any two steps leaves either the old checkpoint or the new one intact. For this, the
+    sidecar accepts both the old bytes and the new bytes until the rename is complete.
     """
     old = read_manifest(path, check_hash=False)
     write_manifest(
@@ -76,7 +76,8 @@ def commit(staged: Path, path: Path, manifest: Manifest) -> None:
 
 
 class _HashingWriter:
-    """A file that computes the sha256 and size of the bytes written to it, so that Atlas need not read them again."""
+    """A writer that computes the sha256 and the size of the bytes while it writes them. So Atlas need not read the file
+    again."""
 
     def __init__(self, file: IO[bytes], pace: Pace) -> None:
         self._file = file
@@ -93,7 +94,7 @@ class _HashingWriter:
                 self._file.write(piece)
                 self.size += len(piece)
                 self._pace(time.perf_counter() - begin)
-        except (OSError, Abandoned) as error:  # torch.save would raise a RuntimeError without the reason
+        except (OSError, Abandoned) as error:  # torch.save raises a RuntimeError without the reason instead
             self.error = error
             raise
         return len(data)
@@ -103,9 +104,10 @@ class _HashingWriter:
 
 
 def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pause) -> tuple[int, str]:
-    """Write `contents` to `path` and flush it to the disk. Return its size and sha256.
+    """Write `contents` to the file `path` and flush the file to the disk. Return the file's size in bytes and its
+    sha256.
 
-    Raises `OSError`, and `Abandoned` if `pace` raises it.
+    Raises `OSError`, or `Abandoned` if `pace` raises `Abandoned`.
     """
     with open(path, "wb") as file:
         writer = _HashingWriter(file, pace)
@@ -121,10 +123,10 @@ def write_tensors(path: Path, contents: Mapping[str, Any], *, pace: Pace = no_pa
 
 
 def copy_file(source: Path, target: Path, *, pace: Pace = no_pause) -> None:
-    """Copy the bytes of a file and flush them to the disk.
+    """Copy the bytes of a file and flush the copy to the disk.
 
-    A hard link would be faster. But then one bad block of the disk would destroy both the best and the latest
-    checkpoint.
+    A hard link would be faster, but both names would then share the same blocks of the disk. One bad block would
+    destroy both the best and the latest checkpoint.
     """
     with open(source, "rb") as reading, open(target, "wb") as writing:
         begin = time.perf_counter()

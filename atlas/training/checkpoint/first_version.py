@@ -1,7 +1,8 @@
-"""Checkpoints of Atlas 1.x, the first implementation: how Atlas recognises them, and the error message for them.
+"""Recognize checkpoints of Atlas 1.x, the first implementation, and build the error message for them.
 
-Such a checkpoint is also a zip of tensors and plain values. But its tensors have other names, it has no
-`format_version`, and the JSON file beside it has no checksums. `atlas/export/import_first_version.py` converts it.
+A checkpoint of Atlas 1.x is also a zip of tensors and plain values. But its tensors have other names, the file has no
+`format_version`, and the JSON file beside it has no checksums. `atlas/export/import_first_version.py` converts such a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,5 +21,5 @@ def is_first_version(contents: Any) -> bool:
 
 
 def refusal(path: Path) -> str:
-    """The error message for a checkpoint of Atlas 1.x, in every command except `atlas import`."""
+    """The error message for a checkpoint of Atlas 1.x. Every command except `atlas import` prints it."""
     return f"{path}: is a checkpoint of the first Atlas (1.x); convert it with: atlas import {path}"

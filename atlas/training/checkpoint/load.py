@@ -1,4 +1,4 @@
-"""Read a checkpoint. Atlas refuses a damaged one and runs no code in it."""
+"""Read a checkpoint. Atlas refuses a damaged checkpoint, and runs no code from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def load_checkpoint(
     remedy: str = _ANOTHER,
     without: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Check a checkpoint's bytes with `compare_bytes` and return its contents, on the CPU. No code in it runs.
+    """Check a checkpoint's bytes with `compare_bytes` and return its contents, with all tensors on the CPU.
 
-    The keys in `without` are left out and need no memory. For example, only training needs the optimizer's state, which
-    with AdamW is two thirds of a checkpoint. `say` gets a note if there is no sidecar, as for a renamed or downloaded
-    file.
+    The result omits the keys in `without`, which then need no memory. For example, only training needs the optimizer's
+    state. With AdamW, this state is two thirds of a checkpoint. `say` gets a note if the checkpoint has no sidecar, for
+    example after a download.
 
-    Raises `CheckpointError`. Its message ends with `remedy`. The default remedy names another checkpoint, if there is
-    one.
+    Raises `CheckpointError`. If the checkpoint is damaged, the message ends with `remedy`. The default remedy also
+    names an intact checkpoint in the same folder, if there is one.
     """
     path = find_checkpoint(path)
     try:
@@ -42,7 +42,7 @@ def load_checkpoint(
     except CheckpointError as error:
         if not str(error).endswith(_ANOTHER):
             raise
-        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # reads all bytes of each candidate
+        raise CheckpointError(f"{error}{_alternatives(path)}") from None  # reads every byte of a candidate
     if manifest is None:
         say(f"{path}: has no sidecar: {how}")
     return contents
@@ -51,11 +51,11 @@ def load_checkpoint(
 def compare_bytes(
     path: Path, *, remedy: str, advance: Callable[[int], None] = lambda done: None
 ) -> tuple[str, Manifest | None]:
-    """Compare a checkpoint's bytes with the sha256 in its sidecar. Without a sidecar, use the CRC-32 checksums in the
-    file.
+    """Compare a checkpoint's bytes with the sha256 in its sidecar. Without a sidecar, compare the bytes of a single
+    file with the CRC-32 checksums in that file; the bytes of shards are not compared.
 
-    Return a phrase that says how the bytes were compared, and the manifest, or None without a sidecar. After each read,
-    `advance` is called with its number of bytes. Raises `CheckpointError` if the bytes differ.
+    Return a phrase that says how the bytes were compared, and the manifest (None without a sidecar). After each read,
+    `advance` is called with the number of bytes read. Raises `CheckpointError` if the bytes differ.
     """
     sidecar, shards = sidecar_of(path), shards_of(path)
     if not sidecar.exists():
@@ -67,23 +67,23 @@ def compare_bytes(
     if manifest := read_manifest(path, check_hash=True, advance=advance):
         return "sha256 as saved", manifest
     refuse_first_version(path)
-    described = "files" if shards else f"{checkpoint_size(path):,} bytes"
-    reason = f"{sidecar.name} does not describe its {described}"
+    described = "these files" if shards else f"a file of {checkpoint_size(path):,} bytes"
+    reason = f"{sidecar.name} does not describe {described}"
     if read_manifest(path, check_hash=False):
         reason = f"damaged: sha256 differs from {sidecar.name}"
     raise CheckpointError(f"{path}: is not the file that was saved ({reason}): {remedy}")
 
 
 def left_in_shards(path: Path) -> tuple[str, ...]:
-    """The keys that a run skips at first when it resumes from `path`: in a sharded checkpoint, the optimizer's state.
-    Each rank reads its own part of that state later, when the rank has an optimizer."""
+    """The keys that a run does not read at first when it resumes from `path`. In a sharded checkpoint, the only such
+    key is the optimizer's state. Each rank reads its own part of that state after the rank has built its optimizer."""
     return ("optimizer_state_dict",) if shards_of(path) else ()
 
 
 def saved_optimizer(
     contents: Mapping[str, Any], source: Path | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The optimizer's state in `contents`. If it was left out (see `left_in_shards`), read this rank's part from
+    """The optimizer's state in `contents`. If `left_in_shards` left this state out, read this rank's part of it from
     `source`."""
     shards = shards_of(source) if source else None
     if "optimizer_state_dict" in contents or shards is None:
@@ -94,7 +94,8 @@ def saved_optimizer(
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint, in one file or in shards. No hash is compared. Raises `CheckpointError`."""
+    """The contents of a checkpoint in one file or in shards. This function compares no sha256. Raises
+    `CheckpointError`."""
     shards = shards_of(path)
     if shards is None:
         return read_plain(path, remedy=remedy, without=without)
@@ -104,10 +105,12 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
-    """Load a checkpoint's weights into `model`. Merge its low-rank updates, unless `model` has low-rank updates.
+    """Load a checkpoint's weights into `model`. If only the checkpoint has low-rank updates (LoRA), merge them into the
+    weights first.
 
-    The weights are copied into the model's memory. A model on the meta device has no memory yet: its weights become the
-    checkpoint's own tensors (in fp32), without a copy. Raises `CheckpointError` if a shape differs.
+    The weights are copied into the model's memory. But a model on the meta device has no memory yet: its weights become
+    the checkpoint's own tensors, which are converted to fp32 if necessary. Raises `CheckpointError` if a name or a
+    shape differs.
     """
     weights = contents["model_state_dict"]
     lora = LoraConfig(**contents["config"].get("lora", {}))

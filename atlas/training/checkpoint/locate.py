@@ -1,4 +1,4 @@
-"""The names of checkpoints: build them, list those in a folder, and find the one that a user means."""
+"""Build the file names of checkpoints, list the checkpoints in a folder, and find the checkpoint that a user names."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ _NAMES = {
     "interrupt": "atlas_interrupt_step_{step}",
     "best": "atlas_best",
 }
-"""The file name of each kind of checkpoint. Checkpoints of one step are listed in this order of kinds."""
+"""The file name of each kind of checkpoint, without `.pt`. `list_checkpoints` lists the checkpoints of one step in this
+order of kinds."""
 
 
 def checkpoint_name(kind: str, contents: Mapping[str, Any]) -> str:
-    """The file name of a checkpoint of this kind, with the step and epoch that `contents` holds."""
+    """The file name of a checkpoint of this kind, with the step and the epoch in `contents`."""
     return f"{_NAMES[kind].format_map(contents)}.pt"
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a checkpoint, by its file name; None if no kind has such a name."""
+    """The kind of a checkpoint, from its file name, or None if the name belongs to no kind."""
     stem = path.name.removesuffix(".pt")
     names = {kind: name.format(step=r"\d+", epoch=r"\d+") for kind, name in _NAMES.items()}
     return next((kind for kind, name in names.items() if re.fullmatch(name, stem)), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The path of the checkpoint that a user means. For a sharded checkpoint, that is the sidecar's path without
+    """The path of the checkpoint that a user names. For a sharded checkpoint, this is the sidecar's path without
     `.json`.
 
-    If there is no file `best_model.pt`, that name means `atlas_best.pt`. The user may omit `.pt`, or write `.json`
-    instead. Raises `CheckpointError` if there is no such checkpoint.
+    If there is no file `best_model.pt`, this name means `atlas_best.pt`. The user may omit `.pt`, or write `.json`
+    instead of `.pt`. Raises `CheckpointError` if there is no such checkpoint.
     """
     path = Path(path)
     if path.suffix == ".json" and path.with_suffix(".pt").is_file():
@@ -64,13 +65,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The paths of all checkpoints in `folder`, intact or not: first the files, then the sharded ones, each sorted."""
+    """The paths of all checkpoints in `folder`, including damaged ones. Checkpoints in one file come first, then
+    sharded checkpoints. Both groups are sorted by path."""
     sharded = (path.with_suffix("") for path in sorted(folder.glob("atlas_*.json")))
     return [*sorted(folder.glob("atlas_*.pt")), *(path for path in sharded if shards_of(path))]
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Manifest, Path]]:
-    """The checkpoints whose sizes match their sidecars. The latest step is first; each step is sorted by kind."""
+    """(manifest, path) of each checkpoint in `folder` whose size matches its sidecar. The latest step comes first;
+    checkpoints of the same step are sorted by kind."""
     order = [*_NAMES]
     pairs = [
         (manifest, path)

@@ -1,4 +1,5 @@
-"""A lock on an output folder, so that only one run writes to it. Even a killed process releases its lock."""
+"""A lock on an output folder, so that only one run writes to the folder. If a process is killed, the system releases
+the lock."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from atlas.files import read_limited, try_to_lock
 
 
 class FolderLock:
-    """A lock that is held from construction until `release` or the end of the process.
+    """A lock on a folder. This process holds the lock from construction until `release` or until the process ends.
 
     Raises `CheckpointError` if another process holds the lock.
     """
@@ -29,7 +30,7 @@ class FolderLock:
             )
         self._file = file
         owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # the lock also works without this note, as on a full disk
+        with suppress(OSError):  # on a full disk, the lock works without this note
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))
             file.flush()

@@ -1,9 +1,11 @@
-"""The checkpoints of a run. A kill at any moment leaves the last one intact, and a damaged one is never loaded.
+"""Save, load and remove the checkpoints of a run.
 
-A checkpoint is a `.pt` file (a zip of tensors and plain values, never pickled code) and its sidecar, see `manifest.py`.
-The keys in the file: `format_version`, `model_state_dict`, `optimizer_state_dict`, `scaler_state_dict`, `step`,
-`epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`, `micro_batch_size`, `best_loss`, `evaluations_since_best`,
-`config`, `tokenizer`, `data`, `machine`.
+If the process is killed at any moment, the last checkpoint stays intact. Atlas never loads a damaged checkpoint.
+
+A checkpoint is a `.pt` file and its sidecar, see `manifest.py`. The file is a zip of tensors and plain values. Loading
+the file runs no code. The keys in the file are: `format_version`, `model_state_dict`, `optimizer_state_dict`,
+`scaler_state_dict`, `step`, `epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`, `micro_batch_size`,
+`best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ _SPARE_BYTES = 8 << 20
 class CheckpointManager:
     """The checkpoints of one output folder.
 
-    The constructor changes no file, so a manager can also be used just to read. `say` gets the lines for the user.
+    The constructor changes no file, so a manager can also be used only to read checkpoints. `say` is called with each
+    line for the user.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class CheckpointManager:
     # Reading
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Check the bytes of `path` and return its contents, on the CPU. Raises `CheckpointError`."""
+        """Check the bytes of the checkpoint `path` and return its contents, with all tensors on the CPU. Raises
+        `CheckpointError`."""
         return load_checkpoint(path, say=self.say)
 
     def found(self) -> list[tuple[Manifest, Path]]:
@@ -78,32 +82,32 @@ class CheckpointManager:
     def load_latest(
         self, *, before: int | None = None, to_resume: bool = False
     ) -> tuple[Path, dict[str, Any]] | None:
-        """The path and the contents of the latest checkpoint that a run can resume from, or None.
+        """The path and the contents of the latest checkpoint from which a run can resume, or None.
 
-        With `before`, only checkpoints of earlier steps count. With `to_resume`, the keys that each rank reads later
-        are left out (see `left_in_shards`).
+        With `before`, only checkpoints of steps before this step count. With `to_resume`, the contents omit the keys
+        that each rank reads later (see `left_in_shards`).
 
-        Checkpoints with damaged bytes or contents, or without optimizer state, are skipped. Each skip is reported.
+        This method skips checkpoints that are damaged or have no optimizer state, and reports each skip.
         """
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
             if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
                 reason = "is not the file that its sidecar describes"
                 if holds_first_version(path):
-                    reason = "is of the first Atlas (1.x), which atlas import converts"
+                    reason = "is a checkpoint of the first Atlas (1.x), which atlas import converts"
                 self.say(f"{path}: {reason}: skipped")
         for manifest, path in found:
             if before is not None and manifest.step >= before:
                 continue
             if manifest.slim:
-                self.say(f"{path}: holds no optimizer state (checkpoint.slim_old): skipped")
+                self.say(f"{path}: holds no optimizer state (checkpoint.slim_old removed it): skipped")
                 continue
             try:
                 without = left_in_shards(path) if to_resume else ()
                 contents = load_checkpoint(path, remedy="skipped", without=without)
                 if contents["step"] == manifest.step:
                     return path, contents
-                self.say(f"{path}: holds step {contents['step']}, not {manifest.step}: skipped")
+                self.say(f"{path}: holds step {contents['step']}, its sidecar says {manifest.step}: skipped")
             except AtlasError as error:
                 self.say(str(error))
         return None
@@ -111,10 +115,11 @@ class CheckpointManager:
     # Writing
 
     def save(self, contents: Mapping[str, Any], kinds: list[str], *, pace: Pace = no_pause) -> list[Path]:
-        """Write a checkpoint and commit it under the name of each kind. Return the paths.
+        """Write `contents` as a checkpoint of each kind in `kinds`. Return the paths of the checkpoints.
 
-        If the disk has too little space, nothing is written, and the existing checkpoints stay. One line reports it,
-        and training continues.
+        If the checkpoint does not fit on the disk or into `checkpoint.max_total`, this method writes nothing, and the
+        existing checkpoints stay. The method reports the lack of space once and raises no error, so that training
+        continues.
         """
         written: list[Path] = []
         try:
@@ -135,7 +140,7 @@ class CheckpointManager:
                     written.append(path)
                 except OSError as error:  # a save under another name may still succeed
                     self.say(
-                        f"{path.name}: not saved: {error.strerror or error}; an existing file stays as it is"
+                        f"{path.name}: not saved: {error.strerror or error}; an existing file of this name is unchanged"
                     )
             self._remove_surplus(kinds)
             for path in surplus(self.found(), "step", RESUMABLE) if self.slim_old else ():
@@ -150,8 +155,8 @@ class CheckpointManager:
         return written
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
-        """Make the folder `staged` if there is space for a sharded checkpoint of `needed` bytes. Return whether there
-        is enough space."""
+        """Create the folder `staged` if there is enough space for a sharded checkpoint of `needed` bytes. Return
+        whether the folder was created."""
         try:
             self.clean()
             if self._make_space(needed, step):
@@ -164,11 +169,11 @@ class CheckpointManager:
     def commit_shards(
         self, staged: Path, kinds: list[str], contents: Mapping[str, Any], files: tuple[FileEntry, ...]
     ) -> list[Path]:
-        """Rename the folder that the ranks wrote. For each kind, write a sidecar that names the folder. Return the
-        checkpoints' paths.
+        """Rename the folder `staged`, to which the ranks wrote their shards. For each kind, write a sidecar that names
+        the folder. Return the paths of the checkpoints.
 
-        The folder is complete before a sidecar names it, and a sidecar is replaced atomically. So a kill leaves either
-        the old or the new checkpoint.
+        The folder is complete before a sidecar names it, and each sidecar replaces its predecessor atomically. So a
+        kill leaves either the old checkpoint or the new one intact.
         """
         paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
         previous = {shards_of(path) for path in paths.values()}
@@ -184,7 +189,8 @@ class CheckpointManager:
         return [*paths.values()]
 
     def _free_folder(self, step: int) -> Path:
-        """A folder that no sidecar names: `atlas_step_100`, or if that name is taken, `atlas_step_100-2`, and so on."""
+        """The path of a new folder for shards: `atlas_step_100`, or `atlas_step_100-2` and so on if a sidecar names the
+        first folder."""
         named, number = {shards_of(path) for _, path in self.found()}, 1
         folder = self.folder / f"atlas_step_{step}"
         while folder in named:
@@ -199,18 +205,18 @@ class CheckpointManager:
                 remove(path)
 
     def _make_space(self, needed: int, step: int) -> bool:
-        """Create the folder if it does not exist, and remove older checkpoints if necessary. Return whether there is
-        space for tensors of `needed` bytes."""
+        """Create the output folder if it does not exist, and remove older checkpoints if necessary. Return whether
+        there is space for tensors of `needed` bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found, needed = self.found(), needed + _SPARE_BYTES
         space = find_space(self.folder, found, needed, max_total=self.max_total)
         if space.free < needed:
             if not self._reported_no_space:
-                newest = f"; the newest is {found[0][1].name}" if found else ""
+                newest = f"; the newest checkpoint is {found[0][1].name}" if found else ""
                 self.say(
                     f"step {step}: no checkpoint saved: it needs {needed / 1e9:.2f} GB, "
                     f"{max(0, space.free) / 1e9:.2f} GB are {space.limit} ({self.folder}). Training continues{newest}. "
-                    "This is reported once; free some space"
+                    "This is reported once. Free some space, or raise checkpoint.max_total if it is set"
                 )
             self._reported_no_space = True
             return False
@@ -221,8 +227,8 @@ class CheckpointManager:
         return True
 
     def clean(self) -> None:
-        """Remove the temporary files of an interrupted save. Only the run that holds the folder's lock may call
-        this."""
+        """Remove the temporary files and folders of an interrupted save. Only the run that holds the folder's lock may
+        call this method."""
         for leftover in self.folder.glob("atlas_*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -233,7 +239,7 @@ class CheckpointManager:
 def _describe(
     contents: Mapping[str, Any], kind: str, files: tuple[FileEntry, ...], folder: str | None = None
 ) -> Manifest:
-    """The manifest of a checkpoint: the fields that `contents` has under the same names, and the fields computed
+    """The manifest of a checkpoint. Most fields are entries of `contents` with the same names; the others are computed
     here."""
     loss = contents.get("loss")
     fields = {

@@ -1,10 +1,15 @@
-"""The sidecar of a checkpoint: a manifest of its files. A run resumes by itself only from files with a sidecar.
+"""The sidecar of a checkpoint: a manifest with the size and the sha256 of each of its files.
 
-`atlas_step_100.pt` is a checkpoint if `atlas_step_100.json` beside it names its size and sha256. A save flushes the
-bytes to a temporary file. Next, it puts the sidecar in place (temporary file, fsync, rename). Last, it renames the file
-with the bytes. The checkpoint exists from that last rename on. While a name such as `atlas_best` is overwritten, the
-sidecar accepts both the old bytes and the new bytes (`replaces`). So a kill at any moment leaves either the old or the
-new checkpoint intact, and never a file without a sidecar that describes it.
+Without `--resume PATH`, a run resumes only from a checkpoint that has a sidecar. The file `atlas_step_100.pt` needs the
+sidecar `atlas_step_100.json` in the same folder. A save has three steps:
+
+1. Write the bytes to a temporary file, and flush this file to the disk.
+2. Write the sidecar atomically (temporary file, fsync, rename).
+3. Rename the temporary file of step 1 to its final name. After this step, the checkpoint exists.
+
+When a save overwrites a checkpoint such as `atlas_best`, the sidecar accepts both the old bytes and the new bytes
+(`replaces`) until step 3 is complete. So a kill at any moment leaves either the old checkpoint or the new one intact. A
+kill never leaves a checkpoint's file without a matching sidecar.
 """
 
 from __future__ import annotations
@@ -20,15 +25,15 @@ from atlas.files import read_limited, replacing, sha256_of
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
-"""The file of a sharded checkpoint that holds everything but the tensors."""
+"""The file in a sharded checkpoint that contains everything except the tensors."""
 LARGEST_COUNT = 2**48
-"""The largest count of updates or sequences. A run of a million sequences per second reaches this count in nine
+"""The largest valid number of updates or sequences. A run of a million sequences per second reaches this number in nine
 years."""
-_LARGEST_SIDECAR = 32 << 20  # enough for a checkpoint that thousands of ranks wrote
+_LARGEST_SIDECAR = 32 << 20  # bytes; enough for a checkpoint that thousands of ranks wrote
 
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinite(loss or 0) else None)]
-"""NaN and infinity become None, since JSON has neither."""
+"""A loss or None. NaN and infinity become None, since JSON cannot represent them."""
 
 
 class FileEntry(BaseModel):
@@ -41,7 +46,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The description of a checkpoint, so that Atlas need not open the checkpoint itself."""
+    """The description of a checkpoint. With it, Atlas can list checkpoints without opening their files."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
@@ -57,22 +62,25 @@ class Manifest(BaseModel):
     data_fingerprint: str
     initialized_from: str | None = None
     slim: bool = False
-    """The checkpoint has no optimizer state: it can be loaded, but a run cannot resume from it."""
+    """Whether the checkpoint has no optimizer state. Such a checkpoint can be loaded, but a run cannot resume from
+    it."""
     folder: str | None = Field(None, pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
-    """The folder of a sharded checkpoint's files. Several checkpoint names may share one folder."""
+    """The name of the folder with the files of a sharded checkpoint; None for a checkpoint in one file. Several
+    checkpoints may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)
     replaces: Manifest | None = None
 
     @model_validator(mode="after")
     def _replaces_one(self) -> Manifest:
-        """Refuse a chain of more than two manifests, since checking each one may mean reading the complete file."""
+        """Refuse a chain of more than two manifests. Otherwise a forged sidecar could make Atlas hash a file many
+        times."""
         if self.replaces is not None and self.replaces.replaces is not None:
-            raise ValueError("a replaced manifest cannot replace another one")
+            raise ValueError("a replaced manifest cannot replace another manifest")
         return self
 
     def matches(self, path: Path, *, check_hash: bool, advance: Callable[[int], None]) -> bool:
-        """Whether this manifest describes `path`. The name of a single file is not compared, since a user may rename
-        the file."""
+        """Whether this manifest describes the checkpoint `path`. If the checkpoint is one file, its name is not
+        compared, since a user may rename the file."""
         places = [path] if self.folder is None else [path.parent / self.folder / e.name for e in self.files]
         if len(places) != len(self.files):
             return False
@@ -88,8 +96,11 @@ def sidecar_of(checkpoint: Path) -> Path:
 
 
 def shards_of(checkpoint: Path) -> Path | None:
-    """The folder of the sharded checkpoint whose sidecar is `checkpoint` + `.json`; None for a checkpoint in one
-    file."""
+    """The folder with the files of a sharded checkpoint; None for a checkpoint in one file.
+
+    The sidecar `checkpoint` + `.json` names the folder. Without a sidecar, `checkpoint` itself is the folder if it
+    contains `state.json`.
+    """
     if checkpoint.suffix or not checkpoint.name:  # `.` and `/` have no name
         return None
     manifest = _parse_sidecar(checkpoint)
@@ -106,7 +117,7 @@ def _parse_sidecar(checkpoint: Path) -> Manifest | None:
 
 
 def checkpoint_size(checkpoint: Path) -> int:
-    """The size in bytes of a checkpoint's file, or of all files in its folder."""
+    """The size of a checkpoint in bytes: the size of its file, or of all files in its folder."""
     shards = shards_of(checkpoint)
     if shards is None:
         return checkpoint.stat().st_size
@@ -116,10 +127,11 @@ def checkpoint_size(checkpoint: Path) -> int:
 def read_manifest(
     checkpoint: Path, *, check_hash: bool, advance: Callable[[int], None] = lambda done: None
 ) -> Manifest | None:
-    """The manifest that describes `checkpoint` as it is on the disk, or None if there is no such manifest.
+    """The manifest in the sidecar that describes the bytes of `checkpoint` on the disk, or None if there is no such
+    manifest.
 
-    Without `check_hash` only the sizes must match. With `check_hash` the sha256 must match too, and after each read
-    `advance` is called with its number of bytes. If the sidecar describes both old and new bytes, as after a kill, the
+    Without `check_hash`, only the sizes must match. With `check_hash`, the sha256 must match too; after each read,
+    `advance` is called with the number of bytes read. If a kill left a sidecar that accepts both old and new bytes, the
     sha256 is always compared.
     """
     manifest = _parse_sidecar(checkpoint)
@@ -130,6 +142,6 @@ def read_manifest(
 
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
-    """Write the sidecar atomically and flush it to the disk."""
+    """Write the sidecar of `checkpoint` atomically and flush it to the disk."""
     with replacing(sidecar_of(checkpoint)) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")

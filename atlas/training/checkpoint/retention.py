@@ -1,4 +1,5 @@
-"""Remove old checkpoints: if they are too many, too large, or fill the disk. The best checkpoint is never removed."""
+"""Remove old checkpoints if there are too many, or if they need too much space. The best checkpoint is never
+removed."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_m
 from atlas.training.checkpoint.validate import read_plain
 
 Found = Sequence[tuple[Manifest, Path]]
-"""Checkpoints with their manifests, the latest step first."""
+"""Pairs of a manifest and the path of its checkpoint, the latest step first."""
 
 RESUMABLE = 2
-"""How many of the newest step checkpoints keep their optimizer state, and are never removed to free the disk."""
+"""The number of step checkpoints, the newest ones, that keep their optimizer state. Atlas never removes these
+checkpoints to free the disk."""
 
 
 class Space(NamedTuple):
-    """The bytes that are free under the stricter limit after the victims are removed."""
+    """The space for a new checkpoint: `free` bytes after the checkpoints `victims` are removed. `limit` names the limit
+    that applies, for a message."""
 
     free: int
     limit: str
@@ -29,11 +32,12 @@ class Space(NamedTuple):
 
 
 def find_space(folder: Path, found: Found, needed: int, *, max_total: int | None) -> Space:
-    """Choose which checkpoints to remove for `needed` bytes. All checkpoints together may use `max_total` bytes.
+    """Choose the checkpoints to remove, so that `needed` bytes fit on the disk and into `max_total`, if it is set. All
+    checkpoints together may use `max_total` bytes.
 
-    To free the disk, step checkpoints other than the newest two are chosen, the oldest first. To stay within
-    `max_total`, every checkpoint except the newest and the best may be chosen. If these are not enough, the result's
-    `free` is less than `needed`.
+    To free the disk, step checkpoints other than the newest two may be removed, the oldest first. To stay within
+    `max_total`, every checkpoint except the newest and the best may be removed. If this is not enough, `free` in the
+    result is less than `needed`.
     """
     steps = [entry for entry in found if entry[0].kind == "step"]
     on_disk = Space(shutil.disk_usage(folder).free, "free on the disk", [])
@@ -55,15 +59,15 @@ def _choose_victims(space: Space, needed: int, candidates: Found) -> Space:
 
 
 def surplus(found: Found, kind: str, keep: int) -> list[Path]:
-    """The checkpoints of one kind except the newest `keep`. There are none of the kind `best`."""
+    """The paths of all checkpoints of one kind except the newest `keep`. For the kind `best`, the list is empty."""
     return [path for manifest, path in found if manifest.kind == kind and kind != "best"][keep:]
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: first its file, then its sidecar.
+    """Remove a checkpoint: first its file or folder, then its sidecar.
 
-    If a kill leaves only a sidecar, Atlas ignores it, but a file alone looks like a downloaded checkpoint. A folder
-    that another name shares stays.
+    If a kill leaves only the sidecar, Atlas ignores this sidecar. In the other order, a kill could leave only the file,
+    which would look like a downloaded checkpoint. A folder that another checkpoint shares is not removed.
     """
     for file in _files_of(path):
         if file.is_dir():
@@ -73,8 +77,8 @@ def remove(path: Path) -> None:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The paths to remove or move for a checkpoint: its sidecar, and its file, or its folder unless another name shares
-    the folder. For any other file, the file itself."""
+    """The paths to remove or move with a checkpoint: its file or folder, and its sidecar. A folder that another
+    checkpoint shares is left out. For any other file, the result is only that file."""
     shards = shards_of(path)
     if shards is None:
         return [path, sidecar_of(path)] if path.suffix == ".pt" else [path]
@@ -93,8 +97,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def move_aside(folder: Path, files: Sequence[Path]) -> Path:
-    """Move `files`, and the sidecars of checkpoints among them, to a new folder `previous-N` in `folder`. Return its
-    path."""
+    """Move `files` to a new folder `previous-N` in `folder`. The sidecars of checkpoints move too. Return the path of
+    the new folder."""
     numbered = (folder / f"previous-{number}" for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
     target.mkdir()
@@ -105,7 +109,8 @@ def move_aside(folder: Path, files: Sequence[Path]) -> Path:
 
 
 def drop_optimizer_state(path: Path) -> None:
-    """Rewrite a checkpoint without its optimizer state, which with AdamW is two thirds of it. Raises `OSError`."""
+    """Rewrite a checkpoint without its optimizer state. With AdamW, this state is two thirds of the checkpoint. Raises
+    `OSError`."""
     manifest = read_manifest(path, check_hash=True)
     if manifest is None or manifest.slim:
         return
@@ -115,5 +120,5 @@ def drop_optimizer_state(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """The bytes that removing the checkpoint frees: 0 if its folder stays because another name shares it."""
+    """The bytes that are freed if the checkpoint is removed; 0 if another checkpoint shares its folder."""
     return checkpoint_size(path) if len(_files_of(path)) > 1 else 0

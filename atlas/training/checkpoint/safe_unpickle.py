@@ -1,16 +1,17 @@
-"""Read the plain values in a pickle without running it.
+"""Read the plain values and the tensors in a pickle without running the pickle.
 
-A pickle is a program for a stack machine, and `torch.save` writes one that calls a function for each tensor.
-`torch.load(..., weights_only=True)` calls only functions of a fixed list. But the list includes `bytearray` and
-`torch.Tensor`. So a file of a hundred bytes can make `torch.load` allocate any amount of memory, or return a tensor of
-2^60 numbers whose storage has one number. Even after the checks of the zip, `torch.load` loads, or allocates memory
-for, 11 of the hostile pickles in `tests/faults/attacks.py`. It also cannot leave out the optimizer state, which
-generation does not need.
+A pickle is a program for a stack machine. The pickle that `torch.save` writes calls a function for each tensor.
+`torch.load(..., weights_only=True)` calls only functions of a fixed list, but this list includes `bytearray` and
+`torch.Tensor`. So a pickle of a hundred bytes can make `torch.load` allocate any amount of memory, or return a tensor
+of 2^60 numbers whose storage has one number. 11 of the hostile pickles in `tests/faults/attacks.py` pass the checks of
+the zip, and `torch.load` loads them or allocates memory for them. Also, `torch.load` cannot leave out the optimizer
+state, which generation does not need.
 
-The stack machine in this module has only the instructions that plain values and tensors need. It calls no function. For
-a tensor, it returns a claim about size and storage, which is checked before the tensor is built.
+The stack machine in this module has only the instructions that plain values and tensors need. This machine calls no
+function. In place of a tensor, it returns a `TensorClaim`: the size and the storage that the pickle gives for the
+tensor. Atlas checks this claim before it builds the tensor.
 
-The instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+The instructions are documented in https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from typing import Any
 import torch
 
 MOST_VALUES = 3_000_000
-"""The most values in a pickle. Each value needs about 100 bytes. A model of 1,000 layers has, with AdamW's moments,
-about 2 million values."""
+"""The most values that a pickle may have. Each value needs about 100 bytes of memory. The checkpoint of a model of
+1,000 layers, with AdamW's moments, has about 2 million values."""
 DEEPEST = 32
 _MOST_DIMENSIONS = 8
 
@@ -44,12 +45,12 @@ _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 
 
 class NotPlainError(ValueError):
-    """A pickle holds more than plain values and tensors."""
+    """A pickle is damaged, or holds anything except plain values and tensors."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A claim that the record `key` of the file holds `numel` numbers of a dtype."""
+    """A claim of the pickle: the record `key` of the zip file holds `numel` numbers of type `dtype`."""
 
     key: str
     dtype: torch.dtype
@@ -63,7 +64,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorClaim:
-    """A claimed tensor: a view of a storage. `size`, `stride` and `offset` count elements."""
+    """A claim of the pickle: a tensor is a view of `storage`. `offset`, `size` and `stride` count elements."""
 
     storage: Storage
     offset: int
@@ -72,7 +73,7 @@ class TensorClaim:
 
     @property
     def is_inside(self) -> bool:
-        """Whether all elements of the view are inside its storage, and the view has no more elements than the
+        """Whether all elements of the view are inside the storage, and the view has no more elements than the
         storage."""
         if math.prod(self.size) == 0:
             return self.offset <= self.storage.numel and math.prod(n for n in self.size if n) < 2**48
@@ -90,10 +91,11 @@ class _Name:
 def read_pickle(
     program: bytes, build: Callable[[TensorClaim], torch.Tensor], *, without: Collection[str] = ()
 ) -> Any:
-    """Return the value that a pickle leaves on its stack: dicts, lists, tuples, strings, numbers and tensors. `build`
-    makes the tensors. If the value is a dict, its keys in `without` are left out, and their tensors are not built.
+    """Return the value in a pickle: nested dicts, lists and tuples of strings, numbers and tensors.
 
-    Raises `NotPlainError` for anything else."""
+    `build` makes a tensor from its claim. If the value is a dict, the keys in `without` are left out, and their tensors
+    are not built. Raises `NotPlainError` if the pickle is damaged or holds anything else.
+    """
     try:
         value = _run(program)
     except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -103,13 +105,14 @@ def read_pickle(
     count = 0
 
     def plain(value: Any, depth: int = 0) -> Any:
-        """Copy `value` so that no object is shared, and limit the number of values. Otherwise a small file could hold
-        the same list many times at each level, and a walk through all levels would never end."""
+        """Copy `value` so that no object is shared, and limit the number and the depth of the values. Otherwise each
+        list in a small file could hold the list of the next level many times, and a walk through all levels would never
+        end."""
         nonlocal count
         count += 1
         if count > MOST_VALUES or depth > DEEPEST:
             raise NotPlainError(
-                f"it holds more than {MOST_VALUES:,} values, or some deeper than {DEEPEST} levels"
+                f"it holds more than {MOST_VALUES:,} values, or nests them deeper than {DEEPEST} levels"
             )
         match value:
             case dict():
@@ -121,7 +124,7 @@ def read_pickle(
             case TensorClaim():
                 return build(value)
             case Storage() | _Name():
-                raise NotPlainError(f"it holds a bare {type(value).__name__.strip('_').lower()}")
+                raise NotPlainError(f"it holds a {type(value).__name__.strip('_').lower()} outside a tensor")
         return value
 
     return plain(value)
@@ -129,7 +132,7 @@ def read_pickle(
 
 def _run(program: bytes) -> Any:
     stack: list[Any] = []
-    below: list[list[Any]] = []  # the stacks under the marks
+    below: list[list[Any]] = []  # for each open MARK, the stack below it
     memo: dict[int, Any] = {}
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
@@ -173,14 +176,14 @@ def _run(program: bytes) -> Any:
                 stack.append(memo[argument])
             case "GLOBAL":
                 if argument not in (_DICT, _TENSOR, *_DTYPES):
-                    raise NotPlainError(f"it holds {'.'.join(argument.split()):.80}")
+                    raise NotPlainError(f"it imports {'.'.join(argument.split()):.80}")
                 stack.append(_Name(argument))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
                 arguments, function = stack.pop(), _expect(_Name, stack.pop())
                 stack.append(_dict_or_tensor(function.name, arguments))
-            case "BUILD":  # the attribute of a state dict that holds its version numbers
+            case "BUILD":  # sets the version numbers of a state dict, which Atlas ignores
                 stack.pop()
                 _expect(dict, stack[-1])
             case name:
@@ -190,7 +193,7 @@ def _run(program: bytes) -> Any:
 
 def _expect(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in a wrong place")  # the value's text may be endless
+        raise TypeError(f"{type(value).__name__} in a wrong place")  # not the value: its text may be endless
     return value
 
 

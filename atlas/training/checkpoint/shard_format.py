@@ -1,9 +1,10 @@
-"""Sharded checkpoints: a folder in which each rank writes its own part, for states that do not fit on one rank.
+"""Sharded checkpoints, which are folders to which each rank writes its own part of the state.
 
-The folder `atlas_step_100/` holds the tensors in safetensors files, which PyTorch's Distributed Checkpoint writes, and
-everything else in `state.json`. (The default format of Distributed Checkpoint also has a pickle, and Atlas runs no
-pickle.) The folder is a checkpoint if a sidecar, `atlas_step_100.json` beside it, names the folder and each file with
-its size and sha256. `atlas_best.json` may name the same folder.
+To save the state, no rank needs memory for the full state. The folder `atlas_step_100/` holds the tensors in
+safetensors files, which PyTorch's Distributed Checkpoint writes. The file `state.json` in this folder holds everything
+else. The default format of Distributed Checkpoint is not used, since it contains a pickle, and Atlas runs no pickle.
+The folder is a checkpoint if the sidecar `atlas_step_100.json` beside it names the folder, and each file with its size
+and sha256. The sidecar `atlas_best.json` may name the same folder.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from atlas.training.checkpoint.validate import check_contents
 from atlas.training.devices.parallel import gather_full
 from atlas.training.devices.world import has_joined
 
-# A single process may also save and read shards. PyTorch would warn each time that it is alone.
+# A single process may also save and read shards. PyTorch would then warn each time that no process group exists.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _LARGEST_STATE = 160 << 20
 
 
 def split(contents: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Nested dicts and lists → a form that JSON can hold, and the tensors by name.
+    """Split nested dicts and lists into a form that JSON can represent, and the tensors by name.
 
-    In the JSON form `{"tensor": name}` stands for each tensor. A tensor without dimensions, such as an optimizer's step
-    count, is a number in the JSON form itself.
+    In the JSON form, `{"tensor": name}` replaces each tensor. A tensor without dimensions, such as an optimizer's step
+    count, becomes a number in the JSON form.
     """
     return _for_json(contents, ""), {name: tensor for name, tensor in named_tensors(contents) if tensor.dim()}
 
@@ -98,9 +99,11 @@ def read_shards(folder: Path, *, remedy: str, without: Collection[str] = ()) -> 
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state in a sharded checkpoint, each tensor sharded like its parameter. Every rank must call this.
+    """The optimizer's state in a sharded checkpoint, each tensor sharded like its parameter. Every rank must call this
+    function.
 
-    Raises `ValueError` if a tensor of the state is missing. Whether the state fits the optimizer is not checked.
+    Raises `ValueError` if a tensor of the state is missing. This function does not check whether the state fits the
+    optimizer.
     """
     key = "optimizer_state_dict"
     plain = json.loads(read_limited(folder / STATE_FILE, limit=_LARGEST_STATE))["dict"].get(key, {"dict": {}})
@@ -120,7 +123,7 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
 def _read_tensors(
     folder: Path, allocate: Callable[[str, torch.Size, torch.dtype], Tensor | None], *, no_dist: bool
 ) -> dict[str, Tensor]:
-    """Read the tensors for which `allocate` returns memory."""
+    """Return the tensors by name. A tensor for which `allocate` returns None is not read."""
     metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     memory = {name: allocate(name, entry.size, entry.properties.dtype) for name, entry in metadata.items()}
     tensors = {name: tensor for name, tensor in memory.items() if tensor is not None}

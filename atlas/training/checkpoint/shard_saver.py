@@ -1,4 +1,4 @@
-"""Save a sharded checkpoint: each rank writes its own shards while training continues."""
+"""Save sharded checkpoints, to which each rank writes its own shards."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from atlas.training.logs.run_log import RunLog
 
 
 class ShardSaver(BackgroundSaver):
-    """Saves sharded checkpoints one at a time. Every rank must call `save`.
+    """Saves sharded checkpoints, one at a time. Every rank must call `save`.
 
-    With `in_background` the ranks copy their shards to main memory and write them while training continues.
+    With `in_background`, each rank copies its shards to main memory, and writes the copies while training continues.
     """
 
     is_sharded = True
@@ -38,12 +38,13 @@ class ShardSaver(BackgroundSaver):
     ) -> None:
         super().__init__(checkpoints, in_background=in_background, log=log)
         self._world = world
-        # A separate process group keeps the messages of the saving threads apart from those of the training threads.
+        # In a separate process group, messages of the saving threads do not mix with messages of the training threads.
         timeout = timedelta(seconds=world.timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if has_joined() else None
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Wait for the save in progress, but not after an error, since another rank may have exited."""
+        """Wait for the save in progress. After an error, do not wait: another rank may have exited, and the save would
+        then never end."""
         if kind is None:
             self.join()
 

@@ -1,9 +1,9 @@
-"""Check a checkpoint file, which may come from anywhere, before Atlas uses its tensors.
+"""Check an untrusted checkpoint file before Atlas uses its tensors.
 
-No code in the file runs, and no memory is allocated for a size that the file only claims. The file must be a zip of
-uncompressed records that do not overlap, so the records together are no larger than the file. `safe_unpickle.py` reads
-the pickle in the zip. A tensor must fit its record, and the config must not describe a larger model than the one whose
-weights are in the file.
+No code in the file runs. Before Atlas allocates memory, it compares the claimed size with the sizes in the zip. The
+file must be a zip of uncompressed records that do not overlap, so all records together are no larger than the file.
+`safe_unpickle.py` reads the pickle in the zip. A tensor must fit into its record. The config must not describe a model
+with more parameters than the file contains.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT, Co
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
-_LARGEST_PICKLE = 160 << 20  # with a BPE that Atlas trained, most bytes are the tokenizer's
+_LARGEST_PICKLE = 160 << 20  # bytes; most are the tokenizer's, if Atlas trained the BPE
 _LARGEST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 20
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, KeyError)
@@ -37,9 +37,9 @@ _Number = bool | Count | float | None
 
 
 class _Contents(BaseModel):
-    """The contents of a checkpoint. Tensors, config and tokenizer are checked elsewhere.
+    """The types of the values in a checkpoint. Other code checks the tensors, the config and the tokenizer.
 
-    The value of any other key is a number, a string, or a list or dict of numbers.
+    A key that is not a field here must have a number, a string, or a list or dict of numbers as its value.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
@@ -63,10 +63,10 @@ class _Contents(BaseModel):
 
 
 def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint file on the CPU: plain values and tensors.
+    """The contents of a checkpoint file: plain values, and tensors on the CPU.
 
-    The keys in `without` are left out and need no memory. Raises `CheckpointError`. Its message ends with `remedy`,
-    which says which file to take instead.
+    The keys in `without` are left out and need no memory. Raises `CheckpointError`. If the file is damaged, the message
+    ends with `remedy`.
     """
     return check_contents(read_values(path, remedy=remedy, without=without), path, remedy)
 
@@ -80,14 +80,15 @@ def holds_first_version(path: Path) -> bool:
 
 
 def refuse_first_version(path: Path) -> None:
-    """Raise `CheckpointError` for a checkpoint of Atlas 1.x. The message names the command that converts it."""
+    """Raise `CheckpointError` if the file is a checkpoint of Atlas 1.x. The message names the command that converts the
+    file."""
     if holds_first_version(path):
         raise CheckpointError(refusal(path))
 
 
 def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names_only: bool = False) -> Any:
-    """The plain values and tensors of any file that `torch.save` wrote, a checkpoint or not. With `names_only` the
-    tensors are empty. Raises `CheckpointError` for any other file."""
+    """The plain values and tensors in any file that `torch.save` wrote, even if the file is not a checkpoint. With
+    `names_only`, the tensors are empty. Raises `CheckpointError` for any other file."""
     archive = _open(path, remedy)
     storages: dict[Storage, Tensor] = {}
 
@@ -108,17 +109,18 @@ def read_values(path: Path, *, remedy: str, without: Collection[str] = (), names
     except NotPlainError as error:
         raise CheckpointError(
             f"{path}: is not a checkpoint of plain tensors, refused without running it ({error!s:.200}): "
-            "take one that atlas train wrote"
+            "take a checkpoint that atlas train wrote"
         ) from None
     except _BROKEN as error:
         raise CheckpointError(f"{path}: is damaged ({error!s:.200}): {remedy}") from None
     finally:
         archive.close()
-        storages.clear()  # the closures form a cycle, which would keep every tensor until garbage collection
+        storages.clear()  # a reference cycle of closures would keep every tensor until garbage collection
 
 
 def check_zip(path: Path, *, remedy: str) -> None:
-    """Raise `CheckpointError` if a file is not a zip, or its bytes do not match the CRC-32 checksums in it."""
+    """Raise `CheckpointError` if a file is not a zip of uncompressed records, or if its bytes do not match the CRC-32
+    checksums in the zip."""
     with _open(path, remedy) as archive:
         try:
             if broken := archive.testzip():
@@ -140,21 +142,21 @@ def _open(path: Path, remedy: str) -> zipfile.ZipFile:
     except _BROKEN as error:
         reason = f"is not an Atlas checkpoint, or is cut off ({error!s:.200}): {remedy}"
         if path.suffix == ".gguf":
-            reason = "is a GGUF file, not a checkpoint: atlas serve --gguf takes it"
+            reason = "is a GGUF file, not a checkpoint: use it with atlas serve --gguf"
         raise CheckpointError(f"{path}: {reason}") from None
     return archive
 
 
 def _folder_of(archive: zipfile.ZipFile) -> str:
-    """The folder in the zip to which `torch.save` wrote all records. The folder's name depends on the caller of
-    `torch.save`."""
+    """The folder in the zip to which `torch.save` wrote all records. The name of this folder depends on the file name
+    that `torch.save` got."""
     programs = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(programs) != 1:
         raise NotPlainError("it has no data.pkl, or more than one")
     folder = programs[0].split("/")[0]
     order = f"{folder}/byteorder"
     if order in archive.namelist() and _read_record(archive, order, limit=16) != sys.byteorder.encode():
-        raise NotPlainError(f"its byte order is not that of this machine ({sys.byteorder})")
+        raise NotPlainError(f"its byte order differs from that of this machine ({sys.byteorder})")
     return folder
 
 
@@ -167,7 +169,7 @@ def _read_record(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
 
 
 def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Tensor:
-    """Read the bytes of a storage, in pieces, into the memory of a new tensor. `zipfile` compares the checksum."""
+    """Return a new tensor with the bytes of a storage, read in pieces. `zipfile` compares the CRC-32 checksum."""
     record = archive.getinfo(f"{folder}/data/{storage.key}")
     if record.file_size != storage.num_bytes:
         raise NotPlainError(
@@ -189,12 +191,14 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
         raise CheckpointError(refusal(path))
     if not isinstance(contents, dict) or "format_version" not in contents:
         raise CheckpointError(
-            f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take one that atlas train wrote"
+            f"{path}: holds tensors but is not an Atlas checkpoint (no format_version): take a "
+            "checkpoint that atlas train wrote"
         )
     version = contents["format_version"]
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: has checkpoint format {version!r:.20}; this Atlas reads up to {FORMAT_VERSION}: update Atlas"
+            f"{path}: has checkpoint format {version!r:.20}; this version of Atlas reads up to "
+            f"{FORMAT_VERSION}: update Atlas"
         )
     try:
         _Contents.model_validate(contents)
@@ -213,28 +217,29 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
-    """Refuse a config that describes more parameters than the file holds, before memory is allocated for them."""
+    """Raise `CheckpointError` if the config describes more parameters than the file contains. Otherwise Atlas would
+    allocate memory for all of them."""
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
     storages = [(tensor.untyped_storage(), tensor.itemsize) for tensor in tensors]
     sizes = {storage.data_ptr(): storage.nbytes() // itemsize for storage, itemsize in storages}
     there, needed = sum(sizes.values()), 0 if model.vocab_size is None else count_parameters(model).total
     if model.vocab_size is None or len(tensors) < len(weights) or there < needed:
-        reason = f"a vocabulary of {model.vocab_size} and {needed:,} parameters, of which {there:,} are there"
+        reason = f"it needs {needed:,} parameters with a vocabulary of {model.vocab_size}, but only {there:,} are there"
         raise CheckpointError(f"{path}: its weights do not fit its config: {reason}; {remedy}")
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Raise `ValueError` if `saved` does not have the groups and shapes of this optimizer's own state.
+    """Raise `ValueError` if the parameter groups or the tensor shapes in `saved` differ from those of the optimizer.
 
-    PyTorch loads such a state without a check. The fused AdamW then reads and writes beyond the end of a smaller
-    tensor.
+    PyTorch loads a state without comparing shapes. The fused AdamW would then read and write beyond the end of a tensor
+    that is too small.
     """
     own = optimizer.state_dict()["param_groups"]
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
-        raise ValueError("it has no groups")
+        raise ValueError("it has no parameter groups")
     if len(groups) != len(own) or not all(map(_alike, groups, own)):
-        raise ValueError("its groups differ from those of the optimizer")
+        raise ValueError("its parameter groups differ from those of the optimizer")
     numbers = [number for group in groups for number in group["params"]]
     if not all(type(number) is int for number in numbers) or not states.keys() <= set(numbers):
         raise ValueError("its parameters are not numbered")
@@ -242,12 +247,12 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
     for number, shapes in zip(numbers, expected, strict=True):
         if states.get(number, {}) != {} and _shapes(states[number]) != shapes:
             wanted = ", ".join(f"{key} {tuple(shape)}" for key, shape in sorted(shapes.items()))
-            raise ValueError(f"parameter {number} does not have {wanted}")
+            raise ValueError(f"the state of parameter {number} does not have {wanted}")
 
 
 def _shapes(state: Any, key: object = "") -> Any:
-    """Nested dicts of tensors → the same dicts with the tensors' shapes. None replaces a tensor of the wrong dtype, and
-    any other value."""
+    """Replace each tensor in nested dicts by its shape. Replace a tensor of the wrong dtype, and any other value, by
+    None."""
     if isinstance(state, dict):
         return {key: _shapes(value, key) for key, value in state.items()}
     if not isinstance(state, Tensor):
@@ -257,10 +262,10 @@ def _shapes(state: Any, key: object = "") -> Any:
 
 
 def _alike(group: Any, own: dict[str, Any]) -> bool:
-    """Whether a saved group has as many parameters as the optimizer's `own`, and whether their common settings agree.
+    """Whether a saved group and the optimizer's group `own` have the same number of parameters and the same settings.
 
-    Two settings agree if their switches and strings are equal; their numbers may differ. (Another version of PyTorch
-    has other settings.)
+    Only the settings that both groups have are compared, since other versions of PyTorch have other settings. Switches
+    and strings must be equal; numbers may differ.
     """
     if not isinstance(group, dict) or not isinstance(group.get("params"), list):
         return False

@@ -19,19 +19,20 @@ from atlas.training.checkpoint.manifest import checkpoint_size
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for one checkpoint, and one line about it."""
+    """The result of verifying one checkpoint. `line` states the result to the user."""
 
     line: str
     broken: bool = False
     problem: bool = True
-    """Whether the checkpoint is broken, or its numbers are as saved but not all finite."""
+    """Whether the checkpoint is broken, or has numbers that are not finite although its bytes are as saved."""
 
 
 def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda done: None) -> Verdict:
-    """Compare every byte with the sha256 in the sidecar or, if there is no sidecar, with the checksums inside the file.
-    Then read the contents and look for numbers that are not finite.
+    """Verify a checkpoint: compare its bytes, check its contents, and look for numbers that are not finite.
 
-    After each read, `advance` is called with its number of bytes. Verifying needs as much memory as resuming a run.
+    Every byte is compared with the sha256 in the sidecar. Without a sidecar, the bytes of a single file are compared
+    with the checksums inside that file. After each read of this comparison, `advance` is called with the number of
+    bytes read. Verifying a checkpoint needs as much memory as resuming a run from it.
     """
     size = checkpoint_size(path)
     try:

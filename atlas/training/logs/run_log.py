@@ -21,12 +21,12 @@ from atlas.training.logs.trackers import Tracker
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinity for a loss so large that exp would overflow."""
+    """exp(loss), or infinity if exp(loss) would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 _WAIT_WORTH_SHOWING = 0.01
-"""Waiting for data is shown if it takes at least this share of a step's time."""
+"""The smallest share of a step's time at which the log shows the wait for data."""
 
 
 class _RunConsole(Console):
@@ -36,9 +36,10 @@ class _RunConsole(Console):
 
 
 class RunLog:
-    """Writes to the console, and to `training.log` (append-only) and `metrics.jsonl` in one output folder.
+    """Writes the logs of a run to the console, and to `training.log` (append-only) and `metrics.jsonl` in the output
+    folder.
 
-    `trackers` get the same records as `metrics.jsonl`. Any rank except the first writes only lines, to
+    `trackers` get the same records as `metrics.jsonl`. Every rank except the first writes only lines, to
     `training.rank-N.log`.
     """
 
@@ -69,7 +70,7 @@ class RunLog:
     @contextmanager
     def _survives_the_console(self) -> Iterator[None]:
         """A context for writing to the console. If the terminal is closed, or the reader of a pipe exits, the run
-        continues without the console, and `training.log` gets a line about it."""
+        continues without the console. A line in `training.log` then reports this."""
         try:
             yield
         except OSError as error:
@@ -87,7 +88,7 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Move the records after `step` from `metrics.jsonl` to the end of `metrics.lost.jsonl`.
 
-        A killed run has logged steps after its last checkpoint. The resumed run trains and logs these steps again.
+        A killed run may have logged steps after its last checkpoint. The resumed run trains and logs these steps again.
         """
         for tracker in self.trackers:
             tracker.rewind(step)
@@ -107,15 +108,15 @@ class RunLog:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
     def flush_to_disk(self) -> None:
-        """Flush `metrics.jsonl` before a checkpoint is written. After a power cut the log must hold the checkpoint's
-        steps."""
+        """Flush `metrics.jsonl` to the disk before a checkpoint is written. After a power cut, the log must contain all
+        steps up to the checkpoint."""
         self._metrics.write_waiting()
         with suppress(OSError), open(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """The context of a run. At the run's end the trackers get some time to finish, but not if Ctrl-C ends it."""
+        """A context for a run. When the run ends, the trackers get some time to finish, unless Ctrl-C ended the run."""
         try:
             yield
         except KeyboardInterrupt:
@@ -127,7 +128,8 @@ class RunLog:
 
     @contextmanager
     def progress(self, *, done: int, total: int | None) -> Iterator[None]:
-        """A context that shows a progress bar of the updates on a terminal. Elsewhere, `train` prints lines instead."""
+        """A context that shows the progress of the updates as a bar, if the console is a terminal. Otherwise `train`
+        prints lines."""
         if not self.console.is_terminal:
             yield
             return
@@ -138,7 +140,7 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
-        # expand: the bar fills the rest of the line
+        # With `expand`, the bar fills the rest of the line.
         progress = self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = progress.add_task("training", total=total, completed=done, status="")
         with self._survives_the_console():
@@ -192,7 +194,7 @@ class RunLog:
         self._record("event", {"event": event, "step": step, **facts})
 
     def samples(self, step: int, prompt: str, texts: Sequence[str]) -> None:
-        """Log the completions of `prompt`, one record for each."""
+        """Log the completions of `prompt`, with one record per completion."""
         for number, text in enumerate(texts):
             self._record("sample", {"step": step, "number": number, "prompt": prompt, "text": text})
 
@@ -206,17 +208,17 @@ class RunLog:
 
 
 class _AppendedFile:
-    """Appends lines to a file. On a full disk the lines wait in memory, and training continues."""
+    """Appends lines to a file. If the disk is full, the lines wait in memory, and training continues."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
         self._say = say
         self._waiting: list[str] = []
         self._is_full = False
-        self._lock = threading.Lock()  # the thread that saves in the background logs lines, too
+        self._lock = threading.Lock()  # the thread that saves in the background also logs lines
 
     def append(self, line: str) -> None:
-        """Append a line, or keep it until it can be written."""
+        """Append a line to the file, or keep the line in memory until it can be written."""
         with self._lock:
             self._waiting.append(line + "\n")
         self.write_waiting()
@@ -248,7 +250,8 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; infinity for a line that a kill left incomplete, so that `rewind` drops the line."""
+    """The step in a line of `metrics.jsonl`. If a kill left the line incomplete, the result is infinity, so that
+    `rewind` moves the line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

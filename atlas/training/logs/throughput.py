@@ -1,4 +1,4 @@
-"""Measure a run's speed, its share of the machine's peak speed, and its memory."""
+"""Measure a run's speed, the ratio of this speed to the machine's peak speed, and the peak memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from atlas.training.devices.device import Runtime
 from atlas.training.devices.memory import is_out_of_memory, remember_peak_rate, remembered_peak_rate
 
 _SECONDS = 0.2
-"""Seconds for which the peak rate is measured."""
+"""The duration of a measurement of the peak rate, in seconds."""
 _SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
-"""The number of rows of the matrices in this measurement. The matrices are small, since the run needs the rest of the
-memory."""
+"""The number of rows and columns of the matrices in this measurement, by device. The matrices are small, since the run
+needs the rest of the memory."""
 
 
 class Throughput:
-    """Measures steps and tokens per second since the last reading, and the share of the time in which training waited
-    for its data. Evaluation and saving do not count."""
+    """Measures steps and tokens per second since the last call of `metrics`, and the share of this time in which
+    training waited for data. The time of evaluations and saves does not count."""
 
     def __init__(self, config: AtlasConfig, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -54,11 +54,11 @@ class Throughput:
         self._waited += time.perf_counter() - before
 
     def metrics(self) -> dict[str, float | int]:
-        """The rates since the last call, as entries of a line of `metrics.jsonl`.
+        """The rates since the last call, under the names that `metrics.jsonl` uses.
 
-        `utilisation`: the FLOP/s of training, divided by the FLOP/s of matrix products alone on the same number of
-        devices. The FLOP/s of matrix products are measured once and stored for the machine. `memory`: the peak so far,
-        in bytes, of the GPU's allocator or of the process.
+        `utilisation` is the FLOP/s of training, divided by the FLOP/s that the same devices reach with matrix products
+        alone. The FLOP/s of matrix products are measured once, and stored for later runs on this machine. `memory` is
+        the peak so far, in bytes: on CUDA, the peak of PyTorch's allocator, otherwise of the process.
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
         rate, device = self._tokens / seconds, self._runtime.device
@@ -83,7 +83,8 @@ class Throughput:
 
 
 def _measured_peak_rate(runtime: Runtime) -> float:
-    """FLOP/s of matrix products in the run's precision; 0 if there is no memory for the measurement."""
+    """The measured FLOP/s of matrix products in the run's precision; 0 if there is too little memory for the
+    measurement."""
     device = runtime.device
     try:
         return measure_matrix_products(device, runtime.dtype, size=_SIZE[device.type], seconds=_SECONDS)

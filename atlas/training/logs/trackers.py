@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases: each gets the records of `metrics.jsonl`, in its own thread.
+"""Send the records of `metrics.jsonl` to TensorBoard and to Weights & Biases, each in its own thread.
 
-Training only puts records into a queue and never waits for a tracker. If a tracker fails, one line reports the failure,
-and that tracker gets no more records.
+Training puts records into a queue and does not wait for a tracker before the run ends. If a tracker fails, one line
+reports the failure, and that tracker gets no more records.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from atlas.config import AtlasConfig, TrackingConfig
 from atlas.errors import AtlasError
 
 _MOST_WAITING = 1000
-"""The most records that may wait for a tracker. A run that logs an update every millisecond produces this many in a
-second."""
+"""The most records that may wait for a tracker. A run that logs an update every millisecond produces this number of
+records in a second."""
 _SECONDS_TO_FINISH = 30.0
 
 Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """A destination of records. It is called from one thread and may raise any exception."""
+    """A destination for records. All its methods are called from one thread, and may raise any exception."""
 
     def record(self, kind: str, record: Record) -> None:
-        """Log a record of `metrics.jsonl`. None replaces a number that is not finite. `kind` is train, validation,
-        sample or event."""
+        """Log a record of `metrics.jsonl`, in which None replaces each number that is not finite. `kind` is train,
+        validation, sample or event."""
 
     def rewind(self, step: int) -> None:
         """Prepare for records that repeat the steps after `step`."""
@@ -41,7 +41,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """A sink, and the thread that calls it."""
+    """A sink, and the thread that calls the sink's methods."""
 
     def __init__(self, name: str, sink: Sink, say: Callable[[str], None]) -> None:
         self._name = name
@@ -50,10 +50,10 @@ class Tracker:
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._is_dropped = False
-        self._lock = threading.RLock()  # the thread that saves in the background logs events, too
+        self._lock = threading.RLock()  # the thread that saves in the background also logs events
 
     def record(self, kind: str, record: Record) -> None:
-        """Queue a record."""
+        """Queue a record for the sink."""
         self._put(lambda: self._sink.record(kind, record))
 
     def rewind(self, step: int) -> None:
@@ -61,7 +61,7 @@ class Tracker:
         self._put(lambda: self._sink.rewind(step))
 
     def close(self, seconds: float = _SECONDS_TO_FINISH) -> None:
-        """Wait until all records are written, for at most `seconds`."""
+        """Close the sink. Wait until all records are written, but at most `seconds`."""
         thread = self._thread
         if thread is None:
             return
@@ -81,7 +81,7 @@ class Tracker:
             try:
                 self._tasks.put_nowait(task)
             except queue.Full:
-                self._drop(f"does not keep up with {_MOST_WAITING:,} records")
+                self._drop(f"is too slow ({_MOST_WAITING:,} records are waiting)")
 
     def _work(self) -> None:
         task = None
@@ -107,23 +107,23 @@ _EXTRAS = {"tensorboard": "tracking", "wandb": "wandb"}
 
 
 def _wanted(config: TrackingConfig) -> dict[str, str]:
-    """The trackers that the config asks for, with their settings."""
+    """The trackers that the config turns on, with their settings."""
     asked = {"tensorboard": str(config.tensorboard).lower(), "wandb": config.wandb}
     return {name: setting for name, setting in asked.items() if setting != _OFF[name]}
 
 
 def refuse_missing_trackers(config: TrackingConfig) -> None:
-    """Raise `AtlasError` if the config asks for a tracker that is not installed. No tracker is imported."""
+    """Raise `AtlasError` if the config turns on a tracker whose package is not installed. No package is imported."""
     for name, setting in _wanted(config).items():
         if importlib.util.find_spec(name) is None:
             raise AtlasError(
                 f"tracking.{name}: {setting}: needs the package {name}: "
-                f'pip install "atlas-llm[{_EXTRAS[name]}]", or set it to {_OFF[name]}'
+                f'pip install "atlas-llm[{_EXTRAS[name]}]", or set tracking.{name}={_OFF[name]}'
             )
 
 
 def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
-    """The trackers that the config asks for. The first record imports and starts a tracker."""
+    """The trackers that the config turns on. A tracker is imported and started when it gets its first record."""
     sinks: dict[str, Sink] = {
         "tensorboard": TensorBoard(folder / "tensorboard"),
         "wandb": WeightsAndBiases(config, folder),
@@ -132,8 +132,8 @@ def open_trackers(config: AtlasConfig, folder: Path, say: Callable[[str], None])
 
 
 class TensorBoard:
-    """Writes event files to `folder`: scalars such as `train/loss` and `validation/val_loss`, texts for samples and
-    events."""
+    """Writes TensorBoard's event files to `folder`. Numbers such as `train/loss` are scalars; samples and events are
+    texts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -141,9 +141,9 @@ class TensorBoard:
         self._purged: int | None = None
 
     def rewind(self, step: int) -> None:
-        """Begin a new file at the next record. Older files stay, but their steps after `step` are ignored."""
+        """Begin a new file at the next record. TensorBoard then ignores the steps after `step` in older files."""
         self.close()
-        # In older files, TensorBoard then ignores this step and all later steps.
+        # In older files, TensorBoard ignores the step `purge_step` and all later steps.
         self._purged = step + 1
 
     def record(self, kind: str, record: Record) -> None:
@@ -153,7 +153,7 @@ class TensorBoard:
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purged)
         for name, value in _named(kind, record, event="events").items():
-            if isinstance(value, str):  # four spaces are a Markdown code block
+            if isinstance(value, str):  # shown as Markdown, where four spaces mean a code block
                 self._writer.add_text(name, "    " + value.replace("\n", "\n    "), record["step"])
             else:
                 self._writer.add_scalar(name, value, record["step"])
@@ -166,8 +166,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to Weights & Biases, in `wandb/` of the output folder. Each training process starts a W&B run, and the W&B
-    runs of an output folder are one group."""
+    """Logs to Weights & Biases. The files are in `wandb/` in the output folder. Each start of training begins a new W&B
+    run; all W&B runs of an output folder form one group."""
 
     def __init__(self, config: AtlasConfig, folder: Path) -> None:
         self._config = config
@@ -175,10 +175,10 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def rewind(self, step: int) -> None:
-        """Do nothing, since the charts use the step in each record (see `_opened`)."""
+        """Do nothing. The charts use the `step` in each record as x axis (see `_opened`), so steps may repeat."""
 
     def _opened(self) -> Any:
-        # By default wandb sends crash reports to its makers.
+        # By default wandb sends crash reports to its developers.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -216,7 +216,8 @@ class WeightsAndBiases:
 
 
 def _named(kind: str, record: Record, *, event: str) -> dict[str, float | str]:
-    """Name → number for each chart, from a record of training or validation. For a sample or an event, name → text."""
+    """Return the values of a record by chart name: numbers for a training or validation record, a text for a sample or
+    an event."""
     if kind == "sample":
         return {f"samples/{record['number']}": record["prompt"] + record["text"]}
     if kind == "event":

@@ -1,10 +1,11 @@
 """Estimate the memory and disk space of a run from its config alone.
 
-The peak of an update is at the start of the backward pass, when most activations are in memory. `atlas.model.cost`
-traces the tensors that autograd has saved at this point, with one real block. This module adds the memory of the loss.
+The memory of an update peaks at the start of the backward pass, when most activations are in memory. `atlas.model.cost`
+runs one real block on fake tensors, and lists the tensors that autograd saves for the backward pass. This module adds
+the memory of the weights, the optimizer and the loss.
 
-Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small` with an allocator that keeps
-freed memory (`atlas.process`). The estimates were 1 to 5 % below the measured peaks. No GPU has been measured yet.
+Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small`, with an allocator that keeps
+freed memory (`atlas.process`). The estimates were 2 to 6 % below the measured peaks. No GPU has been measured yet.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers, V vocabulary.
 """
@@ -29,26 +30,29 @@ from atlas.training.optimizers.memory import state_bytes, step_bytes
 
 _FP32, _HALF = 4, 2  # bytes
 PROCESS_BYTES = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
-"""On a CPU: the interpreter, PyTorch and its libraries (measured). On a GPU: the CUDA context and library workspaces
-(assumed)."""
+"""The bytes that a process needs before training. On a CPU: the interpreter, PyTorch and its libraries (measured). On a
+GPU: the CUDA context and the workspaces of libraries (assumed)."""
 _CPU_SLACK = 0.8
-"""The freed activations that glibc keeps between allocations of other sizes, as a fraction of the small activations of
-all blocks, including recomputed ones. glibc returns larger tensors to the system."""
+"""The bytes of freed activations that glibc does not return to the system, as a fraction of the bytes of small
+activations. The activations of all blocks count, even if they are recomputed. glibc returns the memory of larger
+tensors."""
 ROOMY = 0.75
-"""An update whose estimate is below this fraction of the free memory needs no trial. A run is not sharded if its
-estimate for a micro-batch of one sequence is below this fraction of a device's memory."""
+"""If the estimate of an update is below this fraction of the free memory, Atlas uses the micro-batch size without a
+trial. With `training.parallel: auto`, the model is not sharded if a micro-batch of one sequence needs less than this
+fraction of a device's memory."""
 _DENSE_MASK = 5
-"""Bytes per pair of tokens: 1 as bool and 4 in fp32."""
+"""The bytes of a document mask per pair of tokens: 1 for the bool mask and 4 for its fp32 copy."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes at the peak of an update; the parts add up to `total`.
+    """The memory at the peak of an update, in bytes. The parts add up to `total`.
 
-    `gradients` are the gradients of earlier micro-batches of the same update. An update of a single micro-batch has no
-    gradients when activations peak. For such an update, `gradients` counts only the memory that gradients need beyond
-    the memory freed by activations and loss. `half_precision_weights` are the copies that matrix products keep at the
-    peak. `allocator` is the freed memory that the allocator keeps.
+    `gradients` is the memory of the gradients of earlier micro-batches in the same update. An update of a single
+    micro-batch has no gradients when activations peak. For such an update, `gradients` counts only what the gradients
+    and the optimizer's step need beyond the memory that activations and loss have freed. `half_precision_weights` is
+    the memory of the half-precision copies of weights that exist at the peak. `allocator` is the freed memory that the
+    allocator does not return to the system.
     """
 
     weights: int
@@ -72,10 +76,10 @@ def weight_bytes(training: TrainingConfig) -> int:
 
 
 def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: bool = False) -> TrainingMemory:
-    """Estimate the peak memory of a training step on `device` (`cpu`, `cuda` or `mps`), with the micro-batch size of
-    the config.
+    """Estimate the peak memory of an update on `device` (`cpu`, `cuda` or `mps`), with the micro-batch size of the
+    config.
 
-    `keeps_all` is for compiled blocks that recompute nothing. A run uses such blocks only if memory is ample.
+    With `keeps_all`, the blocks are compiled and recompute nothing. A run uses such blocks only if memory is ample.
     """
     model, training = config.model, config.training
     half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
@@ -124,23 +128,24 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
 
 
 def _table_gradient(config: AtlasConfig) -> int:
-    """Return the bytes of the gradient of the head's table in fp32."""
+    """Return the bytes of the LM head's gradient in fp32. With LoRA, the LM head is frozen, and the result is 0."""
     return 0 if config.lora.rank else config.model.padded_vocab_size * config.model.hidden_size * _FP32
 
 
 def _recomputed(config: AtlasConfig, tokens: int, *, half: bool) -> int:
     """Return the bytes of the tensors that the backward pass of a block recomputes, in addition to the block's saved
-    tensors. The tensors are GELU's output, or SwiGLU's activated gates and their products with the values."""
+    tensors. These tensors are GELU's output, or SwiGLU's activated gates and the products of the gates and the
+    values."""
     tensors = 2 if config.model.mlp == "swiglu" else 1
     return tensors * tokens * config.model.mlp_width * (_HALF if half else _FP32)
 
 
 def _half_copies(config: AtlasConfig, saved: SavedTensors, *, keeps_all: bool) -> int:
-    """Return the bytes of the weights' copies in half precision at the peak.
+    """Return the bytes of the half-precision copies of weights at the peak.
 
-    Each block keeps the traced copies. The copies of the other matrices are recomputed one by one; the largest matrix
-    is one of these. With gradient checkpointing, the copies of a block exist only during the block's backward pass. The
-    copy of the head is freed before that.
+    Each block keeps the copies that the trace lists. The copies of the other matrices are made again one by one, so
+    only the largest matrix counts. With gradient checkpointing, the copies of a block exist only during the block's
+    backward pass. The copy of the LM head is freed before that pass.
     """
     model = config.model
     matrices = [_HALF * matrix.numel() for matrix in block_matrices(model).values()]
@@ -157,23 +162,24 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
     """Return the bytes that the loss needs in addition to the activations, see `atlas.training.loss`."""
     model, table, width = config.model, _table_gradient(config), _HALF if half else _FP32
     if config.training.loss:
-        # Three copies of the logits in fp32: of the forward pass, of log_softmax and of the backward pass. Later one
-        # copy is left, and the head's gradient exists before and after padding.
+        # A custom loss needs three fp32 tensors of this size: logits, the result of log_softmax, and the logits'
+        # gradient. Later, only this gradient is left, and the LM head's gradient exists before and after padding.
         logits = tokens * model.vocabulary * _FP32
         return max(3 * logits, logits + 2 * table)
-    # The gradients of the last hidden states and of the head, and a chunk of logits, which is replaced by its gradient.
+    # The built-in loss needs the gradients of the last hidden states and of the LM head, and a chunk of logits. The
+    # gradient of the chunk overwrites the chunk.
     gradients = tokens * model.hidden_size * width + table
     if device == "cuda":  # without a compiled kernel, the logits have two more copies in fp32
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
-    # In half precision there are a second gradient of the head, and the logits, log-probabilities and gradient of a
-    # chunk.
+    # In half precision, the LM head has a second gradient, and a chunk has separate tensors for its logits,
+    # log-probabilities and gradient.
     chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
     return gradients + (table // 2 + 2 * chunk if half else chunk)
 
 
 def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
-    """Estimate the bytes that the first step allocates. The weights are in memory before this step."""
+    """Estimate the bytes that the first update allocates. The weights are in memory before this update."""
     memory = estimate_training_memory(config, device=device)
     return memory.total - memory.weights - memory.process
 
@@ -185,12 +191,13 @@ def checkpoint_bytes(config: AtlasConfig) -> int:
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:
-    """Return the bytes of the copy in main memory from which checkpoints are written while training continues."""
+    """Return the bytes of the state's copy, from which background saves write checkpoints; 0 without background
+    saves."""
     return checkpoint_bytes(config) if config.checkpoint.background else 0
 
 
 def output_folder_bytes(config: AtlasConfig) -> int:
     """Return the largest number of bytes that the checkpoints of a run need on the disk. These are the kept checkpoints
-    of steps, epochs and interrupts, the best checkpoint, and one that is being written."""
+    of steps, epochs and interrupts, the best checkpoint, and a checkpoint that is being written."""
     most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
     return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -13,13 +13,13 @@ from atlas.training.memory.estimate import ROOMY, estimate_training_memory
 
 _SHARDED = ("adamw", "muon")
 """The optimizers whose state can be sharded."""
-_UNSHARDED = {"fp16": "only one rank would see an overflow", "bf16-true": "full weights are rounded"}
-"""The precisions that do not support sharding, and the reasons."""
+_UNSHARDED = {"fp16": "only one rank would see an overflow", "bf16-true": "its rounding needs full weights"}
+"""The precisions that do not support sharding, with the reason for each."""
 
 
 def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> str:
-    """Resolve `training.parallel` for these ranks to `none`, `ddp` or `fsdp`. Raises `AtlasError` if the setting is not
-    possible."""
+    """Resolve `training.parallel` for these ranks to `none`, `ddp` or `fsdp`. Raises `AtlasError` if the config does
+    not allow training with these ranks."""
     if not has_joined():
         refuse_parallel_alone(config)
         return "none"
@@ -30,10 +30,10 @@ def choose_parallel(config: AtlasConfig, world: World, device: torch.device) -> 
 
 
 def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) -> tuple[str, int]:
-    """Resolve `training.parallel` for `ranks` devices of `memory` bytes each. Return the result and the number of ranks
-    that share a model.
+    """Resolve `training.parallel` for `ranks` devices of `memory` bytes each. Return the resolved value, and the number
+    of ranks among which one copy of the model is sharded (1 without sharding).
 
-    Raises `AtlasError` if the setting is not possible.
+    Raises `AtlasError` if the config does not allow training with these ranks.
     """
     training, asked = config.training, config.training.parallel
     if asked == "none" and ranks > 1:
@@ -50,8 +50,8 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
     if parallel != "fsdp":
         if training.shard_size is not None:
             raise AtlasError(
-                f"training.shard_size: {training.shard_size}: is for training.parallel fsdp, this is {parallel}: set "
-                "fsdp, or leave the size out"
+                f"training.shard_size: {training.shard_size}: is for training.parallel fsdp, but this run uses "
+                f"{parallel}: set fsdp, or remove shard_size"
             )
         return parallel, 1
     why = "" if asked == "fsdp" else "; a full step does not fit one device"
@@ -68,6 +68,6 @@ def share_model(config: AtlasConfig, ranks: int, *, device: str, memory: int) ->
     shards = training.shard_size or ranks
     if ranks % shards:
         raise AtlasError(
-            f"training.shard_size: {shards}: {ranks} processes are not a multiple of it: use a size that divides them"
+            f"training.shard_size: {shards}: {ranks} processes are not a multiple of {shards}: use a divisor of {ranks}"
         )
     return parallel, shards

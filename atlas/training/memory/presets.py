@@ -1,4 +1,4 @@
-"""Find the presets that this machine, or another one, can train."""
+"""Find the presets that a machine can train."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from atlas.model.cost import count_parameters
 from atlas.training.memory.estimate import estimate_training_memory
 
 ASSUMED_VOCABULARY = 2048
-"""The assumed `vocab_size` of a config that leaves it to the dataset: the size of the demo's byte-level BPE."""
+"""The `vocab_size` that estimates assume if the config leaves it to the dataset. It is the size of the demo's
+byte-level BPE."""
 
 
 @dataclass(frozen=True)
 class PresetPlan:
-    """A preset, the bytes that its training needs, and whether they fit into a machine's memory."""
+    """A preset, its number of parameters, the bytes that its training needs, and whether they fit into the memory of a
+    machine."""
 
     name: str
     config: AtlasConfig
@@ -27,8 +29,7 @@ class PresetPlan:
 
 
 def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
-    """Return the config with a `vocab_size`: its own, or `ASSUMED_VOCABULARY` if the config leaves it to the
-    dataset."""
+    """Return the config, with `vocab_size` set to `ASSUMED_VOCABULARY` if the config leaves it to the dataset."""
     if config.model.vocab_size is not None:
         return config
     return config.replace("model", vocab_size=ASSUMED_VOCABULARY)
@@ -37,10 +38,11 @@ def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
 def plan_presets(
     available: int, *, device: str, vocab_size: int | None = None, open_vocab_size: int = ASSUMED_VOCABULARY
 ) -> list[PresetPlan]:
-    """Plan every preset, smallest first, for `available` bytes on `device` (`cpu`, `cuda` or `mps`).
+    """Return a plan of every preset, the smallest first, for a `device` (`cpu`, `cuda` or `mps`) with `available`
+    bytes.
 
-    `vocab_size` replaces the `vocab_size` of every preset, as a dataset does. `open_vocab_size` is for presets without
-    a `vocab_size`.
+    If `vocab_size` is given, it replaces the `vocab_size` of every preset, like the vocabulary of a dataset. Otherwise,
+    presets without a `vocab_size` get `open_vocab_size`.
     """
     plans = []
     for name in preset_names():
@@ -53,6 +55,6 @@ def plan_presets(
 
 
 def largest_that_fits(plans: Sequence[PresetPlan]) -> PresetPlan | None:
-    """Return the plan with the most parameters that fits, or None. If several are equally large, return the first,
-    which trades less time for memory."""
+    """Return the plan with the most parameters among those that fit, or None if none fits. Among equally large models,
+    return the first, which spends the least time to save memory."""
     return max((plan for plan in plans if plan.fits), key=lambda plan: plan.parameters, default=None)

@@ -17,32 +17,32 @@ _EPS = (1e-15, 1.0)
 def build_adafactor(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Adafactor:
     """Build Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) without momentum.
 
-    For a matrix, Adafactor keeps the mean squared gradient of each row and of each column. The optimizer clips the
-    update to a root mean square (RMS) of 1.
+    For a matrix, Adafactor keeps the mean squared gradient of each row and of each column. An update whose root mean
+    square (RMS) exceeds 1 is scaled down to an RMS of 1.
 
-    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(rate, 1 / √step). With the paper's ε₂ = 10⁻³,
-    the step would be relative to the size of the weights. Such a step would be about 50 times smaller than AdamW's step
-    at the same rate. With ε₂ = 1, the step equals the rate for every parameter whose RMS is below 1. Only the norms'
-    gains have a larger RMS, which stays near 1. The bound 1 / √step is above any usual rate: the bound falls to 1e-3
-    only after a million updates.
+    PyTorch multiplies the update by max(ε₂, RMS of the parameter) · min(learning rate, 1 / √t) in step t. With the
+    paper's ε₂ = 10⁻³, an update would be proportional to the RMS of the weights. Such an update would be about 50 times
+    smaller than AdamW's update at the same learning rate. With ε₂ = 1, the product equals the learning rate for every
+    parameter whose RMS is below 1. Only the gains of the norms have a larger RMS, which stays near 1. The bound 1 / √t
+    has no effect at usual learning rates: it falls to 1e-3 only after a million steps.
 
-    ε₁ is a lower bound for the mean squared gradient. ε₁², which is 10⁻³⁰ as in the paper, is a lower bound for each
-    estimated square. PyTorch's default ε₁, 10⁻⁷, exceeds the mean squared gradient of a large model whose gradient norm
-    is clipped to 1.
+    ε₁ is a lower bound for the mean squared gradient of a matrix. ε₁², which is 10⁻³⁰ as in the paper, is a lower bound
+    for the estimated square of each gradient. PyTorch's default ε₁ is about 10⁻⁷. This value exceeds the mean squared
+    gradient of a large model whose gradient norm is clipped to 1.
     """
     on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
     kind = AdafactorWithoutWaits if on_cuda else torch.optim.Adafactor
-    # Update one parameter after the other: with `foreach`, the step would need additional memory of the size of the
+    # Update one parameter after the other. With `foreach`, the step would need additional memory of the size of the
     # weights.
     return kind(groups, lr=config.learning_rate, eps=_EPS, foreach=False)
 
 
 class AdafactorWithoutWaits(torch.optim.Adafactor):
-    """PyTorch's Adafactor, but the host does not wait for the device. The state is the same, and the step is the same
-    up to rounding.
+    """PyTorch's Adafactor, but the host does not wait for the device. The state is the same, and the updates are the
+    same up to rounding.
 
-    PyTorch reads two norms of every parameter on the host, which waits for the device each time. Here the norms stay on
-    the device.
+    PyTorch reads two norms of every parameter on the host, so the host waits for the device each time. Here the norms
+    stay on the device.
     """
 
     @torch.no_grad()
@@ -53,14 +53,14 @@ class AdafactorWithoutWaits(torch.optim.Adafactor):
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     if not state:
-                        state["step"] = torch.tensor(0.0)  # on the CPU, where the host reads it
+                        state["step"] = torch.tensor(0.0)  # on the CPU, so that reading it needs no wait
                         for name, shape in variance_shapes(parameter).items():
                             state[name] = parameter.grad.new_zeros(shape)
                     _update(parameter, parameter.grad, state, group)
 
 
 def variance_shapes(parameter: Tensor) -> dict[str, torch.Size]:
-    """Return the shapes of the mean squared gradients that Adafactor keeps for a parameter."""
+    """Return the name and the shape of each tensor of mean squared gradients that Adafactor keeps for a parameter."""
     if parameter.dim() < 2:
         return {"variance": parameter.shape}
     rows, columns = parameter.shape
@@ -70,13 +70,13 @@ def variance_shapes(parameter: Tensor) -> dict[str, torch.Size]:
 def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     """Update one parameter like `torch.optim.Adafactor`.
 
-    An RMS is a norm divided by the square root of the number of elements. The host includes these divisions in scalar
-    factors, since each division on the device would be a separate kernel.
+    An RMS is a norm divided by the square root of the number of elements. The host includes this division in a scalar
+    factor. On the device, each division would be a separate kernel.
     """
     (eps1, eps2), rate, root = group["eps"], group["lr"], math.sqrt(parameter.numel())
     state["step"] += 1
     step = state["step"].item()
-    new = step ** group["beta2_decay"]  # 1 - β₂: the weight of the new squares
+    new = step ** group["beta2_decay"]  # 1 - β₂, the weight of the new squared gradients
     size = parameter.norm().clamp_(min=eps2 * root)
     if group["weight_decay"]:
         parameter.mul_(1 - rate * group["weight_decay"])

@@ -1,8 +1,8 @@
-"""AdamW whose two moments need one byte per number, from torchao (Dettmers et al. 2021, arXiv:2110.02861).
+"""torchao's AdamW, whose two moments need one byte per number (Dettmers et al. 2021, arXiv:2110.02861).
 
-torchao stores a moment as a tensor of its own class: one byte per number, and an fp32 scale for every 256 numbers.
-Small tensors stay in fp32. A checkpoint holds plain tensors only, so that reading a checkpoint runs no code. So saving
-the state splits a moment into plain tensors, and loading the state rebuilds the moment.
+torchao stores a moment in its own tensor class, with one byte per number and an fp32 scale for every 256 numbers. The
+moments of small tensors stay in fp32. A checkpoint holds only plain tensors, so that reading the checkpoint runs no
+code. Therefore, saving the state splits each moment into plain tensors, and loading the state rebuilds the moments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atlas.errors import AtlasError
 
 _BLOCK = 256
 _SMALLEST = 4096
-_INSTEAD = "or take --set training.optimizer=adafactor or muon, which need neither"
+_INSTEAD = "or use --set training.optimizer=adafactor or muon, which need neither torchao nor a compiler"
 
 
 def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -47,8 +47,8 @@ def build_adamw8bit(groups: list[dict[str, Any]], config: TrainingConfig) -> tor
 
 
 def shapes_8bit(parameter: Tensor) -> dict[str, Any]:
-    """Return the shapes in a parameter's saved state. An 8-bit moment has two shapes: those of its bytes and of its
-    scales."""
+    """Return the shape of each tensor in a parameter's saved state. An 8-bit moment has two tensors: its bytes
+    (`codes`) and its scales (`scale`)."""
     moment: Any = parameter.shape
     if parameter.numel() >= _SMALLEST and parameter.numel() % _BLOCK == 0:
         moment = {"codes": parameter.shape, "scale": torch.Size((parameter.numel() // _BLOCK,))}
@@ -64,8 +64,8 @@ def _missing_compiler(groups: list[dict[str, Any]]) -> str | None:
 
 
 def _rate_as_tensor(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Convert each learning rate to a tensor. torchao refuses numbers, since each new number would compile the step
-    again."""
+    """Convert each learning rate to a tensor. torchao refuses numbers, since each new number would require compiling
+    the step again."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-    """Apply `optimizer.step()` to bf16 weights: in fp32, one parameter after the other, with stochastic rounding of the
-    result.
+    """Apply the optimizer step to bf16 weights. One parameter at a time is converted to fp32, updated, and rounded to
+    bf16 stochastically.
 
-    Rounding to the nearest value would leave a weight unchanged in nearly every update, since an update is smaller than
-    half of bf16's last digit (1/256 of the weight). With stochastic rounding, a weight changes by the right amount on
-    average (Gupta et al. 2015, arXiv:1502.02551). Each gradient is freed as soon as its parameter is updated.
+    An update is usually smaller than 1/256 of the weight, which is about half of the distance to the next bf16 number.
+    Rounding to the nearest number would therefore leave a weight unchanged in nearly every update. With stochastic
+    rounding, a weight changes by the right amount on average (Gupta et al. 2015, arXiv:1502.02551). Each gradient is
+    freed as soon as its parameter is updated.
     """
     groups = optimizer.param_groups
     try:
@@ -37,11 +38,11 @@ def step_rounding_weights(optimizer: torch.optim.Optimizer, generator: torch.Gen
 
 
 def round_to_bf16(numbers: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 numbers to bf16 at random, up or down. The nearer value is more likely, so that the mean is the number
-    itself.
+    """Round each fp32 number at random to one of the two neighbouring bf16 numbers. The nearer one is more likely, so
+    that the mean result is the fp32 number itself.
 
-    bf16 is the upper 16 bits of fp32. Adding 16 random bits and then dropping the lower 16 bits rounds up with the
-    right probability.
+    A bf16 number has the upper 16 bits of an fp32 number. Adding 16 random bits and then dropping the lower 16 bits
+    selects each neighbour with the right probability.
     """
     bits = numbers.view(torch.int32)
     noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)

@@ -24,8 +24,8 @@ _BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.opti
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `training.optimizer` names.
 
-    Matrices and embeddings have weight decay, biases and norms do not. A learning rate has the same meaning for all
-    optimizers. The training loop sets the rate of each step.
+    Matrices and embeddings have weight decay; biases and norms have none. All optimizers are scaled so that the same
+    learning rates suit them. The training loop sets the learning rate before each update.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
@@ -36,8 +36,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Return the shapes in the saved state of a parameter in `group` after its first step. An entry is a shape or a
-    dict of shapes."""
+    """Return the shape of each tensor in the saved state of `parameter`, which is in `group`, after the first update.
+    An entry is a shape or a dict of shapes."""
     if "is_8bit" in group:
         return shapes_8bit(parameter)
     if "is_qkv" in group:

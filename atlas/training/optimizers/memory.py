@@ -17,7 +17,8 @@ _FP32, _CODE = 4, 1  # bytes
 
 
 def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) -> int:
-    """Return the bytes of the optimizer's state, in memory and in a checkpoint, without its step counts."""
+    """Return the bytes of the optimizer's state without its step counts. The size is the same in memory and in a
+    checkpoint."""
     one = one_block_model(model, lora)
     copies = {p: model.num_layers if is_in_block(name) else 1 for name, p in one.named_parameters()}
     return sum(
@@ -28,7 +29,7 @@ def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) 
 
 
 def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    if training.optimizer == "adamw8bit":  # an estimate does not need torchao
+    if training.optimizer == "adamw8bit":  # so that an estimate does not need torchao
         return [{"is_8bit": True, "params": [p for p in model.parameters() if p.requires_grad]}]
     return build_optimizer(model, training).param_groups
 
@@ -54,20 +55,21 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
         sizes = [_muon_bytes(rows, columns, n * layers, device) for (_, rows, columns), n in matrices.items()]
         own = max(sizes, default=0)
     else:
-        # Without a fused step, PyTorch's optimizers make a temporary copy of all parameters.
+        # Any other optimizer of PyTorch has no fused step, and makes a temporary copy of all parameters.
         own = {"adamw": 0, "adafactor": largest, "adamw8bit": 2 * largest}.get(
             training.optimizer, largest if is_rounded else _FP32 * sum(weight.size for weight in weights)
         )
     if not is_rounded:
         return own
-    return 2 * largest + max(own, largest)  # parameter and gradient in fp32; then the step or the rounding
+    return 2 * largest + max(own, largest)  # fp32 parameter and gradient, plus the step or the rounding
 
 
 def _muon_bytes(rows: int, columns: int, count: int, device: str) -> int:
-    """Return the bytes for the matrices, of `count`, that Muon orthogonalizes together.
+    """Return the bytes that Muon needs to orthogonalize one stack of matrices. There are `count` matrices of shape
+    (`rows`, `columns`).
 
-    The bytes hold the mean gradients, the stack before and after an iteration, and two products whose sides are the
-    shorter side.
+    The memory holds the mean gradients, the stack before and after an iteration, and two square products per matrix,
+    whose side is the matrix's shorter side.
     """
     width, short, size = (_FP32 if device == "cpu" else 2), min(rows, columns), rows * columns
     stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // size))

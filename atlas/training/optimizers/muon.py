@@ -20,17 +20,17 @@ _MUON_MOMENTUM = 0.95
 
 
 _WIDTH = 768
-"""The width at which Muon's learning rate equals AdamW's, see `_muon_update`. AdamW updates the embedding tables and
-the head. The learning rate of both grows as the model gets narrower, since the head sums fewer products. The weight
-decay per step of both does not depend on the width."""
+"""The width (`hidden_size`) at which Muon's learning rate equals AdamW's, see `_muon_update`. AdamW updates the
+embedding tables and the LM head. Their learning rate grows as the model gets narrower, since each logit then sums fewer
+products. Their weight decay per step does not depend on the width."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, AdamW
-    for all other parameters: embeddings, head, biases, norms and low-rank updates.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices inside the blocks, and
+    AdamW for all other parameters: embeddings, LM head, biases, norms and low-rank updates.
 
-    Muon keeps one moment, 4 bytes, per parameter. AdamW uses the groups and the state of this optimizer, so there is
-    one state dict, and one place to set learning rates.
+    Muon keeps one moment, 4 bytes, per parameter. AdamW uses the parameter groups and the state of this optimizer. So
+    there is one state dict, and one place to set learning rates.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
@@ -54,17 +54,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set new groups and state, and pass AdamW its share. `load_state_dict` calls this method."""
+        """Set new parameter groups and state, and pass AdamW its part of both. `load_state_dict` calls this method."""
         super().__setstate__(state)
         share = {"state": self.state, "param_groups": self.param_groups[2:]}
         self._adamw.__setstate__(share)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Perform one update.
+        """Apply one update to all parameters.
 
-        q, k and v share a tensor, and so do the values and the gates of SwiGLU. Each of these matrices is
-        orthogonalized separately. Otherwise the matrix with the largest gradients would get most of the update.
+        The weights of q, k and v are parts of one tensor, and those of SwiGLU's values and gates are parts of another
+        tensor. Each of these parts is orthogonalized separately. Otherwise the part with the largest gradients would
+        get most of the update.
         """
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
@@ -90,8 +91,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
 
     def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Return a group of AdamW with its effective learning rate and weight decay. For tables, both depend on the
-        width."""
+        """Return a parameter group of AdamW with its effective learning rate and weight decay. For the embedding tables
+        and the LM head, both values depend on the width."""
         if not self._tables.issuperset(group["params"]) or not group["params"]:
             return group
         factor = _WIDTH / group["params"][0].shape[1]
@@ -107,7 +108,7 @@ def _matrices_of_blocks(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def count_matrices(model: nn.Module) -> Counter[tuple[bool, int, int]]:
-    """Count the matrices that Muon stacks: (whether the matrix is q, k or v; rows; columns) → number."""
+    """Return how many matrices of each kind Muon updates: (whether the matrix is q, k or v; rows; columns) → number."""
     return Counter(
         (name.endswith("qkv.weight"), rows, p.shape[1])
         for name, p in _matrices_of_blocks(model)
@@ -128,10 +129,10 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
     """Update matrices of one shape by their orthogonalized mean gradients, with Nesterov momentum. Each entry of
     `matrices` is (weight, gradient, momentum).
 
-    The outputs of a layer should change by the same amount at any width. So the largest singular value of the update
-    depends only on √(outputs / inputs) (Yang et al. 2023, arXiv:2310.17813). With `_WIDTH` inputs, the update has a
-    root mean square of 0.2, like a usual update of AdamW. So AdamW's learning rates suit Muon at this width (Liu et al.
-    2025, arXiv:2502.16982).
+    The outputs of a layer should change by the same amount at any width. Therefore, the largest singular value of the
+    update is proportional to √(outputs / inputs), if a matrix has more outputs than inputs (Yang et al. 2023,
+    arXiv:2310.17813). With `_WIDTH` inputs, the update has an RMS of 0.2, like a usual update of AdamW. So AdamW's
+    learning rates suit Muon at this width (Liu et al. 2025, arXiv:2502.16982).
     """
     weights, gradients, momenta = ([*tensors] for tensors in zip(*matrices, strict=True))
     torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
@@ -145,10 +146,10 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
 
 
 def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
-    """Update one weight like `_muon_update`, if each rank holds only some of its rows.
+    """Update one weight, of which each rank holds only some rows, like `_muon_update`.
 
-    Only a full matrix can be orthogonalized. So every rank gathers the full gradient, computes the full update and
-    keeps its own rows.
+    Only a full matrix can be orthogonalized. So every rank gathers the full gradient, computes the full update, and
+    applies its own rows of the update.
     """
     assert weight.grad is not None
     momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
@@ -163,11 +164,11 @@ def _muon_scale(matrix: Tensor) -> float:
 
 
 def _orthogonalized(matrices: Tensor) -> Tensor:
-    """(N, R, C) → approximately U Vᵀ of each matrix U S Vᵀ. The singular values are between 0.7 and 1.2, so that all
-    directions move by about the same amount.
+    """(N, R, C) → approximately U Vᵀ for each matrix U S Vᵀ. The singular values of the result are between 0.7 and 1.2,
+    so that all directions change by about the same amount.
 
-    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU the
-    iteration runs in fp32: a CPU without bf16 arithmetic is about 30 times as slow in bf16 (measured with AVX2, one
+    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU, the
+    iteration runs in fp32: without bf16 arithmetic, a CPU is about 30 times slower in bf16 (measured with AVX2, one
     thread).
     """
     a, b, c = 3.4445, -4.7750, 2.0315

@@ -66,7 +66,7 @@ def test_training_continues_while_a_save_is_written_and_the_save_is_of_its_momen
     assert names == ["atlas_step_2.pt", "atlas_step_6.pt"]  # 4 fell due meanwhile, 6 is the last
     assert tmp_path / "run" / "atlas_step_6.pt" in result.saved  # joined before train returned
     log = (tmp_path / "run" / "training.log").read_text()
-    assert log.count("step 4: no checkpoint saved: the previous one is still being written") == 1
+    assert log.count("step 4: no checkpoint saved: the previous checkpoint is still being written") == 1
     blocking, _ = trained(layer(tmp_path / "blocking", text_file, checkpoint__save_interval=2))
     for name in names:
         one, other = load_checkpoint(tmp_path / "run" / name), load_checkpoint(tmp_path / "blocking" / name)
@@ -253,7 +253,7 @@ def test_a_nearly_full_disk_removes_old_steps_beyond_the_newest_two(
         assert names(tmp_path) == before
         save(manager, 7)
         assert len(said) == 1
-        assert "Training continues; the newest is atlas_step_5.pt" in said[0]
+        assert "Training continues; the newest checkpoint is atlas_step_5.pt" in said[0]
 
 
 # One run per folder.

@@ -204,7 +204,7 @@ def test_too_little_disk_skips_the_save_in_one_line(tmp_path: Path, monkeypatch:
     assert save(manager, 2) == []
     assert len(said) == 1
     assert "no checkpoint saved" in said[0]
-    assert "Training continues; the newest is atlas_step_1.pt" in said[0]
+    assert "Training continues; the newest checkpoint is atlas_step_1.pt" in said[0]
     assert manager.load_latest()[0].name == "atlas_step_1.pt"
 
 
