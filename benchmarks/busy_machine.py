@@ -1,11 +1,12 @@
-"""Compare training steps of `nano` with and without spinning threads, while another program uses a core.
+"""Compare the time of a training step of `nano` with spinning and with sleeping threads, alone and beside another
+program.
 
     python benchmarks/busy_machine.py
 
-PyTorch's threads wait for each other hundreds of times in a step. By default, a waiting thread spins. If the other
-thread has lost its core to another program, the waiting thread spins until the scheduler returns the core. With
-GOMP_SPINCOUNT=1000, a waiting thread soon sleeps instead. `atlas` sets this variable if another program is computing
-when `atlas` starts. The runs take turns, and the table shows the medians of all steps.
+PyTorch's threads wait for each other hundreds of times in a step. By default, a waiting thread spins. If the thread
+that it waits for has lost its core to another program, the waiting thread spins until the scheduler returns that core.
+With GOMP_SPINCOUNT=1000, a waiting thread soon sleeps instead. `atlas` sets this variable if another program is
+computing when `atlas` starts. The runs take turns, and the table shows the medians of all steps.
 """
 
 from __future__ import annotations

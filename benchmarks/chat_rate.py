@@ -1,14 +1,15 @@
-"""Find the learning rate and the run length with which a model learns a few dozen conversations.
+"""Find the learning rate and the length of the run with which a model learns a few dozen conversations.
 
     atlas prepare --input my_texts --train-tokenizer 1024 --output data/mine
     atlas train --config modern-nano --train-data data/mine --output-dir checkpoints/base
     python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt
     python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths 20x16 40x4
 
-Each rate and each length (epochs × batch size) is a run of `atlas train --init-from` on the pairs. An answer counts as
-learned if `atlas generate --chat --temperature 0` gives exactly this answer. The script counts the learned answers of
-`atlas_best.pt` and of the last checkpoint. Without `--pairs`, there are 60 made-up pairs: a short question and an
-unrelated sentence as its answer. So the model can only give an answer that it has memorized.
+For each rate and each length (epochs × batch size), the script trains a model on pairs of question and answer, with
+`atlas train --init-from`. An answer counts as learned if `atlas generate --chat --temperature 0` gives exactly this
+answer. The script counts the learned answers of `atlas_best.pt` and of the last checkpoint. Without `--pairs`, the
+script uses 60 made-up pairs: a short question, and an unrelated sentence as its answer. A model can give such an answer
+only if it has memorized the answer.
 """
 
 from __future__ import annotations

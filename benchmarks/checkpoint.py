@@ -1,12 +1,12 @@
-"""Measure the cost of saves during training: how long training pauses, and how fast updates are during a save.
+"""Measure how long a save pauses training, and how fast updates are during a save.
 
     python benchmarks/checkpoint.py                 tiny (490 MB a checkpoint), on a GPU if there is one
     python benchmarks/checkpoint.py --config nano --rounds 9
 
-Every round saves the same state in three ways: in the background like `atlas train`, blocking as with
-`checkpoint.background=false`, and with `torch.save` in the loop. Atlas hashes the files, flushes them to the disk and
-commits them. Other programs call `torch.save` without flushing. Then the script alternately times updates with and
-without a save in progress.
+In every round, the script saves the same state in three ways: in the background as `atlas train` does, blocking as with
+`checkpoint.background=false`, and with `torch.save` in the loop. In the first two ways, Atlas hashes the file, flushes
+it to the disk and commits it. The third way only calls `torch.save`, as other programs do. Then the script times
+updates while a save is in progress and updates without a save, in turn.
 """
 
 from __future__ import annotations

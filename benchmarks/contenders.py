@@ -1,6 +1,8 @@
-"""The compared programs. Each program is a separate process, which waits for its turn without computing.
+"""The programs that a benchmark compares. Each program is a separate process, which waits for its turn without
+computing.
 
-The parent writes a line of JSON, and the child answers with a line of JSON. Libraries print to standard error.
+The parent process writes a request as a line of JSON, and the child process answers with a line of JSON. In the child,
+the output of libraries goes to standard error, so that it is not read as an answer.
 """
 
 from __future__ import annotations

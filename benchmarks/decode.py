@@ -1,20 +1,19 @@
-"""Measure the tokens per second of generation after the prompt, compared with transformers and llama.cpp with the same
-weights.
+"""Measure the tokens per second of generation, compared with transformers and llama.cpp with the same weights.
 
     python benchmarks/decode.py                             tiny, 200 tokens, one text and eight in parallel
     python benchmarks/decode.py --preset small --tokens 100 --rounds 3
     python benchmarks/decode.py --device cuda --dtype bf16 --preset small
 
 The model has random weights, the preset's shape and GPT-2's vocabulary. The model generates greedily, in f32 or bf16.
-Atlas runs the code of `atlas generate`. transformers runs `generate` with its cache. llama.cpp (package `xllamacpp`)
-uses the slots of its server, the file that Atlas exports, and an f32 cache. In bf16, llama.cpp is left out. All
-programs have the same number of threads. Each program is a separate process. The processes take turns, and medians
-count. Programs that are not installed are left out, with a note.
+Atlas runs the code of `atlas generate`. transformers runs `generate` with a KV cache. llama.cpp (package `xllamacpp`)
+runs the file that Atlas exports in the slots of its server, with an f32 KV cache. In bf16, the script does not measure
+llama.cpp. All programs have the same number of threads. Each program is a separate process. The processes take turns,
+and the table shows medians. If a program is not installed, the script leaves it out and prints a note.
 
-Each token is timed when it is generated. Counting starts when every text has its first token, so reading the prompt
-does not count. "Over the context" shows the milliseconds per token in a text that fills the context, in its first and
-last quarter. A program cannot read the weights faster than the memory allows. The last row shows this limit in tokens
-per second.
+The script records the time of each token. Counting starts when every text has its first token, so the time to read the
+prompt does not count. "Over the context" shows the milliseconds per token in the first and the last quarter of a text
+that fills the context. A program must read all weights for each token, so the memory bandwidth limits its speed. The
+last row shows this limit in tokens per second.
 """
 
 from __future__ import annotations

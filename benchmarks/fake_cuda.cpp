@@ -1,5 +1,5 @@
-// What fake tensors of the device cuda need, and a CPU build of PyTorch has not: a device guard that does nothing, and
-// hooks that say one GPU is there.
+// A device guard that does nothing, and hooks that report one GPU. Fake tensors on the device `cuda` need both, but a
+// CPU build of PyTorch lacks both.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

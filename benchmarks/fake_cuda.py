@@ -1,18 +1,18 @@
 """Imitate a CUDA device on a machine without one.
 
-The real code runs on PyTorch's fake tensors, which have a device, a shape and a dtype but no memory. Autograd,
-autocast, compilation and optimizers are real.
+Atlas's code runs on PyTorch's fake tensors, which have a device, a shape and a dtype but no values. Autograd, autocast,
+compilation and optimizers are PyTorch's own.
 
     device = FakeCuda()     # before anything imports torch
     with device, waits() as asked:
         …                   # code that uses cuda
     print(asked.seen)
 
-Fake CUDA finds operations on tensors of two devices, dtypes that an operator refuses, and waits of the host.
-`roofline.py` derives the kernels' bytes and FLOPs from the shapes. Fake CUDA computes no numbers. Fake CUDA does not
-find a kernel that refuses its input, and does not measure speed. A Python list as an index fails; on a GPU, such an
-index is a copy for which the host waits. A CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such
-a guard; g++ builds it once into the temporary folder, in about 6 s. `tests/cuda_path` runs Atlas on fake CUDA.
+Fake CUDA finds operations on tensors of two devices, dtypes that an operator does not support, and places where the
+host waits for the GPU. Fake CUDA computes no values, does not find inputs that a CUDA kernel does not support, and does
+not measure speed. A Python list as an index raises an error; on a GPU, the host would wait for a copy of the list. A
+CPU build of PyTorch lacks a device guard for CUDA. `fake_cuda.cpp` is such a guard; g++ builds it once, in about 6 s.
+`tests/cuda_path` runs Atlas on fake CUDA, and `roofline.py` computes bytes and FLOPs from the shapes.
 """
 
 from __future__ import annotations

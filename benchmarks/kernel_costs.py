@@ -1,4 +1,4 @@
-"""Count the kernels that a program runs on a GPU, and their bytes and FLOPs, from shapes and dtypes on fake CUDA.
+"""Count the kernels that a program would run on a GPU, and their bytes and FLOPs, from shapes and dtypes on fake CUDA.
 
     log = KernelLog(vocabulary=50304)
     device.backend = log.backend()      # for torch.compile
@@ -6,13 +6,13 @@
         …
     log.kernels
 
-An operator that is not compiled reads its inputs and writes its outputs once. In a compiled graph, matrix products,
-attention and embeddings are separate kernels. The operators between these kernels are fused if tensors connect them:
-this is the best that Inductor can reach. A fused kernel reads tensors from outside, and writes the tensors that are
-needed outside. A sum over rows that are too long for a block's memory ends a pass. Operators that need the result of
-this sum read the inputs again. The maximum that softmax subtracts does not end a pass, since Inductor computes maximum
-and sum in one pass (online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867). Import this module only after
-`FakeCuda` has been created.
+An operator that is not compiled is one kernel, which reads its inputs and writes its outputs once. In a compiled graph,
+matrix products, attention and embeddings are separate kernels. The other operators between these kernels form one fused
+kernel if tensors connect them. This is the best result that Inductor can reach. A fused kernel reads the tensors that
+other kernels have made, and writes the tensors that other kernels need. If a kernel sums over rows that are too long
+for a thread block's memory, it needs another pass: operators that use the sum read the inputs again. The maximum that
+softmax subtracts needs no pass of its own, since Inductor computes the maximum and the sum in one pass (online softmax,
+Milakov & Gimelshein 2018, arXiv:1805.02867). Import this module only after you have created `FakeCuda`.
 """
 
 from __future__ import annotations

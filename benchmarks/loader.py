@@ -1,13 +1,13 @@
-"""Compare ways to read batches: in the training thread, in prefetching threads, and in processes of
+"""Compare ways to read batches: in the training thread, in threads that prefetch, and in processes of
 `torch.utils.data.DataLoader`.
 
     python benchmarks/loader.py
 
 The data is 1 GB of memory-mapped uint16, read as sequences of 1,024 tokens in random order. "Reading alone" is the time
-of a batch when nothing else runs. "Waiting beside a step" is the time that a training loop waits for a batch. The loop
-computes for 50 ms between two batches (a matrix product in one thread). "Cold" means that the file is dropped from the
-page cache before each run. The last lines show the time to seek step 10⁷ in a sparse file of 10¹⁰ tokens. Runs are
-interleaved, and figures are medians.
+to read a batch when nothing else runs. "Waiting beside a step" is the time that a training loop waits for a batch. This
+loop computes matrix products in one thread for 50 ms between two batches. "Cold" means that the file is dropped from
+the page cache before each run. Another line shows the time to seek to step 10⁷ in a sparse file of 10¹⁰ tokens. The
+runs are interleaved, and the figures are medians.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Measure the head and its cross entropy, forward and backward: Atlas's code, PyTorch's own, and full logits.
+"""Measure time and memory of the LM head and the cross entropy, forward and backward: Atlas's code, PyTorch's function,
+full logits.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --tokens 8192 --width 768 --device cuda
 
-Each way is a separate process with the same inputs. The processes take turns, and medians count. Memory is the peak of
-the process, minus its memory with hidden states, head and targets. So this figure includes the gradients. `difference`
-is the distance of the head's gradient from Atlas's gradient, as a fraction of the norm of Atlas's gradient.
+Each implementation runs in a separate process with the same inputs. The processes take turns, and the table shows
+medians. Memory is the peak of the process, minus its memory before the loss, with the hidden states, the LM head and
+the targets. So this figure includes the gradients. `difference` is the distance between an implementation's gradient of
+the LM head and Atlas's, divided by the norm of Atlas's gradient.
 
-`F.linear_cross_entropy` exists in PyTorch 2.13 and later. The benchmark runs this function with Atlas's chunk size and
-with its own.
+`F.linear_cross_entropy` exists in PyTorch 2.13 and later. The benchmark runs this function with Atlas's chunk size, and
+with the chunk size that the function itself chooses.
 """
 
 from __future__ import annotations

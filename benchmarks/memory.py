@@ -5,16 +5,16 @@
     python benchmarks/memory.py --peer nanoGPT=../nanoGPT           also the peers' peak
     python benchmarks/memory.py --device cuda                       all seven presets
 
-Each preset trains two real updates on random tokens in a separate process, with its dropout, precision, gradient
-checkpointing and micro-batch. Gradient accumulation is limited to two micro-batches: with more, an update takes longer
-but needs no more memory.
+For each preset, a separate process performs two updates on random tokens, with the preset's dropout, precision,
+gradient checkpointing and micro-batch. An update has at most two micro-batches: with more, an update takes longer but
+needs no more memory.
 
-On a CPU the peak is the process's resident memory. On a GPU, the peak is that of the allocator plus the memory outside
-the allocator (the CUDA context, kernels, workspaces of libraries). The memory outside is the card's used memory after
-the updates, minus the allocator's memory, and minus the card's used memory before the process started. No other program
-may start or end on the card.
+On a CPU, the peak is the largest resident memory of the process. On a GPU, the peak is the allocator's peak plus the
+memory outside the allocator: the CUDA context, kernels and workspaces of libraries. The memory outside the allocator is
+the card's used memory after the updates, minus the allocator's memory, and minus the card's used memory before the
+process started. So no other program may start or end on the card during a measurement.
 
-An estimate passes if it is within 10 % of the measurement. The peers train as in train_throughput.py.
+An estimate passes if it is within 10 % of the measured peak. The peers train as in train_throughput.py.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Measure the speed and memory of turning text into token shards, compared with other ways.
+"""Measure the speed and memory of `atlas prepare`, compared with other ways to tokenize text.
 
     python benchmarks/prepare.py                            300 MB of generated text: half an hour
     python benchmarks/prepare.py --megabytes 30             a quick look
     python benchmarks/prepare.py --data text.txt            your own text
     python benchmarks/prepare.py --nanogpt ../nanoGPT       also its data/shakespeare/prepare.py
 
-The text is in a zip with the layout of the Kaggle archive. Every way runs in a separate process. In every round, all
-ways run in turn. The medians count. MB are 10⁶ bytes of UTF-8 text, each counted once.
+The text is in a zip file with the layout of the Kaggle archive. Each way runs in a separate process. In every round,
+all ways run in turn, and the tables show medians. A MB is 10⁶ bytes of UTF-8 text.
 
-Atlas is timed as a command, from its start to its exit: unzipping, finding the articles, splitting, tokenizing, hashing
-and writing. The other ways are timed without their start (imports, loading a vocabulary). Only the last column includes
-this start. tiktoken encodes articles that are already in memory, one by one, and keeps nothing. `datasets` loads a
-JSONL file, maps a fast tokenizer over it in batches, and writes Arrow.
+The time of Atlas is that of the complete command: start, unzipping, finding the articles, splitting, tokenizing,
+hashing and writing. The times of the other ways do not include their start (imports, loading a vocabulary), except in
+the last column. tiktoken encodes articles in memory, one by one, and keeps no tokens. `datasets` loads a JSONL file,
+maps a fast tokenizer over its rows in batches, and writes an Arrow file.
 
-Memory is the sum over all processes of the command, sampled every 50 ms in separate runs.
+Memory is the peak of the sum over all processes of `atlas prepare`, sampled every 50 ms in separate runs.
 """
 
 from __future__ import annotations

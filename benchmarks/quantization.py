@@ -3,13 +3,14 @@
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data data/processed/wikipedia
     python benchmarks/quantization.py --checkpoint checkpoints/atlas_best.pt --data held_out.txt --tokens 20000
 
-The checkpoint is exported in each type. llama.cpp (package `xllamacpp`) generates one text greedily with each file, on
-the CPU. Every file has a separate process. The processes take turns, and medians count. Reading the prompt does not
-count.
+The script exports the checkpoint in each type. llama.cpp (package `xllamacpp`) then generates one text greedily with
+each file, on the CPU. Each file has a separate process. The processes take turns, and the table shows medians. The time
+to read the prompt does not count.
 
-Then each file predicts the tokens of the text in evenly spread windows. Of a prepared folder, the validation part is
-used. Bits per byte follow from the mean log-probability of these tokens in llama.cpp. The drift is the absolute
-difference in nats between a token's log-probability with this file and with the f32 file: its mean and its maximum.
+Then llama.cpp predicts, with each file, the tokens of the text in evenly spread windows. From a prepared dataset, the
+script uses the validation split. The bits per byte come from the mean log-probability of these tokens. The drift of a
+token is the absolute difference in nats between its log-probability with a file and with the f32 file. The table shows
+the mean drift and the largest drift.
 """
 
 from __future__ import annotations

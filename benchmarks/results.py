@@ -1,9 +1,9 @@
-"""Print the figures of a benchmark, and record them in RESULTS.md if asked.
+"""Print the output of a benchmark and, with `--record`, append this output to RESULTS.md.
 
     python benchmarks/decode.py                 prints
     python benchmarks/decode.py --record        prints, and appends its output to benchmarks/RESULTS.md
 
-A section has the date, the machine, the versions, the command, and the unchanged output of the command.
+Each appended section has the date, the machine, the versions, the command, and the unchanged output of the command.
 """
 
 from __future__ import annotations

@@ -1,19 +1,21 @@
 """Simulate the speed of training on GPUs. No GPU is needed, and nothing is measured.
 
-Atlas's own code runs on fake CUDA tensors. The bytes and FLOPs of each kernel give the time of this kernel on a card.
+Atlas's own code runs on fake CUDA tensors. From the bytes and FLOPs of each kernel, the script computes the time of
+this kernel on a card.
 
     python benchmarks/roofline.py small default --batch-size 8 --peer nanoGPT=../nanoGPT
     python benchmarks/roofline.py modern --gpu "RTX 3060" --set training.optimizer=adamw
     python benchmarks/roofline.py small --eager --kernels 20
 
-The time of a kernel is the time of its bytes or of its FLOPs, whichever is longer (Williams et al. 2009,
-doi:10.1145/1498765.1498785). The time of an update is the sum over its kernels, or the time in which the host launches
-these kernels, whichever is longer. `kernel_costs.py` defines a kernel. atlas/planning/speed.py has the speeds that
-cards reach. MFU is relative to the speed of large matrix products, which is below the maker's peak.
+The time of a kernel is the time to move its bytes or to compute its FLOPs, whichever is longer (Williams et al. 2009,
+doi:10.1145/1498765.1498785). The time of an update is the total time of its kernels, or the time that the host needs to
+launch these kernels, whichever is longer. `kernel_costs.py` defines what counts as a kernel. atlas/planning/speed.py
+has the speeds that cards reach. MFU is relative to the speed of large matrix products, which is below the peak speed
+that the maker states.
 
---peer NAME=FOLDER adds nanoGPT's GPT of FOLDER/model.py, compiled in full. This model has the preset's layers, width,
-heads and context, and Atlas's padded vocabulary (50,304, as nanoGPT recommends). The model trains with AdamW and the
-same micro-batches.
+--peer NAME=FOLDER also simulates nanoGPT's class `GPT` in FOLDER/model.py, compiled as one graph. This model has the
+preset's layers, width, heads and context length, and Atlas's padded vocabulary (50,304, as nanoGPT recommends). The
+model trains with AdamW and the same micro-batches as Atlas.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/same_bits.py BEFORE AFTER
 
-BEFORE and AFTER are folders, each with a checked-out version. Both versions train five small configs for 60 updates on
-this machine. Each run is killed (`kill -9`) on the way and resumed. The script compares losses, weights, optimizer
-state, greedy text of 200 tokens and the tensors of a GGUF file. Then AFTER reads the dataset and resumes the checkpoint
-that BEFORE wrote.
+BEFORE and AFTER are folders, each with a copy of the repository. Both versions train five small configs for 60 updates
+on this machine. The script kills each run in between (`kill -9`) and resumes it. Then the script compares the losses,
+the weights, the optimizer state, greedy text of 200 tokens, and the tensors of a GGUF file. Finally, AFTER reads the
+dataset and resumes from the checkpoint that BEFORE wrote.
 """
 
 from __future__ import annotations

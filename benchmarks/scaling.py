@@ -7,17 +7,17 @@
     python benchmarks/scaling.py --device cuda --preset small --processes 1 --parallel fsdp     the cost of one shard
 
 Atlas computes its updates as `atlas train` does under torchrun. The plain loop is a typical loop written by hand: the
-same model and loss on random tokens, PyTorch's wrapper, a fused AdamW, and clipping. This loop lacks everything else
-that a run needs. Examples are a sum over the valid tokens of the complete batch, and checks for lack of memory on one
-rank or for numbers that are not finite. Every process has one thread and the same number of sequences, for any number
-of processes. One process is an ordinary run without torchrun and wrapper. With `--parallel fsdp`, one process under
-torchrun, with a single shard, is measured too. All processes run in fp32 on the CPU with Atlas's memory settings
-(atlas/process.py), or in bf16 with one GPU per process.
+same model and loss on random tokens, PyTorch's wrapper (DDP or FSDP2), a fused AdamW, and gradient clipping. The plain
+loop has nothing else. For example, it does not divide the loss by the number of valid tokens on all ranks, and does not
+check for lack of memory or for a non-finite loss. Each process has one thread and the same number of sequences,
+whatever the number of processes. One process is an ordinary run without torchrun and wrapper. With `--parallel fsdp`,
+the script also measures one process under torchrun, with a single shard. All processes run in fp32 on the CPU with
+Atlas's memory settings (atlas/process.py), or in bf16 with one GPU per process.
 
-All contenders start once. Then the contenders take turns of some updates, while the others wait without computing.
-Medians count. Efficiency is the speed divided by the number of processes times the speed of one. Processes that share a
-core, its caches or the memory's bandwidth cannot reach 100 % in any program. The last column is Atlas's own share of
-the loss.
+All programs start once. Then the programs take turns: one computes some updates, while the others wait without
+computing. The table shows medians. Efficiency is the speed of N processes divided by N times the speed of one process.
+If processes share cores, caches or memory bandwidth, no program can reach 100 %. The last column shows the speed of
+Atlas divided by the speed of the other program.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
     python benchmarks/serve.py                              nano, 64 clients, three minutes
     python benchmarks/serve.py --checkpoint checkpoints/atlas_best.pt --clients 16 --seconds 30
 
-`atlas serve` runs in a separate process. The model has random weights in the preset's shape, and a vocabulary of 2,048
-for `nano`. First, one client requests texts, one after the other. Then N clients do the same in parallel. Each request
-is a new connection with a prompt of some words and a stream of `--tokens` new tokens. The clients run in this process,
-which shares the cores with the server. The clients use raw sockets and parse only the first and the last event.
+`atlas serve` runs in a separate process. By default, the model has random weights, the preset's shape and, for `nano`,
+a vocabulary of 2,048 tokens. First, one client requests texts, one after the other. Then N clients do the same in
+parallel. Each request opens a new connection, sends a prompt of some words, and receives a stream of `--tokens` new
+tokens. The clients run in the process of this script, which shares the cores with the server. To use little CPU time,
+the clients use raw sockets and parse only the first and the last event.
 
-The server counts the tokens, at /metrics. The time to the first token is from the request's first byte to the first
-event, so this time includes the wait for a slot. Memory is the server's resident set, after each minute. Finally, half
-of the clients disconnect during their streams. The script reports the time until their slots are free, and the time of
-a step, which is the time per token at this load.
+The number of tokens comes from the server's /metrics. The time to the first token is from the request's first byte to
+the first event, so this time includes the wait for a slot. Memory is the server's resident memory after each minute.
+Finally, half of the clients disconnect during their streams. The script reports the time until their slots are free,
+and the time of a decoding step, which is the time per token at this load.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Measure the time until a command shows its help, and until training has finished its first step.
+"""Measure how long a command takes to show its help, and how long training takes to finish its first step.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --rounds 9 --sequences 32      with the preset's own updates
 
-The figures are wall times of complete commands. In every round, all commands run in turn. Medians count. The first
-round, which reads files from the disk, is left out.
+The figures are wall times of complete commands. In every round, all commands run in turn. The table shows medians,
+without the first round, in which the commands read files from the disk.
 
-`atlas train --config tiny` begins on a dataset that is already prepared, with GPT-2's vocabulary. The time is from the
-start of the command to the line of the first step in metrics.jsonl, which is written after the optimizer step. An
-update of `tiny` has 32 sequences, but their time is not part of the start. So here an update has one sequence of 512
-tokens. The table also shows the time of this update, as the run counts it: from the moment when model and data are
-ready. The lower bound of all times is `import torch`.
+`atlas train --config tiny` uses a dataset that is already prepared, with GPT-2's vocabulary. Its time is from the start
+of the command until metrics.jsonl has the line of the first step. Atlas writes this line after the optimizer step. An
+update of `tiny` has 32 sequences, and computing them is not part of the start. So here an update has one sequence of
+512 tokens. The table also shows the time of this update, counted from the moment when the model and the data are ready.
+Except for the help, no time can be shorter than the time of `import torch`.
 """
 
 from __future__ import annotations

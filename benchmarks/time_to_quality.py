@@ -1,16 +1,16 @@
-"""Measure how well a model predicts held-out text over time, compared with other programs on the same text and machine.
+"""Measure how well a model predicts held-out text after a given training time, compared with other programs.
 
     python benchmarks/time_to_quality.py --data shakespeare_archive.zip --peer nanogpt=../nanoGPT
     python benchmarks/time_to_quality.py --data my_texts/ --seeds 1 --config my_config.yaml
 
-The peers train with nanoGPT's published recipe for a CPU: characters, 4 layers of 128, context 64, 2,000 updates of 12
-sequences. nanoGPT runs its own train.py. transformers runs a plain loop with the same settings. Atlas (`--config`)
-trains a vocabulary of `--vocabulary` tokens, prepares the text, and trains for the time of the first peer. A second run
-of Atlas trains for an eighth of this time. Clocks start after a process's imports, so training the vocabulary,
-tokenizing and saving count. No other run uses the machine at the same time. With several seeds, the medians count.
+The peers train with nanoGPT's published recipe for a CPU: a vocabulary of characters, 4 layers of width 128, context
+length 64, and 2,000 updates of 12 sequences. nanoGPT runs its own train.py. transformers runs a plain loop with the
+same settings. Atlas (`--config`) trains a vocabulary of `--vocabulary` tokens, prepares the text, and trains the model
+for the time of the first peer. A second run of Atlas trains for an eighth of this time. Clocks start after the imports,
+so the time to train the vocabulary, tokenize and save counts. The runs follow one another.
 
-All models are evaluated in bits per byte on the same text: the full validation part. Atlas splits this part off by
-document, and no run has seen it. After the runs, all checkpoints are evaluated in windows of the model's own context.
+After the runs, the script evaluates all checkpoints in bits per byte on the same text, in windows of each model's
+context length. This is the complete validation split, which Atlas holds out by document. The results are medians.
 """
 
 from __future__ import annotations

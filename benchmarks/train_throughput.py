@@ -6,16 +6,16 @@
     python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
-Every contender is a separate process with the preset's shape and GPT-2's vocabulary of 50,257 (nanoGPT with 50,304
-rows, as its author advises). Dropout is 0, biases are on, and the optimizer is AdamW with clipping. A contender trains
-on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. Each contender first warms up with some updates.
-Then the processes take turns of one update, while the others wait without computing. Medians count. Peak memory is the
-resident memory of the process, or on a GPU the peak of the allocator. A peer's folder contains a `model.py` with
-nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
+Each program runs in a separate process, with the preset's shape and GPT-2's vocabulary of 50,257 tokens (nanoGPT has
+50,304 embedding rows, as its author advises). Dropout is 0, biases are on, and the optimizer is AdamW with gradient
+clipping. Each program trains on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. After a warm-up, the
+processes take turns: one computes an update, while the others wait without computing. The table shows medians. Peak
+memory is that of the process, or of the allocator on a GPU. A peer's folder contains a `model.py` with nanoGPT's `GPT`
+and `GPTConfig`, or the package `atlas` of the first Atlas.
 
-The ceiling is the speed at which an update would take only the time of its matrix products. The FLOPs of these products
-are 6 per weight and token, with attention counted as causal. The rate is that of a large product, measured here in the
-same precision. The fraction of the ceiling that a contender reaches is its model FLOPs utilisation (MFU).
+The row "matrix products alone" shows the speed at which an update would take only the time of its matrix products.
+These products need 6 FLOPs per weight and token; attention counts as causal. The script measures the FLOP/s of a large
+matrix product in the same precision. MFU (model FLOPs utilisation) is a program's fraction of this speed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convert Atlas's model to transformers' GPT-2 with the same weights."""
+"""Convert Atlas's model to the GPT-2 class of transformers, with the same weights."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Measure the utilisation of a training update by model width: its FLOP/s as a fraction of those of a matrix product.
+"""Measure the FLOP/s of a training update as a fraction of the FLOP/s of a matrix product, for models of three widths.
 
     python benchmarks/utilisation.py --seconds 30
 
-Updates and products of 1024 × 1024 take turns in one process, so that other work on the machine slows both. Medians
-count. `atlas plan` uses these figures for its times, see `utilisation` in atlas/planning/run.py.
+Updates and products of 1024 × 1024 matrices take turns in one process, so that other work on the machine slows both.
+The table shows medians. `atlas plan` uses these fractions to estimate times, see `utilisation` in
+atlas/planning/run.py.
 """
 
 from __future__ import annotations

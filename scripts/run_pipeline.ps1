@@ -1,11 +1,11 @@
-# From text to a trained model and a GGUF file; the twin of run_pipeline.sh, with the same flags:
+# Make a trained model and a GGUF file from text. This script does the same as run_pipeline.sh, with the same flags:
 #   ./scripts/run_pipeline.ps1 --demo
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 . (Join-Path $PSScriptRoot 'venv.ps1')
 
 $root = Split-Path -Parent $PSScriptRoot
-# Check for a text before minutes of installing.
+# Look for a text first, since the installation takes minutes.
 $env:PYTHONUTF8 = '1'
 [Console]::OutputEncoding = [System.Text.Encoding]::UTF8
 $words = @($args)
@@ -18,7 +18,7 @@ try {
     $python = Initialize-Venv -Extras 'llama,serve' -UseActive
 }
 finally {
-    Pop-Location # relative paths are relative to the caller's folder
+    Pop-Location # so that relative paths start at the caller's folder
 }
 & $python -m atlas pipeline @words
 exit $LASTEXITCODE

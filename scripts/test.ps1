@@ -1,4 +1,4 @@
-# All checks that a change must pass; the twin of test.sh. Arguments go to pytest:
+# Run all checks that a change must pass. This script does the same as test.sh. All arguments go to pytest:
 #   ./scripts/test.ps1 -m slow
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'

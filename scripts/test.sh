@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks that a change must pass: ruff, types, tests. They run in a .venv, which the script makes if needed.
-# The first failure ends the script. Arguments go to pytest:
+# Run all checks that a change must pass: ruff, mypy and pytest. The checks run in .venv, which the script makes if
+# needed. The first failure ends the script. All arguments go to pytest:
 #   ./scripts/test.sh               the default suite, one process per core
 #   ./scripts/test.sh -m slow       the long tests
 #   ./scripts/test.sh -k resume -x  some tests, up to the first failure
@@ -14,7 +14,7 @@ prepare_venv dev
 
 SECONDS=0
 trap 'echo "scripts/test.sh: $SECONDS s after installation, exit $?" >&2' EXIT
-# Hundreds of tests start a new Python, which would otherwise compile the package each time.
+# Hundreds of tests start a new Python process. With this variable, each process would compile the package again.
 unset PYTHONDONTWRITEBYTECODE
 run() {
   echo "+ $*" >&2

@@ -1,4 +1,4 @@
-# Dot-source this file; the twin of venv.sh.
+# Functions for the other scripts, which dot-source this file. They do the same as the functions in venv.sh.
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 

@@ -1,6 +1,6 @@
-# Source this file. In the repository's root, `prepare_venv EXTRAS` installs Atlas with these extras into .venv, and sets
-# $venv_python to the path of the environment's Python. `prepare_venv EXTRAS active` uses the active environment, if there
-# is one. It is quick if nothing has changed since the last call.
+# Functions for the other scripts, which source this file. In the repository's root, `prepare_venv EXTRAS` installs Atlas
+# with these extras into .venv, and sets $venv_python to the path of the Python in .venv. `prepare_venv EXTRAS active` uses
+# the active environment instead, if there is one. `prepare_venv` is quick if nothing has changed since its last call.
 
 find_python() {
   local candidate

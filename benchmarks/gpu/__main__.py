@@ -1,20 +1,21 @@
-"""The GPU tests and benchmarks, in one call of at most 400 seconds and without a network.
+"""Run the GPU tests and benchmarks in one call, in at most 400 seconds and without a network.
 
     benchmarks/gpu.sh --nanogpt ../nanoGPT
     benchmarks/gpu.sh --wheels wheels               installs missing packages from a folder, beside the system's
     benchmarks/gpu.sh --only training --only head
     benchmarks/gpu.sh --rehearse                    every part on the CPU with tiny models, to test the script
 
-It needs Linux, Python 3.11 or newer, PyTorch 2.10 or newer with CUDA, and Atlas's requirements. Each figure is a line
-of JSON, which is printed and appended to `figures.jsonl` in the output folder as soon as it is measured (to
-`rehearsal.jsonl` in a rehearsal). All other output of the parts is in `log.txt` there. Another call with the same
-folder measures only what is not in the file yet. A part that exceeds its limit is stopped, and the next one starts.
-Each job of a part is a separate process, so that the device holds one model at a time. All share a cache of compiled
-kernels.
+The script needs Linux, Python 3.11 or newer, PyTorch 2.10 or newer with CUDA, and the packages that Atlas requires.
+Each result is a line of JSON. As soon as the script has a result, it prints this line and appends it to `figures.jsonl`
+in the output folder (to `rehearsal.jsonl` in a rehearsal). All other output goes to `log.txt` in the same folder.
+Another call with the same folder measures only the results that this file lacks. If a part exceeds its time limit, the
+script stops this part and starts the next part. Each job of a part is a separate process, so that only one model is on
+the device at a time. All jobs share a cache of compiled kernels.
 
-The parts: `tests` runs pytest's tests that need a GPU; `training` tokens a second beside compiled nanoGPT; `head` the
-matrix products and the loss of the largest layer; `peaks` the peak memory of the largest presets; `writing` tokens a
-second of generation beside transformers; `runs` trains, kills and resumes.
+The parts: `tests` runs the tests with the marker `gpu`. `training` measures tokens per second of training, compared
+with compiled nanoGPT. `head` measures the matrix products of the LM head and the loss. `peaks` measures the peak memory
+of the largest presets. `writing` measures tokens per second of generation, compared with transformers. `runs` trains a
+model, kills the run and resumes it.
 """
 
 from __future__ import annotations

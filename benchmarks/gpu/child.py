@@ -1,4 +1,4 @@
-"""One job in a separate process, so that the device holds one model: `python -m gpu.child PART JOB SETUP`."""
+"""Run one job in a separate process, so that only one model is on the device: `python -m gpu.child PART JOB SETUP`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measured figures: one JSON object per line in `figures.jsonl`, written as soon as it is known."""
+"""The results: one JSON object per line in `figures.jsonl`, written as soon as the result is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The head of `small`: its matrix products with 50,257 and with 50,304 rows, and the loss by rows per chunk."""
+"""Measure the LM head of `small`: its matrix products with 50,257 and with 50,304 rows, and the loss by rows per
+chunk."""
 
 from __future__ import annotations
 

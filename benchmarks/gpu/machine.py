@@ -1,5 +1,4 @@
-"""The machine on which the figures were measured. Without a CUDA device and PyTorch 2.10 or newer, nothing else
-runs."""
+"""Record the machine and its versions. Without a CUDA device, this part fails, and no other part runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Peak memory of training the largest presets, beside what `atlas plan` estimates: see `benchmarks/memory.py`.
+"""Measure the peak memory of training the largest presets, and compare it with the estimate of `atlas plan`.
 
-Blocks are compiled as for a card that is short of memory, as the presets' table assumes.
+Each preset trains in eager mode and with compiled blocks. The compiled blocks keep as few tensors as on a card that is
+short of memory. See also `benchmarks/memory.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`atlas train` of `tiny` in bf16 and in fp32 with one seed, and a run that is killed and resumed.
+"""Run `atlas train` with `tiny` in bf16 and in fp32 with the same seed, and kill and resume a run.
 
-The run in fp32 is the reference and not compiled. The losses of the resumed run must equal those of the run that was
-not killed, within 1e-3 and after the same number of sequences, which determines the sequences of the next update.
+The run in fp32 is the reference, and is not compiled. After the same number of sequences, the losses of the resumed run
+must equal those of the run that was not killed, within 1e-3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, with a figure for each. Another call does not repeat tests that passed."""
+"""Run the tests that need a GPU, and record a result for each test. Another call does not repeat tests that passed."""
 
 from __future__ import annotations
 

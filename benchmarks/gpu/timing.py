@@ -1,4 +1,4 @@
-"""Seconds on the device: by CUDA events on a GPU, by the clock on a CPU."""
+"""Measure times and rates on the device: with CUDA events on a GPU, with the clock on a CPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Tokens a second of training: Atlas's training code beside compiled nanoGPT, one model at a time.
+"""Measure tokens per second of training: Atlas's training code compared with compiled nanoGPT, one model at a time.
 
-Both train random tokens in bf16 (autocast), compiled. At an equal micro-batch of 8, an update has one micro-batch. If
-the micro-batch is chosen, by `auto` or as nanoGPT's fastest, an update has the 32 sequences of the preset `small`.
+Both programs are compiled, and train on random tokens in bf16 (autocast). In one comparison, both have a micro-batch of
+8 sequences, and an update has one micro-batch. In the other comparison, an update has the 32 sequences of the preset
+`small`; Atlas uses the micro-batch that `auto` chooses, and nanoGPT its fastest one.
 """
 
 from __future__ import annotations

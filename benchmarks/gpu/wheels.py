@@ -1,7 +1,7 @@
-"""The packages that are missing here, and their installation from a folder of wheels, without a network.
+"""Find the packages that are missing on this machine, and install them from a folder of wheels, without a network.
 
-They go into a separate folder, which Python searches first. No installed package changes, and PyTorch least of all.
-Only missing packages go there.
+The missing packages go into a separate folder, which Python searches first. Packages that are already installed, such
+as PyTorch, do not change.
 """
 
 from __future__ import annotations

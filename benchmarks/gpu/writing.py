@@ -1,8 +1,9 @@
-"""Tokens a second of generation in bf16, for one text and eight, beside transformers: see `benchmarks/decode.py`.
+"""Measure tokens per second of generation in bf16, for one text and for eight in parallel, compared with transformers.
 
-`tokens_per_second` includes the recording of CUDA graphs in a call; `steady_tokens_per_second` follows from the median
-time between two tokens. A token needs at least the time of reading its weights: `part_of_limit` is the fraction of this
-limit that the steady rate reaches. The host waits for each token, so its clock gives the time.
+`tokens_per_second` includes the time to capture CUDA graphs; `steady_tokens_per_second` comes from the median time
+between two tokens. Each token needs at least the time to read all weights from memory. `limit` is the speed that this
+time allows, and `part_of_limit` is the fraction of the limit that the steady rate reaches. The host waits for each
+token, so the host's clock measures the time. See also `benchmarks/decode.py`.
 """
 
 from __future__ import annotations
