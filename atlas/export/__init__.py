@@ -1,1 +1,1 @@
-"""Export a model to files that other programs run, prove that both compute the same, and import such files."""
+"""Export models for other programs, prove that llama.cpp computes the same as PyTorch, and import models."""

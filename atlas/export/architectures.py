@@ -1,6 +1,6 @@
-"""The models that can be exported: the names of their tensors in other programs, and the split and order of rows.
+"""Convert state dicts to the layouts of llama.cpp and Hugging Face: tensor names, split matrices and order of rows.
 
-For llama.cpp, names and orders are those of llama.cpp's own converter, `convert_hf_to_gguf.py`.
+The names and orders for llama.cpp are those of llama.cpp's own converter, `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ MODULES = {
     "blocks.{}.attention.q_norm": ("blk.{}.attn_q_norm", "", _LAYER + "self_attn.q_norm"),
     "blocks.{}.attention.k_norm": ("blk.{}.attn_k_norm", "", _LAYER + "self_attn.k_norm"),
 }
-"""Atlas's name of a module → its names in other programs. `{}` is the block. An empty name: no such module."""
+"""Atlas's name of a module → the names of this module in other programs. `{}` stands for the number of the block. An
+empty name means that the program has no such module."""
 
 
 def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
-    """Atlas's name → the other name, for each tensor of `modules`. Embeddings and head have no bias."""
+    """Atlas's name → the other program's name, for each weight and bias of `modules`. Embeddings and the LM head have
+    no bias."""
     return {
         f"{ours}.{kind}": f"{theirs}.{kind}"
         for ours, theirs in modules.items()
@@ -55,7 +57,8 @@ def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
 
 
 def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
-    """Per architecture: Atlas's name of a tensor → the name in the column `gpt2` or `llama` of `MODULES`."""
+    """Per architecture: Atlas's name of a tensor → the other program's name. `gpt2` and `llama` are indices into the
+    tuples of `MODULES`. The index `llama` is also for Qwen3."""
     of_gpt2 = with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]})
     of_qwen3 = {f"{ours}.weight": f"{theirs[llama]}.weight" for ours, theirs in MODULES.items() if theirs[2]}
     of_llama = {a: b for a, b in of_qwen3.items() if not a.endswith(("q_norm.weight", "k_norm.weight"))}
@@ -63,17 +66,17 @@ def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
 
 
 TENSOR_NAMES = tables(gpt2=0, llama=0)
-"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's name. `{}` is the block."""
+"""Per llama.cpp architecture: Atlas's name of a tensor → llama.cpp's name. `{}` stands for the number of the block."""
 
 
 ROTATED: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
-"""The settings of Llama and Qwen3."""
+"""The settings of `ModelConfig` that are the same for all Llama and Qwen3 models."""
 VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
-"""Tensors with one row per token. An export leaves out the rows that only pad the vocabulary."""
+"""Names of the tensors with one row per token of the vocabulary. Exports omit the rows that only pad the vocabulary."""
 
 
 def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
-    """A model in evaluation mode with the weights `state`, which are fp32 and lack the rows that pad the vocabulary."""
+    """Build a model in evaluation mode from `state`, an fp32 state dict without the rows that pad the vocabulary."""
     padding = config.padded_vocab_size - config.vocabulary
     padded = {name: F.pad(state[name], (0, 0, 0, padding)) for name in VOCABULARY_ROWS & state.keys()}
     with torch.device("meta"):
@@ -84,8 +87,8 @@ def build_from(state: Mapping[str, Tensor], config: ModelConfig) -> AtlasLM:
 
 @contextmanager
 def import_of(source: Path, misfit: str) -> Iterator[None]:
-    """A context that turns an `AtlasError` into an `ExportError` that names `source`. PyTorch's `RuntimeError` for
-    tensors of other shapes becomes an `ExportError` with the text `misfit`."""
+    """A context that turns each `AtlasError` into an `ExportError` that names `source`. A `RuntimeError`, which PyTorch
+    raises for tensors with wrong shapes, becomes an `ExportError` with the text `misfit`."""
     try:
         yield
     except RuntimeError as error:
@@ -102,14 +105,15 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """Return `tokenizer` if a GGUF file can hold both it and the model, and their vocabularies have the same size.
+    """Return `tokenizer` if a GGUF file can hold the tokenizer and the model, and both have the same vocabulary size.
 
     Raises `ExportError` otherwise.
     """
     architecture_of(config)
     if isinstance(tokenizer, ForeignTokenizer):
         raise ExportError(
-            f"tokenizer {tokenizer.name}: is another model's, and GGUF has no name for its split; use --format hf"
+            f"tokenizer {tokenizer.name}: belongs to another model, and GGUF has no name for its pre-tokenizer; "
+            "use --format hf"
         )
     if not isinstance(tokenizer, ByteLevelTokenizer):
         raise ExportError(
@@ -119,18 +123,19 @@ def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevel
     if tokenizer.vocab_size != config.vocabulary:
         raise ExportError(
             f"model.vocab_size {config.vocabulary}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-            "tokens, and other programs need one row for each; train with the tokenizer's size to export"
+            "tokens, and other programs need one row per token; train with the tokenizer's size to export"
         )
     return tokenizer
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → llama.cpp's name, for each tensor of a model of this shape."""
+    """Atlas's name → llama.cpp's name, for each tensor of a model with this config."""
     return names_in(TENSOR_NAMES, config)
 
 
 def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → the name in the table of the model's architecture, for each tensor of a model of this shape."""
+    """Atlas's name → the other program's name, for each tensor of a model with this config. `by_architecture` contains
+    a table of names per architecture."""
     table = by_architecture[architecture_of(config)]
     names = {a.format(block): b.format(block) for block in range(config.num_layers) for a, b in table.items()}
     if config.tie_embeddings:
@@ -139,10 +144,10 @@ def names_in(by_architecture: Mapping[str, Mapping[str, str]], config: ModelConf
 
 
 def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict with its matrices split as in other programs, but with Atlas's names.
+    """Return a state dict whose matrices are split as in other programs. The names follow Atlas's scheme.
 
-    The rows that pad the vocabulary are left out. In other programs GPT-2 has all biases, so biases that the model
-    lacks are zeros.
+    The rows that pad the vocabulary are omitted. Other programs expect all biases in GPT-2, so a bias that the model
+    lacks becomes a vector of zeros.
     """
     state = {**state, **{name: state[name][: config.vocabulary] for name in VOCABULARY_ROWS & state.keys()}}
     if architecture_of(config) != "gpt2":
@@ -154,24 +159,24 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The result of `exportable_state`, with rows in llama.cpp's order.
+    """Return the result of `exportable_state`, with rows in llama.cpp's order.
 
-    For `llama`, llama.cpp rotates neighbouring rows of q and k, and Atlas rotates the rows i and i + D/2 of a head. The
-    products of q and k stay the same.
+    For the architecture `llama`, llama.cpp's RoPE rotates pairs of neighbouring rows of q and k. Atlas's RoPE rotates
+    the pairs of rows i and i + D/2 of each head. The new order does not change the products of q and k.
     """
     return _with_rows(exportable_state(state, config), config, from_shape=(2, config.head_size // 2))
 
 
 def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `for_llama_cpp`: the state dict that an `AtlasLM` loads."""
+    """Invert `for_llama_cpp`. Return a state dict for `build_from`."""
     return joined(_with_rows(state, config, from_shape=(config.head_size // 2, 2)), config)
 
 
 def _with_rows(
     state: Mapping[str, Tensor], config: ModelConfig, *, from_shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Reorder the rows of q and k for `llama`: the rows of each head form a matrix of `from_shape`, which is
-    transposed."""
+    """Reorder the rows of q and k if the architecture is `llama`. The rows of each head are arranged in a matrix of
+    `from_shape`, and this matrix is transposed."""
     result = dict(state)
     for name, tensor in state.items() if config.gguf_architecture == "llama" else ():
         if name.endswith(("attention.q.weight", "attention.k.weight")):
@@ -181,8 +186,7 @@ def _with_rows(
 
 
 def separated(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Split the weights, and any biases, of `qkv` into `q`, `k` and `v`, and of SwiGLU's `up` into `gate` and
-    `value`."""
+    """Split `qkv` into `q`, `k` and `v`, and SwiGLU's `up` into `gate` and `value`, for weights and biases."""
     separate = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
@@ -193,7 +197,7 @@ def separated(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 
 def joined(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `separated`."""
+    """Invert `separated`: join the split matrices of each linear layer."""
     state = dict(state)
     for block in range(config.num_layers):
         for module in (f"blocks.{block}.attention.qkv", f"blocks.{block}.mlp.up"):
@@ -205,7 +209,8 @@ def joined(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
 
 
 def _splits(module: str, config: ModelConfig) -> dict[str, int]:
-    """The name and the number of rows of each matrix that a linear layer joins; empty for a layer of one matrix."""
+    """The name and the number of rows of each matrix that the linear layer `module` joins; empty if the layer has only
+    one matrix."""
     parent = module.rpartition(".")[0]
     if module.endswith("attention.qkv"):
         queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size

@@ -1,4 +1,4 @@
-"""Write an `AtlasLM` and its tokenizer as one GGUF file, which llama.cpp runs, and read it back.
+"""Write an `AtlasLM` and its tokenizer to a GGUF file, the format of llama.cpp, and read such files.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The metadata of the model and
 the choice of tensors that stay in 32 bits follow llama.cpp's own converter, `convert_hf_to_gguf.py`.
@@ -56,7 +56,8 @@ _SHAPE = {
     "llama": _ROTATED_SIZES,
     "qwen3": _ROTATED_SIZES,
 }
-"""Per architecture: a field of `ModelConfig` → its key in the metadata, without the architecture's name in front."""
+"""Per architecture: a field of `ModelConfig` → the metadata key for this field, without the architecture's name in
+front."""
 
 _KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
 
@@ -71,12 +72,12 @@ def export_gguf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> dict[str, str]:
-    """Write `model` and `tokenizer` to one file, `output`. The file appears complete or not at all. Return the type of
-    each tensor, by its name in the file.
+    """Write `model` and `tokenizer` to the file `output`, which appears complete or not at all. Return the name of each
+    tensor in the file → the type of this tensor.
 
-    `name` is the model's name in lists of models, `license` an SPDX identifier such as `mit`, `chat_template` a Jinja
-    template. Raises `ExportError` if the file cannot hold the tokenizer or the weights, or cannot be written. Raises
-    `ValueError` if the name table and the model's state dict differ.
+    `name` is the name that other programs show for the model. `license` is an SPDX identifier such as `mit`.
+    `chat_template` is a Jinja template. Raises `ExportError` if the file cannot hold the tokenizer or the weights, or
+    cannot be written. Raises `ValueError` if the table of tensor names and the model's state dict differ.
     """
     output = Path(output)
     vocabulary = exportable_tokenizer(tokenizer, model.config)
@@ -88,7 +89,7 @@ def export_gguf(
     about = {"general.name": name, "general.size_label": _size_label(model.num_parameters())}
     about |= {"general.license": license or "", "tokenizer.chat_template": chat_template or ""}
     for key, value in {**about, **metadata_of(model, vocabulary, quantize)}.items():
-        if value not in ("", []):  # an empty list has no type
+        if value not in ("", []):  # the writer takes the type of a list from its first element
             writer.add_key_value(key, value, _KINDS[type(value)])
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
@@ -106,9 +107,9 @@ def export_gguf(
 
 
 def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
-    """llama.cpp's name → fp32 tensor on the CPU, for every tensor that llama.cpp's graph reads.
+    """llama.cpp's name → fp32 tensor on the CPU, for each tensor of the model.
 
-    Raises `ValueError` if the name table does not cover the state dict exactly.
+    Raises `ValueError` if the table of tensor names and the state dict differ.
     """
     config = model.config
     names, state = tensor_names(config), for_llama_cpp(model.state_dict(), config)
@@ -118,7 +119,7 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
 
 
 def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantization) -> dict[str, Any]:
-    """All metadata except the model's name, license and chat template."""
+    """GGUF's key → value, for the metadata of the model's shape, the quantization and the tokenizer."""
     config, eos_id = model.config, tokenizer.eos_id
     tokens = tokenizer.token_strings()
     token_types = [int(gguf.TokenType.NORMAL)] * len(tokens)
@@ -140,7 +141,7 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
 
 
 def _size_label(parameters: int) -> str:
-    """The number of parameters as in the names of models, such as `124M`."""
+    """The rounded number of parameters in the style of model names, such as `124M`."""
     for unit, suffix in ((1e9, "B"), (1e6, "M")):
         if parameters >= unit:
             return f"{parameters / unit:.3g}{suffix}"
@@ -148,7 +149,7 @@ def _size_label(parameters: int) -> str:
 
 
 def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
-    """The metadata of the model's shape, without the architecture's name that precedes each key."""
+    """GGUF's key → value, for the metadata of the model's shape. The keys lack the architecture's name in front."""
     sizes, architecture = config.resolved_sizes, architecture_of(config)
     shape = {key: sizes[field] for field, key in _SHAPE[architecture].items()}
     if architecture != "gpt2":
@@ -158,7 +159,7 @@ def _shape_in_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantization) -> dict[str, TensorType]:
-    """The type that each of `tensors` has in the file, by name."""
+    """The name of each tensor → the type of this tensor in the file."""
     return {
         name: tensor_type(name, tensor.shape, quantize, model.config.num_layers, model.config.tie_embeddings)
         for name, tensor in tensors.items()
@@ -166,15 +167,15 @@ def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantizat
 
 
 def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
-    """The model in a GGUF file of Atlas, in fp32 and evaluation mode, and the file's metadata.
+    """Return the model in a GGUF file that Atlas wrote, in fp32 and evaluation mode, and the file's metadata.
 
-    The shape, the norm epsilon and the weights come from the file. The weights are rounded to their types in the file.
-    Raises `ExportError` if the file is incomplete or of another architecture.
+    The shape, the norm epsilon and the weights come from the file. The weights are rounded to the types in the file.
+    Raises `ExportError` if the file is incomplete or has an architecture that Atlas does not know.
     """
     with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if (found := metadata["general.architecture"]) not in TENSOR_NAMES:
-            raise ExportError(f"{path}: holds architecture {found}; Atlas reads {', '.join(TENSOR_NAMES)}")
+            raise ExportError(f"{path}: has the architecture {found}; Atlas reads {', '.join(TENSOR_NAMES)}")
         tensors = {
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
@@ -189,14 +190,14 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of any GGUF file. No tensor is read. Raises `ExportError`."""
+    """Return the metadata of any GGUF file. No tensor is read. Raises `ExportError` if the file cannot be read."""
     with open_gguf(path) as reader:
         return {name: field.contents() for name, field in reader.fields.items()}
 
 
 @contextmanager
 def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
-    """A reader of any GGUF file. Raises `ExportError` if the file is missing, cut off or damaged."""
+    """A context with a reader for any GGUF file. Raises `ExportError` if the file is missing, cut off or damaged."""
     try:
         check_header(Path(path))
         yield gguf.GGUFReader(path)
@@ -224,12 +225,15 @@ def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:
     if not np.isfinite(largest):
         raise ExportError(f"{name}: holds values that are not finite; export an earlier checkpoint")
     if type is TensorType.F16 and largest > (limit := torch.finfo(torch.float16).max):
-        raise ExportError(f"{name}: holds {largest:.3g}, more than f16's {limit:.0f}; use --quantize f32")
+        raise ExportError(
+            f"{name}: holds {largest:.3g}, above f16's maximum of {limit:.0f}; use --quantize f32"
+        )
 
 
 def _check_place(output: Path, needed: int) -> None:
-    """Create the folder. Raises `ExportError` if its disk has too little space, or if `output` exists and is not a GGUF
-    file: a typing error must not overwrite a checkpoint."""
+    """Create the folder of `output`. Raises `ExportError` if the disk has less than `needed` bytes of free space.
+    Raises `ExportError` also if `output` exists and is not a GGUF file, so that a typing error cannot overwrite a
+    checkpoint."""
     if output.is_file():
         with open(output, "rb") as file:
             if file.read(4) not in (b"GGUF", b""):

@@ -1,7 +1,8 @@
 """Compare the sizes in a GGUF file's header with the file's length, before the package `gguf` reads the file.
 
-`gguf.GGUFReader` trusts the header and makes two arrays for every number of a list. So a file of 100 MB can need 50 GB
-of memory, and reading a file that claims 2^62 entries never ends.
+`gguf.GGUFReader` trusts the header, and creates two NumPy arrays for each number of a list in the metadata. Without
+this check, a file of 100 MB could need 50 GB of memory, and the reader would never finish a file that claims 2^62
+entries.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from gguf import GGUFValueType as Kind
 from atlas.files import check_regular
 
 MOST_VALUES = 4_000_000
-"""The most values in the metadata. A vocabulary of 256,000 tokens, with its merges, has about 1.3 million values."""
+"""The largest allowed number of values in the metadata. A vocabulary of 256,000 tokens and the merges of its tokenizer
+need about 1.3 million values."""
 _MOST_ENTRIES = 1 << 17
 _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
 
 
 def check_header(path: Path) -> None:
-    """Raise `ValueError` if the header claims more than the file can hold, `OSError` if the file cannot be read."""
+    """Raise `ValueError` if the sizes in the header exceed the file's length or the limits of this module. Raise
+    `OSError` if the file cannot be read."""
     size = check_regular(path)
     with path.open("rb") as file:
         _Header(file, size).check()
@@ -38,8 +41,9 @@ class _Header:
     def check(self) -> None:
         if self._file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
+        # The version is a small number. So its two low bytes, read as little-endian, are 0 only in a big-endian file.
         if self._number(4) & 0xFFFF == 0:
-            self._order = "big"  # the version is a small number, in the writer's byte order
+            self._order = "big"
         tensors, entries = self._number(8), self._number(8)
         if max(tensors, entries) > _MOST_ENTRIES:
             raise ValueError(
@@ -61,7 +65,7 @@ class _Header:
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self._number(4))]
         num_bytes = -(-numel // block) * block_bytes
         if self._number(8) + num_bytes > self._size:
-            raise ValueError(f"a tensor of {numel:,} numbers lies beyond the end")
+            raise ValueError(f"a tensor of {numel:,} numbers extends beyond the end of the file")
         return int(num_bytes)
 
     def _skip_value(self, kind: Kind) -> None:
@@ -82,7 +86,7 @@ class _Header:
     def _skip_text(self, longest: int) -> None:
         length = self._number(8)
         if length > longest:
-            raise ValueError(f"a name or text claims {length:,} bytes")
+            raise ValueError(f"a string claims {length:,} bytes")
         self._skip(length)
 
     def _skip(self, length: int) -> None:
@@ -91,7 +95,7 @@ class _Header:
         self._file.seek(length, 1)
 
     def _number(self, num_bytes: int) -> int:
-        """Read the next unsigned number."""
+        """Read the next `num_bytes` bytes as an unsigned integer."""
         content = self._file.read(num_bytes)
         if len(content) < num_bytes:
             raise ValueError("it is cut off")

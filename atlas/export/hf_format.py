@@ -1,4 +1,4 @@
-"""The format of Hugging Face's `transformers`: export and import config.json and the names of tensors.
+"""Convert model configs and state dicts to and from the format of Hugging Face's `transformers`.
 
 Atlas supports the model types `gpt2`, `llama` and `qwen3`.
 """
@@ -58,7 +58,7 @@ _SIZES: dict[str, dict[str, tuple[str, Any]]] = {
         "max_seq_len": ("max_position_embeddings", 32768),
     },
 }
-"""Per model type: a field of `ModelConfig` → its key in config.json, and the default of `transformers`."""
+"""Per model type: a field of `ModelConfig` → the key in config.json, and the default of `transformers` for this key."""
 _SILU_WITHOUT_BIASES: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "hidden_act": ("silu",),
@@ -83,7 +83,7 @@ _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def import_safetensors(problem: str) -> Any:
-    """Import and return the package safetensors. Raises `ExportError` with the text `problem` if it is not
+    """Import and return the package safetensors. Raises `ExportError` with the text `problem` if the package is not
     installed."""
     try:
         import safetensors.torch
@@ -93,19 +93,19 @@ def import_safetensors(problem: str) -> Any:
 
 
 def names_of(config: ModelConfig) -> dict[str, str]:
-    """Atlas's name → Hugging Face's name, for each tensor of a model of this shape."""
+    """Atlas's name → Hugging Face's name, for each tensor of a model with this config."""
     return names_in(_NAMES, config)
 
 
 def state_out(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict of Atlas with Hugging Face's names, without the rows that only pad the vocabulary."""
+    """Convert a state dict of Atlas to Hugging Face's format. The rows that only pad the vocabulary are omitted."""
     split = exportable_state(state, config)
     return {theirs: _transposed(split[ours], ours, config) for ours, theirs in names_of(config).items()}
 
 
 def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `state_out`, in fp32. Raises `ExportError` if tensors are missing or unknown, or the vocabulary
-    has another size."""
+    """Convert tensors in Hugging Face's format to an fp32 state dict for `build_from`. Raises `ExportError` if tensors
+    are missing or unknown, or if the vocabulary does not have the size in `config`."""
     found = {
         _full_name(name, config): tensor
         for name, tensor in tensors.items()
@@ -131,7 +131,8 @@ def state_in(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _full_name(name: str, config: ModelConfig) -> str:
-    """The full name of a tensor. Files without a head, such as OpenAI's GPT-2, omit the prefix."""
+    """Return the name of a tensor with the prefix `transformer.` or `model.`. Checkpoints without an LM head, such as
+    OpenAI's GPT-2, omit this prefix."""
     if name.startswith("lm_head."):
         return name
     prefix = "transformer." if config.gguf_architecture == "gpt2" else "model."
@@ -139,13 +140,14 @@ def _full_name(name: str, config: ModelConfig) -> str:
 
 
 def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """Transpose the tensor if it is a matrix of a linear layer of GPT-2. Hugging Face stores these as (in, out)."""
+    """Return the tensor, transposed if it is a matrix of a linear layer of GPT-2. Hugging Face stores these matrices as
+    (in, out)."""
     is_turned = config.gguf_architecture == "gpt2" and name.startswith("blocks.") and tensor.dim() == 2
     return (tensor.T if is_turned else tensor).contiguous()
 
 
 def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
-    """The content of config.json for a model of this shape."""
+    """The content of config.json for a model with this config. `dtype` is PyTorch's name of the weights' type."""
     family, sizes = architecture_of(config), config.resolved_sizes
     content: dict[str, Any] = {
         "architectures": [CLASSES[family]],
@@ -163,15 +165,15 @@ def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any
 
 
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
-    """The model config for a config.json. Missing keys have the defaults of `transformers`. Raises `ExportError` for
-    values that Atlas does not support."""
+    """Convert the content of a config.json to a `ModelConfig`. Missing keys get the defaults of `transformers`. Raises
+    `ExportError` for values that Atlas does not support."""
     family = stated.get("model_type")
     if family not in CLASSES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(CLASSES)}")
     for key, values in _COMPUTED[family].items():
         if (value := stated.get(key, values[0])) not in values:
             raise ExportError(
-                f"config.json: {key} {value!s:.60}: Atlas computes {' or '.join(map(str, values))} only"
+                f"config.json: {key} {value!s:.60}: Atlas supports only {' or '.join(map(str, values))}"
             )
     shape = {field: stated.get(key, default) for field, (key, default) in _SIZES[family].items()}
     if family == "gpt2":
@@ -185,10 +187,11 @@ def config_in(stated: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rope_theta(stated: Mapping[str, Any]) -> Any:
-    """RoPE's base, from the key `rope_theta`, or from `rope_parameters`, which `transformers` 5 and later write."""
+    """The base of RoPE. The base is in `rope_parameters` since `transformers` 5, and in `rope_theta` before. The
+    default is 10,000."""
     parameters = stated.get("rope_parameters") or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise ExportError(
-            f"config.json: rope_parameters of type {kind!s:.60}: Atlas computes the default only"
+            f"config.json: rope_parameters of type {kind!s:.60}: Atlas supports only the default"
         )
     return parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))

@@ -1,4 +1,4 @@
-"""Write a folder that `transformers`, vLLM and others load: safetensors, config.json, tokenizer.json, a model card.
+"""Write a model folder that `transformers` and vLLM can load: safetensors, config.json, tokenizer.json, a model card.
 
 The formats: https://huggingface.co/docs/safetensors and https://huggingface.co/docs/transformers/main_classes/configuration.
 """
@@ -36,12 +36,12 @@ def export_hf(
     license: str | None = None,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `model` and `tokenizer` to `folder`. The export appears complete or not at all. It replaces an earlier
-    export in the folder, but no other files.
+    """Write `model` and `tokenizer` to `folder`, which appears complete or not at all. An earlier export in `folder` is
+    replaced. Return `folder`.
 
-    `facts` holds the checkpoint's facts about its training, for the model card. `license` is an SPDX identifier,
-    `chat_template` a Jinja template. Raises `ExportError` if the format cannot hold the tokenizer or the shape, if
-    `dtype` cannot hold the weights, or if the folder cannot be written.
+    `facts` is the checkpoint's metadata, which the model card shows. `license` is an SPDX identifier. `chat_template`
+    is a Jinja template. Raises `ExportError` if the format cannot hold the tokenizer or the model, or if `dtype` cannot
+    hold the weights. Raises `AtlasError` if `folder` contains other files or cannot be written.
     """
     safetensors = import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
@@ -74,7 +74,7 @@ def export_hf(
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors writes a file that other users cannot read
+        # safetensors creates a file that only its owner can read
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
 
     return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
@@ -102,10 +102,10 @@ def _model_card(
         "started from": facts.get("initialized_from"),
     }
     example = 'ids = tokenizer("The river", return_tensors="pt").input_ids'
-    does = "answers" if answers else "continues text"
+    does = "answers messages" if answers else "continues text"
     if answers:
         example = (
-            'talk = [{"role": "user", "content": "Which colour has the sky?"}]\n'
+            'talk = [{"role": "user", "content": "What colour is the sky?"}]\n'
             'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}\n'
             "ids = tokenizer.apply_chat_template(talk, **options).input_ids"
         )

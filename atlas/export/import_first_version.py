@@ -1,8 +1,9 @@
 """Import a checkpoint of Atlas 1.x.
 
-No code in the file runs: see `atlas/training/checkpoint/safe_unpickle.py`. The model's shape follows from the tensors.
-The file does not hold the number of heads, the activation and the norms' epsilon. These come from flags, from the
-config that the model was trained with, or from the defaults of Atlas 1.x.
+No code in the file runs: see `atlas/training/checkpoint/safe_unpickle.py`. The shapes of the tensors give the model's
+sizes. The number of heads, the activation and the norm epsilon come from the config that the model was trained with.
+Without this config, the caller must give the number of heads. Atlas then uses the default activation and norm epsilon
+of Atlas 1.x.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ TENSOR_NAMES = with_biases(
         "lm_head": "lm_head",
     }
 )
-"""Atlas's name of a tensor → its name in Atlas 1.x. `{}` is the block."""
+"""Atlas's name of a tensor → the name of this tensor in Atlas 1.x. `{}` stands for the number of the block."""
 
 _LINEAR_BIASES = re.compile(r"blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.fc[12])\.bias")
 _NOT_NEEDED = ("optimizer_state_dict", "scheduler_state_dict")
 _NARROWEST_HEAD = 8
 _PRESETS = {512: 8, 768: 12, 1024: 16, 1280: 20}
-"""hidden_size → num_heads in the configs of Atlas 1.x."""
+"""hidden_size → num_heads, in the presets of Atlas 1.x."""
 _REMEDY = "give a checkpoint of Atlas 1.x, or a folder in Hugging Face's format"
 
 Layer = Mapping[Any, Any]
@@ -57,41 +58,42 @@ def import_first_version(
     config: str | Path | None = None,
     tokenizer: str | None = None,
 ) -> tuple[AtlasLM, Tokenizer, list[str]]:
-    """The model in `path`, in fp32 on the CPU, its tokenizer, and notes on all assumptions and omissions.
+    """Return the model in the file `path` (fp32, on the CPU), its tokenizer, and notes on what was assumed or omitted.
 
-    `num_heads` has precedence over the `model` section of `config`, a YAML file of Atlas 1.x. Raises `ExportError` if
-    the file is not a complete checkpoint of Atlas 1.x, or if the number of heads is unknown.
+    `config` is a YAML file of Atlas 1.x. `num_heads` overrides the number of heads in this file. Raises `ExportError`
+    if `path` is not a complete checkpoint of Atlas 1.x, or if the number of heads is unknown.
     """
     path = Path(path)
     contents = read_values(path, remedy=_REMEDY, without=_NOT_NEEDED)
     if not is_first_version(contents):
         if isinstance(contents, dict) and "format_version" in contents:
-            raise ExportError(f"{path}: needs no import: this Atlas wrote it")
-        raise ExportError(f"{path}: is no checkpoint of Atlas 1.x: {_REMEDY}")
+            raise ExportError(f"{path}: needs no import: it already has the current format")
+        raise ExportError(f"{path}: is not a checkpoint of Atlas 1.x: {_REMEDY}")
     stated = _model_section(read_sections(config) if config else contents.get("config"))
     metadata = contents.get("metadata")
     step = metadata.get("step") if isinstance(metadata, Mapping) else None
     trained = f" after {step:,} steps" if type(step) is int else ""
     notes = [
-        f"the weights{trained} are converted, the optimizer state is not: fine-tune with atlas train --init-from"
+        f"the weights{trained} are converted, but not the optimizer state: to fine-tune, use atlas train --init-from"
     ]
     if not stated:
         notes.append(
             "the file does not record the activation and norm_eps: Atlas assumes gelu and 1e-5, the defaults of Atlas "
             "1.x. If your config differs, name it with --config"
         )
-    with import_of(path, "its tensors do not fit together"):
+    with import_of(path, "the shapes of its tensors do not match"):
         weights = _checked(contents["model_state_dict"])
         own, rows = Tokenizer.resolve(tokenizer or "gpt2"), len(weights[TOKEN_EMBEDDING])
-        # With GPT-2's tokenizer, Atlas 1.x gave a model 4 rows too many. Its data never contained those 4 tokens.
+        # With GPT-2's tokenizer, Atlas 1.x built embeddings with 4 rows too many. The training data never contained the
+        # 4 tokens of these rows.
         if own.name == "gpt2" and rows > own.vocab_size:
             notes.append(
-                f"of {rows:,} tokens the last {rows - own.vocab_size} are left out: GPT-2's tokenizer has "
-                f"{own.vocab_size:,}, and Atlas 1.x trained on no others"
+                f"the last {rows - own.vocab_size} of {rows:,} tokens are left out: GPT-2's tokenizer has "
+                f"{own.vocab_size:,}, and Atlas 1.x trained on no other tokens"
             )
         elif own.vocab_size != rows:
             raise ExportError(
-                f"has {rows:,} tokens, and tokenizer {own.name} has {own.vocab_size:,}: name the right one with "
+                f"has {rows:,} tokens, but tokenizer {own.name} has {own.vocab_size:,}: name the right tokenizer with "
                 "--tokenizer"
             )
         shape = _shape_of(weights, own.vocab_size, stated, num_heads)
@@ -102,17 +104,18 @@ def import_first_version(
 
 
 def _model_section(config: Any) -> Layer:
-    """The numbers and strings in the `model` section of a config. A config without sections is that section itself."""
+    """Return the numbers and strings in the `model` section of a config. A config without sections counts as a `model`
+    section."""
     section = config.get("model", config) if isinstance(config, Mapping) else {}
     entries = section.items() if isinstance(section, Mapping) else ()
     return {key: value for key, value in entries if isinstance(value, (int, float, str))}
 
 
 def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors in `weights`.
+    """Return `weights` if its names and tensors are valid.
 
-    Raises `ExportError` unless their names are exactly those in `TENSOR_NAMES`, for some number of blocks. Only tied
-    embeddings may share memory.
+    Raises `ExportError` unless the names are exactly those in `TENSOR_NAMES`, for some number of blocks. Only the
+    biases of linear layers may be missing. Only tied embeddings may share memory.
     """
     for name, tensor in weights.items():
         is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() in (1, 2)
@@ -132,7 +135,7 @@ def _checked(weights: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     storages = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
     if len(storages) < len(weights) - _is_tied(weights):
-        raise ExportError("several of its tensors share their numbers")
+        raise ExportError("several of its tensors share memory")
     return dict(weights)
 
 
@@ -146,7 +149,7 @@ def _shape_of(
 ) -> ModelConfig:
     tables = weights[TOKEN_EMBEDDING], weights[POSITION_EMBEDDING], weights["blocks.0.mlp.fc1.weight"]
     if any(table.dim() != 2 for table in tables):
-        raise ExportError("the embeddings and fc1 are not matrices")
+        raise ExportError("an embedding or fc1 is not a matrix")
     (rows, hidden_size), (max_seq_len, _), (mlp_size, _) = (table.shape for table in tables)
     found = {
         "hidden_size": hidden_size,
@@ -157,20 +160,22 @@ def _shape_of(
     for key, value in found.items():
         if str(stated.get(key, value)) != str(value):
             raise ExportError(
-                f"has {key} {value}, but the config has {stated[key]!s:.40}: give the config that it was trained with"
+                f"has {key} {value}, but the config has {stated[key]!s:.40}: give the config that the model was "
+                "trained with"
             )
     if (activation := stated.get("activation", "gelu")) != "gelu":
         raise ExportError(
-            f"has the activation {activation!s:.40}, which Atlas does not compute: train a new model"
+            f"has the activation {activation!s:.40}, which Atlas does not support: train a new model"
         )
     if not (heads := num_heads or stated.get("num_heads")):
         most = max(1, hidden_size // _NARROWEST_HEAD)
         possible = ", ".join(str(n) for n in range(1, most + 1) if hidden_size % n == 0)
         preset = _PRESETS.get(hidden_size)
-        usual = f"; the presets of Atlas 1.x of this width have {preset}" if preset else ""
+        usual = f"; the preset of Atlas 1.x with this hidden_size has {preset} heads" if preset else ""
         raise ExportError(
-            "does not record its number of attention heads: name the config that it was trained with (--config FILE), "
-            f"or give --num-heads, one of {possible} for its hidden_size {hidden_size:,}{usual}"
+            "does not record its number of attention heads: name the config that the model was "
+            f"trained with (--config FILE), or set --num-heads to one of {possible} "
+            f"(hidden_size {hidden_size:,}){usual}"
         )
     shape = {
         **found,

@@ -1,6 +1,7 @@
-"""Import a model in Hugging Face's format, GPT-2, Llama or Qwen3, from a local folder.
+"""Import a GPT-2, Llama or Qwen3 model from a local folder in Hugging Face's format.
 
-No code in the folder runs. Tensors are read from safetensors, and everything else is JSON.
+No code in the folder runs. Atlas reads tensors from safetensors files, settings from JSON files, and the chat template
+as plain text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _LARGEST_TEMPLATE = 1 << 20
 
 
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
-    """The model in `folder`, in fp32 on the CPU, and its tokenizer, or the tokenizer that `tokenizer` names.
+    """Return the model in `folder`, in fp32 on the CPU, and a tokenizer. The tokenizer is the folder's own, unless
+    `tokenizer` names another tokenizer.
 
     Raises `ExportError` for a model type that Atlas does not support, for missing, damaged or mismatched files, and for
     pickled weights.
@@ -36,9 +38,10 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The folder's chat template, in Jinja, or None. It is not run here, but kept for exports.
+    """Return the chat template of `folder`, in Jinja, or None if there is none. Atlas keeps the template for exports,
+    but does not run the template.
 
-    If the folder has several named templates, the template called default is returned.
+    If the folder has several named templates, return the template with the name `default`.
     """
     try:
         if (folder / "chat_template.jinja").is_file():
@@ -56,7 +59,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of the shards that its index names."""
+    """Read the tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
     safetensors = import_safetensors("needs safetensors to be read")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -83,8 +86,8 @@ def _weight_files(folder: Path) -> list[str]:
         return sorted(names)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ExportError(
-            "holds pickled weights, which can run code, so Atlas does not read them; save the model as safetensors "
-            "(model.save_pretrained does)"
+            "holds pickled weights, which can run code, so Atlas does not read them; save the model as safetensors, "
+            "for example with model.save_pretrained"
         )
     raise ExportError("has no model.safetensors and no model.safetensors.index.json")
 

@@ -1,9 +1,9 @@
 """Run a GGUF file in llama.cpp with the package `xllamacpp`, in a separate process.
 
-The process is separate because llama.cpp ends its process if it cannot run a file. llama.cpp also writes to standard
-output and handles Ctrl-C itself. The separate process runs this module. The process reads one JSON request from
-standard input, and writes one JSON answer as the last line of standard output. The process sends requests to
-llama.cpp's HTTP server on the loopback interface, since no other function of the package can tokenize.
+The process is separate because llama.cpp, if it cannot run a file, ends the process that it runs in. llama.cpp also
+writes to standard output and handles Ctrl-C itself. The separate process runs this module. This process reads one JSON
+request from standard input, and writes one JSON answer as the last line of standard output. It sends requests to
+llama.cpp's HTTP server on the loopback interface, since the package can tokenize only through this server.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ from urllib.parse import urlsplit
 from atlas.errors import ExportError
 
 NUM_CANDIDATES = 10
-"""The number of most probable tokens at each step whose log-probabilities are requested."""
+"""The number of candidates per step: the most probable tokens, whose log-probabilities Atlas requests."""
 
 
 UNDERFLOW = -80.0
 """The log-probability below which llama.cpp's fp32 softmax underflows."""
 
 _MANY, _ALL = 300, 10**6
-"""Two numbers of candidates: the first nearly always includes a given token, the second exceeds every vocabulary."""
+"""Two numbers of candidates. The `_MANY` most probable tokens nearly always include a given token. `_ALL` exceeds the
+size of every vocabulary."""
 
 _CERTAIN = 1000.0
-"""The bias that makes the server generate a token. The server computes log-probabilities before it adds the bias."""
+"""The logit bias that makes the server generate a given token. The server computes log-probabilities before it adds
+this bias."""
 
 Post = Callable[[str, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One token of llama.cpp's greedy text, and the log-probabilities of the most probable tokens at that step, by
-    id."""
+    """A step of greedy decoding in llama.cpp: the chosen token, and the most probable tokens, as id →
+    log-probability."""
 
     token: int
     logprobs: dict[int, float]
@@ -53,8 +55,8 @@ class Answer:
     """The results of a request: the token ids of each text, the continuation of each prompt, and the log-probabilities
     of each window.
 
-    A window has a log-probability for every token but the first, given the tokens before it. None means that llama.cpp
-    computed nan.
+    Each token of a window except the first has a log-probability, given the earlier tokens of the window. None means
+    that llama.cpp computed nan.
     """
 
     token_ids: list[list[int]]
@@ -76,17 +78,17 @@ def ask_llama_cpp(
     windows: Sequence[list[int]] = (),
     context: int,
 ) -> Answer:
-    """Tokenize `texts`, continue each of `prompts` (token ids) greedily by its number of tokens in `lengths`, and
-    evaluate `windows` (token ids, at most `context`).
+    """Run llama.cpp: tokenize `texts`, continue `prompts` greedily, and compute the log-probabilities of `windows`.
 
-    llama.cpp runs on the CPU with an f32 KV cache and without flash attention, which rounds to f16. Raises
-    `ExportError` if llama.cpp cannot load or run the file.
+    Prompts and windows are lists of token ids. `lengths` has the number of new tokens for each prompt. A window has at
+    most `context` tokens. llama.cpp runs on the CPU with an f32 KV cache, and without flash attention, which would
+    round to f16. Raises `ExportError` if llama.cpp cannot load or run the file.
     """
     import torch  # the separate process does not need torch
 
     request = {"path": str(path), "context": context, "threads": max(1, torch.get_num_threads() // 2)}
     request |= {"texts": texts, "prompts": prompts, "lengths": lengths, "windows": windows}
-    # The separate process imports Atlas from the same place as this process, installed or not.
+    # The separate process imports Atlas from the same place as this process, whether Atlas is installed or not.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(
         [sys.executable, "-m", "atlas.export.llama_cpp"],
@@ -107,10 +109,11 @@ def ask_llama_cpp(
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    """llama.cpp's first error, since it causes all later errors; without an error, the exception's message."""
+    """Return the first error that llama.cpp logged, since this error causes the later errors. Without a logged error,
+    return the exception's message or the first line of standard error."""
     logged = [line.split(" E ", 1)[1] for line in process.stderr.splitlines() if " E " in line]
     reason = logged[:1] or process.stdout.strip().splitlines()[-1:] or process.stderr.strip().splitlines()[:1]
-    return reason[0].strip() if reason else f"it ended with {process.returncode}"
+    return reason[0].strip() if reason else f"the process ended with exit status {process.returncode}"
 
 
 def _main() -> None:
@@ -158,7 +161,7 @@ def server_params(path: str, context: int, threads: int, *, parallel: int = 1) -
 
 
 def load(path: str, context: int, threads: int) -> Any:
-    """Load a file into llama.cpp's server, in this process."""
+    """Start llama.cpp's server for a file, in this process. The server computes on the CPU, with an f32 KV cache."""
     import xllamacpp
 
     params = server_params(path, context, threads)
@@ -170,7 +173,7 @@ def load(path: str, context: int, threads: int) -> Any:
 
 
 def connect(server: Any) -> Post:
-    """A function that sends a request to a route of the server and returns the parsed answer."""
+    """Return a function that posts a JSON body to a route of the server and returns the parsed response."""
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -185,27 +188,28 @@ def connect(server: Any) -> Post:
 
 
 def _continue(post: Post, prompt: list[int], length: int, letter: int) -> list[Any]:
-    """[[candidate, log-probability], …] per step. The first candidate, the most probable one, is the step's token.
+    """Return the candidates of each of `length` steps: [[id, log-probability], …], the most probable first. The first
+    candidate is the token of its step.
 
-    Each step is a request for one more token. The server's cache keeps the earlier tokens. Each request forces the
-    server to generate "a". Otherwise, after text that ends inside a character, or at the end of the document, the
-    server stops, withholds the log-probabilities or, in older versions, fails.
+    Each step sends a request for one more token, while the server's cache keeps the earlier tokens. Each request forces
+    the server to generate `letter`, the token "a". Otherwise the server could return no log-probabilities, or fail in
+    older versions, if the text ends inside a character or the document ends.
     """
     steps: list[list[Any]] = []
     for _ in range(length):
         [record] = _force(post, [*prompt, *(step[0][0] for step in steps)], letter, NUM_CANDIDATES)
         logprobs = [(each["id"], each["logprob"]) for each in record["top_logprobs"]]
-        # llama.cpp writes nan as null. The JSON of Python can hold NaN.
+        # llama.cpp writes nan as null. Python's `json` can write and read NaN.
         steps.append([(id, math.nan if logprob is None else logprob) for id, logprob in logprobs])
     return steps
 
 
 def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | None:
-    """The log-probability of `token` after `prompt`. The server is forced to generate the token.
+    """The log-probability of `token` after `prompt`. The request forces the server to generate `token`.
 
-    If the token ends inside a character, the server returns no log-probability. A second request then forces "a" and
-    asks for the log-probabilities of many tokens. If `token` is not among these, a third request asks for all tokens,
-    which takes up to a second with a large vocabulary.
+    If `token` ends inside a character, the server returns no log-probability. A second request then forces the complete
+    character "a" instead, and asks for the log-probabilities of many tokens. If `token` is not among these tokens, a
+    third request asks for all tokens. With a large vocabulary, this request takes up to a second.
     """
     records = _force(post, prompt, token, 1)
     for candidates in (_MANY, _ALL):
@@ -217,8 +221,9 @@ def _logprob(post: Post, prompt: list[int], token: int, letter: int) -> float | 
 
 
 def _force(post: Post, prompt: list[int], token: int, candidates: int) -> list[dict[str, Any]]:
-    """Force the server to generate `token` after `prompt`. Return its record: the log-probabilities of this token and
-    of the most probable `candidates`. The list is empty if the server withholds the record."""
+    """Force the server to generate `token` after `prompt`. Return a list with one record: the log-probabilities of
+    `token` and of the `candidates` most probable tokens. The list is empty if the server reports no
+    log-probabilities."""
     request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": candidates}
     answer = post("/completion", request | {"logit_bias": [[token, _CERTAIN]]})
     records: list[dict[str, Any]] = answer.get("completion_probabilities", [])

@@ -1,4 +1,4 @@
-"""Write low-rank updates in the format of Hugging Face's `peft`: adapter_config.json, adapter_model.safetensors.
+"""Write a LoRA adapter in the format of Hugging Face's `peft`: adapter_config.json and adapter_model.safetensors.
 
 The format: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint.
 """
@@ -30,9 +30,11 @@ def export_adapter(
     *,
     base: str = "",
 ) -> Path:
-    """Write the low-rank updates in `weights`, a training state dict, to `folder`. `base` names the base model.
+    """Write the low-rank updates in `weights`, a training state dict, to `folder`. Return `folder`. `base` is the name
+    of the base model.
 
-    Raises `ExportError` if there are no low-rank updates, or if `write_folder` raises it.
+    Raises `ExportError` if there are no low-rank updates. Raises `AtlasError` if `folder` contains other files or
+    cannot be written.
     """
     safetensors = import_safetensors("--format peft: needs safetensors")
     if not lora.rank:
@@ -51,20 +53,23 @@ def export_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
-        "fan_in_fan_out": config.gguf_architecture == "gpt2",  # GPT-2 stores matrices as (in, out)
+        # Hugging Face stores the matrices of GPT-2 as (in, out).
+        "fan_in_fan_out": config.gguf_architecture == "gpt2",
         "inference_mode": True,
     }
 
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
-        shutil.copymode(folder / _FILES[0], folder / _FILES[1])  # else other users cannot read it
+        # safetensors creates a file that only its owner can read
+        shutil.copymode(folder / _FILES[0], folder / _FILES[1])
 
     return write_folder(Path(folder), _FILES, write)
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """PEFT's name → tensor, for each low-rank update. If PEFT splits a matrix of Atlas, all splits have the same A."""
+    """PEFT's name → tensor, for the matrices A and B of each low-rank update. If PEFT splits a matrix of Atlas, each
+    split gets a copy of A."""
     names, tensors = names_of(config), {}
     for module in [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]:
         splits = {f"{module}.weight": weights[f"{module}.lora_b"]}

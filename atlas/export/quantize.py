@@ -1,8 +1,9 @@
-"""The types of GGUF's tensors, and the conversion of weights to them.
+"""Choose the GGUF type of each tensor, and convert weights to this type.
 
-The type of each tensor follows llama.cpp's own rule (`llama_tensor_get_type_impl` and `tensor_type_fallback` in its
-`src/llama-quant.cpp`, for models without experts and without an importance matrix). The package `gguf` converts weights
-to the simple types, but it can only read K-quants. ggml's own function, in the package `xllamacpp`, writes K-quants.
+The types follow llama.cpp's own rule for models without experts and without an importance matrix. The rule is in
+`llama_tensor_get_type_impl` and `tensor_type_fallback`, in llama.cpp's `src/llama-quant.cpp`. The package `gguf`
+converts weights to most types, but cannot write K-quants. For K-quants, Atlas calls ggml's own function, which is in
+the package `xllamacpp`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"
 ]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-"""The values of `--quantize`, the largest file first."""
+"""The values of `--quantize`, from the largest file to the smallest."""
 
 _FALLBACKS = {
     TensorType.Q4_K: TensorType.Q5_0,
     TensorType.Q5_K: TensorType.Q5_1,
     TensorType.Q6_K: TensorType.Q8_0,
 }
-"""K-quant → the type that replaces it for a matrix whose rows do not divide into blocks of 256."""
+"""K-quant → the type that replaces this K-quant if the length of a matrix's rows is not a multiple of 256."""
 _UNQUANTIZED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
@@ -45,11 +46,11 @@ def file_type(quantize: Quantization) -> int:
 def tensor_type(
     name: str, shape: tuple[int, ...], quantize: Quantization, num_layers: int, is_tied: bool
 ) -> TensorType:
-    """The type of the tensor that llama.cpp calls `name`.
+    """The GGUF type of the tensor that llama.cpp calls `name`.
 
-    Vectors and positions stay in 32 bits, since they are small. In quantized files the head has more bits than other
-    matrices. In the mixtures (`_k_m`) attention's values and the MLP's down projection also have more bits in some
-    layers.
+    Vectors and position embeddings stay in f32, since they are small. In quantized files, the LM head has at least 6
+    bits per weight. With a `_k_m` quantization, the matrix that contains attention's value projection and the MLP's
+    down projection also have at least 6 bits per weight, in some layers.
     """
     if len(shape) == 1 or name == "position_embd.weight":
         return TensorType.F32
@@ -83,19 +84,20 @@ def _block_length(kind: TensorType) -> int:
 
 
 def num_bytes(count: int, kind: TensorType) -> int:
-    """The bytes of `count` numbers, which fill complete blocks."""
+    """The size in bytes of `count` weights of type `kind`. `count` must be a multiple of the block length."""
     length, size = gguf.GGML_QUANT_SIZES[kind]
     return count // length * size
 
 
 def check_available(quantize: Quantization) -> None:
-    """Raise `ExportError` if `quantize` needs ggml and ggml is missing."""
+    """Raise `ExportError` if `quantize` is a K-quant and ggml is not installed."""
     if "_k" in quantize:
         _ggml(quantize)
 
 
 def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
-    """Convert fp32 weights to the bytes of type `kind` in the file. Raises `ExportError` for K-quants without ggml."""
+    """Convert fp32 weights to type `kind`. Return the array that a GGUF file stores. Raises `ExportError` for a K-quant
+    if ggml is not installed."""
     if kind not in _FALLBACKS:
         return gguf.quantize(weights, kind)
     rows = np.ascontiguousarray(weights, dtype=np.float32)
@@ -109,11 +111,12 @@ def as_type(weights: NDArray[np.float32], kind: TensorType) -> NDArray[Any]:
 
 @functools.cache
 def _ggml(quantize: str) -> Any:
-    """ggml's public function `ggml_quantize_chunk(type, from, to, start, rows, columns, importance)`."""
+    """Return ggml's function `ggml_quantize_chunk(type, from, to, start, rows, columns, importance)`. Raises
+    `ExportError` if the function is missing; the message names `quantize`."""
     found = importlib.util.find_spec("xllamacpp")
     problem = "the package xllamacpp is not installed"
     if found is not None and found.origin is not None:
-        problem = "the installed xllamacpp does not export it"
+        problem = "the installed xllamacpp lacks the function ggml_quantize_chunk"
         for path in sorted(Path(found.origin).parent.glob("xllamacpp*")):
             try:
                 function = ctypes.CDLL(str(path)).ggml_quantize_chunk

@@ -23,8 +23,9 @@ def save_imported(
     source: str,
     chat_template: str | None = None,
 ) -> Path:
-    """Write `atlas_best.pt` into `folder` and return its path. The checkpoint has no optimizer state, so no run can
-    resume from it. Raises `ExportError` if it cannot be written."""
+    """Write the checkpoint `atlas_best.pt` into `folder`. Return the path of the checkpoint. The checkpoint has no
+    optimizer state, so no run can resume from it. The checkpoint records `source` as the origin of the weights. Raises
+    `ExportError` if the checkpoint cannot be written."""
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -1,8 +1,9 @@
 """Measure how well a GGUF file in llama.cpp predicts a text, compared with the original model in PyTorch.
 
 llama.cpp and PyTorch read the same windows, spread evenly over the text, and return the log-probability of every token
-except each window's first. A window is one token shorter than the model's context, since llama.cpp's server accepts no
-prompt that fills the context. Attention crosses documents within a window, since llama.cpp has no `data.document_mask`.
+except the first token of each window. In each window, both programs read at most `context - 1` tokens, since
+llama.cpp's server accepts no prompt that fills the context. Within a window, attention crosses document boundaries,
+since llama.cpp has no setting like `data.document_mask`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.evaluate import Evaluation, fixed_subset
 
 NUM_TOKENS = 4000
-"""The number of tokens that a file is evaluated on. The evaluation of a small model takes seconds, and its uncertainty
-is a few percent."""
+"""The default number of tokens for an evaluation. With a small model, the evaluation takes seconds. The uncertainty of
+the result is a few percent."""
 
 LogProbs = NDArray[np.float64]
 """(tokens,): the log-probability of each predicted token of a sample, in order."""
@@ -34,7 +35,7 @@ LogProbs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """Windows of the text `name`. The model predicts all tokens of a window except the first, which is given."""
+    """Windows of token ids from the text `name`. The model predicts all tokens of a window except the first."""
 
     name: str
     windows: Sequence[list[int]]
@@ -55,14 +56,18 @@ class Sample:
 def sample_of(
     data: str | Path, tokenizer: Tokenizer, context: int, *, num_tokens: int = NUM_TOKENS
 ) -> Sample:
-    """About `num_tokens` tokens of a prepared folder (its validation part, if it has one) or of plain text.
+    """Return a sample of about `num_tokens` tokens from a prepared folder or from plain text. If the folder has a
+    validation part, the sample comes from this part.
 
-    Raises `ExportError` if there is no text, if the data are conversations, or if another tokenizer prepared them.
+    Raises `AtlasError` if there is no text, if the data are conversations, or if the data were prepared with another
+    tokenizer.
     """
     resolved = resolve_data(data, None, tokenizer=tokenizer, val_fraction=0.0)
     length, stream = max(1, context - 1), resolved.val or resolved.train
     if isinstance(stream, Conversations):
-        raise ExportError(f"--data {data}: holds conversations; give plain text or a prepared folder")
+        raise ExportError(
+            f"--data {data}: contains conversations; give plain text or a folder of prepared text"
+        )
     dataset = SequenceDataset(stream, length, pad_last=True)
     windows = []
     for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
@@ -74,7 +79,7 @@ def sample_of(
 
 @torch.inference_mode()
 def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
-    """The log-probability that the model gives to each predicted token of the sample."""
+    """The log-probability of each predicted token of the sample under the model in PyTorch."""
     rows = []
     for window in sample.windows:
         tokens = torch.tensor(window)
@@ -84,7 +89,7 @@ def pytorch_logprobs(model: AtlasLM, sample: Sample) -> LogProbs:
 
 
 def llama_cpp_logprobs(path: str | Path, sample: Sample) -> LogProbs:
-    """The log-probability that the GGUF file in llama.cpp gives to each predicted token of the sample.
+    """The log-probability of each predicted token of the sample under the GGUF file `path` in llama.cpp.
 
     Raises `ExportError` if llama.cpp cannot run the file.
     """

@@ -1,26 +1,26 @@
-"""Prove, with llama.cpp itself, that a GGUF file and the original model compute the same.
+"""Prove, with llama.cpp itself, that a GGUF file and the original model give the same results.
 
 Four things must agree:
 
 - The file has the model's shape and vocabulary. Every tensor equals the model's tensor, rounded to the type in the
   file.
-- llama.cpp and the tokenizer give the same token ids for a corpus of difficult texts.
+- llama.cpp and Atlas's tokenizer give the same token ids for a corpus of difficult texts.
 - llama.cpp computes the same log-probabilities as PyTorch with the weights *read back from the file*.
-- In greedy text, llama.cpp and PyTorch choose the same tokens. A token of llama.cpp may be less probable than PyTorch's
-  choice by less than the bound (a near-tie).
+- In greedy decoding, llama.cpp and PyTorch choose the same tokens. A different token is accepted as a near-tie if
+  PyTorch's log-probabilities of the two tokens differ by less than the bound.
 
-PyTorch gets the text that llama.cpp generated, so that a near-tie does not end the comparison. One prompt reaches to
-the end of the context, so that every position is tested. The report also has the drift: how much the rounding of the
-weights changed the log-probabilities. The drift does not affect the verdict.
+PyTorch reads the text that llama.cpp generated, so that a near-tie does not end the comparison. One prompt and its
+continuation fill the context, so that every position is tested. The report also contains the drift: how much the
+rounding of the weights changed the log-probabilities. The drift does not affect the verdict.
 
 The bound depends on the model, because llama.cpp rounds some numbers that PyTorch does not round. llama.cpp reads GELU
 from a table of f16 numbers. It also rounds the inputs of matrix products to the type of the weights, or to 8 bits if
 the weights are quantized. These roundings change a log-probability by 1e-4 in an untrained model. In a trained model of
 4 layers the change is 1e-3 (f32) or 2e-3 (f16). In a model that has memorized a text the change is 9e-3 (f32) or 2e-2
-(f16). So no fixed bound fits. Instead PyTorch runs once with these roundings and once in fp32, and the difference
-between the two runs is the unit. In 27 proofs of random models (x86-64, the three architectures, 9 types) llama.cpp
-differed from the rounded run by at most 1.2 units. The bound is 3 units, or 10 units with f16 weights, as some CPUs
-also add in f16.
+(f16). So no fixed bound fits all models. Instead PyTorch runs once with these roundings and once without. The unit of
+the bound is the largest difference between the log-probabilities of these two runs. In 27 proofs of random models
+(x86-64, the three architectures, 9 types) llama.cpp differed from the rounded run by at most 1.2 units. The bound is 3
+units. With f16 weights, the bound is 10 units, since some CPUs also add in f16.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ from atlas.model.mlp import MLP
 from atlas.tokenizer import Tokenizer
 
 SMALLEST_BOUND, LARGEST_BOUND, LARGEST_QUANTIZED_BOUND = 1e-3, 0.1, 0.5
-"""Limits of the bound, in nats. Between these limits the bound follows from the model."""
+"""The smallest bound, and the largest bounds without and with quantized weights, in nats. Between these limits, the
+bound depends on the model."""
 
 _ROUNDING_FACTOR, _ROUNDING_FACTOR_OF_F16 = 3.0, 10.0
-"""The bound, in units of the difference between PyTorch's rounded run and its fp32 run."""
+"""The bound for most files and the bound for f16 files. The unit is the largest difference between the two runs of
+PyTorch, with and without llama.cpp's roundings."""
 
 PROMPT_TOKENS = 16
-"""The number of tokens of each prompt that is the beginning of a text."""
+"""The largest number of tokens in each prompt that is the beginning of a text."""
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. It's what they've said; we'll see, I'd think, you're right.",
@@ -100,7 +102,7 @@ class Proof:
 
     @property
     def checks(self) -> list[tuple[str, bool, str]]:
-        """For each of the four checks: its name, whether both sides agree, and details."""
+        """For each of the four checks: the name, whether the check passed, and details."""
         file = f"{self.num_tensors} {self.quantize} tensors, shape, vocabulary"
         texts = f"{self.num_text_tokens:,} tokens of {self.num_texts} texts"
         logprobs = f"{self.num_logprobs:,} compared, largest difference {self.largest_difference:.1e}"
@@ -115,7 +117,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether all four checks agree."""
+        """Whether all four checks passed."""
         return all(agrees for _, agrees, _ in self.checks)
 
     def __str__(self) -> str:
@@ -140,10 +142,10 @@ def verify_gguf(
     texts: Sequence[str] = (),
     max_tokens: int = 100,
 ) -> Proof:
-    """Compare the file `path` with the `model` and `tokenizer` that it was exported from with `quantize`.
+    """Compare the GGUF file `path` with `model` and `tokenizer`, from which the file was exported with `quantize`.
 
-    `texts` are added in front of the corpus, and the first two become prompts. Raises `ExportError` if the file is not
-    a GGUF file of Atlas, or llama.cpp cannot run it.
+    `texts` are placed before the corpus. The beginnings of the first two texts that are not empty become prompts.
+    Raises `ExportError` if `path` is not a GGUF file that Atlas wrote, or if llama.cpp cannot run the file.
     """
     tokenizer = exportable_tokenizer(tokenizer, model.config)
     read, metadata = read_gguf(path)
@@ -197,7 +199,8 @@ def _differing(
 
 
 def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: int) -> list[list[int]]:
-    """The start of a document, the beginnings of two texts, and the longest text that leaves room for `max_tokens`."""
+    """Return the prompts: the start of a document, the beginnings of two texts, and the longest prompt that leaves room
+    for `max_tokens` new tokens."""
     short = min(PROMPT_TOKENS, max(1, context // 2))
     beginnings = [text[:short] for text in ids if text][:2]
     everything = [id for text in ids for id in text]
@@ -208,12 +211,14 @@ def _prompts(ids: Sequence[list[int]], eos_id: int, context: int, max_tokens: in
 def _compare(
     read: AtlasLM, model: AtlasLM, quantize: Quantization, continued: Iterable[tuple[list[int], list[Step]]]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return four arrays: absolute differences of log-probabilities, and the gaps in greedy text.
+    """Return four arrays: three of absolute differences between log-probabilities, and one of the gaps in greedy
+    decoding.
 
     The rounded run is PyTorch with llama.cpp's roundings; the plain run is PyTorch in fp32. The first array compares
     llama.cpp with the rounded run. The second compares the rounded run with the plain run. The third compares the plain
-    run with the `model`, whose weights were not rounded. The fourth holds, for each step, the gap in log-probability
-    between PyTorch's choice and llama.cpp's choice (0: the same token).
+    run with `model`, whose weights were not rounded. The fourth contains the gap of each step in the rounded run: the
+    log-probability of PyTorch's choice minus the log-probability of llama.cpp's choice. The gap is 0 if both choices
+    are the same token.
     """
     compared, gaps = [], []
     for prompt, steps in continued:
@@ -222,7 +227,7 @@ def _compare(
             rounded = _logprobs(read, prompt, steps)
         for own_row, row, rounded_row, step in zip(own, plain, rounded, steps, strict=True):
             for id, logprob in step.logprobs.items():
-                if not logprob <= UNDERFLOW:  # nan is compared, and fails
+                if not logprob <= UNDERFLOW:  # true also for nan, so that the check fails
                     difference = abs(logprob - rounded_row[id].item())
                     rounding, drift = rounded_row[id] - row[id], row[id] - own_row[id]
                     compared.append((difference, abs(rounding.item()), abs(drift.item())))
@@ -233,7 +238,7 @@ def _compare(
 
 @torch.inference_mode()
 def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tensor:
-    """(steps, V): PyTorch's log-probabilities at each step of llama.cpp's continuation."""
+    """Return (steps, V): PyTorch's log-probabilities at each step of llama.cpp's continuation."""
     tokens = [*prompt, *(step.token for step in steps)][:-1] if steps else prompt
     hidden = model.hidden_states(torch.tensor([tokens]))[0]
     return F.log_softmax(model.head(hidden[len(prompt) - 1 :][: len(steps)]), dim=-1)
@@ -241,7 +246,8 @@ def _logprobs(model: AtlasLM, prompt: list[int], steps: Sequence[Step]) -> Tenso
 
 @contextmanager
 def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[None]:
-    """A context in which `model` rounds like llama.cpp: GELU's input and output, and the inputs of matrix products."""
+    """A context in which `model` rounds like llama.cpp: the input and output of GELU, and the inputs of matrix
+    products."""
     head = "q6_k" if quantize.startswith(("q4", "q5")) else quantize  # see `quantize.tensor_type`
     with ExitStack() as hooks:
         add = hooks.enter_context
@@ -256,15 +262,17 @@ def _rounding_as_llama_cpp(model: AtlasLM, quantize: Quantization) -> Iterator[N
 
 
 def _as_in_gelu_table(x: Tensor) -> Tensor:
-    """Round `x` to f16 from -10 to 10, the range of llama.cpp's table. Outside the range GELU is 0 or its input."""
+    """Round the values of `x` between -10 and 10 to f16, as in llama.cpp's table of GELU. For other values, llama.cpp
+    needs no table, since GELU(x) is 0 or x."""
     return torch.where(x.abs() < 10, x.half().float(), x)
 
 
 def _as_multiplied(x: Tensor, quantize: str) -> Tensor:
-    """Round `x` as llama.cpp rounds a matrix product's input, by the type of the weights.
+    """Round `x` as llama.cpp rounds the input of a matrix product. The rounding depends on the type of the weights.
 
-    For quantized weights the type is 8 bits, with a scale for every 32 numbers, or for every 256 with K-quants. If the
-    length of `x` is not a multiple of 32, `quantize.tensor_type` keeps the weights in f16.
+    For quantized weights, the input is rounded to 8 bits, with one scale per block of 32 numbers. For K-quants, a block
+    has 256 numbers if the last dimension of `x` is a multiple of 256. If this dimension is not a multiple of 32, the
+    weights are in f16, and the input is rounded to f16.
     """
     if quantize == "f32":
         return x

@@ -1,9 +1,9 @@
-"""Compute the logits of each row's next token: one forward pass, which runs as a CUDA graph on a GPU.
+"""Compute the logits of each row's next token in one forward pass. On a GPU, the pass runs as a CUDA graph.
 
-A step consists of some hundred small kernels. The CPU needs longer to launch them than the GPU needs to run them. A
-CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches all kernels in one call. A graph
-is valid for one number of rows and one number of cache slots that attention reads. The number of slots doubles as the
-sequences grow.
+The pass consists of hundreds of small kernels. The CPU needs more time to launch these kernels than the GPU needs to
+run them. A CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) launches all kernels in one
+call. Each graph is for a fixed number of rows and a fixed number of cache slots that attention reads. When the
+sequences outgrow this number of slots, the number doubles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FEWEST_SLOTS = 256
 _WARM_UPS = 2
 """The number of forward passes before a capture. In these passes, libraries allocate their workspaces."""
 _CAPTURE_LOCK = threading.Lock()
-"""A process can capture only one graph at a time, and a server may have several models."""
+"""A lock for captures. A process can capture only one graph at a time, and a server may have several models."""
 
 
 class Decoder:
@@ -39,8 +39,8 @@ class Decoder:
         """The memory pool that all graphs share, since only one graph runs at a time."""
 
     def next_logits(self, newest: Sequence[int]) -> Tensor:
-        """(B, V): the logits after the newest token of each row. The newest tokens enter the cache. The result is valid
-        until the next call."""
+        """Return (B, V): the logits of each row's next token. `newest` has the newest token id of each row. The model
+        adds the keys and values of these tokens to the cache. The result is valid until the next call."""
         tokens = long_tensor(newest, self.cache.keys.device)[:, None]
         step = self._captured_step(tokens) if self._uses_graphs else None
         if step is None:
@@ -50,8 +50,8 @@ class Decoder:
         return logits
 
     def _captured_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """A function that runs the graph for this number of rows and their lengths; None if PyTorch cannot capture a
-        graph."""
+        """Return a function that runs the graph for the rows of `tokens` and their lengths in the cache. Return None if
+        PyTorch cannot capture a graph."""
         slots = _FEWEST_SLOTS
         while slots <= self.cache.longest:
             slots *= 2
@@ -66,7 +66,9 @@ class Decoder:
                 run = self._capture(step)
             except RuntimeError as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"no CUDA graphs, generation is slower: {reason:.200}", stacklevel=2)
+                warnings.warn(
+                    f"cannot capture CUDA graphs, so generation is slower: {reason:.200}", stacklevel=2
+                )
                 self._uses_graphs = False
                 return None
 
@@ -95,7 +97,7 @@ class Decoder:
                 with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                     logits = step()
             except RuntimeError:
-                torch.cuda.set_stream(before)  # a failed capture does not restore the stream
+                torch.cuda.set_stream(before)  # PyTorch does not restore the stream after a failed capture
                 raise
 
         def replay() -> Tensor:
@@ -107,6 +109,6 @@ class Decoder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for all captures on a device. Several streams would waste memory: cuBLAS keeps a workspace for each
-    stream."""
+    """The stream for all captures on a device. Several streams would waste memory, because cuBLAS keeps a workspace for
+    each stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

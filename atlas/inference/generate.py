@@ -1,7 +1,8 @@
 """The loop of every command that generates text: prefill the prompts, then generate one token at a time.
 
-The model reads a window of each row's tokens. When the window is full, its newest half is kept and prefilled again.
-Without a cache the windows are the same, so the text is the same. A text may have any length.
+The model reads a window of each row's tokens, so a text may have any length. When the window is full, only the newest
+half of its tokens stays in the window, and this half is prefilled again. The windows are the same with and without a
+cache, so the text is also the same.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def generate(
     generators: list[torch.Generator] | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Continue every prompt, a list of at least one id. Yield, at each step, one new token per row.
+    """Continue every prompt in `prompts`. A prompt is a list of at least one token id. At each step, yield one new
+    token id per row.
 
-    A row that generates `eos_id` is done. It yields None instead of `eos_id` and at all later steps. There are at most
-    `max_tokens` steps.
+    For a row that generates `eos_id`, yield None at this step and at all later steps. There are at most `max_tokens`
+    steps.
 
     Each row draws its tokens with its own generator. `use_cache` changes the speed, never the text.
     """
@@ -70,14 +72,14 @@ def generate(
 
 
 def empty_cache(model: AtlasLM, rows: int, *, max_len: int | None = None) -> KVCache:
-    """A KV cache on the model's device, in the dtype of its weights."""
+    """Return a KV cache for `rows` sequences, on the model's device and in the dtype of the model's weights."""
     weights = next(model.parameters())
     return KVCache(model.config, rows, max_len=max_len, device=weights.device, dtype=weights.dtype)
 
 
 def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
-    """The index at which the model's window starts when it predicts the token after `num_tokens` tokens. The first
-    `num_prompt_tokens` of these are the prompt, and the others were generated."""
+    """The index of the first token in the model's window, for a row of `num_tokens` tokens. The first
+    `num_prompt_tokens` of the row's tokens are the prompt, and the model generated the others."""
     start = max(0, num_prompt_tokens - context)
     while num_tokens - start > context:
         start += context + 1 - max(1, context // 2)
@@ -85,10 +87,10 @@ def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
 
 
 def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Run the windows (ids) in one forward pass, and fill the empty `cache`. Return (B, V), the logits of each row's
-    next token.
+    """Run one forward pass over `windows`, the token ids of each row, and fill `cache`, which must be empty. Return (B,
+    V), the logits of each row's next token.
 
-    Rows are padded on the right. No query attends to the padding.
+    Rows are padded on the right. The tokens of a window do not attend to the padding.
     """
     device = next(model.parameters()).device
     lengths = [len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""A model with lm-eval's interface. It computes log-likelihoods of continuations and full texts, and generates text.
+"""Give an Atlas model the interface of lm-eval: log-likelihoods of continuations and of full texts, and generation.
 
 lm-eval is EleutherAI's evaluation harness, https://github.com/EleutherAI/lm-evaluation-harness.
 """
@@ -27,9 +27,9 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Answers lm-eval's requests with `loaded`, in batches of `batch_size`.
+    """A model for lm-eval, which answers requests with the model `loaded`, in batches of `batch_size`.
 
-    The base class, which lm-eval uses for every model, splits each text into context and continuation.
+    The base class of lm-eval splits each text into context and continuation.
     """
 
     def __init__(self, loaded: LoadedModel, *, batch_size: int, track: Track = iter) -> None:
@@ -45,11 +45,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self.loaded.tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """The ids of a text. Atlas's tokenizers add no special tokens."""
+        """The token ids of a text. Atlas's tokenizers add no special tokens, so the other arguments have no effect."""
         return self.loaded.tokenizer.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text. Each token is predicted once, in windows as long as the model's context."""
+        """The log-likelihood of each text, in nats. The model predicts each token once, in windows as long as its
+        context."""
         windows = [
             (number, (request.args, *make_disjoint_window(window)))
             for number, request in enumerate(requests)
@@ -67,10 +68,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each request (texts, context ids, continuation ids): the log-likelihood of the continuation, and whether
-        greedy decoding would generate it. A request that is too long is cut at its beginning.
+        """Return, for each request, the log-likelihood of the continuation, and whether greedy decoding would generate
+        the continuation. A request consists of texts, context ids and continuation ids. If a request is longer than the
+        model's context, its first ids are dropped.
 
-        Requests that differ only in their last token, such as the letters of a multiple choice, share a row.
+        Requests that differ only in their last token, such as the letters of a multiple-choice question, share a row of
+        the batch.
         """
         rows = defaultdict(list)
         for number, (texts, context, continuation) in enumerate(requests):
@@ -118,8 +121,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batches = [(*options, batch) for options, group in groups.items() for batch in self._batches(group)]
         texts = [""] * len(requests)
         for sampling, stop, max_tokens, batch in self.track(batches):
-            # The prompt may use the part of the context that the new tokens leave free. If they leave none, the prompt
-            # may use the half that a full window keeps.
+            # The prompt may use the positions of the context that the new tokens do not need. If the new tokens need
+            # all positions, the prompt may use half of the context, as much as a full window keeps.
             room = self.max_length - max_tokens
             room = room if room > 0 else max(1, self.max_length // 2)
             steps = stream_ids(
@@ -143,7 +146,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 def _generation_options(kwargs: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...], int]:
     """The sampling settings, stop strings and maximum number of tokens in a task's `generation_kwargs`.
 
-    Decoding is greedy unless the task asks for samples. Samples are drawn from all tokens unless the task limits them.
+    Decoding is greedy unless the task requests sampling. Sampling draws from all tokens unless the task sets top_k or
+    top_p.
     """
     known = ("until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample", "top_k", "top_p")
     until, max_gen_toks, max_new_tokens, temperature, do_sample, top_k, top_p = map(kwargs.get, known)

@@ -1,7 +1,7 @@
 """A weight layout for decoding on a CPU: each thread reads its own part of a matrix, in memory order.
 
-The product of one row with a matrix reads every weight once, so it takes as long as reading the matrix from memory. For
-a row-major matrix, PyTorch reads the matrix in only one thread.
+Decoding multiplies a single row by each matrix. This product reads every weight once, so memory bandwidth limits its
+speed. If the matrix is row-major, PyTorch reads it in only one thread.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from atlas.model import AtlasLM
 
 @torch.no_grad()
 def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
-    """Split each weight matrix of `model` into `parts`, one per thread (default: PyTorch's number of threads).
+    """Split each weight matrix of `model` into `parts` parts, one per thread. The default is PyTorch's number of
+    threads.
 
-    The model computes the same function, but is for decoding only: its state dict no longer fits a checkpoint.
+    The model still computes the same function. Use the model only for decoding, since its state dict no longer matches
+    a checkpoint.
     """
     parts = parts or torch.get_num_threads()
     for block in model.blocks:
@@ -30,12 +32,13 @@ def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
         model.token_embedding = _SplitEmbedding(head)  # type: ignore[assignment]
     else:
         del model.lm_head
-    # This attribute of the instance hides the method of the class.
+    # The attribute `head` of the instance overrides the method `head` of the class.
     model.head = head.forward  # type: ignore[method-assign, assignment]
 
 
 class SplitLinear(nn.Module):
-    """`F.linear` with a (N, K) weight stored as (parts, K, ⌈N / parts⌉). A batched product has one part per thread."""
+    """A linear layer whose (N, K) weight is stored as (parts, K, ⌈N / parts⌉). In a batched product, each thread
+    computes one part."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: int) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class SplitLinear(nn.Module):
         self.bias = None if bias is None else F.pad(bias, (0, missing)).view(parts, 1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, K) → (…, N)."""
+        """Map (…, K) to (…, N)."""
         rows = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight), -1, -1)
         parts = (
             torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
@@ -58,14 +61,14 @@ class SplitLinear(nn.Module):
 
 
 class _SplitEmbedding(nn.Module):
-    """An embedding that looks up its rows in a tied head, which stores the matrix in parts."""
+    """An embedding that takes its rows from the tied LM head `head`, which stores the matrix in parts."""
 
     def __init__(self, head: SplitLinear) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) → (B, T, C)."""
+        """Map token ids (B, T) to embeddings (B, T, C)."""
         weight = self.head.weight
         width = weight.shape[-1]
         return weight[tokens // width, :, tokens % width]

@@ -27,20 +27,20 @@ from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.devices.device import choose_device, choose_weights_dtype
 
 NOT_NEEDED = ("optimizer_state_dict",)
-"""The parts of a checkpoint that only training reads."""
+"""The keys of a checkpoint that inference does not load."""
 
 _LARGE = 50_000_000
-"""A model with at least this many parameters is built on the device `meta` and takes the checkpoint's tensors. The
-first use of `meta` costs PyTorch a second and about 60 MB. For a small model, initializing and overwriting it costs
-less."""
+"""The smallest number of parameters for which a model is built on the device `meta`. The model then takes the
+checkpoint's tensors without a copy. The first use of `meta` costs PyTorch a second and about 60 MB. Initializing a
+smaller model and overwriting its weights costs less."""
 
 
 @dataclass(frozen=True, repr=False)
 class LoadedModel(ModelAndTokenizer):
     """A model that is ready for inference.
 
-    `model` is in evaluation mode, on its device, in fp32 unless you asked for another dtype. `facts` is the checkpoint
-    without its tensors.
+    `model` is in evaluation mode, on its device, in the dtype that the caller of `load_model` requested. `facts` is the
+    checkpoint without its state dicts.
     """
 
     config: AtlasConfig
@@ -54,8 +54,8 @@ class LoadedModel(ModelAndTokenizer):
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of the conversations that the model was trained on, by Atlas or before its import, or
-        None."""
+        """The Jinja chat template that the model was trained with, or None. For an imported model, the template comes
+        from the imported folder."""
         if self.is_chat_model:
             return CHAT_TEMPLATE
         imported = self.facts["data"].get("chat_template")
@@ -88,12 +88,13 @@ class LoadedModel(ModelAndTokenizer):
         seed: int | None = None,
         chat: bool = False,
     ) -> str:
-        """The text that `atlas generate` prints for the same settings: `prompt` and its continuation, or with `chat`
-        only the answer. The same seed gives the same text. With `seed` None, each call draws a new seed."""
+        """Return the text that `atlas generate` prints for the same settings: `prompt` and its continuation, or only
+        the answer if `chat` is true. The same seed gives the same text. If `seed` is None, each call draws a new
+        seed."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if not isinstance(prompt, str):
             raise AtlasError(
-                f"prompt: must be one text, not {type(prompt).__name__}: call generate once for each"
+                f"prompt: must be one text, not {type(prompt).__name__}: call generate once for each text"
             )
         if chat:
             self.check_chat()
@@ -109,15 +110,16 @@ class LoadedModel(ModelAndTokenizer):
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
-        """(T, V) in fp32 on the CPU: row t has the logits of the token after the first t + 1 tokens of `text`.
+        """Return (T, V) in fp32 on the CPU: row t has the logits of the token after the first t + 1 tokens of `text`.
 
-        `text` is a string or its T ids. An empty string begins a document, as in `generate`.
+        `text` is a string or a list of T token ids. An empty string begins a document, as in `generate`.
         """
         ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else list(text)
         return self.model(self.batch_of(ids))[0].float().cpu()  # type: ignore[no-any-return]
 
     def batch_of(self, ids: Sequence[int]) -> Tensor:
-        """The ids as a (1, T) tensor on the model's device. Raises `AtlasError` for ids that the model cannot read."""
+        """The ids as a (1, T) tensor on the model's device. Raises `AtlasError` if there are no ids, ids outside the
+        vocabulary, or more ids than the context holds."""
         context, vocabulary = self.config.model.max_seq_len, self.config.model.vocabulary
         if len(ids) == 0:
             raise AtlasError("0 tokens: give at least one id, such as [tokenizer.eos_id]")
@@ -129,9 +131,9 @@ class LoadedModel(ModelAndTokenizer):
         return torch.tensor([list(ids)], device=next(self.model.parameters()).device)
 
     def _for_decoding(self) -> LoadedModel:
-        """On a CPU, a copy with the weight layout of `atlas generate`, so that this object and that command round in
-        the same way. Each call makes a new copy, since the caller may change `model`. On other devices, the object
-        itself."""
+        """Return this object, or on a CPU a copy with the weight layout that `atlas generate` uses. With the same
+        layout, `generate` and `atlas generate` round in the same way. Each call makes a new copy, since the caller may
+        change `model`."""
         if self.model.head_weight.device.type != "cpu":
             return self
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
@@ -164,8 +166,9 @@ def load_model(
     """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
 
     `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
-    `contents` is the result of `load_checkpoint(path)`, if the caller already has it. Raises `AtlasError` if the file
-    is missing, damaged or not a checkpoint, or if the model was trained with another tokenizer.
+    `contents` is the result of `load_checkpoint(path)`, if the caller has loaded the checkpoint already. Raises
+    `AtlasError` if the file is missing, damaged or not a checkpoint, or if the model was trained with another
+    tokenizer.
     """
     path = find_checkpoint(path)
     contents = contents or load_checkpoint(path, without=NOT_NEEDED)

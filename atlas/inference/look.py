@@ -1,8 +1,9 @@
-"""Look inside a model: its prediction at each position of a text, how the next token is chosen, the attention weights,
-and the prediction after each layer.
+"""Compute the internals of a model on a text: predictions at each position, the choice of the next token, attention
+weights, and predictions after each layer.
 
-The functions take a loaded model and token ids. The web page, the terminal and notebooks use them. Numbers are computed
-in fp32, whatever dtype the weights have. Shapes: L layers, H heads, T tokens, C hidden_size, V vocabulary.
+The functions take a loaded model and token ids. The web page, `atlas look` and notebooks use these functions.
+Probabilities and entropies are computed in fp32, whatever the dtype of the weights. Shapes: L layers, H heads, T
+tokens, C hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from atlas.model.attention import Context
 from atlas.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 128
-"""The number of rows of logits per chunk. A row has 4 bytes per token of the vocabulary."""
+"""The number of positions whose logits are computed in one chunk. The logits of a position need 4 bytes per token of
+the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A possible token and its probability under the model."""
+    """A token and its probability under the model."""
 
     id: int
     text: str
@@ -37,11 +39,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class TokenPrediction:
-    """A token of a text, and the model's prediction at its position.
+    """A token of a text, and the model's prediction at the token's position.
 
-    `log_probability` is in nats; the loss is its negative mean. `rank` is 1 for the likeliest token. `entropy` is in
-    bits: the model is as uncertain as between 2^entropy equally likely tokens. `alternatives` are the likeliest tokens
-    at this position. The first token has no prediction: its fields are None, and it has no alternatives.
+    `log_probability` is in nats; the loss is its negative mean over the text. `rank` is 1 for the likeliest token.
+    `entropy` is in bits: the model is as uncertain as between 2^entropy equally likely tokens. `alternatives` are the
+    likeliest tokens at this position. The first token has no prediction, so its fields are None and `alternatives` is
+    empty.
     """
 
     id: int
@@ -55,7 +58,8 @@ class TokenPrediction:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible next token, its probability after each sampling step, and the step that removed it, if any."""
+    """A possible next token, and its probability after each sampling step. `removed_by` is the step that removed the
+    token, or None."""
 
     id: int
     text: str
@@ -65,11 +69,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution from which the next token is drawn, after each sampling step.
+    """The distribution of the next token after each sampling step.
 
-    The steps are `model`, and then the sampling settings in the order in which they are applied. `remaining` and
-    `entropy` have the number of remaining tokens and the entropy in bits after each step. `candidates` are the
-    likeliest tokens before any setting is applied, the likeliest first.
+    The first step, `model`, is the unchanged distribution. The other steps are the sampling settings, in the order in
+    which they are applied. `remaining` has the number of remaining tokens after each step. `entropy` has the entropy in
+    bits after each step. `candidates` are the likeliest tokens of the unchanged distribution, the likeliest first.
     """
 
     remaining: dict[str, int]
@@ -79,9 +83,11 @@ class NextToken:
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """The prediction of the model if `layer`, counted from 0, were its last layer. None stands for the embedding alone.
+    """The prediction of the model if `layer`, counted from 0, were its last layer. `layer` is None for the embedding
+    alone.
 
-    `probability` and `rank` are those of the token that follows in the text, and None at its end. `entropy` is in bits.
+    `probability` and `rank` belong to the token that follows in the text. They are None at the end of the text.
+    `entropy` is in bits.
     """
 
     layer: int | None
@@ -92,7 +98,7 @@ class LayerPrediction:
 
 
 def encode(loaded: LoadedModel, text: str) -> list[int]:
-    """The ids that the model gets for a text. An empty text begins a document."""
+    """The token ids of a text. An empty text gives the one id that begins a document."""
     return encode_prompt(text, loaded.tokenizer)
 
 
@@ -103,7 +109,7 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 @torch.no_grad()
 def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[TokenPrediction]:
-    """A `TokenPrediction` for each token. `alternatives` is the number of alternatives per token."""
+    """Return a `TokenPrediction` for each token of `ids`. `alternatives` is the number of alternatives per token."""
     tokens = loaded.batch_of(ids)
     hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
     predictions = [TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0]))]
@@ -122,8 +128,8 @@ def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int =
 def next_token(
     loaded: LoadedModel, ids: Sequence[int], sampling: Sampling, *, candidates: int = 10
 ) -> NextToken:
-    """The steps that choose the token after `ids`, for the `candidates` likeliest tokens before any setting is
-    applied."""
+    """Return how the sampling settings change the distribution of the token after `ids`. `candidates` is the number of
+    likeliest tokens to return."""
     hidden = loaded.model.hidden_states(loaded.batch_of(ids))[:, -1]
     raw = loaded.model.head(hidden).float()
     penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
@@ -148,9 +154,9 @@ def next_token(
 
 @torch.no_grad()
 def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] | None = None) -> Tensor:
-    """(L, H, T, T) on the CPU: the attention weights, with queries as rows and keys as columns.
+    """Return (L, H, T, T) on the CPU: the attention weights, with queries as rows and keys as columns.
 
-    `layers` are counted from 0; None means all, which needs much memory for a long text.
+    `layers` are counted from 0. None means all layers, whose weights need much memory for a long text.
     """
     num_layers = loaded.model.config.num_layers
     wanted = range(num_layers) if layers is None else layers
@@ -167,10 +173,11 @@ def attention(loaded: LoadedModel, ids: Sequence[int], *, layers: Sequence[int] 
 def lens(
     loaded: LoadedModel, ids: Sequence[int], *, position: int = -1, alternatives: int = 5
 ) -> list[LayerPrediction]:
-    """The predictions of the token after `position`: one after the embedding, and one after each layer.
+    """Return the predictions of the token after `position`: one after the embedding, and one after each layer.
 
-    A negative `position` counts from the end. The final norm and the head are applied to the residual stream at that
-    position, which is the logit lens (nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
+    A negative `position` counts from the end. This is the logit lens (nostalgebraist 2020,
+    https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): the final norm and the LM head are applied to the residual
+    stream at `position`.
     """
     if not -len(ids) <= position < len(ids):
         raise AtlasError(f"position {position}: the text has tokens 0 to {len(ids) - 1}")
@@ -190,7 +197,8 @@ def lens(
 
 
 def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Context]:
-    """The residual stream, (1, T, C), before the first block and after each block; and the `Context` of attention."""
+    """Return the residual stream, (1, T, C), before the first block and after each block, and the `Context` of
+    attention."""
     x, context = loaded.model.embed(loaded.batch_of(ids))
     streams = [x]
     for block in loaded.model.blocks:
@@ -199,7 +207,7 @@ def _streams(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Tensor], Con
 
 
 def _likeliest(loaded: LoadedModel, log_probs: Tensor, count: int) -> list[tuple[Choice, ...]]:
-    """The `count` likeliest tokens of each row of (N, V), the likeliest first."""
+    """The `count` likeliest tokens of each row of `log_probs` (N, V), the likeliest first."""
     best = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
     return [
         tuple(Choice(id, token_text(loaded.tokenizer, id), prob) for id, prob in zip(*row, strict=True))

@@ -1,6 +1,6 @@
 """Sample tokens from logits: pure functions of (B, V) tensors, with one random generator per row.
 
-The steps have the order of `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+The steps have the same order as in `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from atlas.errors import AtlasError
 from atlas.model import long_tensor
 
 _FEW = 1024
-"""The probabilities of this many likeliest tokens nearly always reach top-p's sum. Sorting the full vocabulary would
-take milliseconds."""
+"""The number of likeliest tokens that top-p sorts first. Their probabilities nearly always sum to at least p, and
+sorting the full vocabulary would take milliseconds."""
 _COLDEST = 1e-6
-"""The lowest temperature that logits are divided by. At lower temperatures only the likeliest token is drawn, and the
-division would overflow in fp32."""
+"""The lowest temperature that logits are divided by. A division by a lower temperature could overflow in fp32, and only
+the likeliest token would be drawn anyway."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings for the next token. Temperature 0 is greedy decoding. Each filter can be switched off."""
+    """Sampling settings for the next token. Temperature 0 is greedy decoding."""
 
     temperature: float = 0.8
     top_k: int = 50
-    """Keep the k likeliest tokens; 0: all."""
+    """The number of likeliest tokens to keep; 0: all."""
     top_p: float = 0.95
-    """Keep the smallest set of likeliest tokens whose probabilities reach p; 1: all."""
+    """The probability p: keep the smallest set of likeliest tokens whose probabilities sum to at least p; 1: all."""
     min_p: float = 0.0
-    """Keep tokens with at least this fraction of the likeliest token's probability; 0: all."""
+    """The smallest allowed ratio of a token's probability to the likeliest token's probability; 0: all."""
     repetition_penalty: float = 1.0
-    """Divide positive logits of tokens already seen by this number, and multiply negative logits by it; 1: off."""
+    """The number that divides positive logits of tokens already seen, and multiplies their negative logits; 1: off."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -51,10 +51,10 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
 ) -> Tensor:
-    """The next token of each row, (B,); -1 for a row whose logits are not finite.
+    """Return (B,): the next token id of each row, or -1 for a row whose logits are not finite.
 
-    `logits` is (B, V). `seen` has the tokens that each row has seen, and `generators` one generator per row. On CUDA
-    this function never waits for the GPU.
+    `logits` is (B, V). `seen` has the earlier token ids of each row, for the repetition penalty. `generators` has one
+    random generator per row. On CUDA, the CPU never waits for the GPU in this function.
     """
     logits = logits.float()
     is_finite = logits.sum(dim=-1).isfinite()
@@ -71,13 +71,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
-    """Apply the sampling steps in order. Yield the name of each setting and the logits (B, V) after its step."""
+    """Apply temperature, top-k, top-p and min-p in this order. After each step, yield the setting's name and the logits
+    (B, V)."""
     logits = divide_by_temperature(logits, sampling.temperature)
     yield "temperature", logits
     logits = keep_top_k(logits, sampling.top_k)
     yield "top_k", logits
-    # On CUDA the CPU would have to wait for the GPU to know whether few tokens are enough. So at most `most` tokens are
-    # kept; if more tie, some are dropped.
+    # On CUDA, the CPU would have to wait for the GPU to know whether `_FEW` tokens are enough. So on CUDA, top-p keeps
+    # at most `most` tokens. If top-k kept more tokens because of ties, some of the tied
+    # tokens are dropped.
     most = _FEW if 0 < sampling.top_k <= _FEW else logits.shape[-1]
     logits = keep_top_p(logits, sampling.top_p, most=most if logits.is_cuda else None)
     yield "top_p", logits
@@ -115,7 +117,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
-    """Set logits to -inf except those of the smallest set of likeliest tokens whose probabilities reach p.
+    """Set logits to -inf except those of the smallest set of likeliest tokens whose probabilities sum to at least p.
 
     This is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751). The likeliest token is always kept. `most` limits
     the number of kept tokens; None means no limit.
@@ -126,9 +128,9 @@ def keep_top_p(logits: Tensor, p: float, *, most: int | None = None) -> Tensor:
     for count in (_FEW, logits.shape[-1]) if most is None else (most,):
         index = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
         ordered = probs.gather(-1, index)
-        before = ordered.cumsum(dim=-1) - ordered  # the mass of the likelier tokens
+        before = ordered.cumsum(dim=-1) - ordered  # the total probability of the likelier tokens
         if most is not None or bool(((before[:, -1] >= p) | (ordered[:, -1] == 0)).all()):
-            break  # all less likely tokens are removed, too
+            break  # all less likely tokens, which `index` lacks, are also removed
     kept = before < p
     kept[:, 0] = True
     removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, ~kept)
@@ -145,19 +147,21 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One token per row from probabilities (B, V): the first whose cumulative sum exceeds the row's random number.
+    """Draw one token id per row from `probs` (B, V): the first token whose cumulative probability exceeds the row's
+    random number.
 
     Each row has its own generator, so its text does not depend on the other rows. The numbers are drawn on the CPU, so
     the same seed gives the same numbers on every device.
     """
     numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32 the random number could exceed the total
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)  # in fp32, a random number could round up to the total
     goals = torch.stack(numbers).to(probs.device, non_blocking=True) * sums[:, -1:]
     return torch.searchsorted(sums, goals, right=True)[:, 0]
 
 
 def row_generators(seed: int, rows: int, *, first_row: int = 0) -> list[torch.Generator]:
-    """One generator per row. The random numbers of row r depend on (seed, r) alone."""
+    """Return a random generator for each of `rows` rows, from row number `first_row`. The random numbers of a row
+    depend only on `seed` and the row's number."""
     return [torch.Generator().manual_seed(row_seed(seed, first_row + row)) for row in range(rows)]
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on tasks of lm-eval, given by name or in YAML files."""
+"""Evaluate a model on tasks of lm-eval. A task is given by its name in lm-eval or by a YAML file."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from atlas.inference.harness import Track
 
 _RESAMPLES = 1000
-"""The number of bootstrap samples for the standard error of a metric that is not a mean. This number gives two digits
-of the error."""
+"""The number of bootstrap samples for the standard error of a metric that is not a mean. With this number, about two
+digits of the standard error are correct."""
 
 _DATA = (
-    "a task of lm-eval downloads its data from huggingface.co; "
-    "your own file names its data under dataset_kwargs: data_files"
+    "lm-eval's own tasks download their data from huggingface.co; "
+    "in your own YAML file, name the data under dataset_kwargs: data_files"
 )
 _TASK = "fix the file, name the folder of a group, or choose another task"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task, with its standard error (if lm-eval reports it) and the numbers of examples and shots."""
+    """A metric of a task: the value, the standard error (None if lm-eval reports none), and the numbers of examples and
+    of few-shot examples."""
 
     task: str
     metric: str
@@ -53,10 +54,12 @@ def evaluate_tasks(
     batch_size: int = 8,
     track: Track = iter,
 ) -> list[Score]:
-    """The scores of a model in tasks: `names` are lm-eval's names, YAML files, or folders of YAML files.
+    """Return the scores of a model on tasks. `names` are lm-eval's names of tasks, YAML files, or folders of YAML
+    files.
 
-    `limit` is the number of examples of each task. `track` may draw a progress bar around the batches. Raises
-    `AtlasError` if lm-eval is not installed, or does not know or cannot load a task.
+    `limit` is the largest number of examples of each task. `num_fewshot` replaces each task's number of few-shot
+    examples. `track` may draw a progress bar while it iterates over the batches. Raises `AtlasError` if lm-eval is not
+    installed, or if lm-eval does not know a task or cannot load a task.
     """
     try:
         from lm_eval import defaults, evaluator
@@ -65,9 +68,10 @@ def evaluate_tasks(
     from atlas.inference.harness import HarnessModel
 
     model = HarnessModel(loaded, batch_size=batch_size, track=track)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval starts a process per core
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise lm-eval starts a process per core
     with _quietly():
-        # These are the seeds of lm-eval's own command, which give the same questions and the same few-shot examples.
+        # With the seeds of lm-eval's own command, the questions and the few-shot examples are the same as in that
+        # command.
         random.seed(defaults.DEFAULT_RANDOM_SEED)
         np.random.seed(defaults.DEFAULT_OTHER_SEED)
         tasks = _load(names)
@@ -82,7 +86,8 @@ def evaluate_tasks(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Show lm-eval's progress bars on a terminal only, and none of its warnings."""
+    """A context that hides lm-eval's warnings. It also hides lm-eval's progress bars unless standard error is a
+    terminal."""
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
@@ -91,12 +96,12 @@ def _quietly() -> Iterator[None]:
 
 
 def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Tasks and groups by name, as lm-eval's `evaluate` takes them."""
+    """Load the tasks and groups that `names` lists. Return them in the form that lm-eval's `evaluate` takes."""
     import datasets
     from lm_eval.tasks import TaskManager
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # the library would also report local files to a server
-    # lm-eval's own 14,000 tasks are included only if a name needs them, since reading their files takes seconds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise even local files are reported to a server
+    # lm-eval's own 14,000 tasks are included only if a name is not a path, since reading their files takes seconds.
     manager = TaskManager(include_defaults=not all(map(os.path.exists, names)))
     merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name in names:
@@ -109,14 +114,14 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             source, wanted = manager, [name]
         else:
             hint = did_you_mean(name, manager.all_tasks, "`lm-eval ls tasks` lists them")
-            raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor a YAML file of one; {hint}")
+            raise AtlasError(f"--tasks {name}: is neither a task of lm-eval nor an existing file; {hint}")
         try:
             for part in wanted:
-                if not any(part in entries for entries in merged.values()):  # else its group loaded the task
+                if not any(part in entries for entries in merged.values()):  # a loaded group may contain it
                     found = source.load(part)
                     for kind, entries in merged.items():
                         entries.update(found.get(kind, {}))
-        except Exception as error:  # a file, and the code that it names, can raise anything
+        except Exception as error:  # a YAML file, and code that it names, can raise anything
             what, remedy = ("its data ", _DATA) if isinstance(error, OSError) else ("", _TASK)
             reason = f"{type(error).__name__}: {error}"
             raise AtlasError(f"--tasks {name}: {what}cannot be loaded ({reason}); {remedy}") from None
@@ -124,7 +129,7 @@ def _load(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Refuse a task that Atlas does not run, and set the number of few-shot examples."""
+    """Set the number of few-shot examples of a task. Raises `AtlasError` if Atlas does not support the task."""
     refused = {
         "UNSAFE_CODE": "runs code that the model generates",
         "MULTIMODAL": "shows images or plays sounds",
@@ -132,7 +137,9 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
     for flag, reason in refused.items():
         if getattr(task, flag, False):
             raise AtlasError(f"--tasks {name}: {reason}, which Atlas does not support; choose another task")
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0: the task does not allow examples
+    if (
+        num_fewshot is not None and task.get_config("num_fewshot") != 0
+    ):  # 0: the task does not allow few-shot examples
         task.set_config("num_fewshot", num_fewshot)
 
 

@@ -1,4 +1,4 @@
-"""Turn tokens into text as they are generated: only complete characters, and no part of a stop string."""
+"""Decode tokens to text during generation: only complete characters, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prompt = str | Sequence[Message]
 
 @dataclass(frozen=True, repr=False)
 class ModelAndTokenizer:
-    """A model in evaluation mode, on its device, and the tokenizer that it was trained with."""
+    """A model in evaluation mode, on its device, and the tokenizer that the model was trained with."""
 
     model: AtlasLM
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class TextStream:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; empty after a stop string."""
+        """Return the text that `token` completes; empty after a stop string."""
         if self.stopped:
             return ""
         self._pending_ids.append(token)
@@ -58,16 +58,16 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """The text that is still held back when no more tokens come."""
+        """Return the text that is still held back after the last token."""
         if self.stopped:
             return ""
         text = self._release(self.tokenizer.decode(self._pending_ids)[self._shown_of_pending :])
         return text if self.stopped else text + self._held
 
     def _release(self, text: str) -> str:
-        """Return the held text and `text`, up to the place where a stop string may begin, and hold the rest."""
+        """Return the held text and `text`, up to the position where a stop string may begin. Hold back the rest."""
         self._held += text
-        # The stop string that ends first in the text counts, so the split into tokens makes no difference.
+        # The stop string that ends first in the text counts, so the result does not depend on the split into tokens.
         found = [(start + len(stop), start) for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -98,7 +98,7 @@ def stream_text(
     """Continue every prompt. Yield, at each step, the new text of each row. An empty prompt begins a document.
 
     A row's random numbers follow from `seed` and the row's number. `first_row` is the number of the first row, for a
-    caller that spreads its prompts over several calls. `count` is called with the number of tokens of each step.
+    caller that spreads its prompts over several calls. `count` is called at each step with the number of new tokens.
     """
     tokenizer = loaded.tokenizer
     ids = [
@@ -157,5 +157,5 @@ def sample_texts(
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that the model gets for a text. An empty text gives one id, which begins a document."""
+    """The token ids of a text. An empty text gives the one id that begins a document."""
     return tokenizer.encode(text) or [tokenizer.eos_id]

@@ -16,7 +16,7 @@ _LOWEST = -9999.0
 
 
 class Answer:
-    """The answer to `request`, as a chat completion if `is_chat`, else as a text completion."""
+    """The answer to `request`: a chat completion if `is_chat` is true, otherwise a text completion."""
 
     def __init__(self, request: GenerationRequest, *, is_chat: bool) -> None:
         self.request = request
@@ -33,7 +33,8 @@ class Answer:
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in request.generations]
 
     async def complete(self) -> dict[str, Any]:
-        """Wait until all generations have ended and return the answer. Raises `ApiError`."""
+        """Wait until all generations have ended, and return the answer. Raises `ApiError` if a generation fails or the
+        time limit is over."""
         generated: list[list[Piece]] = [[] for _ in self.request.generations]
         async for index, piece in self.request.pieces():
             generated[index].append(piece)
@@ -95,7 +96,7 @@ class Answer:
         }
 
     def _top_logprobs(self, chosen: Candidate, *likeliest: Candidate) -> dict[str, float]:
-        """Return the text of each candidate → its log-probability.
+        """Return the text of each candidate → the log-probability of this candidate.
 
         As in OpenAI's API, the chosen token is included, so there may be one candidate more than requested.
         """

@@ -22,7 +22,7 @@ from atlas.serving.schema import ErrorBody, Health
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0
-"""The time limit for the body of a request to arrive, in seconds."""
+"""The time limit for the arrival of a request's body, in seconds."""
 
 
 def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:

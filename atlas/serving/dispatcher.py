@@ -16,7 +16,7 @@ from atlas.serving.schema import MOST_STOPS, SamplingParams
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The limits, the API key and the folder of runs of a server."""
+    """The settings of a server: limits, API key and folder of runs."""
 
     max_tokens: int = 4096
     """The largest number of new tokens in one generation."""
@@ -28,7 +28,7 @@ class ServerSettings:
 
 
 class Dispatcher:
-    """A dispatcher of requests to the queues of the models. The first model is the default."""
+    """A dispatcher, which puts requests into the queues of the models. The first model is the default."""
 
     def __init__(self, backends: Sequence[Backend], settings: ServerSettings) -> None:
         self.backends = {backend.id: backend for backend in backends}
@@ -36,7 +36,7 @@ class Dispatcher:
         self.metrics = Metrics(backends)
 
     def model(self, name: str | None) -> Backend:
-        """Return the model of this name, or the default model for None. Raises `ApiError`."""
+        """Return the model of this name, or the default model for None. Raises `ApiError` if no model has this name."""
         if name is None:
             return next(iter(self.backends.values()))
         if name not in self.backends:
@@ -54,10 +54,11 @@ class Dispatcher:
         *,
         may_exceed: bool = False,
     ) -> GenerationRequest:
-        """Put `params.n` generations of each prompt into the queue of `backend`. Raises `ApiError`.
+        """Put `params.n` generations of each prompt into the queue of `backend`. Raises `ApiError` if the request
+        exceeds a limit or the queue is full.
 
-        With `may_exceed`, a prompt may be longer than the model's context; the model then reads the prompt's last
-        tokens.
+        If `may_exceed` is true, a prompt may be longer than the model's context. The model then reads only the prompt's
+        last tokens.
         """
         n, most, known = params.n or 1, self.settings.max_tokens, backend.vocab_size
         stops, texts, largest = len(params.stops), len(prompts) * n, max(map(max, prompts))
@@ -65,7 +66,11 @@ class Dispatcher:
         for is_wrong, param, rule in (
             (stops > MOST_STOPS, "stop", f"at most {MOST_STOPS} strings, not {stops}"),
             (params.stream_options and not params.stream, "stream_options", "only allowed with stream"),
-            (texts > backend.capacity, "n", f"{texts} texts in one request: at most {backend.capacity}"),
+            (
+                texts > backend.capacity,
+                "n",
+                f"at most {backend.capacity} completions in one request, not {texts}",
+            ),
             (max_tokens > most, "max_tokens", limit),
             (largest >= known, "prompt", f"token {largest}: the vocabulary has {known} tokens"),
         ):
@@ -85,7 +90,7 @@ class Dispatcher:
         return GenerationRequest(backend, generations, self.settings.seconds, count)
 
     def close(self, request: GenerationRequest) -> None:
-        """Cancel and count a request, after its client has received the answer or has disconnected."""
+        """Cancel a request, and record its metrics, after the client has received the answer or has disconnected."""
         for generation in request.generations:
             generation.cancelled = True
         self.metrics.count_request(request)

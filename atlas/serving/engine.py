@@ -1,4 +1,4 @@
-"""Generate many sequences in parallel with one model. Sequences join and leave the batch between two tokens.
+"""Generate many sequences in parallel with one model. Sequences join and leave the batch between two steps.
 
 Continuous batching (Yu et al. 2022, "Orca", OSDI): each step generates one token of every sequence in the batch. The
 keys and values of these sequences are in the first rows of one static cache. A sequence that ends, or whose client
@@ -27,8 +27,8 @@ from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024
-"""The largest number of padded prompt positions in one prefill, unless one prompt alone is longer. Running sequences
-wait during a prefill."""
+"""The largest number of prompt positions in one prefill, padding included. Only a single prompt may have more. Running
+sequences wait during a prefill."""
 
 
 class Engine(Backend):
@@ -60,7 +60,8 @@ class Engine(Backend):
         return encode_prompt(text, self.loaded.tokenizer)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError`."""
+        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model was
+        not trained on conversations in Atlas's format."""
         if not self.loaded.is_chat_model:
             raise AtlasError(
                 f"{self.id} was not trained on conversations in Atlas's format: use /v1/completions, or fine-tune it "
@@ -103,7 +104,7 @@ class Engine(Backend):
             try:
                 with torch.inference_mode():
                     self._step()
-            except Exception:  # a bug or out of memory; the server continues with other sequences
+            except Exception:  # a bug or out of memory; the server continues with the waiting sequences
                 traceback.print_exc(file=sys.stderr)
                 self._outbox += [(each.generation, failure("error")) for each in self._running]
                 self._running = []
@@ -120,8 +121,8 @@ class Engine(Backend):
             if each.generation.cancelled:
                 self._remove(each)
             elif each.cached == self._cache.max_len:
-                # The sequence's window is full. As in `generate`, its newest half is prefilled again, ahead of waiting
-                # sequences.
+                # The sequence's window is full. As in `generate`, the newest half of the window is prefilled again,
+                # ahead of waiting sequences.
                 self._remove(each)
                 each.slide(self.context)
                 with self._wake:
@@ -138,8 +139,8 @@ class Engine(Backend):
             self._sample(joining, logits)
 
     def _next_waiting(self, free: int) -> list[_Sequence]:
-        """Remove the longest waiting sequences from the queue and return them: at most `free`, and within
-        `PREFILL_TOKENS`."""
+        """Remove sequences from the front of the queue and return them: at most `free` sequences, which together have
+        at most `PREFILL_TOKENS` padded positions. A single sequence may have more."""
         joining: list[_Sequence] = []
         with self._wake:
             while self._waiting and len(joining) < free:
@@ -163,7 +164,7 @@ class Engine(Backend):
             part = logits[long_tensor(rows, logits.device)] if len(groups) > 1 else logits
             parts.append(sample(part, sampling, seen, generators))
             order += rows
-        # The only synchronization of CPU and GPU in a step.
+        # Here, and in `_top_logprobs`, the CPU waits for the GPU.
         tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
         wanted = {
             row: each.generation.num_candidates
@@ -176,8 +177,8 @@ class Engine(Backend):
                 piece = each.add(tokens[row], candidates.get(row, []))
             else:
                 # The logits are not finite, for example because the model overflows in half precision. Clear the
-                # cache's row: a masked slot enters attention with weight 0, and 0 × NaN would give NaN in other
-                # sequences.
+                # cache's row: attention multiplies a masked slot by weight 0, and 0 × NaN would give NaN in the row's
+                # next sequence.
                 self._cache.clear(self._running.index(each))
                 print(f"{self.id}: a generation ended because its logits were not finite", file=sys.stderr)
                 piece = failure("error")
@@ -186,7 +187,7 @@ class Engine(Backend):
                 self._remove(each)
 
     def _remove(self, sequence: _Sequence) -> None:
-        """Free the sequence's row. As in the cache, the sequence in the last row moves into the free row."""
+        """Remove the sequence from the batch and from the cache. In both, the last row moves into the free row."""
         row = self._running.index(sequence)
         self._cache.remove(row)
         self._running[row] = self._running[-1]
@@ -194,7 +195,7 @@ class Engine(Backend):
 
 
 class _Sequence:
-    """A generation that waits or runs: its tokens, its window, and its random generator."""
+    """A waiting or running generation, with its tokens, its window and its random generator."""
 
     def __init__(self, generation: Generation, loaded: LoadedModel) -> None:
         self.generation = generation
@@ -210,11 +211,12 @@ class _Sequence:
 
     @property
     def cached(self) -> int:
-        """Number of tokens in the cache: the window without the newest token."""
+        """The number of tokens in the cache: all tokens of the window except the newest."""
         return len(self.tokens) - self.start - 1
 
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
-        """Append a token and return its piece. `candidates`, if requested, begin with the token itself."""
+        """Append a token, and return the piece for this token. If the client requested `candidates`, the first
+        candidate is the token."""
         if token == self._eos_id:
             return Piece(self._stream.finish(), finish="stop", num_tokens=0)
         self.tokens.append(token)

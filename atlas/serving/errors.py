@@ -1,4 +1,4 @@
-"""Errors in the format of OpenAI's API: message, type, wrong field, and code."""
+"""Errors in the format of OpenAI's API: message, type, name of the wrong field, and code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ApiError(Exception):
 
 def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the HTTP response for an error."""
-    # OpenAI's clients would send a request again after a timeout, and wait as long a second time.
+    # Without this header, OpenAI's clients would send the request again after a timeout, and wait as long again.
     no_retry = {"x-should-retry": "false"} if error.status == 504 else {}
     return JSONResponse(error.body, error.status, {**no_retry, **(headers or {})})
 

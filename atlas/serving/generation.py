@@ -1,4 +1,4 @@
-"""A client's request, its generations, and the pieces of text that the generations return."""
+"""The request of a client, the request's generations, and the pieces of text that generations return."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Candidate(NamedTuple):
 class Piece(NamedTuple):
     """The output of one step of a generation.
 
-    `text` is empty while a character or a possible stop string is incomplete. `candidates`, if requested, are the
-    chosen token and then the likeliest tokens. The end-of-text token is not part of the text and has no candidates.
-    `finish` is set in the last piece: `stop`, `length`, `error` or `timeout`.
+    `text` is empty while a character or a possible stop string is incomplete. If the client requested
+    log-probabilities, `candidates` are the chosen token and then the likeliest tokens. The end-of-text token is not
+    part of the text and has no candidates. `finish` is set in the last piece: `stop`, `length`, `error` or `timeout`.
     """
 
     text: str
     candidates: Sequence[Candidate] = ()
     finish: str | None = None
     num_tokens: int = 1
-    """The number of new tokens. The number is above 1 if the backend did not report the tokens before this token."""
+    """The number of new tokens. If the backend does not report some tokens, the next piece counts these tokens too."""
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class Generation:
     """The random seed, which differs between the generations of a request."""
     stop: tuple[str, ...] = ()
     num_candidates: int | None = None
-    """The number of alternatives to return for each token; None: return and compute no log-probabilities."""
+    """The number of alternatives to return for each token; None: compute no log-probabilities."""
     index: int = 0
     """The position of this generation in its request."""
     queue: asyncio.Queue[tuple[int, Piece]] | None = None
@@ -77,7 +77,7 @@ class Busy(ApiError):
 
 
 class Backend(ABC):
-    """A model that generates text: Atlas's own, or llama.cpp."""
+    """A model that generates text, with Atlas's engine or with llama.cpp."""
 
     _running: Sized
     _waiting: Sized
@@ -93,12 +93,12 @@ class Backend(ABC):
 
     @property
     def num_running(self) -> int:
-        """Number of sequences that are being generated."""
+        """The number of sequences in generation."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Number of sequences in the queue."""
+        """The number of sequences in the queue."""
         return len(self._waiting)
 
     def start(self) -> None:
@@ -116,8 +116,8 @@ class Backend(ABC):
 
     @abstractmethod
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` without a chat
-        format."""
+        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model has
+        no chat format."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -134,8 +134,8 @@ class Backend(ABC):
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """The generations of one request and their progress. The constructor submits the generations, and may raise
-    `Busy`."""
+    """The generations of one request and their progress. The constructor submits the generations. It raises `Busy` if
+    the queue is full."""
 
     backend: Backend
     generations: Sequence[Generation]
@@ -161,7 +161,7 @@ class GenerationRequest:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the generation, piece) until all generations have ended. Raises `ApiError` if a generation
-        fails, and after the time limit. The other generations then continue until they are `cancelled`."""
+        fails or the time limit is over. Unfinished generations then continue until they are `cancelled`."""
         timeout = (0, failure("timeout"))
         timer = asyncio.get_running_loop().call_later(self.seconds, self._queue.put_nowait, timeout)
         unfinished = len(self.generations)

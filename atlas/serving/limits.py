@@ -1,4 +1,4 @@
-"""Checks before a request is processed: size and arrival time of its body, API key, and host."""
+"""Checks of a request before the server processes it: size and arrival time of the body, API key, and host."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atlas.serving.errors import ApiError, error_response
 
 LARGEST_BODY = 1 << 20
-"""The largest body of a request in bytes, which is more text than any context holds."""
+"""The largest allowed body of a request, in bytes."""
 _READ_AND_DROPPED = 64 << 20
-"""The number of bytes of a larger body that are read, so that the client receives the error instead of a reset."""
+"""The number of bytes that the server reads of a body that is too large. If the server read less, the client would
+receive a connection reset instead of the error."""
 
 
 def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
@@ -60,7 +61,7 @@ def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str
     """Add ASGI middleware that checks who sends a request.
 
     With `api_key`, all paths except `open_paths` need the key. Without `api_key`, the server answers only clients on
-    this machine and its own pages.
+    this machine and the server's own pages.
     """
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,17 +76,19 @@ def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str
 def _auth_error(headers: Headers, api_key: str | None) -> ApiError | None:
     if api_key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # The comparison takes constant time, so that its time does not reveal how many characters of a guess are right.
+        # The comparison takes constant time, so that the time does not reveal how many characters of a guess are right.
         if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode()):
             return None
         message = "Incorrect API key provided: send Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key")
-    # A page of another site can make a browser request a loopback address under that site's host name, which is in
-    # `Host`.
+    # With DNS rebinding, a page of another site can make a browser send requests to a loopback address. `Host` then
+    # contains the host name of that site.
     host, origin = headers.get("host", ""), headers.get("origin")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
     if name not in ("localhost", "127.0.0.1", "[::1]"):
-        return ApiError(403, "this server answers only its own machine: use localhost or 127.0.0.1")
+        return ApiError(
+            403, "this server answers only requests from its own machine: use localhost or 127.0.0.1"
+        )
     if origin is not None and origin.partition("://")[2] != host:
-        return ApiError(403, f"this server answers only its own pages, not pages of {origin[:100]}")
+        return ApiError(403, f"this server answers only requests from its own pages, not from {origin[:100]}")
     return None

@@ -29,7 +29,7 @@ from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
 
 _SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
-"""llama.cpp's samplers in the order of Atlas's own sampler."""
+"""The names of llama.cpp's samplers, in the order in which Atlas applies its own samplers."""
 _FINISH = {"limit": "length", "eos": "stop", "word": "stop"}
 _WITHHELD: dict[str, Any] = {"logprob": None, "top_logprobs": []}
 
@@ -38,7 +38,8 @@ class Llama(Backend):
     """A GGUF file and the llama.cpp server that runs it."""
 
     def __init__(self, path: str, *, parallel: int, queue: int, threads: int) -> None:
-        """Load the file. Raises `AtlasError` if it is not a GGUF model, and if llama.cpp is not installed."""
+        """Load the file. Raises `AtlasError` if the file is not the GGUF file of a language model, or if llama.cpp is
+        not installed."""
         metadata = read_metadata(Path(path))
         try:
             trained = int(metadata[f"{metadata['general.architecture']}.context_length"])
@@ -142,7 +143,7 @@ class Llama(Backend):
             "repeat_last_n": self.context + 1,
             "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,
-            # With 0 probabilities, llama.cpp would not report the probability of the chosen token.
+            # With `n_probs` 0, llama.cpp would not report the probability of the chosen token.
             "n_probs": 0 if generation.num_candidates is None else max(1, generation.num_candidates),
         }
         with self._post("/completion", body) as response:
@@ -154,8 +155,8 @@ class Llama(Backend):
                     return  # closing the connection also ends the generation in llama.cpp
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
-                    # llama.cpp counts the end-of-text token. After an incomplete character, it reports this token in an
-                    # earlier event.
+                    # `tokens_predicted` includes the end-of-text token. If this token follows an incomplete character,
+                    # llama.cpp reports it before the last event.
                     has_ended |= event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
                     event["tokens"] = [token for token in event["tokens"] if token != self._eos_id]
                     total = event["tokens_predicted"] - has_ended
@@ -178,7 +179,8 @@ class Llama(Backend):
 
 
 def _piece_of(event: dict[str, Any], num_candidates: int | None, *, num_tokens: int) -> Piece:
-    """Return the piece for one event. llama.cpp counts a token that ends inside a character, but does not report it."""
+    """Return the piece for one event. If a token ends inside a character, llama.cpp counts the token, but does not
+    report it."""
     candidates = []
     if event["tokens"] and num_candidates is not None:
         chosen = (event.get("completion_probabilities") or [_WITHHELD])[-1]

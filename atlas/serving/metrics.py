@@ -40,8 +40,8 @@ class Metrics:
             self._first.labels(model).observe(request.seconds_to_first)
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """Add ASGI middleware that counts requests by route and status. All unknown paths count as `other`, since
-        clients can request any number of unknown paths."""
+        """Add ASGI middleware that counts requests by route and status. All unknown paths count as `other`, since each
+        label needs memory and clients can request any number of paths."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             async def watched(message: Message) -> None:

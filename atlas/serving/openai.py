@@ -25,7 +25,7 @@ from atlas.serving.stream import EventStream, until_disconnect
 from atlas.tokenizer.chat import Message
 
 _DEFAULT_TOKENS = 16
-"""The default of `max_tokens` in OpenAI's API for completions."""
+"""The default of `max_tokens` for completions in OpenAI's API."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 

@@ -1,4 +1,4 @@
-"""The routes for the server's pages: generations, the model's internals at each token, and the curves of runs."""
+"""The routes for the server's pages: generation, the model's internals at each token, and the curves of runs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, Sampling
 from atlas.serving.stream import EventStream, event, until_disconnect
 
 _LIKELIEST = 24
-"""The number of likeliest tokens that a page shows of a distribution."""
+"""The number of likeliest tokens that a page shows for each distribution."""
 _LENS = 6
 """The number of likeliest tokens that a page shows after each layer."""
 _DRAWN = 256
-"""The page draws the attention of at most this number of tokens, the last ones. For more tokens, the response would
-have megabytes and the picture would be unreadable."""
+"""The largest number of tokens whose attention the page draws. Of a longer text, the page draws the last tokens, since
+the response would otherwise need megabytes and the picture would be unreadable."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds
@@ -57,7 +57,7 @@ class LookRequest(Body):
 
 
 class SamplingRequest(LookRequest, SamplingSettings):
-    """A request for the steps that choose a text's next token, with the sampling settings."""
+    """A request for the effect of the sampling settings on the choice of a text's next token."""
 
 
 class AttentionRequest(LookRequest):
@@ -77,8 +77,8 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
         return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
     async def look_inside(body: LookRequest, request: Request, work: Callable[..., T]) -> T | None:
-        """Return `work(model, ids of the model's window, start of the window in the text,
-        body)`; None after a disconnect."""
+        """Return the result of `work`, or None after a disconnect. The arguments of `work` are the model, the ids in
+        the model's window, the start of this window in the text, and `body`."""
         backend = dispatcher.model(body.model)
         if not isinstance(backend, Engine):
             message = f"{backend.id}: llama.cpp does not show how it chooses a token: serve the checkpoint"
@@ -92,8 +92,8 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     async def write(body: WriteRequest) -> Response:
         """Send events: the prompt's tokens, each new token with its probability, and at the end the finish reason.
 
-        If the prompt is a list of token ids, the client continues an earlier text. The client already has these tokens,
-        so the response leaves out their probabilities.
+        If the prompt is a list of token ids, the client continues an earlier text. The client already has the
+        probabilities of these tokens, so the response omits them.
         """
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
@@ -143,7 +143,8 @@ async def _events(
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
     def shown(token: dict[str, Any]) -> dict[str, Any]:
-        """Add the text that the token completes. A character of several tokens is added to the last of these tokens."""
+        """Add `shown`, the text that the token completes. If a character consists of several tokens, the last of these
+        tokens shows the character."""
         return {**token, "shown": _visible(decoder.decode(backend.token_bytes(token["id"])))}
 
     tokens = [shown(token) for token in await prompt]

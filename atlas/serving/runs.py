@@ -1,4 +1,4 @@
-"""The data of the page at /runs: the curves of the runs in a folder, also during training."""
+"""The data of the page at /runs: the curves of the runs in a folder, including runs that are still training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from atlas.errors import AtlasError
 from atlas.reporting.runs import Run, chart_data, encodable
 
 MOST_RUNS = 8
-"""The number of runs in a chart. The chart shows the runs with the latest changes; more curves could not be
-distinguished."""
+"""The largest number of runs in a chart, since a reader could not distinguish more curves. The chart shows the most
+recently changed runs."""
 _DEPTH = 3
 """The number of levels of subfolders in which Atlas searches for runs."""
 
 
 class RunFolder:
-    """The runs in a folder and its subfolders. Each run is read once, and later only its new lines are read."""
+    """The runs in a folder and its subfolders. Each run is read once; later, only the new lines of its metrics are
+    read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,7 +28,8 @@ class RunFolder:
         self._lock = threading.Lock()  # several browser pages may request the curves in parallel
 
     def curves(self) -> dict[str, Any]:
-        """Return the input of `AtlasCharts` for the last changed runs, sorted by name, and the number of other runs."""
+        """Return the data of `AtlasCharts` for the most recently changed runs, sorted by name. `more` is the number of
+        other runs."""
         with self._lock:
             found = [path for _, path in sorted(self._found(), reverse=True)]
             before, self._runs = self._runs, {}
@@ -37,7 +39,7 @@ class RunFolder:
                         run.refresh()
                     self._runs[path] = run or Run(path)
             runs = list(self._runs.values())
-            # The order is by name, not by age: two active runs would exchange positions and colours at each refresh.
+            # The order is by name. If it were by age, two active runs would swap positions and colours at each refresh.
             named = sorted(zip(self._names(runs), runs, strict=True), key=lambda one: one[0])
             drawn = [{**chart_data(run), "name": name} for name, run in named]
             folder, more = encodable(str(self.folder)), max(0, len(found) - MOST_RUNS)
@@ -52,7 +54,7 @@ class RunFolder:
                         yield path.stat().st_mtime_ns, path
 
     def _names(self, runs: Sequence[Run]) -> list[str]:
-        """Return the runs' paths relative to the folder. A run that is the folder itself keeps its own name."""
+        """Return the runs' paths relative to the folder. If the folder itself is a run, return the run's name."""
         inside = [encodable(run.folder.relative_to(self.folder).as_posix()) for run in runs]
         return [
             name if name != "." else run.name if run.name not in inside else f"{run.name}/"

@@ -1,7 +1,7 @@
 """The requests and responses of OpenAI's API (https://platform.openai.com/docs/api-reference).
 
-Types are strict and unknown fields are refused, so that the server ignores no setting of a client silently. `top_k`,
-`min_p` and `repetition_penalty` are not fields of OpenAI's API. OpenAI's Python client sends these fields with
+The server refuses unknown fields and values of a wrong type. So the server never ignores a client's setting silently.
+`top_k`, `min_p` and `repetition_penalty` are not fields of OpenAI's API. OpenAI's Python client sends these fields with
 `extra_body`.
 """
 
@@ -23,7 +23,8 @@ def _integer(value: Any) -> Any:
 
 
 def _bool(value: Any) -> Any:
-    """Refuse a 0, which Python and so pydantic's `Literal` consider equal to `false`, but JSON does not."""
+    """Refuse every value except a boolean. In Python, and therefore in pydantic's `Literal`, 0 equals `False`; in JSON
+    it does not."""
     if not isinstance(value, bool):
         raise ValueError("must be false")
     return value
@@ -54,9 +55,9 @@ class SamplingSettings(Body):
     """The settings for the choice of the next token."""
 
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """0: always choose the likeliest token. Default: 1."""
+    """The sampling temperature; 0: always choose the likeliest token. Default: 1."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """Keep only the likeliest tokens whose probabilities together reach this sum."""
+    """Keep only the smallest set of likeliest tokens whose probabilities sum to at least this value."""
     top_k: Int | None = Field(None, ge=0)
     """Keep only the k likeliest tokens; 0: keep all."""
     min_p: float | None = Field(None, ge=0, lt=1)
@@ -78,9 +79,9 @@ class SamplingParams(SamplingSettings):
     n: Int | None = Field(None, ge=1, le=MOST_CHOICES)
     """The number of generations for each prompt."""
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
-    """The same request with the same seed gives the same text."""
+    """The random seed. The same request with the same seed gives the same text."""
     stop: Stop | list[Stop] | None = None
-    """End the generation before any of these strings, of which there may be at most 16."""
+    """At most 16 strings. The generation ends before the first occurrence of any of these strings."""
     stream: bool | None = None
     """Send the text in chunks during generation."""
     stream_options: StreamOptions | None = None
@@ -108,7 +109,7 @@ class CompletionRequest(SamplingParams):
     max_tokens: Int | None = Field(None, ge=1)
     """The largest number of new tokens. Default: 16."""
     logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
-    """Return the log-probability of each token, and this number of alternatives per token."""
+    """The number of alternatives to return for each token. If this field is set, the response has log-probabilities."""
     echo: IsFalse | None = None
     """Must be false or null."""
     suffix: None = None
@@ -207,7 +208,8 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(_Response):
-    """A complete answer. Each chunk of a stream has the same shape, with `finish_reason` null except in the last."""
+    """A complete answer. Each chunk of a stream has the same shape; `finish_reason` is null except in the last chunk of
+    a choice."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -282,7 +284,7 @@ class Health(BaseModel):
 
 
 class ErrorInfo(BaseModel):
-    """The error message, the type of error, and the wrong field."""
+    """The error message, the type of error, the name of the wrong field, and the error code."""
 
     message: str
     type: str

@@ -15,16 +15,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from atlas.errors import AtlasError
 
 HEAD_SECONDS = 10.0
-"""The time limit for a request's headers to arrive, in seconds. For the first request of a connection, the time starts
-with the connection."""
+"""The time limit for the arrival of a request's headers, in seconds. For the first request of a connection, the time
+starts with the connection."""
 LARGEST_HEAD = 64 << 10
 """The approximate limit for a request's headers in bytes. The parser itself has no limit."""
 READ_SECONDS = 30.0
-"""The number of seconds for which a client may stop reading while the send buffers are full."""
+"""The number of seconds for which the send buffers of a connection may stay full. After this time, the server closes
+the connection, since the client does not read."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on this address. Raises `AtlasError`."""
+    """Return a socket that listens on this address. Raises `AtlasError` if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -34,8 +35,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AtlasError(
-            f"--host {host} --port {port}: cannot listen ({reason}): give an address of this machine, and another "
-            "--port, or stop the program that listens there"
+            f"--host {host} --port {port}: cannot listen ({reason}): set --host to an address of this machine, "
+            "choose another --port, or stop the program that uses this port"
         ) from None
     return listener
 
@@ -66,8 +67,8 @@ class Server:
         return self._server.started
 
     def drain(self) -> None:
-        """Accept no more requests, and end after the answers to the current requests. A second call ends the server
-        immediately."""
+        """Accept no more requests, and end the server after the current requests are answered. A second call ends the
+        server immediately."""
         if self._server.should_exit:
             self._server.force_exit = True
             # Otherwise uvicorn would log a traceback for each task that it cancels.
@@ -86,7 +87,8 @@ class Server:
 class _Protocol(HttpToolsProtocol):
     """An HTTP protocol with limits that uvicorn lacks.
 
-    The limits end the connection of a client that sends its headers too slowly or without end, or that does not read.
+    The server closes the connection of a client that sends its headers too slowly, sends too many bytes of headers, or
+    does not read.
     """
 
     def connection_made(self, transport: Any) -> None:

@@ -334,10 +334,10 @@ def test_a_converted_model_gives_the_old_logits(
     assert config.mlp_size == int(32 * shape.get("ratio", 4.0))
     assert config.tie_embeddings is shape.get("tied", True)
     assert loaded.tokenizer.fingerprint == Tokenizer.gpt2().fingerprint
-    assert "the weights after 3,000 steps are converted, the optimizer state is not" in said.err
+    assert "the weights after 3,000 steps are converted, but not the optimizer state" in said.err
     assert "assumes gelu and 1e-5, the defaults of Atlas 1.x" in said.err
     extra = shape.get("vocabulary", 50261) - 50257
-    assert (f"the last {extra} are left out" in said.err) is (extra > 0)
+    assert (f"the last {extra} of " in said.err) is (extra > 0)
 
 
 def test_heads_and_epsilon_come_from_the_config_of_the_run(
@@ -447,17 +447,17 @@ def broken(contents: dict[str, Any], what: str) -> dict[str, Any]:
     [
         ("missing tensor", "lacks 1 tensors, such as blocks.1.ln2.bias"),
         ("unknown tensor", "holds 1 tensors that Atlas 1.x did not have, such as blocks.0.gate.weight"),
-        ("other shape", "its tensors do not fit together: size mismatch"),
-        ("no matrix", "the embeddings and fc1 are not matrices"),
+        ("other shape", "the shapes of its tensors do not match: size mismatch"),
+        ("no matrix", "an embedding or fc1 is not a matrix"),
         ("no tensor", "ln_f.weight is not a matrix or vector of floating-point numbers"),
         ("whole numbers", "ln_f.weight is not a matrix or vector of floating-point numbers"),
         ("no blocks", "lacks 1 tensors, such as blocks.0.ln1.weight"),
-        ("shared", "several of its tensors share their numbers"),
+        ("shared", "several of its tensors share memory"),
         (
             "small vocabulary",
-            "has 1,000 tokens, and tokenizer gpt2 has 50,257: name the right one with --tokenizer",
+            "has 1,000 tokens, but tokenizer gpt2 has 50,257: name the right tokenizer with --tokenizer",
         ),
-        ("not old", "is no checkpoint of Atlas 1.x: give a checkpoint of Atlas 1.x, or a folder"),
+        ("not old", "is not a checkpoint of Atlas 1.x: give a checkpoint of Atlas 1.x, or a folder"),
         ("code", "refused without running it (it imports io.open)"),
     ],
 )
@@ -486,12 +486,12 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
         Path(f"{name}.yaml").write_text(f"model: {{{section}}}\n", encoding="utf-8")
     Path("file").touch()
     for arguments, reason in {
-        "checkpoints/atlas_best.pt": "does not record its number of attention heads: name the config that it was "
-        "trained with (--config FILE), or give --num-heads, one of 1, 2, 4 for its hidden_size 32",
+        "checkpoints/atlas_best.pt": "does not record its number of attention heads: name the config that the model "
+        "was trained with (--config FILE), or set --num-heads to one of 1, 2, 4 (hidden_size 32)",
         "checkpoints/atlas_best.pt --num-heads 5": "hidden_size 32 is not divisible by num_heads 5",
         "checkpoints/atlas_best.pt --num-heads 0": "--num-heads 0: ",
         "checkpoints/atlas_best.pt --config other.yaml": "has hidden_size 32, but the config has 64",
-        "checkpoints/atlas_best.pt --config silu.yaml": "the activation silu, which Atlas does not compute",
+        "checkpoints/atlas_best.pt --config silu.yaml": "the activation silu, which Atlas does not support",
         "checkpoints/atlas_best.pt --config words.yaml": "must be a number",
         "checkpoints/atlas_best.pt --config none.yaml": "none.yaml: no such config file",
         "checkpoints/atlas_best.pt --output-dir checkpoints": "checkpoints: is not empty; choose another --output-dir",
@@ -510,4 +510,4 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
     assert main(["import", "checkpoints/atlas_best.pt", "--num-heads", "4"]) == 2
     assert "checkpoints/imported-atlas_best: is not empty" in capsys.readouterr().err
     assert main(["import", "checkpoints/imported-atlas_best/atlas_best.pt", "--output-dir", "again"]) == 2
-    assert "needs no import: this Atlas wrote it" in capsys.readouterr().err
+    assert "needs no import: it already has the current format" in capsys.readouterr().err

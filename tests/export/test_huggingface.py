@@ -212,7 +212,7 @@ def test_a_foreign_tokenizer_is_kept_as_it_is(
     capsys.readouterr()
     command = ["export", "--checkpoint", "checkpoints/public/atlas_best.pt"]
     assert main(command) == 2
-    assert "is another model's, and GGUF has no name for its split" in capsys.readouterr().err
+    assert "belongs to another model, and GGUF has no name for its pre-tokenizer" in capsys.readouterr().err
     assert main([*command, "--format", "hf", "--output", "back"]) == 0
     theirs = AutoTokenizer.from_pretrained("back")
     assert (theirs.eos_token, theirs.eos_token_id) == ("</s>", 1)
@@ -277,7 +277,7 @@ def broken(folder: Path, what: str) -> None:
     [
         ("unknown family", "model_type mamba: Atlas imports gpt2, llama, qwen3"),
         ("scaled rope", "rope_parameters of type yarn"),
-        ("other activation", "hidden_act gelu: Atlas computes silu only"),
+        ("other activation", "hidden_act gelu: Atlas supports only silu"),
         ("biases", "attention_bias True"),
         ("other vocabulary", "has 50,257 rows, but vocab_size in config.json is 50,000"),
         ("other width", "config.json does not fit the weights"),

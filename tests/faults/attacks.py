@@ -494,13 +494,16 @@ OLD_WEIGHTS: dict[str, tuple[dict[Any, Any], str]] = {
     "a name that is a number": ({7: torch.ones(16)}, "7 is not a matrix or vector"),
     "weights that are text": ({BIAS: "x"}, f"{BIAS} is not a matrix or vector"),
     "a weight without dimensions": ({BIAS: torch.tensor(1.0)}, f"{BIAS} is not a matrix or vector"),
-    "a weight of another size": ({BIAS: torch.ones(3)}, "its tensors do not fit together: size mismatch"),
+    "a weight of another size": (
+        {BIAS: torch.ones(3)},
+        "the shapes of its tensors do not match: size mismatch",
+    ),
     "a weight that is not there": ({BIAS: torch.ones(64)[::2]}, f"{BIAS} is not a matrix or vector"),
     "weights that share their numbers": (
         {BIAS: sound_old_weights()["blocks.1.mlp.fc1.bias"]},
-        "several of its tensors share their numbers",
+        "several of its tensors share memory",
     ),
-    "a head of no numbers": ({"lm_head.weight": torch.ones(0, 16)}, "its tensors do not fit together"),
+    "a head of no numbers": ({"lm_head.weight": torch.ones(0, 16)}, "the shapes of its tensors do not match"),
 }
 for label, (weights, answer) in OLD_WEIGHTS.items():
     attack("first-version", label, answer)(partial(old_checkpoint, weights=weights))

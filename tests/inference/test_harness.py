@@ -425,7 +425,7 @@ def test_an_unknown_task_is_one_line_with_the_nearest(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([*command, "helaswag"], capsys)
-    assert "--tasks helaswag: is neither a task of lm-eval nor a YAML file" in error
+    assert "--tasks helaswag: is neither a task of lm-eval nor an existing file" in error
     assert "did you mean hellaswag?" in error
 
 

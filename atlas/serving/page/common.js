@@ -1,8 +1,8 @@
-// Shared by both pages: requests to the server, and text that enters the document as text.
+// Functions that both pages use: requests to the server, and elements whose text is never parsed as HTML.
 
 const KEY = "atlas-api-key";
 
-/** An element with these properties and children; a string is text, never markup. */
+/** Create an element with these properties and children. A string becomes text, never markup. */
 export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
@@ -10,11 +10,11 @@ export function element(name, properties = {}, ...children) {
 }
 
 export const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
-/** A CSS value: without spaces or rounding. */
+/** A fraction as a percentage for CSS, without spaces or rounding. */
 export const width = (part) => `${100 * part}%`;
 export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
-/** A token's text on one line, visible even if it is only whitespace. */
+/** The text of a token on one line, with signs for line breaks. If the text is only whitespace, all of it becomes signs. */
 export function visible(text) {
   if (text === "") return "∅";
   return (text.trim() ? text : text.replaceAll(" ", "␣").replaceAll("\t", "⇥")).replaceAll("\n", "↵");
@@ -37,7 +37,7 @@ export async function ask(route, body, signal) {
   return (await request(route, body, signal)).json();
 }
 
-/** The server-sent events of a response, as they arrive. */
+/** Yield the data of each server-sent event of a response, as the events arrive. */
 export async function* stream(route, body, signal) {
   const reader = (await request(route, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -56,11 +56,11 @@ export async function* stream(route, body, signal) {
 
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
-/** Ask for the key, keep it until the tab is closed, and continue. */
+/** Ask the user for the API key, keep the key until the tab is closed, and call `then`. */
 export function showKey(then) {
   const form = document.getElementById("key"), status = document.getElementById("status");
   status.className = hasKey() ? "bad" : "";
-  status.textContent = hasKey() ? "that is not this server's key" : "this server asks for its key, in the line above";
+  status.textContent = hasKey() ? "this API key is wrong" : "this server needs an API key: enter the key in the line above";
   form.hidden = false;
   form.onsubmit = (event) => {
     event.preventDefault();

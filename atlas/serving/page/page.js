@@ -1,17 +1,18 @@
-// The page at /: generate with a model, and look at each token. No framework, no build step, no other host.
+// The page at /: generate text with a model, and look at each token. The code needs no framework, no build step and no
+// other host.
 import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 10;
-const ENDS = { stop: "it ended", length: "as many as were asked for" };
-const MOST_BITS = 16; // the surprise at which the colour is strongest
+const ENDS = { stop: "the text ended", length: "the token limit was reached" };
+const MOST_BITS = 16; // the surprise, in bits, at which the colour is strongest
 
 let models = [];
 let columns = []; // one per model that generates
 let chosen = null; // {column, index}: the token that the views show
 let view = "alternatives";
-let writing = null; // an AbortController during generation
+let writing = null; // an AbortController during generation, otherwise null
 
 // ---- Columns: a model, the tokens of its prompt and the generated tokens
 
@@ -21,7 +22,7 @@ function makeColumns() {
   chosen = null;
   columns = names.map((model) => {
     const text = element("div", { className: "text", role: "group" });
-    text.setAttribute("aria-label", `What ${model} writes`);
+    text.setAttribute("aria-label", `Text of ${model}`);
     const root = element("div", {}, names.length > 1 ? element("h2", { textContent: model }) : "", text);
     const column = { model, root, text, tokens: [] };
     text.addEventListener("click", (event) => {
@@ -35,7 +36,7 @@ function makeColumns() {
   showView();
 }
 
-/** For line ends, empty tokens, and parts of a character that the next token completes. */
+/** A sign for line ends, for empty tokens, and for parts of a character that a later token completes. */
 function signOf({ text, shown }) {
   if (text === "") return "∅";
   return shown === "" ? "·" : "↵".repeat(shown.split("\n").length - 1);
@@ -45,7 +46,7 @@ function addToken(column, token) {
   const index = column.tokens.length;
   const span = element("span", { className: token.given ? "token prompt" : "token", textContent: token.shown });
   const sign = signOf(token);
-  if (sign) span.dataset.sign = sign; // drawn, but not copied with the text
+  if (sign) span.dataset.sign = sign; // the browser shows the sign, but does not copy it with the text
   span.setAttribute("role", "button");
   span.setAttribute("aria-pressed", "false");
   span.tabIndex = index === 0 ? 0 : -1;
@@ -80,7 +81,7 @@ function choose(column, index) {
   const { span } = column.tokens[index];
   span.setAttribute("aria-pressed", "true");
   span.tabIndex = 0;
-  if (view === "alternatives") showView(); // it needs no request
+  if (view === "alternatives") showView(); // this view needs no request
   else showSoon();
 }
 
@@ -126,8 +127,8 @@ async function write(prompts) {
   if (!chosen) showView();
 }
 
-/** `kept`: the known tokens of a text that continues from one of its positions. The current text stays until the
- * response begins. */
+/** Generate text in a column. If an earlier text is continued, `kept` has the known tokens of this text; otherwise `kept`
+ * is null. The current text stays until the response begins. */
 async function writeIn(column, prompt, kept, signal, count) {
   for await (const event of stream("api/write", { model: column.model, prompt, ...generationParams() }, signal)) {
     if (event.kind === "prompt") {
@@ -155,13 +156,13 @@ function writeAll() {
   write(columns.map((column) => [column, $("prompt").value, null]));
 }
 
-/** After a branch its token is chosen, so that the next alternative is one click or key away. */
+/** Choose the last token after a branch, so that the alternatives of this token are one click or key away. */
 function chooseLast(column) {
   choose(column, column.tokens.length - 1);
   chosen.column.tokens[chosen.index].span.focus({ preventScroll: true });
 }
 
-/** Continue with another token at a position. */
+/** Continue the text with another token at the position `place`. */
 function branch(place, token, alternatives) {
   const kept = [...place.column.tokens.slice(0, place.index), { ...token, alternatives }];
   write([[place.column, kept.map(({ id }) => id), kept]]);
@@ -183,7 +184,7 @@ function say(text, { isBad = false, aloud = true } = {}) {
 
 let pause = 0;
 
-/** Runs after a pause in the calls, so that a held arrow key or slider causes one request. */
+/** Show the view 60 ms after the last call, so that a held arrow key or slider causes only one request. */
 function showSoon() {
   clearTimeout(pause);
   pause = setTimeout(showView, 60);
@@ -205,11 +206,11 @@ function showView() {
     return;
   }
   if (place.index === 0 && view !== "attention") {
-    $("view").replaceChildren(facts(place, ": nothing stands before it, so that nothing predicts it."));
+    $("view").replaceChildren(facts(place, ": the first token has no prediction."));
     return;
   }
   if (!place.column.looksInside && (view !== "alternatives" || place.index === place.column.tokens.length)) {
-    $("view").replaceChildren(facts(place, ": llama.cpp does not show how it comes to a token. Serve the checkpoint to see it."));
+    $("view").replaceChildren(facts(place, ": llama.cpp does not show how it chooses tokens. Serve the checkpoint instead."));
     return;
   }
   const show = { alternatives: showAlternatives, sampling: showSampling, attention: showAttention, layers: showLayers };
@@ -238,7 +239,7 @@ function facts(place, ...more) {
 async function showAlternatives(place) {
   const token = place.column.tokens[place.index];
   if (token?.probability === null) {
-    $("view").replaceChildren(facts(place, ": what the model thought of it is not known."));
+    $("view").replaceChildren(facts(place, ": the probability of this token is not known."));
     return;
   }
   const alternatives = token
@@ -249,7 +250,7 @@ async function showAlternatives(place) {
   const rows = alternatives.map((each) => {
     const button = element("button", { className: "piece", textContent: visible(each.text) });
     button.addEventListener("click", () => branch(place, each, alternatives));
-    button.title = "continue from here with this one";
+    button.title = "continue the text with this token";
     const row = element("tr", { className: each.id === token?.id ? "chosen" : "" });
     const bar = element("i");
     bar.style.width = width(each.probability);
@@ -257,13 +258,13 @@ async function showAlternatives(place) {
     return row;
   });
   $("view").replaceChildren(
-    facts(place, token ? `: ${percent(token.probability)} by the model, before any setting.` : ": what could follow."),
+    facts(place, token ? `: ${percent(token.probability)} by the model, before any setting.` : ": these are the likeliest."),
     element("table", { className: "bars", id: "alternatives" }, element("tbody", {}, ...rows)),
-    element("p", { className: "quiet", textContent: "Choose one to continue the text from here with it." }),
+    element("p", { className: "quiet", textContent: "Choose a token to continue the text from here with this token." }),
   );
 }
 
-let asking = null; // the request of the view that is shown
+let asking = null; // the AbortController of the current view's request
 
 async function about(place, route, body) {
   asking = new AbortController();

@@ -1,4 +1,4 @@
-// The page at /runs: the curves of the runs in a folder, refreshed while they grow.
+// The page at /runs: the curves of the runs in a folder. The page updates the curves every two seconds.
 /* global AtlasCharts */
 import { ask, hasKey, showKey } from "./common.js";
 
@@ -15,7 +15,7 @@ async function look() {
     status.ariaLive = "off"; // a screen reader must not announce the time every two seconds
     status.textContent = runs.length
       ? `${folder}, updated ${new Date().toLocaleTimeString()}` + (more ? `; ${more} older runs are not drawn` : "")
-      : `no run writes to ${folder} yet: atlas train makes one`;
+      : `${folder} contains no run yet: start a run with atlas train`;
     if (charts) charts.update({ runs });
     else if (runs.length) {
       const options = { axis: location.hash.slice(1), onAxis: (axis) => (location.hash = axis) };
@@ -25,7 +25,7 @@ async function look() {
     if (error.status === 401) return showKey(look);
     status.className = "bad";
     status.ariaLive = "polite";
-    status.textContent = `${error.message}: trying again`;
+    status.textContent = `${error.message}; the page tries again every two seconds`;
   }
   setTimeout(look, EVERY);
 }

@@ -1,10 +1,10 @@
 // Views of one position in a text: the effect of sampling settings, attention by head, and the logit lens.
 import { element, percent, visible, width } from "./common.js";
 
-/** By the server's names. The last step, min-p, gives the distribution that is sampled. */
+/** The server's name of a setting → the name on the page. The distribution after min-p, the last step, is sampled. */
 const SETTINGS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
 
-/** The distribution before and after the settings, a row for each of the likeliest tokens. */
+/** Draw the distribution before and after the settings, with one row for each of the likeliest tokens. */
 export function drawSampling(view, facts, answer, chosenId) {
   const most = Math.max(...answer.candidates.map((token) => Math.max(token.probabilities.model, token.probabilities.min_p)));
   const rows = answer.candidates.map((token) => {
@@ -34,16 +34,17 @@ export function drawSampling(view, facts, answer, chosenId) {
     element("p", {
       className: "quiet",
       textContent:
-        `Grey: what the model says. Colour: what is drawn from, after the settings, which keep ${answer.remaining.min_p} ` +
-        `of ${answer.remaining.model.toLocaleString("en")} tokens; a token that is left out has the name of the setting. ` +
-        `Entropy ${answer.entropy.model.toFixed(2)} bits before, ${answer.entropy.min_p.toFixed(2)} after.`,
+        "Grey: the model's probability. Colour: the probability after the settings, with which the next token is drawn. " +
+        `The settings keep ${answer.remaining.min_p} of ${answer.remaining.model.toLocaleString("en")} tokens. The row of a ` +
+        `removed token names the setting that removed it. The entropy is ${answer.entropy.model.toFixed(2)} bits before ` +
+        `the settings and ${answer.entropy.min_p.toFixed(2)} bits after them.`,
     }),
   );
 }
 
 let head = 0;
 
-/** The heads of a layer as small pictures, one of them large; rows attend to columns. */
+/** Draw the heads of a layer as small pictures, and the chosen head as a large picture. Rows attend to columns. */
 export function drawAttention(view, facts, answer, tokens, again) {
   const layers = Array.from({ length: answer.num_layers }, (_, layer) =>
     element("option", { value: layer, textContent: `layer ${layer}`, selected: layer === answer.layer }),
@@ -66,7 +67,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
   last.forEach((weight, place) => {
     const span = tokens[answer.first + place]?.span;
     span?.classList.add("attended");
-    span?.style.setProperty("--weight", Math.sqrt(weight)); // as in the picture
+    span?.style.setProperty("--weight", Math.sqrt(weight)); // the square root, as in `picture`
   });
   const order = last.map((weight, place) => [weight, place]).sort((one, other) => other[0] - one[0]).slice(0, 8);
   const rows = order.map(([weight, place]) => {
@@ -87,14 +88,14 @@ export function drawAttention(view, facts, answer, tokens, again) {
     facts,
     element("label", {}, "Attention of ", layer),
     element("div", { className: "heads" }, ...buttons),
-    element("h2", { textContent: `What it attends to in head ${head}` }),
+    element("h2", { textContent: `What the token attends to in head ${head}` }),
     element("table", { className: "bars", id: "attended" }, element("tbody", {}, ...rows)),
     large,
     element("p", {
       className: "quiet",
       textContent:
-        "Each row is a token and its attention to earlier tokens, from left to right. The last row is the chosen token; " +
-        "its weights underline the text." +
+        "Each row shows the attention of a token to itself and to all earlier tokens, from left to right. The last row is " +
+        "the chosen token. In the text, a stronger underline means that the chosen token attends more to that token." +
         (answer.first ? ` Only the last ${weights.length} tokens are drawn.` : ""),
     }),
   );
@@ -110,7 +111,7 @@ function picture(weights) {
   context.fillStyle = ink;
   for (let row = 0; row < size; row++) {
     for (let column = 0; column <= row; column++) {
-      // The square root, since most weights are small and would be invisible.
+      // The square root of the weight, since most weights are small and would be invisible.
       context.globalAlpha = Math.sqrt(weights[row][column]);
       context.fillRect(column, row, 1, 1);
     }
@@ -120,7 +121,7 @@ function picture(weights) {
   return canvas;
 }
 
-/** The model's prediction after each layer. */
+/** Draw the model's prediction after each layer. */
 export function drawLayers(view, facts, answer, chosenId) {
   const rows = answer.layers.map((layer) => {
     const cells = layer.likeliest.map((token) => {
@@ -137,8 +138,8 @@ export function drawLayers(view, facts, answer, chosenId) {
     element("p", {
       className: "quiet",
       textContent:
-        "The likeliest tokens if the model ended after each layer (the logit lens). A stronger colour means a higher " +
-        "probability. The actual token is framed.",
+        "Each row shows the likeliest tokens if the model ended after this layer (the logit lens). A stronger colour means " +
+        "a higher probability. The token that the text contains at this position has a frame.",
     }),
   );
 }
