@@ -83,7 +83,7 @@ class Figures:
         self._write({"part": self.part, "job": job, "done": True, "seconds": round(seconds, 1)})
 
     def fail(self, job: str, reason: str, seconds: float) -> None:
-        """Remove the note, so that another call runs `job` again."""
+        """Append the error of `job`, which another call runs again."""
         self._write({"part": self.part, "job": job, "error": reason, "seconds": round(seconds, 1)})
 
     def _write(self, entry: dict[str, Any]) -> None:
