@@ -482,7 +482,7 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current == []
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert current == [1]  # what memory and names are asked of
-    with pytest.raises(AtlasError, match=r"cuda:2: is not there; this machine has cuda:0, cuda:1"):
+    with pytest.raises(AtlasError, match=r"cuda:2: does not exist; this machine has cuda:0, cuda:1"):
         choose_device("cuda:2")
     for wrong in ("cuda:", "cuda:x", "cpu:0", "gpu"):
         with pytest.raises(AtlasError, match="is not one of auto, cpu, cuda, cuda:N, mps"):

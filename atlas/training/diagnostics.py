@@ -1,4 +1,4 @@
-"""Updates outside a run: check whether the model can learn one batch, and profile an update."""
+"""Check whether the model can overfit one batch, and profile an update."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from atlas.training.step import Batch, Update, apply_gradient, fresh_learner
 
 OVERFIT_UPDATES = 300
 LEARNED = 0.05
-"""A mean loss below this many nats per token counts as memorized."""
+"""If the mean loss of a batch is below this value (nats per token), the model has memorized the batch."""
 WARM_UP = 3
 
 
@@ -37,8 +37,8 @@ class Profile:
     """The result of `profile_update`.
 
     `seconds` is the time of an update without the profiler. `tokens` is the number of tokens of an update. `operations`
-    lists the operations of the profiled update on the training device as (name, calls, seconds without nested
-    operations), the longest first.
+    lists the operations of the profiled update, the slowest first. Each entry is (name, number of calls, seconds on the
+    training device without nested operations). `trace` is the path of the Chrome trace.
     """
 
     seconds: float
@@ -48,11 +48,12 @@ class Profile:
 
 
 def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: int = OVERFIT_UPDATES) -> bool:
-    """Train on the run's first sequences at a constant learning rate, without dropout. Return whether the model
-    memorized these sequences.
+    """Perform at most `updates` updates on one batch, the run's first sequences. Return whether the model memorized the
+    batch.
 
-    Use this check first if the loss of a run does not decrease. If the check fails, the fault is in the settings, the
-    loss or the code. If the check succeeds, look at the data or the schedule.
+    The learning rate is constant, and dropout and weight decay are off. Use this check first if the loss of a run does
+    not decrease. If the check fails, the fault is in the settings, the loss function or the code. If the check
+    succeeds, look for the fault in the data or the schedule.
     """
     config, data = with_data(resolve(explicit), explicit, None)
     config = config.replace("model", dropout=0.0).replace("training", weight_decay=0.0)
@@ -72,23 +73,23 @@ def overfit_one_batch(explicit: Layer, *, say: Callable[[str], None], updates: i
             say(f"update {number}: loss {loss:.4f}")
         if loss < LEARNED:
             say(
-                "the loss goes to zero: model, loss and optimizer work; look at the data, the schedule or the length "
-                "of the run"
+                "the loss goes to zero: the model, the loss and the optimizer work. Check the data, the schedule and "
+                "the length of the run"
             )
             return True
     say(
-        f"the loss does not go to zero ({best:.3f} after {updates} updates): try another --learning-rate and check a "
-        "custom loss; a model that cannot learn one batch learns nothing"
+        f"the loss does not go to zero (lowest loss {best:.3f} in {updates} updates): try another --learning-rate, and "
+        "check a custom loss. A model that cannot learn one batch cannot learn a larger text"
     )
     return False
 
 
 def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
-    """Perform some updates with the settings in `explicit`, profile the last update, and write the Chrome trace to
-    `profile.json` in the output folder.
+    """Run a few updates with the settings in `explicit`. Return a profile of the last update, and write the Chrome
+    trace of this update to `profile.json` in the output folder.
 
-    To view the trace, open it in chrome://tracing or ui.perfetto.dev. The function saves nothing else. Raises
-    `AtlasError` in the same cases as training, and if the folder is not writable.
+    To view the trace, open `profile.json` in chrome://tracing or ui.perfetto.dev. The function writes no other file.
+    Raises `AtlasError` in the same cases as training, and if the folder is not writable.
     """
     config, data = with_data(resolve(explicit), explicit, None)
     trace = Path(config.checkpoint.output_dir) / "profile.json"
@@ -106,7 +107,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
         _update(learner, next(stream), state, say)
     start = time.perf_counter()
     batch = next(stream)
-    _update(learner, batch, state, say)  # waits for the device, since it reads the loss
+    _update(learner, batch, state, say)  # waits for the device, since the update reads the loss
     seconds = time.perf_counter() - start
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -124,7 +125,8 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
 def _batches(
     data: ResolvedData, config: AtlasConfig, *, num_updates: int, most: int, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The batches of the run's first updates, with at most `most` sequences per update."""
+    """Yield the batches of the run's first `num_updates` updates, with `most` sequences each. If `num_updates` is 1 and
+    the dataset has fewer sequences, the batch has all of them."""
     dataset = training_sequences(data, config)
     return batches(
         dataset,
@@ -137,7 +139,7 @@ def _batches(
 
 
 def _update(learner: Learner, batch: Batch, state: TrainState, say: Callable[[str], None]) -> Update:
-    stop = StopRequest(say)  # not entered as a context, so Ctrl-C ends the command immediately
+    stop = StopRequest(say)  # not used as a context manager, so Ctrl-C ends the command immediately
     gradient = gradient_within_memory(learner, batch, state, stop=stop, say=say)
     assert gradient is not None
     update = apply_gradient(learner, gradient, state, rate=learner.config.training.learning_rate)

@@ -21,7 +21,8 @@ from atlas.training.logs.run_log import perplexity
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean loss in nats per token over `tokens` tokens, which encode `num_bytes` bytes of UTF-8 text."""
+    """The mean loss, in nats per token, over `tokens` tokens. These tokens encode about `num_bytes` bytes of UTF-8
+    text."""
 
     loss: float
     tokens: int
@@ -34,13 +35,14 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits per byte, which is comparable between tokenizers, unlike loss and perplexity."""
+        """The loss in bits per byte of text. Unlike the loss and the perplexity, this value is comparable between
+        tokenizers."""
         return self.loss * self.tokens / (math.log(2) * self.num_bytes)
 
 
 def fixed_subset(num_sequences: int, size: int) -> list[int]:
-    """Return the indices of at most `size` windows, spread evenly over a dataset. Every evaluation uses the same
-    windows."""
+    """Return the indices of at most `size` windows, spread evenly over a dataset of `num_sequences` windows. Every
+    evaluation uses the same windows."""
     return [int(i) for i in np.unique(np.linspace(0, num_sequences - 1, min(size, num_sequences)).round())]
 
 
@@ -55,12 +57,12 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Evaluation | None:
-    """Compute the loss of `objective`, a `SummedLoss`, on `windows` of `dataset`, without dropout. Return None if
-    `should_stop` returns true between batches.
+    """Return the mean loss of `objective`, a `SummedLoss`, without dropout. `windows` are the indices of the windows of
+    `dataset` to evaluate. Return None if `should_stop` returns true before a batch.
 
-    Only the sum of the losses is kept: the logits of a batch are freed before the next batch is read. `track` may draw
-    a progress bar while it iterates over the batches; a GPU may lag behind this bar. With R ranks, each rank evaluates
-    every R-th window.
+    Only the loss of each batch stays in memory. The logits of a batch are freed before the next batch is read. `track`
+    iterates over the batches and may draw a progress bar. On a GPU, the bar may be ahead of the computation. With R
+    ranks, each rank evaluates every R-th window.
     """
     was_training = objective.training
     objective.eval()
@@ -72,7 +74,8 @@ def evaluate(
             if should_stop():
                 return None
             own = mine[start : start + batch_size]
-            # A rank without remaining windows also runs the model: other ranks may need its part of the weights.
+            # A rank without remaining windows still runs the model, since other ranks may need the weights that this
+            # rank holds.
             rows = [dataset[window] for window in own or windows[:1]]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
             if runtime.compiles:
@@ -86,7 +89,8 @@ def evaluate(
     finally:
         objective.train(was_training)
     total = 0.0
-    for loss_value in torch.stack(losses).tolist() if losses else ():  # one read, so the host waits once
+    # One copy to the host, so that the host waits for the device only once.
+    for loss_value in torch.stack(losses).tolist() if losses else ():
         total += loss_value
     nats, of_all = world.sums(total, tokens)
     return Evaluation(nats / max(1, of_all), int(of_all), of_all * dataset.bytes_per_token)
@@ -94,7 +98,8 @@ def evaluate(
 
 @torch.no_grad()
 def token_losses(model: AtlasLM, dataset: SequenceSource, window: int, *, runtime: Runtime) -> Tensor:
-    """Return the loss in nats of each target of a window, (T,), on the CPU; NaN where there is no target."""
+    """Return the loss of each target of a window, in nats: a tensor of shape (T,) on the CPU. The loss is NaN for
+    targets equal to `IGNORE_INDEX`."""
     inputs, targets, *documents = (column[None].to(runtime.device) for column in dataset[window])
     with runtime.autocast():
         logits = model(inputs, documents=documents[0] if documents else None)

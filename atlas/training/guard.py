@@ -1,4 +1,8 @@
-"""Detect updates with bad numbers, which are not applied. List the possible causes if such updates end a run."""
+"""Detect faulty updates, which Atlas does not apply. List the possible causes if faulty updates end a run.
+
+An update is faulty if its loss or gradient norm is not finite. With `guard.spikes`, a spike is a fault too: a loss or
+gradient norm far above those of recent updates.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _WINDOW, _FEWEST = 128, 32
 
 @dataclass(frozen=True)
 class Fault:
-    """The reason why an update is not applied, or why a run rolls back. A benign fault is a gradient overflow that is
+    """The reason why Atlas does not apply an update, or rolls a run back. A benign fault is a gradient overflow that is
     normal in fp16."""
 
     reason: str
@@ -33,9 +37,10 @@ def check_update(
 ) -> Fault | None:
     """Return the fault of an update with this loss and gradient norm, or None.
 
-    `loss_scale` is the loss scale in fp16, and None in other precisions. In fp16 a gradient overflow at a scale above 1
-    is normal: the scaler halves the scale until no gradient overflows. An overflow at a lower scale, or without loss
-    scaling, means divergence.
+    `loss_scale` is the loss scale in fp16, and None in other precisions. The function uses `loss_scale` only if
+    `grad_norm` is not finite. In fp16 a gradient overflow at a scale above 1 is normal: the scaler halves the scale
+    until no gradient overflows. An overflow at a scale of 1 or less, or without loss scaling, means that the run
+    diverges.
     """
     if not math.isfinite(loss):
         return Fault(f"loss {loss}")
@@ -57,8 +62,8 @@ def check_update(
 def weights_fault(model: nn.Module, world: World) -> Fault | None:
     """Return a fault if a weight of any rank is not finite, else None. Every rank must call this function.
 
-    `check_update` cannot find such weights: that function sees only the loss and the gradient norm from before the
-    update.
+    `check_update` cannot detect such weights, since the loss and the gradient norm are computed before the weights
+    change.
     """
     own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
     is_finite = torch.stack([part.isfinite().all() for part in own]).all()
@@ -66,8 +71,8 @@ def weights_fault(model: nn.Module, world: World) -> Fault | None:
 
 
 def z_score(value: float, recent: Sequence[float]) -> float:
-    """Return how many standard deviations `value` lies above the mean of `recent`; 0 while `recent` has too few
-    values."""
+    """Return how many standard deviations `value` lies above the mean of `recent`. Return 0 if `recent` has fewer than
+    `_FEWEST` values."""
     if len(recent) < _FEWEST:
         return 0.0
     mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
@@ -77,8 +82,8 @@ def z_score(value: float, recent: Sequence[float]) -> float:
 def count(
     state: TrainState, loss: float, grad_norm: float, fault: Fault | None, *, guard: GuardConfig
 ) -> None:
-    """Record an update in `state`. The recent values include spikes, so that a lasting shift stops counting as a
-    spike."""
+    """Record the loss, gradient norm and fault of an update in `state`. The recent losses and norms include spikes, so
+    that a lasting shift stops counting as a spike."""
     if fault is None:
         state.loss, state.bad_in_a_row = loss, 0
         state.loss_since_save.add(loss)
@@ -92,12 +97,13 @@ def count(
 
 
 def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequences: str) -> list[str]:
-    """Return the possible causes to check when a run cannot continue: one line per cause, the most likely first."""
+    """Return the possible causes to check when a run cannot continue. Each line is one cause, and the most likely is
+    first."""
     lines = [
-        f"the learning rate: {rate:.2e} at the end, {training.learning_rate:.2e} at its peak, after "
+        f"the learning rate: {rate:.2e} in the last update, {training.learning_rate:.2e} at its peak, after "
         f"{training.warmup_steps} steps of warm-up; 1e-4 to 5e-3 is usual: lower --learning-rate, or "
-        "lengthen training.warmup_steps",
-        f"the data: {sequences} were the last ones used",
+        "increase training.warmup_steps",
+        f"the data: the last updates used {sequences}",
     ]
     if training.grad_clip == 0 or training.grad_clip > 1:
         clip = training.grad_clip or "off"
@@ -105,7 +111,7 @@ def diagnose(training: TrainingConfig, *, rate: float, runtime: Runtime, sequenc
     if runtime.precision == "fp16":
         lines.insert(0, "the precision: fp16 overflows above 65,504: --set training.precision=bf16, or fp32")
     if training.loss:
-        lines.insert(0, f"your loss {training.loss}: a logarithm of zero or a division by zero does this")
+        lines.insert(0, f"your loss {training.loss}: look for a logarithm of zero or a division by zero")
     if runtime.device.type != "cpu":
         lines.append("the GPU: if the run works with --device cpu, check the GPU's memory, clocks and driver")
     return [f"to check, {number}: {line}" for number, line in enumerate(lines, start=1)]

@@ -1,4 +1,5 @@
-"""Carry out the decision of `resume.py`: lock the output folder, build the run and log its settings."""
+"""Build the run that `resume.py` has chosen: lock the output folder, load the data and the model, and log the
+settings."""
 
 from __future__ import annotations
 
@@ -43,18 +44,20 @@ from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
 
 _GATHERED_PART = 0.5
-"""The fraction of the free memory that a full checkpoint, gathered by one rank, may use."""
-_FP32, _TOKEN = 4, 2 * 8  # bytes of an fp32 number; bytes of an input token and its target
+"""The fraction of the free main memory that a checkpoint may use if one rank gathers it. Atlas saves a larger
+checkpoint as shards."""
+_FP32, _TOKEN = 4, 2 * 8  # bytes of an fp32 number; bytes of an input token and its target (int64)
 
 
 def start_run(
     start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Build the run. The checks come first; the first rank writes files only after it has locked the folder.
+    """Build and return the run. All checks come first. The first rank changes no file in the output folder before it
+    has locked the folder.
 
-    `sampler` generates the texts of `tracking.samples`; without a sampler the run has no samples.
-    `may_exceed_batch_size` allows micro-batches larger than `training.batch_size`, for a run whose user did not set
-    this key.
+    `sampler` generates `tracking.samples` texts at each evaluation. Without a sampler, the run logs no samples.
+    `may_exceed_batch_size` allows micro-batches larger than `training.batch_size`. The caller allows this if the user
+    did not set `training.batch_size`.
     """
     config, folder = start.config, start.folder
     resumes = start.mode == "resume"
@@ -80,7 +83,7 @@ def start_run(
             with explain_failed_write(folder, "choose another --output-dir"):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder)
-    # Free memory differs between GPUs: if one rank must shard, all do.
+    # Free memory differs between GPUs: if one rank must shard the model, all ranks shard it.
     if world.any(runtime.parallel == "fsdp"):
         runtime = replace(runtime, parallel="fsdp")
     state = _resumed_state(start, data, runtime) if resumes else None
@@ -95,7 +98,7 @@ def start_run(
     if resumes:
         restore_optimizer(learner, start.contents, start.source)
     if not run.is_complete:
-        # A run that was killed before its first save has left lines in the log, too.
+        # A killed run may have logged steps after its last save. Remove these records. A new run removes all records.
         log.rewind(state.step if resumes else -1)
         log_summary(start, run, differences)
         record_start(start, run)
@@ -106,7 +109,8 @@ def start_run(
 
 
 def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
-    """Prepare the output folder. Return the config with this folder, the log and the checkpoint manager."""
+    """Prepare the output folder. Return three objects: the config with this folder as `output_dir`, the log, and the
+    checkpoint manager."""
     with world.in_step():  # the other ranks write their logs to the folder, which now exists
         if world.is_first and start.set_aside:
             target = move_aside(start.folder, start.set_aside)
@@ -127,7 +131,8 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
 
 
 def _identity(start: Start) -> dict[str, Any]:
-    """Describe the run's data, for its checkpoints. `base` identifies the checkpoint that the run fine-tunes."""
+    """Return a description of the run's data. Every checkpoint of the run stores this description. `base` identifies
+    the checkpoint that the run fine-tunes."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity = {
@@ -139,7 +144,7 @@ def _identity(start: Start) -> dict[str, Any]:
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:
-    """Build the model on the CPU, with the weights that the run begins with."""
+    """Return the model on the CPU, with the weights that the run begins with."""
     model = build_model(config.model, seed=None if start.contents else config.seed)
     resumes = start.mode == "resume"
     if resumes:
@@ -151,8 +156,8 @@ def _build(start: Start, config: AtlasConfig) -> AtlasLM:
             )
     elif config.lora.rank and not start.contents:
         raise AtlasError(
-            f"lora.rank: {config.lora.rank}: low-rank updates need a trained model: name it with "
-            "--init-from, or set lora.rank to 0"
+            f"lora.rank: {config.lora.rank}: LoRA needs a trained model: name its checkpoint with --init-from, or set "
+            "lora.rank to 0"
         )
     if resumes and config.lora.rank:
         add_lora(model, config.lora)
@@ -188,11 +193,12 @@ def _eval_batch(config: AtlasConfig, micro_batch: int) -> int:
 
 
 def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
-    """Return the checkpoint's state. The horizon and the batch sizes change only if their settings have changed."""
+    """Return the training state in the checkpoint. The horizon and the batch sizes change only if the user has changed
+    the settings for them."""
     state = TrainState.of(start.contents)
     old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
-        state.best_loss = math.inf  # atlas_best.pt was overwritten after this checkpoint was saved
+        state.best_loss = math.inf  # a later save overwrote the atlas_best.pt that had this loss
     if _length(old) != _length(new):
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
@@ -208,7 +214,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     owes_evaluation = data.val is not None and state.owes_evaluation(new.eval_interval)
     if state.step >= state.horizon and not owes_evaluation:
         start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
-    # After a restart by torchrun, use the size that was stored by the rank that ran out of memory.
+    # After a restart by torchrun, use the lower micro-batch size that a rank stored when it ran out of memory.
     fewer = remembered_micro_batch(start.config, runtime.device) if num_restarts() else None
     size = state.micro_batch_size
     state.micro_batch_size = runtime.world.all_min(min(size, fewer or size))
@@ -216,14 +222,15 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
 
 
 def _length(training: TrainingConfig) -> tuple[object, ...]:
-    """The settings that decide where the schedule ends."""
+    """The settings that determine the step at which the schedule ends."""
     return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
 
 
 def _open_saver(
     checkpoints: CheckpointManager, config: AtlasConfig, runtime: Runtime, log: RunLog
 ) -> BackgroundSaver:
-    """Return the saver of a run. Either every rank writes its own shards, or the first rank writes one file."""
+    """Return the saver of the run's checkpoints. Either every rank writes its own shards, or the first rank writes one
+    file."""
     world = runtime.world
     in_background = world.broadcast(world.is_first and _saves_in_background(config, runtime, log))
     if not world.broadcast(_saves_shards(config, runtime)):
@@ -241,7 +248,8 @@ def _saves_shards(config: AtlasConfig, runtime: Runtime) -> bool:
 
 
 def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> bool:
-    """Whether memory has room for the copy that a save is written from, in addition to what a step needs."""
+    """Whether to save in the background. This needs `checkpoint.background`, and main memory for a copy of the
+    checkpoint in addition to the memory of a step."""
     if not config.checkpoint.background:
         return False
     copy, free = checkpoint_bytes(config), measure_memory("cpu")
@@ -249,8 +257,8 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
     if copy + step <= free:
         return True
     log.say(
-        f"checkpoints are written while training waits: a copy of {copy / 1e9:.2f} GB beside the {step / 1e9:.2f} GB "
-        f"that a step needs does not fit into the {free / 1e9:.2f} GB of memory that are free"
+        f"training waits while a checkpoint is written: a copy of the checkpoint ({copy / 1e9:.2f} GB) and the "
+        f"{step / 1e9:.2f} GB that a step needs do not fit into the {free / 1e9:.2f} GB of free memory"
     )
     return False
 
@@ -262,47 +270,49 @@ def _refuse_other_optimizer_state(start: Start, model: AtlasLM) -> None:
     try:
         saved = start.contents.get("optimizer_state_dict")
         if not saved:
-            raise ValueError("there is none, as after checkpoint.slim_old")
+            raise ValueError("the checkpoint has none, as after checkpoint.slim_old")
         check_optimizer_state(optimizer, saved)
     except ValueError as error:
         raise AtlasError(
-            f"{start.source}: its optimizer state does not fit ({error}): take another checkpoint, or start a new run "
-            "from its weights with --init-from"
+            f"{start.source}: its optimizer state does not fit ({error}): use another checkpoint, or start a new run "
+            f"from the weights of this checkpoint: --init-from {start.source}"
         ) from None
 
 
 def _refuse_too_large(config: AtlasConfig) -> None:
-    """Raise `AtlasError` if the weights or the sequences of an update need more memory than is free. No micro-batch
-    size would help."""
+    """Raise `AtlasError` if the weights, or the tokens of an update, need more main memory than is free. A smaller
+    micro-batch would not help."""
     weights = _FP32 * count_parameters(config.model).total
     sequences, length = config.training.sequences_per_update, config.model.max_seq_len
     batch, free = sequences * length * _TOKEN, measure_memory("cpu")
     if weights > free:
         raise AtlasError(
-            f"model: {weights // _FP32:,} parameters need {weights / 1e9:,.1f} GB, {free / 1e9:.1f} GB of memory are "
-            "free: atlas plan shows which presets fit"
+            f"model: {weights // _FP32:,} parameters need {weights / 1e9:,.1f} GB, but only {free / 1e9:.1f} GB of "
+            "memory are free: atlas plan shows which presets fit"
         )
     if batch > free:
         raise AtlasError(
             f"training: an update of batch_size × gradient_accumulation_steps = {sequences:,} sequences needs "
-            f"{batch / 1e9:,.1f} GB for its tokens alone, {free / 1e9:.1f} GB of memory are free: lower one of them"
+            f"{batch / 1e9:,.1f} GB for its tokens alone, but only {free / 1e9:.1f} GB of memory are free: lower "
+            "batch_size or gradient_accumulation_steps"
         )
 
 
 def _refuse_retention(config: AtlasConfig) -> None:
     """Raise `AtlasError` if `checkpoint.max_total` is too small for four checkpoints, or if `slim_old` is set for
-    sharded ones.
+    sharded checkpoints.
 
-    Four checkpoints exist while the best one and the newest one are being replaced.
+    Four checkpoints exist while Atlas replaces the best one and the newest one.
     """
     if config.checkpoint.slim_old and config.checkpoint.format == "sharded":
         raise AtlasError(
-            "checkpoint.slim_old: true: is for checkpoints of one file: leave it out, or set checkpoint.format=single"
+            "checkpoint.slim_old: true: is only for checkpoints in one file: remove slim_old, or set "
+            "checkpoint.format=single"
         )
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
     if most is not None and most < 4 * one:
         raise AtlasError(
             f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint needs {one / 1e6:,.1f} MB, and four must fit "
-            f"(the best, the newest, and both being replaced): give at least {math.ceil(4 * one / 1e6):,}MB, or "
-            "leave it out"
+            "(the best, the newest, and a new one in place of each): set at least "
+            f"{math.ceil(4 * one / 1e6):,}MB, or remove max_total"
         )

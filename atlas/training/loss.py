@@ -1,7 +1,8 @@
 """The language-model loss, and custom losses.
 
-Contract: training minimizes the summed loss of all valid tokens divided by their number, over all micro-batches of an
-update. In a mean of micro-batch means, a token's weight would depend on the padding in its micro-batch.
+Training minimizes the mean loss of all valid tokens in an update: the sum over all micro-batches, divided by the number
+of valid tokens. If Atlas averaged the means of micro-batches instead, the weight of a token would depend on the padding
+in the token's micro-batch.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from atlas.tokenizer.custom import import_object
 from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_cuda, loss_with_gradients
 
 LossFunction = Callable[..., Tensor]
-"""`(logits (B, T, V), targets (B, T), mask=None) → mean loss over the given tokens`, a scalar."""
+"""`(logits (B, T, V), targets (B, T), mask=None) → loss`, a scalar: the mean over the tokens whose `mask` (B, T) is not
+zero."""
 
 
 def compute_lm_loss(
     logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, reduction: str = "mean"
 ) -> Tensor:
-    """Cross entropy in nats of `logits` (B, T, V) against `targets` (B, T).
+    """Return the cross entropy, in nats, of `logits` (B, T, V) against `targets` (B, T).
 
-    Nothing is shifted: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to `IGNORE_INDEX`, and
-    those with a `mask` (B, T) of zero, do not count. `reduction` is `sum`, or `mean` over the tokens that count. If no
-    token counts, the mean is 0 and not NaN.
+    The function does not shift the targets: `targets[b, t]` is the token that `logits[b, t]` predicts. Targets equal to
+    `IGNORE_INDEX`, and targets whose `mask` (B, T) is zero, do not count. `reduction` is `sum`, or `mean` over the
+    tokens that count. If no token counts, the mean is 0 and not NaN.
     """
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
@@ -50,11 +52,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return `compute_lm_loss(F.linear(hidden, weight), targets, reduction="sum")` without all logits in memory.
 
-    `hidden` (B, T, C), `weight` (V, C), `targets` (B, T). If `weight` has padding rows, only the first `vocabulary`
-    rows are used. If the caller sliced `weight` instead, the gradient would be copied once more. The (B × T, V) logits
-    of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits exist at a time. The
-    forward pass already computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989).
-    The result supports one backward pass. CUDA has its own implementation (`loss_cuda`), which may be `compiled`.
+    The shapes are `hidden` (B, T, C), `weight` (V, C) and `targets` (B, T). If `weight` has padding rows, the function
+    uses only the first `vocabulary` rows. If the caller sliced `weight` instead, autograd would copy the gradient once
+    more. The (B × T, V) logits of a language model are its largest tensor. Here only `LOSS_CHUNK_TOKENS` rows of logits
+    exist at a time. The forward pass already computes the gradient of each chunk (as in Liger Kernel, Hsu et al. 2024,
+    arXiv:2410.10989). The result supports only one backward pass. On CUDA, `loss_cuda` implements this function;
+    `compiled` selects the compiled kernel there.
     """
     device, num_tokens = hidden.device.type, vocabulary or len(weight)
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
@@ -74,14 +77,15 @@ def linear_cross_entropy(
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int
 ) -> LossAndGradients:
-    """`hidden` (N, C), `weight` (V or more, C), `targets` (N,) → the sum of the losses, and the gradients that are
-    `needed`."""
+    """Return the sum of the losses, and its gradients with respect to `hidden` and `weight`. `needed` has a boolean for
+    each gradient: whether to compute it. The shapes are `hidden` (N, C), `weight` (V or more, C) and `targets` (N,)."""
     total = hidden.new_zeros((), dtype=torch.float32)
     needs_hidden, needs_weight = needed
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
     table_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     rows_of_table = weight[:vocabulary]
-    # Allocated once: new memory for each chunk would take a quarter of the time of the chunk's matrix product.
+    # Allocate the logits once. An allocation for each chunk would take a quarter of the time of the chunk's matrix
+    # product.
     logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
     log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
     for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
@@ -96,7 +100,8 @@ def _loss_and_gradients(
         if not (needs_hidden or needs_weight):
             continue
         # The gradient of the logits is the probabilities, minus 1 at the target. The gradient must be zero for ignored
-        # rows. Zeroing the narrow matrices below instead has the same effect and is cheaper.
+        # rows. The code below sets those rows of smaller (N, C) matrices to zero instead: the effect is the same, and
+        # the cost is lower.
         grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
         counts = counts.to(hidden.dtype)
         if hidden_grad is not None:
@@ -111,9 +116,9 @@ def _loss_and_gradients(
 
 
 class SummedLoss(nn.Module):
-    """The model and its loss, summed over valid tokens, as one module that DDP and FSDP can wrap.
+    """A module that computes the model's loss, summed over valid tokens. DDP or FSDP can wrap this module.
 
-    A `custom_loss` is used in training only; evaluation always computes the cross entropy in nats. With `compiled`, the
+    A `custom_loss` is used in training only. Evaluation always computes the cross entropy in nats. With `compiled`, the
     CUDA implementation of the loss is compiled, like the blocks.
     """
 
@@ -128,8 +133,8 @@ class SummedLoss(nn.Module):
     def forward(
         self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None, *, num_valid: int = 0
     ) -> Tensor:
-        """Token ids, targets and documents, (B, T) each → the loss, a scalar. Only a custom loss needs `num_valid`, the
-        number of valid targets."""
+        """Return the summed loss, a scalar. Token ids, targets and document numbers have shape (B, T). Only a custom
+        loss needs `num_valid`, the number of valid targets."""
         if self.custom_loss is None or not self.training:
             hidden = self.model.hidden_states(inputs, documents=documents)
             table, vocabulary = self.model.head_table, self.model.config.vocabulary
@@ -141,8 +146,8 @@ class SummedLoss(nn.Module):
 
 
 def load_loss(dotted: str) -> LossFunction:
-    """Import the function that `training.loss` names as `package.module:function`. Python also searches the current
-    directory."""
+    """Import and return the function that `training.loss` names as `package.module:function`. Python also searches the
+    current directory."""
     if not DOTTED_NAME.fullmatch(dotted):
         raise AtlasError(f"training.loss: {dotted}: write it as package.module:function")
     try:

@@ -1,17 +1,17 @@
-"""The implementation of `atlas.training.loss.linear_cross_entropy` that is fastest on CUDA.
+"""The implementation of `atlas.training.loss.linear_cross_entropy` for CUDA.
 
 The logits are the largest tensor of a language model, and most of their cost is memory traffic. Here a matrix product
 writes each logit once. A kernel then reads the logits twice: first to sum the exponentials of each row, then to replace
 each logit by its gradient. The next two matrix products read this gradient.
 
-- The matrix product includes the padding rows of the head's table. Without padding, a row of GPT-2's logits would have
-  50,257 numbers, and most rows would begin at an address that tensor cores cannot load from.
-- One compiled kernel computes the softmax, the loss and the gradient. Without a compiler, PyTorch's own kernels compute
-  all three.
-- The matrix product itself adds up the table's gradient in fp32.
-- Each chunk reads the table and the table's gradient again, so chunks are large.
+- The matrix product includes the padding rows of the table, the weight of the LM head. Without padding, a row of
+  GPT-2's logits would have 50,257 numbers, and most rows would begin at an address that tensor cores cannot load from.
+- One compiled kernel computes the softmax, the loss and the gradient of the logits. Without a compiler, several of
+  PyTorch's own kernels do this work.
+- The matrix product for the table's gradient also adds the gradients of the earlier chunks, in fp32.
+- Each chunk reads the table and the table's gradient again. Chunks are therefore as large as `CUDA_LOSS_BYTES` allows.
 
-benchmarks/roofline.py counts the bytes.
+benchmarks/roofline.py counts the bytes that these kernels read and write.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from atlas.config.config import CUDA_LOSS_BYTES
 from atlas.data.sequences.dataset import IGNORE_INDEX
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(logits (N, padded V), targets (N, 1), whether they count (N, 1), V) → the sum of the losses, a scalar. The kernel
-replaces the logits by their gradient."""
+"""(logits (N, padded V), targets (N, 1), counts (N, 1), V) → the sum of the losses, a scalar. `counts` is 1 for a
+target that counts, and 0 for an ignored target. The kernel replaces the logits by their gradient."""
 
 LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
-"""The loss, a scalar, and its gradients with respect to the hidden states and to the head's table. A gradient that is
-not needed is None."""
+"""The loss, a scalar, and its gradients with respect to the hidden states and to the table (the weight of the LM head).
+A gradient that is not needed is None."""
 
 _EAGER_BYTES = 8
-"""Bytes per logit of the two fp32 copies, before and after the log-softmax, that exist if no kernel is compiled."""
+"""The bytes per logit of the two fp32 copies that exist without a compiled kernel: before and after the log-softmax."""
 
 
 def linear_cross_entropy_on_cuda(
     hidden: Tensor, table: Tensor, targets: Tensor, *, vocabulary: int, dtype: torch.dtype, compiled: bool
 ) -> Tensor:
-    """`hidden` (N, C), `table` (padded V, C), `targets` (N,) → the sum of the losses, a scalar in fp32. Matrix products
-    are computed in `dtype`. The result supports one backward pass."""
+    """Return the sum of the losses, a scalar in fp32. The shapes are `hidden` (N, C), `table` (padded V, C) and
+    `targets` (N,). Matrix products are computed in `dtype`. The result supports only one backward pass."""
     compute = partial(_loss_and_gradients, targets=targets, vocabulary=vocabulary, compiled=compiled)
     return loss_with_gradients(compute, hidden.to(dtype), table)
 
@@ -50,8 +50,8 @@ def linear_cross_entropy_on_cuda(
 def loss_with_gradients(
     compute: Callable[[Tensor, Tensor, Sequence[bool]], LossAndGradients], hidden: Tensor, table: Tensor
 ) -> Tensor:
-    """Return the loss of `compute(hidden, table, needed)`, which already computes the `needed` gradients in the forward
-    pass.
+    """Return the loss that `compute(hidden, table, needed)` returns. In the forward pass, `compute` already computes
+    the `needed` gradients.
 
     A second backward pass raises `RuntimeError`.
     """
@@ -78,11 +78,11 @@ class _LossWithGradients(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, table: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int, compiled: bool
 ) -> LossAndGradients:
-    """Compute the loss and its gradients, one chunk of rows at a time."""
+    """Compute the loss and its gradients, one chunk of rows after the other."""
     rounded = table.to(hidden.dtype)
     kernel = _compiled_kernel() if compiled else softmax_gradient_eagerly_
     row_bytes = len(table) * (rounded.element_size() + (0 if compiled else _EAGER_BYTES))
-    # As many rows per chunk as `CUDA_LOSS_BYTES` allows, in chunks of nearly equal size.
+    # Use as few chunks as `CUDA_LOSS_BYTES` allows, of nearly equal size.
     num_chunks = max(1, -(-len(hidden) * row_bytes // CUDA_LOSS_BYTES))
     chunk_size = -(-len(hidden) // num_chunks)
     buffer = rounded.new_empty(chunk_size, len(table))
@@ -103,9 +103,9 @@ def _loss_and_gradients(
 
 
 def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """A `Kernel` to compile, with two passes over the logits: for the sums of the softmax, and to write the
-    gradient."""
-    # The compiler recognizes `log_softmax` and computes maximum and sum in one pass.
+    """The `Kernel` for torch.compile. It reads the logits twice: first to sum the exponentials of the softmax, then to
+    write the gradient."""
+    # The compiler recognizes `log_softmax` and computes the maximum and the sum of each row in one pass.
     column = torch.arange(logits.shape[1], device=logits.device)
     log_probs = torch.where(column < vocabulary, logits.float(), -torch.inf).log_softmax(-1)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -114,7 +114,7 @@ def softmax_gradient_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary:
 
 
 def softmax_gradient_eagerly_(logits: Tensor, goals: Tensor, counts: Tensor, vocabulary: int) -> Tensor:
-    """The same `Kernel` without compilation: as few PyTorch kernels as possible, in place where possible."""
+    """The same `Kernel` without compilation. It uses as few PyTorch kernels as possible, in place where possible."""
     logits[:, vocabulary:] = -torch.inf
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     loss = -(log_probs.gather(1, goals) * counts).sum()
@@ -136,10 +136,10 @@ def _compiled_kernel() -> Kernel:
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return `total` + `left` @ `right` in fp32, computed in the memory of `total`."""
+    """Return `total + left @ right` in fp32, and overwrite `total` with the result. A `total` of None counts as 0."""
     if left.dtype == torch.float32:
         return left @ right if total is None else total.addmm_(left, right)
-    if not left.is_cuda or torch.version.hip:  # only CUDA has bf16 matrix products with an fp32 result
+    if not left.is_cuda or torch.version.hip:  # only CUDA has 16-bit matrix products with an fp32 result
         product = (left @ right).float()
         return product if total is None else total.add_(product)
     if total is None:

@@ -1,9 +1,9 @@
-"""Choose how many sequences run per micro-batch, and per batch of an evaluation: as many as fit into memory. Atlas
-finds the number before a run, and lowers it if memory runs out during the run.
+"""Choose the micro-batch size of training and the batch size of evaluations. Before a run, Atlas finds the largest size
+that fits into memory. If memory runs out during the run, Atlas halves the size.
 
-Before a run, a separate process tries a size, so that a failed trial leaves no memory allocated. The search begins at
-the estimated size, but only a trial decides. On CUDA a micro-batch may be larger than `batch_size`, since few sequences
-leave a large GPU idle.
+Each trial of a size runs in a separate process, so that a failed trial leaves no memory allocated. The search begins at
+the estimated size. A size whose estimate is far below the free memory needs no trial. On CUDA a micro-batch may be
+larger than `batch_size`, since a small micro-batch leaves a large GPU partly idle.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ from atlas.training.step import (
 )
 
 _COMFORTABLE = 0.6
-"""The fraction of a GPU's free memory that micro-batches larger than `batch_size` may use."""
+"""The fraction of a GPU's free memory that a micro-batch larger than `batch_size` may use."""
 _FILLED = 1.05
 _LEFT_FREE = 0.05
 """The fraction of the free memory that a trial may not use. A run needs this memory for prefetched batches, the log and
 fragmentation."""
 _PROVEN = 3
-"""After this many updates with one micro-batch size, several ranks assume that memory suffices."""
+"""The number of updates with one micro-batch size after which the ranks assume that this size fits into memory."""
 _TOO_LARGE = 3  # the exit code of a trial that ran out of memory
-_KILLED = {-6, -9, -11}  # a failed allocation in C++, the system, or a thread without a stack ended the trial
+_KILLED = {-6, -9, -11}
+"""The exit codes of a trial that a signal ended. SIGABRT: an allocation failed in C++. SIGKILL: the system ended the
+trial. SIGSEGV: a thread got no stack."""
 
 
 class _OutOfMemoryElsewhere(Exception):
@@ -63,13 +65,13 @@ class _OutOfMemoryElsewhere(Exception):
 def gradient_within_memory(
     learner: Learner, batch: Batch, state: TrainState, *, stop: StopRequest, say: Callable[[str], None]
 ) -> Gradient | None:
-    """Call `accumulate_gradient`. If memory runs out, lower the micro-batch size, also for later updates, and try
-    again. Return None if a stop was requested.
+    """Return the result of `accumulate_gradient`, or None if a stop was requested. If memory runs out, halve the
+    micro-batch size, also for later updates, and try again.
 
-    Several ranks lower the size together, but only in the first updates with that size. Later the ranks do not ask each
-    other, since each update would have to wait for the slowest rank once more. Raises `AtlasError` if not even one
-    sequence fits. With several ranks, the function also raises the error if memory runs out in a later update, or
-    during an exchange of gradients or sharded weights.
+    Several ranks lower the size together, but only in the first `_PROVEN` updates with the same size. In later updates
+    the ranks do not synchronize for this. Otherwise each update would wait one more time for the slowest rank. Raises
+    `AtlasError` if not even one sequence fits. With several ranks, the function also raises the error if memory runs
+    out in a later update, with sharded weights, or during an exchange of gradients.
     """
     world, num_sequences = learner.runtime.world, len(batch[0])
     asked = min(state.micro_batch_size, num_sequences)
@@ -105,27 +107,28 @@ def gradient_within_memory(
                 remember_micro_batch(learner.config, learner.runtime.device, half)
                 raise AtlasError(
                     f"rank {world.rank}: step {state.step + 1}: out of memory with {size} sequences per micro-batch, "
-                    f"in an operation with other ranks: --set training.micro_batch_size={half}; a restart by torchrun "
-                    "does this automatically. The checkpoints are intact"
+                    "when the ranks could not lower this number together: add --set training.micro_batch_size="
+                    f"{half}. A run that torchrun restarts lowers the number by itself. The checkpoints are intact"
                 ) from None
             world.any(True)
-        # Not inside `except`: there the exception still references the tensors of the failed update.
+        # This line is outside `except`, because inside it the exception still references the tensors of the failed
+        # update.
         state.micro_batch_size = _fewer(learner, size, state.step, say=say)
     proven_size, updates = learner.proven
     learner.proven = size, min(_PROVEN, updates + 1) if proven_size == size else 1
     if size < asked:
         say(
             f"step {state.step + 1}: out of memory with {asked} sequences per micro-batch: {size} from now on. An "
-            f"update still has {num_sequences * world.size} sequences. This is remembered for this machine and model; "
-            "--set training.micro_batch_size=N sets it"
+            f"update still has {num_sequences * world.size} sequences. Atlas stores the new number for this machine "
+            "and model; --set training.micro_batch_size=N sets another number"
         )
         remember_micro_batch(learner.config, learner.runtime.device, size)
     return gradient
 
 
 def evaluate_within_memory(run: Run, windows: Sequence[int]) -> Evaluation | None:
-    """Call `evaluate` with batches of `state.eval_batch_size`, which is halved if memory runs out. Return None if a
-    stop was requested."""
+    """Return the result of `evaluate` with batches of `state.eval_batch_size` windows, or None if a stop was requested.
+    If memory runs out, halve `state.eval_batch_size` and try again."""
     state, runtime, stop, dataset = run.state, run.runtime, run.stop, run.data.val
     assert dataset is not None
     asked = min(state.eval_batch_size, len(windows))
@@ -148,7 +151,7 @@ def evaluate_within_memory(run: Run, windows: Sequence[int]) -> Evaluation | Non
             refuse_failed_compilation(error)
             if not is_out_of_memory(error):
                 raise
-        # Not inside `except`: there the exception still references the tensors of the failed evaluation.
+        # This line is outside `except`, because inside it the exception still references the tensors of the evaluation.
         release_memory(runtime.device)
         if size == 1 or runtime.parallel == "fsdp":
             raise AtlasError(
@@ -177,8 +180,8 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
             "the checkpoints are intact"
         )
     if runtime.parallel == "ddp":
-        # DDP still waits for the failed backward pass, so wrap the model again. First free the old wrapper, which then
-        # removes its hooks.
+        # DDP still waits for the failed backward pass, so wrap the model again. Free the old wrapper first, so that DDP
+        # removes the hooks of the old wrapper.
         learner.wrapped = learner.objective
         learner.wrapped = wrap(learner.objective, config, runtime.world, runtime.parallel, runtime.device)
     return size // 2
@@ -187,8 +190,7 @@ def _fewer(learner: Learner, size: int, step: int, *, say: Callable[[str], None]
 def fit_micro_batch(
     config: AtlasConfig, runtime: Runtime, *, say: Callable[[str], None], may_exceed: bool = False
 ) -> int:
-    """Return the micro-batch size for `training.micro_batch_size: auto`: the largest number up to `batch_size` that
-    fits.
+    """Return the micro-batch size that `auto` stands for: the largest number up to `batch_size` that fits into memory.
 
     On CUDA with `may_exceed`, the size may exceed `batch_size`, up to all sequences of an update, if enough memory
     stays free. Atlas remembers the size for this machine and config. Raises `AtlasError` if not even one sequence fits.
@@ -202,7 +204,7 @@ def fit_micro_batch(
         if known < most:
             say(
                 f"{known} sequences run per micro-batch: more did not fit into this machine's memory before; "
-                f"--set training.micro_batch_size={most} tries again"
+                f"--set training.micro_batch_size={most} tries {most} again"
             )
         return min(known, most)
     if _estimate(config, most, runtime) <= ROOMY * free:
@@ -220,20 +222,21 @@ def fit_micro_batch(
         )
     remember_micro_batch(config, runtime.device, found)
     say(
-        f"{found} of {most} sequences run per micro-batch: an update still has {config.training.sequences_per_update}"
+        f"{found} of {most} sequences run per micro-batch: an update still has {config.training.sequences_per_update} "
+        "sequences"
     )
     return found
 
 
 def is_short_of_memory(config: AtlasConfig, runtime: Runtime, size: int) -> bool:
-    """Whether memory may be too small for `size` sequences per micro-batch in compiled blocks that recompute
-    nothing."""
+    """Whether memory may be too small for `size` sequences per micro-batch if compiled blocks recompute nothing in the
+    backward pass."""
     return _estimate(config, size, runtime, keeps_all=True) > ROOMY * measure_memory(runtime.device.type)
 
 
 def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[str], None]) -> int | None:
-    """Return the largest micro-batch size above `batch_size` that splits an update evenly and leaves enough GPU memory
-    free, or None."""
+    """Return the largest micro-batch size above `batch_size` that splits an update almost evenly and leaves enough GPU
+    memory free. Return None if there is no such size."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
     known = remembered_micro_batch(config, runtime.device)
     for num_micro_batches in range(1, config.training.gradient_accumulation_steps):
@@ -244,7 +247,8 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
             continue
         limit = int(_COMFORTABLE * measure_memory(runtime.device.type))
         need = _estimate(config, size, runtime)
-        if runtime.compiles:  # compiled blocks keep more tensors than the trial, which does not compile
+        if runtime.compiles:
+            # Compiled blocks save more tensors than the blocks of a trial, which are not compiled.
             limit -= _estimate(config, size, runtime, keeps_all=True) - need
         if need > limit or (known is not None and known < size):
             continue
@@ -252,7 +256,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
             remember_micro_batch(config, runtime.device, size)
             say(
                 f"{size} sequences run per micro-batch: an update has {config.training.sequences_per_update}, and "
-                "memory is ample"
+                "there is enough GPU memory"
             )
             return size
     return None
@@ -264,8 +268,8 @@ def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bo
 
 
 def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from 1 to `most` for which `fits` is true, or 0. The search is a bisection that starts
-    at `guess`. If a number fits, all smaller numbers must fit too."""
+    """Return the largest number from 1 to `most` for which `fits` returns true, or 0 if there is none. The search is a
+    bisection that starts at `guess`. It requires that if a number fits, all smaller numbers fit too."""
     low, high, size = 0, most + 1, min(guess, most)
     while high - low > 1:
         low, high = (size, high) if fits(size) else (low, size)
@@ -274,7 +278,7 @@ def _largest(most: int, guess: int, fits: Callable[[int], bool]) -> int:
 
 
 def _trial_fits(config: AtlasConfig, size: int, limit: int, say: Callable[[str], None]) -> bool:
-    """Whether an update with micro-batches of `size` sequences runs in a child process that may use `limit` bytes. On a
+    """Whether a child process that may use `limit` bytes can run an update with micro-batches of `size` sequences. On a
     CPU, the limit includes the memory of Python and PyTorch. The child does not compile, since compilation takes about
     a minute."""
     # The child is a single process, so it cannot share the model with other ranks.
@@ -287,7 +291,7 @@ def _trial_fits(config: AtlasConfig, size: int, limit: int, say: Callable[[str],
     if child.returncode not in {0, _TOO_LARGE, *_KILLED}:
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise AtlasError(
-            f"training.micro_batch_size: auto: an update could not be tried ({reason:.200}): give a number"
+            f"training.micro_batch_size: auto: the trial of an update failed ({reason:.200}): set a number"
         )
     fits = child.returncode == 0
     say(f"  {size} per micro-batch: {'fits' if fits else 'does not fit'}")
@@ -295,10 +299,10 @@ def _trial_fits(config: AtlasConfig, size: int, limit: int, say: Callable[[str],
 
 
 def _run_trial() -> int:
-    """Run the trial in the child process and return its exit code. If an update has several micro-batches, run two: the
-    gradient of the first is in memory during the second."""
+    """Run the trial in the child process and return the exit code. If an update of the run has several micro-batches,
+    an update of the trial has two: the gradient of the first is in memory during the second."""
     settings, size, limit, threads = json.load(sys.stdin)
-    keep_memory()  # as in the run, where this setting uses a little more memory
+    keep_memory()  # as in the run: with this setting, a process uses a little more memory
     config = resolve(settings)
     torch.set_num_threads(threads)
     runtime = setup_runtime(config)
@@ -310,11 +314,11 @@ def _run_trial() -> int:
         learner = fresh_learner(config, runtime)
         documents = [torch.zeros_like(tokens[:, 1:])] if config.data.document_mask else []
         batch = [tokens[:, :-1], tokens[:, 1:], *documents]
-        for _ in range(2):  # the second finds the optimizer's state and fragmented memory
+        for _ in range(2):  # the second update runs with the optimizer's state and fragmented memory
             gradient = accumulate_gradient(learner, batch, state, stop=StopRequest())
             apply_gradient(learner, gradient, state, rate=0.0)
     except (ImportError, RuntimeError, MemoryError) as error:
-        # ImportError: no memory is left to map a library that PyTorch loads on first use.
+        # Python raises ImportError if no memory is left to map a library that PyTorch loads on first use.
         if not isinstance(error, ImportError) and not is_out_of_memory(error):
             raise
         return _TOO_LARGE

@@ -1,4 +1,5 @@
-"""Handle an update that was not applied: log it, roll back, or end the run and list what to check."""
+"""Handle a faulty update, which Atlas did not apply: log the fault, roll back, or end the run with a list of possible
+causes."""
 
 from __future__ import annotations
 
@@ -38,16 +39,19 @@ def recover(run: Run, fault: Fault) -> bool:
 
 
 def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None, *, is_final: bool) -> bool:
-    """Save and return True. If the weights are ruined, roll back to the last save instead and return False.
+    """Save a checkpoint and return True. If the weights or the validation loss are not finite, roll back to the last
+    save instead and return False.
 
-    After a final save no later update can reveal ruined weights. So the last update must have been applied, unless
-    there is an evaluation. Raises the `AtlasError` of `roll_back`.
+    After the final save, no later update can reveal faulty weights. So without an evaluation, the function also rolls
+    back if the last update was not applied. Raises the `AtlasError` of `roll_back`.
     """
     fault = weights_fault(run.model, run.world)
     if evaluation and not math.isfinite(evaluation.loss):
         fault = fault or Fault(f"validation loss {evaluation.loss}")
     if is_final and run.state.bad_in_a_row and not evaluation:
-        fault = fault or Fault("the last update was not applied, and there is no validation loss to check it")
+        fault = fault or Fault(
+            "the last update was not applied, and there is no validation loss to check the weights"
+        )
     if fault:
         roll_back(run, fault)
         return False
@@ -56,8 +60,8 @@ def save_or_roll_back(run: Run, kinds: list[str], evaluation: Evaluation | None,
 
 
 def save_if_sound(run: Run, kinds: list[str]) -> bool:
-    """Save a run that was stopped, unless its weights are or may be ruined, since `--resume auto` would load them.
-    Return whether the run was saved."""
+    """Save a run that was stopped, and return whether it was saved. If the weights are not finite, or the last updates
+    were faulty, save nothing, since `--resume auto` would load the faulty weights."""
     state, fault = run.state, weights_fault(run.model, run.world)
     if state.bad_in_a_row:
         fault = fault or Fault(f"the last {state.bad_in_a_row} updates could not be applied")
@@ -71,11 +75,11 @@ def save_if_sound(run: Run, kinds: list[str]) -> bool:
 
 @contextmanager
 def emergency_save(run: Run) -> Iterator[None]:
-    """Enclose the training loop: after an unexpected exception, save the last complete update and raise the exception
-    again.
+    """A context for the training loop. After an unexpected exception, save the run after its last complete update, and
+    raise the exception again.
 
-    A run of several processes is not saved. A save needs all ranks, and ranks without an exception would not take part,
-    so the processes would wait for each other forever.
+    A run of several processes is not saved. A save needs all ranks, but ranks without an exception would not take part.
+    The processes would then wait for each other forever.
     """
     begun_at = run.state.step
     try:
@@ -97,20 +101,21 @@ def emergency_save(run: Run) -> Iterator[None]:
 
 
 def roll_back(run: Run, fault: Fault) -> None:
-    """Return to the last save, skip the data read since then, and lower the learning rate. Raises `AtlasError` if there
-    is no save, or after `MAX_ROLLBACKS` rollbacks."""
+    """Restore the last save, skip the data that the run has read since that save, and lower the learning rate. Raises
+    `AtlasError` if there is no save, or after `MAX_ROLLBACKS` rollbacks."""
     state, came_to = run.state, run.state.step
     good = _target(run)
     if good is None or state.rollbacks == MAX_ROLLBACKS:
         why = "rolling back did not help" if good else "there is no save to roll back to"
         _give_up(run, fault, why)
     load_full_weights(run.model, good["model_state_dict"])
-    # The optimizer keeps the tensors that it loads. A second rollback may need them unchanged, so load a copy.
+    # The optimizer keeps the tensors that it loads, and changes them. A second rollback may need the saved tensors, so
+    # load a copy.
     optimizer_state = copy.deepcopy(good["optimizer_state_dict"])
     restore_optimizer(run.learner, {**good, "optimizer_state_dict": optimizer_state})
     since = state.went_back_to if state.rollbacks else good["step"]
     state.roll_back_to(good)
-    run.keep_snapshot()  # replaces the copy of a save that did not help
+    run.keep_snapshot()  # overwrites the copy in memory, which may be of a save that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * run.config.training.sequences_per_update
     run.log.rewind(state.step)
@@ -130,9 +135,9 @@ def roll_back(run: Run, fault: Fault) -> None:
 def _target(run: Run) -> dict[str, Any] | None:
     """Return the contents of the save to roll back to, or None.
 
-    The first rollback uses the last save. If the first rollback did not help, the next rollback uses the save before
-    the last, since finite weights can be ruined too. Without an earlier save, the same save is used again, with more
-    data skipped and a lower learning rate.
+    The first rollback uses the last save. If that rollback did not help, the next rollback uses the save before the
+    last, since finite weights can be faulty too. Without an earlier save, Atlas uses the same save again, but skips
+    more data and lowers the learning rate again.
     """
     saver, world, there = run.saver, run.world, run.state.went_back_to
     if world.size == 1 and run.state.rollbacks == 0:
@@ -164,15 +169,17 @@ def _give_up(run: Run, fault: Fault, why: str) -> NoReturn:
 
 
 def restore_optimizer(learner: Learner, contents: dict[str, Any], source: Path | None = None) -> None:
-    """Load the optimizer's and the scaler's state from a checkpoint. If `source` is sharded, each rank reads its own
-    shards. Raises `AtlasError` if the state does not fit."""
+    """Load the states of the optimizer and of the gradient scaler from the `contents` of a checkpoint. If the
+    checkpoint `source` is sharded, each rank reads its own shards. Raises `AtlasError` if the state does not fit the
+    optimizer."""
     try:
         saved = saved_optimizer(contents, source, learner.optimizer)
         check_optimizer_state(learner.optimizer, saved)
         learner.load_optimizer_state(saved)
     except (KeyError, ValueError) as error:
         raise AtlasError(
-            f"the checkpoint's optimizer state does not fit ({error}): start from its weights with --init-from"
+            f"the checkpoint's optimizer state does not fit ({error}): start a new run from the checkpoint's weights "
+            "with --init-from"
         ) from None
     if learner.scaler.is_enabled() and contents.get("scaler_state_dict"):
         learner.scaler.load_state_dict(contents["scaler_state_dict"])

@@ -1,7 +1,7 @@
 """Decide how a run begins: fresh, resumed from a checkpoint, or from another run's weights.
 
-`choose_start` decides from the user's settings and the contents of the output folder. This function writes nothing, so
-that an error changes no file. `launch.py` carries out the decision.
+`choose_start` makes this decision from the user's settings and the contents of the output folder. The function writes
+nothing, so that an error changes no file. `launch.py` then starts the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAY_CHANGE = {"dropout"}
 
 
 class OtherRunError(AtlasError):
-    """The output folder holds a run with another model or other data."""
+    """The output folder contains a run with another model, another optimizer or other data."""
 
 
 _OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
@@ -41,8 +41,8 @@ _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank
 
 @dataclass
 class Request:
-    """The options of the command. `explicit` holds only the config keys that the user set. `ask` asks the user a
-    yes-or-no question; without a terminal, `ask` is None."""
+    """The options of the command. `explicit` contains only the config keys that the user set. `ask` asks the user a
+    yes-or-no question and returns the answer. Without a terminal, `ask` is None."""
 
     explicit: Layer
     resume: str | None = None
@@ -54,7 +54,8 @@ class Request:
 @dataclass
 class Start:
     """The decision on how a run begins. `mode` is `fresh`, `resume` or `finetune`. `source` is the checkpoint that the
-    run starts from."""
+    run starts from, and `contents` is what this checkpoint contains. `set_aside` lists files to move to `previous-N`.
+    `notes` are lines for the log."""
 
     mode: str
     config: AtlasConfig
@@ -67,7 +68,8 @@ class Start:
 
 
 def choose_start(request: Request, world: World = ALONE) -> Start:
-    """Decide how the run begins. Read the output folder and checkpoints, but write nothing.
+    """Return the decision on how the run begins. The function reads the output folder and checkpoints, but writes
+    nothing.
 
     The first rank decides. The other ranks then read the same checkpoint and the same data.
     """
@@ -87,7 +89,7 @@ def _continue_alone(start: Start) -> None:
     asked = start.config.training.parallel
     if start.source and asked in ("ddp", "fsdp"):
         start.config = start.config.replace("training", parallel="auto", shard_size=None)
-        start.notes.append(f"training.parallel: {asked}: is for several processes, and this is one")
+        start.notes.append(f"training.parallel: {asked}: is for several processes, and this run has one")
 
 
 def _decision(start: Start) -> tuple[Any, ...]:
@@ -102,7 +104,8 @@ def _follow(decision: Sequence[Any], request: Request, world: World) -> Start:
     config, data = with_data(resolve(settings), request.explicit, contents, is_new_run=mode == "finetune")
     if data.fingerprint != fingerprint:
         raise AtlasError(
-            f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same"
+            f"rank {world.rank}: {data.name}: is not the data that the first rank reads: give every machine the same "
+            "data"
         )
     return Start(mode, config, data, Path(folder), source, contents)
 
@@ -124,7 +127,8 @@ def _decide(request: Request) -> Start:
     if request.resume:
         start.notes.append(f"{folder}: no checkpoint to resume from; a new run starts")
     if not request.no_resume:
-        # A file without a sidecar does not count as a checkpoint: a killed first save left it, or it was copied here.
+        # A file without a sidecar does not count as a checkpoint. A killed first save left such a file, or the user
+        # copied it into the folder.
         start.set_aside = checkpoint_paths(folder)
     return start
 
@@ -141,11 +145,11 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     if resumes:
         _refuse_other_optimizer(config, contents, source)
         owned = read_manifest(source, check_hash=False) is not None
-        # A file without a sidecar was not saved in this folder, so the run does not write to the folder.
+        # A checkpoint without a sidecar was not saved in its folder, so the run does not write to that folder.
         folder = _explicit_folder(explicit) or (source.parent if owned else _DEFAULT_FOLDER)
         if folder.resolve() != source.parent.resolve() and checkpoint_paths(folder):
             raise AtlasError(
-                f"{folder}: holds another run; give --output-dir a new folder, or --no-resume without --resume"
+                f"{folder}: holds another run: set --output-dir to a new folder, or use --no-resume without --resume"
             )
         latest = CheckpointManager(folder).load_latest(to_resume=True) if num_restarts() else None
         if latest and latest[1]["step"] > contents["step"]:
@@ -155,7 +159,7 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
         return Start("resume", config, data, folder, source, contents, newer, notes)
     if not is_new_run:
         notes.append(
-            f"{source}: was trained on other data: this is fine-tuning, from its weights, with a fresh schedule"
+            f"{source}: was trained on other data, so this run fine-tunes the checkpoint's weights with a new schedule"
         )
     folder, latest, set_aside = _finetune_folder(request, config, data, base_key(contents))
     if latest:
@@ -165,8 +169,8 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
 
 
 def num_restarts() -> int:
-    """Return how often torchrun has restarted the run. After a restart, the command's options about how to begin no
-    longer apply."""
+    """Return how often torchrun has restarted the run. After a restart, the run resumes from its own latest checkpoint,
+    even if the command has `--no-resume` or names a checkpoint."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -175,8 +179,8 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     latest = CheckpointManager(folder, say=notes.append).load_latest(to_resume=True)
     if latest is None:
         raise AtlasError(
-            f"{folder}: holds checkpoints, none of them intact ({'; '.join(notes) or 'no sidecar fits'}): name one "
-            "with --resume, or set them aside with --no-resume"
+            f"{folder}: holds checkpoints, but none of them is intact ({'; '.join(notes) or 'no sidecar fits'}): name "
+            "another checkpoint with --resume, or move these checkpoints aside with --no-resume"
         )
     ask = request.ask if request.resume is None else None
     try:
@@ -184,30 +188,31 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
     except OtherRunError:
         if ask is None:
             raise
-        fresh = _start_over(request, folder)  # if this raises an error too, ask no question
+        fresh = _start_over(request, folder)  # raises an error before the question if no new run can start
         _confirm_new_run(request, folder)
         return fresh
     start.notes += notes
     step = start.contents["step"]
     if ask and not ask(
-        f"{folder} holds this run at step {step}. Resume it? (n: start a new one, it moves to previous-N)"
+        f"{folder} holds this run at step {step}. Resume it? (n: start a new run; this run moves to previous-N)"
     ):
         return _start_over(request, folder)
     return start
 
 
 def _start_over(request: Request, folder: Path) -> Start:
-    """Start a new run in `folder`, and set the files of the old run aside."""
+    """Return the `Start` of a new run in `folder`. `launch.py` later moves the files of an earlier run aside."""
     config, data = with_data(resolve(request.explicit), request.explicit, None)
     return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
 
 
 def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
-    """Resume the run in a folder. Raises `OtherRunError` if that run has another model, optimizer or dataset."""
+    """Return the `Start` that resumes the run in `folder` from the checkpoint `latest`. Raises `OtherRunError` if that
+    run has another model, optimizer or dataset."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
     _refuse_unasked_code(inherited, request.explicit)
-    remedy = "choose another --output-dir, or set it aside with --no-resume"
+    remedy = "choose another --output-dir, or move the old run aside with --no-resume"
     try:
         config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
         _refuse_other_shape(config, contents, source)
@@ -226,7 +231,7 @@ def _finetune_folder(
     """Return the folder for fine-tuning, the checkpoint to resume from, and the files to set aside.
 
     The checkpoint is None unless the same fine-tuning has already begun in this folder. Files of another run are set
-    aside only if the user agrees.
+    aside only with `--no-resume`, or if the user agrees.
     """
     asked_folder = _explicit_folder(request.explicit)
     folder = asked_folder or _DEFAULT_FOLDER
@@ -258,13 +263,14 @@ def _confirm_new_run(request: Request, folder: Path) -> None:
         return
     unchanged = " and stays as it is" if request.ask else ""
     raise AtlasError(
-        f"{folder}: holds another run{unchanged}: give the new one another --output-dir, or move the old one aside "
-        "with --no-resume"
+        f"{folder}: holds another run{unchanged}: choose another --output-dir for the new run, or move the old run "
+        "aside with --no-resume"
     )
 
 
 def base_key(contents: Mapping[str, Any]) -> str:
-    """Return an identifier of the checkpoint that a run starts from: a hash of its config, step, loss and data."""
+    """Return an identifier of the checkpoint that a run starts from: a hash of the checkpoint's config, step, loss and
+    data."""
     keys = "config", "step", "sequences_consumed", "loss", "initialized_from"
     facts = [*(contents.get(key) for key in keys), contents.get("data", {}).get("fingerprint")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -275,8 +281,9 @@ def _refuse_other_shape(
 ) -> list[str]:
     """Raise `AtlasError` unless the checkpoint's weights fit the model of `config`. Return notes for the user.
 
-    A new run may have another context length: only learned positions depend on it, and a shorter context uses the first
-    of them. A resumed run must keep the length, since the run counts the data it has read in sequences of this length.
+    A new run may have another context length. Only learned positions depend on this length, and a shorter context uses
+    the first of these positions. A resumed run must keep its context length, since the checkpoint counts the data that
+    the run has read in sequences of this length.
     """
     # Resolve the saved config, since an older checkpoint lacks some settings.
     saved = resolve({"model": contents["config"].get("model", {})})
@@ -298,7 +305,7 @@ def _refuse_other_shape(
             f"{source}: model: {context}: the model has {length} trained positions and no others: set "
             f"model.max_seq_len to at most {length}, or train a model with position rope"
         )
-    untrained = f"; it has not been trained on distances beyond {length}" if is_longer else ""
+    untrained = f"; the model has not been trained on distances beyond {length}" if is_longer else ""
     return [f"model: {context}: the new run has another context than {source}{untrained}"] if context else []
 
 
@@ -313,12 +320,12 @@ def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], so
 
 
 def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
-    """Raise `AtlasError` if a checkpoint names code that the user does not name too. The checkpoint may come from a
-    stranger."""
+    """Raise `AtlasError` if a checkpoint names a custom loss and the user does not set `training.loss`. The checkpoint
+    may come from a stranger, and a custom loss is code that Atlas would run."""
     loss = inherited.get("training", {}).get("loss")
     if loss and "loss" not in explicit.get("training", {}):
         raise AtlasError(
-            f"the checkpoint was trained with the loss {loss}; confirm it with --set training.loss={loss}"
+            f"the checkpoint was trained with the loss {loss}: to run this code, add --set training.loss={loss}"
         )
 
 
@@ -333,8 +340,8 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise `AtlasError` if one of a run's files in the folder is a link. A folder from a stranger could use links to
-    make the run write elsewhere."""
+    """Raise `AtlasError` if one of a run's files in the folder is a link. With such links, a folder from a stranger
+    could make the run write to files outside the folder."""
     for path in _own_files(folder):
         if path.is_symlink():
             raise AtlasError(

@@ -36,7 +36,7 @@ from atlas.training.state import TrainState
 
 
 class Learner:
-    """A model, its loss and a new optimizer on one device: the objects that an update computes with."""
+    """The objects that an update uses: a model, its loss function and a new optimizer on one device."""
 
     def __init__(
         self, model: AtlasLM, config: AtlasConfig, runtime: Runtime, custom_loss: LossFunction | None = None
@@ -46,17 +46,18 @@ class Learner:
         self.model.gradient_checkpointing = config.training.gradient_checkpointing
         self.objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
         self.wrapped = wrap(self.objective, config, runtime.world, runtime.parallel, runtime.device)
-        """`objective` wrapped by DDP. With FSDP2 and in a run of one process, `objective` itself."""
+        """`objective` wrapped by DDP. With FSDP2, or in a run of one process, this is `objective` itself."""
         self.optimizer = build_optimizer(model, config.training)
         self.scaler = runtime.grad_scaler()
         self.proven = (0, 0)
-        """A micro-batch size, and how many updates with this size have fitted into memory; used by `micro_batch`."""
+        """A micro-batch size, and the number of updates (at most 3) with this size that fitted into memory.
+        `micro_batch.py` uses this pair."""
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
-        """Load an optimizer's state dict of full tensors.
+        """Load an optimizer's state dict, whose tensors may be full or sharded.
 
-        PyTorch casts the state to the dtype of its parameter. Atlas keeps the state of bf16 weights in fp32, so the
-        weights become fp32 while the state is loaded.
+        PyTorch casts the state of a parameter to the parameter's dtype. Atlas keeps the state of bf16 weights in fp32,
+        so the weights become fp32 while the state is loaded.
         """
         self.model.float()
         self.optimizer.load_state_dict(sharded_state(saved, self.optimizer))
@@ -65,13 +66,14 @@ class Learner:
 
 Sampler = Callable[[AtlasLM, Tokenizer, TrackingConfig, int, Callable[[], bool]], list[str]]
 """`(model, tokenizer, config.tracking, seed, should_stop)` → `tracking.samples` generated texts. The model is in
-evaluation mode. A sampler uses its own random generator. `atlas.inference` has a sampler, which is passed in by the
-code that starts a run."""
+evaluation mode. A sampler uses its own random generator. The code that starts a run passes in the sampler of
+`atlas.inference`."""
 
 
 @dataclass
 class RunData:
-    """The data of a run as sequences. Every checkpoint stores `identity`, which identifies the data."""
+    """The data of a run: its tokenizer and its sequences. Every checkpoint stores `identity`, which identifies the
+    data."""
 
     tokenizer: Tokenizer
     train: SequenceSource
@@ -83,9 +85,9 @@ class RunData:
 class Run:
     """One training run: its learner, its data, its state, its log and its checkpoints.
 
-    Only `state` decides how the run continues, and every checkpoint holds this state. The sequences, the learning rate
-    and the dropout of an update are functions of the state. So k updates, a kill, a resume and N − k updates give
-    exactly the same numbers as N updates.
+    Besides the weights and the optimizer's state, only `state` decides how the run continues. Every checkpoint stores
+    all three. The sequences, the learning rate and the dropout of an update are functions of `state`. So on a CPU, k
+    updates, a kill, a resume and N − k updates give exactly the same numbers as N updates.
     """
 
     learner: Learner
@@ -96,15 +98,15 @@ class Run:
     initialized_from: str | None = None
     """The checkpoint whose weights the run began with."""
     sampler: Sampler | None = None
-    """Generates samples at each evaluation; None: the run has no samples."""
+    """The function that generates samples at each evaluation, or None if the run logs no samples."""
     sensor: GpuSensor | None = None
-    """Reads the GPU's temperature; None if the run does not need it."""
+    """The sensor of the run's NVIDIA GPU, or None if there is no sensor."""
     lock: FolderLock | None = None
     """The lock of the output folder, held until the run ends."""
     is_amid_update: bool = False
     """Whether an update is being applied: the weights may have changed, but `state` does not count the update yet."""
     stops_early: bool = False
-    """Whether the run ends after this step, since the validation loss no longer falls."""
+    """Whether the run ends after this step because the validation loss no longer falls."""
     stop: StopRequest = field(init=False)
     clock: RunClock = field(init=False)
     throughput: Throughput = field(init=False)
@@ -116,7 +118,7 @@ class Run:
 
     @property
     def config(self) -> AtlasConfig:
-        """The settings, including those that depend on the data."""
+        """The settings of the run, including the settings that depend on the data."""
         return self.learner.config
 
     @property
@@ -146,12 +148,12 @@ class Run:
 
     @property
     def num_updates(self) -> int | None:
-        """The number of updates of the run, or None while it is unknown."""
+        """The number of updates of the run, or None while this number is not planned yet."""
         return self.state.horizon if self.state.is_planned else None
 
     @property
     def epoch(self) -> int:
-        """Complete passes over the training data so far."""
+        """The number of complete passes over the training data so far."""
         return self.state.sequences_consumed // len(self.data.train)
 
     @property
@@ -162,7 +164,7 @@ class Run:
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether the current step should have been evaluated and was not."""
+        """Whether an evaluation is due at the current step and has not happened yet."""
         return self.data.val is not None and self.state.owes_evaluation(self.config.training.eval_interval)
 
     @property
@@ -172,7 +174,7 @@ class Run:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of a checkpoint's tensors."""
+        """The size of a checkpoint's tensors, in bytes."""
         return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
 
     @cached_property
@@ -181,8 +183,8 @@ class Run:
         return fixed_subset(len(self.data.val), self.config.training.eval_sequences) if self.data.val else []
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """Iterate over the batches of all updates from the current step to the horizon. Each batch has columns of shape
-        (N, T)."""
+        """Iterate over this rank's batches of all updates from the current step to the horizon. A batch is a tuple of
+        (N, T) tensors: inputs, targets and, with document masks, document numbers."""
         return batches(
             self.data.train,
             order_of(self.data.train, self.config.seed),
@@ -199,7 +201,7 @@ class Run:
         """Return everything that a checkpoint holds: plain values and tensors only. Every rank must call this method.
 
         If the model is sharded, only the first rank returns the full tensors. With `as_shards`, each rank returns its
-        shards instead.
+        own shards instead.
         """
         tensors = {
             "model_state_dict": dict(self.model.state_dict()),
@@ -219,8 +221,8 @@ class Run:
         }
 
     def save(self, kinds: list[str], *, wait: bool) -> None:
-        """Write one checkpoint under the names of `kinds`. With `wait`, return when the checkpoint is on the disk.
-        Without `wait`, return as soon as a copy is in memory."""
+        """Save one checkpoint under the names of all `kinds`. With `wait`, or without background saves, return when the
+        checkpoint is on the disk. Otherwise return as soon as a copy is in memory."""
         self.state.seconds = self.clock.elapsed
         with self.throughput.paused():
             contents = self.contents(as_shards=self.saver.is_sharded)
@@ -228,7 +230,8 @@ class Run:
                 self.saver.save(contents, kinds, wait=wait)
 
     def keep_snapshot(self) -> None:
-        """Keep a copy of the current state in memory, for a rollback before the first save."""
+        """Keep a copy of the current state in memory, for a rollback before the first save. Runs that save shards, or
+        do not save in the background, keep no copy."""
         if self.saver.is_sharded:
             return
         contents = self.contents()

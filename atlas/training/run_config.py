@@ -1,5 +1,5 @@
-"""Complete a run's config from its data: the vocabulary, and settings that depend on the data unless the user set
-them."""
+"""Complete the config of a run from its data: set the vocabulary size, and the settings that depend on the data unless
+the user set them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHAT_WARMUP_STEPS = 10
 def with_data(
     config: AtlasConfig, explicit: Layer, contents: Mapping[str, Any] | None, *, is_new_run: bool = False
 ) -> tuple[AtlasConfig, ResolvedData]:
-    """Return the config with its vocabulary size, and the data that the config names.
+    """Return the config, completed with the vocabulary size, and the data that the config names.
 
-    `contents` is the checkpoint that the run starts from, if any. If the data is the same, the run resumes from this
-    checkpoint, unless `is_new_run`.
+    `contents` are the contents of the checkpoint that the run starts from, if any. If the data is the same as the
+    checkpoint's, the run resumes from the checkpoint, unless `is_new_run`.
     """
     if config.data.train_data is None and config.data.mixture is None:
         raise AtlasError(
-            "no training data: give --train-data a prepared folder (atlas prepare makes one) or plain text; to resume "
-            f"a run, give --output-dir its folder ({config.checkpoint.output_dir} holds none)"
+            "no training data: set --train-data to a prepared folder (made by atlas prepare) or to plain text. To "
+            f"resume a run, set --output-dir to the folder of the run ({config.checkpoint.output_dir} contains no run)"
         )
     asked = explicit.get("data", {}).get("tokenizer")
     tokenizer: Tokenizer | None = None
@@ -45,9 +45,9 @@ def with_data(
         data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
     if contents and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
         raise AtlasError(
-            f"{data.name}: was made with the tokenizer {data.tokenizer.name} "
-            f"({data.tokenizer.fingerprint[:12]}), the checkpoint with {contents['tokenizer'].get('name')} "
-            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): give --train-data the text that it was made from"
+            f"{data.name}: was made with the tokenizer {data.tokenizer.name} ({data.tokenizer.fingerprint[:12]}), but "
+            f"the checkpoint uses {contents['tokenizer'].get('name')} "
+            f"({str(contents['tokenizer'].get('fingerprint'))[:12]}): set --train-data to the text of {data.name}"
         )
     resumes = contents and data.fingerprint == contents["data"].get("fingerprint")
     if data.has_conversations and (is_new_run or not resumes):
@@ -58,8 +58,9 @@ def with_data(
 def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
     """Return the config with the settings that conversations need, except for settings that the user set.
 
-    Attention stays inside a conversation, as in a chat. Fine-tuning gets a learning rate and a warm-up for a few dozen
-    conversations (docs/TRAINING.md#conversations), instead of those of the long run that made the checkpoint.
+    A document mask restricts attention to one conversation, as in a chat. In fine-tuning, the learning rate and the
+    warm-up suit a few dozen conversations (docs/TRAINING.md#conversations). The values in the checkpoint are for a
+    longer run.
     """
     settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
     if is_finetuning:
@@ -74,19 +75,20 @@ def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: b
 
 
 def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
-    """Return the config with the `vocab_size` of the data called `data`. Raises `AtlasError` if the config states
-    another size."""
+    """Return the config with this `vocab_size`, the vocabulary size of the data named `data`. Raises `AtlasError` if
+    the config already has another size."""
     stated = config.model.vocab_size
     if stated not in (None, vocab_size):
         raise AtlasError(
-            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size}; leave vocab_size out, or with a "
-            f"preset add --set model.vocab_size={vocab_size}"
+            f"model.vocab_size: {stated}: the tokenizer of {data} has {vocab_size} tokens: remove vocab_size, or if a "
+            f"preset sets it, add --set model.vocab_size={vocab_size}"
         )
     return config.replace("model", vocab_size=vocab_size)
 
 
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
-    """Return the config of a new run. A length that the user set replaces the length of the checkpoint's run."""
+    """Return the config of a new run. If the user set a length (`max_steps`, `epochs` or `max_hours`), every length
+    that the user did not set becomes None."""
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
     return config.replace("training", **dict.fromkeys(lengths - written)) if written else config

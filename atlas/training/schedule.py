@@ -1,4 +1,4 @@
-"""The length of a run, its learning rate, and how many updates fit into the given hours."""
+"""The length of a run, its learning rate, and how many updates fit into `training.max_hours`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from atlas.config import TrainingConfig
 
 NO_LIMIT = 10**9
-_WARM_UP = 2  # first updates, not measured: they warm up caches, allocators and compilers
-_ENOUGH = 10  # measured updates that suffice
-_SHARE = 0.02  # after this fraction of the time limit, fewer measured updates suffice
-_MARGIN = 0.03  # fraction of the time limit, for updates slower than the measured updates
+_WARM_UP = 2  # the first updates are not measured: caches, allocators and compilers warm up
+_ENOUGH = 10  # the number of measured updates that suffices to plan the run
+_SHARE = 0.02  # after this fraction of the time limit, one measured update suffices
+_MARGIN = 0.03  # fraction of the time limit in reserve: later updates may be slower than the measured ones
 
 
 def horizon_steps(
@@ -23,8 +23,8 @@ def horizon_steps(
     """Return the step at which the run ends: after `epochs` or `max_steps`, whichever comes first, or after one epoch
     if neither is set.
 
-    With only `max_hours` the end is unknown until updates have been timed, so the result is `NO_LIMIT`. `step` and
-    `sequences_consumed` are the progress that a resumed run has already made.
+    If only `max_hours` is set, the end is unknown until Atlas has timed some updates, so the result is `NO_LIMIT`.
+    `step` and `sequences_consumed` are the progress that a resumed run has already made.
     """
     epochs = config.epochs if config.epochs or config.max_steps or config.max_hours else 1
     end = min(config.max_steps or NO_LIMIT, NO_LIMIT)
@@ -35,8 +35,8 @@ def horizon_steps(
 
 
 def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
-    """Return the learning rate of update `step` (the first is 0): a linear warm-up, then `schedule`, down to its
-    minimum at the horizon.
+    """Return the learning rate of update `step`, counted from 0. The rate rises linearly during the warm-up, then
+    follows `schedule`, and reaches its minimum at the horizon.
 
     Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983. Warm-up, stable, decay (wsd): Hu et al. 2024, arXiv:2404.06395.
     """
@@ -53,8 +53,8 @@ def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
 
 
 class RunClock:
-    """The training time of a run, including the time before it was resumed, and its limit in `hours` (None: no
-    limit)."""
+    """A clock of the training time of a run. `before` is the time in seconds before the run was resumed. `hours` is the
+    time limit of the run, or None."""
 
     def __init__(
         self, hours: float | None, *, before: float, clock: Callable[[], float] = time.perf_counter
@@ -66,7 +66,7 @@ class RunClock:
         self._updates: deque[float] = deque(maxlen=_WARM_UP + _ENOUGH)
 
     def start(self) -> None:
-        """Start counting. The time before the training loop is not training time."""
+        """Start the clock. The time before the training loop is not training time."""
         self._started = self._update_began = self._clock()
 
     def update_begins(self) -> None:
@@ -79,7 +79,7 @@ class RunClock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds trained so far."""
+        """The training time so far, in seconds."""
         return self._before + self._clock() - self._started
 
     @property
@@ -94,13 +94,15 @@ class RunClock:
         return statistics.fmean(list(self._updates)[_WARM_UP:])
 
     def updates_left(self, *, extra_per_update: float, at_the_end: float) -> int:
-        """Return how many more updates fit into the limit, but at least one. Each update takes `extra_per_update` more
-        seconds for evaluation and saving. The run takes `at_the_end` seconds after its last update."""
+        """Return the number of updates, at least 1, that still fit into the time limit. Each update takes
+        `extra_per_update` more seconds for evaluation and saving. The run takes `at_the_end` seconds after its last
+        update."""
         assert self.limit is not None
         left = self.limit * (1 - _MARGIN) - self.elapsed - at_the_end
         return max(1, int(left / (self.seconds_per_update + extra_per_update)))
 
     def is_over(self, *, at_the_end: float) -> bool:
-        """Whether the run might exceed its limit with one more update and the `at_the_end` seconds after it."""
+        """Whether the run might exceed its time limit with one more update and the `at_the_end` seconds after that
+        update."""
         longest = max(self._updates, default=0.0)
         return self.limit is not None and self.elapsed + longest + at_the_end > self.limit

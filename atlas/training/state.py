@@ -45,13 +45,14 @@ class RunningMean:
 
 @dataclass
 class TrainState:
-    """Everything that decides how a run continues: all other quantities of a step are functions of this state.
+    """Everything that decides how a run continues, besides the weights and the optimizer's state. The sequences and the
+    learning rate of a step are functions of this state.
 
-    So k steps, a kill, a resume and N − k steps give exactly the same numbers as N steps.
+    So on a CPU, k steps, a kill, a resume and N − k steps give exactly the same numbers as N steps.
     """
 
     horizon: int
-    """The update at which the run ends."""
+    """The number of updates after which the run ends."""
     micro_batch_size: int
     eval_batch_size: int = 1
     is_planned: bool = True
@@ -60,10 +61,10 @@ class TrainState:
     step: int = 0
     sequences_consumed: int = 0
     seconds: float = 0.0
-    """The training time, including the time before the run was resumed."""
+    """The training time in seconds, including the time before the run was resumed."""
 
     loss: float | None = None
-    """The loss of the last update that was applied; None before the first."""
+    """The loss of the last update that was applied, or None before the first update."""
     best_loss: float = math.inf
     evaluations_since_best: int = 0
     val_loss: float | None = None
@@ -75,9 +76,10 @@ class TrainState:
     loss_since_evaluation: RunningMean = field(default_factory=RunningMean)
 
     skipped: int = 0
-    """The number of updates that were not applied, see `guard.py`."""
+    """The number of updates that were not applied (see `guard.py`)."""
     bad_in_a_row: int = 0
-    """The number of consecutive faulty updates up to now."""
+    """The number of faulty updates since the last update that was applied. Spikes and normal fp16 overflows do not
+    count."""
     rollbacks: int = 0
     """The number of rollbacks since the run last passed step `trouble_at`."""
     trouble_at: int = 0
@@ -90,7 +92,8 @@ class TrainState:
 
     @classmethod
     def of(cls, contents: dict[str, Any]) -> TrainState:
-        """Return the state in a checkpoint. Older checkpoints have no separate batch size for evaluation."""
+        """Return the state that a checkpoint stores. Older checkpoints store no `eval_batch_size`, so the state uses
+        their `micro_batch_size` instead."""
         known = {name: contents[name] for name in cls.__dataclass_fields__ if name in contents}
         for name in ("loss_since_save", "loss_since_evaluation"):
             known[name] = RunningMean(**known.get(name, {}))
@@ -107,7 +110,8 @@ class TrainState:
         self.loss_since_evaluation = RunningMean()
 
     def update_best(self, loss: float) -> bool:
-        """Record the loss of an evaluation. Return whether `loss` is the lowest so far."""
+        """Record the loss that selects the best checkpoint: the validation loss or, without validation data, the mean
+        training loss. Return whether `loss` is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.evaluations_since_best = loss, 0
             return True
@@ -120,9 +124,9 @@ class TrainState:
         return patience is not None and self.evaluations_since_best >= patience
 
     def end_save_interval(self, *, is_final: bool, has_validation: bool) -> list[str]:
-        """Return the kinds of the save that is due at this step.
+        """Return the kinds of checkpoint to save at this step.
 
-        After a faulty update, only the final save is due. Any other save would be the target of the next rollback.
+        After a faulty update, only the final save is due. Any other save would become the target of the next rollback.
         """
         kinds = ["step"] if is_final or not self.bad_in_a_row else []
         if self.step > self.trouble_at:

@@ -70,11 +70,11 @@ def accumulate_gradient(
     stop: StopRequest,
     before_reduction: Callable[[], None] = lambda: None,
 ) -> Gradient:
-    """Sum the gradient of (N, T) sequences over micro-batches of `state.micro_batch_size`.
+    """Compute the gradient of a batch of (N, T) tensors in micro-batches of `state.micro_batch_size` sequences.
 
-    The loss is summed over valid targets and divided by their number in the whole update. So the split into
-    micro-batches does not change the loss. `before_reduction` is called before this rank sums its gradient with those
-    of the other ranks. Raises `Stopped` if a stop was requested on any rank.
+    The loss is the sum over the valid targets, divided by the number of valid targets in the whole update. So the split
+    into micro-batches does not change the loss. The function calls `before_reduction` before the ranks sum their
+    gradients. Raises `Stopped` if a stop was requested on any rank.
     """
     runtime, world, targets = learner.runtime, learner.runtime.world, batch[1]
     num_sequences = len(targets)
@@ -132,11 +132,11 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
     steps_by_flag = _skips_by_flag(learner)
     if steps_by_flag:
         # The optimizer changes nothing if `found_inf` is 1. So the device can continue before the host has read the
-        # figures.
+        # loss and the norm.
         optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
         optimizer.step()
     loss, norm = figures.tolist()
-    # Reading the scale makes the host wait once more, so read it only after an overflow.
+    # To read the scale, the host has to wait once more, so read the scale only after an overflow.
     scale = scaler.get_scale() if scaler.is_enabled() and not math.isfinite(norm) else None
     fault = check_update(loss, norm, state=state, guard=config.guard, loss_scale=scale)
     if fault is None and not steps_by_flag:
@@ -147,13 +147,13 @@ def apply_gradient(learner: Learner, gradient: Gradient, state: TrainState, *, r
 
 
 def even_split(num_sequences: int, micro_batch_size: int) -> int:
-    """Return the smallest micro-batch size that gives the same number of micro-batches. Compiled code then needs the
-    least padding."""
+    """Return the smallest micro-batch size that gives as many micro-batches as `micro_batch_size`. Compiled code then
+    needs the least padding."""
     return -(-num_sequences // -(-num_sequences // micro_batch_size))
 
 
 def clear_gradient(learner: Learner) -> None:
-    """Free the gradients. Under DDP, which keeps gradients in its buckets, set them to zero instead."""
+    """Free the gradients. Under DDP, set the gradients to zero instead, since DDP keeps gradients in its buckets."""
     learner.optimizer.zero_grad(set_to_none=learner.runtime.parallel != "ddp")
 
 
@@ -166,8 +166,8 @@ def _to_device(column: Tensor, device: torch.device) -> Tensor:
 
 
 def _skips_by_flag(learner: Learner) -> bool:
-    """Whether the optimizer's kernel skips the step if `found_inf` is 1. AdamW's kernel does so on a CPU and on
-    CUDA."""
+    """Whether the optimizer's kernel itself skips a faulty update: it changes nothing if the flag `found_inf` is 1.
+    AdamW's kernel has this flag on a CPU and on CUDA. The flag does not cover spikes."""
     return (
         isinstance(learner.optimizer, torch.optim.AdamW)
         and learner.runtime.device.type in ("cpu", "cuda")
@@ -187,6 +187,6 @@ def _step(learner: Learner, step: int) -> None:
             step_rounding_weights(learner.optimizer, rounding_generator(config.seed, step, runtime.device))
     except RuntimeError as error:
         what = f"training.optimizer: {config.training.optimizer}: its step"
-        instead = "a new run with training.optimizer adafactor or muon, which compile nothing"
+        instead = "start a new run with training.optimizer adafactor or muon, which need no compiler"
         refuse_failed_compilation(error, what=what, instead=instead)
         raise

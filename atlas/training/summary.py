@@ -1,4 +1,4 @@
-"""The log entries of a run before its first update."""
+"""The log entries that a run writes before its first update."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from atlas.training.run import Run
 from atlas.training.state import TrainState
 
 _ENOUGH_CHAT_UPDATES = 100
-"""Measured: a model learns 50 or 60 short conversations in 100 to 250 updates, but not in 30 or 60
-(docs/TRAINING.md)."""
+"""The number of updates below which a run on conversations gets a warning. In measurements, a model learned 50 or 60
+short conversations in 100 to 250 updates, but not in 30 or 60 updates (docs/TRAINING.md)."""
 
 
 def log_summary(start: Start, run: Run, differences: list[str]) -> None:
-    """Log the checkpoint that the run starts from, its settings, its size and warnings."""
+    """Log the checkpoint that the run starts from, the settings and size of the run, and warnings."""
     config, state, say = run.config, run.state, run.log.say
     if cpu_only_build_with_nvidia_driver():
         say(
-            "warning: an NVIDIA driver is here, but this PyTorch is a CPU-only build: install the CUDA build (README)"
+            "warning: an NVIDIA driver is installed, but this PyTorch is a CPU-only build: install the CUDA build "
+            "(README)"
         )
     if restarts := num_restarts():
         say(f"torchrun restarted the run ({restarts} times so far): a process failed, see above")
@@ -50,7 +51,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
     say(as_yaml(config).rstrip())
     data, model = run.data.train, run.model
     if config.lora.rank:
-        say(f"lora: {lora_parameters(config):,} trainable parameters beside the model's, which are frozen")
+        say(f"lora: {lora_parameters(config):,} trainable parameters; the model's own parameters are frozen")
     say(
         f"model: {model.num_parameters():,} parameters; data: {data.num_tokens:,} tokens, "
         f"{len(data):,} sequences of {config.model.max_seq_len}; run: {_length_in_words(config, state, len(data))} on "
@@ -67,10 +68,10 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
     if config.data.document_mask and has_flex_attention(run.runtime.device):
         _log_dense_attention(config, say)
     if config.model.train_only:
-        say(f"model: for Atlas only, it cannot be exported: {config.model.train_only}")
+        say(f"model: it cannot be exported, only Atlas can run it: {config.model.train_only}")
     if config.training.optimizer == "adamw8bit":
         say(
-            "training.optimizer: adamw8bit compiles its step in the first update: half a minute or more, once"
+            "training.optimizer: adamw8bit compiles its step in the first update, which takes half a minute or more"
         )
     if run.data.val is None:
         say("no validation data: the best checkpoint is selected by training loss")
@@ -81,21 +82,23 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
         f"({free / 1e9:.1f} GB free); log: {run.log.log_path}"
     )
     if free < total:
-        say("warning: the disk is too small for all of these: free some space, or lower keep_checkpoints")
+        say(
+            "warning: the disk is too small for all these checkpoints: free some space, or lower keep_checkpoints"
+        )
 
 
 def _log_dense_attention(config: AtlasConfig, say: Callable[[str], None]) -> None:
     """Log why this model cannot use the sparse attention kernel of this device."""
     size = config.model.head_size
     if config.model.dropout:
-        reason, remedy = "has no dropout", "model.dropout 0 is faster"
+        reason, remedy = "does not support dropout", "model.dropout 0 is faster"
     elif size < FLEX_HEAD_SIZE:
-        reason = f"needs heads at least {FLEX_HEAD_SIZE} wide, and these are {size}"
+        reason = f"needs a head size of at least {FLEX_HEAD_SIZE}, and this model has {size}"
         remedy = "fewer model.num_heads (in a new run) are faster"
     else:
         return
     say(
-        f"data.document_mask: attention computes all T × T weights, since its sparse kernel {reason}; {remedy}"
+        f"data.document_mask: attention computes all T × T weights, since the sparse kernel {reason}; {remedy}"
     )
 
 
@@ -165,8 +168,8 @@ def _length_in_words(config: AtlasConfig, state: TrainState, sequences: int) -> 
 
 
 def _changes(old: Mapping[str, Any], config: AtlasConfig) -> list[str]:
-    """Return a line for each setting that differs from the checkpoint's config. A setting that an older checkpoint
-    lacks has its default."""
+    """Return a line for each setting that differs from the checkpoint's config. If an older checkpoint lacks a setting,
+    the function compares the default of this setting."""
     before, new = resolve(old).model_dump(mode="json"), config.model_dump(mode="json")
     pairs = []
     for key, value in new.items():

@@ -25,7 +25,8 @@ from atlas.training.step import Update, apply_gradient
 
 
 def train(run: Run) -> Result:
-    """Train until the horizon, an early stop, the time limit or an interrupt, and then save a checkpoint."""
+    """Train until the horizon, an early stop, the time limit or an interrupt. Then save a checkpoint and return the
+    result."""
     config, state, log = run.config, run.state, run.log
     with _running(run) as after_update:
         run.keep_snapshot()
@@ -59,8 +60,9 @@ def train(run: Run) -> Result:
 
 @contextmanager
 def _running(run: Run) -> Iterator[Callable[[], None]]:
-    """Enclose the training loop. Signals request a stop; trackers and the progress bar are open; an unexpected error
-    causes a save; at the end all saves are complete. Yields a function to call after each update."""
+    """A context for the training loop. It yields a function to call after each update. In the context, signals request
+    a stop, the trackers and the progress bar are open, and an unexpected error causes a save. At the end of the
+    context, all saves are complete."""
     run.model.train()
     run.clock.start()
     progress = run.log.progress(done=run.state.step, total=run.num_updates)
@@ -71,7 +73,8 @@ def _running(run: Run) -> Iterator[Callable[[], None]]:
 
 
 def outcome_of(run: Run) -> str | None:
-    """Return how the run ended, or None if another update is due. Every rank must call this function."""
+    """Return the outcome of the run (see `Result`), or None if another update is due. Every rank must call this
+    function."""
     state, clock, log = run.state, run.clock, run.log
     if run.stops_early:
         return "stopped early"
@@ -88,15 +91,15 @@ def outcome_of(run: Run) -> str | None:
     if run.num_updates:
         slow = f" of {run.num_updates} planned: updates took longer than the measured ones"
     log.say(
-        f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; to continue, give a larger "
+        f"the {run.config.training.max_hours:g} h are over at step {state.step}{slow}; to continue, set a larger "
         "--max-hours"
     )
     return "stopped in time"
 
 
 def train_step(run: Run, stream: Iterator[tuple[Tensor, ...]]) -> Update | None:
-    """Perform one update with the next batch of `stream`. Return None, without an update, if a stop was requested
-    meanwhile."""
+    """Perform one update with the next batch of `stream`. If a stop was requested meanwhile, return None without an
+    update."""
     state, per_update = run.state, run.config.training.sequences_per_update
     run.clock.update_begins()
     with run.throughput.waiting_for_data():
@@ -160,8 +163,8 @@ def finish_step(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> Evaluation | None:
-    """Evaluate on the fixed windows, log the result and write samples. Return None if a stop was requested
-    meanwhile."""
+    """Evaluate the model on `run.val_windows`, and log the result and samples. Return the result, or None if a stop was
+    requested meanwhile."""
     state, size = run.state, run.state.eval_batch_size
     with run.throughput.paused():
         evaluation = evaluate_within_memory(run, run.val_windows)
@@ -216,10 +219,10 @@ def plan_horizon(run: Run) -> None:
 
 
 def _samples(run: Run) -> list[str]:
-    """Generate `tracking.samples` texts on the first rank; return an empty list on the other ranks.
+    """Return `tracking.samples` generated texts on the first rank, and an empty list on the other ranks.
 
-    A failure does not end the run, since samples are for reading only. The first failure is logged, and later
-    evaluations write no samples.
+    A failure does not end the run, since samples do not affect training. The first failure is logged, and later
+    evaluations generate no samples.
     """
     if run.sampler is None or not run.config.tracking.samples:
         return []
@@ -230,16 +233,17 @@ def _samples(run: Run) -> list[str]:
     else:
         run.model.eval()
         try:
-            # The compiled blocks have the shapes of training, so run without compilation.
+            # The blocks are compiled for the shapes of training only, so run without compilation.
             with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
-                # Every evaluation uses the same seed, so that only the model differs.
+                # Every evaluation uses the same seed, so that samples differ only because of the model.
                 tracking, seed = run.config.tracking, run.config.seed
                 return run.sampler(run.model, run.data.tokenizer, tracking, seed, lambda: run.stop.requested)
         except Exception as error:
             reason = first_line(error)
         finally:
             run.model.train()
-        release_memory(run.runtime.device)  # not inside `except`, where the exception references tensors
+        # This line is outside `except`, because inside it the exception still references tensors.
+        release_memory(run.runtime.device)
     run.log.say(f"step {run.state.step}: no samples from here on (tracking.samples): {reason}")
     run.sampler = None
     return []

@@ -170,7 +170,7 @@ MISTAKES = {
         "misplaced.yaml": "training.hidden_size … write it as model.hidden_size",
         "twice.yaml": "twice.yaml line 3 … 'batch_size' is given twice",
         "indivisible.yaml": "hidden_size 16 is not divisible by num_heads 3 … use hidden_size 15 or 18",
-        "vocabulary.yaml": "model.vocab_size: 50257 … own has 300; leave vocab_size out",
+        "vocabulary.yaml": "model.vocab_size: 50257 … own has 300 tokens: remove vocab_size",
         "negative.yaml": "training.batch_size: -5: must be",
         "words.yaml": "training.max_steps: 'many': must be a number",
         "gpu.yaml": "device: 'gpu': must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'",
@@ -248,7 +248,7 @@ MISTAKES = {
         "--init-from broken/hollow.pt --output-dir new": "hollow.pt: its weights do not fit",
     },
     "train": {
-        "--config small.yaml --output-dir new": "no training data: give --train-data",
+        "--config small.yaml --output-dir new": "no training data: set --train-data",
         "--config small.yaml --train-data gpt2": "gpt2 … checkpoints … --output-dir … --no-resume",
         "--config small.yaml --train-data missing": "missing: no such file … the run in checkpoints",
     },
@@ -372,7 +372,7 @@ MISTAKES = {
         "--data river.txt": "--data river.txt: is not a prepared dataset; make one with atlas prepare",
         "--data nothing": "--data nothing: is not a prepared dataset; make one with atlas prepare",
         "--data bad_ids": "bad_ids … token id … 300 tokens; prepare the dataset again",
-        "--data own --config vocabulary.yaml": "vocab_size: 50257 … own has 300; leave vocab_size out",
+        "--data own --config vocabulary.yaml": "vocab_size: 50257 … own has 300 tokens: remove vocab_size",
         "--data own --gpu T4 --set model.max_seq_len=99999": "own … too few … smaller model.max_seq_len",
     },
     "doctor": {

@@ -110,8 +110,8 @@ def test_flex_attention_is_for_cuda_without_dropout_and_for_heads_wide_enough(
     ("settings", "says"),
     [
         ({"num_heads": 2}, None),
-        ({"num_heads": 4}, "needs heads at least 16 wide, and these are 8; fewer model.num_heads"),
-        ({"num_heads": 2, "dropout": 0.1}, "has no dropout; model.dropout 0 is faster"),
+        ({"num_heads": 4}, "needs a head size of at least 16, and this model has 8; fewer model.num_heads"),
+        ({"num_heads": 2, "dropout": 0.1}, "does not support dropout; model.dropout 0 is faster"),
     ],
 )
 def test_the_start_says_why_attention_is_dense_on_cuda(settings: dict[str, Any], says: str | None) -> None:

@@ -103,7 +103,7 @@ def test_a_run_with_updates_resumes_and_its_model_is_used_as_any_other(
     base = save_imported(sharp_model(bpe), bpe, tmp_path / "base", source="a test")
     start = ["--init-from", str(base), "--set", f"training.optimizer={optimizer}"]
     assert train(tmp_path, *start, "--max-steps", "6") == 0
-    assert "trainable parameters beside the model's" in capsys.readouterr().err
+    assert "trainable parameters; the model's own parameters are frozen" in capsys.readouterr().err
     whole = load_checkpoint(tmp_path / "tuned" / "atlas_step_6.pt")["model_state_dict"]
     rest = load_checkpoint(base)["model_state_dict"]
     assert all(torch.equal(whole[name], tensor) for name, tensor in rest.items())
@@ -138,7 +138,7 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
     assert train(tmp_path, "--max-steps", "2") == 2
-    assert "need a trained model: name it with --init-from" in capsys.readouterr().err
+    assert "needs a trained model: name its checkpoint with --init-from" in capsys.readouterr().err
     base = save_imported(sharp_model(bpe), bpe, tmp_path / "base", source="a test")
     assert train(tmp_path, "--init-from", str(base), "--max-steps", "2") == 0
     again = ["train", "--resume", str(tmp_path / "tuned" / "atlas_step_2.pt"), "--max-steps", "4"]

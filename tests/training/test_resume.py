@@ -248,7 +248,7 @@ def test_a_folder_of_broken_checkpoints_is_not_overwritten(done: tuple[dict, Pat
     explicit, folder = done
     for path in folder.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(AtlasError, match="none of them intact"):
+    with pytest.raises(AtlasError, match="none of them is intact"):
         choose_start(Request(explicit))
 
 
@@ -533,7 +533,7 @@ def test_optimizer_state_of_another_size_is_refused(done: tuple[dict, Path], tmp
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("training.batch_size", 10**12, "lower one of them"),
+        ("training.batch_size", 10**12, "lower batch_size or gradient_accumulation_steps"),
         ("model.hidden_size", 2**18, "atlas plan shows which presets fit"),
     ],
 )
@@ -604,7 +604,7 @@ def test_fine_tuning_resumes_from_the_same_base_only(tmp_path: Path, bases: list
     folder = tmp_path / "tuned"
     train(fine_tuning(folder, bases[0], text))
     assert fine_tuning(folder, bases[0], text).is_complete  # the same command again
-    with pytest.raises(AtlasError, match=r"holds another run: give the new one another --output-dir"):
+    with pytest.raises(AtlasError, match=r"holds another run: choose another --output-dir"):
         fine_tuning(folder, bases[1], text)
     asked: list[str] = []
     with pytest.raises(AtlasError, match=r"holds another run and stays as it is"):

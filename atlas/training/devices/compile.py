@@ -1,4 +1,4 @@
-"""torch.compile: decide whether a run is compiled, and say why a machine cannot compile."""
+"""Decide whether a run uses torch.compile, compile the blocks, and report why a machine cannot compile."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _INSTALL = "install a C++ compiler (and Triton, on a GPU)"
 
 
 def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[str], None]) -> bool:
-    """Whether to compile the model's blocks on `device`, as `training.compile` asks.
+    """Whether to compile the model's blocks on `device` according to `training.compile`.
 
-    `auto` compiles on CUDA only. On a CPU the compiled preset `tiny` ran at 0.83 of its eager speed, since matrix
+    `auto` compiles on CUDA only. On a CPU, the compiled preset `tiny` had 0.83 of its eager throughput, since matrix
     products take most of the time there (benchmarks/RESULTS.md). If this machine cannot compile, `on` raises
     `AtlasError`, and `auto` logs a line and trains without compilation.
     """
@@ -39,7 +39,8 @@ def choose_compile(config: AtlasConfig, device: torch.device, *, say: Callable[[
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Compile a small forward and backward pass on `device` as a test. Return the error's first line, or None."""
+    """Compile a small forward and backward pass on `device` as a test. Return the first line of the error, or None if
+    the test succeeds."""
     torch._dynamo.reset()
     weight = torch.ones(8, device=device, requires_grad=True)
     try:
@@ -53,24 +54,27 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def compile_blocks(model: AtlasLM, *, keeps_little: bool = False) -> None:
-    """Compile each block in place. State-dict keys stay as they are, and equal blocks compile once for each shape.
+    """Compile each block in place. State-dict keys stay as they are. PyTorch compiles equal blocks only once for each
+    shape.
 
-    By default the compiler saves the outputs of norms and of the MLP's activation for the backward pass. With
-    `keeps_little` the compiler recomputes these outputs from the outputs of the matrix products. This saves a third of
-    the memory and costs 3 % more memory traffic. In both cases, matrix products are computed once.
+    By default, the compiled forward pass saves the outputs of norms and of the MLP's activation for the backward pass.
+    With `keeps_little`, the backward pass recomputes these outputs from the outputs of the matrix products. The saved
+    activations then need a third less memory, but the memory traffic is 3 % higher. In both cases, matrix products are
+    computed once.
     """
     torch._functorch.config.aggressive_recomputation = keeps_little
-    # This option would split each compiled graph so that DDP sends gradients earlier. Blocks compiled one by one allow
-    # that too.
+    # This option would split each compiled graph so that DDP sends gradients earlier. Blocks that are compiled one by
+    # one need no such split.
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def filled_up(columns: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Pad inputs, targets and, if given, documents from (N, T) to (`size`, T). The added rows do not affect the loss.
+    """Return inputs, targets and, if given, document numbers, padded from (N, T) to (`size`, T). The added rows do not
+    affect the loss.
 
-    Without padding, a batch of another number of rows would compile the blocks again.
+    Without padding, PyTorch would compile the blocks again for each new number of rows.
     """
     missing = size - len(columns[0])
     if missing == 0:
@@ -85,7 +89,8 @@ def refuse_failed_compilation(
     what: str = "training.compile: the model",
     instead: str = "--set training.compile=off",
 ) -> None:
-    """Raise `AtlasError` if `error` comes from the compiler, which the user has to fix; otherwise do nothing."""
+    """Raise `AtlasError` if `error` comes from the compiler; otherwise do nothing. In the message, `what` names the
+    code that cannot be compiled, and `instead` is a remedy."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         if "flex_attention" in str(error):  # Atlas always compiles FlexAttention
             what = "data.document_mask: FlexAttention"

@@ -27,7 +27,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Runtime:
     """A device and the precision of its matrix products. Weights are bf16 with `bf16-true` and fp32 otherwise. The
-    optimizer's state is always fp32."""
+    precision does not affect the dtype of the optimizer's state."""
 
     device: torch.device
     precision: str
@@ -35,7 +35,7 @@ class Runtime:
     """Whether the model's blocks are compiled."""
     world: World = ALONE
     parallel: str = "none"
-    """How the processes share the model, see `choose_parallel`."""
+    """The way in which the ranks share the model: `none`, `ddp` or `fsdp`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,35 +48,39 @@ class Runtime:
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """PyTorch's context for matrix products in the run's precision."""
+        """Return PyTorch's context in which matrix products run in this precision."""
         if self.precision == "fp32":
             return nullcontext()
-        # Each weight is used once per forward pass. Autocast's cache would keep the weight's copy in memory until the
-        # end of the pass. With gradient checkpointing nothing else keeps that copy.
+        # Autocast's cache of converted weights is off. Each weight is used once per forward pass, so the cache would
+        # save no time. The cache would also keep every converted weight in memory until the end of the pass, even with
+        # gradient checkpointing.
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """A scaler of the loss. Without it, fp16 would lose small gradients; in other precisions it is disabled."""
+        """Return a scaler of the loss, so that small gradients do not underflow in fp16. In other precisions the scaler
+        is disabled."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
 def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
-    """Return the runtime for the config's `device` and `training.precision`, on this rank's own GPU.
+    """Return the runtime for the config's `device` and `training.precision`. With several ranks on CUDA, each rank uses
+    its own GPU.
 
-    `choose_parallel` sets the field `parallel` later. Raises `AtlasError` if the device or the precision is not
-    available.
+    The caller sets the field `parallel` later, with `choose_parallel`. Raises `AtlasError` if the device or the
+    precision is not available.
     """
     device = choose_device(config.device)
     if world.local_size > 1 and device.type == "cuda":
         if ":" in config.device:
             raise AtlasError(
-                f"device: {config.device}: names one GPU for {world.local_size} processes, and each takes its own: "
-                "use --device cuda"
+                f"device: {config.device}: names one GPU for {world.local_size} processes, but each process needs its "
+                "own GPU: use --device cuda"
             )
         if world.local_rank >= torch.cuda.device_count():
             raise AtlasError(
-                f"rank {world.rank}: {world.local_size} processes were started here for {torch.cuda.device_count()} "
-                "GPUs: lower torchrun's --nproc-per-node, or train on the CPU with --device cpu"
+                f"rank {world.rank}: {world.local_size} processes run on this machine, but it has "
+                f"{torch.cuda.device_count()} GPUs: lower torchrun's --nproc-per-node, or train on the CPU with "
+                "--device cpu"
             )
         device = torch.device("cuda", world.local_rank)
     precision = _choose_precision(config.training.precision, device)
@@ -85,10 +89,10 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`.
+    """Return the device named `name`: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`.
 
-    `auto` selects cuda, else mps, else cpu. `cuda:N` becomes PyTorch's current GPU. Raises `AtlasError` for a device
-    that does not exist.
+    `auto` selects the first available device of cuda, mps and cpu. With `cuda:N`, the function also makes this GPU
+    PyTorch's current GPU. Raises `AtlasError` for a device that does not exist.
     """
     if not re.fullmatch(DEVICE, name):
         raise AtlasError(f"device: {name}: is not one of auto, cpu, cuda, cuda:N, mps")
@@ -104,26 +108,27 @@ def choose_device(name: str) -> torch.device:
         return torch.device(kind)
     if int(number) >= torch.cuda.device_count():
         there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-        raise AtlasError(f"device: {name}: is not there; this machine has {there}")
+        raise AtlasError(f"device: {name}: does not exist; this machine has {there}")
     torch.cuda.set_device(int(number))  # PyTorch's queries for memory and names use the current GPU
     return torch.device(kind, int(number))
 
 
 def cpu_only_build_with_nvidia_driver() -> bool:
-    """Whether there is an NVIDIA card that this PyTorch cannot use, since its wheel is for CPUs only. If nobody
-    notices, a run takes days longer."""
+    """Whether the machine has an NVIDIA driver, but this PyTorch is a build for CPUs only. Training would then silently
+    run on the CPU, and take days longer."""
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     return has_driver and torch.version.cuda is None and torch.version.hip is None
 
 
 def _why_no_cuda() -> str:
     if cpu_only_build_with_nvidia_driver():
-        return "this PyTorch is a CPU-only build although an NVIDIA driver is there: install the CUDA build (README)"
+        return "this PyTorch is a CPU-only build, but an NVIDIA driver is installed: install the CUDA build (README)"
     return "this PyTorch sees no CUDA device: check the driver with nvidia-smi"
 
 
 def why_not_in(precision: str, device: torch.device) -> str | None:
-    """The reason why `device` does not compute in a value of `training.precision`, or None if it does."""
+    """Return the reason why `device` does not support `precision`, a value of `training.precision`. Return None if the
+    device supports it."""
     precision = precision.removesuffix("-true")
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
@@ -145,18 +150,17 @@ def _choose_precision(asked: str, device: torch.device) -> str:
 
 
 def _own_precision(device: torch.device) -> str:
-    """The precision that `auto` selects."""
+    """Return the precision that `auto` selects on `device`."""
     if device.type != "cuda":
         return "fp32"
     return "bf16" if _gpu_has_bf16() else "fp16"
 
 
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV cache for inference on `device`: `f32`, `bf16` or `f16` as asked.
+    """Return the dtype of weights and KV cache for inference on `device`. `asked` is `f32`, `bf16`, `f16` or `auto`.
 
-    `auto` selects f32, but on CUDA the 16-bit dtype that training selects there.
-
-    Raises `AtlasError` for a dtype that the device does not compute in.
+    `auto` selects fp32, but on CUDA it selects bf16, or fp16 if the GPU does not support bf16. Raises `AtlasError` for
+    a dtype that the device does not support.
     """
     names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
@@ -167,7 +171,7 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def _gpu_has_bf16() -> bool:
-    # By default the query also returns true for older cards, which only emulate bf16 and are very slow.
+    # By default this query also returns true for older cards, which only emulate bf16 and are very slow.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -177,7 +181,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _cpu_info() -> str:
-    """The text of Linux's `/proc/cpuinfo`; empty on other systems."""
+    """Return the text of Linux's `/proc/cpuinfo`, or an empty string on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -185,16 +189,17 @@ def _cpu_info() -> str:
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
-    """Seed PyTorch for a micro-batch. Dropout then depends on no earlier step, so a resumed run needs no generator
+    """Seed PyTorch for a micro-batch. Dropout then does not depend on earlier steps, so a checkpoint needs no generator
     state.
 
-    `position` is the index, within the update of all ranks, of the micro-batch's first sequence.
+    `position` is the index of the micro-batch's first sequence in the update, counted over all ranks.
     """
     torch.manual_seed(_seed_of(seed, update, 0, position))  # the 0 gives the same seeds as in older versions
 
 
 def rounding_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
-    """The generator for rounding an update's new weights. Its seed depends only on the run's seed and the update."""
+    """Return the random generator for the stochastic rounding of the weights in an update. The generator's seed depends
+    only on the run's seed and the number of the update."""
     return torch.Generator(device).manual_seed(_seed_of(seed, update, "rounding"))
 
 
@@ -204,8 +209,8 @@ def _seed_of(*place: int | str) -> int:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """The properties of the machine that affect the bits of a result. If a checkpoint has the same properties, a run
-    resumed from it on a CPU gives the same bits."""
+    """Return the properties of the machine and its software that affect the bits of a result. On a CPU, a resumed run
+    gives the same bits if all these properties are the same as in the checkpoint."""
     device = runtime.device
     name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
     return {
@@ -223,8 +228,8 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
 
 
 def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
-    """Set the number of threads that the checkpoint was trained with. Return a line for each difference that remains
-    between this machine and the saved one."""
+    """Set PyTorch's number of threads to the number in the checkpoint. Return a line for each remaining difference
+    between this machine and the properties in `saved`."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)

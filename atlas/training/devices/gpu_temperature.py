@@ -1,9 +1,9 @@
 """Read the temperature of an NVIDIA GPU, and wait while it is too hot.
 
 The readings come from NVML, the library behind `nvidia-smi` (https://docs.nvidia.com/deploy/nvml-api/), through the
-package nvidia-ml-py. `torch.cuda.temperature` and similar functions also use NVML. But they return neither the power
-limit nor the reasons for throttling, and they do not find the card of a MIG slice. On other devices this module reads
-nothing.
+package nvidia-ml-py. `torch.cuda.temperature` and similar functions also use NVML. But these functions return neither
+the power limit nor the reasons for throttling, and they do not find the card of a MIG slice. On other devices, this
+module reads nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from atlas.config import GuardConfig
 from atlas.errors import AtlasError
 
 COOLING = 5
-"""Training resumes this many °C below `guard.max_gpu_temp`. Without this gap, training would stop and resume all the
-time."""
+"""The number of °C below `guard.max_gpu_temp` at which training resumes. Without this gap, training would stop and
+resume all the time."""
 TOO_HOT = 85
-"""At this temperature (°C) or above, Atlas advises better cooling or less load."""
+"""The temperature (°C) at and above which Atlas advises better cooling or less load."""
 
 _SECONDS_BETWEEN_READINGS = 1.0
 _SECONDS_BETWEEN_CHECKS = 0.2  # between two checks for a stop request during a wait
@@ -48,13 +48,13 @@ _QUERIES: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
         lambda reasons: [word for bit, word in _THROTTLE_REASONS.items() if reasons & bit],
     ),
 }
-"""For each field of a reading: the NVML functions that return it, the newest first, and the conversion of the
-result."""
+"""For each field of a `Reading`: the NVML functions that return the value, the newest first, and a function that
+converts the value."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The values that the sensors of a GPU report; None for a value that they do not report."""
+    """The values that the sensors of a GPU report. A value that the GPU does not report is None."""
 
     temperature: int | None = None  # °C
     power: float | None = None  # W
@@ -70,9 +70,9 @@ class Reading:
 class GpuSensor:
     """Reads the sensors of one NVIDIA GPU, at most once per second.
 
-    `failure` is NVML's error after NVML stopped answering, for example after a change of drivers. From then on every
-    reading is empty. `cool_down` sets `reported_failure` and `advised`, so that it reports a failure and a hot GPU only
-    once each. `clock` has the functions `monotonic` and `sleep`, like the module `time`.
+    `failure` is NVML's error message after NVML has stopped answering, for example after a driver update. From then on,
+    every reading is empty. `cool_down` sets `reported_failure` and `advised`, so that it reports a failure only once,
+    and a hot GPU only once. `clock` has the functions `monotonic` and `sleep`, like the module `time`.
     """
 
     def __init__(self, nvml: Any, handle: Any, *, clock: Any = time) -> None:
@@ -96,19 +96,23 @@ class GpuSensor:
         Raises `AtlasError` if the NVIDIA GPU, its driver or nvidia-ml-py is missing.
         """
         if torch.version.hip:
-            raise AtlasError("only NVIDIA GPUs can be read, and this PyTorch is for AMD's")
+            raise AtlasError("only the sensors of NVIDIA GPUs can be read, and this PyTorch is for AMD GPUs")
         try:
             import pynvml
         except ImportError:
-            raise AtlasError("reading the GPU needs nvidia-ml-py: pip install nvidia-ml-py") from None
+            raise AtlasError(
+                "reading the GPU's sensors needs nvidia-ml-py: pip install nvidia-ml-py"
+            ) from None
         try:
             pynvml.nvmlInit()
             return cls(pynvml, _handle(pynvml, device))
         except pynvml.NVMLError as error:
-            raise AtlasError(f"the GPU cannot be read (NVML: {error}): check it with nvidia-smi") from None
+            raise AtlasError(
+                f"the GPU's sensors cannot be read (NVML: {error}): check the GPU with nvidia-smi"
+            ) from None
 
     def read(self) -> Reading:
-        """Return the last reading, or a new reading if the last is a second old."""
+        """Return the last reading, or a new reading if the last one is at least a second old."""
         now = self.clock.monotonic()
         if self.failure is None and now - self._read_at >= _SECONDS_BETWEEN_READINGS:
             self._read_at = now
@@ -121,8 +125,8 @@ class GpuSensor:
 
 
 def _first_available(nvml: Any, handle: Any, names: tuple[str, ...]) -> Callable[[], Any] | None:
-    """The first NVML function in `names` that the package, the driver and the card support, with its arguments bound;
-    None if there is none."""
+    """Return the first NVML function in `names` that the package, the driver and the card support, with its arguments
+    bound. Return None if there is no such function."""
     for name in names:
         sensor = (nvml.NVML_TEMPERATURE_GPU,) if "Temperature" in name else ()
         try:
@@ -135,8 +139,8 @@ def _first_available(nvml: Any, handle: Any, names: tuple[str, ...]) -> Callable
 
 
 def _handle(nvml: Any, device: torch.device) -> Any:
-    """NVML's handle of PyTorch's `device`. NVML ignores CUDA_VISIBLE_DEVICES and CUDA's order of cards, so indexes may
-    differ."""
+    """Return NVML's handle of PyTorch's `device`. NVML ignores CUDA_VISIBLE_DEVICES and CUDA's order of cards, so the
+    index of a card in NVML may differ from its index in PyTorch."""
     properties: Any = torch.cuda.get_device_properties(device)
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
@@ -152,18 +156,18 @@ def _handle(nvml: Any, device: torch.device) -> Any:
 def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str], None]) -> GpuSensor | None:
     """Open the sensor of the run's GPU. Return None if there is no sensor.
 
-    If `guard.max_gpu_temp` is set, raises `AtlasError` for a GPU that cannot be read. On a CPU or an Apple GPU, `say`
-    gets a line instead.
+    If `guard.max_gpu_temp` is set, the function raises `AtlasError` for an NVIDIA GPU whose temperature cannot be read.
+    On a CPU or an Apple GPU, the function logs a line instead.
     """
     limit = guard.max_gpu_temp
     if device.type != "cuda":
         if limit is not None:
-            say(f"guard.max_gpu_temp {limit} has no effect: this run uses no NVIDIA GPU but {device.type}")
+            say(f"guard.max_gpu_temp {limit} has no effect: this run uses {device.type}, not an NVIDIA GPU")
         return None
     try:
         sensor = GpuSensor.open(device)
         if limit is not None and sensor.read().temperature is None:
-            raise AtlasError("this GPU does not report its temperature: check it with nvidia-smi")
+            raise AtlasError("this GPU does not report its temperature: check the GPU with nvidia-smi")
     except AtlasError as reason:
         if limit is None:
             return None
@@ -174,10 +178,11 @@ def open_sensor(device: torch.device, guard: GuardConfig, *, say: Callable[[str]
 def cool_down(
     sensor: GpuSensor, *, limit: int | None, should_stop: Callable[[], bool], say: Callable[[str], None]
 ) -> None:
-    """If the GPU is at `limit` °C, wait until it is `COOLING` °C cooler. The training loop calls this between updates.
+    """If the GPU is at `limit` °C or above, wait until the GPU is `COOLING` °C below the limit. The training loop calls
+    this function between updates.
 
-    A stop request ends the wait. Without a limit there is no wait, and a GPU at `TOO_HOT` is reported once. A sensor
-    that has stopped answering is also reported once.
+    A stop request ends the wait. Without a limit there is no wait, but the function logs once that the GPU is at
+    `TOO_HOT` °C or above. The function also logs once that a sensor has stopped answering.
     """
     temperature = sensor.read().temperature
     if limit is not None and temperature is not None and temperature >= limit and not should_stop():
@@ -191,7 +196,8 @@ def cool_down(
                 reminders += 1
                 say(
                     f"GPU still at {temperature} °C after {waited:.0f} s without work from this run: another program "
-                    "or poor cooling keeps it warm; Ctrl-C saves, and a higher guard.max_gpu_temp lets training resume"
+                    "or poor cooling keeps the GPU warm. Ctrl-C saves and ends the run. With a higher "
+                    "guard.max_gpu_temp, training can resume"
                 )
             sensor.clock.sleep(_SECONDS_BETWEEN_CHECKS)
             temperature = sensor.read().temperature

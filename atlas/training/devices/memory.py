@@ -1,4 +1,4 @@
-"""Detect that memory ran out, store the micro-batch size and the speed of this machine, and control the garbage
+"""Detect out-of-memory errors, store the micro-batch size and the speed of this machine, and control Python's garbage
 collector."""
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of me
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that memory ran out. On a CPU PyTorch raises only a `RuntimeError`, recognized by its
-    message."""
+    """Whether `error` means that memory ran out. On a CPU, PyTorch raises a general `RuntimeError`, and only the
+    message shows the reason."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
 
 
 def release_memory(device: torch.device) -> None:
-    """Return to the GPU the memory of freed tensors that PyTorch's allocator keeps."""
+    """Make PyTorch's allocator release the GPU memory of freed tensors, which the allocator caches."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each update. On a GPU its first call exempts all existing objects from Python's
-    garbage collection until the run ends.
+    """Yield a function to call after each update. On a GPU, the first call exempts all existing objects from Python's
+    garbage collection until the context ends.
 
-    These objects live as long as the run. A full collection would visit all of them, which stops training for about 0.2
-    s with PyTorch's compiler loaded. Later objects are collected as usual.
+    These objects live as long as the run. A full collection would visit all of them, and stop training for about 0.2 s
+    if PyTorch's compiler is loaded. Objects that are created later are collected as usual.
     """
 
     @functools.cache  # so that only the first call has an effect
@@ -59,19 +59,20 @@ def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None
 
 
 def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
-    """The micro-batch size that fitted in memory in an earlier trial with this config and machine; None without a
-    trial."""
+    """Return the micro-batch size that an earlier run stored for this config and machine, or None if no run has stored
+    one."""
     value = _read(_fit_note(config, device), "micro_batch_size")
     return value if isinstance(value, int) and value >= 1 else None
 
 
 def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
-    """Store the micro-batch size that fits in memory, for later runs."""
+    """Store the micro-batch size that fits into memory, for later runs."""
     _write(_fit_note(config, device), "micro_batch_size", size)
 
 
 def remembered_peak_rate(runtime: Runtime) -> float | None:
-    """The FLOP/s of matrix products on this machine in the run's precision; None if they were not measured yet."""
+    """Return the FLOP/s of matrix products on this machine in the run's precision, or None if no run has stored a
+    measurement."""
     value = _read(_speed_note(runtime), "flops_per_second")
     return value if isinstance(value, float) and 0 < value < math.inf else None
 
@@ -89,7 +90,7 @@ def _read(note: Path, key: str) -> Any:
 
 
 def _write(note: Path, key: str, value: float) -> None:
-    """Write to Atlas's cache folder. If the write fails, the next run measures again."""
+    """Write `value` to a file in Atlas's cache folder. If the write fails, the next run measures the value again."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:
@@ -97,15 +98,16 @@ def _write(note: Path, key: str, value: float) -> None:
 
 
 def _speed_note(runtime: Runtime) -> Path:
-    """The file for the measured speed. Its name is a hash of everything that affects the speed."""
+    """Return the path of the file that stores the measured speed. The file's name is a hash of everything that affects
+    the speed."""
     machine = describe_machine(runtime)
     facts = [machine[key] for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision")]
     return _note("speed", facts)
 
 
 def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
-    """The file for the micro-batch size. Its name is a hash of everything that affects what fits in memory: the model,
-    the training settings, the device and its memory."""
+    """Return the path of the file that stores the micro-batch size. The file's name is a hash of everything that
+    affects what fits into memory: the model, the training settings, the device and the size of its memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine = [properties.name, properties.total_memory]

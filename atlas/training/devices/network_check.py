@@ -1,6 +1,7 @@
-"""Test the connection between ranks before a run: list the hosts, check all-reduce sums, and measure their speed.
+"""Test the connection between ranks before a run: list the hosts, check the sums of all-reduces, and measure the
+bandwidth.
 
-The error message for a failure names the settings of gloo and NCCL that help.
+If the test fails, the error message names settings of gloo or NCCL that may help.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Facts = dict[str, Any]
 DEFAULT_TIMEOUT = 60.0
 """The default of `--timeout`, in seconds."""
 ROUNDS = {1_000: 20, 1_000_000: 10, 64_000_000: 5}
-"""Bytes → the number of timed all-reduces of this size. One untimed all-reduce precedes them."""
+"""The size of a tensor in bytes → the number of timed all-reduces of this size. An untimed all-reduce precedes the
+timed ones."""
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _HOST_NAME = 255
@@ -36,15 +38,17 @@ _MARGIN = 5.0
 
 
 def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Facts | None:
-    """Join the ranks that torchrun started and sum numbers over them: with gloo on the CPU, and with NCCL if each rank
-    has its own GPU. Return the results on the first rank, in seconds, bytes and bytes/s, and None on the others.
+    """Join the ranks that torchrun started, and sum numbers over the ranks: with gloo on the CPU, and with NCCL if each
+    rank has its own GPU. Return the results (seconds, bytes and bytes/s) on the first rank, and None on the other
+    ranks.
 
     Raises `AtlasError` if a sum is wrong, or if another rank does not answer within `timeout` seconds.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         raise AtlasError(
             "--distributed: tests the connection between several processes, but this process is alone: start it with "
-            "torchrun --nproc-per-node=2 -m atlas doctor --distributed; on several machines, with training's options"
+            "torchrun --nproc-per-node=2 -m atlas doctor --distributed; on several machines, add the torchrun options "
+            "of your training command"
         )
     # Without this setting, NCCL ends the process after the timeout and prints a page of its own messages.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
@@ -73,7 +77,7 @@ def try_connection(device_name: str = "auto", timeout: float = DEFAULT_TIMEOUT) 
 
 
 def _hosts(world: World) -> list[str]:
-    """The host name of each rank."""
+    """Return the host name of each rank."""
     name = socket.gethostname().encode()[:_HOST_NAME]
     own = torch.frombuffer(bytearray(name.ljust(_HOST_NAME, b"\0")), dtype=torch.uint8)
     gathered = [torch.empty_like(own) for _ in range(world.size)]
@@ -82,14 +86,16 @@ def _hosts(world: World) -> list[str]:
 
 
 def _measure(world: World, device: torch.device) -> list[Facts]:
-    """The median seconds and the bus bandwidth (bytes/s) of the all-reduces on `device`, for each size."""
+    """Return the median time in seconds and the bus bandwidth in bytes/s of the all-reduces on `device`, for each size
+    in `ROUNDS`."""
     backend = _BACKENDS[device.type]
     try:
         answers = list(_answers(_all_reduces(world, device), world.timeout))
     except (RuntimeError, Empty) as error:
         reason = first_line(error) if str(error) else f"no answer within {world.timeout:g} s"
         raise _refusal(backend, f"{backend}: {reason}") from None
-    traffic = 2 * (world.size - 1) / world.size  # sent by each rank of a ring, per byte of a tensor
+    # The bytes that each rank of a ring sends, per byte of the tensor.
+    traffic = 2 * (world.size - 1) / world.size
     medians = {size: statistics.median(took for of, took in answers if of == size) for size in ROUNDS}
     common = {"backend": backend, "device": device.type}
     return [
@@ -99,7 +105,7 @@ def _measure(world: World, device: torch.device) -> list[Facts]:
 
 
 def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
-    """Yield the values of `work`. Raises `queue.Empty` if a value takes longer than `timeout` seconds and a margin.
+    """Yield the values of `work`. Raises `queue.Empty` if a value takes longer than `timeout + _MARGIN` seconds.
 
     `work` runs in a thread, since NCCL connects without a timeout, and ignores Ctrl-C while it waits.
     """
@@ -121,18 +127,19 @@ def _answers(work: Iterator[Any], timeout: float) -> Iterator[Any]:
 
 
 def _all_reduces(world: World, device: torch.device) -> Iterator[tuple[int, float]]:
-    """Run the all-reduces one after the other. Yield the (bytes, seconds) of each timed one."""
+    """Run the all-reduces one after the other. Yield (bytes, seconds) for each timed all-reduce."""
     one = torch.empty(1, device=device)
     for size, rounds in ROUNDS.items():
         numbers = torch.empty(size // 4, device=device)
         _sum_and_check(world, numbers)
         for _ in range(rounds):
-            _sum_and_check(world, one)  # makes all ranks begin the timed one together
+            _sum_and_check(world, one)  # makes all ranks begin the timed all-reduce together
             yield size, _sum_and_check(world, numbers)
 
 
 def _sum_and_check(world: World, numbers: torch.Tensor) -> float:
-    """Sum each rank's number (its rank + 1) over the ranks and check the result. Return the seconds."""
+    """Fill `numbers` with this rank's index + 1, sum the numbers over the ranks, and check the sums. Return the seconds
+    of the all-reduce."""
     numbers.fill_(world.rank + 1)
     start = _now(numbers.device)
     world.all_reduce_async(numbers)()
@@ -154,10 +161,11 @@ def _now(device: torch.device) -> float:
 
 
 def _refusal(backend: str, reason: str) -> AtlasError:
-    """The error for a failed connection, with the settings that help and each network interface's first address."""
+    """Return the error for a failed connection. The message names settings that may help, and the first address of each
+    network interface."""
     rank, size, host, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     first = {
-        "gloo": f"every rank must be started, and reach MASTER_ADDR:MASTER_PORT, {host}:{port}",
+        "gloo": f"every rank must be running, and must reach MASTER_ADDR:MASTER_PORT, {host}:{port}",
         "nccl": "NCCL_P2P_DISABLE=1 helps with consumer cards whose peer-to-peer is broken, NCCL_IB_DISABLE=1 without "
         "InfiniBand, and NCCL_DEBUG=INFO logs more",
     }[backend]
@@ -168,6 +176,6 @@ def _refusal(backend: str, reason: str) -> AtlasError:
     here = ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items() if addresses)
     return AtlasError(
         f"rank {rank} of {size} on {socket.gethostname()}: {reason}: {first}; a firewall must let the ranks' "
-        f"connections through; of several network interfaces {backend.upper()}_SOCKET_IFNAME=<interface> selects one; "
-        f"here: {here}"
+        f"connections through; {backend.upper()}_SOCKET_IFNAME=<interface> selects one of several network interfaces; "
+        f"this machine has {here}"
     )

@@ -15,23 +15,24 @@ from atlas.training.devices.world import World, has_joined
 
 
 def refuse_parallel_alone(config: AtlasConfig) -> None:
-    """Raise `AtlasError` if `training.parallel` needs several processes and this process is the only one."""
+    """Raise `AtlasError` if `training.parallel` needs several processes but the run has only one."""
     asked = config.training.parallel
     if asked in ("ddp", "fsdp") and not has_joined():
         raise AtlasError(
-            f"training.parallel: {asked}: is for several processes: torchrun --nproc-per-node=N -m atlas train …; "
-            "or leave it at auto"
+            f"training.parallel: {asked}: is for several processes: start them with torchrun --nproc-per-node=N -m "
+            "atlas train …, or set training.parallel=auto"
         )
 
 
 def wrap(
     objective: nn.Module, config: AtlasConfig, world: World, parallel: str, device: torch.device
 ) -> nn.Module:
-    """Wrap `objective`, the module that computes the loss, for several ranks. Its `model` has a list of `blocks`.
+    """Return `objective`, the module that computes the loss, wrapped for several ranks. `objective.model.blocks` are
+    the blocks of the model.
 
     `ddp` (Li et al. 2020, arXiv:2006.15704): each rank holds the full model, and gradients are averaged over the ranks.
-    `fsdp` (Zhao et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of weights, gradients and
-    optimizer state, and gathers the full weights of a block only while the block runs. Each group of
+    `fsdp` (Zhao et al. 2023, arXiv:2304.11277; `fully_shard`): each rank holds a part of the weights, gradients and
+    optimizer state. It gathers the full weights of a block only while the block runs. Each group of
     `training.shard_size` ranks holds one complete model.
     """
     if parallel == "ddp":
@@ -53,11 +54,12 @@ def wrap(
 
 
 def no_sync_except_last(wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-    """The context of a micro-batch. Gradients are reduced over replicas only in the last micro-batch of an update."""
+    """Return the context for a micro-batch. The ranks reduce gradients over replicas only in the last micro-batch of an
+    update."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
     if set_all_reduce := getattr(wrapped, "set_requires_all_reduce", None):
-        set_all_reduce(is_last)  # each micro-batch still reduces gradients to shards, to save memory
+        set_all_reduce(is_last)  # each micro-batch still reduce-scatters its gradients, to save memory
     return nullcontext()
 
 
@@ -67,8 +69,8 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
-    """Nested dicts and lists, with each tensor replaced by the result of `change(name, tensor)`. The name is the keys
-    that lead to the tensor, joined by `/`."""
+    """Return a copy of nested dicts and lists in which the result of `change(name, tensor)` replaces each tensor. The
+    name consists of the keys that lead to the tensor, joined by `/`."""
     if isinstance(value, Tensor):
         return change(name.lstrip("/"), value)
     if isinstance(value, Mapping):
@@ -79,10 +81,11 @@ def map_tensors(value: Any, change: Callable[[str, Any], Any], name: str = "") -
 
 
 def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
-    """Nested dicts and lists, with every sharded tensor gathered to its full shape. Every rank must call this.
+    """Return a copy of nested dicts and lists in which the full tensor replaces every sharded tensor. Every rank must
+    call this function.
 
-    With `keep` false, this rank only helps the other ranks: it drops each full tensor immediately and returns None in
-    its place.
+    If `keep` is false, this rank only takes part in the communication. It drops each full tensor immediately, and
+    returns None in place of the tensor.
     """
 
     def gather(_: str, tensor: Any) -> Any:
@@ -95,7 +98,7 @@ def gather_full(value: Any, *, keep: bool = True, to_cpu: bool = True) -> Any:
 
 
 def shard_like(tensor: Tensor, other: Any) -> Tensor:
-    """Shard a full `tensor` like `other`. Every rank must have the full tensor."""
+    """Return the full `tensor`, sharded like `other`. Every rank must have the full tensor."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -105,7 +108,7 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def sharded_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict `saved`, with each full tensor sharded like its parameter."""
+    """Return the optimizer's state dict `saved`, with each full tensor sharded like its parameter."""
     parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
 
     def shard(value: Any, parameter: Tensor) -> Any:

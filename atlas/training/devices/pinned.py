@@ -1,7 +1,7 @@
-"""Page-locked (pinned) main memory. A GPU copies to it at full speed while the CPU continues.
+"""Page-locked (pinned) main memory. A GPU copies to pinned memory at full speed while the CPU continues.
 
-PyTorch's own allocator rounds each pinned tensor up to a power of two: a checkpoint of 6 GB may need 8 GB. This module
-puts the tensors one after the other into one block of ordinary memory, and CUDA locks that block.
+PyTorch's own allocator rounds the size of each pinned tensor up to a power of two: a checkpoint of 6 GB may need 8 GB.
+This module puts the tensors one after the other into one block of ordinary memory, and CUDA locks that block.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _PORTABLE = 1
 
 
 def pinned_like(tensors: Sequence[Tensor], *, say: Callable[[str], None]) -> list[Tensor]:
-    """Uninitialized CPU tensors with the shapes and dtypes of `tensors`, in one pinned block. Each has its own storage.
+    """Return uninitialized CPU tensors with the shapes and dtypes of `tensors`, in one pinned block. Each tensor has
+    its own storage object.
 
-    The block is freed with the last of these tensors. If CUDA cannot lock the block, it stays ordinary memory, and
-    `say` gets a line.
+    The block is freed with the last of these tensors. If CUDA cannot lock the block, the block stays ordinary memory,
+    and the function logs a line with `say`.
     """
     size = sum(_rounded(tensor.nbytes, _ALIGNED) for tensor in tensors)
     # CUDA locks full pages, and the pages of another block may be locked already. So this block has its own pages.
@@ -45,11 +46,11 @@ def _lock(block: numpy.ndarray, address: int, size: int, say: Callable[[str], No
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if (error := int(cuda.cudaHostRegister(address, size, _PORTABLE))) == 0:
-        # Unlock the block before it is freed, or CUDA would regard the next allocation at its address as locked. Do not
-        # unlock the block when the process exits, since CUDA may have shut down already.
+        # Unlock the block before it is freed. Otherwise CUDA would regard the next allocation at this address as
+        # locked. Do not unlock the block when the process exits, since CUDA may have shut down already.
         weakref.finalize(block, cuda.cudaHostUnregister, address).atexit = False
         return
-    with suppress(RuntimeError):  # clears the error, which the next kernel raises again
+    with suppress(RuntimeError):  # CUDA raises the error once more in the next kernel; this kernel clears it
         torch.ones(1, device="cuda")
     say(
         f"CUDA cannot pin {size / 1e9:.2f} GB of main memory for the copy of each checkpoint (error "

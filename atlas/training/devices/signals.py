@@ -13,17 +13,17 @@ from atlas.errors import Interrupted
 
 
 class Stopped(BaseException):
-    """A stop was requested. `StopRequest.check` raises this, and a signal raises it anywhere within
-    `StopRequest.at_once`."""
+    """A stop was requested. `StopRequest.check` raises this exception. Within `StopRequest.at_once`, the signal handler
+    raises the exception immediately."""
 
 
 class StopRequest:
     """A context in which the first SIGINT, SIGTERM or SIGHUP (SIGBREAK on Windows) sets `requested` instead of ending
-    the process. Under `nohup` SIGHUP is still ignored.
+    the process. Under `nohup`, the process still ignores SIGHUP.
 
-    `say` gets a line for the user. The exit of the context restores the previous handlers. Python allows handlers in
-    the main thread only, so in another thread the context does nothing. With several ranks (`is_alone` false) a signal
-    only sets `asked`. The ranks exchange this flag, and all of them call `agree` at the same update.
+    `say` receives a line for the user. The exit of the context restores the previous handlers. Python allows signal
+    handlers in the main thread only, so in another thread the context does nothing. With several ranks (`is_alone` is
+    false), a signal only sets `asked`. The ranks exchange this flag, and all ranks call `agree` at the same update.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, *, is_alone: bool = True) -> None:
@@ -36,8 +36,8 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, *, enabled: bool = True) -> Iterator[None]:
-        """A context in which a stop request raises `Stopped` immediately. It is for code that does not read the flag,
-        such as a compiler. With several ranks it does nothing."""
+        """A context in which a signal raises `Stopped` immediately, for code that does not read the flag, such as a
+        compiler. With several ranks, the context does nothing."""
         self._raises = enabled and self._is_alone
         try:
             yield
@@ -64,14 +64,14 @@ class StopRequest:
             raise Stopped
 
     def check(self, *, of_others: bool = False) -> None:
-        """Raise `Stopped` if a stop was requested. Give `of_others` if another rank received the request."""
+        """Raise `Stopped` if a stop was requested. `of_others` is true if another rank received the request."""
         if of_others and not self.requested:
             self.agree()
         if self.requested:
             raise Stopped
 
     def agree(self) -> None:
-        """Set `requested`. With several ranks, all of them call this at the same update."""
+        """Set `requested` and inform the user. With several ranks, all ranks call this method at the same update."""
         self.requested = True
         self._say(
             "stopping after this micro-batch, then saving; a second request ends the run immediately, without saving"

@@ -1,8 +1,8 @@
 """Several processes (ranks) in one run: the rank of each process, and the values that they exchange.
 
 torchrun starts the processes and sets their ranks in the environment. All ranks have the same numbers in `TrainState`
-and make the same decisions. Before a decision, its inputs are summed over the ranks, or the first rank broadcasts them.
-The code in `atlas/model` does not depend on ranks.
+and make the same decisions. Before a decision, the ranks sum the values that determine the decision, or the first rank
+broadcasts these values. The code in `atlas/model` does not depend on ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOST = ("connection closed", "connection reset", "broken pipe", "connection ref
 @dataclass(frozen=True)
 class World:
     """The processes of a run, and the rank of this process. In a run of one process, every method returns its argument
-    and costs nothing."""
+    without communication."""
 
     rank: int = 0
     size: int = 1
@@ -46,12 +46,12 @@ class World:
         return self.rank == 0
 
     def sums(self, *numbers: float) -> tuple[float, ...]:
-        """Each number summed over the ranks, in fp64."""
+        """Return the sum of each number over the ranks, in fp64."""
         return self.sums_async(*numbers)()
 
     def sums_async(self, *numbers: float) -> Callable[[], tuple[float, ...]]:
-        """Start `sums` and return a function that waits for the result. This rank can continue until it calls that
-        function."""
+        """Start `sums`, and return a function that waits for the sums and returns them. This rank can continue until it
+        calls that function."""
         together = torch.tensor(numbers, dtype=torch.float64)
         wait = self.all_reduce_async(together)
 
@@ -66,7 +66,7 @@ class World:
         return self.sums(flag)[0] > 0
 
     def all_min(self, number: int) -> int:
-        """The smallest of the ranks' numbers."""
+        """Return the smallest of the ranks' numbers."""
         if self.size == 1:
             return number
         smallest = torch.tensor(number)
@@ -74,7 +74,8 @@ class World:
         return int(smallest)
 
     def broadcast(self, value: Any = None) -> Any:
-        """Send the first rank's `value` to every rank and return it. JSON must be able to hold the value."""
+        """Send the first rank's `value` to every rank, and return this value. The value must be serializable as
+        JSON."""
         if self.size == 1:
             return value
         message = json.dumps(value).encode() if self.is_first else b""
@@ -110,10 +111,11 @@ ALONE = World()
 
 
 def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
-    """Join the ranks that torchrun, or Slurm, describes in environment variables. Without these, the run has one
-    process.
+    """Join the ranks that torchrun, or Slurm, describes in environment variables. Without these variables, the run has
+    one process.
 
-    `timeout` is the seconds that ranks wait for one another. Raises `AtlasError` if the other ranks cannot be reached.
+    `timeout` is the number of seconds that ranks wait for one another. Raises `AtlasError` if the other ranks cannot be
+    reached.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(timeout=timeout)
@@ -133,8 +135,8 @@ def join_world(timeout: float = DEFAULT_TIMEOUT) -> World:
         store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # When torchrun restarts the ranks, it may keep its store, with the addresses of the ranks that died. So
-            # each restart uses its own prefix. Several machines count restarts separately; there, --rdzv-backend c10d
-            # makes a new store.
+            # each restart uses its own prefix. Several machines count their restarts separately. For several machines,
+            # torchrun makes a new store with --rdzv-backend c10d.
             store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
@@ -154,8 +156,9 @@ def has_joined() -> bool:
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """A context in which the loss of another rank ends this rank. If the other rank has reported its error, this rank
-    logs nothing. If the other rank only stopped answering, this rank logs one line."""
+    """A context in which this rank ends if another rank fails or no longer answers. If the connection to a failed rank
+    is lost, this rank logs nothing, since the failed rank logs its error. If another rank only stops answering, this
+    rank logs one line."""
     if not has_joined():
         yield
         return
@@ -178,7 +181,8 @@ def together(world: World) -> Iterator[None]:
             raise
         if dist.is_torchelastic_launched():
             with suppress(KeyboardInterrupt):
-                time.sleep(_GRACE)  # until torchrun, which reports the first failure, ends this rank
+                # Wait for torchrun, which reports the first failure and then ends this rank.
+                time.sleep(_GRACE)
         raise EndedElsewhere from None
     with suppress(RuntimeError):
         dist.destroy_process_group()

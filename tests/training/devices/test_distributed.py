@@ -131,7 +131,7 @@ def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: s
     alone = overlay(explicit, {"checkpoint": {"output_dir": str(tmp_path / "two")}})
     assert run_for(alone, resume=str(tmp_path / "two/atlas_step_3.pt")).config.training.parallel == "auto"
     said = (tmp_path / "two/training.log").read_text()
-    assert f"training.parallel: {parallel}: is for several processes, and this is one" in said
+    assert f"training.parallel: {parallel}: is for several processes, and this run has one" in said
 
 
 @pytest.mark.slow

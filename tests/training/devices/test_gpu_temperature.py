@@ -246,11 +246,11 @@ def no_nvidia(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (no_package, "reading the GPU needs nvidia-ml-py: pip install nvidia-ml-py"),
-        (no_driver, "the GPU cannot be read (NVML: Uninitialized): check it with nvidia-smi"),
-        (no_card, "the GPU cannot be read (NVML: Not Found): check it with nvidia-smi"),
-        (no_place, "the GPU cannot be read (NVML: Not Found): check it with nvidia-smi"),
-        (no_nvidia, "only NVIDIA GPUs can be read, and this PyTorch is for AMD's"),
+        (no_package, "reading the GPU's sensors needs nvidia-ml-py: pip install nvidia-ml-py"),
+        (no_driver, "the GPU's sensors cannot be read (NVML: Uninitialized): check the GPU with nvidia-smi"),
+        (no_card, "the GPU's sensors cannot be read (NVML: Not Found): check the GPU with nvidia-smi"),
+        (no_place, "the GPU's sensors cannot be read (NVML: Not Found): check the GPU with nvidia-smi"),
+        (no_nvidia, "only the sensors of NVIDIA GPUs can be read, and this PyTorch is for AMD GPUs"),
     ],
 )
 def test_without_a_sensor_a_limit_is_refused_and_no_limit_is_fine(
@@ -290,7 +290,7 @@ def test_on_other_devices_nothing_is_opened_and_a_limit_has_no_effect(
     said: list[str] = []
     assert open_sensor(torch.device(device), GuardConfig(), say=never) is None
     assert open_sensor(torch.device(device), GuardConfig(max_gpu_temp=83), say=said.append) is None
-    assert said == [f"guard.max_gpu_temp 83 has no effect: this run uses no NVIDIA GPU but {device}"]
+    assert said == [f"guard.max_gpu_temp 83 has no effect: this run uses {device}, not an NVIDIA GPU"]
 
 
 # Waiting
