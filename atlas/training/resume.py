@@ -218,7 +218,9 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
         _refuse_other_shape(config, contents, source)
         _refuse_other_optimizer(config, contents, source)
     except AtlasError as error:
-        raise OtherRunError(f"{error} (to resume the run in {folder}; for a new one, {remedy})") from None
+        raise OtherRunError(
+            f"{error}. Atlas tried to resume the run in {folder}. For a new run, {remedy}"
+        ) from None
     if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
         raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")

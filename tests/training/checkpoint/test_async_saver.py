@@ -144,7 +144,7 @@ def test_too_little_memory_for_a_copy_is_reported_and_training_waits_instead(
     monkeypatch.setattr("atlas.training.launch.measure_memory", lambda device: 100_000)
     run = run_for(layer(tmp_path / "run", text_file, checkpoint__background=True))
     assert not run.saver.in_background
-    assert "does not fit into the 0.00 GB" in (tmp_path / "run" / "training.log").read_text()
+    assert "do not fit into the 0.00 GB" in (tmp_path / "run" / "training.log").read_text()
     assert train(run).saved
 
 
