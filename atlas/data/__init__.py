@@ -1,7 +1,7 @@
 """Text → documents → token shards → sequences → batches.
 
 Modules that need PyTorch are imported when they are first used. Preparing text does not need PyTorch, so the processes
-that prepare text start fast and stay small.
+that prepare text start fast and use little memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A prepared dataset: a folder of token shards, and `dataset.json`, which describes them.
 
     train-00000.npy       tokens, uint16 or uint32, memory-mapped and never loaded completely
-    train-00000.docs.npy  the places where documents begin in that shard, counted from the split's first
-                          token (int64)
-    val-00000.npy …       the same for validation, if there is any
-    tokenizer.json        the tokenizer, if it is a BPE that Atlas trained
-    dataset.json          written last: format version, tokenizer, counts, sha256 of every file, options
+    train-00000.docs.npy  positions (int64) of the first tokens of the documents that begin in that shard,
+                          counted from the first token of the split
+    val-00000.npy …       the same files for the validation split, if the dataset has one
+    tokenizer.json        the tokenizer, if it is a byte-level BPE with GPT-2's split (`BPETokenizer`)
+    dataset.json          written last: format version, tokenizer, counts, sha256 of every shard, options
 
 A split consists of its shards, one after the other. A document may continue in the next shard. Each document ends with
 the tokenizer's end-of-text id.
@@ -40,7 +40,7 @@ _CHECK_TOKENS = 2**24
 _CHECKED_WHEN_OPENED = 2**26
 """In a split of at most this many tokens, every id is checked when the dataset is opened. In a larger split, ids are
 checked when they are read."""
-_WINDOW = 2**16  # tokens; longer reads are sequential
+_WINDOW = 2**16  # tokens; a read of at least this size is sequential
 
 Split = str
 """`train` or `val`."""
@@ -51,7 +51,7 @@ class _Strict(BaseModel):
 
 
 class ShardRecord(_Strict):
-    """One token file and the document offsets beside it."""
+    """A token shard, and the file of its document offsets."""
 
     file: str = Field(pattern=r"^(train|val)-[0-9]{5,9}\.npy$")
     tokens: int = Field(ge=0, le=MAX_TOKENS)
@@ -59,7 +59,7 @@ class ShardRecord(_Strict):
     documents: int = Field(ge=0, le=MAX_TOKENS)
     documents_sha256: str
     largest_id: int | None = None
-    """Missing in format version 1."""
+    """The largest token id in the shard. None in a dataset of format version 1."""
 
     @property
     def documents_file(self) -> str:
@@ -68,7 +68,7 @@ class ShardRecord(_Strict):
 
 
 class SplitRecord(_Strict):
-    """The content of a split. `bytes` is the size of its text in UTF-8."""
+    """The content of a split. `bytes` is the size of the split's text in UTF-8."""
 
     documents: int = Field(ge=0, le=MAX_TOKENS)
     tokens: int = Field(ge=0, le=MAX_TOKENS)
@@ -77,8 +77,8 @@ class SplitRecord(_Strict):
 
 
 class StepRecord(_Strict):
-    """The effect of a cleaning step: the number of documents that it changed or removed, and of characters that it
-    removed."""
+    """The effect of a cleaning step. `documents` counts the documents that the step changed or removed. `characters`
+    counts the characters that the step removed."""
 
     documents: int = 0
     characters: int = 0
@@ -97,7 +97,7 @@ class Manifest(_Strict):
     source: dict[str, Any]
     notes: list[str]
     cleaning: dict[str, StepRecord] = {}
-    """The effect of each cleaning step that was taken."""
+    """The effect of each cleaning step that was applied, by the name of the step."""
 
     def write(self, folder: Path) -> None:
         """Write `dataset.json`, and flush it to the disk."""
@@ -108,10 +108,10 @@ class Manifest(_Strict):
 
 @dataclass
 class TokenStream:
-    """The tokens of a split as one array, read from its shards by memory map.
+    """The tokens of a split as one array, read by memory map from the shards of the split.
 
-    A stream can be sent to another process, which maps the files itself. Several threads can read a stream: if two
-    threads map a shard at the same time, one of the maps is dropped.
+    A stream can be sent to another process. That process maps the files itself. Several threads can read a stream. If
+    two threads map a shard at the same time, one of the two maps is dropped.
     """
 
     folder: Path
@@ -119,9 +119,9 @@ class TokenStream:
     dtype: str
     eos_id: int
     name: str
-    """The stream's name for the user: the dataset's folder, or the text that was prepared into a cache."""
+    """The stream's name in messages: the dataset's folder, or the path of the text that was prepared into a cache."""
     vocab_size: int = 2**32
-    """Ids that are read must be smaller than this number."""
+    """The exclusive upper limit of the token ids. Reading an id at or above this limit raises `DataError`."""
     _ends: list[int] = field(init=False, repr=False)
     _maps: dict[tuple[int, bool], NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
 
@@ -130,12 +130,12 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens."""
+        """Number of tokens in the split."""
         return self.record.tokens
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tokens' text in UTF-8."""
+        """Size of the text in UTF-8, in bytes."""
         return self.record.bytes
 
     @property
@@ -160,7 +160,7 @@ class TokenStream:
         return tokens
 
     def check_ids(self) -> None:
-        """Compare the largest recorded ids with the vocabulary, and in a small split every id. Raises `DataError`."""
+        """Raise `DataError` if a recorded largest id is outside the vocabulary. In a small split, check every id."""
         self._check_id(max((shard.largest_id or 0 for shard in self.record.shards), default=0))
         if self.num_tokens <= _CHECKED_WHEN_OPENED:
             for start in range(0, self.num_tokens, _CHECK_TOKENS):
@@ -169,22 +169,23 @@ class TokenStream:
     def _check_id(self, largest: int) -> None:
         if largest >= self.vocab_size:
             split = self.record.shards[0].file.partition("-")[0]
-            found = f"{split} holds token id {largest}, but its tokenizer has {self.vocab_size} tokens"
+            found = f"{split} contains token id {largest}, but the tokenizer has {self.vocab_size} tokens"
             raise _unusable(self.folder, found)
 
     def document_starts(self) -> NDArray[np.int64]:
-        """Return the place where each document begins, in tokens. (If a document was cut between the splits, its second
-        half counts as a document of `val`.)"""
+        """Return the position where each document begins, in tokens from the start of the split. If a document was cut
+        between the splits, the second half counts as a document of `val`."""
         return np.concatenate([np.empty(0, np.int64), *map(self.starts_in, self.record.shards)])
 
     def starts_in(self, shard: ShardRecord) -> NDArray[np.int64]:
-        """The starts of the documents that begin in a shard, by memory map."""
+        """Return the starts of the documents that begin in a shard, as a memory map."""
         path = self.folder / shard.documents_file
         starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
         return starts
 
     def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
-        """Map a shard. `at_random` turns off the system's read-ahead, which takes longer than reading a window."""
+        """Return the memory map of a shard. `at_random` turns off the system's read-ahead. For a single window,
+        read-ahead would take longer than the read itself."""
         if (shard, at_random) not in self._maps:
             path = self.folder / self.record.shards[shard].file
             mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -214,14 +215,14 @@ class PreparedDataset:
     def fingerprint(self) -> str:
         """sha256 that identifies the training data: the training shards and their tokenizer.
 
-        Validation data is not part of the fingerprint: a run that is evaluated on other text stays the same run.
+        Validation data is not part of the fingerprint, because a run stays the same run if its validation data changes.
         """
         train = self.manifest.splits["train"]
         identity = [self.tokenizer_fingerprint, *(shard.sha256 for shard in train.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the dataset. Raises `DataError` if the tokenizer is custom code."""
+        """Return the tokenizer of the dataset. Raises `DataError` if the tokenizer is custom code."""
         try:
             return Tokenizer.from_state(self.tokenizer_state)
         except AtlasError as error:
@@ -233,7 +234,7 @@ class PreparedDataset:
         return self._stream(self.manifest.splits["train"])
 
     def split(self, name: Split) -> TokenStream | None:
-        """The tokens of `train` or `val`; None if there are none."""
+        """Return the tokens of the split `train` or `val`, or None if the dataset does not have this split."""
         return self._stream(self.manifest.splits[name]) if name in self.manifest.splits else None
 
     def _stream(self, record: SplitRecord) -> TokenStream:
@@ -242,17 +243,17 @@ class PreparedDataset:
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Return whether a folder has a `dataset.json`, whose content is not checked."""
+    """Return whether a folder has a `dataset.json`. The content of this file is not checked."""
     return (Path(folder) / MANIFEST).is_file()
 
 
 def open_dataset(
     folder: str | Path, *, verify: bool = False, advance: Callable[[int], None] = lambda done: None
 ) -> PreparedDataset:
-    """Open a prepared folder and check it: manifest, files, sizes, types, largest id.
+    """Open a prepared folder, and check its manifest, file sizes, dtypes, token ids and document starts.
 
-    `verify` also compares every file's sha256; `advance` then receives the number of bytes read. Raises `DataError`
-    with the name of the wrong file.
+    With `verify`, also compare the sha256 of every shard. `advance` then receives the number of bytes of each read.
+    Raises `DataError` with the name of the faulty file.
     """
     folder = Path(folder)
     manifest = read_manifest(folder / MANIFEST)
@@ -280,7 +281,7 @@ def open_dataset(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a `dataset.json`. Raises `DataError` if the file is missing, damaged or of another version."""
+    """Read and check a `dataset.json`. Raises `DataError` if the file is missing, damaged or of an unknown version."""
     try:
         content = json.loads(read_limited(path, limit=_LARGEST_MANIFEST).decode("utf-8"))
     except FileNotFoundError:
@@ -314,7 +315,7 @@ def _unusable(path: Path, reason: str, error: Exception | None = None) -> DataEr
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """The first statement of a manifest that cannot be true, or None."""
+    """Return the first contradiction in a manifest, as text for the error message, or None."""
     tokenizer = manifest.tokenizer
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
@@ -340,12 +341,12 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return uint16 if every id fits, else uint32; little-endian on every machine."""
+    """Return the dtype of the tokens: uint16 if every id fits, else uint32. Both are little-endian on every machine."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
-    """Refuse a file whose header or size differs from the manifest."""
+    """Raise `DataError` for a file whose header or size differs from the manifest."""
     try:
         size = check_regular(path)
         with path.open("rb") as file:
@@ -365,7 +366,7 @@ def _check_file(path: Path, dtype: np.dtype[Any], count: int) -> None:
 
 
 def _check_document_starts(stream: TokenStream) -> None:
-    """Refuse document starts that are not ascending or not inside their shard."""
+    """Raise `DataError` if document starts are not in ascending order, or not inside their shard."""
     end = 0
     for shard in stream.record.shards:
         last, end, starts = end - 1, end + shard.tokens, stream.starts_in(shard)

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's, a byte-level BPE that Atlas trained, that of another model, or a custom object."""
+"""Tokenizers: GPT-2's, a byte-level BPE that Atlas trained, the tokenizer of another model, or a custom object."""
 
 from atlas.tokenizer import load as load  # gives `Tokenizer` its constructors
 from atlas.tokenizer.base import END_OF_TEXT, MAX_FILE_BYTES, Tokenizer

@@ -1,9 +1,9 @@
 """The interface of every tokenizer.
 
-A tokenizer is any object with `encode`, `decode`, `vocab_size` and `eos_id`. Atlas has two of its own: GPT-2's
-vocabulary (`Tokenizer.gpt2()`, offline) and a byte-level BPE trained on your text (`Tokenizer.train`). Both are
-`ByteLevelTokenizer`s, and only these can be exported to GGUF. The tokenizer.json of another model runs unchanged
-(`ForeignTokenizer`). You give any other tokenizer as `package.module:factory` or as an object.
+A tokenizer is any object with `encode`, `decode`, `vocab_size` and `eos_id`. Atlas contains two tokenizers: GPT-2's
+(`Tokenizer.gpt2()`, offline) and a byte-level BPE trained on your text (`Tokenizer.train`). Both tokenizers are
+`ByteLevelTokenizer`s, and only a `ByteLevelTokenizer` can be exported to GGUF. `ForeignTokenizer` runs the
+tokenizer.json of another model unchanged. You name any other tokenizer as `package.module:factory`, or pass an object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atlas.errors import TokenizerError
 _PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 128 << 20
-"""The largest size of a tokenizer.json. A file with a million tokens has about 100 MB."""
+"""The largest allowed size of a tokenizer.json, in bytes. A file with a million tokens has about 100 MB."""
 
 DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
@@ -44,34 +44,34 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. `eos_id` is never among them."""
+        """Return the ids of `text`. `eos_id` is never among these ids."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD, and `eos_id` becomes `<|endoftext|>`."""
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD, and `eos_id` becomes `<|endoftext|>`."""
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token. If the token is only a part of a character, return the bytes of that part, or the
-        bytes of U+FFFD if the implementation does not know them."""
+        """Return the bytes of one token. A token can be only a part of a character. If the implementation does not know
+        the bytes of such a token, the method returns the bytes of U+FFFD."""
         return self.decode([id]).encode("utf-8")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` each text, in parallel if the implementation can."""
+        """Return the ids of each text. An implementation may encode several texts in parallel."""
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """`encode` each text to an array, in this thread only, since many worker processes call this in parallel."""
+        """Return the ids of each text as an array. Worker processes call this method, so one thread is enough."""
         return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 that is the same for two tokenizers only if they give the same ids. By default it is the hash of the
+        """A sha256 that is the same for two tokenizers only if they give the same ids. The default is a hash of the
         class, the sizes and the ids of a probe text."""
         return fingerprint_of(self, type(self))
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint or dataset.json. `from_state` rebuilds the tokenizer from them. For a custom
-        tokenizer the values only name it, since a file contains no code."""
+        """Return plain values for a checkpoint or dataset.json. `from_state` rebuilds the tokenizer from these values.
+        The values of a custom tokenizer only identify the tokenizer, since a file contains no code."""
         sizes = {"vocab_size": self.vocab_size, "eos_id": self.eos_id}
         return {"kind": self.kind, "name": self.name, **sizes, "fingerprint": self.fingerprint}
 
@@ -82,7 +82,7 @@ class Tokenizer(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, {self.vocab_size:,} tokens>"
 
-    # Constructors. `load.py` adds them, so that this module imports no kind of tokenizer.
+    # Constructors. `load.py` adds them, so that this module does not import the subclasses.
     gpt2: ClassVar[Callable[[], Tokenizer]]
     train: ClassVar[Callable[[Iterable[str], int], Tokenizer]]
     load: ClassVar[Callable[[str | Path], Tokenizer]]
@@ -92,7 +92,7 @@ class Tokenizer(ABC):
 
 
 def fingerprint_of(tokenizer: Any, kind: type) -> str:
-    """The sha256 of a class, of the sizes of `tokenizer`, and of its ids for a probe text."""
+    """Return the sha256 of a class, of the sizes of `tokenizer`, and of the ids of a probe text."""
     identity = [kind.__module__, kind.__qualname__, tokenizer.vocab_size, tokenizer.eos_id]
     ids = [int(id) for id in tokenizer.encode(_PROBE)]
     return hashlib.sha256(json.dumps([*identity, ids]).encode()).hexdigest()

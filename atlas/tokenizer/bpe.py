@@ -36,17 +36,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class BPETokenizer(ByteLevelTokenizer):
-    """A byte-level BPE whose vocabulary and merges a tokenizer.json holds."""
+    """A byte-level BPE with the vocabulary and the merges of a tokenizer.json."""
 
     kind = "bpe"
 
     def state(self) -> dict[str, Any]:
-        """The state of the base class, and the content of the tokenizer.json."""
+        """Return the state of the base class, and the content of the tokenizer.json."""
         return super().state() | {"json": self.hf.to_str()}
 
     @classmethod
     def from_file(cls, path: Path) -> BPETokenizer:
-        """Read a tokenizer.json. Raises `TokenizerError` if the file cannot be read, or if `from_json` raises it."""
+        """Read a tokenizer.json. Raises `TokenizerError` if the file cannot be read, or if `from_json` fails."""
         try:
             text = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
@@ -62,7 +62,7 @@ class BPETokenizer(ByteLevelTokenizer):
     def from_json(cls, text: str, origin: str) -> BPETokenizer:
         """Read the content of a tokenizer.json.
 
-        Raises `TokenizerError` unless it is a byte-level BPE with GPT-2's split and `<|endoftext|>`.
+        Raises `TokenizerError` unless the content is a byte-level BPE with GPT-2's split and `<|endoftext|>`.
         """
         try:
             tokens, merges, eos_id = _read(json.loads(text))
@@ -102,7 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class NotGPT2s(TokenizerError):
-    """The file holds another kind of tokenizer, perhaps a `ForeignTokenizer`."""
+    """The file contains another kind of tokenizer. Perhaps `ForeignTokenizer` can run this tokenizer."""
 
 
 def _demand(condition: bool, reason: str) -> None:
@@ -111,8 +111,8 @@ def _demand(condition: bool, reason: str) -> None:
 
 
 def _read(content: Any) -> tuple[list[str], list[Merge], int]:
-    """Tokens in id order, merges, and the id of the end of text. Raises `NotGPT2s`, whose message names the
-    difference."""
+    """Return the tokens in id order, the merges, and the id of the end of text. Raises `NotGPT2s`, whose message names
+    the difference."""
     model: Any = content.get("model") if isinstance(content, dict) else None
     _demand(isinstance(model, dict), "has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")

@@ -1,7 +1,7 @@
-"""The base of GPT-2's tokenizer and of BPEs that Atlas trained: byte-level tokens, written in GPT-2's characters.
+"""The base of GPT-2's tokenizer and of `BPETokenizer`: byte-level tokens, written in GPT-2's characters.
 
-A token is a run of bytes. In files each byte is one printable character (Radford et al. 2019, `bytes_to_unicode` in
-GPT-2's encoder). So a vocabulary is readable text: a space is `Ġ`.
+A token is a sequence of bytes. In files one printable character stands for each byte (Radford et al. 2019,
+`bytes_to_unicode` in GPT-2's encoder). So a vocabulary is readable text. For example, `Ġ` stands for a space.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ BYTE_ORDER = _PRINTABLE + [byte for byte in range(256) if byte not in set(_PRINT
 CHAR_OF_BYTE = dict(
     zip(BYTE_ORDER, map(chr, itertools.chain(_PRINTABLE, itertools.count(256))), strict=False)
 )
-"""Byte → character. A printable byte is its own character; all other bytes are the characters from U+0100 on."""
+"""Byte → character. A printable byte maps to its own character. All other bytes map to characters from U+0100 on."""
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes of a byte-level token string. Raises `KeyError` for any other string."""
+    """Return the bytes of a byte-level token string. Raises `KeyError` for any other string."""
     return bytes([BYTE_OF_CHAR[char] for char in token])
 
 
 class HFTokenizerBase(Tokenizer):
-    """Encodes with Hugging Face's library `tokenizers`, on all cores. A pickle of this object holds its `state`."""
+    """Encodes with Hugging Face's library `tokenizers`, on all cores. Pickling stores the tokenizer's `state`."""
 
     hf: HFTokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
+        """Return the ids of `text`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` each text, on all cores."""
+        """Return the ids of each text, encoded on all cores."""
         encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -57,8 +57,8 @@ class HFTokenizerBase(Tokenizer):
 class ByteLevelTokenizer(HFTokenizerBase):
     """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, and the ids decode to exactly that text.
 
-    Only such a tokenizer can be exported to GGUF. `token_strings` and `merges` return the values of GGUF's
-    `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`, with the `gpt-2` pre-tokenizer.
+    Only such a tokenizer can be exported to GGUF. `token_strings` and `merges` return the values of the GGUF keys
+    `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`. GGUF's name for the pre-tokenizer is `gpt-2`.
     """
 
     def __init__(self, name: str, tokens: Sequence[str], merges: Sequence[Merge], eos_id: int) -> None:
@@ -69,11 +69,11 @@ class ByteLevelTokenizer(HFTokenizerBase):
         self._merges = list(merges)
 
     def token_strings(self) -> list[str]:
-        """Every token in id order, in GPT-2's characters for bytes. `<|endoftext|>` is at `eos_id`."""
+        """Return every token in id order, in GPT-2's characters for bytes. `<|endoftext|>` is at `eos_id`."""
         return list(self._tokens)
 
     def merges(self) -> list[Merge]:
-        """The merges in the order of training, in GPT-2's characters for bytes."""
+        """Return the merges in the order of training, in GPT-2's characters for bytes."""
         return list(self._merges)
 
     @cached_property
@@ -82,16 +82,16 @@ class ByteLevelTokenizer(HFTokenizerBase):
         return [token_bytes(token) for token in self._tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         return b"".join([self._bytes[id] for id in ids]).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token."""
+        """Return the bytes of one token."""
         return self._bytes[id]
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of everything that affects the ids: tokens, merges, end of text."""
+        """The sha256 of everything that affects the ids: the tokens, the merges and the end-of-text id."""
         vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
         return hashlib.sha256(vocabulary.encode()).hexdigest()
 
@@ -112,7 +112,7 @@ class ByteLevelTokenizer(HFTokenizerBase):
 
 
 def well_formed(text: str) -> str:
-    """Replace lone surrogates, which have no UTF-8 form, by U+FFFD, as tiktoken does."""
+    """Return `text` with U+FFFD instead of lone surrogates, which have no UTF-8 form. tiktoken does the same."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

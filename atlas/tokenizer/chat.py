@@ -1,12 +1,12 @@
-"""Zephyr's template for conversations. It needs no special token except the end of text.
+"""Zephyr's template for conversations. It needs no special token except the end-of-text token.
 
     <|user|>
     Who are you?<|endoftext|>
     <|assistant|>
     A small model.<|endoftext|>
 
-The names of the roles are plain text. A prompt ends with `<|assistant|>` and a new line. An answer ends with the end of
-text.
+The names of the roles are plain text. A prompt ends with `<|assistant|>` and a new line. An answer ends with the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Message(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One message as two texts. Each text is encoded by itself, and the end of text follows the second.
+    """One message as two texts. Each text is encoded by itself. The end-of-text token follows the second text.
 
     The prompt and the answer are separate texts, so an answer has the same ids in training as in generation.
     """
@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
-    """The texts of a conversation. Only the assistant's messages have an `answer`."""
+    """Return the turns of a conversation. Only the assistant's messages have an `answer`."""
     turns, line_end = [], "\n"
     for number, (role, content) in enumerate(messages):
         head, content = f"{line_end if number else ''}<|{role}|>\n", content.strip()
@@ -57,7 +57,7 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a conversation, as a prompt for the assistant's next answer."""
+    """Return the ids of a conversation, as a prompt for the assistant's next answer."""
     ids = []
     for prompt, answer in turns_of(messages):
         ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]
@@ -65,7 +65,7 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
-    """The newest messages whose prompt has at most `max_tokens` tokens. The last message is always kept."""
+    """Return the newest messages whose prompt has at most `max_tokens` tokens. The last message is always kept."""
     kept = list(messages)
     while len(kept) > 1 and len(encode_chat(kept, tokenizer)) > max_tokens:
         del kept[0]

@@ -32,7 +32,7 @@ def import_object(spec: str) -> Any:
 
 
 class CustomTokenizer(Tokenizer):
-    """Wraps the user's object as a `Tokenizer`. A model can be trained with the object, but no file can hold it."""
+    """Wraps the user's object as a `Tokenizer`. A model can be trained with the object, but no file can contain it."""
 
     def __init__(self, custom: Any, name: str | None = None) -> None:
         kind = type(custom)
@@ -50,7 +50,7 @@ class CustomTokenizer(Tokenizer):
         return TokenizerError(f"tokenizer {self.name}: {reason}")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Raises `TokenizerError` for an id outside the vocabulary."""
+        """Return the ids of `text`. Raises `TokenizerError` for an id outside the vocabulary."""
         ids = [int(id) for id in self._custom.encode(text)]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = max(ids) if min(ids) >= 0 else min(ids)
@@ -58,7 +58,7 @@ class CustomTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         return str(self._custom.decode([int(id) for id in ids]))
 
     @cached_property
@@ -68,6 +68,6 @@ class CustomTokenizer(Tokenizer):
         return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes from the object's own `token_bytes`, or else the bytes of the decoded token."""
+        """Return the bytes from the object's own `token_bytes`, or else the bytes of the decoded token."""
         own = getattr(self._custom, "token_bytes", None)
         return bytes(own(id)) if own else super().token_bytes(id)

@@ -1,7 +1,7 @@
-"""A tokenizer.json of another model, such as Llama or Qwen. Hugging Face's library `tokenizers` runs it unchanged.
+"""A tokenizer.json of another model, such as Llama or Qwen. Hugging Face's library `tokenizers` runs this file.
 
-A model can be trained with such a tokenizer. Checkpoints and Hugging Face folders can hold the tokenizer. A GGUF file
-cannot, since it stores the split as a name, which llama.cpp must know.
+A model can be trained with such a tokenizer. Checkpoints and Hugging Face folders can contain the tokenizer. A GGUF
+file cannot contain the tokenizer, because GGUF stores only the name of the split, and llama.cpp must know this name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atlas.tokenizer.byte_level import BYTE_OF_CHAR, HFTokenizerBase, token_byte
 
 class ForeignTokenizer(HFTokenizerBase):
     """A tokenizer from `text`, the content of a tokenizer.json. `vocab_size` can exceed the number of tokens, as in a
-    model with spare rows."""
+    model with unused embedding rows."""
 
     kind = name = "hf"
 
@@ -57,7 +57,7 @@ class ForeignTokenizer(HFTokenizerBase):
             eos_id, rows = config["eos_token_id"], config["vocab_size"]
         except (OSError, ValueError, RecursionError, LookupError, TypeError):
             raise refusal from None
-        if isinstance(eos_id, list) and eos_id:  # each id in the list ends a text; the first also begins one
+        if isinstance(eos_id, list) and eos_id:  # each id in the list ends a text; Atlas uses the first id
             eos_id = eos_id[0]
         if type(eos_id) is not int or type(rows) is not int:
             raise refusal
@@ -65,11 +65,11 @@ class ForeignTokenizer(HFTokenizerBase):
         return cls(text, eos_id=eos_id, vocab_size=rows, origin=str(path))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         return self.hf.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token."""
+        """Return the bytes of one token."""
         token = self.hf.id_to_token(id) or ""
         if "ByteLevel" in self._decoder and BYTE_OF_CHAR.keys() >= set(token):
             return token_bytes(token)
@@ -91,7 +91,7 @@ class ForeignTokenizer(HFTokenizerBase):
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """The state of the base class, and the content of the tokenizer.json."""
+        """Return the state of the base class, and the content of the tokenizer.json."""
         return super().state() | {"json": self._text}
 
     def save(self, path: str | Path) -> None:

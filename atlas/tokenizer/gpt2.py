@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer. It needs no download: its ids follow from the merge table, which is package data."""
+"""GPT-2's tokenizer. It needs no download, because the package contains the merge table, which determines all ids."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 # OpenAI's own revision of GPT-2's pattern. It gives the same pieces with less backtracking.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# A pattern without the lookahead, which takes half of tiktoken's time. Every blank that precedes no word is a separate
-# piece. So the pieces are the same as GPT-2's if at most two blanks precede a word and at most one blank ends the text.
+# A pattern without the lookahead, because the lookahead takes half of tiktoken's time. Each blank that precedes no word
+# is a separate piece. So the pieces are the same as GPT-2's if at most two blanks precede a word and at most one blank
+# ends the text.
 _QUICK_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 _BLANKS = b"\t\n\v\f\r "
 _WIDE_BLANKS = [chr(code) for code in range(0x80, 0x3001) if chr(code).isspace()]
@@ -44,8 +45,8 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         eos_id = len(tokens)
         super().__init__("gpt2", [*tokens, END_OF_TEXT], merges, eos_id)
         self._ranks = {token_bytes(token): id for id, token in enumerate(tokens)}
-        # 2 is a token of blanks only; 1 is a token that begins with a blank, or the end of text; 0 is any other token.
-        # GPT-2's pattern may split two blanks before a token of kind 1 or 2 differently.
+        # 2: a token of blanks only. 1: a token that begins with a blank, or the end of text. 0: any other token. If two
+        # tokens of kind 2 precede a token of kind 1 or 2, GPT-2's pattern may split the blanks differently.
         self._blankness = np.array([*map(_blankness, self._ranks), 1], dtype=np.uint8)
 
     @cached_property
@@ -61,7 +62,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
+        """Return the ids of `text`."""
         if len(text) >= _LONG_BLANK_LENGTH and (blank := _LONG_BLANK.search(text)):
             # In GPT-2's pattern, the run of blanks without its last character is one piece. At the end of a text, the
             # full run is one piece.
@@ -71,7 +72,8 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return self._tiktoken.encode_ordinary(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """`encode` each text, with the quicker pattern if that pattern gives the same ids."""
+        """Return the ids of each text as an array. The quicker pattern encodes all texts. If GPT-2's pattern may split
+        a text differently, that pattern encodes the text again."""
         arrays = [self._quick.encode_to_numpy(text, disallowed_special=()) for text in texts]
         # The indexes of texts with a run of blanks that GPT-2's pattern may split differently.
         wide = {
@@ -88,7 +90,7 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         return arrays
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` each text, on all cores."""
+        """Return the ids of each text, encoded on all cores."""
         if any(len(text) >= _LONG_BLANK_LENGTH for text in texts):
             return [self.encode(text) for text in texts]
         return self._tiktoken.encode_ordinary_batch(list(texts))
@@ -100,7 +102,7 @@ def _blankness(token: bytes) -> int:
 
 @cache
 def gpt2_tokenizer() -> GPT2Tokenizer:
-    """GPT-2's tokenizer of 50,257 tokens, from the merge table in the package."""
+    """Return GPT-2's tokenizer of 50,257 tokens, from the merge table in the package."""
     table = (resources.files("atlas.tokenizer") / "assets" / "vocab.bpe").read_bytes()
     if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
         raise TokenizerError(

@@ -1,4 +1,4 @@
-"""Make a tokenizer: by name, from a file or stored state, by training, or around the user's object.
+"""Constructors of tokenizers: by name, from a file, from stored state, by training, or around the user's object.
 
 This module adds the constructors to `Tokenizer`, such as `Tokenizer.gpt2()`.
 """
@@ -33,9 +33,10 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def from_state(state: Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `state()` described, after checking its fingerprint.
+    """Return the tokenizer that `state` describes, after a check of its fingerprint.
 
-    No code is imported: a file does not contain a custom tokenizer's code, so the user has to name it.
+    The function imports no code. A file does not contain the code of a custom tokenizer, so the user must name that
+    tokenizer.
     """
     kind, name, text = map(state.get, ("kind", "name", "json"))
     if kind == "custom":
@@ -66,7 +67,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
 
 
 def resolve(spec: str | Path) -> Tokenizer:
-    """Return what `spec` names: `gpt2`, the path of a tokenizer.json (or a folder with one), or
+    """Return the tokenizer that `spec` names: `gpt2`, the path of a tokenizer.json or of its folder, or
     `package.module:factory`."""
     if spec == "gpt2":
         return gpt2_tokenizer()

@@ -193,7 +193,7 @@ MISTAKES = {
         "short.txt --overfit-batch": "short.txt: 4 tokens are too few … give more text, or",
         "own --set model.max_seq_len=99999": "own … too few … a smaller model.max_seq_len",
         "binary.txt": "binary.txt: is a binary file, not text; leave it out, or save it as UTF-8",
-        "rows.jsonl": "rows.jsonl line 2: has no field 'text', but body; name the field",
+        "rows.jsonl": "rows.jsonl line 2: has no field 'text' (fields: body); name the field",
         "bad_header": "bad_header/train-00000.npy … prepare the dataset again",
         "bad_ids": "bad_ids … token id … 300 tokens; prepare the dataset again",
         "bad_size": "bad_size/train-00000.npy … bytes instead of … prepare the dataset again",

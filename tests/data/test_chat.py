@@ -196,7 +196,7 @@ def test_a_row_without_an_answer_ends_the_command_with_one_line(
     assert f"{path} line 2: has no answer" in line
     assert not (tmp_path / "out").exists()
     assert main(["prepare", "--input", str(path), "--output", str(tmp_path / "p")]) == 2
-    assert "is a conversation, which is not prepared" in capfd.readouterr().err
+    assert "is a conversation, which atlas prepare does not support" in capfd.readouterr().err
     assert main(["plan", "--config", "nano", "--data", str(path)]) == 2
     assert "holds conversations" in capfd.readouterr().err
 

@@ -173,7 +173,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no array at all": (lambda f: (f / "train-00000.npy").write_bytes(b"text"), "is not a token shard"),
     "id beyond the vocabulary": (
         lambda f: overwrite(f / "train-00000.npy", np.full(500, 257, dtype=np.uint16)),
-        "token id 257, but its tokenizer has 257 tokens",
+        "token id 257, but the tokenizer has 257 tokens",
     ),
 }
 
@@ -532,7 +532,7 @@ def test_a_wrong_id_is_refused_at_the_latest_when_it_is_read(tmp_path: Path) -> 
     stream = open_dataset(sparse_dataset(tmp_path / "sparse", 10**9, last=50_300)).split("train")
     assert stream is not None
     assert stream.read(0, 1000).max() == 0
-    with pytest.raises(AtlasError, match="train holds token id 50300, but its tokenizer has 50257 tokens"):
+    with pytest.raises(AtlasError, match="train contains token id 50300, but the tokenizer has 50257 tokens"):
         stream.read(10**9 - 10, 10**9)
     small = sparse_dataset(tmp_path / "small", 10**6, last=50_300)
     with pytest.raises(AtlasError, match="train holds token id 50300"):

@@ -115,7 +115,7 @@ TRAPS: dict[str, tuple[list[str], bool, str]] = {
     "headings of their own": (
         [_about(n, f"Older days {n + 1000}", _ABOUT) for n in range(30)],
         False,
-        "30 of 60 titles in the beginning are not named in the text below them",
+        "30 of 60 titles in the beginning are not mentioned in the text below them",
     ),
     "lists after a colon": (
         [_about(n, "Its parts:", f"One {n}", f"Two {n}", _ABOUT) for n in range(30)],
@@ -149,7 +149,7 @@ def test_in_each_trap_the_boundaries_are_right_or_a_doubt_is_shown(trap: str, ne
     meant = [article.replace("\n", newline) for article in meant]
     report = ArticleReport()
     assert whole(split_articles([(newline * 3).join(meant)], report)) == meant
-    assert report.doubt is None or "runs of empty lines" in report.doubt
+    assert report.doubt is None or "groups of empty lines" in report.doubt
     report = ArticleReport()
     found = whole(split_articles([(newline * 2).join(meant)], report))
     assert (found == meant) == is_told_by_form
@@ -165,7 +165,7 @@ def test_a_doubt_is_a_warning_among_the_notes(tmp_path: Path) -> None:
     list(sources.documents(report))
     warnings = [note for note in sources.notes(report) if note.startswith("warning: ")]
     assert len(warnings) == 1
-    assert warnings[0].endswith("which is usual for section headings: look at the boundaries")
+    assert warnings[0].endswith("as is usual for section headings: look at the boundaries")
 
 
 def test_articles_longer_than_the_buffer_do_not_depend_on_how_they_arrive(
@@ -328,7 +328,7 @@ def test_rows_are_documents(tmp_path: Path) -> None:
         ("[1]", "line 3: is an array, not an object"),
         (
             '{"body": "x", "id": 1}',
-            "line 3: has no field 'text', but body, id; name the field with atlas prepare --text-field",
+            "line 3: has no field 'text' (fields: body, id); name the field of the text with atlas",
         ),
         ('{"text": 7}', "line 3: field 'text' is a number, not text; name the field"),
     ],

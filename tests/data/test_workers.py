@@ -287,7 +287,7 @@ def test_standard_input_is_a_source(source: Path, tmp_path: Path) -> None:
     prepare([source], tmp_path / "file")
     piped = pipe(source.read_text(encoding="utf-8"), tmp_path / "piped")
     assert piped.returncode == 0, piped.stderr
-    assert "standard input: 0.3 MB, read from its start" in piped.stderr
+    assert "standard input: Atlas read 0.3 MB from the start" in piped.stderr
     assert bits(tmp_path / "piped") == bits(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "piped", "rows.jsonl"]
     empty = pipe("", tmp_path / "none")

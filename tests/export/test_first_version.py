@@ -166,7 +166,7 @@ def test_a_list_with_commas_is_answered_with_what_works(
         Path(name).write_text(corpus()[number:], encoding="utf-8")
     assert main(["train", "--config", "nano", "--train-data", "a.txt,my b.txt"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: a.txt,my b.txt: is a list, and one path is expected; name a folder")
+    assert message.startswith("error: a.txt,my b.txt: is a list, but Atlas expects one path; name a folder")
     remedy = re.search(r"atlas (prepare .*)$", message.strip())
     assert remedy
     assert main(shlex.split(remedy[1].replace("FOLDER", "joined"))) == 0

@@ -178,7 +178,7 @@ def test_two_at_once_make_one_dataset(place: Path) -> None:
     first.send_signal(signal.SIGSTOP)
     second = start(*PREPARE, folder / "set", cwd=place)
     assert second.stderr is not None
-    assert "another process prepares it; waiting" in second.stderr.readline()
+    assert "another process prepares this dataset; waiting" in second.stderr.readline()
     first.send_signal(signal.SIGCONT)
     assert "unchanged" not in finish(first)[1]
     assert "unchanged: the same text" in finish(second)[1]

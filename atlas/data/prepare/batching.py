@@ -1,4 +1,4 @@
-"""Documents → batches. Each batch is for one worker, and records the place in the sources where it ends."""
+"""Documents → batches. Each batch is for one worker, and records the position in the sources where the batch ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Started = TypeVar("Started")
 
 
 class Position(NamedTuple):
-    """The place after `part` parts of group number `group`. All earlier groups are done."""
+    """The position after `part` parts of group number `group`. All earlier groups are done."""
 
     group: int = 0
     part: int = 0
@@ -41,8 +41,8 @@ class Batch:
 
 
 def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[Batch]:
-    """Yield the text after `start` in batches. The last batch may have no parts; it holds the last report."""
-    # A cut is a place in the complete text, so all groups are read as one text.
+    """Yield the text after `start` in batches. The last batch contains the last report, and may have no parts."""
+    # `rule.cut_at` is a position in the complete text, so all groups are then read as one text.
     texts = [[group] for group in groups] if rule.cut_at is None else [list(groups)]
     batch, chars = Batch(start), 0
 

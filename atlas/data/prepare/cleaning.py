@@ -1,14 +1,14 @@
-"""Cleaning of a document before it becomes tokens. Each step has a name and can be left out. The changes of each step
-are counted.
+"""The cleaning of documents before tokenization. Each step has a name and can be left out. Atlas counts the changes of
+each step.
 
     nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
     control      control characters other than tab and line ends are removed
-    whitespace   line ends become \\n; blanks at a line's end are removed; a run of blanks inside a line becomes one
-                 blank (indentation stays); more than two empty lines become two
+    whitespace   line ends become \\n; blanks at a line's end are removed; consecutive blanks inside a line become
+                 one blank (indentation stays); more than two empty lines become two
     duplicates   only the first of documents with the same text is kept (`atlas.data.prepare.dedup`)
 
-All other bytes of a document are kept. After these steps, documents of fewer than `min_chars` characters are left out
-and, with `near_dedup`, near copies of earlier documents.
+All other bytes of a document are kept. Atlas leaves out documents that have fewer than `min_chars` characters after
+cleaning. With `near_dedup`, Atlas also leaves out near-duplicates of earlier documents.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ STEPS = ("nfc", "control", "whitespace", "duplicates")
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")
-# Each pattern matches at only one place of a run, so a run of any length is scanned once.
+# Each pattern can match at only one position in a sequence of blanks or newlines. So a search takes linear time.
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 _BLANKS_INSIDE_LINE = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _EMPTY_LINES = re.compile(r"\n{4,}")
-_BEFORE = "\ufffc"  # a character that is no white space and combines with nothing
+_BEFORE = "\ufffc"  # a character that is not white space and combines with no other character
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """The cleaning steps to take."""
+    """The cleaning steps, and the criteria for leaving out documents."""
 
     steps: tuple[str, ...] = STEPS
     min_chars: int = 1
@@ -50,16 +50,16 @@ class Cleaning:
 
     @staticmethod
     def parse(names: str) -> tuple[str, ...]:
-        """Return the steps in a list such as `nfc,control`, in the order in which they are taken. For `none` there are
-        no steps."""
+        """Return the steps of a list such as `nfc,control`, in the order in which Atlas applies them. The list `none`
+        gives no steps."""
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         if wanted == ["none"]:
             return ()
         return Cleaning(tuple(sorted(wanted, key=(*STEPS, *wanted).index))).steps
 
     def clean(self, text: str, *, starts_document: bool = True) -> tuple[str, dict[str, int]]:
-        """Return the cleaned text and, for each step that changed the text, by how many characters it became
-        shorter."""
+        """Return the cleaned text and a dict. For each step that changed the text, the dict has the number of
+        characters by which the step shortened the text."""
         changes: dict[str, int] = {}
         for name, step in _TEXT_STEPS.items():
             if name in self.steps:

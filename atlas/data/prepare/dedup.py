@@ -1,6 +1,6 @@
-"""Find copies of earlier documents: exact copies by a hash of 16 bytes, near copies by MinHash.
+"""Find duplicates of earlier documents: exact duplicates by a 16-byte hash, near-duplicates by MinHash.
 
-Each of the two methods keeps a log beside the shards. An interrupted preparation resumes from these logs.
+Each of the two methods keeps a log in the workspace. An interrupted preparation resumes from these logs.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from atlas.files import flush_to_disk
 
 DIGEST_BYTES = 16
 CACHE_BYTES = 1 << 29
-"""Memory for the index of digests, enough for 17 million documents. SQLite keeps a larger index in its file."""
+"""Bytes of memory for the digests' index, enough for 17 million documents. SQLite keeps a larger index in its file."""
 _LOADED_PER_STEP = 1 << 20
 
 SIMILARITY = 0.8
-"""Documents whose shingles have at least this Jaccard similarity are near copies."""
+"""Two documents are near-duplicates if the Jaccard similarity of their word 5-grams is at least this value."""
 NUM_PERMUTATIONS = 128
 _SHINGLE_WORDS = 5
 _SEED, _SCHEME = 1, "affine32"
 
 
 def fractions(digests: bytes) -> NDArray[np.float64]:
-    """Return (n, 2): both halves of n digests as numbers from 0 to 1, uniformly distributed and independent."""
+    """Return (n, 2): the two halves of each of n digests, as independent, uniformly distributed numbers from 0 to 1."""
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2) / 2.0**64
 
 
 class SeenDigests:
-    """A growing set of digests. `log` holds the digests in the order of arrival. An SQLite file beside `log` is their
-    index.
+    """A growing set of digests. `log` contains the digests in the order of arrival. An SQLite file beside `log` is the
+    index of the digests.
 
-    Only the log survives a kill: committing an index of random keys would rewrite most of its pages each time. Raises
-    `OSError` if the disk is full.
+    Only the log survives a kill. The index is never committed, because each commit of an index with random keys would
+    rewrite most pages of the index. Raises `OSError` if the disk is full.
     """
 
     def __init__(self, log: Path, *, count: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
-        """Load the first `count` digests of an existing `log`, and cut off the rest."""
+        """Load the first `count` digests of an existing `log`, and remove all later digests from `log`."""
         index = log.with_suffix(".sqlite")
         index.unlink(missing_ok=True)
         with _disk_errors(index):
@@ -98,10 +98,9 @@ def _split(digests: bytes) -> list[bytes]:
 
 
 def minhash_of(text: str) -> NDArray[np.uint32]:
-    """Return (NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of a text's shingles, which are its runs of five
-    words.
+    """Return (NUM_PERMUTATIONS,): the MinHash signature (Broder 1997) of the set of word 5-grams in a text.
 
-    The signature of a document is the minimum of its pieces' signatures.
+    The signature of a document is the elementwise minimum of the signatures of its pieces.
     """
     from datasketch import MinHash
 
@@ -116,10 +115,11 @@ def minhash_of(text: str) -> NDArray[np.uint32]:
 
 
 class SeenSignatures:
-    """A growing set of signatures, searched by locality-sensitive hashing. The set needs about 3 KB per document."""
+    """A growing set of signatures, searched by locality-sensitive hashing. The set uses about 3 KB of memory per
+    document."""
 
     def __init__(self, log: Path, *, count: int = 0) -> None:
-        """Load the first `count` signatures of an existing `log`, and cut off the rest."""
+        """Load the first `count` signatures of an existing `log`, and remove all later signatures from `log`."""
         from datasketch import MinHashLSH
 
         self._index = MinHashLSH(threshold=SIMILARITY, num_perm=NUM_PERMUTATIONS)
@@ -131,8 +131,8 @@ class SeenSignatures:
         self._file.truncate(count * self._row_bytes)
 
     def add(self, signature: NDArray[np.uint32]) -> bool:
-        """Add a signature, unless a known signature is at least `SIMILARITY` similar to it. Returns whether the
-        signature was added."""
+        """Add a signature, unless its estimated similarity to a known signature is at least `SIMILARITY`. Returns
+        whether the signature was added."""
         for key in self._index.query(_lean(signature)):
             self._file.seek(key * self._row_bytes)
             if (self._read() == signature).mean() >= SIMILARITY:
@@ -166,10 +166,10 @@ def _lean(signature: NDArray[np.uint32]) -> Any:
 
 
 def require_datasketch() -> None:
-    """Raise `DataError` if the package that finds near copies is not installed."""
+    """Raise `DataError` if the package that finds near-duplicates is not installed."""
     try:
         import datasketch  # noqa: F401
     except ImportError:
         raise DataError(
-            '--near-dedup: needs the package datasketch; pip install "atlas-llm[dedup]", or leave it out'
+            '--near-dedup: needs the package datasketch; pip install "atlas-llm[dedup]", or omit this option'
         ) from None

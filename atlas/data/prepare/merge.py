@@ -1,8 +1,8 @@
-"""Encoded batches → the two splits. Copies are left out, and held-out documents go to `val`.
+"""Encoded batches → the two splits. Duplicates are left out, and held-out documents go to `val`.
 
 All decisions that depend on the order of documents are made here, so any number of workers gives the same shards. A
 document in several parts is written part by part. If the end of a document shows that the document must be left out,
-the split is truncated to the place where the document began.
+the split is truncated to the position where the document began.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _OpenDocument:
 
 
 class Merger:
-    """Writes the splits in `workspace`. Resumes from the state that `sync` returned, if the state was committed."""
+    """Writes the splits in `workspace`. If a state that `sync` returned was committed, the merger resumes from that
+    state."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Merger:
         state = workspace.state.get("assembly", {})
         self.rule, self.cleaning = rule, cleaning
         # If the split rule has a cut, the rule has already left out and counted short documents. Half of a document may
-        # be empty, so its length is not checked again.
+        # be empty, so the merger does not check the length of a half.
         self._checks_length = rule.cut_at is None
         self._min_chars = max(1, cleaning.min_chars) if self._checks_length else 1
         near = ["near_duplicates"] if cleaning.near_dedup else []
@@ -97,7 +98,7 @@ class Merger:
         }
 
     def finish(self) -> dict[str, SplitRecord]:
-        """Finish the splits. Returns those that are not empty."""
+        """Finish the splits. Returns the name → record of each split that is not empty."""
         records = {name: writer.finish() for name, writer in self.writers.items()}
         return {name: record for name, record in records.items() if record}
 
@@ -108,7 +109,7 @@ class Merger:
             self.similar.close()
 
     def _add_documents(self, parts: list[Part], encoded: Encoded) -> None:
-        self._document = None  # the first half of a document that was cut has no end
+        self._document = None  # after a cut, the first half of a document is still open here
         for step, (documents, characters) in encoded.changes.items():
             self._count(step, documents, characters)
         keep = encoded.num_chars >= self._min_chars

@@ -33,9 +33,9 @@ from atlas.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
-"""A kill loses at most this many seconds of work, and never a finished shard."""
+"""Seconds between two commits. A kill loses at most the work since the last commit, and never a finished shard."""
 _WORTH_PRINTING = 1_000_000
-"""Atlas prints how much disk space a dataset needs, if that is at least this many bytes."""
+"""Atlas prints how much disk space a dataset needs, if the dataset needs at least this many bytes."""
 _PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
 """To estimate the size of a dataset, Atlas reads `_PROBE_CHARS` characters and tokenizes `_ENCODED_PROBE_CHARS` of
 them."""
@@ -86,20 +86,20 @@ def prepare(
     engine: str = "local",
     trust_archives: bool = False,
 ) -> Summary:
-    """Make a dataset folder of the text in `inputs`. `output` defaults to `default_output`.
+    """Make a dataset of the text in `inputs`, in the folder `output`, which defaults to `default_output`.
 
-    The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens trained on the training split, or GPT-2's.
-    `workers` processes tokenize (default: one per core), on this machine or, with `engine="ray"`, on a Ray cluster. The
-    shards are the same in every case, bit for bit. A folder that holds exactly this dataset is not changed. An older
-    dataset is replaced, and an interrupted preparation is resumed.
+    The tokenizer is `tokenizer`, or a BPE of `train_tokenizer` tokens trained on the training split. The default is
+    GPT-2's tokenizer. `workers` processes tokenize, by default at most one per core. With `engine="ray"`, the processes
+    run on a Ray cluster. The shards are the same in every case, bit for bit. If `output` already contains exactly this
+    dataset, nothing is changed. A different dataset is replaced, and an interrupted preparation is resumed.
 
-    Raises `DataError` if input cannot be read, the output folder holds other files, or cleaning leaves no text. Unless
+    Raises `DataError` if input cannot be read, `output` contains other files, or cleaning leaves no text. Unless
     `trust_archives`, the function also raises `DataError` for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     if tokenizer and train_tokenizer:
         raise DataError(
-            f"tokenizer {tokenizer.name}: cannot be given together with training a new one; give one of them"
+            f"tokenizer {tokenizer.name}: cannot be combined with --train-tokenizer; give one of them"
         )
     if not train_tokenizer:
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
@@ -121,7 +121,7 @@ def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_f
 
 @contextmanager
 def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
-    """Turn an `OSError`, such as that of an unreadable file, a read-only folder or a full disk, into a `DataError`."""
+    """Turn an `OSError` into a `DataError`, for example if a file is unreadable or a disk is full."""
     try:
         yield
     except OSError as error:
@@ -131,14 +131,14 @@ def _file_errors(place: Path | str = "preparation") -> Iterator[None]:
 
 
 def default_output(sources: Sources) -> Path:
-    """`data/processed/wikipedia` for the Kaggle archive, else `data/processed/<stem>` of the first input."""
+    """Return `data/processed/wikipedia` for the Kaggle archive, else `data/processed/<stem of the first input>`."""
     return Path("data", "processed", "wikipedia" if sources.is_kaggle else sources.stem)
 
 
 @dataclass(frozen=True)
 class _Preparation:
-    """The sources and settings of a dataset, and the processes that make it. Without `tokenizer`, a new one is
-    trained."""
+    """The sources and settings of a dataset, and the processes that make the dataset. If `tokenizer` is None, a new
+    tokenizer is trained."""
 
     sources: Sources
     tokenizer: Tokenizer | None
@@ -147,7 +147,7 @@ class _Preparation:
 
     @cached_property
     def option_values(self) -> dict[str, Any]:
-        """The options as `dataset.json` keeps them."""
+        """The options as `dataset.json` stores them."""
         return asdict(self.options) | {"text_field": self.sources.text_field}
 
     @cached_property
@@ -158,7 +158,7 @@ class _Preparation:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def run(self, output: Path) -> Summary:
-        """Make the dataset `output`, unless it exists already."""
+        """Make the dataset in `output`, unless `output` already contains this dataset."""
         with _file_errors(output):
             refuse_foreign(output)
             if existing := self._existing(output):
@@ -166,7 +166,7 @@ class _Preparation:
             if next(self.sources.documents(), None) is None:
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
             with locked(output):
-                if existing := self._existing(output):  # the process that this one waited for has made it
+                if existing := self._existing(output):  # another process made it while this process waited
                     return Summary(existing, unchanged=True)
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
                     notify(line)
@@ -175,7 +175,7 @@ class _Preparation:
                 return Summary(open_dataset(output), unchanged=False)
 
     def _existing(self, output: Path) -> PreparedDataset | None:
-        """Return the dataset in `output` if it is intact and the wanted one, else None."""
+        """Return the dataset in `output` if this dataset is intact and matches this preparation, else None."""
         try:
             dataset = open_dataset(output)
         except (AtlasError, OSError):
@@ -218,7 +218,7 @@ class _Preparation:
         ).write(folder)
 
     def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
-        """Merge every batch, with a commit after each finished shard and every few seconds."""
+        """Tokenize and merge every batch. Commit after each finished shard, and every `COMMIT_SECONDS`."""
         state = workspace.state
         report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
@@ -265,8 +265,8 @@ class _Preparation:
 
 
 def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:
-    """Print how much space the tokens need, estimated from the beginning of the text. Refuse a disk that is too
-    small."""
+    """Print how much disk space the tokens need, estimated from the beginning of the text. Raise `DataError` if the
+    disk has less free space."""
     bytes_read: list[int] = []
     tokens = encoded_chars = chars = 0
     for piece in sources.documents(advance=bytes_read.append):

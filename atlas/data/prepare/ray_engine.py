@@ -1,4 +1,4 @@
-"""Preparation on a Ray cluster: the cluster's machines read the sources and tokenize; this machine writes the shards.
+"""Preparation on a Ray cluster. The cluster's machines read and tokenize the sources. This machine writes the shards.
 
 Batches and results come back in order, so the shards are the same as with one machine, bit for bit. The sources must
 have the same paths, or URLs, on every machine.
@@ -19,7 +19,7 @@ from atlas.data.text.sources import Group
 from atlas.errors import AtlasError, DataError
 
 _BUNDLE_BYTES = 64 << 20
-"""Bytes of small files that one task reads together, since every task has a fixed cost."""
+"""One task reads several small files of at most this many bytes together, since every task has a fixed cost."""
 _AHEAD = 3
 
 
@@ -47,7 +47,7 @@ class _Worker:
         self._encoder = encoder
 
     def encode(self, batch: Batch) -> tuple[Batch, Encoded]:
-        """Return the batch without its text, which is no longer needed, and the tokens."""
+        """Return the batch without its text, and the tokens. The text is no longer needed."""
         bare = [Part("", part.split, part.starts_document, part.ends_document) for part in batch.parts]
         return replace(batch, parts=bare), self._encoder(batch.parts)
 
@@ -59,7 +59,7 @@ def _read_bundle(groups: Sequence[Group], rule: SplitRule, start: Position, firs
 
 
 def _bundles(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[tuple[Any, ...]]:
-    """Yield the arguments of `_read_bundle` for each run of groups from `start` on."""
+    """Yield the arguments of `_read_bundle` for each bundle of consecutive groups, from `start` on."""
     if rule.cut_at is not None:
         yield groups, rule, start, 0
         return

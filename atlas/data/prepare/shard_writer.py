@@ -1,7 +1,7 @@
 """Writes the shards that `atlas.data.shards` reads.
 
-A split is one long list of tokens, which is only extended or truncated. The list is cut into shards of equal length. So
-the counts of tokens, documents and bytes are enough to resume the work of a killed process.
+A split is one long list of tokens. The writer only extends or truncates this list, and cuts it into shards of equal
+length. So the counts of tokens, documents and bytes are enough to resume the work of a killed process.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class SplitWriter:
 
     Each call opens the files that it needs, so no file stays open between two batches.
 
-    `work` is a folder for a file that is needed until the end: `<split>.starts`, the places where documents begin.
-    `state` is the return value of `sync`: the writer resumes from it and cuts off all tokens that were written later.
+    `work` is the folder of a temporary file, `<split>.starts`, with the positions where documents begin. `state` is the
+    return value of an earlier `sync`. The writer resumes from `state`, and removes all tokens that were written later.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SplitWriter:
         self.truncate(self.extent)
 
     def append(self, tokens: NDArray[Any], starts: NDArray[np.int64], num_bytes: int) -> None:
-        """Append tokens that stand for `num_bytes` bytes of text. `starts` are the places in `tokens` where a document
+        """Append the tokens of `num_bytes` bytes of text. `starts` are the positions in `tokens` where a document
         begins."""
         end = self.extent.tokens
         with self._starts.open("ab") as file:
@@ -70,7 +70,7 @@ class SplitWriter:
         self.extent = Extent(end, self.extent.documents + len(starts), self.extent.bytes + num_bytes)
 
     def truncate(self, extent: Extent) -> None:
-        """Remove all tokens that were appended since `extent`."""
+        """Remove all tokens that were appended after the split had this `extent`."""
         self.extent = extent
         os.truncate(self._starts, 8 * extent.documents)
         shard, rest = divmod(extent.tokens, self._shard_tokens)
@@ -83,7 +83,7 @@ class SplitWriter:
             shard += 1
 
     def finish_full_shards(self) -> bool:
-        """Finish the full shards. A finished shard can no longer be truncated. Returns whether there was a full
+        """Finish the full shards. A finished shard can no longer be truncated. Returns whether the method finished a
         shard."""
         before = len(self.shards)
         while (len(self.shards) + 1) * self._shard_tokens <= self.extent.tokens:
@@ -99,7 +99,7 @@ class SplitWriter:
         return {"extent": self.extent, "shards": [shard.model_dump() for shard in self.shards]}
 
     def finish(self) -> SplitRecord | None:
-        """Finish the last shard. Returns None, and leaves no file, if nothing was written."""
+        """Finish the last shard. Returns the record of the split, or None for an empty split, which has no shards."""
         self.finish_full_shards()
         if rest := self.extent.tokens % self._shard_tokens:
             self._finish(rest)
@@ -125,7 +125,7 @@ class SplitWriter:
         done = sum(finished.documents for finished in self.shards)
         starts = np.fromfile(self._starts, dtype="<i8", offset=8 * done)
         starts = starts[: np.searchsorted(starts, shard * self._shard_tokens + tokens)]
-        # Write through memory: if NumPy itself writes to a full disk, its error does not give the reason.
+        # Write through memory: if NumPy itself writes to a full disk, the error does not give the reason.
         content = io.BytesIO()
         np.save(content, starts, allow_pickle=False)
         documents.write_bytes(content.getvalue())

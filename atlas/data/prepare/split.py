@@ -15,7 +15,7 @@ from atlas.data.prepare.dedup import fractions
 from atlas.data.text.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
-"""With fewer than `FEWEST_DOCUMENTS` documents, the size of a split by document would depend on chance."""
+"""With fewer documents, Atlas cuts the text by position, since the sizes of a split by hash would depend on chance."""
 
 
 class Part(NamedTuple):
@@ -29,9 +29,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Splits by the hash of each document or, with `cut_at`, by place: all text after `cut_at` characters is held out.
+    """The rule of the split. Without `cut_at`, the hash of each document decides. With `cut_at`, all text after that
+    many characters is held out.
 
-    With `cut_at`, copies and short documents are left out first, since the cut could otherwise go through one of them.
+    With `cut_at`, duplicates and short documents are left out first. Otherwise the cut could divide such a document.
     """
 
     val_fraction: float
@@ -45,7 +46,7 @@ class SplitRule:
 
     @staticmethod
     def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
-        """Choose the rule. Reads `documents` only until there are `FEWEST_DOCUMENTS` of them."""
+        """Choose the rule. Reads at most the first `FEWEST_DOCUMENTS` documents."""
         if val_fraction == 0:
             return SplitRule(0.0)
         seen: set[bytes] = set()
@@ -59,7 +60,7 @@ class SplitRule:
             text = text.lstrip() if starts else blanks + text
             starts = piece.ends_document
             body = text.rstrip()
-            blanks = text[len(body) :]  # trailing white space, unless more text of the document follows
+            blanks = text[len(body) :]  # white space counts only if more text follows
             digest.update(body.encode())
             chars += len(piece.text)
             if not piece.ends_document:
@@ -80,7 +81,7 @@ class SplitRule:
         return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
-        """Yield each piece as a part. A cut, which lies between two words, makes two parts of one piece."""
+        """Yield each piece as a part. If the rule has a cut, the piece at the cut becomes two parts."""
         if self.cut_at is not None:
             yield from self._cut(pieces, self.cut_at)
             return
@@ -91,7 +92,7 @@ class SplitRule:
 
     def holds_out(self, digests: bytes) -> NDArray[np.bool_]:
         """Return (n,): True for each of n digests whose document is for validation. The decision depends on a
-        document's text alone, so other documents and copies do not change it."""
+        document's text alone. So other documents do not change the decision, and duplicates have the same decision."""
         return fractions(digests)[:, 0] < self.val_fraction
 
     def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:

@@ -1,4 +1,4 @@
-"""The reasons why a dataset is rebuilt: the differences since it was prepared."""
+"""The reasons why a dataset is rebuilt: all differences since the dataset was prepared."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 
 MOST_ROOTS = 1000
-"""For up to this many files a manifest keeps the hash of each file; for more, only one hash of all files."""
+"""A manifest stores the hash of each file for up to this many files. For more files, it stores one combined hash."""
 _SHOWN = 3
 
 
 def what_changed(
     output: Path, sources: Sources, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """Return a line for each difference between the dataset in `output` and the wanted one. The list is empty if there
-    is no dataset."""
+    """Return a line for each difference between the dataset in `output` and the wanted dataset. The list is empty if
+    `output` contains no dataset."""
     if not is_prepared(output):
         return []
     try:
@@ -37,8 +37,8 @@ def what_changed(
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without the tokenizer, as a user writes them. The options of cleaning are on the same level as
-    all others."""
+    """Return the options as a user writes them, without the tokenizer. The options of cleaning are on the same level as
+    all other options."""
     flat = {name: value for name, value in options.items() if name not in ("cleaning", "train_tokenizer")}
     for name, value in (options.get("cleaning") or {}).items():
         flat |= {"clean": ",".join(value) or "none"} if name == "steps" else {name: value}
@@ -46,8 +46,8 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def roots_to_keep(sources: Sources) -> dict[str, str]:
-    """Return name → hash of each given file, which a manifest keeps for a later comparison. The dict is empty for more
-    than `MOST_ROOTS` files."""
+    """Return the name → hash of each given file, for a later comparison. The dict is empty for more than `MOST_ROOTS`
+    files."""
     return sources.roots if len(sources.roots) <= MOST_ROOTS else {}
 
 

@@ -1,4 +1,4 @@
-"""A batch of documents → its tokens, which is the work of a worker. The tokens depend on that batch alone."""
+"""A batch of documents → its tokens. Workers do this work. The tokens depend on the batch alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Encoded:
     tokens: NDArray[Any]
     """The tokens of all parts, one part after the other, with an end-of-text token where a document ends."""
     lengths: NDArray[np.int64]
-    """(n,) number of tokens."""
+    """(n,) number of tokens in each part."""
     num_bytes: NDArray[np.int64]
-    """(n,) bytes of UTF-8."""
+    """(n,) size of each part in UTF-8, in bytes."""
     num_chars: NDArray[np.int64]
-    """(n,) characters without the white space around the text."""
+    """(n,) number of characters in each part, without leading and trailing white space."""
     digests: bytes
-    """16 bytes per part: the digest of its text without the white space around the text."""
+    """16 bytes per part: the digest of the part's text without leading and trailing white space."""
     signatures: list[NDArray[np.uint32]] | None
-    """MinHash of each part, if near copies are left out."""
+    """MinHash signature of each part if near-duplicates are left out, else None."""
     changes: dict[str, list[int]] = field(default_factory=dict)
-    """For each cleaning step: the number of parts it changed, and of characters it removed."""
+    """Cleaning step → the number of parts that the step changed, and the number of characters that the step removed."""
 
 
 @dataclass(frozen=True)

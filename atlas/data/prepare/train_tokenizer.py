@@ -16,12 +16,12 @@ from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1 << 30
-"""From a larger text, Atlas takes a sample of this size, spread over all of the text. More text changes no frequent
-merge."""
+"""From a text of more bytes, Atlas takes a sample of about this size, spread over the complete text. A larger sample
+would not change the frequent merges."""
 
 
 def train_tokenizer_on(sources: Sources, rule: SplitRule, cleaning: Cleaning, vocab_size: int) -> Tokenizer:
-    """Train a BPE on the training split alone: validation text must be as new to the tokenizer as to the model."""
+    """Train a BPE on the training split alone, because the tokenizer, like the model, must not see validation text."""
     with byte_progress(sources.total_bytes, "training the tokenizer") as advance:
         return _train(_training_texts(sources, rule, cleaning, advance), vocab_size)
 
@@ -40,9 +40,9 @@ def _training_texts(sources: Sources, rule: SplitRule, cleaning: Cleaning, advan
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Run `Tokenizer.train` in another thread: it is compiled code, which would react to no signal for minutes.
+    """Run `Tokenizer.train` in another thread, because its compiled code would not react to signals for minutes.
 
-    If this thread is interrupted, the other thread is abandoned: it gets no more text.
+    If this thread is interrupted, the other thread is abandoned and gets no more text.
     """
     result: Future[Tokenizer] = Future()
     stopped = threading.Event()

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
 _AHEAD = 3
-"""Unfinished batches per worker: one is being tokenized, the others wait."""
+"""Unfinished batches per worker: one batch is being tokenized, and two batches wait."""
 _WORTH_A_WORKER = 4_000_000
-"""Bytes of text below which starting a process costs more than it saves."""
+"""Bytes of text per worker. With less text, starting another process takes longer than the process saves."""
 _CHECK_SECONDS = 5.0
-"""How long to wait for a result before checking whether a worker has died."""
+"""Seconds to wait for a result before checking whether a worker has died."""
 
 _encoder: Encoder | None = None
 """In a worker process: the encoder that its initializer received."""
@@ -42,7 +42,7 @@ _encoder: Encoder | None = None
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """`workers` processes that tokenize. None means one process per core, or only this process for a small text."""
+    """`workers` processes that tokenize. None means at most one process per core, and fewer for a small text."""
 
     workers: int | None = None
     engine: str = "local"
@@ -75,7 +75,7 @@ def _cores() -> int:
 
 
 def _cannot_travel(encoder: Encoder) -> str | None:
-    """Return why the tokenizer, which may be a user's object, cannot be sent to another process; None if it can."""
+    """Return why `encoder`, which may contain a user's tokenizer, cannot be sent to another process, or None."""
     from loky.backend.reduction import dumps
 
     try:
@@ -104,10 +104,10 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
 
 @contextmanager
 def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of processes, which end however this context is left.
+    """Yield a pool of worker processes. At the end of this context, also after an exception, the processes end.
 
-    The pool comes from loky. Its processes do not run the user's script again, and start without the modules that this
-    process has loaded. The pool reports when one of its processes is killed.
+    The pool comes from loky. The new processes do not run the user's script again, and start without the modules that
+    this process has loaded. The pool reports when one of its processes is killed.
     """
     import loky
 
@@ -128,16 +128,15 @@ def _pool(encoder: Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
         if not isinstance(error, loky.process_executor.TerminatedWorkerError):
             raise
         raise WorkerKilled(
-            "a worker process was killed, as happens where memory runs out: run the same command again with fewer "
-            "--workers; it resumes the work so far"
+            "a worker process was killed, perhaps because memory ran out; run the same command again with fewer "
+            "--workers to resume the work so far"
         ) from None
     pool.shutdown()
 
 
 def _result(future: Future[Encoded], pool: ProcessPoolExecutor) -> Encoded:
-    """Wait for a result and return it. A worker that is killed while it sends leaves half a result in the pipe, and
-    loky would wait for the other half forever. So a worker that is dead at two checks in a row makes
-    the function raise `TerminatedWorkerError`."""
+    """Wait for a result and return it. Raises `TerminatedWorkerError` if a worker is dead at two checks in a row. A
+    worker that is killed while sending leaves half a result in the pipe, and loky would wait forever for the rest."""
     from loky.process_executor import TerminatedWorkerError
 
     dead: set[int] = set()
@@ -159,7 +158,7 @@ def _begin(encoder: Encoder, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended. A killed parent would leave its workers waiting forever."""
+    """End this process when its parent has ended. Otherwise the workers of a killed parent would wait forever."""
     while os.getppid() == parent and psutil.pid_exists(parent):  # the second check is for Windows
         time.sleep(0.5)
     os._exit(1)

@@ -47,8 +47,8 @@ def refuse_foreign(output: Path) -> None:
 def locked(output: Path) -> Iterator[None]:
     """Wait until no other process prepares `output`. Within this context other processes wait.
 
-    The lock ends with its process. At the end the lock file is removed, and so are the folders that were made above
-    `output`, unless they hold the dataset.
+    If this process is killed, the lock ends, too. At the end of this context, the lock file is removed. Folders that
+    this context made above `output` are also removed, if they are empty.
     """
     output = output.absolute()
     made = [folder for folder in output.parents if not folder.exists()]
@@ -56,7 +56,7 @@ def locked(output: Path) -> Iterator[None]:
     lock = None
     try:
         if (lock := try_to_lock(path)) is None:
-            notify(f"{output}: another process prepares it; waiting until it is done")
+            notify(f"{output}: another process prepares this dataset; waiting until that process is done")
         while lock is None:
             time.sleep(0.1)
             lock = try_to_lock(path)
@@ -83,7 +83,7 @@ class Workspace:
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self.journal = key, folder / "journal.json"
         self.state: dict[str, Any] = {}
-        """The state that this process or an earlier one committed last; empty if there is nothing to resume."""
+        """The state that this process or an earlier process committed last; empty if there is nothing to resume."""
         with suppress(OSError, ValueError):
             content = json.loads(self.journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
@@ -93,7 +93,7 @@ class Workspace:
             self.dataset.mkdir(parents=True)
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Let the next process resume from `state`. All data that `state` describes must be on the disk."""
+        """Save `state`, from which the next process can resume. All data that `state` describes must be on the disk."""
         with replacing(self.journal) as new:
             new.write_text(json.dumps({"key": self.key, "state": state}), encoding="utf-8", newline="\n")
         self.state = state
@@ -103,8 +103,8 @@ class Workspace:
 def building(output: Path, key: str) -> Iterator[Workspace]:
     """Yield a workspace whose dataset replaces `output` at the end. The caller must have `locked` the output.
 
-    If this process is killed or interrupted, or runs out of disk or memory, the committed work stays for the next call
-    with the same `key`. After any other failure the workspace is removed.
+    If this process is killed or interrupted, if a file cannot be read or written, or if a worker is killed, the
+    committed work stays for the next call with the same `key`. After any other failure the workspace is removed.
     """
     output = output.absolute()
     clean_up(output)
@@ -135,8 +135,8 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
 
 
 def clean_up(output: Path) -> None:
-    """Remove files that a killed process left, except a workspace. Put back a dataset that the process had moved
-    away."""
+    """Remove the files that a killed process left, except the workspace. If the process had moved a dataset away, move
+    this dataset back."""
     own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)

@@ -1,4 +1,4 @@
-"""The data of a run → the windows that the run's settings ask for."""
+"""The data of a run → its windows for training and validation, as the config defines them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def training_windows(stream: Stream, config: AtlasConfig) -> Windows:
 def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSource | None:
     """Return the validation data, or None if there is none.
 
-    Conversations that were held out from the training data are left out if none of them has an answer within a window.
+    Conversations that were held out from the training data are left out if no answer in them begins within a window.
     """
     trained_on = {stream.name for stream in data.trains}
     streams = [
@@ -49,8 +49,8 @@ def validation_sequences(data: ResolvedData, config: AtlasConfig) -> SequenceSou
 
 
 def validation_windows(stream: Stream, config: AtlasConfig) -> Windows:
-    """Return windows with every token of a text, or with every answer that is within a window. Attention stays inside
-    each conversation."""
+    """Return windows with every token of a text, or with every answer that begins within a window. Attention stays
+    inside each conversation."""
     masked = config.data.document_mask or isinstance(stream, Conversations)
     return _windows(stream, config, masked, pad_last=True)
 

@@ -1,6 +1,6 @@
 """Conversations: JSONL rows of messages → sequences in which only the answers are predicted.
 
-A file of conversations is small compared with a text for pretraining, so it is kept in memory.
+A file of conversations is small compared with a text for pretraining, so Atlas keeps the file in memory.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _EXAMPLE = (
 )
 _ROWS_PER_STEP = 1024
 FEWEST_HELD_OUT = 20
-"""The fewest conversations that are held out for validation. With two or three, chance would decide which checkpoint is
-the best, and each held-out conversation is missing from training."""
+"""Atlas holds out at least this many conversations for validation, or none. With only two or three, chance would decide
+which checkpoint is the best."""
 
 
 @dataclass(frozen=True)
 class Conversations:
     """The tokens of conversations, one after the other. Each conversation ends with an end-of-text token.
 
-    `is_answer` marks the assistant's tokens, including the end-of-text token after each answer. Conversation i begins
-    at `ends[i - 1]`.
+    `is_answer` marks the assistant's tokens, including the end-of-text token after each answer. Conversation i ends
+    before token `ends[i]`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Conversations:
 
     def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
         """Return (conversations,): for each conversation, the number of answer tokens with at most `max_seq_len` tokens
-        before them."""
+        of the conversation before them."""
         starts = np.concatenate([[0], self.ends[:-1]])
         before = np.concatenate([[0], np.cumsum(self.is_answer)])
         counts: NDArray[np.int64] = before[np.minimum(self.ends, starts + max_seq_len + 1)] - before[starts]
@@ -118,7 +118,7 @@ def read_conversations(
 
 
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
-"""The tokens of a conversation, the marks of its answers' tokens, and the bytes of the answers' text."""
+"""The tokens of a conversation, the marks of the answer tokens, and the number of bytes in the answers."""
 
 
 def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: int) -> _Chat:
@@ -149,7 +149,7 @@ def _file(path: str | Path) -> TextFile:
 
 def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:
     """Return the conversation in a row, up to its last answer. `on_undecodable` receives the number of bytes that were
-    not UTF-8. Raises a `DataError` that names `place`."""
+    not UTF-8. Raises `DataError`, with `place` in its message, if the row has no answer or is not a conversation."""
     if "messages" not in row:
         missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
         if missing:
@@ -183,8 +183,9 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
     """`dataset[w]` is (inputs (T,), targets (T,)), both int64. With `with_documents` a third tensor (T,) holds the
     number of each input's conversation. Targets outside the answers are `IGNORE_INDEX`.
 
-    Complete conversations are packed into windows by best fit. A conversation longer than a window loses its end
-    (`num_cut` counts these). A conversation that loses all its answers is left out (`num_left_out` counts these).
+    Complete conversations are packed into windows by best fit. A conversation longer than a window loses its end, and
+    `num_cut` counts such conversations. A conversation that loses all its answers is left out, and `num_left_out`
+    counts such conversations.
 
     Raises `DataError` if no answer is left.
     """
@@ -203,14 +204,14 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.num_targets = int(answers.sum())
         if not has_answer.any():
             raise DataError(
-                f"{conversations.name}: no answer begins within max_seq_len {max_seq_len} tokens of its conversation; "
-                "set a larger model.max_seq_len, or give shorter prompts"
+                f"{conversations.name}: no answer begins within max_seq_len {max_seq_len} tokens of the start of its "
+                "conversation; set a larger model.max_seq_len, or shorten the prompts"
             )
         self.num_conversations = int(has_answer.sum())
         self.num_left_out = len(full_lengths) - self.num_conversations
         self.num_cut = int((has_answer & (full_lengths > lengths)).sum())
         self.num_tokens = int(lengths[has_answer].sum())
-        """Tokens of all conversations that are kept."""
+        """Number of tokens in the conversations that are kept. Tokens that were cut off do not count."""
         self.bytes_per_token = conversations.answer_bytes / int(conversations.is_answer.sum())
         """Mean number of bytes per answer token. Tokens that were cut off also count."""
         self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)

@@ -1,4 +1,4 @@
-"""Tokens → sequences: window w of a stream is its tokens w·T to w·T + T, with targets shifted by one."""
+"""Tokens → sequences. Window w consists of tokens w·T to w·T + T of the stream. The targets are shifted by one."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
 
     Windows overlap by one token: the last target of a window is the first input of the next window. The tokens left
     over at the end are dropped. With `pad_last` these tokens form one more window, which is padded with end of text in
-    the inputs and `IGNORE_INDEX` in the targets. Then every token except the first is a target exactly once.
+    the inputs and `IGNORE_INDEX` in the targets. With `pad_last`, every token except the first is a target exactly
+    once.
 
-    Raises `DataError` if the stream is shorter than a window.
+    Raises `DataError` if the stream is too short for one window.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         self.max_seq_len = max_seq_len
         self.with_documents = with_documents
         self.num_tokens = self.num_targets = stream.num_tokens
-        """Tokens of the stream. Nearly as many tokens are predicted: at most one token fewer per window."""
+        """Number of tokens in the stream. `num_targets` has this value, too, although slightly fewer are targets."""
         predicted = max(0, stream.num_tokens - 1)
         self._num_windows = -(-predicted // max_seq_len) if pad_last else predicted // max_seq_len
         if self._num_windows == 0:
@@ -77,7 +78,7 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
 
 
 def documents_of(inputs: Tensor, eos_id: int) -> Tensor:
-    """(T,) ids → (T,) int64: the number of end-of-text tokens before each token, not counting the token itself."""
+    """Return (T,) int64: the number of end-of-text tokens before each token, not counting the token itself."""
     ends = inputs == eos_id
     return ends.cumsum(0) - ends.long()
 
@@ -87,8 +88,8 @@ class TextDataset(SequenceDataset):
 
         TextDataset(["a.txt", "b.txt"], tokenizer=MyTokenizer(), max_seq_len=512)
 
-    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. `tokenizer`
-    defaults to GPT-2's. The tokens are cached by content and tokenizer.
+    `tokenizer` is an Atlas tokenizer or any object with `encode`, `decode`, `vocab_size` and `eos_id`. The default is
+    GPT-2's tokenizer. Atlas caches the tokens. The content of the files and the tokenizer identify them in the cache.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The order of a run's sequences, and the batches read in that order.
 
-The i-th sequence of a run is a pure function of (seed, number of windows, i). One integer is therefore enough to resume
-a run at any batch size: the number of sequences it has consumed.
+The i-th sequence of a run is a pure function of (seed, number of windows, i). Therefore one integer is enough to resume
+a run at any batch size: the number of sequences that the run has consumed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from atlas.errors import DataError
 Numbers = NDArray[np.int64]
 Batch = tuple[Tensor, ...]
 Order = Callable[[Numbers], Numbers]
-"""Numbers of a run's sequences → the numbers of their windows."""
+"""A function that maps the numbers of a run's sequences to the numbers of windows."""
 
 _AHEAD = 2
-"""Batches per thread: one that is being read, and one that waits."""
+"""Batches per thread: one batch is being read, and one batch waits."""
 
 _ROUNDS = 8
 _NUM_KEYS = np.uint64(_ROUNDS + 1)
@@ -36,9 +36,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class SequenceOrder:
     """Maps sequence i of a run to its window: a new permutation of all windows in each epoch.
 
-    The permutation is not stored, but computed by a Feistel network (Luby and Rackoff 1988) over the smallest even
-    number of bits that holds `num_windows`. The network is applied again until the result is a window (Black and
-    Rogaway 2002). So every i costs the same time and memory, even with 10¹⁰ windows.
+    A Feistel network (Luby and Rackoff 1988) computes the permutation, so nothing is stored. The network permutes the
+    numbers below 2^b, where b is the smallest even number with 2^b ≥ `num_windows`. The network is applied again until
+    the result is less than `num_windows` (Black and Rogaway 2002). So every i costs the same time and memory, even with
+    10¹⁰ windows.
     """
 
     def __init__(self, seed: int, num_windows: int) -> None:
@@ -61,8 +62,8 @@ class SequenceOrder:
 
     def _permute(self, x: NDArray[np.uint64], keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        # A Feistel network makes only even permutations, which is noticeable with few windows. Adding a key rotates the
-        # numbers, which makes odd permutations possible, too.
+        # A Feistel network makes only even permutations, and with few windows this bias is noticeable. The addition of
+        # a key rotates the numbers, so that odd permutations are possible, too.
         x = x + keys[-1]
         left, right = (x >> half) & mask, x & mask
         for key in keys[:-1]:
@@ -81,12 +82,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def share_of_update(sequences_per_update: int, world_size: int) -> int:
-    """The number of sequences of an update per process. Raises `DataError` if the sequences cannot be divided
+    """Return the number of sequences per process in an update. Raises `DataError` if the sequences cannot be divided
     evenly."""
     if sequences_per_update % world_size:
         raise DataError(
             f"an update of {sequences_per_update} sequences cannot be split evenly over {world_size} processes; "
-            "choose training.batch_size × training.gradient_accumulation_steps as a multiple of their number"
+            "choose training.batch_size × training.gradient_accumulation_steps as a multiple of the number of processes"
         )
     return sequences_per_update // world_size
 
@@ -103,15 +104,16 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield for each update the next `sequences_per_update` sequences of the run, from sequence `start` on.
+    """Yield a batch for each update: the next `sequences_per_update` sequences of the run, from sequence `start` on.
 
     Each batch holds the dataset's columns, stacked: (inputs, targets) or (inputs, targets, documents), each (N, T)
     int64. The iterator ends after `num_updates` updates, or never if `num_updates` is None. Each of `world_size`
-    processes gets an equal share of every update: `rank` 0 the first N sequences, rank 1 the next N. Together the
-    shares are the update of a single process, in the same order.
+    processes gets an equal share of every update: rank 0 gets the first N sequences, rank 1 the next N. Together
+    the shares are the same sequences, in the same order, as the update of a single process.
 
-    `num_workers` threads read ahead, with memory for 2 batches each (16 bytes per token). The batches are the same as
-    without threads, bit for bit. An exception in a thread is raised here. Closing the iterator stops the threads.
+    `num_workers` threads read ahead. Each thread needs memory for 2 batches, with 16 bytes per token (24 with
+    `documents`). The batches are the same as without threads, bit for bit. An exception in a thread is raised here.
+    Closing the iterator stops the threads.
 
     Raises `DataError` if an update cannot be divided evenly.
     """
@@ -131,8 +133,8 @@ def batches(
 def _read_ahead(
     read: Callable[[Numbers], Batch], updates: Iterator[Numbers], num_threads: int
 ) -> Iterator[Batch]:
-    """Yield the batches of `updates` in order. Threads read the batches, since page faults and copies do not hold
-    Python's lock."""
+    """Yield the batches of `updates` in order. Threads are enough to read the batches, because NumPy releases Python's
+    global interpreter lock while it copies, and page faults occur in these copies."""
     if num_threads == 0:
         yield from map(read, updates)
         return
@@ -145,7 +147,7 @@ def _read_ahead(
             if not ahead:
                 return
             yield ahead.popleft().result()
-    finally:  # also when the iterator is deleted: each thread ends after its current batch, and nothing waits for it
+    finally:  # also when the iterator is deleted: each thread ends after its current batch, and nobody waits
         # `cancel_futures` would fail when the interpreter deletes the iterator while it shuts down.
         for batch in ahead:
             batch.cancel()

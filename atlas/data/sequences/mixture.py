@@ -36,8 +36,8 @@ class MixtureOrder:
     """Maps sequence i of a run over several datasets to its window, like `SequenceOrder`.
 
     Each block of `BLOCK` sequences holds a fixed number of sequences of every part, and has its own order. The j-th
-    sequence of a part is the j-th of that part's `SequenceOrder`. So each window of a part occurs once per pass over
-    the part, and every i costs the same.
+    sequence from a part is sequence j in the `SequenceOrder` of this part. So each window of a part occurs once per
+    pass over the part, and the cost does not grow with i.
 
     Raises `DataError` for a weight that is too small for one sequence of a block.
     """
@@ -50,8 +50,8 @@ class MixtureOrder:
         self._orders = [SequenceOrder(seed + (part << 64), n) for part, n in enumerate(num_windows, 1)]
 
     def __call__(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the numbers of the windows of a run's `sequences`, in the same shape. The numbers count through all
-        parts."""
+        """Return the numbers of the windows of a run's `sequences`, in the same shape. The windows of all parts
+        are numbered consecutively."""
         flat = np.asarray(sequences, dtype=np.int64).reshape(-1)
         windows = np.empty_like(flat)
         block, place = np.divmod(flat, BLOCK)
@@ -66,8 +66,8 @@ class MixtureOrder:
         return windows.reshape(np.shape(sequences))
 
     def _layout(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return two arrays (BLOCK,): for each place in a block its part, and how many of that part's sequences precede
-        it."""
+        """Return two arrays (BLOCK,) for the positions in a block: the part of each position, and the number of earlier
+        positions in the block with the same part."""
         slots = self._slots(block * BLOCK + np.arange(BLOCK))
         part_of = np.searchsorted(self._ends, slots, side="right")
         rank_of = np.empty(BLOCK, np.int64)

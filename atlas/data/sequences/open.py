@@ -1,5 +1,5 @@
-"""Open the data that `--train-data` and `--val-data` name: prepared folders, conversations, and plain text, which is
-prepared first."""
+"""Open the data that `--train-data` and `--val-data` name: prepared folders, conversations, and plain text. Plain text
+is prepared first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ResolvedData:
 
     @property
     def train(self) -> Stream:
-        """The first training stream, which is the only one except in a mixture."""
+        """The first training stream. Only a mixture has more than one training stream."""
         return self.trains[0]
 
     @property
@@ -45,7 +45,7 @@ class ResolvedData:
 
     @property
     def name(self) -> str:
-        """The training data's name for the user."""
+        """The name of the training data in messages."""
         return ", ".join(stream.name for stream in self.trains)
 
     @property
@@ -64,10 +64,10 @@ def resolve_data(
     """Open or prepare the data of a run.
 
     `tokenizer` is the tokenizer that the user named. By default a prepared folder uses its own tokenizer, and other
-    data uses GPT-2's. `val_fraction` of a plain text is held out, unless `val_data` is given. If `val_data` is a
-    prepared folder, its validation split is used, or its training split if it has no validation split.
+    data uses GPT-2's. Without `val_data`, `val_fraction` of a text or of conversations is held out. If `val_data` is a
+    prepared folder, Atlas uses its validation split, or else its training split.
 
-    Raises `DataError` for missing or empty data, and if two tokenizers differ.
+    Raises `DataError` for missing or empty data, and if `tokenizer` is not the tokenizer of a prepared folder.
     """
     train: Stream
     val: Stream | None
@@ -109,7 +109,8 @@ def resolve_mixture(
     """Open or prepare several datasets, as `resolve_data` does for one. Validation uses the validation data of all
     datasets, or `val_data`.
 
-    All datasets use one tokenizer: the tokenizer that the user named, else that of the first prepared folder.
+    All datasets use one tokenizer: the tokenizer that the user named, else the tokenizer of the first prepared folder,
+    else GPT-2's.
     """
     prepared = next((part.path for part in mixture if is_prepared(part.path)), None)
     if tokenizer is None and prepared is not None:

@@ -1,10 +1,10 @@
 """Best-fit packing: windows are filled with complete documents, instead of being cut out of a stream.
 
 Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830). A document longer than a window is
-cut into windows. Each of these windows begins with the last token of the window before it, so every token is predicted
-once. The rest of a document that was cut is a piece, and so is each shorter document. Pieces are packed by best-fit
-decreasing, shard by shard. The plan, which lists the pieces of each window, is stored in the user's cache folder. The
-plan is made once and read by memory map.
+cut into windows. Each of these windows begins with the last token of the previous window, so every token is predicted
+once. The rest of such a document becomes a piece, and each shorter document is a piece, too. Pieces are packed by
+best-fit decreasing, shard by shard. The plan, which lists the pieces of each window, is stored in the user's cache
+folder. The plan is made once and read by memory map.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Packing(NamedTuple):
     ends: Array
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """(start, length) of each piece in the window."""
+        """Return (start, length) of each piece in the window, in tokens."""
         here = slice(self.ends[window - 1] if window else 0, self.ends[window])
         return list(zip(self.starts[here].tolist(), self.lengths[here].tolist(), strict=True))
 
@@ -51,8 +51,8 @@ class PackedDataset(SequenceDataset):
     """Windows as in `SequenceDataset`, but filled with complete documents.
 
     A window that is not full is padded with end of text in the inputs and `IGNORE_INDEX` in the targets. The target
-    where the last piece of a cut document begins is ignored too, since an earlier window predicts that token. `padding`
-    is the fraction of all positions that is padding.
+    where the rest of a cut document begins is also ignored, because an earlier window predicts that token. `padding` is
+    the fraction of all positions that is padding.
     """
 
     def __init__(self, stream: TokenStream, max_seq_len: int, *, with_documents: bool = False) -> None:
@@ -83,8 +83,8 @@ class PackedDataset(SequenceDataset):
 
 
 def pieces_of(starts: Array, ends: Array, max_seq_len: int) -> tuple[Array, Array]:
-    """Documents from `starts` to `ends` → starts and lengths of their pieces, each of at most `max_seq_len` + 1
-    tokens."""
+    """Cut the documents from `starts` to `ends` into pieces of at most `max_seq_len` + 1 tokens. Return the starts and
+    lengths of the pieces."""
     predicted = ends - starts - 1
     full, rest = np.divmod(predicted, max_seq_len)
     first_of = np.cumsum(full) - full
@@ -97,8 +97,8 @@ def pieces_of(starts: Array, ends: Array, max_seq_len: int) -> tuple[Array, Arra
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
-    """Return the bin of each piece. The longest pieces come first; each goes into the fullest bin with space (Johnson
-    1973).
+    """Return the bin of each piece. The longest pieces come first; each goes into the fullest bin with enough
+    space (Johnson 1973).
 
     Pieces of the same length are placed together. A bin that has received a piece is the fullest bin for the next
     piece, until no more fit. So a bin with free space c receives c // length pieces.
@@ -106,7 +106,7 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     bin_of = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")
     kinds, counts = np.unique(lengths, return_counts=True)
-    spaces: list[int] = []  # the free spaces of the bins, ascending, each once
+    spaces: list[int] = []  # the distinct free spaces of the bins, in ascending order
     bins_with: dict[int, Array] = {}
     num_bins = placed = 0
 
@@ -160,7 +160,8 @@ def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
 
 
 def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
-    """Return the folder of the plan, which is made if it does not exist. A rename makes the folder appear complete."""
+    """Return the folder of the plan, and make the plan if it does not exist. The folder is renamed when it is
+    complete."""
     shards = [f"{shard.sha256} {shard.documents_sha256}" for shard in stream.record.shards]
     key = hashlib.sha256("\n".join([str(_VERSION), str(max_seq_len), *shards]).encode()).hexdigest()
     folder = cache_folder() / "packing" / key[:32]
@@ -172,7 +173,7 @@ def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
             _write_plan(Path(temporary), stream, max_seq_len)
             os.replace(temporary, folder)
         except OSError:
-            if not (folder / "plan.json").is_file():  # else another process has made the plan
+            if not (folder / "plan.json").is_file():  # otherwise another process has made the plan
                 raise
     return folder
 

@@ -1,8 +1,8 @@
-"""Checks of zip and tar archives that may be untrusted, before anything in them is unpacked.
+"""Checks of zip and tar archives before unpacking, since an archive may be untrusted.
 
-Nothing is ever written to disk. `zipfile` returns no more bytes of a member than the archive's directory says, so it is
-enough to check the directory. `--trust-archives` turns off the checks of sizes. All checks except those of sizes always
-apply.
+Atlas never writes a member to disk. For a zip archive, Atlas checks only the directory, because `zipfile` returns at
+most as many bytes of a member as the directory states. `--trust-archives` turns off the checks of sizes. All other
+checks always apply.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ else:
     from backports import zstd
 
 MAX_RATIO = 200
-"""Bytes of text per byte of archive: prose has 3 to 5, logs 10 to 50, a bomb 1,000 and more."""
+"""The largest allowed ratio of unpacked to packed bytes. Prose has 3 to 5, a log 10 to 50, a bomb 1,000 or more."""
 RATIO_FREE_BYTES = 100_000_000
-"""An archive with fewer unpacked bytes than `RATIO_FREE_BYTES` may have any compression ratio."""
+"""An archive with at most `RATIO_FREE_BYTES` unpacked bytes may have any compression ratio."""
 MAX_BYTES = 10**12
 MAX_MEMBERS = 1_000_000
 
@@ -43,7 +43,7 @@ _CHUNK = 1 << 20
 _MOST_WINDOW_BITS = 27
 """A Zstandard stream may need a window of at most 128 MiB."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_IF_TRUSTED = "if you know where it comes from, give atlas prepare --trust-archives"
+_IF_TRUSTED = "if you trust its origin, run atlas prepare with --trust-archives"
 
 _COMPRESSION_ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 DAMAGE = (*_COMPRESSION_ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
@@ -57,23 +57,24 @@ class Member:
     name: str
     size: int
     is_file: bool
-    """False for a link or a device."""
+    """False for a link, a device or a sparse file."""
 
 
 def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
-    """Raise `DataError` if a file of `packed` bytes that holds `unpacked` bytes, or more, may be a bomb."""
+    """Raise `DataError` if a file of `packed` bytes, which unpacks to at least `unpacked` bytes, may be a bomb."""
     if unpacked > max(RATIO_FREE_BYTES, MAX_RATIO * packed):
         kind = "zip bomb" if name.lower().endswith(".zip") else "bomb"
         raise DataError(
-            f"{name}: {packed:,} bytes that unpack to {unpacked:,} or more, more than {MAX_RATIO} times as many, may "
-            f"be a {kind}; {_IF_TRUSTED}"
+            f"{name}: may be a {kind}: its {packed:,} bytes unpack to {unpacked:,} or more, more than {MAX_RATIO} "
+            f"times as many; {_IF_TRUSTED}"
         )
 
 
 def members_of(path: Path, *, trust: bool = False) -> list[Member]:
     """Check a zip or tar archive, and return its members in the order of the archive.
 
-    Raises `DataError` for a file that is no archive, is not safe to read or, unless `trust`, may be a bomb.
+    Raises `DataError` for a file that is not a complete archive or is not safe to read. Unless `trust`, the function
+    also raises `DataError` for an archive that is too large or may be a bomb.
     """
     members = _checked_zip(path, trust) if path.suffix.lower() == ".zip" else _checked_tar(path, trust)
     # If several members have the same name, the last one counts.
@@ -81,8 +82,8 @@ def members_of(path: Path, *, trust: bool = False) -> list[Member]:
 
 
 def is_in_own_order(path: Path) -> bool:
-    """Return whether members are read in the archive's order: a compressed tar can only seek back by reading from its
-    start."""
+    """Return whether an archive is a compressed tar. Atlas reads the members of such an archive in their stored order,
+    because a backward seek would decompress the archive from its start."""
     return path.suffix.lower() not in (".zip", ".tar")
 
 
@@ -97,7 +98,8 @@ def open_member(root: str, name: str) -> IO[bytes]:
 def _opener(path: Path, _stamp: tuple[int, int]) -> Callable[[str], IO[bytes] | None]:
     """Return the function that opens a member by its name.
 
-    The function is cached, since reading the directory of a large archive takes long. `_stamp` changes with the file.
+    The function is cached, since reading the directory of a large archive takes long. `_stamp` is the size and time of
+    the archive, so that a changed archive is opened again.
     """
     if path.suffix.lower() == ".zip":
         return open_zip(path, directory_limit=_TRUSTED_DIRECTORY_LIMIT).open
@@ -107,7 +109,7 @@ def _opener(path: Path, _stamp: tuple[int, int]) -> Callable[[str], IO[bytes] | 
 
 
 def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
-    """Return a stream of the decompressed content of a file with this name, or `stream` itself if it is not compressed.
+    """Return a stream of the decompressed content of `stream`, or `stream` itself if `name` has no compression ending.
     Decompression uses limited memory."""
     opened: Any = stream
     if name.lower().endswith((".gz", ".tgz")):
@@ -143,7 +145,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
         check_regular(path)
         with _open_tar(path) as archive:
             for count, member in enumerate(archive, start=1):
-                if not trust:  # checked before the loop skips the member, which would unpack it
+                if not trust:  # check first, because the next step of the loop decompresses this member
                     _refuse_too_much(path, count, archive.offset)
                 if member.isdir():
                     continue
@@ -151,7 +153,7 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
                 members.append(Member(member.name, member.size, member.isreg() and not member.issparse()))
             _check_end(archive, path, trust)
     except (OSError, ValueError, RecursionError, *DAMAGE) as error:
-        # tarfile recurses along a chain of headers
+        # `tarfile` recurses along a chain of headers
         reason = "an endless chain of headers" if isinstance(error, RecursionError) else f"{error!s:.200}"
         raise DataError(
             f"{path}: is not a complete tar archive ({reason}); download or pack it again"
@@ -160,8 +162,8 @@ def _checked_tar(path: Path, trust: bool) -> list[Member]:
 
 
 def _check_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
-    """Require a block of zeros at the end, since `tarfile` treats anything that is no header as the end. Then read a
-    compressed stream to its end, where the checksum is."""
+    """Raise `ReadError` unless the archive ends with a block of zeros. `tarfile` itself accepts any invalid header as
+    the end. Then read a compressed stream to its end, because the checksum is there."""
     stream: Any = archive.fileobj
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -172,14 +174,14 @@ def _check_end(archive: tarfile.TarFile, path: Path, trust: bool) -> None:
 
 
 def _is_file(member: zipfile.ZipInfo) -> bool:
-    """Return whether a member is a plain file, since an archive made on Unix can hold links and devices. (Archives made
-    on other systems leave the kind at 0.)"""
+    """Return whether a member of a zip archive is a regular file. An archive that was made on Unix can also contain
+    links and devices. In an archive from another system, the type of each member is 0."""
     return stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
 
 
 def _refuse_unsafe_name(name: str, shown: str) -> None:
-    """Raise `DataError` for a name that points outside the archive, or that no file can have. Members are never written
-    to disk, but an archive with such names is refused."""
+    """Raise `DataError` for a name that points outside the archive, or that no file can have. Atlas refuses an archive
+    with such a name, although Atlas never writes members to disk."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
         raise DataError(f"{shown} points outside the archive; it is not safe to use")
@@ -195,7 +197,7 @@ def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # A few bytes make bzip2 and LZMA allocate gigabytes.
         raise DataError(
-            f"{shown} is compressed in a way Atlas does not read; unpack it, or pack with deflate"
+            f"{shown} has a compression that Atlas does not read; unpack the archive, or pack it with deflate"
         )
     if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
         raise DataError(f"{shown} gives two different sizes; download or pack it again")

@@ -1,7 +1,7 @@
 """Bytes → text → documents, as streams of a few megabytes.
 
-A document comes in pieces, which are cut where a word ends and a blank begins. GPT-2's pre-tokenizer never joins text
-across such a place, so the tokens of the pieces are the tokens of the document.
+Atlas cuts a long document into pieces, each time where a word ends and a blank begins. GPT-2's pre-tokenizer never
+joins text across such a cut, so the tokens of the pieces are the tokens of the document.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a document that is longer than `PIECE_CHARS` characters."""
+    """A complete document, or one part of a document of more than `PIECE_CHARS` characters."""
 
     text: str
     ends_document: bool = True
 
 
 def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str:
-    """Replace lone surrogates, which mark bytes that were not UTF-8, by U+FFFD. `on_undecodable` receives their
-    number."""
+    """Replace each lone surrogate by U+FFFD. A lone surrogate stands for a byte that was not UTF-8. `on_undecodable`
+    receives the number of replacements."""
     try:
         text.encode()  # encoding is ten times as fast as a search
     except UnicodeEncodeError:
@@ -50,9 +50,9 @@ def replace_undecodable(text: str, on_undecodable: Callable[[int], None]) -> str
 
 
 def read_text(stream: BinaryIO, name: str, *, on_undecodable: Callable[[int], None]) -> Iterator[str]:
-    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with such a mark. Yields chunks; line ends are kept.
+    """Decode UTF-8, with or without a byte-order mark, or UTF-16 with such a mark. Yields chunks, with their line ends.
 
-    Raises `DataError` for a file that begins like a binary file.
+    Raises `DataError` if the beginning of the file is binary.
     """
     first = b""
     while len(first) < _BINARY_BYTES and (more := stream.read(_CHUNK_BYTES)):
@@ -79,8 +79,8 @@ def is_utf16(beginning: bytes) -> bool:
 
 
 def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Piece]:
-    """Yield all `chunks` as one document or, with `is_open`, as the rest of a document. White space alone is no
-    document."""
+    """Yield all `chunks` as the pieces of one document or, with `is_open`, as the remaining pieces of a document. White
+    space alone is not a document."""
     rest, started = "", is_open
     for chunk in chunks:
         rest += chunk
@@ -93,6 +93,6 @@ def as_document(chunks: Iterable[str], *, is_open: bool = False) -> Iterator[Pie
 
 
 def last_word_end(text: str) -> int:
-    """Return the last place where `text` can be cut without changing a token, or its end if there is no such place."""
+    """Return the last position where a cut of `text` changes no token, or else the length of `text`."""
     found = _UP_TO_LAST_WORD_END.match(text)
     return found.end() if found else len(text)

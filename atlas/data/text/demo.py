@@ -1,7 +1,7 @@
 """A corpus that every machine with Python has: the documentation in Python's standard library.
 
-About 2 MB of English by many authors: the docstrings of the library's source files, which are not imported, and the
-language reference that `help()` shows.
+About 2 MB of English by many authors: the docstrings of the library's source files, and the language reference that
+`help()` shows. Atlas parses the source files, and does not import them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 
 
 def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) -> Path:
-    """Write the documentation of `library` (default: this Python's) to `path`, as JSONL with one document per line.
+    """Write the documentation of `library` to `path`, as JSONL with one document per line.
 
-    Each document occurs once. The order is the same at every call.
+    By default, `library` is the standard library of this Python. Each document occurs once. The order is the same at
+    every call.
 
-    Raises `DataError` if this Python carries too little documentation.
+    Raises `DataError` if this Python installation contains too little documentation.
     """
     path = Path(path)
     texts = _documents(Path(library or sysconfig.get_paths()["stdlib"]))
@@ -37,7 +38,8 @@ def write_demo_corpus(path: str | Path, *, library: str | Path | None = None) ->
     text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
     if len(text.encode()) < _ENOUGH_BYTES:
         raise DataError(
-            "this Python carries almost no documentation (a stripped build?): give a text of your own with --data"
+            "this Python installation contains almost no documentation (a stripped build?); give your own text with "
+            "--data"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -59,7 +61,7 @@ def _documents(library: Path) -> Iterator[str]:
 
 
 def _nodes(source: Path) -> list[ast.AST]:
-    """Return the nodes of a file's syntax tree, or none if this Python cannot parse the file, such as a template."""
+    """Return the nodes of a file's syntax tree, or an empty list if this Python cannot parse the file."""
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError):
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         return list(ast.walk(ast.parse(source.read_bytes())))

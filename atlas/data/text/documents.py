@@ -1,4 +1,4 @@
-"""A file → its documents. Each text file, JSONL line or Parquet row is one document."""
+"""A file → its documents. A text file, a JSONL line, a Parquet row or a Wikipedia article is one document."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from atlas.errors import DataError, first_line
 _LONGEST_ROW = 64 << 20
 _NAMES_SHOWN = 8
 _PARQUET_ROWS = 32
-"""Rows decoded per step. The number is small because a column with a dictionary can hold a long text in every row at
-the cost of a few bytes."""
+"""Rows decoded per step. The number is small because a dictionary-encoded column can repeat a long text in every row,
+at a cost of a few bytes per row."""
 _BUFFER = 1 << 20
 
 
@@ -31,19 +31,19 @@ class SourceReport(BaseModel):
     """Findings about the sources, collected while Atlas reads them."""
 
     undecodable: Counter[str] = Counter()
-    """Number of replaced bytes by file."""
+    """Number of bytes that were replaced by U+FFFD, by file name."""
     empty_rows: Counter[str] = Counter()
-    """Number of rows without text, by file."""
+    """Number of rows without text, by file name."""
     articles: ArticleReport | None = None
     untitled: int = 0
-    """Number of files that are named like those of the Kaggle archive but hold no title."""
+    """Number of files that are named like the files of the Kaggle archive, but contain no title."""
 
     def counter_of(self, file: TextFile) -> Callable[[int], None]:
         """Return a function that adds to the number of replaced bytes of a file."""
         return lambda count: self.undecodable.update({file.name: count})
 
     def merge(self, other: SourceReport) -> None:
-        """Add the report on the text that follows."""
+        """Add `other`, the report on the text that follows."""
         self.undecodable.update(other.undecodable)
         self.empty_rows.update(other.empty_rows)
         self.untitled += other.untitled
@@ -55,8 +55,8 @@ class SourceReport(BaseModel):
 
 @dataclass(frozen=True)
 class Group:
-    """Files that are read as one text: the parts of the Kaggle archive, since an article may span two parts, or one
-    file.
+    """Files that Atlas reads as one text: a single file, or all parts of the Kaggle archive. An article may span two
+    parts.
 
     A group can be sent to another process.
     """
@@ -66,11 +66,11 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Bytes to read."""
+        """Sum of the sizes of the files, in bytes."""
         return sum(file.size for file in self.files)
 
     def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-        """Yield the documents, in pieces. The method fills `report`; `advance` receives the number of bytes read."""
+        """Yield the documents in pieces, and fill `report`. `advance` receives the number of bytes of each read."""
         first = self.files[0]
         if first.is_part or first.is_combined:
             yield from self._articles(report, advance)
@@ -109,8 +109,8 @@ def _rows(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | N
 
 
 def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a JSONL file, each with its place for error messages. The messages give `like` as the example
-    of a row."""
+    """Yield the rows of a JSONL file, each with its file name and line number for error messages. The
+    messages show `like` as an example row."""
     with file.open(advance) as stream:
         for number, line in enumerate(_lines(stream), start=1):
             place = f"{file.name} line {number}"
@@ -135,7 +135,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the lines in UTF-8. A line that is too long is cut to one byte more than the longest allowed."""
+    """Yield the lines in UTF-8. A line longer than `_LONGEST_ROW` is cut, but stays longer than `_LONGEST_ROW`."""
     if is_utf16(stream.peek(4)):
         text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
         for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
@@ -162,13 +162,13 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
     """Return the text of a row, or None if the field is null."""
     if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
         raise DataError(
-            f"{place}: is a conversation, which is not prepared: give a file of only conversations to "
+            f"{place}: is a conversation, which atlas prepare does not support; pass a file of only conversations to "
             "atlas train --train-data"
         )
     if text_field not in row:
         raise DataError(
-            f"{place}: has no field {text_field!r}, but {_shown(sorted(row))}; name the field with "
-            "atlas prepare --text-field, or name the fields of a conversation prompt and response"
+            f"{place}: has no field {text_field!r} (fields: {_shown(sorted(row))}); name the field of the text with "
+            "atlas prepare --text-field; a conversation needs the fields prompt and response"
         )
     text = row[text_field]
     if text is not None and not isinstance(text, str):
@@ -180,7 +180,7 @@ def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
 
 
 def json_name(value: object) -> str:
-    """The name of a parsed value's type in JSON."""
+    """Return the JSON name of a parsed value's type."""
     names = {str: "a string", list: "an array", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -225,8 +225,8 @@ def _check_column(file: TextFile, table: Any, text_field: str) -> None:
     columns = table.schema_arrow
     if text_field not in columns.names:
         raise DataError(
-            f"{file.name}: has no column {text_field!r}, but {_shown(columns.names)}; name the column with "
-            "--text-field"
+            f"{file.name}: has no column {text_field!r} (columns: {_shown(columns.names)}); name the column of the "
+            "text with --text-field"
         )
     kind = columns.field(text_field).type
     value = kind.value_type if types.is_dictionary(kind) else kind

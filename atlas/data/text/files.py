@@ -35,8 +35,8 @@ _BUFFER = 1 << 20
 
 
 def printable(name: str) -> str:
-    """Escape bytes of a file's name that are not UTF-8: lone surrogates, which stand for them, can be neither printed
-    nor saved."""
+    """Return a file name in which all bytes that are not UTF-8 are escaped. In Python, a lone surrogate stands for such
+    a byte, and a lone surrogate can be neither printed nor saved."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -59,8 +59,8 @@ def format_of(name: str) -> Format | None:
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a name, including that of its compression, such as `.pdf.gz`. Returns an empty string if
-    there is none."""
+    """Return the ending of a name together with the compression ending, such as `.pdf.gz`. Returns an empty string for
+    a name without an ending."""
     *compressed, inner = _split_compression(name)
     return PurePosixPath(inner).suffix + "".join(compressed)
 
@@ -72,7 +72,7 @@ def is_json(name: str) -> bool:
 
 
 def _split_compression(name: str) -> list[str]:
-    """`A.PDF.gz` → [`.gz`, `a.pdf`], `a.pdf` → [`a.pdf`]."""
+    """Separate the compression ending: `A.PDF.gz` → [`.gz`, `a.pdf`], `a.pdf` → [`a.pdf`]."""
     name = name.lower()
     suffix = PurePosixPath(name).suffix
     return [suffix, name.removesuffix(suffix)] if suffix in COMPRESSED else [name]
@@ -85,21 +85,22 @@ def is_archive(name: str) -> bool:
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of text. `root` is the path or URL of the file or, with `member`, of the archive that holds it."""
+    """One file of text. `root` is the path or URL of the file or, if `member` is set, the path of its archive."""
 
     root: str
     format: Format | None
-    """None if Atlas does not read the file."""
+    """The format of the content, or None if Atlas does not read the file."""
     size: int
-    """Bytes to read: before the file's own decompression, but after that of its archive."""
+    """The size in bytes. A compressed file has its compressed size. A member of an archive has its size after
+    extraction."""
     member: str | None = None
     shown: str | None = None
-    """The name for the user, if it is not the path."""
+    """The file's name in messages, if this name is not the path."""
     trusted: bool = False
 
     @property
     def name(self) -> str:
-        """The name for the user."""
+        """The file's name in messages."""
         return self.shown or printable(f"{self.root}/{self.member}" if self.member else self.root)
 
     @property
@@ -126,9 +127,10 @@ class TextFile:
 
     @contextmanager
     def open(self, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:
-        """Open the unpacked content. `advance` receives the number of bytes read, `size` in total.
+        """Open the unpacked content. `advance` receives the number of bytes of each read, in total `size` bytes.
 
-        Raises `DataError` if the file cannot be read or unpacked or, unless it is `trusted`, if it may be a bomb.
+        Raises `DataError` if the file cannot be read or unpacked. Unless the file is `trusted`, the method also raises
+        `DataError` for a possible bomb.
         """
         try:
             with open_member(self.root, self.member) if self.member else open_root(self.root) as raw:
@@ -145,8 +147,8 @@ class TextFile:
             raise DataError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
 
     def unpack_counter(self) -> Advance:
-        """Return a function that counts unpacked bytes. The function raises `DataError` when there are too many, unless
-        the file is `trusted`."""
+        """Return a function that counts unpacked bytes. The function raises `DataError` if the number suggests a bomb,
+        unless the file is `trusted`."""
         unpacked = 0
 
         def count(more: int) -> None:
@@ -170,15 +172,15 @@ def open_root(root: str) -> IO[bytes]:
 def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
     """Yield fsspec's filesystem for a URL, and the path in it. Any error within this context becomes a `DataError`."""
     if "::" in url:
-        raise DataError(f"{url}: a URL inside another cannot be read; download it")
+        raise DataError(f"{url}: Atlas does not read a URL inside another URL; download the file")
     try:
         import fsspec
 
         yield fsspec.core.url_to_fs(url)
     except Exception as error:  # any error of a backend: no such scheme, bucket, permission or network
         raise DataError(
-            f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install what its scheme needs, or "
-            "download it"
+            f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install the package that the "
+            "scheme of the URL needs, or download the file"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Hashes of files, cached for as long as a file has not changed."""
+"""Hashes of files. The hash of a file is cached until the file changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 from atlas.files import cache_folder, sha256_of
 
 _SETTLED_SECONDS = 2.0
-"""If a file changed less than this time before it is hashed, it could change again and keep its time stamp."""
+"""A hash is cached only if the file last changed more than this many seconds ago. A newer file could change again
+without a new time stamp."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
 _LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
 def hashes_of(paths: Iterable[Path]) -> list[str]:
-    """Return the sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. (A
-    copy that keeps the modification time of the original still has another change time.)"""
+    """Return the sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. A
+    copy may keep the modification time of the original, but not the change time (ctime)."""
     hashes, new = [], []
     with closing(_open_cache()) as cache:
         try:
@@ -49,7 +50,7 @@ def _open_cache() -> sqlite3.Connection:
 
 
 def _stamp(path: Path) -> tuple[str, float]:
-    """Return a text that changes whenever the file changes, and the time of its last change."""
+    """Return a string that changes whenever the file changes, and the time of the file's last change."""
     status = path.stat()
     stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return stamp, max(status.st_mtime, status.st_ctime)

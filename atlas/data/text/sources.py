@@ -1,7 +1,7 @@
 """Paths → files of text in a fixed order: files, archives, folders, patterns, URLs, the Kaggle archive.
 
-Nothing is extracted to disk and no file is held in memory. The Kaggle archive has its text twice, in `AllCombined.txt`
-and in parts (`1of2/wiki_00` …). If `AllCombined.txt` is there, the parts are left out.
+Nothing is extracted to disk, and no file is loaded completely into memory. The Kaggle archive contains its text twice,
+in `AllCombined.txt` and in parts such as `1of2/wiki_00`. If `AllCombined.txt` exists, Atlas leaves out the parts.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
-    "a .txt, .md, .jsonl, .parquet, .zip or .tar file or a .json of one object per line (text and JSON also as .gz or "
-    ".zst), a folder of them, or a URL"
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file, a .json file with one object per line, a folder of such files, "
+    "or a URL (text and JSON files can also be .gz or .zst)"
 )
 
 
 class Sources:
     """The text in the given paths, as documents in a fixed order.
 
-    Raises `DataError` for a path that is missing, of a kind that Atlas does not read, or without any text.
+    Raises `DataError` if a path is missing or names a file that Atlas does not read, or if no file is left to read.
     """
 
     def __init__(
@@ -68,26 +68,26 @@ class Sources:
         self.text_field = text_field
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
-        """Files of kinds that Atlas does not read."""
+        """Names of files in formats that Atlas does not read."""
         self.links_out: list[str] = []
-        """Links in a folder that lead out of it. Atlas does not follow such links: the folder may be untrusted, and the
-        files outside may be private."""
+        """Links in a folder that point outside the folder. Atlas does not follow such links, because the folder may be
+        untrusted and the files outside may be private."""
         self.in_own_order: list[str] = []
-        """Compressed tars whose members are not in the order in which Atlas would read the files of a folder."""
+        """Compressed tars whose members are not sorted by name. Atlas reads these members in their stored order."""
         self._roots: dict[str, str] = {}
-        """Path or URL of each file or archive that is read → its name below the given path."""
+        """Path or URL of each file or archive that Atlas reads → the file's name relative to the given path."""
         files = [file for path in self.paths for file in self._files_of(path)]
         combined = [file for file in files if file.is_combined]
         doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
         self.left_out = [file.name for file in files if file in doubled]
-        """Parts whose text is also in `AllCombined.txt`."""
+        """Names of parts whose text is also in `AllCombined.txt`."""
         self.files = [file for file in files if file not in doubled]
         self.total_bytes = sum(file.size for file in self.files)
         groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
         self.groups = [Group(tuple(texts), text_field) for _, texts in groups]
-        """The groups of files that are read as one text, in reading order."""
+        """The groups of files, in reading order. Atlas reads each group as one text."""
         self.is_kaggle = any(file.is_part or file.is_combined for file in self.files)
-        """Whether any file is named like those of the Kaggle archive, which the documentation uses."""
+        """Whether any file is named like the files of the Kaggle archive."""
         if not self.files:
             raise DataError(
                 f"{self.names}: " + "; ".join(["nothing to read", *self._skipped(), f"give {_KINDS}"])
@@ -113,7 +113,8 @@ class Sources:
 
     @cached_property
     def roots(self) -> dict[str, str]:
-        """Hash of each given file, by its name below the given path, or by its path if two files share a name."""
+        """Name → hash of each file or archive. The name is relative to the given path. If two files share a name, the
+        path replaces the name of the second file."""
         hashes = iter(hashes_of(Path(root) for root in self._roots if not is_url(root)))
         named: dict[str, str] = {}
         for root, name in self._roots.items():
@@ -123,20 +124,20 @@ class Sources:
 
     @cached_property
     def content_key(self) -> str:
-        """sha256 of the field that holds the text, the names below the given paths, and the content."""
+        """sha256 of the name of the text field, and of the names and hashes of the files."""
         identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
-        """Return every document, in pieces. Reading the documents fills `report`; `advance` receives the number of
-        bytes read."""
+        """Return an iterator over the pieces of all documents. Reading the pieces fills `report`. `advance` receives
+        the number of bytes of each read."""
         report = report or SourceReport()
         return itertools.chain.from_iterable(group.pieces(report, advance) for group in self.groups)
 
     def description(self, report: SourceReport) -> dict[str, Any]:
-        """Return the facts that a dataset keeps about the origin of its text."""
+        """Return the facts that `dataset.json` stores about the origin of the text."""
         return {
             "paths": [printable(path) for path in self.paths],
             "files": len(self.files),
@@ -168,7 +169,7 @@ class Sources:
         return notes
 
     def _skipped(self) -> list[str]:
-        """Return one line for each reason why files that were found are not read."""
+        """Return one line for each reason why Atlas skips some files."""
         reasons = (
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
@@ -182,7 +183,7 @@ class Sources:
     # Paths → files
 
     def _files_of(self, given: str) -> Iterator[TextFile]:
-        """The files of a given path, in reading order."""
+        """Yield the files of a given path, in reading order."""
         path = Path(given)
         if given == STANDARD_INPUT and self._stdin:
             self._roots[str(self._stdin)] = STANDARD_INPUT
@@ -250,7 +251,7 @@ class Sources:
 
     def _remote(self, url: str) -> Iterator[TextFile]:
         with filesystem_of(url) as (filesystem, path):
-            # `glob` finds a single file, too. `find` would make HTTP read that file as a page of links.
+            # `glob` also finds a single file. `find` would make HTTP parse a single file as a page of links.
             in_folder = not _PATTERN.search(path) and not filesystem.isfile(path)
             find = filesystem.find if in_folder else filesystem.glob
             found = find(path, detail=True)
@@ -259,10 +260,10 @@ class Sources:
             raise DataError(f"{url}: no such file or folder; give {_KINDS}")
         for name in sorted(files, key=_natural):
             if is_archive(name):
-                raise DataError(f"{url}: an archive is read on the disk only; download {name}")
+                raise DataError(f"{url}: Atlas reads archives only from the disk; download {name}")
             full, size = filesystem.unstrip_protocol(name), int(files[name].get("size") or 0)
             file = TextFile(full, format_of(name), size, trusted=self._trust)
-            # Files that match a pattern are not opened: that would download the beginning of each.
+            # Atlas does not open the files that match a pattern, since opening downloads the beginning of each file.
             if not file.format or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
@@ -282,16 +283,16 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
 
 
 def _why_missing(given: str) -> str:
-    """Reason and remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
+    """Return the reason and the remedy for a path that does not exist. Atlas 1.x accepted a list with commas."""
     parts = [part.strip() for part in given.split(",")]
     if len(parts) > 1 and all(part and Path(part, "dataset.json").exists() for part in parts):
         mixture = ", ".join(f"{{path: {part}, weight: 1}}" for part in parts)
-        return f'is a list, and one path is expected; to train on several datasets: --set "data.mixture=[{mixture}]"'
+        return f'is a list, but Atlas expects one path; to train on several datasets: --set "data.mixture=[{mixture}]"'
     if len(parts) > 1 and all(part and Path(part).exists() for part in parts):
         inputs = " ".join(f"--input {shlex.quote(part)}" for part in parts)
         return (
-            "is a list, and one path is expected; name a folder that holds them, a pattern in quotes such as "
-            f'"texts/*.txt", or the dataset that they become: atlas prepare {inputs} --output FOLDER'
+            "is a list, but Atlas expects one path; name a folder with these files or a pattern in quotes such as "
+            f'"texts/*.txt", or prepare one dataset from them: atlas prepare {inputs} --output FOLDER'
         )
     return f"no such file or folder; give {_KINDS}"
 
@@ -305,19 +306,19 @@ def is_text_or_archive(path: Path) -> bool:
 
 
 def _url_key(url: str) -> str:
-    """A value that changes with the content behind a URL: an ETag, a version, or size and time."""
+    """Return a value that changes with the content behind a URL. The value contains a key, the ETag and the size."""
     with filesystem_of(url) as (filesystem, path):
         facts = filesystem.info(path)  # HTTP's `ukey` does not depend on the content
         return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
-    """The archive of a part, or the folder that holds `1of2` and `2of2`."""
+    """Return the archive of a part (None for a file on the disk), and the folder that contains `1of2` and `2of2`."""
     return (part.root if part.member else None, part.place.parent.parent)
 
 
 def _holds(combined: TextFile, part: TextFile) -> bool:
-    """Return whether `AllCombined.txt` is in the same archive as a part, or in a folder above the part."""
+    """Return whether the folder of `AllCombined.txt` contains a part, in the same archive or on the disk."""
     same = combined.root == part.root or not (combined.member or part.member)
     return same and part.place.is_relative_to(combined.place.parent)
 

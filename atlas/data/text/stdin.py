@@ -1,5 +1,5 @@
-"""Standard input as a source. Its text is kept in a file until it is prepared, since standard input can be read only
-once."""
+"""Standard input as a source. Atlas keeps the text in a file during the preparation, because standard input can be read
+only once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CHUNK = 1 << 20
 def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | None) -> Iterator[Path | None]:
     """Yield a file beside `output` with the text from standard input, or None if `inputs` do not name standard input.
 
-    Choosing the split and training a tokenizer read the file a second time. The file is not kept for a call that
-    resumes after a kill: that call reads standard input from its start again.
+    Atlas reads the file several times, for example to choose the split and to train a tokenizer. After a kill, the call
+    that resumes does not use the file. Instead, that call reads standard input again, from the start.
     """
     if STANDARD_INPUT not in map(str, inputs):
         yield None
@@ -38,7 +38,8 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK)
             notify(
-                f"standard input: {file.tell() / 1e6:,.1f} MB, read from its start, are kept in {path} during the work"
+                f"standard input: Atlas read {file.tell() / 1e6:,.1f} MB from the start, and keeps them in {path} "
+                "during the work"
             )
         yield path
     finally:

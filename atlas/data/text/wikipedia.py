@@ -1,9 +1,9 @@
 """Articles in the plain text of Simple English Wikipedia (Kaggle: plaintext-wikipedia-simpleenglish).
 
-An article is a title line, an empty line, then paragraphs. If the text has runs of two or more empty lines, these runs
-separate the articles. Otherwise an article begins at a line that has the form of a title: short, on its own, and
-without closing punctuation. Headings and lists have this form, too. Atlas uses the features that distinguish them from
-titles, and reports the remaining doubts.
+An article has a title line, an empty line, then paragraphs. If most groups of two or more empty lines precede a title,
+these groups separate the articles. Otherwise an article begins at a line that has the form of a title: short, on its
+own, and without closing punctuation. Headings and list entries have this form, too. Atlas distinguishes them from
+titles by their context and by repetition, and reports doubtful cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from atlas.data.text.decode import PIECE_CHARS, Piece, as_document
 
 TITLE_CHARS = 150
-# The size of the real archive, as its publisher gives it.
+# The size of the Kaggle archive, as its publisher states it.
 WIKIPEDIA_CHARS, WIKIPEDIA_ARTICLES = 168_085_788, 249_396
 
 _SAMPLE_CHARS = 4 * PIECE_CHARS
@@ -31,17 +31,17 @@ _SHOWN = 3
 
 _BLANKS = " \t\r\n"
 _CLOSING = tuple(".!?:;,…")
-# `_EMPTY_LINES` and `_BEFORE_SHORT_LINE` begin with a rare character, so a search is as fast as reading memory.
+# `_EMPTY_LINES` and `_BEFORE_SHORT_LINE` begin with a newline. A newline is rare in text, so the search is fast.
 _EMPTY_LINES = re.compile(r"\n(?:[ \t\r]*\n){2,}")
 _BEFORE_SHORT_LINE = re.compile(r"\n(?:[ \t\r]*\n)+(?=([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z))")
 _SHORT_LINE = re.compile(r"([^\n]{1,200})(?:\n[ \t\r]{0,50}\n|[\n \t\r]{0,50}\Z)")
 _CONTEXT = 1000
-"""`_CONTEXT` characters before and after a place are enough to decide whether an article begins there."""
+"""`_CONTEXT` characters before and after a position are enough to decide whether an article begins there."""
 
 
 @dataclass
 class ArticleReport:
-    """How articles were separated, for the user to check."""
+    """A report on how Atlas separated the articles, for the user to check."""
 
     rule: str = ""
     articles: int = 0
@@ -49,11 +49,11 @@ class ArticleReport:
     boundaries: list[str] = field(default_factory=list)
     """The first three boundaries, as `… last words ⏎⏎⏎ Title`."""
     doubt: str | None = None
-    """Signs in the beginning of the text that the rule may be wrong."""
+    """Signs in the beginning of the text that the rule may be wrong, or None."""
 
     @property
     def warning(self) -> str | None:
-        """A warning if the text is as large as the real archive, but has a different number of articles."""
+        """A warning if a text of the size of the Kaggle archive has a different number of articles, else None."""
         like_wikipedia = abs(self.chars / WIKIPEDIA_CHARS - 1) < 0.02
         if not like_wikipedia or abs(self.articles / WIKIPEDIA_ARTICLES - 1) < 0.05:
             return None
@@ -63,7 +63,7 @@ class ArticleReport:
         )
 
     def merge(self, other: ArticleReport) -> None:
-        """Add the report on the text that follows."""
+        """Add `other`, the report on the text that follows."""
         self.rule, self.doubt = self.rule or other.rule, self.doubt or other.doubt
         self.articles += other.articles
         self.chars += other.chars
@@ -72,12 +72,12 @@ class ArticleReport:
 
 @dataclass(frozen=True)
 class _Rule:
-    """The rule that decides where an article begins: after a run of empty lines, or, with `by_title`, at a short line
-    of its own."""
+    """The rule that decides where an article begins. If `by_title`, an article begins at a short line of its own,
+    otherwise after a group of empty lines."""
 
     by_title: bool
     headings: frozenset[str] = frozenset()
-    """Short lines that are not titles."""
+    """Short lines that are not titles, because they occur repeatedly."""
 
     @property
     def name(self) -> str:
@@ -92,9 +92,8 @@ class _Rule:
         if not self.by_title:
             yield from _EMPTY_LINES.finditer(text)
             return
-        # A short line right below another short line is no title: it is a heading under a title, or an entry of a list.
-        # A short line below a known heading may be a title: the last section of an article is often empty, and the next
-        # article's title follows.
+        # A short line right below another short line is not a title, but a heading below a title or an entry of a list.
+        # A short line below a known heading may be a title, because the last section of an article is often empty.
         first = _SHORT_LINE.match(text) if at_beginning else None
         end_of_short_line = first.end(1) if first and _is_title(first[1]) else -1
         for gap in _BEFORE_SHORT_LINE.finditer(text):
@@ -126,12 +125,12 @@ def _take_sample(chunks: Iterator[str]) -> list[str]:
 
 
 def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Piece]:
-    """Yield the articles of a text, each without the empty lines around it. The function also fills `report`."""
+    """Yield the articles of a text, without the empty lines between articles, and fill `report`."""
     chunks = iter(chunks)
     sample = _take_sample(chunks)
     rule, doubts = _choose_rule("".join(sample).lstrip("\r\n"))
     report.rule, report.doubt = rule.name, "; ".join(doubts) or None
-    is_open, rest = False, ""  # whether pieces of the current article were yielded, and the text after them
+    is_open, rest = False, ""  # whether the current article has yielded pieces; the text after these pieces
     searched = 0  # length of the beginning of `rest` in which all gaps are known
     all_chunks = ((chunk, False) for chunk in itertools.chain(sample, chunks))
     for chunk, at_end in itertools.chain(all_chunks, [("", True)]):
@@ -144,7 +143,7 @@ def split_articles(chunks: Iterable[str], report: ArticleReport) -> Iterator[Pie
         for gap in rule.gaps(rest, at_beginning=not is_open):
             if gap.end() > searched:
                 break
-            if gap.end() <= known:  # already decided, with the text before the gap still in `rest`
+            if gap.end() <= known:  # an earlier search decided this, with the text before the gap in `rest`
                 continue
             _show(report, rest, gap)
             yield from _article(rest[start : gap.start()], report, is_open=is_open)
@@ -168,8 +167,8 @@ def _article(text: str, report: ArticleReport, *, is_open: bool) -> Iterator[Pie
 
 
 def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
-    """Choose the rule that separates the articles. Returns the rule and the doubts about the rule. Empty lines separate
-    articles if the sample has many runs of them and a title follows most of the runs."""
+    """Choose the rule that separates the articles. Returns the rule and the doubts about the rule. Groups of empty
+    lines separate articles if the sample has many such groups, and a title follows most of these groups."""
     lines = (_SHORT_LINE.match(sample, gap.end()) for gap in _EMPTY_LINES.finditer(sample))
     runs = [line[1] if line else "" for line in lines]
     titles = sum(map(_is_title, runs))
@@ -178,7 +177,7 @@ def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
     times = Counter(gap[1].strip() for gap in _BEFORE_SHORT_LINE.finditer(sample) if _is_title(gap[1]))
     headings = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
     rule = _Rule(by_title=True, headings=frozenset(headings))
-    doubts = [f"{titles:,} of {len(runs):,} runs of empty lines are before a title"] if titles else []
+    doubts = [f"{titles:,} of {len(runs):,} groups of empty lines precede a title"] if titles else []
     if headings:
         doubts.append(
             f"short lines that occur repeatedly were taken for headings inside articles: {_most(headings)}"
@@ -187,11 +186,11 @@ def _choose_rule(sample: str) -> tuple[_Rule, list[str]]:
 
 
 def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
-    """Yield the signs that not every run of empty lines is before an article. `lines` holds the first line after each
-    run."""
+    """Yield the signs that some groups of empty lines do not precede an article. `lines` contains the first line after
+    each group."""
     others = sum(not _is_title(line) for line in lines)
     if others > _DOUBTFUL_SHARE * len(lines):
-        yield f"{others:,} of {len(lines):,} runs of empty lines in the beginning are not before a title"
+        yield f"{others:,} of {len(lines):,} groups of empty lines in the beginning do not precede a title"
     times = Counter(line.strip() for line in lines if _is_title(line))
     recurring = Counter({line: count for line, count in times.items() if count >= _HEADING_TIMES})
     if recurring.total() > _DOUBTFUL_SHARE * len(lines):
@@ -199,7 +198,7 @@ def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
 
 
 def _titles(sample: str, rule: _Rule) -> list[re.Match[str]]:
-    """Return the matches that hold a title: the first line, if it is a title, and the gap before each other title."""
+    """Return the match of each title: the first line, if this line is a title, and the gap before each other title."""
     first = _SHORT_LINE.match(sample)
     return [*([first] if first and _is_title(first[1]) else []), *rule.gaps(sample, at_beginning=True)]
 
@@ -220,7 +219,7 @@ def _doubts_about_titles(sample: str, rule: _Rule) -> Iterator[str]:
         for title, end in zip(found, ends, strict=True)
     )
     if unnamed > _UNNAMED_SHARE * len(found):
-        yield f"{unnamed:,} {in_all} are not named in the text below them, which is usual for section headings"
+        yield f"{unnamed:,} {in_all} are not mentioned in the text below them, as is usual for section headings"
     exclaimed = sum(gap[1].rstrip().endswith(("?", "!")) for gap in _BEFORE_SHORT_LINE.finditer(sample))
     if exclaimed > _DOUBTFUL_SHARE * len(found):
         yield f"{exclaimed:,} short lines that end in ? or ! were not taken for titles"

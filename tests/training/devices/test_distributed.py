@@ -431,7 +431,7 @@ def test_one_process_alone_is_shown_how_to_start_several(
 
 def test_an_update_that_cannot_be_shared_evenly_is_refused() -> None:
     assert share_of_update(12, 4) == 3
-    with pytest.raises(AtlasError, match="a multiple of their number"):
+    with pytest.raises(AtlasError, match="a multiple of the number of processes"):
         share_of_update(10, 4)
 
 
