@@ -327,7 +327,7 @@ MISTAKES = {
         "broken/model.gguf": "model.gguf: is not a complete GGUF file",
         "binary.yaml": "binary.yaml … not UTF-8 text",
         "bad_json": "bad_json/dataset.json: cannot be read … prepare the dataset again",
-        "bad_ids": "bad_ids: train holds token id … prepare the dataset again",
+        "bad_ids": "bad_ids: train contains token id … prepare the dataset again",
         "bad_ids --verify": "bad_ids/train-00000.npy: its content changed … prepare the dataset again",
         "broken/atlas_step_2.pt --verify": "is not the file that was saved (damaged … no other checkpoint",
         "broken/cut_off.pt --verify": "cut_off.pt: is not … or is cut off",

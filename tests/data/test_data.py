@@ -535,7 +535,7 @@ def test_a_wrong_id_is_refused_at_the_latest_when_it_is_read(tmp_path: Path) -> 
     with pytest.raises(AtlasError, match="train contains token id 50300, but the tokenizer has 50257 tokens"):
         stream.read(10**9 - 10, 10**9)
     small = sparse_dataset(tmp_path / "small", 10**6, last=50_300)
-    with pytest.raises(AtlasError, match="train holds token id 50300"):
+    with pytest.raises(AtlasError, match="train contains token id 50300"):
         open_dataset(small)
 
 

@@ -487,7 +487,7 @@ def test_prepare_command_refuses_impossible_options(
     for arguments, reason in (
         ([], "--input: is missing"),
         (["--input", "a.txt", "--tokenizer", "nothing"], "tokenizer nothing: no such file"),
-        (["--input", "a.txt", "--tokenizer", "gpt2", "--train-tokenizer", "300"], "cannot be given together"),
+        (["--input", "a.txt", "--tokenizer", "gpt2", "--train-tokenizer", "300"], "cannot be combined"),
         (["--input", "a.txt", "--train-tokenizer", "100"], "at least 257 tokens"),
         (["--input", "a.txt", "--output", "taken"], "is a file"),
         (["--input", "a.txt", "--output", "taken/below"], "taken"),

@@ -247,7 +247,7 @@ def field(offset: int, form: str, value: int) -> Callable[[bytearray, int], None
 
 for label, place, form, value, answer in [
     ("encrypted", 8, "<H", 1, "is encrypted; unpack it first"),
-    ("method 93", 10, "<H", 93, "compressed in a way"),
+    ("method 93", 10, "<H", 93, "a compression that Atlas does not read"),
     ("wrong checksum", 16, "<I", 7, "the archive is damaged"),
     ("more bytes than it claims", 24, "<I", 2, "the archive is damaged"),
     ("member beyond the end", 42, "<I", 10**8, "overlaps"),
