@@ -4,7 +4,7 @@
     train-00000.docs.npy  positions (int64) of the first tokens of the documents that begin in that shard,
                           counted from the first token of the split
     val-00000.npy …       the same files for the validation split, if the dataset has one
-    tokenizer.json        the tokenizer, if it is a byte-level BPE with GPT-2's split (`BPETokenizer`)
+    tokenizer.json        the tokenizer, unless it is GPT-2's or custom code
     dataset.json          written last: format version, tokenizer, counts, sha256 of every shard, options
 
 A split consists of its shards, one after the other. A document may continue in the next shard. Each document ends with
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import AtlasError, DataError
 from atlas.files import check_regular, flush_to_disk, read_limited, sha256_of
-from atlas.tokenizer import MAX_FILE_BYTES, Tokenizer
+from atlas.tokenizer import MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
@@ -258,11 +258,12 @@ def open_dataset(
     folder = Path(folder)
     manifest = read_manifest(folder / MANIFEST)
     state = dict(manifest.tokenizer)
-    if state.get("kind") == "bpe":
+    if state.get("kind") in STORED_AS_FILE:
         try:
             state["json"] = read_limited(folder / "tokenizer.json", limit=MAX_FILE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise _unusable(folder / "tokenizer.json", "cannot be read", error) from None
+            if state["kind"] == "bpe":  # a dataset of Atlas 2.0 lacks the file of another model's tokenizer
+                raise _unusable(folder / "tokenizer.json", "cannot be read", error) from None
     for record in manifest.splits.values():
         for shard in record.shards:
             for name, dtype, count, sha256 in (

@@ -23,6 +23,8 @@ from atlas.errors import TokenizerError
 
 _PROBE = "Fingerprint: the quick brown fox, 12 345.67 naïve œuvres — 漢字 🙂\n\ttabs\n\n  and <|endoftext|>."
 END_OF_TEXT = "<|endoftext|>"
+STORED_AS_FILE = ("bpe", "hf")
+"""The kinds of tokenizers whose vocabulary a dataset stores in its tokenizer.json."""
 MAX_FILE_BYTES = 128 << 20
 """The largest allowed size of a tokenizer.json, in bytes. A file with a million tokens has about 100 MB."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from atlas.errors import TokenizerError
 from atlas.files import read_limited
-from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, Tokenizer
+from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s, train_bpe
 from atlas.tokenizer.custom import CustomTokenizer, import_object
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -23,8 +23,8 @@ def load(path: str | Path) -> Tokenizer:
     """Return the tokenizer in a `tokenizer.json`, in a folder with that file, or in a prepared dataset."""
     path = Path(path)
     if path.is_dir():
-        if not (path / "tokenizer.json").is_file() and (path / "dataset.json").is_file():
-            return from_state(_state_in_dataset(path / "dataset.json"))
+        if (path / "dataset.json").is_file():
+            return from_state(_state_in_dataset(path))
         path = path / "tokenizer.json"
     try:
         return BPETokenizer.from_file(path)
@@ -43,6 +43,10 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
         raise TokenizerError(
             f"tokenizer {name!s:.200}: is custom code, which a file does not contain; name it with --tokenizer "
             "package.module:factory"
+        )
+    if kind == "hf" and text is None:
+        raise TokenizerError(
+            "its tokenizer is that of another model, whose tokenizer.json is missing; name it with --tokenizer"
         )
     tokenizer: Tokenizer
     if kind == "gpt2":
@@ -90,10 +94,16 @@ def wrap(custom: Any, name: str | None = None) -> Tokenizer:
     return CustomTokenizer(custom, name)
 
 
-def _state_in_dataset(path: Path) -> dict[str, Any]:
+def _state_in_dataset(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
     try:
-        state = json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"]
-        return dict(state.items())
+        state = dict(
+            json.loads(read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8"))["tokenizer"].items()
+        )
+        if state.get("kind") in STORED_AS_FILE:
+            path = folder / "tokenizer.json"
+            state["json"] = read_limited(path, limit=MAX_FILE_BYTES).decode("utf-8")
+        return state
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(
             f"{path}: does not describe a tokenizer ({error!s:.200}); prepare the dataset again"

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare
@@ -540,3 +542,33 @@ def test_an_interrupt_during_the_first_commit_keeps_it(
         workspace.commit({"position": 3})
     assert "the same command resumes it" in capsys.readouterr().err
     assert Workspace(tmp_path / ".set.preparing", "key").state == {"position": 3}
+
+
+def test_a_dataset_keeps_the_tokenizer_of_another_model(tmp_path: Path, text_file: Path) -> None:
+    """Its split differs from GPT-2's: each digit is a token. Hugging Face's library reads the stored file."""
+    made = HFTokenizer(models.BPE())
+    digits, level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence([digits, level]), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator([text_file.read_text()], trainer)
+    model = tmp_path / "model"
+    model.mkdir()
+    made.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text('{"eos_token_id": 0, "vocab_size": 320}')
+    folder = tmp_path / "set"
+    assert (
+        main(["prepare", "--input", str(text_file), "--tokenizer", str(model), "--output", str(folder)]) == 0
+    )
+    text = "Verse 1234 of the river"
+    expected = HFTokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert expected == made.encode(text).ids
+    for tokenizer in (open_dataset(folder).tokenizer(), Tokenizer.load(folder)):
+        assert tokenizer.encode(text) == expected
+        assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, 320)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(AtlasError, match=r"tokenizer\.json is missing; name it with --tokenizer"):
+        open_dataset(folder).tokenizer()

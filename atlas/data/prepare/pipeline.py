@@ -192,7 +192,7 @@ class _Preparation:
             rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
             wanted = options.train_tokenizer or 0
             tokenizer = self.tokenizer or train_tokenizer_on(sources, rule, options.cleaning, wanted)
-            if tokenizer.kind == "bpe":
+            if "json" in tokenizer.state():
                 tokenizer.save(folder / "tokenizer.json")
             if self.tokenizer is None:
                 workspace.commit({"rule": vars(rule)})
