@@ -45,7 +45,7 @@ def left_of_data_limit() -> int:
 
 
 def data_bytes() -> int:
-    """Return the bytes of this process's memory that `ulimit -d` counts."""
+    """Return how much of this process's memory `ulimit -d` counts, in bytes."""
     memory = psutil.Process().memory_info()
     return int(memory.data if psutil.LINUX else memory.rss)
 

@@ -142,7 +142,7 @@ def _seen(path: Path, manifest: Manifest | None) -> str:
     """Return the state of a checkpoint, as known without reading its contents."""
     if manifest is None:
         if holds_first_version(path):
-            return "of the first Atlas (1.x): atlas import"
+            return "of Atlas 1.x: convert it with atlas import"
         has_sidecar = sidecar_of(path).exists()
         return f"not the file that {sidecar_of(path).name} describes" if has_sidecar else "no sidecar"
     return "size as saved" + (", no optimizer state" if manifest.slim else "")

@@ -95,7 +95,7 @@ def train(
         typer.Option(
             "--profile",
             help="Run a few updates and profile the last update. Print its longest operations and write "
-            "profile.json, a Chrome trace, to the output folder. Saves nothing else.",
+            "profile.json, a Chrome trace, to the output folder. Save nothing else.",
         ),
     ] = False,
 ) -> None:

@@ -147,7 +147,9 @@ class TokenStream:
         """Return tokens `start` to `stop` - 1, in the shards' dtype. Raises `DataError` for an id outside the
         vocabulary."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+            raise IndexError(
+                f"tokens {start} to {stop} are not in the split, which has {self.num_tokens} tokens"
+            )
         parts, is_window = [], stop - start < _WINDOW
         while start < stop:
             shard = bisect.bisect_right(self._ends, start)

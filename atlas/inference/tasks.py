@@ -1,4 +1,4 @@
-"""Evaluate a model on tasks of lm-eval. A task is given by its name in lm-eval or by a YAML file."""
+"""Evaluate a model on tasks of lm-eval. You name a task of lm-eval, or a YAML file."""
 
 from __future__ import annotations
 

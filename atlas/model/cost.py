@@ -180,7 +180,7 @@ class Saved:
     """The exponent j of T."""
 
     def bytes(self, sequences: int, context: int) -> int:
-        """Return the bytes of the tensor for this number of sequences and this context length."""
+        """Return the tensor's size in bytes for this number of sequences and this context length."""
         return self.factor * sequences**self.sequences * context**self.tokens  # type: ignore[no-any-return]
 
 
@@ -292,7 +292,7 @@ class _Recorder(TorchFunctionMode):
                 module.register_forward_hook(self._record_product)
 
     def block(self, compiled: str | None) -> list[int]:
-        """Return the bytes of each storage that the block saves."""
+        """Return the size in bytes of each storage that the block saves."""
         if compiled is None:
             return [*self.inside.values()]
         *outputs, _ = self.outputs.items()

@@ -54,7 +54,7 @@ def choose_machine(config: AtlasConfig, gpu: str | None = None, memory: str | No
 
 
 def _parse_memory(text: str) -> int:
-    """Return the bytes of a memory size. As is usual for graphics cards, 8GB, 8 GiB and 8 are all 8 · 2³⁰ bytes."""
+    """Return a memory size in bytes. As is usual for graphics cards, 8GB, 8 GiB and 8 are all 8 · 2³⁰ bytes."""
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", text, re.IGNORECASE)
     if match is None:
         raise AtlasError(f"--memory {text}: is not a size; write it as 8GB")

@@ -41,7 +41,7 @@ def utilisation(model: ModelConfig, device: str) -> float:
 
 
 def seconds_of_update(config: AtlasConfig, machine: Machine) -> float | None:
-    """Return the seconds of one update, without evaluations and saves. Return None if the speed is not known."""
+    """Return the time of one update in seconds, without evaluations and saves, or None if the speed is not known."""
     if machine.speed is not None:
         return update_seconds(config, machine.speed)
     if machine.flops_per_second is None:

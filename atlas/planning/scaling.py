@@ -133,7 +133,7 @@ def _passes(config: AtlasConfig, machine: Machine, sequences: int, micro_batch: 
 
 
 def _sizes_of(config: AtlasConfig, *, device: str) -> Sizes:
-    """Return the bytes of a model's weights and gradients, inside and outside the blocks."""
+    """Return the size of a model's weights and gradients in bytes, inside and outside the blocks."""
     model, training, low_rank = config.model, config.training, lora_parameters(config)
     width = weight_bytes(training)
     empty = count_parameters(model.model_copy(update={"num_layers": 0})).total

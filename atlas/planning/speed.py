@@ -44,9 +44,9 @@ class Speed:
 def card_speed(card: Card, *, products: float | None = None, bandwidth: float | None = None) -> Speed:
     """Return the speed that a card reaches: the measured rates if they are given, else fractions of the card's peaks.
 
-    `products` is in FLOP/s and `bandwidth` in bytes/s. The tensor cores of GeForce cards are limited to half of their
-    rate, and matrix products nearly reach this limit. On other cards, power and memory limit matrix products, and
-    softmax slows attention down more than on GeForce cards.
+    `products` is in FLOP/s and `bandwidth` in bytes/s. The tensor cores of GeForce cards accumulate in fp32 at
+    half of their fp16 rate. `card.tflops` is this lower rate, and matrix products nearly reach it. On other cards,
+    power and memory limit matrix products, and softmax slows attention down more than on GeForce cards.
     """
     reached, attention, misaligned = (0.95, 0.65, 0.5) if card.is_geforce else (0.8, 0.4, 0.33)
     products = products or reached * card.tflops * 1e12
@@ -54,7 +54,7 @@ def card_speed(card: Card, *, products: float | None = None, bandwidth: float | 
 
 
 def update_seconds(config: AtlasConfig, speed: Speed) -> float:
-    """Return the seconds of one update in half precision: the larger of the GPU's time and the host's time.
+    """Return the time of one update in half precision, in seconds: the larger of the GPU's time and the host's time.
 
     A micro-batch of N tokens multiplies each matrix once forward and twice backward, and once more with gradient
     checkpointing. A product takes the time of its FLOPs or the time of its memory traffic, whichever is longer. All

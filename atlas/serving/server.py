@@ -42,7 +42,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """A server that runs in its own thread until `drain`."""
+    """A server in its own thread. `drain` stops it."""
 
     def __init__(self, app: FastAPI, listener: socket.socket, *, seconds_to_drain: float) -> None:
         config = uvicorn.Config(

@@ -32,7 +32,7 @@ DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 class Tokenizer(ABC):
-    """Converts text to token ids and back. `<|endoftext|>` in a text is plain text; only `eos_id` ends a document.
+    """Converts text to token ids and back. `<|endoftext|>` in a text is plain text. Only `eos_id` ends a document.
 
     Your subclass needs `encode`, `decode`, `vocab_size` and `eos_id`. All other methods have defaults.
     """

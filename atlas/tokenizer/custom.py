@@ -63,7 +63,8 @@ class CustomTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The object's own `fingerprint`, or else a hash of its type, its sizes and the ids of a probe text."""
+        """The object's own `fingerprint`, or else a hash of its type, its `vocab_size` and `eos_id`, and the ids of a
+        probe text."""
         own = getattr(self._custom, "fingerprint", None)
         return own if isinstance(own, str) else fingerprint_of(self, type(self._custom))
 

@@ -35,7 +35,7 @@ _LONG_BLANK = re.compile(rf"\s{{{_LONG_BLANK_LENGTH},}}")
 
 
 class GPT2Tokenizer(ByteLevelTokenizer):
-    """GPT-2's tokenizer: 256 bytes, 50,000 merges, and `<|endoftext|>` = 50256. It encodes with tiktoken."""
+    """GPT-2's tokenizer: 256 byte tokens, 50,000 merges, and `<|endoftext|>` with id 50256."""
 
     kind = "gpt2"
 

@@ -1,4 +1,4 @@
-"""The parts of a training run. `step.py` updates the `Learner`; `train.py` is the loop over the updates of a `Run`."""
+"""The parts of a run. `step.py` does one update of the `Learner`. `train.py` is the training loop of a `Run`."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
     if config.data.document_mask and has_flex_attention(run.runtime.device):
         _log_dense_attention(config, say)
     if config.model.train_only:
-        say(f"model: it cannot be exported, only Atlas can run it: {config.model.train_only}")
+        say(f"model: Atlas can train and run this model, but cannot export it ({config.model.train_only})")
     if config.training.optimizer == "adamw8bit":
         say(
             "training.optimizer: adamw8bit compiles its step in the first update, which takes half a minute or more"

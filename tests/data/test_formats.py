@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -497,8 +498,11 @@ def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
     assert merged.undecodable.total() == merged.empty_rows.total() == 1
 
 
-def test_a_row_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_row_that_is_too_long_is_refused(
+    mark: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(formats, "_LONGEST_ROW", 100)
-    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(b'{"text": "' + b"x" * 200 + b'"}'))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(mark + b'{"text": "' + b"x" * 200 + b'"}'))
     with pytest.raises(AtlasError, match=r"line 1: is longer than 100 bytes"):
         documents_of(tmp_path)

@@ -404,14 +404,12 @@ def test_everywhere_else_an_old_checkpoint_is_recognised(
         for command in COMMANDS:
             assert main(command.format(path).split()) == 2, command
             message = capsys.readouterr().err
-            expected = (
-                f"{path}: is a checkpoint of the first Atlas (1.x); convert it with: atlas import {path}"
-            )
+            expected = f"{path}: is a checkpoint of Atlas 1.x; convert it with: atlas import {path}"
             assert message == f"error: {expected}\n", command
     assert main(["info", "checkpoints"]) == 0
-    assert "of the first Atlas (1.x): atlas import" in capsys.readouterr().out
+    assert "of Atlas 1.x: convert it with atlas import" in capsys.readouterr().out
     assert main(["train", "--config", "nano", "--train-data", "text.txt"]) == 2
-    assert "is a checkpoint of the first Atlas (1.x), which atlas import converts" in capsys.readouterr().err
+    assert "is a checkpoint of Atlas 1.x; convert it with atlas import" in capsys.readouterr().err
 
 
 def broken(contents: dict[str, Any], what: str) -> dict[str, Any]:

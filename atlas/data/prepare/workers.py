@@ -94,7 +94,7 @@ def _encode_here(batches: Iterable[Batch], encoder: Encoder, workers: int) -> It
     with _pool(encoder, workers) as pool:
 
         def submit(batch: Batch) -> tuple[Batch, Future[Encoded]]:
-            # `pool.submit` may start processes, which must not receive Ctrl-C before they ignore it.
+            # `pool.submit` may start worker processes. Until a worker ignores SIGINT, Ctrl-C would kill it.
             with _signals_blocked():
                 return batch, pool.submit(_encode, batch.parts)
 

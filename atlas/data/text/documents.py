@@ -135,13 +135,15 @@ def _is_object(line: bytes) -> bool:
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the lines in UTF-8. A line longer than `_LONGEST_ROW` is cut, but stays longer than `_LONGEST_ROW`."""
+    """Yield the lines in UTF-8. A line that is too long comes in pieces, of which the first is longer than
+    `_LONGEST_ROW`, so that the caller can refuse the line without reading all of it."""
     if is_utf16(stream.peek(4)):
         text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
         for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
             yield line.encode("utf-8", "replace")
         return
-    yield stream.readline(_LONGEST_ROW + 1).removeprefix(codecs.BOM_UTF8)
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
     yield from iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
 
 

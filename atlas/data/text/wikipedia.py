@@ -198,7 +198,8 @@ def _doubts_about_runs(lines: list[str]) -> Iterator[str]:
 
 
 def _titles(sample: str, rule: _Rule) -> list[re.Match[str]]:
-    """Return the match of each title: the first line, if this line is a title, and the gap before each other title."""
+    """Return one match per title. If the first line is a title, its match is this line. For any other title, the match
+    is the gap before the title. Group 1 is the title."""
     first = _SHORT_LINE.match(sample)
     return [*([first] if first and _is_title(first[1]) else []), *rule.gaps(sample, at_beginning=True)]
 

@@ -22,4 +22,4 @@ def is_first_version(contents: Any) -> bool:
 
 def refusal(path: Path) -> str:
     """The error message for a checkpoint of Atlas 1.x. Every command except `atlas import` prints it."""
-    return f"{path}: is a checkpoint of the first Atlas (1.x); convert it with: atlas import {path}"
+    return f"{path}: is a checkpoint of Atlas 1.x; convert it with: atlas import {path}"

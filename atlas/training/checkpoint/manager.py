@@ -92,10 +92,10 @@ class CheckpointManager:
         found = self.found()
         for path in sorted(self.folder.glob("atlas_*.pt")):
             if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
-                reason = "is not the file that its sidecar describes"
+                reason = "it is not the file that its sidecar describes"
                 if holds_first_version(path):
-                    reason = "is a checkpoint of the first Atlas (1.x), which atlas import converts"
-                self.say(f"{path}: {reason}: skipped")
+                    reason = f"it is a checkpoint of Atlas 1.x; convert it with atlas import {path}"
+                self.say(f"{path}: skipped, because {reason}")
         for manifest, path in found:
             if before is not None and manifest.step >= before:
                 continue

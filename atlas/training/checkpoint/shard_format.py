@@ -123,7 +123,7 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
 def _read_tensors(
     folder: Path, allocate: Callable[[str, torch.Size, torch.dtype], Tensor | None], *, no_dist: bool
 ) -> dict[str, Tensor]:
-    """Return the tensors by name. A tensor for which `allocate` returns None is not read."""
+    """Return the tensors by name. Skip a tensor if `allocate` returns None for it."""
     metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     memory = {name: allocate(name, entry.size, entry.properties.dtype) for name, entry in metadata.items()}
     tensors = {name: tensor for name, tensor in memory.items() if tensor is not None}

@@ -128,7 +128,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
 
 
 def _table_gradient(config: AtlasConfig) -> int:
-    """Return the bytes of the LM head's gradient in fp32. With LoRA, the LM head is frozen, and the result is 0."""
+    """Return the size of the LM head's fp32 gradient in bytes. With LoRA, which freezes the LM head, 0."""
     return 0 if config.lora.rank else config.model.padded_vocab_size * config.model.hidden_size * _FP32
 
 
@@ -185,7 +185,7 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
-    """Return the bytes of one checkpoint: weights and optimizer state."""
+    """Return the size of one checkpoint in bytes: weights and optimizer state."""
     weights = weight_bytes(config.training) * stored_parameters(config.model, config.lora)
     return weights + state_bytes(config.model, config.lora, config.training)
 

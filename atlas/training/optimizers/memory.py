@@ -17,8 +17,8 @@ _FP32, _CODE = 4, 1  # bytes
 
 
 def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) -> int:
-    """Return the bytes of the optimizer's state without its step counts. The size is the same in memory and in a
-    checkpoint."""
+    """Return the size of the optimizer's state in bytes, without its step counts. The size is the same in memory and in
+    a checkpoint."""
     one = one_block_model(model, lora)
     copies = {p: model.num_layers if is_in_block(name) else 1 for name, p in one.named_parameters()}
     return sum(
