@@ -11,7 +11,7 @@ try {
     Invoke-Checked $python -m ruff check .
     Invoke-Checked $python -m ruff format --check .
     Invoke-Checked $python -m mypy
-    $options = if ($args) { $args } else { '-n', 'auto' }
+    $options = if ($args) { $args } else { '-n', 'auto', '--dist', 'loadfile' }
     Invoke-Checked $python -m pytest @options
     [Console]::Error.WriteLine("scripts/test.ps1: passed, $([int]$watch.Elapsed.TotalSeconds) s after installation")
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Run all checks that a change must pass: ruff, mypy and pytest. The checks run in .venv, which the script makes if
 # needed. The first failure ends the script. All arguments go to pytest:
-#   ./scripts/test.sh               the default suite, one process per core
+#   ./scripts/test.sh               the default suite, one process per core, each file in one process
 #   ./scripts/test.sh -m slow       the long tests
 #   ./scripts/test.sh -k resume -x  some tests, up to the first failure
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1-}" = -- ] && shift
-[ $# -gt 0 ] || set -- -n auto
+[ $# -gt 0 ] || set -- -n auto --dist loadfile
 
 . scripts/venv.sh
 prepare_venv dev

@@ -17,9 +17,8 @@ EXAMPLES = {"alibi": 3, "nadam": 2, "gemma_norm": 2}
 """The diffs in docs/examples, and how many files each may change."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "alibi" else pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_worked_example_applies_trains_and_generates(tmp_path: Path, name: str) -> None:
     diff = REPOSITORY / "docs" / "examples" / f"{name}.diff"
     for folder in ("atlas", "tests"):

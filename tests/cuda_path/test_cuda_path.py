@@ -149,6 +149,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return once(tmp_path_factory, "cuda_path", lambda folder: run_child())
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The bytes that blocks save for the backward pass."""
+    return once(tmp_path_factory, "saved", lambda folder: run_child("saved")["saved"])
+
+
 def seen_in(result: dict[str, Any]) -> dict[str, int]:
     if "error" in result:
         pytest.fail(result["error"], pytrace=False)
@@ -169,16 +175,17 @@ def test_the_host_waits_only_where_listed(variant: str, results: dict[str, Any])
 
 
 def test_every_variant_is_listed(results: dict[str, Any]) -> None:
-    assert list(results) == [*WAITS, "graphs", "saved"]
+    assert list(results) == [*WAITS, "graphs"]
 
 
 def test_the_number_of_compiled_graphs_is_as_listed(results: dict[str, Any]) -> None:
     assert seen_in(results["graphs"]) == GRAPHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "little", "all"])
 @pytest.mark.parametrize("family", ["gpt2", "modern", "dropout"])
-def test_a_block_saves_what_the_traced_estimate_says(family: str, how: str, results: dict[str, Any]) -> None:
+def test_a_block_saves_what_the_traced_estimate_says(family: str, how: str, saved: dict[str, Any]) -> None:
     """The rules for attention, dropout and compiled blocks on CUDA; the compiler also saves the norms' statistics."""
     from tests.cuda_path.variants import CONTEXT, SEQUENCES, block_config
 
@@ -186,7 +193,7 @@ def test_a_block_saves_what_the_traced_estimate_says(family: str, how: str, resu
     compiled = None if how == "eager" else how
     traced = trace_saved_tensors(model, Execution("cuda", half=True, compiled=compiled))
     estimated = sum(tensor.bytes(SEQUENCES, CONTEXT) for tensor in traced.block if tensor.sequences)
-    assert estimated == pytest.approx(seen_in(results["saved"])[f"{family}, {how}"], rel=0.02)
+    assert estimated == pytest.approx(seen_in(saved)[f"{family}, {how}"], rel=0.02)
 
 
 FAULTS = (
@@ -217,10 +224,12 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return once(tmp_path_factory, "cuda_path_faulty", run_faulty)
 
 
+@pytest.mark.slow
 def test_an_extra_wait_is_found(faulty: dict[str, Any]) -> None:
     assert differences(seen_in(faulty["AdamW"]), WAITS["AdamW"]) == ["1 more: WAIT step.apply_gradient"]
 
 
+@pytest.mark.slow
 def test_a_tensor_on_the_cpu_is_found(faulty: dict[str, Any]) -> None:
     assert "rope.py" in faulty["modern"]["error"]
     assert "found at least two devices, cuda:0 and cpu" in faulty["modern"]["error"]

@@ -39,7 +39,7 @@ from tests.runs import layer, logged, trained
 COLOURS = {"sky": "blue", "grass": "green", "sun": "yellow", "snow": "white", "coal": "black"}
 TALK = [
     Message("system", "Be brief, and say <|endoftext|> and <|user|> aloud."),
-    Message("user", "  Which colour has the sky?\n"),
+    Message("user", "  What colour is the sky?\n"),
     Message("assistant", "Blue.\n\nMostly."),
     Message("user", "And l'été, à midi 🙂?"),
     Message("assistant", "\n Yellow "),
@@ -109,7 +109,7 @@ def test_the_model_card_shows_how_to_prompt(
     [code] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("path/to/this/folder", str(tmp_path / "hf")).replace("=100", "=3")
     exec(compile(code, "card", "exec"), {})
-    asked = bpe.decode(encode_chat([Message("user", "Which colour has the sky?")], bpe))
+    asked = bpe.decode(encode_chat([Message("user", "What colour is the sky?")], bpe))
     assert asked in capfd.readouterr().out
 
 

@@ -212,6 +212,7 @@ def test_a_digest_is_new_once(
     seen.close()
 
 
+@pytest.mark.slow
 def test_digests_need_constant_memory(tmp_path: Path) -> None:
     """A million digests, in a process of their own: the memory stays near the cache's limit, whatever allocates it."""
     program = """

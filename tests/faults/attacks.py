@@ -869,7 +869,7 @@ for label, content, answer in [
     ("billion laughs", LAUGHS, "aliases within anchors"),
     ("billion merges", MERGES, "aliases within anchors"),
     ("anchor that holds itself", "seed: &a [*a]", "aliases within anchors"),
-    ("a thousand aliases", "seed: &a 1\nmodel: [" + "*a," * 1000 + "]", "or more than 64"),
+    ("a thousand aliases", "seed: &a 1\nmodel: [" + "*a," * 1000 + "]", "or over 64"),
     ("Python object", "seed: !!python/object/apply:os.system ['touch exploded']", "could not determine"),
     ("Python name", "seed: !!python/name:os.system", "could not determine"),
     ("Python module", "!!python/module:antigravity", "could not determine"),

@@ -352,11 +352,11 @@ def test_gradient_checkpointing_changes_no_loss_even_with_dropout(tmp_path: Path
     ]
 
 
-@pytest.mark.parametrize(("seconds", "low", "high"), [(0.0, 0, 0.5), (0.2, 0.6, 1)])
+@pytest.mark.parametrize(("seconds", "low", "high"), [(0.0, 0, 0.5), (0.06, 0.6, 1)])
 def test_the_wait_for_data_is_measured(
     seconds: float, low: float, high: float, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight sequences of 0.2 s are far more than the update of a tiny model takes."""
+    """Eight sequences of 0.06 s are far more than the update of a tiny model takes."""
     run = run_for(layer(tmp_path / "run", text_file, training__batch_size=8, data__num_workers=0))
     read = type(run.data.train).__getitem__
 

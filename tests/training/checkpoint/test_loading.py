@@ -106,6 +106,7 @@ def test_inference_holds_the_weights_once_and_never_reads_the_optimizer(runs: Pa
     assert peak < 1.5
 
 
+@pytest.mark.slow
 @linux
 def test_resuming_peaks_at_what_training_holds_and_one_copy(runs: Path) -> None:
     """Training holds weights and two moments, 3 times the weights. The peak is that plus a copy of the weights."""

@@ -111,7 +111,9 @@ def assert_close(one: Path, other: Path, name: str = "atlas_step_6.pt") -> None:
 # One run, however many processes
 
 
-@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
+@pytest.mark.parametrize(
+    ("parallel", "optimizer"), [pytest.param("ddp", "adamw", marks=pytest.mark.slow), ("fsdp", "muon")]
+)
 def test_two_processes_train_as_one(tmp_path: Path, text_file: Path, parallel: str, optimizer: str) -> None:
     explicit = hard(tmp_path / "one", text_file, training__optimizer=optimizer)
     trained(explicit)

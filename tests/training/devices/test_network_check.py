@@ -52,6 +52,7 @@ def only_line(errors: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_two_processes_sum_numbers() -> None:
     done = ended([*TORCHRUN, *DOCTOR, "--json", "--device", "cpu"])
     assert done.returncode == 0, done.stderr
