@@ -261,7 +261,7 @@ def is_not_run(block: Block) -> bool:
 
 def furnish(folder: Path) -> None:
     """Create what the pages expect a reader to have: the archive, texts, prompts, and a checkout's presets."""
-    for name in ("data/raw", "data/processed/your_data", "my_texts"):
+    for name in ("data/raw", "data/processed/your_data", "my_texts", "letters"):
         (folder / name).mkdir(parents=True)
     write_zip(folder / "data/raw/archive.zip", kaggle_files())
     for number, sentence in enumerate(SENTENCES * 5):
@@ -269,6 +269,7 @@ def furnish(folder: Path) -> None:
         (folder / f"data/processed/your_data/page{number}.txt").write_text(text, encoding="utf-8")
     (folder / "my_texts/river.txt").write_text(corpus(1000), encoding="utf-8")
     (folder / "my_texts/mill.md").write_text("# The mill\n\n" + corpus(500), encoding="utf-8")
+    (folder / "letters/mill.txt").write_text(corpus(600), encoding="utf-8")
     (folder / "prompts.txt").write_text("The river\n\nA small boat\n", encoding="utf-8")
     page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
     rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)

@@ -40,7 +40,7 @@ def info(
         Path | None,
         typer.Option(
             help="Draw the document lengths of a dataset as a PNG image. Needs matplotlib: "
-            'pip install "atlas-llm[plot]".',
+            'pip install "atlas-llm\\[plot]".',
             metavar="FILE.png",
         ),
     ] = None,

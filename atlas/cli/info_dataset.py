@@ -118,7 +118,11 @@ def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
         text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"
         typer.echo("\n" + printable(text))
         return
-    tokenizer = dataset.tokenizer()
+    try:
+        tokenizer = dataset.tokenizer()
+    except AtlasError as error:
+        typer.echo("\n" + printable(f"texts cannot be shown: {error}"))
+        return
     excerpts = sample_documents(stream, tokenizer)
     typer.echo(f"\n{len(excerpts)} random documents of train, each after its number of tokens")
     print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})

@@ -23,7 +23,7 @@ _OUTPUT_HELP = (
     "The dataset's folder. Default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
     "first input>."
 )
-_TOKENIZER_HELP = "gpt2 (default), a tokenizer.json, or package.module:factory."
+_TOKENIZER_HELP = "gpt2 (default), a tokenizer.json or the folder with it, or package.module:factory."
 _TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
 _FIELD_HELP = "The field of a JSONL row, or the Parquet column, that contains the text."
 _CLEAN_HELP = (

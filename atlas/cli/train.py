@@ -173,7 +173,7 @@ def train_to_the_end(
     if run.is_complete:
         run.log.say(
             f"nothing to do: the run is complete at step {run.state.step}; --set training.max_steps=N with a larger N "
-            "continues the run"
+            "continues the run, --init-from starts a new run from its weights"
         )
         return run
     result = train_run(run)

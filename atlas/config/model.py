@@ -79,11 +79,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _settings_fit(self) -> ModelConfig:
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            below = self.hidden_size // self.num_heads * self.num_heads
-            sizes = " or ".join(str(size) for size in (below, below + self.num_heads) if size)
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
-                f"use hidden_size {sizes}"
+                f"{self._sizes_that_divide()}"
             )
         if self.num_heads % self.kv_heads:
             divisors = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
@@ -154,6 +152,18 @@ class ModelConfig(Section):
         if self._unknown_fields:
             return None
         return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
+
+    def _sizes_that_divide(self) -> str:
+        """The nearest `num_heads` and `hidden_size` that give heads of an even size."""
+        heads, hidden = self.num_heads, self.hidden_size
+        fewer = [count for count in range(1, heads) if hidden % (2 * count) == 0][-1:]
+        more = [count for count in range(heads + 1, hidden // 2 + 1) if hidden % (2 * count) == 0][:1]
+        below = hidden // (2 * heads) * (2 * heads)
+        sizes = [size for size in (below, below + 2 * heads) if size]
+        options = {"num_heads": fewer + more, "hidden_size": sizes}
+        return "use " + ", or ".join(
+            f"{name} {' or '.join(map(str, values))}" for name, values in options.items() if values
+        )
 
     @property
     def train_only(self) -> str | None:

@@ -228,7 +228,10 @@ class PreparedDataset:
         try:
             return Tokenizer.from_state(self.tokenizer_state)
         except AtlasError as error:
-            raise DataError(f"{self.folder}: {error}") from None
+            place, remedy = self.folder, ""
+            if self.tokenizer_state["kind"] in STORED_AS_FILE:
+                place, remedy = self.folder / "tokenizer.json", "; prepare the dataset again"
+            raise DataError(f"{place}: {error}{remedy}") from None
 
     @property
     def train(self) -> TokenStream:
@@ -264,7 +267,8 @@ def open_dataset(
         try:
             state["json"] = read_limited(folder / "tokenizer.json", limit=MAX_FILE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            if state["kind"] == "bpe":  # a dataset of Atlas 2.0 lacks the file of another model's tokenizer
+            # A dataset of an earlier version lacks the file of another model's tokenizer.
+            if state["kind"] == "bpe" or not isinstance(error, FileNotFoundError):
                 raise _unusable(folder / "tokenizer.json", "cannot be read", error) from None
     for record in manifest.splits.values():
         for shard in record.shards:

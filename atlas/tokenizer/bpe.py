@@ -78,16 +78,21 @@ class BPETokenizer(ByteLevelTokenizer):
         return cls("bpe", tokens, merges, eos_id)
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `TokenizerError` if a byte-level BPE cannot have this many tokens."""
+    if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise TokenizerError(
+            f"--train-tokenizer {vocab_size}: a vocabulary must have at least {SMALLEST_VOCAB_SIZE} tokens "
+            f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE:,}"
+        )
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on `texts`, which are read once, as a stream.
 
     If the texts are too short for `vocab_size` tokens, the result has fewer tokens.
     """
-    if not SMALLEST_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise TokenizerError(
-            f"--train-tokenizer {vocab_size}: must have at least {SMALLEST_VOCAB_SIZE} tokens "
-            f"(256 bytes and end of text) and at most {MAX_VOCAB_SIZE}"
-        )
+    check_vocab_size(vocab_size)
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(

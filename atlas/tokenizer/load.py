@@ -22,10 +22,9 @@ from atlas.tokenizer.gpt2 import gpt2_tokenizer
 def load(path: str | Path) -> Tokenizer:
     """Return the tokenizer in a `tokenizer.json`, in a folder with that file, or in a prepared dataset."""
     path = Path(path)
-    if path.is_dir():
-        if (path / "dataset.json").is_file():
-            return from_state(_state_in_dataset(path))
-        path = path / "tokenizer.json"
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.name == "tokenizer.json" and path.with_name("dataset.json").is_file():
+        return from_state(_state_in_dataset(path.parent))
     try:
         return BPETokenizer.from_file(path)
     except NotGPT2s as refusal:
@@ -45,9 +44,7 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
             "package.module:factory"
         )
     if kind == "hf" and text is None:
-        raise TokenizerError(
-            "its tokenizer is that of another model, whose tokenizer.json is missing; name it with --tokenizer"
-        )
+        raise TokenizerError("this file of another model's tokenizer is missing")
     tokenizer: Tokenizer
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()

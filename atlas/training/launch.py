@@ -203,7 +203,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
         )
-        if horizon != state.horizon:
+        if horizon != state.horizon and state.step < horizon:
             start.notes.append(f"the schedule's horizon changes from step {state.horizon} to step {horizon}")
         state.horizon = horizon
         state.is_planned = new.max_hours is None

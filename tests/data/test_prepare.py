@@ -569,6 +569,14 @@ def test_a_dataset_keeps_the_tokenizer_of_another_model(tmp_path: Path, text_fil
     for tokenizer in (open_dataset(folder).tokenizer(), Tokenizer.load(folder)):
         assert tokenizer.encode(text) == expected
         assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, 320)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(AtlasError, match=r"tokenizer\.json is missing; name it with --tokenizer"):
-        open_dataset(folder).tokenizer()
+    assert Tokenizer.load(folder / "tokenizer.json").fingerprint == tokenizer.fingerprint
+    for damage in ("missing", "{", "[1]"):  # a dataset of an earlier version had no such file
+        (folder / "tokenizer.json").unlink()
+        if damage != "missing":
+            (folder / "tokenizer.json").write_text(damage)
+        with pytest.raises(AtlasError, match=r"set/tokenizer\.json: .*; prepare the dataset again$"):
+            open_dataset(folder).tokenizer()
+        assert main(["info", str(folder)]) == 0
+        again = ["prepare", "--input", str(text_file), "--tokenizer", str(model), "--output", str(folder)]
+        assert main(again) == 0
+        assert open_dataset(folder).tokenizer().encode(text) == expected

@@ -29,7 +29,8 @@ from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder
 from atlas.progress import byte_progress, notify
-from atlas.tokenizer import Tokenizer
+from atlas.tokenizer import STORED_AS_FILE, Tokenizer
+from atlas.tokenizer.bpe import check_vocab_size
 
 SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
@@ -101,7 +102,9 @@ def prepare(
         raise DataError(
             f"tokenizer {tokenizer.name}: cannot be combined with --train-tokenizer; give one of them"
         )
-    if not train_tokenizer:
+    if train_tokenizer:
+        check_vocab_size(train_tokenizer)
+    else:
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
     with _file_errors(), spooled_standard_input(inputs, output) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
@@ -178,9 +181,13 @@ class _Preparation:
         """Return the dataset in `output` if this dataset is intact and matches this preparation, else None."""
         try:
             dataset = open_dataset(output)
+            if dataset.manifest.key != self.key:
+                return None
+            if dataset.tokenizer_state["kind"] in STORED_AS_FILE:
+                dataset.tokenizer()
         except (AtlasError, OSError):
             return None  # missing, damaged, or just being replaced by another process: the dataset is prepared again
-        return dataset if dataset.manifest.key == self.key else None
+        return dataset
 
     def _make(self, output: Path, workspace: Workspace) -> None:
         """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
@@ -192,10 +199,10 @@ class _Preparation:
             rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
             wanted = options.train_tokenizer or 0
             tokenizer = self.tokenizer or train_tokenizer_on(sources, rule, options.cleaning, wanted)
-            if "json" in tokenizer.state():
-                tokenizer.save(folder / "tokenizer.json")
-            if self.tokenizer is None:
-                workspace.commit({"rule": vars(rule)})
+        if tokenizer.kind in STORED_AS_FILE and not (folder / "tokenizer.json").exists():
+            tokenizer.save(folder / "tokenizer.json")
+        if self.tokenizer is None and not workspace.state:
+            workspace.commit({"rule": vars(rule)})
         dtype = token_dtype(tokenizer.vocab_size)
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
             _require_space(sources, tokenizer, output, done=merger.tokens)
