@@ -5,7 +5,7 @@ runs one real block on fake tensors, and lists the tensors that autograd saves f
 the memory of the weights, the optimizer and the loss.
 
 Accuracy on a CPU: benchmarks/memory.py measured the peaks of `nano`, `tiny` and `small`, with an allocator that keeps
-freed memory (`atlas.process`). The estimates were 2 to 6 % below the measured peaks. No GPU has been measured yet.
+freed memory (`atlas.process`). The peak of one preset varies by 6 % between processes. No GPU has been measured yet.
 
 Symbols: B sequences in a micro-batch, T max_seq_len, C hidden_size, L num_layers, V vocabulary.
 """
@@ -32,10 +32,6 @@ _FP32, _HALF = 4, 2  # bytes
 PROCESS_BYTES = {"cpu": 350_000_000, "cuda": 500_000_000, "mps": 500_000_000}
 """The bytes that a process needs before training. On a CPU: the interpreter, PyTorch and its libraries (measured). On a
 GPU: the CUDA context and the workspaces of libraries (assumed)."""
-_CPU_SLACK = 0.8
-"""The bytes of freed activations that glibc does not return to the system, as a fraction of the bytes of small
-activations. The activations of all blocks count, even if they are recomputed. glibc returns the memory of larger
-tensors."""
 ROOMY = 0.75
 """If the estimate of an update is below this fraction of the free memory, Atlas uses the micro-batch size without a
 trial. With `training.parallel: auto`, the model is not sharded if a micro-batch of one sequence needs less than this
@@ -104,8 +100,10 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     kept += sum(tensor.bytes(micro_batch, T) for tensor in saved.rest) + is_dense * _DENSE_MASK * tokens * T
 
     allocator = 0
-    if device == "cpu":
-        allocator = int(_CPU_SLACK * L * sum(size for size in tensors if size < KEPT_BELOW))
+    if (
+        device == "cpu"
+    ):  # glibc keeps the memory of freed small activations of all blocks, even if they are recomputed
+        allocator = L * sum(size for size in tensors if size < KEPT_BELOW)
     half_weights = 0
     if half and width == _FP32:
         half_weights = _half_copies(config, saved, keeps_all=keeps_all)
