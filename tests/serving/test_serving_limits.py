@@ -93,9 +93,11 @@ def test_a_client_that_leaves_the_queue_frees_its_slot(loaded: LoadedModel) -> N
         engine,
     ):
         clients = [socket.create_connection(place_of(address)) for _ in range(3)]
-        for client in clients:
+        clients[0].sendall(request_of(address, ENDLESS))
+        until(lambda: engine.num_running == 1)
+        for client in clients[1:]:
             client.sendall(request_of(address, ENDLESS))
-        until(lambda: engine.num_running == 1 and engine.num_waiting == 2)
+        until(lambda: engine.num_waiting == 2)
         assert post(address, {"prompt": "x", "max_tokens": 1})[0] == 429
         for client in clients[1:]:
             client.close()
