@@ -207,12 +207,12 @@ def test_overrides_speak_yaml_and_the_last_of_one_key_wins() -> None:
         ("device: gpu", "device: 'gpu': must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         (
             "model: {hidden_size: 770, num_heads: 12}",
-            "model: hidden_size 770 is not divisible by num_heads 12: use num_heads 11 or 35, or "
-            "hidden_size 768 or 792",
+            "model: hidden_size 770 is not divisible by num_heads 12: use hidden_size 768 or 792, "
+            "or a num_heads that divides 770",
         ),
         (
             "model: {hidden_size: 5, num_heads: 12}",
-            "model: hidden_size 5 is not divisible by num_heads 12: use hidden_size 24",
+            "model: hidden_size 5 is not divisible by num_heads 12: use hidden_size 24, or a num_heads that divides 5",
         ),
     ],
 )

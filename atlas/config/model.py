@@ -79,9 +79,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _settings_fit(self) -> ModelConfig:
         if self.head_dim is None and self.hidden_size % self.num_heads:
+            pairs = 2 * self.num_heads  # position rope needs heads of an even size
+            below = self.hidden_size // pairs * pairs
+            sizes = " or ".join(str(size) for size in (below, below + pairs) if size)
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
-                f"{self._sizes_that_divide()}"
+                f"use hidden_size {sizes}, or a num_heads that divides {self.hidden_size}"
             )
         if self.num_heads % self.kv_heads:
             divisors = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
@@ -152,18 +155,6 @@ class ModelConfig(Section):
         if self._unknown_fields:
             return None
         return next((name for name in _ARCHITECTURES if not self._changes_for(name)), None)
-
-    def _sizes_that_divide(self) -> str:
-        """The nearest `num_heads` and `hidden_size` that give heads of an even size."""
-        heads, hidden = self.num_heads, self.hidden_size
-        fewer = [count for count in range(1, heads) if hidden % (2 * count) == 0][-1:]
-        more = [count for count in range(heads + 1, hidden // 2 + 1) if hidden % (2 * count) == 0][:1]
-        below = hidden // (2 * heads) * (2 * heads)
-        sizes = [size for size in (below, below + 2 * heads) if size]
-        options = {"num_heads": fewer + more, "hidden_size": sizes}
-        return "use " + ", or ".join(
-            f"{name} {' or '.join(map(str, values))}" for name, values in options.items() if values
-        )
 
     @property
     def train_only(self) -> str | None:

@@ -169,7 +169,7 @@ MISTAKES = {
         "misspelt.yaml": "misspelt.yaml … modle … did you mean model?",
         "misplaced.yaml": "training.hidden_size … write it as model.hidden_size",
         "twice.yaml": "twice.yaml line 3 … 'batch_size' is given twice",
-        "indivisible.yaml": "num_heads 3 … use num_heads 2 or 4, or hidden_size 12 or 18",
+        "indivisible.yaml": "num_heads 3 … use hidden_size 12 or 18, or a num_heads that divides 16",
         "vocabulary.yaml": "model.vocab_size: 50257 … own has 300 tokens: remove vocab_size",
         "negative.yaml": "training.batch_size: -5: must be",
         "words.yaml": "training.max_steps: 'many': must be a number",
@@ -362,7 +362,7 @@ MISTAKES = {
     },
     "plan": {
         "--config smal.yaml": "smal.yaml: no such config file; did you mean small.yaml?",
-        "--config indivisible.yaml": "num_heads 3 … use num_heads 2 or 4, or hidden_size 12 or 18",
+        "--config indivisible.yaml": "num_heads 3 … use hidden_size 12 or 18, or a num_heads that divides 16",
         "--config small.yaml --memory much": "--memory much: is not a size; write it as 8GB",
         "--gpu abacus": "--gpu abacus: is not a known card; give the card's memory … RTX 3060",
         "--gpu 'RTX 306O'": "--gpu RTX 306O: is not a known card; did you mean RTX 3060 … --memory",
