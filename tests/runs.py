@@ -83,8 +83,8 @@ def stopped_and_resumed(explicit: dict) -> None:
 
     on_updates(run, after=stop)
     assert train(run).outcome == "interrupted"
-    assert run.lock is not None
-    run.lock.release()
+    assert run.checkpoints.lock is not None
+    run.checkpoints.lock.release()
     trained(explicit, resume="auto")
 
 

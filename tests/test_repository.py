@@ -63,7 +63,7 @@ INSIDE = {
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
     "training.memory": "estimate < parallel presets < fit",
     "training.logs": "throughput trackers < run_log",
-    "training": "loss_cuda run_config schedule state < evaluate guard loss resume < run < recovery "
+    "training": "loss_cuda output_folder run_config schedule state < evaluate guard loss resume < run < recovery "
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "retention shard_format < load < convert manager verify < async_saver < shard_saver",

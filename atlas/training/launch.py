@@ -1,5 +1,4 @@
-"""Build the run that `resume.py` has chosen: lock the output folder, load the data and the model, and log the
-settings."""
+"""Build the run that `resume.py` has chosen: load the data and the model, and log the settings."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORMAT
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.load import left_in_shards, load_weights
-from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.checkpoint.lock import undone_after_error
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.retention import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
@@ -37,7 +36,7 @@ from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.recovery import restore_optimizer
-from atlas.training.resume import Start, base_key, num_restarts, refuse_links
+from atlas.training.resume import Start, base_key, num_restarts
 from atlas.training.run import Learner, Run, RunData, Sampler
 from atlas.training.schedule import horizon_steps
 from atlas.training.state import TrainState
@@ -52,17 +51,20 @@ _FP32, _TOKEN = 4, 2 * 8  # bytes of an fp32 number; bytes of an input token and
 def start_run(
     start: Start, world: World = ALONE, *, sampler: Sampler | None = None, may_exceed_batch_size: bool = False
 ) -> Run:
-    """Build and return the run. All checks come first. The first rank changes no file in the output folder before it
-    has locked the folder.
+    """Build and return the run. All checks come first. If a check fails, no file in the output folder changes.
 
     `sampler` generates `tracking.samples` texts at each evaluation. Without a sampler, the run logs no samples.
     `may_exceed_batch_size` allows micro-batches larger than `training.batch_size`. The caller allows this if the user
     did not set `training.batch_size`.
     """
-    config, folder = start.config, start.folder
+    with undone_after_error(start.lock):
+        return _start_run(start, world, sampler, may_exceed_batch_size)
+
+
+def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_batch_size: bool) -> Run:
+    config = start.config
     resumes = start.mode == "resume"
     with world.in_step():
-        refuse_links(folder)
         refuse_missing_trackers(config.tracking)
         _refuse_retention(config)
         _refuse_too_large(config)
@@ -78,11 +80,6 @@ def start_run(
         model = _build(start, config)
         _refuse_other_optimizer_state(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
-        lock = None
-        if world.is_first:
-            with explain_failed_write(folder, "choose another --output-dir"):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = FolderLock(folder)
     # Free memory differs between GPUs: if one rank must shard the model, all ranks shard it.
     if world.any(runtime.parallel == "fsdp"):
         runtime = replace(runtime, parallel="fsdp")
@@ -94,7 +91,7 @@ def start_run(
     learner = Learner(model, config, runtime, custom_loss)
     saver = _open_saver(checkpoints, config, runtime, log)
     origin = start.contents.get("initialized_from") if resumes else str(start.source or "") or None
-    run = Run(learner, data, state, log, saver, origin, sampler, sensor, lock)
+    run = Run(learner, data, state, log, saver, origin, sampler, sensor)
     if resumes:
         restore_optimizer(learner, start.contents, start.source)
     if not run.is_complete:
@@ -120,7 +117,7 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
             log.say(note)
     config = start.config.replace("checkpoint", output_dir=str(start.folder))
     retention = config.checkpoint.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
-    checkpoints = CheckpointManager(start.folder, say=log.say, **retention)
+    checkpoints = CheckpointManager(start.folder, say=log.say, lock=start.lock, **retention)
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()

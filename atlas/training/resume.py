@@ -1,7 +1,8 @@
 """Decide how a run begins: fresh, resumed from a checkpoint, or from another run's weights.
 
-`choose_start` makes this decision from the user's settings and the contents of the output folder. The function writes
-nothing, so that an error changes no file. `launch.py` then starts the run.
+`choose_start` first locks the output folder, so that no other run can change the folder. Then it makes the decision
+from the user's settings and the contents of the folder. After an error, the function removes the lock, so that a
+mistake changes no file. `launch.py` then starts the run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, overlay, resolve
@@ -20,9 +21,11 @@ from atlas.data import ResolvedData
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_paths, find_checkpoint
+from atlas.training.checkpoint.lock import FolderLock, undone_after_error
 from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.manifest import read_manifest, sidecar_of
+from atlas.training.checkpoint.manifest import Manifest, read_manifest
 from atlas.training.devices.world import ALONE, World, has_joined
+from atlas.training.output_folder import claim, has_checkpoint, run_files
 from atlas.training.run_config import with_data, with_written_length
 
 _DEFAULT_FOLDER = Path(AtlasConfig().checkpoint.output_dir)
@@ -32,11 +35,6 @@ _MAY_CHANGE = {"dropout"}
 
 class OtherRunError(AtlasError):
     """The output folder contains a run with another model, another optimizer or other data."""
-
-
-_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
-_OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
-"""Names and prefixes of the files that a run writes to its output folder."""
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Request:
 class Start:
     """The decision on how a run begins. `mode` is `fresh`, `resume` or `finetune`. `source` is the checkpoint that the
     run starts from, and `contents` is what this checkpoint contains. `set_aside` lists files to move to `previous-N`.
-    `notes` are lines for the log."""
+    `notes` are lines for the log. On the first rank, `lock` is the lock of `folder`."""
 
     mode: str
     config: AtlasConfig
@@ -65,11 +63,25 @@ class Start:
     contents: dict[str, Any] = field(default_factory=dict)
     set_aside: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lock: FolderLock | None = None
+
+
+class _Named(NamedTuple):
+    """The checkpoint that `--resume` or `--init-from` names, and the run that begins with it. `manifest` is None for a
+    checkpoint without a sidecar. `resumes` is false for a new run, which then fine-tunes the checkpoint's weights."""
+
+    source: Path
+    manifest: Manifest | None
+    contents: dict[str, Any]
+    config: AtlasConfig
+    data: ResolvedData
+    resumes: bool
+    folder: Path
+    notes: list[str]
 
 
 def choose_start(request: Request, world: World = ALONE) -> Start:
-    """Return the decision on how the run begins. The function reads the output folder and checkpoints, but writes
-    nothing.
+    """Lock the output folder, and return the decision on how the run begins. Besides the lock, nothing is written.
 
     The first rank decides. The other ranks then read the same checkpoint and the same data.
     """
@@ -79,9 +91,10 @@ def choose_start(request: Request, world: World = ALONE) -> Start:
             start = _decide(request)
             if not has_joined() and "parallel" not in request.explicit.get("training", {}):
                 _continue_alone(start)
-    decision = world.broadcast(start and _decision(start))
-    with world.in_step():
-        return start or _follow(decision, request, world)
+    with undone_after_error(start.lock if start else None):
+        decision = world.broadcast(start and _decision(start))
+        with world.in_step():
+            return start or _follow(decision, request, world)
 
 
 def _continue_alone(start: Start) -> None:
@@ -118,10 +131,17 @@ def _decide(request: Request) -> Start:
     if request.no_resume and request.resume:
         raise AtlasError("--no-resume and --resume contradict each other: give one of them")
     source = request.init_from or (request.resume if request.resume != "auto" else None)
-    if source:
-        return _from_named_checkpoint(request, find_checkpoint(source))
-    folder = Path(resolve(request.explicit).checkpoint.output_dir)
-    if not request.no_resume and _has_checkpoint(folder):
+    named = _read_named(request, find_checkpoint(source)) if source else None
+    folder = named.folder if named else Path(resolve(request.explicit).checkpoint.output_dir)
+    lock = claim(folder)
+    with undone_after_error(lock):
+        start = _from_named_checkpoint(request, named) if named else _from_folder(request, folder)
+    start.lock = lock
+    return start
+
+
+def _from_folder(request: Request, folder: Path) -> Start:
+    if not request.no_resume and has_checkpoint(folder):
         return _from_occupied_folder(request, folder)
     start = _start_over(request, folder)
     if request.resume:
@@ -133,8 +153,10 @@ def _decide(request: Request) -> Start:
     return start
 
 
-def _from_named_checkpoint(request: Request, source: Path) -> Start:
+def _read_named(request: Request, source: Path) -> _Named:
+    """Read the checkpoint `source`, and find the output folder of the run that begins with it."""
     notes: list[str] = []
+    manifest = read_manifest(source, check_hash=False)
     contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
     inherited, explicit = contents["config"], request.explicit
     _refuse_unasked_code(inherited, explicit)
@@ -144,9 +166,20 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
     notes += _refuse_other_shape(config, contents, source, is_new_run=not resumes)
     if resumes:
         _refuse_other_optimizer(config, contents, source)
-        owned = read_manifest(source, check_hash=False) is not None
         # A checkpoint without a sidecar was not saved in its folder, so the run does not write to that folder.
-        folder = _explicit_folder(explicit) or (source.parent if owned else _DEFAULT_FOLDER)
+        folder = _explicit_folder(explicit) or (source.parent if manifest else _DEFAULT_FOLDER)
+    else:
+        folder = _finetune_folder(request, config)
+    return _Named(source, manifest, contents, config, data, resumes, folder, notes)
+
+
+def _from_named_checkpoint(request: Request, named: _Named) -> Start:
+    source, manifest, contents, config, data, resumes, folder, notes = named
+    if read_manifest(source, check_hash=False) != manifest:
+        raise AtlasError(
+            f"{source}: another run has replaced this checkpoint while it was read: repeat the command"
+        )
+    if resumes:
         if folder.resolve() != source.parent.resolve() and checkpoint_paths(folder):
             raise AtlasError(
                 f"{folder}: holds another run: set --output-dir to a new folder, or use --no-resume without --resume"
@@ -157,14 +190,14 @@ def _from_named_checkpoint(request: Request, source: Path) -> Start:
         found = CheckpointManager(folder).found()
         newer = [path for manifest, path in found if manifest.step > contents["step"]]
         return Start("resume", config, data, folder, source, contents, newer, notes)
-    if not is_new_run:
+    if request.init_from is None:
         notes.append(
             f"{source}: was trained on other data, so this run fine-tunes the checkpoint's weights with a new schedule"
         )
-    folder, latest, set_aside = _finetune_folder(request, config, data, base_key(contents))
+    latest, set_aside = _earlier_finetuning(request, folder, data, base_key(contents))
     if latest:
         return _continue(request, folder, latest)
-    config = with_written_length(config, explicit)
+    config = with_written_length(config, request.explicit)
     return Start("finetune", config, data, folder, source, contents, set_aside, [*notes, *data.notes])
 
 
@@ -203,7 +236,7 @@ def _from_occupied_folder(request: Request, folder: Path) -> Start:
 def _start_over(request: Request, folder: Path) -> Start:
     """Return the `Start` of a new run in `folder`. `launch.py` later moves the files of an earlier run aside."""
     config, data = with_data(resolve(request.explicit), request.explicit, None)
-    return Start("fresh", config, data, folder, set_aside=_run_files(folder), notes=list(data.notes))
+    return Start("fresh", config, data, folder, set_aside=run_files(folder), notes=list(data.notes))
 
 
 def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
@@ -227,31 +260,34 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
     return Start("resume", config, data, folder, source, contents)
 
 
-def _finetune_folder(
-    request: Request, config: AtlasConfig, data: ResolvedData, base: str
-) -> tuple[Path, tuple[Path, dict[str, Any]] | None, list[Path]]:
-    """Return the folder for fine-tuning, the checkpoint to resume from, and the files to set aside.
-
-    The checkpoint is None unless the same fine-tuning has already begun in this folder. Files of another run are set
-    aside only with `--no-resume`, or if the user agrees.
-    """
+def _finetune_folder(request: Request, config: AtlasConfig) -> Path:
+    """Return the output folder for fine-tuning: the folder that the user names, otherwise the default folder, or a
+    folder in it if it holds a run."""
     asked_folder = _explicit_folder(request.explicit)
-    folder = asked_folder or _DEFAULT_FOLDER
+    if asked_folder or request.no_resume or not has_checkpoint(_DEFAULT_FOLDER):
+        return asked_folder or _DEFAULT_FOLDER
+    return _DEFAULT_FOLDER / f"finetune-{Path(config.data.train_data or 'data').stem}"
+
+
+def _earlier_finetuning(
+    request: Request, folder: Path, data: ResolvedData, base: str
+) -> tuple[tuple[Path, dict[str, Any]] | None, list[Path]]:
+    """Return the checkpoint to resume from, and the files to set aside.
+
+    The checkpoint is None unless the same fine-tuning has already begun in `folder`. Files of another run are set aside
+    only with `--no-resume`, or if the user agrees.
+    """
     if request.no_resume:
-        return folder, None, _run_files(folder)
-    if not _has_checkpoint(folder):
-        return folder, None, []
-    if asked_folder is None:
-        folder = folder / f"finetune-{Path(config.data.train_data or 'data').stem}"
-        if not checkpoint_paths(folder):
-            return folder, None, []
+        return None, run_files(folder)
+    if not has_checkpoint(folder):
+        return None, checkpoint_paths(folder)
     latest = CheckpointManager(folder).load_latest(to_resume=True)
     if latest and latest[1].get("initialized_from"):
         run = latest[1]["data"]
         if run.get("fingerprint") == data.fingerprint and run.get("base", base) == base:
-            return folder, latest, []
+            return latest, []
     _confirm_new_run(request, folder)
-    return folder, None, _run_files(folder)
+    return None, run_files(folder)
 
 
 def _confirm_new_run(request: Request, folder: Path) -> None:
@@ -334,28 +370,3 @@ def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
 def _explicit_folder(explicit: Layer) -> Path | None:
     folder = explicit.get("checkpoint", {}).get("output_dir")
     return None if folder is None else Path(str(folder))
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether `folder` has a checkpoint with a sidecar."""
-    return any(sidecar_of(path).exists() for path in checkpoint_paths(folder))
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise `AtlasError` if one of a run's files in the folder is a link. With such links, a folder from a stranger
-    could make the run write to files outside the folder."""
-    for path in _own_files(folder):
-        if path.is_symlink():
-            raise AtlasError(
-                f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
-            )
-
-
-def _own_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if path.name in _OWN_NAMES or path.name.startswith(_OWN_PREFIXES)]
-
-
-def _run_files(folder: Path) -> list[Path]:
-    """Return all files of the run in `folder`, except its lock."""
-    return [path for path in _own_files(folder) if path.name != "atlas.lock"]

@@ -18,7 +18,6 @@ from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.atomic_write import tensor_bytes
-from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import FORMAT_VERSION
 from atlas.training.devices.device import Runtime, describe_machine
@@ -101,8 +100,6 @@ class Run:
     """The function that generates samples at each evaluation, or None if the run logs no samples."""
     sensor: GpuSensor | None = None
     """The sensor of the run's NVIDIA GPU, or None if there is no sensor."""
-    lock: FolderLock | None = None
-    """The lock of the output folder, held until the run ends."""
     is_amid_update: bool = False
     """Whether an update is being applied: the weights may have changed, but `state` does not count the update yet."""
     stops_early: bool = False

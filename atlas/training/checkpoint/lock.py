@@ -7,37 +7,90 @@ import json
 import os
 import platform
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from atlas.errors import CheckpointError
 from atlas.files import read_limited, try_to_lock
 
 
 class FolderLock:
-    """A lock on a folder. This process holds the lock from construction until `release` or until the process ends.
+    """A lock on a folder. This process holds the lock from construction until `release` or until the process ends. The
+    folder is created if it does not exist.
 
-    Raises `CheckpointError` if another process holds the lock.
+    Raises `CheckpointError` if another process holds the lock, and `OSError` if the lock file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "atlas.lock"
-        file = try_to_lock(path)
+        self._folder = folder
+        self._path = folder / "atlas.lock"
+        places = [self._path, folder, *folder.parents]
+        self._created = [place for place in places if not os.path.lexists(place)]
+        self._file = self._lock()
+
+    def _lock(self) -> IO[bytes]:
+        file = try_to_lock(self._path)
         if file is None:
             raise CheckpointError(
-                f"{folder}: another run is writing to this folder{_owner(path)}: wait until that "
+                f"{self._folder}: another run is writing to this folder{_owner(self._path)}: wait until that "
                 "run ends, or choose another --output-dir"
             )
-        self._file = file
         owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # on a full disk, the lock works without this note
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))
             file.flush()
+        return file
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lock file in the folder is still the file that this process has locked."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if another run has taken the folder.
+
+        This can happen only after the lock file was removed. If the file was removed and no other run has made a new
+        one, lock a new file.
+        """
+        if self.is_held:
+            return
+        if not os.path.lexists(self._path):
+            with suppress(CheckpointError):
+                self._file = self._lock()
+                return
+        raise CheckpointError(
+            f"{self._folder}: another run has taken this folder, because atlas.lock was removed: this run ends without "
+            "another save. Use one --output-dir per run, and do not remove atlas.lock while a run is active"
+        )
 
     def release(self) -> None:
         """Release the lock, so that another run can use the folder."""
         self._file.close()
+
+    def undo(self) -> None:
+        """Release the lock, and remove the lock file and the empty folders that the constructor created."""
+        for place in self._created:
+            with suppress(OSError):
+                place.unlink() if place == self._path else place.rmdir()
+        self.release()
+
+
+@contextmanager
+def undone_after_error(lock: FolderLock | None) -> Iterator[None]:
+    """A context for the checks before a run begins. After an error, undo the lock, so that a mistake changes no
+    file."""
+    try:
+        yield
+    except BaseException:
+        if lock:
+            lock.undo()
+        raise
 
 
 def _owner(path: Path) -> str:

@@ -30,6 +30,7 @@ from atlas.training.checkpoint.atomic_write import (
 )
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_name, kind_of, list_checkpoints
+from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manifest import FileEntry, Manifest, shards_of, sidecar_of, write_manifest
 from atlas.training.checkpoint.retention import (
     RESUMABLE,
@@ -49,7 +50,8 @@ class CheckpointManager:
     """The checkpoints of one output folder.
 
     The constructor changes no file, so a manager can also be used only to read checkpoints. `say` is called with each
-    line for the user.
+    line for the user. `lock` is the run's lock on the folder. Each save raises `CheckpointError` if another run has
+    taken the folder.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class CheckpointManager:
         keep_checkpoints: int = 5,
         max_total: int | None = None,
         slim_old: bool = False,
+        lock: FolderLock | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.folder = Path(folder)
         self.keep_checkpoints = keep_checkpoints
         self.max_total = max_total
         self.slim_old = slim_old
+        self.lock = lock
         self.say = say
         self._reported_no_space = False
 
@@ -122,6 +126,7 @@ class CheckpointManager:
         continues.
         """
         written: list[Path] = []
+        self.check_lock()
         try:
             if not self._make_space(tensor_bytes(contents) * len(kinds), contents["step"]):
                 return written
@@ -131,6 +136,7 @@ class CheckpointManager:
                 path = self.folder / checkpoint_name(kind, contents)
                 staged = path.with_name(path.name + ".tmp")
                 entry = FileEntry(name=path.name, size=size, sha256=sha256)
+                self.check_lock()
                 try:
                     if kind == kinds[-1]:
                         os.replace(temporary, staged)
@@ -150,13 +156,20 @@ class CheckpointManager:
         except Abandoned:
             pass
         finally:
-            with suppress(OSError):
-                self.clean()
+            if self.lock is None or self.lock.is_held:  # otherwise these are the files of another run
+                with suppress(OSError):
+                    self.clean()
         return written
+
+    def check_lock(self) -> None:
+        """Raise `CheckpointError` if another run has taken the folder."""
+        if self.lock:
+            self.lock.check()
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Create the folder `staged` if there is enough space for a sharded checkpoint of `needed` bytes. Return
         whether the folder was created."""
+        self.check_lock()
         try:
             self.clean()
             if self._make_space(needed, step):
@@ -176,6 +189,7 @@ class CheckpointManager:
         kill leaves either the old checkpoint or the new one intact.
         """
         paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
+        self.check_lock()
         previous = {shards_of(path) for path in paths.values()}
         folder = self._free_folder(contents["step"])
         os.replace(staged, folder)

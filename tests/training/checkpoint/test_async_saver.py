@@ -394,7 +394,7 @@ def test_an_unexpected_exception_leaves_a_checkpoint_of_the_last_complete_update
     saved = tmp_path / "run" / "atlas_interrupt_step_3.pt"
     assert saved.exists() == is_saved
     if is_saved:
-        run.lock.release()
+        run.checkpoints.lock.release()
         trained(explicit, resume="auto")
         never_stopped, _ = trained(layer(tmp_path / "other", text_file))
         ends = [load_checkpoint(tmp_path / name / "atlas_step_6.pt") for name in ("run", "other")]

@@ -1,0 +1,47 @@
+"""The output folder of a run: lock the folder, and list the files that a run writes to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atlas.errors import AtlasError
+from atlas.files import explain_failed_write
+from atlas.training.checkpoint.locate import checkpoint_paths
+from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.checkpoint.manifest import sidecar_of
+
+_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
+_OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
+"""Names and prefixes of the files that a run writes to its output folder."""
+
+
+def claim(folder: Path) -> FolderLock:
+    """Lock the output folder, so that no other run changes the folder after the decision on how this run begins."""
+    _refuse_links(folder)
+    with explain_failed_write(folder, "choose another --output-dir"):
+        return FolderLock(folder)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `folder` has a checkpoint with a sidecar."""
+    return any(sidecar_of(path).exists() for path in checkpoint_paths(folder))
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise `AtlasError` if one of a run's files in the folder is a link. With such links, a folder from a stranger
+    could make the run write to files outside the folder."""
+    for path in _own_files(folder):
+        if path.is_symlink():
+            raise AtlasError(
+                f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
+            )
+
+
+def _own_files(folder: Path) -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.name in _OWN_NAMES or path.name.startswith(_OWN_PREFIXES)]
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return all files of the run in `folder`, except its lock."""
+    return [path for path in _own_files(folder) if path.name != "atlas.lock"]
