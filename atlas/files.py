@@ -6,11 +6,13 @@ limit, since the sizes in a file header may be false.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import io
 import itertools
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -42,6 +44,8 @@ else:
 
 
 _CHUNK = 1 << 20
+_HERE, _RENAME_EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2, see `man 2 rename`."""
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
@@ -132,7 +136,7 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
     """Create `folder` with the files `names`, and return `folder`. After an error, `folder` has none of the new files.
 
     `write` makes the files in a temporary folder. An existing folder that holds only files with these names is
-    replaced. Raises `AtlasError` if the folder holds other files or cannot be written.
+    replaced, see `replace_folder`. Raises `AtlasError` if the folder holds other files or cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
@@ -145,13 +149,38 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
             for name in names:
                 with open(temporary / name, "rb+") as written:
                     flush_to_disk(written)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            flush_folder(folder.parent)
+            flush_folder(temporary)
+            replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename the folder `new` to `folder`, and flush the rename to the disk. An existing `folder` is removed.
+
+    On Linux, the two folders are exchanged in one step, so that a kill leaves either the old `folder` or the new one.
+    Elsewhere, a kill can leave both under other names, `new` and `.NAME.replaced-X`. Raises `OSError`.
+    """
+    if not folder.exists():
+        new.rename(folder)
+    elif not _exchange(new, folder):
+        aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
+        folder.rename(aside)
+        new.rename(folder)
+        aside.rename(new)
+    flush_folder(folder.parent)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step. If the system or the file system cannot do this, change nothing
+    and return False."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE)
+    return done == 0
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:

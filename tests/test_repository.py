@@ -62,11 +62,11 @@ INSIDE = {
     "network_check",
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
     "training.memory": "estimate < parallel presets < fit",
-    "training.logs": "throughput trackers < run_log",
+    "training.logs": "rewind throughput trackers < run_log",
     "training": "loss_cuda output_folder run_config schedule state < evaluate guard loss resume < run < recovery "
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
-    "retention shard_format < load < convert manager verify < async_saver < shard_saver",
+    "retention shard_format < load moves < convert manager verify < async_saver < shard_saver",
     "inference": "decoder layout sampling < generate < text < load < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
     "import_first_version score < huggingface import_hf peft verify",

@@ -21,7 +21,7 @@ from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
 from atlas.training.checkpoint.manager import CheckpointManager
-from atlas.training.checkpoint.retention import move_aside
+from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
 from atlas.training.devices.device import Runtime, restore_machine, setup_runtime

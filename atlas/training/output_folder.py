@@ -9,8 +9,9 @@ from atlas.files import explain_failed_write
 from atlas.training.checkpoint.locate import checkpoint_paths
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manifest import sidecar_of
+from atlas.training.checkpoint.moves import JOURNAL
 
-_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", "tensorboard", "wandb"}
+_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", JOURNAL, "tensorboard", "wandb"}
 _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
 """Names and prefixes of the files that a run writes to its output folder."""
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from atlas.errors import AtlasError, EndedElsewhere
 from atlas.training.checkpoint.load import load_checkpoint, saved_optimizer
-from atlas.training.checkpoint.retention import move_aside
+from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.parallel import load_full_weights
 from atlas.training.evaluate import Evaluation
@@ -118,12 +118,12 @@ def roll_back(run: Run, fault: Fault) -> None:
     run.keep_snapshot()  # overwrites the copy in memory, which may be of a save that did not help
     last = state.sequences_consumed - 1
     first = last + 1 - (came_to - since) * run.config.training.sequences_per_update
-    run.log.rewind(state.step)
     found = run.checkpoints.found()
     abandoned = [path for entry, path in found if entry.step > state.step and entry.kind != "best"]
     if abandoned and run.world.is_first:  # otherwise --resume auto would load one of these checkpoints
         target = move_aside(run.checkpoints.folder, abandoned)
         run.log.say(f"{len(abandoned)} checkpoints after step {state.step} moved to {target}")
+    run.log.rewind(state.step)  # after the move: a kill between the two leaves no gap in the metrics
     facts = {"from_step": came_to, "reason": fault.reason, "first_sequence": first, "last_sequence": last}
     run.log.event("rollback", state.step, **facts)
     run.log.say(

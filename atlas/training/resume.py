@@ -24,6 +24,7 @@ from atlas.training.checkpoint.locate import checkpoint_paths, find_checkpoint
 from atlas.training.checkpoint.lock import FolderLock, undone_after_error
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import Manifest, read_manifest
+from atlas.training.checkpoint.moves import complete_move
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.output_folder import claim, has_checkpoint, run_files
 from atlas.training.run_config import with_data, with_written_length
@@ -135,8 +136,11 @@ def _decide(request: Request) -> Start:
     folder = named.folder if named else Path(resolve(request.explicit).checkpoint.output_dir)
     lock = claim(folder)
     with undone_after_error(lock):
+        moved_to = complete_move(folder)
         start = _from_named_checkpoint(request, named) if named else _from_folder(request, folder)
     start.lock = lock
+    if moved_to:
+        start.notes.insert(0, f"an interrupted move of an earlier run's files to {moved_to} is complete now")
     return start
 
 

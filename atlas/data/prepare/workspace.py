@@ -17,7 +17,7 @@ import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
-from atlas.files import flush_folder, flush_to_disk, replacing, try_to_lock
+from atlas.files import flush_folder, flush_to_disk, replace_folder, replacing, try_to_lock
 from atlas.progress import notify
 
 
@@ -118,25 +118,21 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
                 flush_to_disk(opened)
         flush_folder(workspace.dataset)
         refuse_foreign(output)
-        if output.exists():
-            output.rename(replaced)
-        workspace.dataset.rename(output)
+        workspace.dataset.rename(replaced)  # so that the journal never describes the old dataset
+        replace_folder(replaced, output)
     except (KeyboardInterrupt, OSError, WorkerKilled):
-        keep = workspace.journal.exists()  # an interrupt may come in the middle of a commit
+        keep = workspace.journal.exists() and workspace.dataset.exists()  # an interrupt may come in a commit
         if keep:
             notify(f"{output}: the work so far is kept; the same command resumes it")
         raise
     finally:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
         if not keep:
             shutil.rmtree(workspace.folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clean_up(output: Path) -> None:
-    """Remove the files that a killed process left, except the workspace. If the process had moved a dataset away, move
-    this dataset back."""
+    """Remove the files that a killed process left, except the workspace. If the process was killed between two renames
+    of a complete dataset, rename this dataset to `output`."""
     own_name = re.compile(rf"\.{re.escape(output.name)}\.(?:(preparing|replaced)-[0-9a-f]+|(stdin)-([0-9]+))")
     for folder in output.parent.iterdir():
         match = own_name.fullmatch(folder.name)

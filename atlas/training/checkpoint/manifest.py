@@ -36,11 +36,15 @@ _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinit
 """A loss or None. NaN and infinity become None, since JSON cannot represent them."""
 
 
+FileName = Annotated[str, Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)]
+"""The name of a file, without a folder."""
+
+
 class FileEntry(BaseModel):
     """One file of a checkpoint: its name without a folder, its size in bytes and its hash."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    name: str = Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
+    name: FileName
     size: int = Field(ge=0, lt=2**63)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -64,7 +68,7 @@ class Manifest(BaseModel):
     slim: bool = False
     """Whether the checkpoint has no optimizer state. Such a checkpoint can be loaded, but a run cannot resume from
     it."""
-    folder: str | None = Field(None, pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)
+    folder: FileName | None = None
     """The name of the folder with the files of a sharded checkpoint; None for a checkpoint in one file. Several
     checkpoints may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)

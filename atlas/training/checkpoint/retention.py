@@ -3,10 +3,9 @@ removed."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,21 +68,24 @@ def remove(path: Path) -> None:
     If a kill leaves only the sidecar, Atlas ignores this sidecar. In the other order, a kill could leave only the file,
     which would look like a downloaded checkpoint. A folder that another checkpoint shares is not removed.
     """
-    for file in _files_of(path):
+    for file in files_of(path):
         if file.is_dir():
             remove_folder(file)
         else:
             file.unlink(missing_ok=True)
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path, *, among: Collection[Path] = ()) -> list[Path]:
     """The paths to remove or move with a checkpoint: its file or folder, and its sidecar. A folder that another
-    checkpoint shares is left out. For any other file, the result is only that file."""
+    checkpoint shares is left out, unless that checkpoint is `among` those to move. For any other file, the result is
+    only that file."""
     shards = shards_of(path)
     if shards is None:
         return [path, sidecar_of(path)] if path.suffix == ".pt" else [path]
-    others = (other.with_suffix("") for other in shards.parent.glob("atlas_*.json"))
-    is_shared = any(other.name != path.name and shards_of(other) == shards for other in others)
+    others = {
+        sidecar.with_suffix("") for sidecar in shards.parent.glob("atlas_*.json") if sidecar not in among
+    }
+    is_shared = any(shards_of(other) == shards for other in others - {path, *among})
     return [sidecar_of(path)] if is_shared else [shards, sidecar_of(path)]
 
 
@@ -94,18 +96,6 @@ def remove_folder(folder: Path) -> None:
     if folder.exists():
         os.replace(folder, renamed)
     shutil.rmtree(renamed, ignore_errors=True)
-
-
-def move_aside(folder: Path, files: Sequence[Path]) -> Path:
-    """Move `files` to a new folder `previous-N` in `folder`. The sidecars of checkpoints move too. Return the path of
-    the new folder."""
-    numbered = (folder / f"previous-{number}" for number in itertools.count(1))
-    target = next(path for path in numbered if not path.exists())
-    target.mkdir()
-    for file in (file for path in files for file in _files_of(path)):
-        if file.exists():
-            shutil.move(file, target / file.name)
-    return target
 
 
 def drop_optimizer_state(path: Path) -> None:
@@ -121,4 +111,4 @@ def drop_optimizer_state(path: Path) -> None:
 
 def _size(path: Path) -> int:
     """The bytes that are freed if the checkpoint is removed; 0 if another checkpoint shares its folder."""
-    return checkpoint_size(path) if len(_files_of(path)) > 1 else 0
+    return checkpoint_size(path) if len(files_of(path)) > 1 else 0

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from atlas.files import explain_failed_write, replacing
+from atlas.files import explain_failed_write
+from atlas.training.logs.rewind import rewind
 from atlas.training.logs.trackers import Tracker
 
 
@@ -93,19 +94,11 @@ class RunLog:
         for tracker in self.trackers:
             tracker.rewind(step)
         self._metrics.write_waiting()
-        if not self._is_first or not self.metrics_path.exists():
-            return
-        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [f"{line}\n" for line in lines if _step_of(line) <= step]
-        lost = [f"{line}\n" for line in lines if _step_of(line) > step]
-        if not lost:
+        if not self._is_first:
             return
         problem = f"cannot be cut back to step {step}"
         with explain_failed_write(self.metrics_path, "free some space", problem=problem):
-            with open(self.metrics_path.with_name("metrics.lost.jsonl"), "a", encoding="utf-8") as file:
-                file.writelines(lost)
-            with replacing(self.metrics_path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+            rewind(self.metrics_path, self.metrics_path.with_name("metrics.lost.jsonl"), step)
 
     def flush_to_disk(self) -> None:
         """Flush `metrics.jsonl` to the disk before a checkpoint is written. After a power cut, the log must contain all
@@ -247,15 +240,6 @@ class _AppendedFile:
 def _is_not_finite(value: Any) -> bool:
     """Whether `value` is NaN or infinite, which JSON cannot hold."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _step_of(line: str) -> float:
-    """The step in a line of `metrics.jsonl`. If a kill left the line incomplete, the result is infinity, so that
-    `rewind` moves the line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _large(number: float) -> str:

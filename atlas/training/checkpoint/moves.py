@@ -1,0 +1,78 @@
+"""Move the files of an earlier run to a folder `previous-N`, all or none of them.
+
+A journal lists the files before the first of them moves. If a kill interrupts the move, the next run in the output
+folder completes it. Otherwise a checkpoint could be separated from its sidecar, and a new run could overwrite it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atlas.errors import CheckpointError, first_line
+from atlas.files import explain_failed_write, flush_folder, read_limited, replacing
+from atlas.training.checkpoint.manifest import FileName
+from atlas.training.checkpoint.retention import files_of
+
+JOURNAL = "moving.json"
+_LARGEST_JOURNAL = 16 << 20  # bytes
+
+
+class _Journal(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    to: str = Field(pattern=r"^previous-[0-9]{1,9}$")
+    files: list[FileName]
+
+
+def move_aside(folder: Path, files: Collection[Path]) -> Path:
+    """Move `files` to a new folder `previous-N` in `folder`. The sidecars of checkpoints move too. Return the path of
+    the new folder. Raises `CheckpointError` if the disk is full; then nothing has moved."""
+    numbered = (folder / f"previous-{number}" for number in itertools.count(1))
+    target = next(path for path in numbered if not os.path.lexists(path))
+    moved = dict.fromkeys(
+        file.name for path in files for file in files_of(path, among=files) if file.exists()
+    )
+    with explain_failed_write(
+        target, "free some space", problem="no file was moved there", kind=CheckpointError
+    ):
+        with replacing(folder / JOURNAL) as temporary:
+            temporary.write_text(
+                _Journal(to=target.name, files=list(moved)).model_dump_json(), encoding="utf-8"
+            )
+    complete_move(folder)
+    return target
+
+
+def complete_move(folder: Path) -> Path | None:
+    """Complete the move in the journal of `folder`, if there is one. Return the folder to which the files have moved.
+    Only the run that holds the folder's lock may call this function. Raises `CheckpointError`."""
+    path = folder / JOURNAL
+    if not os.path.lexists(path):
+        return None
+    try:
+        journal = _Journal.model_validate_json(read_limited(path, limit=_LARGEST_JOURNAL))
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path}: is not the list of files that a move has left ({first_line(error)}): remove this file, or choose "
+            "another --output-dir"
+        ) from None
+    target = folder / journal.to
+    remedy = f"free some space, or move these files yourself: {', '.join(journal.files):.200}"
+    with explain_failed_write(target, remedy, problem="files cannot be moved there", kind=CheckpointError):
+        target.mkdir(exist_ok=True)
+        if target.is_symlink():
+            raise OSError("is a link")
+        for name in journal.files:
+            if os.path.lexists(folder / name):
+                if os.path.lexists(target / name):
+                    raise FileExistsError(f"{name} is already there")
+                os.rename(folder / name, target / name)
+        flush_folder(target)
+        flush_folder(folder)
+        path.unlink()
+        flush_folder(folder)
+    return target

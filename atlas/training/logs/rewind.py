@@ -1,0 +1,66 @@
+"""Cut `metrics.jsonl` back to the step from which a run resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+from atlas.files import flush_to_disk, replacing
+
+
+def rewind(metrics: Path, lost: Path, step: int) -> None:
+    """Move the records after `step` from the file `metrics` to the end of the file `lost`.
+
+    The records in `metrics` are in the order of their steps, except that the event of a save comes later. So only the
+    end of the file is read. The records are on the disk in `lost` before they leave `metrics`. If a kill comes between
+    the two, the next call does not append them again. Raises `OSError`.
+    """
+    if not metrics.exists() or metrics.stat().st_size == 0:
+        return
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    with open(metrics, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as records:
+        start = end = len(records)
+        is_behind = False
+        while end and not is_behind:
+            start = records.rfind(b"\n", 0, end - 1) + 1
+            kind, its_step = _kind_and_step(records[start:end])
+            (moved if its_step > step else kept).append(records[start:end])
+            is_behind = kind != "event" and its_step <= step
+            end = start
+    if not moved:
+        return
+    _append_once(lost, b"".join(reversed(moved)))
+    with replacing(metrics) as rest:  # a new file, so that readers of a live run notice
+        shutil.copyfile(metrics, rest)
+        os.truncate(rest, start)
+        with open(rest, "ab") as end_of_rest:
+            end_of_rest.writelines(reversed(kept))
+
+
+def _kind_and_step(line: bytes) -> tuple[str, float]:
+    """The kind and the step of a record. The step of an incomplete or damaged record is infinity, so that `rewind`
+    moves the record."""
+    try:
+        if not line.endswith(b"\n"):
+            raise ValueError("the record is incomplete")
+        record = json.loads(line)
+        return str(record["kind"]), float(record["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "", math.inf
+
+
+def _append_once(path: Path, data: bytes) -> None:
+    """Append `data` to a file, unless the file already ends with `data`, and flush the file to the disk. If the last
+    line of the file is incomplete, end this line first."""
+    with open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(data)))
+        tail = file.read()
+        if tail != data:
+            file.write(data if tail.endswith(b"\n") or not tail else b"\n" + data)
+        flush_to_disk(file)
