@@ -55,7 +55,7 @@ INSIDE = {
     "data.text": "archives decode demo hashes stdin < files wikipedia < documents < sources",
     "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",
-    "data.sequences": "dataset loader < packing < conversations < mixture open < build",
+    "data.sequences": "dataset loader verify < packing < conversations < mixture open < build",
     "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
     "planning": "advice cards communication doctor inference < speed < machine < run < scaling < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory "

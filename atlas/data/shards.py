@@ -1,6 +1,6 @@
 """A prepared dataset: a folder of token shards, and `dataset.json`, which describes them.
 
-    train-00000.npy       tokens, uint16 or uint32, memory-mapped and never loaded completely
+    train-00000.npy       tokens, uint16 or uint32, read in pieces and never loaded completely
     train-00000.docs.npy  positions (int64) of the first tokens of the documents that begin in that shard,
                           counted from the first token of the split
     val-00000.npy …       the same files for the validation split, if the dataset has one
@@ -17,7 +17,7 @@ import bisect
 import hashlib
 import itertools
 import json
-import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,6 @@ _CHECK_TOKENS = 2**24
 _CHECKED_WHEN_OPENED = 2**26
 """In a split of at most this many tokens, every id is checked when the dataset is opened. In a larger split, ids are
 checked when they are read."""
-_WINDOW = 2**16  # tokens; a read of at least this size is sequential
 
 Split = str
 """`train` or `val`."""
@@ -108,10 +107,10 @@ class Manifest(_Strict):
 
 @dataclass
 class TokenStream:
-    """The tokens of a split as one array, read by memory map from the shards of the split.
+    """The tokens of a split as one array, read from the shards of the split.
 
-    A stream can be sent to another process. That process maps the files itself. Several threads can read a stream. If
-    two threads map a shard at the same time, one of the two maps is dropped.
+    Each read opens the shard, so a stream keeps no file open, and several threads and processes can read it. A memory
+    map would save a few microseconds, but would end the process if the shard is cut during a run.
     """
 
     folder: Path
@@ -123,7 +122,7 @@ class TokenStream:
     vocab_size: int = 2**32
     """The exclusive upper limit of the token ids. Reading an id at or above this limit raises `DataError`."""
     _ends: list[int] = field(init=False, repr=False)
-    _maps: dict[tuple[int, bool], NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
+    _header_bytes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ends = list(itertools.accumulate(shard.tokens for shard in self.record.shards))
@@ -145,17 +144,17 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return tokens `start` to `stop` - 1, in the shards' dtype. Raises `DataError` for an id outside the
-        vocabulary."""
+        vocabulary, and if a shard cannot be read."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(
                 f"tokens {start} to {stop} are not in the split, which has {self.num_tokens} tokens"
             )
-        parts, is_window = [], stop - start < _WINDOW
+        parts = []
         while start < stop:
-            shard = bisect.bisect_right(self._ends, start)
-            offset = self._ends[shard] - self.record.shards[shard].tokens
-            end = min(stop, self._ends[shard])
-            parts.append(self._map(shard, at_random=is_window)[start - offset : end - offset])
+            number = bisect.bisect_right(self._ends, start)
+            shard, end = self.record.shards[number], min(stop, self._ends[number])
+            first = start - (self._ends[number] - shard.tokens)
+            parts.append(self._read(shard.file, self.dtype, first, end - start))
             start = end
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dtype)])
         self._check_id(int(tokens.max(initial=0)))
@@ -180,24 +179,35 @@ class TokenStream:
         return np.concatenate([np.empty(0, np.int64), *map(self.starts_in, self.record.shards)])
 
     def starts_in(self, shard: ShardRecord) -> NDArray[np.int64]:
-        """Return the starts of the documents that begin in a shard, as a memory map."""
-        path = self.folder / shard.documents_file
-        starts: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return starts
+        """Return the starts of the documents that begin in a shard."""
+        return self._read(shard.documents_file, "<i8", 0, shard.documents)
 
-    def _map(self, shard: int, *, at_random: bool) -> NDArray[Any]:
-        """Return the memory map of a shard. `at_random` turns off the system's read-ahead. For a single window,
-        read-ahead would take longer than the read itself."""
-        if (shard, at_random) not in self._maps:
-            path = self.folder / self.record.shards[shard].file
-            mapped: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-            if at_random and hasattr(mmap, "MADV_RANDOM"):
-                mapped._mmap.madvise(mmap.MADV_RANDOM)
-            self._maps[shard, at_random] = mapped
-        return self._maps[shard, at_random]
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """The path and the sha256 of each file of the split, as in `dataset.json`."""
+        shards, folder = self.record.shards, self.folder
+        tokens = [(folder / shard.file, shard.sha256) for shard in shards]
+        return tokens + [(folder / shard.documents_file, shard.documents_sha256) for shard in shards]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a pickled memory map would contain the complete file
+    def _read(self, name: str, dtype: str, first: int, count: int) -> NDArray[Any]:
+        """Return `count` numbers from number `first` on of a `.npy` file with one dimension."""
+        values = np.empty(count, dtype)
+        path = os.path.join(self.folder, name)  # faster than `pathlib`, which would take half of the time
+        try:
+            with open(path, "rb", buffering=0) as file:
+                if name not in self._header_bytes:
+                    np.lib.format.read_magic(file)
+                    np.lib.format.read_array_header_1_0(file)
+                    self._header_bytes[name] = file.tell()
+                file.seek(self._header_bytes[name] + first * values.itemsize)
+                rest = values.view(np.uint8).data
+                while rest and (num_bytes := file.readinto(rest)):
+                    rest = rest[num_bytes:]
+        except (OSError, ValueError) as error:
+            raise _unusable(Path(path), "cannot be read", error) from None
+        if rest:
+            raise _unusable(Path(path), f"was cut during the run: it has no number {first + count - 1:,}")
+        return values
 
 
 @dataclass(frozen=True)
@@ -279,7 +289,7 @@ def open_dataset(
                 path = folder / name
                 _check_file(path, np.dtype(dtype), count)
                 if verify and sha256_of(path, advance) != sha256:
-                    raise _unusable(path, "its content changed since it was prepared")
+                    raise changed(path)
     dataset = PreparedDataset(folder, manifest, state)
     for stream in map(dataset._stream, manifest.splits.values()):
         stream.check_ids()
@@ -313,6 +323,11 @@ def read_manifest(path: Path) -> Manifest:
     if problem := _contradiction(manifest):
         raise _unusable(path, problem)
     return manifest
+
+
+def changed(path: Path) -> DataError:
+    """The error for a file whose bytes differ from those that `dataset.json` describes."""
+    return _unusable(path, "its content changed since it was prepared")
 
 
 def _unusable(path: Path, reason: str, error: Exception | None = None) -> DataError:

@@ -2,7 +2,7 @@
 worst.
 
 No function here reads all tokens of a large dataset. Lengths come from the document offsets, and texts from a few
-memory-mapped parts.
+short reads.
 """
 
 from __future__ import annotations

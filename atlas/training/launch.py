@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from atlas.config import AtlasConfig, TrainingConfig
 from atlas.config.loader import resolve
 from atlas.data import training_sequences, validation_sequences
 from atlas.data.sequences.loader import share_of_update
+from atlas.data.sequences.verify import DatasetVerifier
 from atlas.errors import AtlasError
 from atlas.files import explain_failed_write
 from atlas.machine import measure_memory
@@ -76,7 +78,9 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
         train_data = training_sequences(start.data, config)
         val_data = validation_sequences(start.data, config)
-        data = RunData(start.data.tokenizer, train_data, val_data, _identity(start))
+        files = [*train_data.files, *(val_data.files if val_data else ())]
+        verifier = DatasetVerifier(files if world.local_rank == 0 else [])  # once per machine
+        data = RunData(start.data.tokenizer, train_data, val_data, _identity(start), verifier)
         model = _build(start, config)
         _refuse_other_optimizer_state(start, model)
         custom_loss = load_loss(config.training.loss) if config.training.loss else None
@@ -84,7 +88,7 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
     if world.any(runtime.parallel == "fsdp"):
         runtime = replace(runtime, parallel="fsdp")
     state = _resumed_state(start, data, runtime) if resumes else None
-    config, log, checkpoints = _open_folder(start, world)
+    config, log, checkpoints = _open_folder(start, world, verifier)
     differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
     state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
@@ -105,7 +109,9 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
     return run
 
 
-def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
+def _open_folder(
+    start: Start, world: World, verifier: DatasetVerifier
+) -> tuple[AtlasConfig, RunLog, CheckpointManager]:
     """Prepare the output folder. Return three objects: the config with this folder as `output_dir`, the log, and the
     checkpoint manager."""
     with world.in_step():  # the other ranks write their logs to the folder, which now exists
@@ -117,7 +123,8 @@ def _open_folder(start: Start, world: World) -> tuple[AtlasConfig, RunLog, Check
             log.say(note)
     config = start.config.replace("checkpoint", output_dir=str(start.folder))
     retention = config.checkpoint.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
-    checkpoints = CheckpointManager(start.folder, say=log.say, lock=start.lock, **retention)
+    confirm = partial(verifier.confirm, log.say)
+    checkpoints = CheckpointManager(start.folder, say=log.say, lock=start.lock, confirm=confirm, **retention)
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()

@@ -14,6 +14,7 @@ from atlas.config import AtlasConfig, TrackingConfig
 from atlas.data.sequences.build import SequenceSource
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
+from atlas.data.sequences.verify import DatasetVerifier
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import BackgroundSaver
@@ -72,12 +73,13 @@ evaluation mode. A sampler uses its own random generator. The code that starts a
 @dataclass
 class RunData:
     """The data of a run: its tokenizer and its sequences. Every checkpoint stores `identity`, which identifies the
-    data."""
+    data. `verifier` compares the bytes of the data with those that were prepared."""
 
     tokenizer: Tokenizer
     train: SequenceSource
     val: SequenceSource | None
     identity: dict[str, Any]
+    verifier: DatasetVerifier
 
 
 @dataclass
@@ -222,9 +224,18 @@ class Run:
         checkpoint is on the disk. Otherwise return as soon as a copy is in memory."""
         self.state.seconds = self.clock.elapsed
         with self.throughput.paused():
+            if self.world.size > self.world.local_size:  # each machine verifies its own copy of the dataset
+                with self.world.in_step():
+                    self.data.verifier.confirm(self.log.say)
             contents = self.contents(as_shards=self.saver.is_sharded)
             if self.world.is_first or self.saver.is_sharded:
                 self.saver.save(contents, kinds, wait=wait)
+
+    def check_files(self) -> None:
+        """Raise `AtlasError` if another run has taken the output folder, or if a file of the dataset is known to have
+        changed."""
+        self.checkpoints.check_lock()
+        self.data.verifier.check()
 
     def keep_snapshot(self) -> None:
         """Keep a copy of the current state in memory, for a rollback before the first save. Runs that save shards, or

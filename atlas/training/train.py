@@ -38,7 +38,7 @@ def train(run: Run) -> Result:
             if update is None:  # a stop was requested
                 continue
             after_update()
-            run.checkpoints.check_lock()
+            run.check_files()
             if update.fault and recover(run, update.fault):
                 stream = run.batches()
                 continue

@@ -24,6 +24,7 @@ from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
 from atlas.data.prepare.workspace import Workspace, building, locked, refuse_foreign
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
+from atlas.data.text.hashes import hashes_of
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
@@ -185,6 +186,10 @@ class _Preparation:
                 return None
             if dataset.tokenizer_state["kind"] in STORED_AS_FILE:
                 dataset.tokenizer()
+            streams = [stream for name in ("train", "val") if (stream := dataset.split(name))]
+            files = [file for stream in streams for file in stream.files]
+            if hashes_of(path for path, _ in files) != [sha256 for _, sha256 in files]:
+                return None
         except (AtlasError, OSError):
             return None  # missing, damaged, or just being replaced by another process: the dataset is prepared again
         return dataset

@@ -215,6 +215,8 @@ class ChatDataset(Dataset[tuple[Tensor, ...]]):
         self.bytes_per_token = conversations.answer_bytes / int(conversations.is_answer.sum())
         """Mean number of bytes per answer token. Tokens that were cut off also count."""
         self._packing = pack(starts[has_answer], lengths[has_answer], max_seq_len + 1)
+        self.files: list[tuple[Path, str]] = []
+        """The files that the windows are read from: none, since the conversations are in memory."""
 
     def __len__(self) -> int:
         return len(self._packing.ends)

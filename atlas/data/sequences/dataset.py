@@ -54,6 +54,11 @@ class SequenceDataset(Dataset[tuple[Tensor, ...]]):
         self.bytes_per_token = stream.num_bytes / stream.num_tokens
         """Mean number of bytes of UTF-8 text per token."""
 
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """The path and the sha256 of each file that the windows are read from."""
+        return self.stream.files
+
     def __len__(self) -> int:
         return self._num_windows
 

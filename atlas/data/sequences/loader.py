@@ -133,8 +133,8 @@ def batches(
 def _read_ahead(
     read: Callable[[Numbers], Batch], updates: Iterator[Numbers], num_threads: int
 ) -> Iterator[Batch]:
-    """Yield the batches of `updates` in order. Threads are enough to read the batches, because NumPy releases Python's
-    global interpreter lock while it copies, and page faults occur in these copies."""
+    """Yield the batches of `updates` in order. Threads are enough to read the batches, because reading a file
+    releases Python's global interpreter lock."""
     if num_threads == 0:
         yield from map(read, updates)
         return

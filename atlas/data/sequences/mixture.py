@@ -30,6 +30,8 @@ class MixtureDataset(ConcatDataset[tuple[Tensor, ...]]):
         num_bytes = sum(part.bytes_per_token * part.num_targets for part in parts)
         self.bytes_per_token = num_bytes / sum(part.num_targets for part in parts)
         """Bytes per predicted token. Each part counts by its targets, not by its weight."""
+        self.files = [file for part in self.parts for file in part.files]
+        """The path and the sha256 of each file that the windows are read from."""
 
 
 class MixtureOrder:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from atlas.data.sequences.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.data.shards import TokenStream
-from atlas.files import cache_folder
+from atlas.files import cache_folder, sha256_of
 
-_VERSION = 1
+_VERSION = 2
 _FILES = {"starts": "<i8", "lengths": "<i4", "ends": "<i8"}
 Array = NDArray[Any]
 
@@ -60,6 +60,7 @@ class PackedDataset(SequenceDataset):
         self._plan = _plan_folder(stream, max_seq_len)
         facts = json.loads((self._plan / "plan.json").read_text(encoding="utf-8"))
         self._num_windows = facts["windows"]
+        self._plan_hashes: dict[str, str] = facts["sha256"]
         self.padding = 1 - facts["tokens"] / (facts["windows"] * (max_seq_len + 1))
 
     def _read(self, window: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,11 @@ class PackedDataset(SequenceDataset):
                 targets[at] = IGNORE_INDEX
             at += length
         return torch.from_numpy(row[:-1]), torch.from_numpy(targets[1:])
+
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """The path and the sha256 of each file that the windows are read from, with the files of the plan."""
+        return super().files + [(self._plan / name, sha256) for name, sha256 in self._plan_hashes.items()]
 
     @cached_property
     def _packing(self) -> Packing:
@@ -186,5 +192,6 @@ def _write_plan(folder: Path, stream: TokenStream, max_seq_len: int) -> None:
             with (folder / name).open("ab") as file:
                 file.write(column.astype(dtype).tobytes())
         segments, windows, tokens = segments + len(starts), windows + len(ends), tokens + int(lengths.sum())
-    facts = {"windows": windows, "tokens": tokens}
+    hashes = {name: sha256_of(folder / name) for name in _FILES}
+    facts = {"windows": windows, "tokens": tokens, "sha256": hashes}
     (folder / "plan.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -25,10 +25,10 @@ def hashes_of(paths: Iterable[Path]) -> list[str]:
     with closing(_open_cache()) as cache:
         try:
             for path in paths:
-                key, (stamp, changed), begun = os.fsencode(path.resolve()), _stamp(path), time.time()
+                key, (stamp, changed), begun = os.fsencode(path.resolve()), stamp_of(path), time.time()
                 row = cache.execute(_LOOKUP, (key, stamp)).fetchone()
                 hashes.append(row[0] if row else sha256_of(path))
-                if row is None and begun - changed > _SETTLED_SECONDS and _stamp(path)[0] == stamp:
+                if row is None and begun - changed > _SETTLED_SECONDS and stamp_of(path)[0] == stamp:
                     new.append((key, stamp, hashes[-1]))
         finally:  # an interrupt loses no hash
             with suppress(sqlite3.Error), cache:
@@ -49,7 +49,7 @@ def _open_cache() -> sqlite3.Connection:
     return cache
 
 
-def _stamp(path: Path) -> tuple[str, float]:
+def stamp_of(path: Path) -> tuple[str, float]:
     """Return a string that changes whenever the file changes, and the time of the file's last change."""
     status = path.stat()
     stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"

@@ -51,7 +51,8 @@ class CheckpointManager:
 
     The constructor changes no file, so a manager can also be used only to read checkpoints. `say` is called with each
     line for the user. `lock` is the run's lock on the folder. Each save raises `CheckpointError` if another run has
-    taken the folder.
+    taken the folder. `confirm` is called before a checkpoint gets its name, and raises `AtlasError` if the run must not
+    commit the checkpoint.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class CheckpointManager:
         max_total: int | None = None,
         slim_old: bool = False,
         lock: FolderLock | None = None,
+        confirm: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.folder = Path(folder)
@@ -69,6 +71,7 @@ class CheckpointManager:
         self.max_total = max_total
         self.slim_old = slim_old
         self.lock = lock
+        self.confirm = confirm
         self.say = say
         self._reported_no_space = False
 
@@ -132,6 +135,7 @@ class CheckpointManager:
                 return written
             temporary = self.folder / "atlas_writing.tmp"
             size, sha256 = write_tensors(temporary, contents, pace=pace)
+            self.confirm()
             for kind in kinds:
                 path = self.folder / checkpoint_name(kind, contents)
                 staged = path.with_name(path.name + ".tmp")
@@ -189,6 +193,7 @@ class CheckpointManager:
         kill leaves either the old checkpoint or the new one intact.
         """
         paths = {kind: self.folder / checkpoint_name(kind, contents).removesuffix(".pt") for kind in kinds}
+        self.confirm()
         self.check_lock()
         previous = {shards_of(path) for path in paths.values()}
         folder = self._free_folder(contents["step"])

@@ -1,0 +1,84 @@
+"""Verify the bytes of a run's dataset while the run trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from atlas.data.shards import changed
+from atlas.data.text.hashes import hashes_of, stamp_of
+from atlas.errors import DataError
+
+_PATIENCE = 1.0  # seconds
+_AT_ONCE = 16  # files per look into the cache of hashes
+
+
+class DatasetVerifier:
+    """Compares files with their sha256, in a thread that starts at once. `files` lists paths and hashes. A run calls
+    `confirm` before it commits a checkpoint.
+
+    A file whose size, times and inode have not changed since an earlier verification is not read again, see
+    `hashes_of`. So only the first run on a dataset reads the complete dataset, beside its first updates.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
+        self._files = files
+        self._verified: dict[Path, str] = {}
+        self._error: DataError | None = None
+        self._thread = threading.Thread(target=self._verify_quietly, name="atlas-verify", daemon=True)
+        if files:
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raise `DataError` if a file is already known to have changed."""
+        if self._error:
+            raise self._error
+
+    def confirm(self, say: Callable[[str], None]) -> None:
+        """Wait until every file is verified. Raise `DataError` if a file has changed since it was prepared. A wait of
+        more than a second is reported with `say`.
+
+        The bytes that the run has read up to now are then the bytes of the dataset: each file still has the size, the
+        times and the inode that it had before its bytes were hashed.
+        """
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                say("the checkpoint waits until the bytes of the dataset are verified")
+                self._thread.join()
+        self.check()
+        self._verify()
+        self.check()
+
+    def _verify_quietly(self) -> None:
+        if sys.platform == "linux":  # training gets a free core first; only Linux has a priority per thread
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._verify()
+
+    def _verify(self) -> None:
+        """Verify the files that have changed since they were last verified, or have not been verified yet."""
+        try:
+            stamps = [(path, sha256, stamp_of(path)[0]) for path, sha256 in self._files]
+            unknown = [
+                (path, sha256, stamp) for path, sha256, stamp in stamps if self._verified.get(path) != stamp
+            ]
+            for first in range(0, len(unknown), _AT_ONCE):
+                some = unknown[first : first + _AT_ONCE]
+                hashes = hashes_of(path for path, _, _ in some)
+                for (path, sha256, stamp), found in zip(some, hashes, strict=True):
+                    if found != sha256:
+                        raise changed(path)
+                    # If the file has changed since its stamp was taken, the next call reads the file again.
+                    self._verified[path] = stamp
+        except DataError as error:
+            self._error = error
+        except OSError as error:
+            self._error = DataError(
+                f"{error.filename}: cannot be read ({error.strerror}): the run cannot verify its dataset; restore the "
+                "file, then resume"
+            )
