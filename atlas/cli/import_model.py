@@ -61,7 +61,8 @@ def import_model(
     output = Path(output_dir) if output_dir else Path("checkpoints") / name
     if output.exists() and not output.is_dir():
         raise AtlasError(f"{output}: is a file; choose another --output-dir")
-    if output.exists() and any(output.iterdir()):  # Atlas overwrites no files
+    found = {path.name for path in output.iterdir()} if output.exists() else set()
+    if "atlas_best.pt" in found or found - _LEFT_BY_A_KILL:  # Atlas overwrites no files
         raise AtlasError(f"{output}: is not empty; choose another --output-dir")
     if is_file:
         model, own, notes = import_first_version(
@@ -79,6 +80,10 @@ def import_model(
         f"tokenizer {own.name} of {own.vocab_size:,} tokens",
     )
     typer.echo(written)
+
+
+_LEFT_BY_A_KILL = {"atlas_writing.tmp", "atlas_best.pt.tmp", "atlas_best.json.tmp", "atlas_best.json"}
+"""The files that a killed import can leave before `atlas_best.pt` exists."""
 
 
 def _check_folder(folder: Path, *, takes_shape: bool) -> None:

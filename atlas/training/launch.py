@@ -22,7 +22,7 @@ from atlas.tokenizer.chat import CHAT_FORMAT
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
-from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.checkpoint.manager import SPARE_BYTES, CheckpointManager
 from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
@@ -314,9 +314,10 @@ def _refuse_retention(config: AtlasConfig) -> None:
             "checkpoint.format=single"
         )
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
-    if most is not None and most < 4 * one:
+    least = 4 * one + SPARE_BYTES
+    if most is not None and most < least:
         raise AtlasError(
             f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint needs {one / 1e6:,.1f} MB, and four must fit "
             "(the best, the newest, and a new one in place of each): set at least "
-            f"{math.ceil(4 * one / 1e6):,}MB, or remove max_total"
+            f"{math.ceil(least / 1e6):,}MB, or remove max_total"
         )

@@ -44,5 +44,5 @@ def _own_files(folder: Path) -> list[Path]:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return all files of the run in `folder`, except its lock."""
-    return [path for path in _own_files(folder) if path.name != "atlas.lock"]
+    """Return all files of the run in `folder`, except its lock and the temporary files of a killed save."""
+    return [path for path in _own_files(folder) if path.name != "atlas.lock" and path.suffix != ".tmp"]

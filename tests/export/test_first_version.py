@@ -507,5 +507,12 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
     assert main(["import", "checkpoints/atlas_best.pt", "--num-heads", "4"]) == 0
     assert main(["import", "checkpoints/atlas_best.pt", "--num-heads", "4"]) == 2
     assert "checkpoints/imported-atlas_best: is not empty" in capsys.readouterr().err
+    # What a killed import leaves does not count.
+    Path("checkpoints/imported-atlas_best/atlas_best.pt").rename(
+        "checkpoints/imported-atlas_best/atlas_writing.tmp"
+    )
+    assert main(["import", "checkpoints/atlas_best.pt", "--num-heads", "4"]) == 0
+    names = sorted(path.name for path in Path("checkpoints/imported-atlas_best").iterdir())
+    assert names == ["atlas_best.json", "atlas_best.pt"]
     assert main(["import", "checkpoints/imported-atlas_best/atlas_best.pt", "--output-dir", "again"]) == 2
     assert "needs no import: it already has the current format" in capsys.readouterr().err

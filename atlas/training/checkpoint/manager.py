@@ -43,7 +43,8 @@ from atlas.training.checkpoint.retention import (
 from atlas.training.checkpoint.validate import holds_first_version
 from atlas.training.logs.run_log import perplexity
 
-_SPARE_BYTES = 8 << 20
+SPARE_BYTES = 8 << 20
+"""The space that must stay free, besides the space for the tensors of a checkpoint."""
 
 
 class CheckpointManager:
@@ -227,7 +228,7 @@ class CheckpointManager:
         """Create the output folder if it does not exist, and remove older checkpoints if necessary. Return whether
         there is space for tensors of `needed` bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found, needed = self.found(), needed + _SPARE_BYTES
+        found, needed = self.found(), needed + SPARE_BYTES
         space = find_space(self.folder, found, needed, max_total=self.max_total)
         if space.free < needed:
             if not self._reported_no_space:

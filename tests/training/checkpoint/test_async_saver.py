@@ -162,7 +162,7 @@ SPARE = 4096
 def test_max_total_is_never_exceeded_and_spares_the_newest_and_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SPARE_BYTES", SPARE)
+    monkeypatch.setattr(checkpoint_module, "SPARE_BYTES", SPARE)
     size = save(CheckpointManager(tmp_path / "one"), 1)[0].stat().st_size
     folder, most = tmp_path / "run", 4 * size + SPARE
     manager = CheckpointManager(folder, keep_checkpoints=99, max_total=most)
@@ -177,10 +177,11 @@ def test_max_total_is_never_exceeded_and_spares_the_newest_and_the_best(
 
 
 def test_a_max_total_that_cannot_be_kept_is_refused(tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(AtlasError, match=r"checkpoint\.max_total: .*four must fit"):
-        run_for(layer(tmp_path / "run", text_file, checkpoint__max_total="300kB"))
+    with pytest.raises(AtlasError, match=r"checkpoint\.max_total: .*four must fit .*set at least 9MB"):
+        run_for(layer(tmp_path / "run", text_file, checkpoint__max_total="8.5MB"))
     assert not (tmp_path / "run").exists()
-    run_for(layer(tmp_path / "run", text_file, checkpoint__max_total="600kB"))
+    explicit = layer(tmp_path / "run", text_file, checkpoint__max_total="9MB", checkpoint__save_interval=1)
+    assert trained(explicit)[1].saved  # the size in the message is enough
 
 
 def test_slim_old_leaves_the_optimizer_in_the_newest_two_and_the_best(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_a_nearly_full_disk_removes_old_steps_beyond_the_newest_two(
         save(manager, step, *(["step", "best"] if step == 1 else ["step"]))
     size = (tmp_path / "atlas_step_5.pt").stat().st_size
     used = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
-    monkeypatch.setattr(checkpoint_module, "_SPARE_BYTES", SPARE)
+    monkeypatch.setattr(checkpoint_module, "SPARE_BYTES", SPARE)
     needed = 400 + SPARE
     capacity = used + needed - (size // 2 if free_after else 4 * size)
 
