@@ -17,8 +17,8 @@ from atlas.serving.files import FILES, file_routes
 from atlas.serving.generation import Backend
 from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
-from atlas.serving.pages import page_routes
-from atlas.serving.schema import ErrorBody, Health
+from atlas.serving.pages import MOST_KNOWN, page_routes
+from atlas.serving.schema import MOST_PROMPTS, ErrorBody, Health
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0
@@ -64,13 +64,16 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
     app.router.routes += file_routes()
     app.include_router(openai_routes(dispatcher))
     app.include_router(page_routes(dispatcher))
-    app.add_middleware(limit_body, seconds=BODY_SECONDS)
+    most_ids = max([MOST_KNOWN, *(MOST_PROMPTS * backend.context for backend in backends)])
+    app.add_middleware(limit_body, seconds=BODY_SECONDS, most_numbers=most_ids)
     app.add_middleware(require_auth, api_key=settings.api_key, open_paths={*FILES, "/health"})
     app.add_middleware(dispatcher.metrics.middleware)
     return app
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, (RequestValidationError, HTTPException)):
+        _drop_tracebacks(error)
     match error:
         case ApiError():
             return error_response(error)
@@ -83,3 +86,11 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
             return error_response(ApiError(error.status_code, message), error.headers)
         case _:
             return error_response(ApiError(500, "an internal error: the server's log has the traceback"))
+
+
+def _drop_tracebacks(error: BaseException | None) -> None:
+    """Remove the tracebacks of an exception and of its causes. FastAPI's frames refer to the exception, and would keep
+    the request's body in memory until the next garbage collection."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__

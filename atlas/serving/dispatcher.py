@@ -9,7 +9,7 @@ from pathlib import Path
 
 from atlas.inference.sampling import row_seed
 from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend, Generation, GenerationRequest
+from atlas.serving.generation import Backend, Generation, GenerationRequest, TooLong
 from atlas.serving.metrics import Metrics
 from atlas.serving.schema import MOST_STOPS, SamplingParams
 
@@ -77,8 +77,7 @@ class Dispatcher:
             if is_wrong:
                 raise ApiError(400, f"{param}: {rule}", param=param)
         if (longest := max(map(len, prompts))) > backend.context and not may_exceed:
-            sizes = f"maximum context length is {backend.context} tokens, the prompt has {longest}"
-            raise ApiError(400, f"This model's {sizes}", param="prompt", code="context_length_exceeded")
+            raise TooLong(backend.context, longest)
         sampling = params.sampling()
         seed = secrets.randbelow(2**63) if params.seed is None else params.seed
         rows = [prompt for prompt in prompts for _ in range(n)]

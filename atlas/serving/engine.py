@@ -39,6 +39,7 @@ class Engine(Backend):
         context, vocab_size = loaded.config.model.max_seq_len, loaded.tokenizer.vocab_size
         super().__init__(id, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self.loaded = loaded
+        self.longest_token = loaded.tokenizer.longest_token
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         """The sequences in the batch, in the order of the cache's rows."""
@@ -57,6 +58,7 @@ class Engine(Backend):
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. For an empty text, return the id that begins a document."""
+        self.check_length(text)
         return encode_prompt(text, self.loaded.tokenizer)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -67,6 +69,7 @@ class Engine(Backend):
                 f"{self.id} was not trained on conversations in Atlas's format: use /v1/completions, or fine-tune it "
                 "on JSONL rows with messages (atlas train --init-from); serve an imported chat model with --gguf"
             )
+        self.check_length(*(message.content.strip() for message in messages))
         return encode_chat(messages, self.loaded.tokenizer)
 
     def token_bytes(self, token: int) -> bytes:

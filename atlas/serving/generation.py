@@ -14,6 +14,9 @@ from atlas.inference.sampling import Sampling
 from atlas.serving.errors import ApiError
 from atlas.tokenizer.chat import Message
 
+_SHORT_TEXT = 64 << 10
+"""Texts up to this number of bytes are always tokenized, so that an error has the exact number of tokens."""
+
 
 class Candidate(NamedTuple):
     """A token and its log-probability (natural logarithm) under the model, before any sampling setting."""
@@ -68,6 +71,14 @@ def failure(finish: str) -> Piece:
     return Piece("", finish=finish, num_tokens=0)
 
 
+class TooLong(ApiError):
+    """The error of a prompt with more tokens than the context."""
+
+    def __init__(self, context: int, num_tokens: object) -> None:
+        sizes = f"maximum context length is {context} tokens, the prompt has {num_tokens}"
+        super().__init__(400, f"This model's {sizes}", param="prompt", code="context_length_exceeded")
+
+
 class Busy(ApiError):
     """The error of a full queue."""
 
@@ -79,6 +90,8 @@ class Busy(ApiError):
 class Backend(ABC):
     """A model that generates text, with Atlas's engine or with llama.cpp."""
 
+    longest_token: int | None
+    """The number of bytes of the longest token; None if a token may stand for a text of any length."""
     _running: Sized
     _waiting: Sized
 
@@ -109,6 +122,13 @@ class Backend(ABC):
         """Send the pieces of a step to their requests. May run in any thread."""
         with suppress(RuntimeError):  # the event loop has ended, so no client waits for the pieces
             self._loop.call_soon_threadsafe(_deliver, pieces)
+
+    def check_length(self, *texts: str) -> None:
+        """Raise `TooLong` if the number of bytes shows that the texts have more tokens than the context. A tokenizer
+        may need 150 bytes of memory for each byte of a text."""
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        if size > _SHORT_TEXT and self.longest_token and size > self.context * self.longest_token:
+            raise TooLong(self.context, f"at least {size // self.longest_token:,}")
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checks of a request before the server processes it: size and arrival time of the body, API key, and host."""
+"""Checks of a request before the server processes it: size, parts and arrival time of the body, API key, and host."""
 
 from __future__ import annotations
 
@@ -13,37 +13,44 @@ from atlas.serving.errors import ApiError, error_response
 
 LARGEST_BODY = 1 << 20
 """The largest allowed body of a request, in bytes."""
+MOST_PARTS = 32_768
+"""The largest allowed number of strings, objects and lists in a body."""
 _READ_AND_DROPPED = 64 << 20
 """The number of bytes that the server reads of a body that is too large. If the server read less, the client would
 receive a connection reset instead of the error."""
 
 
-def limit_body(app: ASGIApp, *, seconds: float) -> ASGIApp:
-    """Add ASGI middleware: a body must arrive within `seconds` and have at most `LARGEST_BODY` bytes."""
+def limit_body(app: ASGIApp, *, seconds: float, most_numbers: int) -> ASGIApp:
+    """Add ASGI middleware that limits the body of a request before the body is parsed.
+
+    A body must arrive within `seconds`, and have at most `LARGEST_BODY` bytes, `MOST_PARTS` strings, objects and lists,
+    and `most_numbers` numbers.
+    """
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        late = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
         try:
-            body = await asyncio.wait_for(_read(receive), seconds)
-        except (ApiError, asyncio.TimeoutError) as error:
-            refusal = error if isinstance(error, ApiError) else late
-            await error_response(refusal, {"Connection": "close"})(scope, receive, send)
-        else:
-            first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            body, size = await asyncio.wait_for(_read(receive), seconds)
+            error = _body_error(body, size, most_numbers)
+        except asyncio.TimeoutError:
+            error = ApiError(408, f"the body did not arrive within {seconds:g} s: send it faster")
+        if error is not None:
+            await error_response(error, {"Connection": "close"})(scope, receive, send)
+            return
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-            async def replay() -> Message:
-                return first.pop() if first else await receive()
+        async def replay() -> Message:
+            return first.pop() if first else await receive()
 
-            await app(scope, replay, send)
+        await app(scope, replay, send)
 
     return limited
 
 
-async def _read(receive: Receive) -> bytes:
-    """Return the body of a request. Raises `ApiError` if the body is too large."""
+async def _read(receive: Receive) -> tuple[bytes, int]:
+    """Return the body of a request, and its size in bytes. A body that is too large is cut."""
     body, size, more = bytearray(), 0, True
     while more and size <= _READ_AND_DROPPED:
         message = await receive()
@@ -52,9 +59,27 @@ async def _read(receive: Receive) -> bytes:
         if size <= LARGEST_BODY:
             body += part
         more = message.get("more_body", False)
+    return bytes(body), size
+
+
+def _body_error(body: bytes, size: int, most_numbers: int) -> ApiError | None:
+    """Return an error if a body is too large, is not UTF-8, or has too many values.
+
+    The error is returned, not raised: an exception and the frames in its traceback refer to each other, and would keep
+    the body in memory until the next garbage collection.
+    """
     if size > LARGEST_BODY:
-        raise ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes: send less text")
-    return bytes(body)
+        return ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes: send less text")
+    if b"\0" in body:  # UTF-16 or UTF-32, whose quotes the following lines would not find
+        return ApiError(400, "the body is not UTF-8: send JSON in UTF-8")
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # only the quotes around strings remain
+    num_strings = unescaped.count(b'"') // 2
+    outside = b"".join(unescaped.split(b'"', 2 * MOST_PARTS)[::2])
+    if num_strings + outside.count(b"{") + outside.count(b"[") > MOST_PARTS:
+        return ApiError(400, f"the body has more than {MOST_PARTS:,} strings, objects and lists: send fewer")
+    if outside.count(b",") > most_numbers + MOST_PARTS:
+        return ApiError(400, f"the body has more than {most_numbers:,} numbers: send fewer token ids")
+    return None
 
 
 def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str]) -> ASGIApp:
@@ -66,14 +91,19 @@ def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         error = None
-        if scope["type"] == "http" and (api_key is None or scope["path"] not in open_paths):
-            error = _auth_error(Headers(scope=scope), api_key)
+        if scope["type"] == "http":
+            is_open = api_key is not None and scope["path"] in open_paths
+            error = _auth_error(Headers(scope=scope), api_key, is_open=is_open)
         await (error_response(error) if error else app)(scope, receive, send)
 
     return checked
 
 
-def _auth_error(headers: Headers, api_key: str | None) -> ApiError | None:
+def _auth_error(headers: Headers, api_key: str | None, *, is_open: bool) -> ApiError | None:
+    if len(headers.getlist("host")) > 1:  # a proxy could check one of them, and this server another one
+        return ApiError(400, "the request has more than one Host header: send one")
+    if is_open:
+        return None
     if api_key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # The comparison takes constant time, so that the time does not reveal how many characters of a guess are right.

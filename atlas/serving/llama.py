@@ -51,6 +51,7 @@ class Llama(Backend):
         name, vocab_size = Path(path).stem, len(self._tokens)
         super().__init__(name, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
+        self.longest_token = max(map(len, self._tokens)) if self._is_byte_level else None
         self._has_template = "tokenizer.chat_template" in metadata
         self._key = secrets.token_hex()
         try:
@@ -73,6 +74,7 @@ class Llama(Backend):
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. For an empty text, return the id that begins a document."""
+        self.check_length(text)
         return self._tokenize(text, parse_special=False) or [self._eos_id]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -80,6 +82,7 @@ class Llama(Backend):
         template."""
         if not self._has_template:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
+        self.check_length(*(message.content.strip() for message in messages))
         body = {"messages": [message._asdict() for message in messages]}
         return self._tokenize(self._ask("/apply-template", body)["prompt"], parse_special=True)
 

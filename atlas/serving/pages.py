@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -33,6 +34,10 @@ _LENS = 6
 _DRAWN = 256
 """The largest number of tokens whose attention the page draws. Of a longer text, the page draws the last tokens, since
 the response would otherwise need megabytes and the picture would be unreadable."""
+
+MOST_KNOWN = 32_768
+"""The largest number of known tokens that a page may continue, unless the context is longer. The response describes
+each token, in about a kilobyte of memory."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds
@@ -98,12 +103,15 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
         is_known = not isinstance(body.prompt, str)
+        if len(ids) > (most := max(backend.context, MOST_KNOWN)):
+            rule = f"at most {most:,} token ids, not {len(ids):,}: begin a new text"
+            raise ApiError(400, f"prompt: {rule}", param="prompt")
         may_exceed = is_known and isinstance(backend, Engine)
         generations = dispatcher.submit(
             backend, [ids], body, body.max_tokens, body.alternatives, may_exceed=may_exceed
         )
-        prompt = in_turn(_read, backend, ids, None if is_known else body.alternatives)
-        return EventStream(_events(generations, prompt), lambda: dispatcher.close(generations))
+        read = partial(_read, backend, ids, None if is_known else body.alternatives)
+        return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
@@ -137,7 +145,9 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 
 async def _events(
-    generations: GenerationRequest, prompt: Awaitable[list[dict[str, Any]]]
+    generations: GenerationRequest,
+    in_turn: Callable[[Callable[[], str]], Awaitable[str]],
+    read: Callable[[], list[dict[str, Any]]],
 ) -> AsyncIterator[str]:
     backend = generations.backend
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -147,8 +157,11 @@ async def _events(
         tokens shows the character."""
         return {**token, "shown": _visible(decoder.decode(backend.token_bytes(token["id"])))}
 
-    tokens = [shown(token) for token in await prompt]
-    yield event({"kind": "prompt", "tokens": tokens, "looks_inside": isinstance(backend, Engine)})
+    def prompt_event() -> str:
+        tokens = [shown(token) for token in read()]
+        return event({"kind": "prompt", "tokens": tokens, "looks_inside": isinstance(backend, Engine)})
+
+    yield await in_turn(prompt_event)
     finish = None
     async for _, piece in generations.pieces():
         finish = piece.finish

@@ -7,9 +7,9 @@ The server refuses unknown fields and values of a wrong type. So the server neve
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from atlas.inference.sampling import Sampling
 
@@ -30,10 +30,19 @@ def _bool(value: Any) -> Any:
     return value
 
 
+def _integers(values: Any) -> Any:
+    """Convert the floats of a list as `_integer` does. A list without floats takes less time."""
+    has_floats = isinstance(values, list) and float in set(map(type, values))
+    return [*map(_integer, values)] if has_floats else values
+
+
+T = TypeVar("T")
+# The first wrong item ends the validation of a list. Errors for a million items would take seconds and a gigabyte.
+Items = Annotated[list[T], Field(fail_fast=True)]
 Int = Annotated[int, BeforeValidator(_integer)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 IsFalse = Annotated[Literal[False], BeforeValidator(_bool)]
-TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_integers)]
 SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -42,6 +51,15 @@ class Body(BaseModel):
     """A JSON object with strict types and no unknown fields. The docstring of a field is its description in the API."""
 
     model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, values: Any) -> Any:
+        """Drop all unknown fields except the first, since pydantic would make an error for each of them."""
+        if not isinstance(values, dict):
+            return values
+        first = next((name for name in values if name not in cls.model_fields), None)
+        return {name: value for name, value in values.items() if name in cls.model_fields or name == first}
 
 
 class StreamOptions(Body):
@@ -80,7 +98,7 @@ class SamplingParams(SamplingSettings):
     """The number of generations for each prompt."""
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
     """The random seed. The same request with the same seed gives the same text."""
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Items[Stop] | None = None
     """At most 16 strings. The generation ends before the first occurrence of any of these strings."""
     stream: bool | None = None
     """Send the text in chunks during generation."""
@@ -92,7 +110,7 @@ class SamplingParams(SamplingSettings):
     """Must be 0 or null; use `repetition_penalty` instead."""
     presence_penalty: Zero | None = None
     """Must be 0 or null; use `repetition_penalty` instead."""
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
     """Must be empty or null."""
 
     @property
@@ -104,7 +122,7 @@ class SamplingParams(SamplingSettings):
 class CompletionRequest(SamplingParams):
     """A text to continue."""
 
-    prompt: str | Annotated[list[str], SEVERAL] | TokenIds | Annotated[list[TokenIds], SEVERAL] = ""
+    prompt: str | Annotated[Items[str], SEVERAL] | TokenIds | Annotated[Items[TokenIds], SEVERAL] = ""
     """One text or several, each as a string or as a list of token ids. An empty text begins a document."""
     max_tokens: Int | None = Field(None, ge=1)
     """The largest number of new tokens. Default: 16."""
@@ -129,7 +147,7 @@ class ChatMessage(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = None
     """Accepted and ignored."""
     # A client sends these fields if it adds an earlier answer to the conversation.
@@ -141,7 +159,7 @@ class ChatMessage(Body):
     """Must be null."""
     audio: None = None
     """Must be null."""
-    annotations: list[Any] | None = Field(None, max_length=0)
+    annotations: Items[Any] | None = Field(None, max_length=0)
     """Must be empty or null."""
 
     @property
@@ -159,7 +177,7 @@ class ResponseFormat(Body):
 class ChatRequest(SamplingParams):
     """A conversation to answer."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: Int | None = Field(None, ge=1)
     """Another name for `max_completion_tokens`."""
     max_completion_tokens: Int | None = Field(None, ge=1)

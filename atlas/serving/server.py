@@ -19,6 +19,8 @@ HEAD_SECONDS = 10.0
 starts with the connection."""
 LARGEST_HEAD = 64 << 10
 """The approximate limit for a request's headers in bytes. The parser itself has no limit."""
+_PIECE = 4096
+"""The number of bytes that the parser gets at a time. After each piece, the size of the headers is checked."""
 READ_SECONDS = 30.0
 """The number of seconds for which the send buffers of a connection may stay full. After this time, the server closes
 the connection, since the client does not read."""
@@ -112,11 +114,15 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._late is not None:
-            self._head_size += len(data)
-            if self._head_size > LARGEST_HEAD:
-                self._refuse(b"431 Request Header Fields Too Large")
+        for start in range(0, len(data), _PIECE):
+            if self.transport.is_closing():
+                return
+            piece = data[start : start + _PIECE]
+            super().data_received(piece)
+            if self._late is not None:
+                self._head_size += len(piece)
+                if self._head_size > LARGEST_HEAD:
+                    self._refuse(b"431 Request Header Fields Too Large")
 
     def _refuse(self, status: bytes) -> None:
         if self.transport.is_closing():

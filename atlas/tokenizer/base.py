@@ -57,6 +57,11 @@ class Tokenizer(ABC):
         the bytes of such a token, the method returns the bytes of U+FFFD."""
         return self.decode([id]).encode("utf-8")
 
+    @property
+    def longest_token(self) -> int | None:
+        """The number of bytes of the longest token; None if a token may stand for a text of any length."""
+        return None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text. An implementation may encode several texts in parallel."""
         return [self.encode(text) for text in texts]

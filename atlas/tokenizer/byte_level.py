@@ -90,6 +90,11 @@ class ByteLevelTokenizer(HFTokenizerBase):
         return self._bytes[id]
 
     @cached_property
+    def longest_token(self) -> int:
+        """The number of bytes of the longest token."""
+        return max(map(len, self._bytes))
+
+    @cached_property
     def fingerprint(self) -> str:
         """The sha256 of everything that affects the ids: the tokens, the merges and the end-of-text id."""
         vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])

@@ -303,6 +303,13 @@ BAD = {
     "penalty": ({"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty"),
     "unknown field": ({"prompt": "x", "tools": []}, 400, "tools"),
     "usage of no stream": ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    "many unknown fields": ({"prompt": "x", **dict.fromkeys(map(str, range(9)), 1), "tools": []}, 400, ""),
+    "many parts": (b'{"prompt": "x", "stop": [' + b"{}," * 40_000 + b"{}]}", 400, "32,768 strings"),
+    "many numbers": ({"prompt": [7] * 100_000}, 400, "32,768 numbers"),
+    "many texts": ({"prompt": "x", "stop": ["[" * 20] * 40_000}, 400, "32,768 strings"),
+    "a nested input": (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "prompt"),
+    "UTF-16": ('{"prompt": "x"}'.encode("utf-16"), 400, "UTF-8"),
+    "a text longer than the context": ({"prompt": "The river " * 50_000}, 400, "at least"),
     "10 MB": ({"prompt": "x" * 10_000_000}, 413, "larger"),
 }
 

@@ -64,6 +64,46 @@ def test_an_endless_head_is_refused(loaded: LoadedModel) -> None:
         assert post(address, {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
+@pytest.mark.parametrize("header", [b"X-Number: 1", b"X-Long: " + b"x" * 7000])
+def test_a_complete_head_that_is_too_large_is_refused(loaded: LoadedModel, header: bytes) -> None:
+    """The server receives such a head in one piece, with or without a body behind it."""
+    fits = b"\r\n".join(
+        [b"GET /health HTTP/1.1", b"Host: localhost", *[header] * (60_000 // len(header) // 2)]
+    )
+    with served_model(loaded) as (address, _):
+        for ending in (b"\r\n\r\n", b"\r\nContent-Length: 5000\r\n\r\n" + b"x" * 5000):
+            with socket.create_connection(place_of(address)) as client:
+                client.sendall(fits + b"\r\nX-Number: 1" * 10_000 + ending)
+                assert everything(client).startswith(b"HTTP/1.1 431")
+            with socket.create_connection(place_of(address)) as client:
+                client.sendall(fits + b"\r\nConnection: close" + ending)
+                assert everything(client).startswith(b"HTTP/1.1 200")
+
+
+def test_two_hosts_are_refused(loaded: LoadedModel) -> None:
+    """A proxy and this server could each believe another one."""
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: %s\r\nConnection: close\r\n\r\n"
+    for settings in (ServerSettings(), ServerSettings(api_key="secret")):
+        with served_model(loaded, settings=settings) as (address, _):
+            for second in (b"evil.example", b"localhost"):
+                with socket.create_connection(place_of(address)) as client:
+                    client.sendall(head % second)
+                    assert everything(client).startswith(b"HTTP/1.1 400")
+
+
+def test_large_good_bodies_are_parsed() -> None:
+    """The limits on the parts of a body do not count what is inside of strings, and refuse no long conversation."""
+    part = {"type": "text", "text": ""}
+    conversation = [{"role": role, "content": [part] * 3} for role in ("user", "assistant")] * 512
+    with served_model(random_model(chat=True)) as (address, _):
+        for path, body in (
+            ("/v1/completions", {"prompt": list(range(300)) * 100}),
+            ("/v1/completions", {"prompt": 'if (a["b"]) {\n\tc[0] = "\\\\", {};\n}\n' * 1500}),
+            ("/v1/chat/completions", {"messages": conversation}),
+        ):
+            assert post(address, body, path)[1]["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_incomplete_second_head_times_out(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
     with served_model(loaded) as (address, _), socket.create_connection(place_of(address)) as client:
