@@ -7,6 +7,7 @@ broken:
     python -m tests.faults.kill --rounds 60       SIGKILL at random moments and inside saves
     python -m tests.faults.corrupt --rounds 200   flipped, cut, swapped and emptied files
     python -m tests.faults.disk --tmpfs           a disk that is full at every point of a save
+    python -m tests.faults.refusal --minutes 3    requests that are expensive to refuse
     python -m tests.faults.report                 all of them, counted
 
 The promises are in docs/RELIABILITY.md.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import corrupt, disk, fuzz, kill, numbers
+from tests.faults import corrupt, disk, fuzz, kill, numbers, refusal
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -34,6 +34,8 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
         "short memory": lambda folder: numbers.short_memory(folder, rounds=few, seed=seed),
         "heat": lambda folder: heat(),
         "hostile files": lambda folder: hostile_files(seconds=2 if quick else 20, seed=seed),
+        "costly requests": lambda folder: refusal.refuse(fields=refusal.TEXTS if quick else "", seed=seed),
+        "minutes of abuse": lambda folder: refusal.abuse(folder, minutes=0.1 if quick else 3, seed=seed),
     }
 
 

@@ -1,4 +1,4 @@
-"""Kills, damaged bytes and full disks in a short form; `-m slow` runs the long one. See `tests/faults`."""
+"""Kills, damaged bytes, full disks and costly requests, in a short form; `-m slow` runs the long one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.faults.disk import (
 )
 from tests.faults.kill import kill_and_resume
 from tests.faults.numbers import short_memory, wrong_numbers
+from tests.faults.refusal import TEXTS, abuse, refuse
 from tests.faults.runs import Broken, Run, sound_checkpoints
 from tests.runs import logged
 
@@ -54,6 +55,20 @@ def test_wrong_numbers_move_nothing(tmp_path: Path) -> None:
 
 def test_short_memory_changes_no_loss(tmp_path: Path) -> None:
     short_memory(tmp_path, rounds=3, seed=random.randrange(1 << 32))
+
+
+def test_the_worst_bodies_are_cheap_to_refuse() -> None:
+    refuse(fields=TEXTS)
+
+
+@pytest.mark.slow
+def test_every_field_is_cheap_to_refuse() -> None:
+    refuse()
+
+
+@pytest.mark.slow
+def test_a_good_client_beside_abuse(tmp_path: Path) -> None:
+    abuse(tmp_path, minutes=0.5, seed=random.randrange(1 << 32))
 
 
 @pytest.mark.slow
