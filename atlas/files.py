@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -49,6 +50,19 @@ _HERE, _RENAME_EXCHANGE = -100, 2
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
+
+
+def local_path(option: str, place: str | Path) -> Path:
+    """Return `place`, the value of `option`, as a path to write to. Raises `AtlasError` if `place` is a URL.
+
+    A URL that was converted to a `Path` has only one slash. A drive letter of Windows, as in `C:/data`, is no URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]", str(place)):
+        raise AtlasError(
+            f"{option} {place}: is a URL, and Atlas writes only to the file system: give a path, such as the path at "
+            "which this storage is mounted"
+        )
+    return Path(place)
 
 
 def check_regular(path: Path) -> int:
@@ -252,4 +266,7 @@ class LimitedReads(io.BufferedReader):
 
 def cache_folder() -> Path:
     """Return the folder that `ATLAS_CACHE_DIR` names, or else Atlas's folder in the user's cache folder."""
-    return Path(os.environ.get("ATLAS_CACHE_DIR") or platformdirs.user_cache_dir("atlas", appauthor=False))
+    named = os.environ.get("ATLAS_CACHE_DIR")
+    if named:
+        return local_path("ATLAS_CACHE_DIR", named)
+    return Path(platformdirs.user_cache_dir("atlas", appauthor=False))

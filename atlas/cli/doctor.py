@@ -7,13 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from atlas.cli.terminal import gibibytes, print_facts, print_table, printable
 from atlas.errors import AtlasError
+from atlas.files import local_path
 
 Rows = Iterable[tuple[str, Any]]
 
@@ -30,7 +30,7 @@ def doctor(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     output_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder on the disk to measure; the folder need not exist. Default: train's default output folder.",
             metavar="DIR",
@@ -71,9 +71,10 @@ def doctor(
     else:
         from atlas.cli.doctor_facts import examine
 
+        folder = None if output_dir is None else local_path("--output-dir", output_dir)
         if sys.stderr.isatty():
             typer.echo("measuring this machine for about half a minute", err=True)
-        facts, show = examine(device, output_dir), _print
+        facts, show = examine(device, folder), _print
     if facts is None:  # on ranks other than the first
         return
     if as_json:

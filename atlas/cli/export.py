@@ -15,6 +15,7 @@ from atlas.cli import options
 from atlas.cli.terminal import print_table, say
 from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
+from atlas.files import local_path
 
 if TYPE_CHECKING:
     from atlas.export.score import Sample
@@ -69,6 +70,7 @@ def export(
     from atlas.training.checkpoint.locate import find_checkpoint
 
     _check_options(format, quantize, modelfile, verify, data)
+    target = local_path("--output", output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
     path = find_checkpoint(checkpoint)
     contents = load_checkpoint(path, say=say, without=NOT_NEEDED)
     if contents["tokenizer"].get("kind") == "custom":
@@ -76,7 +78,6 @@ def export(
             f"{path}: was trained with data.tokenizer {contents['tokenizer'].get('name')}, custom code that an "
             "exported file cannot contain; to export a model, train with gpt2 or a tokenizer.json"
         )
-    target = Path(output or ("atlas_model.gguf" if format == "gguf" else "atlas_model"))
     if format == "peft":
         from atlas.config.loader import resolve
         from atlas.export.peft import export_adapter

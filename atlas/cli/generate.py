@@ -16,7 +16,7 @@ import typer
 from atlas.cli import options
 from atlas.cli.terminal import say
 from atlas.errors import AtlasError
-from atlas.files import explain_failed_write
+from atlas.files import explain_failed_write, local_path
 from atlas.tokenizer.chat import Message, newest_that_fit
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if prompt is not None else _read_prompts(prompts_file) if prompts_file else []
-    if output_file and (Path(output_file).is_dir() or not Path(output_file).parent.is_dir()):
+    written = local_path("--output-file", output_file) if output_file else None
+    if written and (written.is_dir() or not written.parent.is_dir()):
         raise AtlasError(f"--output-file {output_file}: cannot be written; name a file in an existing folder")
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
     if chat:
@@ -98,8 +99,8 @@ def generate(
         _interact(loaded, stream, seed, max_tokens=max_tokens, chat=chat, num_samples=num_samples)
         return
     rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
-    if output_file:
-        _write(stream, rows, seed, Path(output_file))
+    if written:
+        _write(stream, rows, seed, written)
     else:
         _show(stream, rows, seed)
     tokens, seconds = sum(counts), time.perf_counter() - start

@@ -9,6 +9,7 @@ import typer
 
 from atlas.cli.terminal import say
 from atlas.errors import AtlasError
+from atlas.files import local_path
 
 
 def import_model(
@@ -58,7 +59,7 @@ def import_model(
     is_file = path.is_file()
     # The prefix distinguishes the folder from the sharded checkpoints (atlas_step_N) of a run in checkpoints/.
     name = f"imported-{path.stem}" if is_file else path.resolve().name
-    output = Path(output_dir) if output_dir else Path("checkpoints") / name
+    output = local_path("--output-dir", output_dir) if output_dir else Path("checkpoints") / name
     if output.exists() and not output.is_dir():
         raise AtlasError(f"{output}: is a file; choose another --output-dir")
     found = {path.name for path in output.iterdir()} if output.exists() else set()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from atlas.errors import AtlasError
+from atlas.files import local_path
 
 Facts = Iterable[tuple[str, Any]]
 
@@ -30,14 +31,14 @@ def info(
         ),
     ] = False,
     consolidate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Convert a sharded checkpoint to one .pt file.",
             metavar="FILE.pt",
         ),
     ] = None,
     plot: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Draw the document lengths of a dataset as a PNG image. Needs matplotlib: "
             'pip install "atlas-llm\\[plot]".',
@@ -57,13 +58,13 @@ def info(
             raise AtlasError(
                 f"--consolidate: converts a sharded checkpoint; {path} is not a checkpoint: omit --consolidate"
             )
-        return info_checkpoint.consolidate(file, consolidate)
+        return info_checkpoint.consolidate(file, local_path("--consolidate", consolidate))
     if not file.exists() and not is_checkpoint and path not in preset_names():
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if (file / "dataset.json").exists():
         from atlas.cli.info_dataset import show_dataset
 
-        return show_dataset(file, verify=verify, plot=plot)
+        return show_dataset(file, verify=verify, plot=local_path("--plot", plot) if plot else None)
     if plot:
         raise AtlasError(
             f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: omit --plot"

@@ -14,6 +14,7 @@ from atlas.cli.train import NoResume, Overrides, train_to_the_end
 from atlas.config.loader import Layer, nested, overlay, parse_overrides, read_yaml
 from atlas.config.presets import find_config, leaves_batch_size_open, preset_names
 from atlas.errors import AtlasError
+from atlas.files import local_path
 
 if TYPE_CHECKING:
     from atlas.data.shards import PreparedDataset
@@ -40,7 +41,7 @@ def pipeline(
         typer.Option(help="Preset or config file. Default: Atlas asks.", metavar="FILE|NAME"),
     ] = None,
     output_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Folder of the run. Default: checkpoints, or demo with --demo.", metavar="DIR"),
     ] = None,
     no_resume: NoResume = False,
@@ -57,6 +58,7 @@ def pipeline(
     from atlas.cli.terminal import ask_or_none
 
     layer = parse_overrides(overrides or [])
+    folder = None if output_dir is None else local_path("--output-dir", output_dir)
     confirm = None if yes else ask_or_none()
     ask = ask_person if confirm else None
     if data is not None or not demo:
@@ -67,14 +69,14 @@ def pipeline(
     if demo or data is None:
         from atlas.cli.demo import run_demo
 
-        folder = output_dir or Path("demo" if data is None else f"demo-{Path(data).stem}")
+        folder = folder or Path("demo" if data is None else f"demo-{Path(data).stem}")
         return run_demo(data, folder, layer, no_resume=no_resume)
     from atlas.cli.choose_preset import print_next_commands
     from atlas.training.resume import Request
 
     explicit = _settings(data, config, layer, ask)
-    if output_dir:
-        explicit = overlay(explicit, nested("checkpoint.output_dir", str(output_dir)))
+    if folder:
+        explicit = overlay(explicit, nested("checkpoint.output_dir", str(folder)))
     request = Request(explicit, no_resume=no_resume, ask=confirm)
     run = train_to_the_end(request, may_exceed_batch_size=leaves_batch_size_open(config, layer))
     print_next_commands(run.checkpoints.folder / "atlas_best.pt")

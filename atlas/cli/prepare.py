@@ -51,7 +51,7 @@ def prepare(
         list[str] | None,  # a Path would turn s3:// into s3:/
         typer.Option("--input", help=_INPUT_HELP, metavar="PATH"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help=_OUTPUT_HELP, metavar="DIR", show_default=False)] = None,
+    output: Annotated[str | None, typer.Option(help=_OUTPUT_HELP, metavar="DIR", show_default=False)] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help=_TOKENIZER_HELP, metavar="NAME|FILE", show_default=False)
     ] = None,

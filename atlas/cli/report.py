@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from atlas.cli.terminal import say
+from atlas.files import local_path
 
 _SECONDS = 5
 """Seconds between two updates of a live report."""
@@ -39,10 +39,11 @@ def report(
     from atlas.reporting.runs import read_runs
     from atlas.reporting.targets import check_png, check_target
 
-    page = Path(output)
+    page = local_path("--output", output)
+    image = None if png is None else local_path("--png", png)
     check_target("--output", page, "an HTML page", ".html", ".htm")
-    if png:
-        check_png("--png", Path(png))
+    if image:
+        check_png("--png", image)
     found = read_runs(runs)
     if live:
         say(f"{page} is updated every {_SECONDS} seconds until the runs end; Ctrl-C ends the updates earlier")
@@ -57,7 +58,7 @@ def report(
             say("the page is no longer updated")
     write_report(page, found)
     typer.echo(f"report: {page}")
-    if png:
+    if image:
         axis = shared_axis(found)
-        draw_losses(Path(png), found, axis=axis)
-        typer.echo(f"figure: {png}, by {axis}")
+        draw_losses(image, found, axis=axis)
+        typer.echo(f"figure: {image}, by {axis}")

@@ -125,7 +125,7 @@ def train(
     with together(world):
         with world.in_step():
             explicit = explicit or explicit_layer(config, overrides, flags)
-        request = Request(explicit, resume, no_resume, init_from, ask_or_none())
+            request = Request(explicit, resume, no_resume, init_from, ask_or_none())
         is_open = leaves_batch_size_open(config, explicit_layer(None, overrides, flags))
         train_to_the_end(request, world, may_exceed_batch_size=is_open)
 

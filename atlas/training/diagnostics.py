@@ -16,7 +16,7 @@ from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, training_sequences
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
-from atlas.files import explain_failed_write
+from atlas.files import explain_failed_write, local_path
 from atlas.training.devices.compile import choose_compile
 from atlas.training.devices.device import setup_runtime
 from atlas.training.devices.signals import StopRequest
@@ -92,7 +92,7 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     Raises `AtlasError` in the same cases as training, and if the folder is not writable.
     """
     config, data = with_data(resolve(explicit), explicit, None)
-    trace = Path(config.checkpoint.output_dir) / "profile.json"
+    trace = local_path("checkpoint.output_dir", config.checkpoint.output_dir) / "profile.json"
     with explain_failed_write(trace, "choose another --output-dir"):
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.touch()

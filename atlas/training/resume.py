@@ -19,6 +19,7 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, overlay, resolve
 from atlas.data import ResolvedData
 from atlas.errors import AtlasError
+from atlas.files import local_path
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_paths, find_checkpoint
 from atlas.training.checkpoint.lock import FolderLock, undone_after_error
@@ -48,6 +49,12 @@ class Request:
     no_resume: bool = False
     init_from: str | None = None
     ask: Callable[[str], bool] | None = None
+
+    def __post_init__(self) -> None:
+        # Only the user's settings are checked. Older versions of Atlas made local folders with names such as `s3:`, and
+        # their checkpoints stay readable.
+        if folder := self.explicit.get("checkpoint", {}).get("output_dir"):
+            local_path("checkpoint.output_dir", str(folder))
 
 
 @dataclass

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 import atlas.errors
-from atlas.cli import main
-from atlas.errors import explain
-from atlas.files import sha256_of
+from atlas.cli import COMMANDS, _build_app, main
+from atlas.errors import AtlasError, explain
+from atlas.files import local_path, sha256_of
 from tests.conftest import corpus
 
 ROOT = Path(__file__).parents[2]
@@ -492,6 +493,61 @@ def test_a_real_process_prints_the_same(workshop: Path) -> None:
 # Errors that no room expected, at the last net in `main`
 
 LONG = "x" * 300  # a name may have 255 bytes
+
+
+WRITERS = [
+    "prepare --input river.txt --output URL",
+    "train --config small.yaml --train-data own --output-dir URL",
+    "train --config small.yaml --train-data own --set checkpoint.output_dir=URL",
+    "train --config small.yaml --train-data own --output-dir URL --profile",
+    "generate --prompt Once --output-file URL",
+    "report checkpoints --output URL.html",
+    "report checkpoints --output new.html --png URL.png",
+    "export --output URL",
+    "import nothing --output-dir URL",
+    "info checkpoints/atlas_best.pt --consolidate URL.pt",
+    "info own --plot URL.png",
+    "doctor --output-dir URL",
+    "pipeline --demo --output-dir URL",
+]
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_url_is_no_place_to_write_to(
+    command: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workshop)
+    for url in ("s3://bucket/run", "file:///data/run"):
+        expected = f"{url} … is a URL, and Atlas writes only to the file system: give a path"
+        refuses(command.replace("URL", url), expected, workshop, capsys)
+
+
+def test_the_list_of_writers_is_complete() -> None:
+    """An option whose name or help says that it names an output."""
+    known = {(words[0], word) for words in map(str.split, WRITERS) for word in words if word.startswith("--")}
+    for name in COMMANDS:
+        app = get_command(_build_app(name)).commands[name]  # type: ignore[attr-defined]
+        for option in app.params:
+            flag = option.opts[0]
+            if flag.startswith("--output") or re.match(
+                "Also draw|Draw|Convert", getattr(option, "help", "") or ""
+            ):
+                assert (name, flag) in known
+
+
+@pytest.mark.parametrize(
+    "place", ["C:/data", "C:\\data", "a:b", "./s3:/bucket", "/data/s3://bucket", "run 1: x/y"]
+)
+def test_a_path_with_a_colon_is_no_url(place: str) -> None:
+    assert local_path("--output", place) == Path(place)
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://bucket", Path("s3://bucket"), "file:/data", "abfs+https://x", "gs:\\bucket"]
+)
+def test_a_url_that_was_a_path_is_a_url(place: str | Path) -> None:
+    with pytest.raises(AtlasError, match="is a URL"):
+        local_path("--output", place)
 
 
 @pytest.mark.parametrize(

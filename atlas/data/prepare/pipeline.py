@@ -28,7 +28,7 @@ from atlas.data.text.hashes import hashes_of
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
-from atlas.files import cache_folder
+from atlas.files import cache_folder, local_path
 from atlas.progress import byte_progress, notify
 from atlas.tokenizer import STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import check_vocab_size
@@ -99,6 +99,7 @@ def prepare(
     `trust_archives`, the function also raises `DataError` for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
+    target = None if output is None else local_path("--output", output)
     if tokenizer and train_tokenizer:
         raise DataError(
             f"tokenizer {tokenizer.name}: cannot be combined with --train-tokenizer; give one of them"
@@ -109,8 +110,8 @@ def prepare(
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
     with _file_errors(), spooled_standard_input(inputs, output) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
-        target = default_output(sources) if output is None else Path(output)
-        return _Preparation(sources, tokenizer, options, WorkerPool(workers, engine)).run(target)
+        preparation = _Preparation(sources, tokenizer, options, WorkerPool(workers, engine))
+        return preparation.run(target or default_output(sources))
 
 
 def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
