@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -321,6 +322,57 @@ def test_ray_gives_the_same_shards(source: Path, tmp_path: Path, monkeypatch: py
         ray.shutdown()
     assert bits(tmp_path / "one") == bits(tmp_path / "ray")
     assert one.dataset.manifest == two.dataset.manifest
+
+
+LOSES_A_MACHINE = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from atlas.data import prepare
+from atlas.data.prepare import ray_engine
+from atlas.data.prepare.merge import Merger
+
+source, output = sys.argv[1:]
+ray_engine._BUNDLE_BYTES = 2000  # each bundle is at least one batch
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+lost = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+add, calls = Merger.add, []
+
+def add_and_lose(*arguments):
+    calls.append(None)
+    if len(calls) == 5:
+        cluster.remove_node(lost, allow_graceful=False)  # SIGKILL to the raylet
+    if len(calls) == 20:
+        cluster.add_node(num_cpus=1)
+    add(*arguments)
+
+Merger.add = add_and_lose
+prepare([source], output, engine="ray", val_fraction=0.2, shard_tokens=5000)
+print("batches:", len(calls))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_machine_of_a_ray_cluster_changes_nothing(tmp_path: Path) -> None:
+    """A cluster of two machines with one CPU each. One of them is lost, so that no CPU is spare; later another one
+    joins."""
+    pytest.importorskip("ray")
+    folder = write_folder(
+        tmp_path / "in", {f"{n}.txt": text for n, text in enumerate(documents(100, seed=5))}
+    )
+    here = prepare([folder], tmp_path / "here", workers=1, val_fraction=0.2, shard_tokens=5000)
+    command = [sys.executable, "-c", LOSES_A_MACHINE, str(folder), str(tmp_path / "ray")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = re.search(r"batches: (\d+)", run.stdout)  # Ray also prints there
+    assert found
+    assert int(found[1]) > 30
+    assert bits(tmp_path / "here") == bits(tmp_path / "ray")
+    assert here.dataset.manifest == open_dataset(tmp_path / "ray").manifest
 
 
 @pytest.mark.parametrize(
