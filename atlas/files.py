@@ -97,12 +97,12 @@ def read_limited(path: Path, *, limit: int) -> bytes:
         return file.read(size)  # `file.read(limit)` would allocate `limit` bytes
 
 
-def sha256_of(path: Path, advance: Callable[[int], None] = lambda done: None) -> str:
+def sha256_of(path: str | Path, advance: Callable[[int], None] = lambda done: None) -> str:
     """Return the SHA-256 of a file in hex. The function calls `advance` after each chunk, with the chunk's size in
     bytes."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 advance(len(chunk))

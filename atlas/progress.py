@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
+
+_REFRESH_SECONDS = 0.1
 
 
 def notify(line: str) -> None:
@@ -17,10 +20,24 @@ def notify(line: str) -> None:
 
 @contextmanager
 def byte_progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar for `total` bytes. Yield a function that advances the bar by a number of bytes."""
+    """Show a progress bar for `total` bytes, if standard error is a terminal. Yield a function that advances the bar by
+    a number of bytes. The function may be called often: the bar changes at most ten times a second."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
     kinds = (progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *(kind() for kind in kinds))
-    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress.Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda done: bar.advance(task, done)
+        waiting, shown = 0, time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal waiting, shown
+            waiting += done
+            if time.monotonic() - shown >= _REFRESH_SECONDS:
+                bar.advance(task, waiting)
+                waiting, shown = 0, time.monotonic()
+
+        yield advance
+        bar.advance(task, waiting)

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import pickle
+import sqlite3
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -365,6 +367,30 @@ def test_a_pattern_stands_for_its_files_in_natural_order(
         Sources(["in/*.csv"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes")
+@pytest.mark.parametrize("given", [".", "in", "to in"])
+def test_a_folder_stands_for_the_text_files_below_it(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for hidden ones, pipes, and links that lead out. A file under two names is read once."""
+    names = ["b/10.txt", "b/9.txt", "a.txt", "c d/é/x.md", ".git/no.txt", "b/.no.txt", "no.bin", "a b.gz"]
+    folder = write_folder(tmp_path / "in", dict.fromkeys(names, "text"))
+    write_folder(tmp_path / "out", {"secret.txt": "no"})
+    (folder / "out").symlink_to(tmp_path / "out")
+    (folder / "secret.txt").symlink_to(tmp_path / "out" / "secret.txt")
+    (folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    (tmp_path / "to in").symlink_to(folder)
+    os.mkfifo(folder / "pipe.txt")
+    monkeypatch.chdir(folder if given == "." else tmp_path)
+    sources = Sources([given])
+    shown = [str(Path(given) / name) for name in ("a b.gz", "a.txt", "b/9.txt", "b/10.txt", "c d/é/x.md")]
+    assert [file.name for file in sources.files] == shown
+    assert sources.links_out == [str(Path(given) / "secret.txt")]
+    assert sources.ignored == ["no.bin"]
+    assert [*sources.roots] == ["a b.gz", "a.txt", "b/9.txt", "b/10.txt", "c d/é/x.md"]
+
+
 def test_the_name_of_a_dataset_is_that_of_the_file_without_its_endings(tmp_path: Path) -> None:
     """wiki.de and wiki.en are two datasets."""
     for name in ("wiki.de.txt", "v1.2.jsonl.gz"):
@@ -437,7 +463,7 @@ def test_a_hash_is_cached_only_while_nothing_changed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
     read: list[Path] = []
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, advance: object) -> str:
         read.append(path)
         return sha256_of(path)
 
@@ -457,6 +483,23 @@ def test_a_hash_is_cached_only_while_nothing_changed(tmp_path: Path, monkeypatch
     replaced.write_text("before", encoding="utf-8")
     replaced.replace(path)
     assert hashes_of([path]) == before
+
+
+def test_a_kill_loses_no_hash_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process sees the hashes of earlier files while a later file is hashed."""
+    monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(hashes, "_SAVE_SECONDS", 0.0)
+    saved: list[int] = []
+
+    def look(path: Path, advance: object) -> str:
+        with closing(sqlite3.connect(tmp_path / "cache" / "hashes.sqlite")) as cache:
+            saved.append(cache.execute("SELECT count(*) FROM hashes").fetchone()[0])
+        return sha256_of(path)
+
+    monkeypatch.setattr(hashes, "sha256_of", look)
+    hashes_of(sorted(write_folder(tmp_path / "in", {f"{n}.txt": "text" for n in range(4)}).iterdir()))
+    assert saved == [0, 1, 2, 3]
 
 
 def test_a_hash_of_a_file_that_just_changed_is_not_cached(

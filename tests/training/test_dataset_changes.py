@@ -160,7 +160,7 @@ def test_a_known_dataset_is_not_read_again(
     from atlas.data.text import hashes
 
     read: list[Path] = []
-    monkeypatch.setattr(hashes, "sha256_of", lambda path: read.append(path))
+    monkeypatch.setattr(hashes, "sha256_of", lambda path, advance: read.append(path))
     trained(run_on(dataset, tmp_path / "two"))
     assert read == []
 

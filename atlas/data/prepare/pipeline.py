@@ -38,9 +38,9 @@ COMMIT_SECONDS = 10.0
 """Seconds between two commits. A kill loses at most the work since the last commit, and never a finished shard."""
 _WORTH_PRINTING = 1_000_000
 """Atlas prints how much disk space a dataset needs, if the dataset needs at least this many bytes."""
-_PROBE_CHARS, _ENCODED_PROBE_CHARS = 1 << 23, 1 << 19
-"""To estimate the size of a dataset, Atlas reads `_PROBE_CHARS` characters and tokenizes `_ENCODED_PROBE_CHARS` of
-them."""
+_PROBE_CHARS, _PROBE_READS, _ENCODED_PROBE_CHARS = 1 << 23, 1000, 1 << 19
+"""To estimate the size of a dataset, Atlas reads `_PROBE_CHARS` characters, in at most `_PROBE_READS` reads, and
+tokenizes `_ENCODED_PROBE_CHARS` of them."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
         if encoded_chars < _ENCODED_PROBE_CHARS:
             tokens += len(tokenizer.encode(piece.text)) + piece.ends_document
             encoded_chars += len(piece.text)
-        if chars >= _PROBE_CHARS:
+        if chars >= _PROBE_CHARS or len(bytes_read) >= _PROBE_READS:
             break
     all_chars = chars * max(1, sources.total_bytes) / max(1, sum(bytes_read))
     all_tokens = int(all_chars * tokens / max(1, encoded_chars))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from atlas.data.text.decode import Piece, as_document, is_utf16, read_text, replace_undecodable
 from atlas.data.text.files import Advance, TextFile, open_root
@@ -30,9 +30,9 @@ _BUFFER = 1 << 20
 class SourceReport(BaseModel):
     """Findings about the sources, collected while Atlas reads them."""
 
-    undecodable: Counter[str] = Counter()
+    undecodable: Counter[str] = Field(default_factory=Counter)
     """Number of bytes that were replaced by U+FFFD, by file name."""
-    empty_rows: Counter[str] = Counter()
+    empty_rows: Counter[str] = Field(default_factory=Counter)
     """Number of rows without text, by file name."""
     articles: ArticleReport | None = None
     untitled: int = 0

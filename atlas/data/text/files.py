@@ -6,6 +6,8 @@ A `TextFile` only names a file. This process or another process can open the fil
 from __future__ import annotations
 
 import io
+import os
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,10 +53,10 @@ def format_of(name: str) -> Format | None:
     A `.json` file may hold something other than rows: see `is_json`.
     """
     *compressed, inner = _split_compression(name)
-    path = PurePosixPath(inner)
-    if not path.suffix and (compressed or _PART.fullmatch(path.name)):
+    suffix = posixpath.splitext(inner)[1]
+    if not suffix and (compressed or _PART.fullmatch(posixpath.basename(inner))):
         return "text"
-    format = FORMATS.get(path.suffix)
+    format = FORMATS.get(suffix)
     return None if compressed and format == "parquet" else format
 
 
@@ -62,7 +64,7 @@ def ending_of(name: str) -> str:
     """Return the ending of a name together with the compression ending, such as `.pdf.gz`. Returns an empty string for
     a name without an ending."""
     *compressed, inner = _split_compression(name)
-    return PurePosixPath(inner).suffix + "".join(compressed)
+    return posixpath.splitext(inner)[1] + "".join(compressed)
 
 
 def is_json(name: str) -> bool:
@@ -73,9 +75,8 @@ def is_json(name: str) -> bool:
 
 def _split_compression(name: str) -> list[str]:
     """Separate the compression ending: `A.PDF.gz` → [`.gz`, `a.pdf`], `a.pdf` → [`a.pdf`]."""
-    name = name.lower()
-    suffix = PurePosixPath(name).suffix
-    return [suffix, name.removesuffix(suffix)] if suffix in COMPRESSED else [name]
+    stem, suffix = posixpath.splitext(name.lower())
+    return [suffix, stem] if suffix in COMPRESSED else [stem + suffix]
 
 
 def is_archive(name: str) -> bool:
@@ -113,7 +114,7 @@ class TextFile:
     @property
     def basename(self) -> str:
         """The last part of the file's path."""
-        return PurePosixPath(self.member or Path(self.root).as_posix()).name
+        return posixpath.basename(self.member) if self.member else os.path.basename(self.root)
 
     @property
     def is_part(self) -> bool:
@@ -163,7 +164,7 @@ class TextFile:
 def open_root(root: str) -> IO[bytes]:
     """Open a file on the disk or behind a URL."""
     if not is_url(root):
-        return Path(root).open("rb")
+        return open(root, "rb", buffering=0)  # the caller has a buffer
     with filesystem_of(root) as (filesystem, path):
         return cast(IO[bytes], filesystem.open(path, "rb"))
 
@@ -197,7 +198,6 @@ class _Observed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        self._on_read(len(content))
-        return len(content)
+        count = cast(io.RawIOBase, self._stream).readinto(buffer) or 0
+        self._on_read(count)
+        return count

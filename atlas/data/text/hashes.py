@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -14,26 +14,41 @@ from atlas.files import cache_folder, sha256_of
 _SETTLED_SECONDS = 2.0
 """A hash is cached only if the file last changed more than this many seconds ago. A newer file could change again
 without a new time stamp."""
+_SAVE_SECONDS = 2.0
+"""Seconds between two writes of new hashes to the cache. A kill loses at most the hashes since the last write."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
 _LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
-def hashes_of(paths: Iterable[Path]) -> list[str]:
+def hashes_of(paths: Iterable[str | Path], advance: Callable[[int], None] = lambda done: None) -> list[str]:
     """Return the sha256 of each file. A file is read again if its size, times or inode changed, as in git's index. A
-    copy may keep the modification time of the original, but not the change time (ctime)."""
-    hashes, new = [], []
+    copy may keep the modification time of the original, but not the change time (ctime). `advance` receives the number
+    of bytes that were hashed or whose hash was in the cache."""
+    hashes, new = [], list[tuple[bytes, str, str]]()
     with closing(_open_cache()) as cache:
+        saved = time.monotonic()
         try:
             for path in paths:
-                key, (stamp, changed), begun = os.fsencode(path.resolve()), stamp_of(path), time.time()
-                row = cache.execute(_LOOKUP, (key, stamp)).fetchone()
-                hashes.append(row[0] if row else sha256_of(path))
-                if row is None and begun - changed > _SETTLED_SECONDS and stamp_of(path)[0] == stamp:
+                key, (stamp, changed), begun = os.fsencode(os.path.abspath(path)), stamp_of(path), time.time()
+                if row := cache.execute(_LOOKUP, (key, stamp)).fetchone():
+                    hashes.append(row[0])
+                    advance(os.path.getsize(path))
+                    continue
+                hashes.append(sha256_of(path, advance))
+                if begun - changed > _SETTLED_SECONDS and stamp_of(path)[0] == stamp:
                     new.append((key, stamp, hashes[-1]))
+                if time.monotonic() - saved >= _SAVE_SECONDS:
+                    _save(cache, new)
+                    saved = time.monotonic()
         finally:  # an interrupt loses no hash
-            with suppress(sqlite3.Error), cache:
-                cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
+            _save(cache, new)
     return hashes
+
+
+def _save(cache: sqlite3.Connection, new: list[tuple[bytes, str, str]]) -> None:
+    with suppress(sqlite3.Error), cache:
+        cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
+    new.clear()
 
 
 def _open_cache() -> sqlite3.Connection:
@@ -49,8 +64,8 @@ def _open_cache() -> sqlite3.Connection:
     return cache
 
 
-def stamp_of(path: Path) -> tuple[str, float]:
+def stamp_of(path: str | Path) -> tuple[str, float]:
     """Return a string that changes whenever the file changes, and the time of the file's last change."""
-    status = path.stat()
+    status = os.stat(path)
     stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return stamp, max(status.st_mtime, status.st_ctime)

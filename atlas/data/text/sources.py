@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from atlas.data.text.archives import is_in_own_order, members_of
 from atlas.data.text.decode import Piece
@@ -38,6 +39,7 @@ from atlas.data.text.files import (
 from atlas.data.text.hashes import hashes_of
 from atlas.data.text.stdin import STANDARD_INPUT
 from atlas.errors import AtlasError, DataError
+from atlas.progress import byte_progress
 
 __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
 
@@ -47,6 +49,16 @@ _KINDS = (
     "a .txt, .md, .jsonl, .parquet, .zip or .tar file, a .json file with one object per line, a folder of such files, "
     "or a URL (text and JSON files can also be .gz or .zst)"
 )
+
+
+class _Root(NamedTuple):
+    """A file or archive on the disk, or a file behind a URL."""
+
+    resolved: str
+    """Its path without links, or its URL."""
+    name: str
+    """Its name relative to the path that the user gave."""
+    size: int
 
 
 class Sources:
@@ -74,8 +86,10 @@ class Sources:
         untrusted and the files outside may be private."""
         self.in_own_order: list[str] = []
         """Compressed tars whose members are not sorted by name. Atlas reads these members in their stored order."""
-        self._roots: dict[str, str] = {}
-        """Path or URL of each file or archive that Atlas reads → the file's name relative to the given path."""
+        self._roots: dict[str, _Root] = {}
+        """Path or URL of each file or archive that Atlas reads → what is known of it."""
+        self._resolved: set[str] = set()
+        """The paths in `_roots` without links, to recognise a file that was given twice."""
         files = [file for path in self.paths for file in self._files_of(path)]
         combined = [file for file in files if file.is_combined]
         doubled = {file for file in files if file.is_part and any(_holds(other, file) for other in combined)}
@@ -115,12 +129,18 @@ class Sources:
     def roots(self) -> dict[str, str]:
         """Name → hash of each file or archive. The name is relative to the given path. If two files share a name, the
         path replaces the name of the second file."""
-        hashes = iter(hashes_of(Path(root) for root in self._roots if not is_url(root)))
         named: dict[str, str] = {}
-        for root, name in self._roots.items():
-            key = printable(root if printable(name) in named else name)
-            named[key] = _url_key(root) if is_url(root) else next(hashes)
+        for (resolved, name, _), content in zip(self._roots.values(), self._hashes.values(), strict=True):
+            named[printable(resolved if printable(name) in named else name)] = content
         return named
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        """Path or URL of each file or archive → its hash."""
+        on_disk = {path: root.size for path, root in self._roots.items() if not is_url(path)}
+        with byte_progress(sum(on_disk.values()), "hashing the files") as advance:
+            hashes = dict(zip(on_disk, hashes_of(on_disk, advance), strict=True))
+        return {path: hashes[path] if path in hashes else _url_key(path) for path in self._roots}
 
     @cached_property
     def content_key(self) -> str:
@@ -186,42 +206,44 @@ class Sources:
         """Yield the files of a given path, in reading order."""
         path = Path(given)
         if given == STANDARD_INPUT and self._stdin:
-            self._roots[str(self._stdin)] = STANDARD_INPUT
-            file = TextFile(str(self._stdin), "rows", self._stdin.stat().st_size, shown="standard input")
+            size = self._stdin.stat().st_size
+            self._roots[str(self._stdin)] = _Root(str(self._stdin), STANDARD_INPUT, size)
+            file = TextFile(str(self._stdin), "rows", size, shown="standard input")
             yield file if holds_rows(file, at_least=1) else replace(file, format="text")
         elif is_url(given):
             yield from self._remote(given)
         elif path.is_dir():
             yield from self._in_folder(path)
         elif path.is_file():
-            yield from self._file(path, path.name, named=True)
+            yield from self._file(str(path), path.name, named=True)
         elif _PATTERN.search(given) and (found := glob.glob(given, recursive=True)):
             for match in sorted(found, key=_natural):
                 if Path(match).is_file():
-                    yield from self._file(Path(match), match, named=False)
+                    yield from self._file(str(Path(match)), match, named=False)
         else:
             raise DataError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
-        found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-        root = folder.resolve()
-        for name in sorted(itertools.filterfalse(_is_hidden, found), key=_natural):
-            file = folder / name
-            if file.resolve().is_relative_to(root):
-                yield from self._file(file, name, named=False)
-            else:
-                self.links_out.append(printable(str(file)))
+        root, start = os.path.realpath(folder), "" if folder == Path() else str(folder)
+        for name, entry in sorted(_files_below(str(folder)), key=lambda found: _natural(found[0])):
+            path, resolved = os.path.join(start, name), os.path.join(root, name)
+            if entry.is_symlink():
+                resolved = os.path.realpath(path)
+                if not Path(resolved).is_relative_to(root):
+                    self.links_out.append(printable(path))
+                    continue
+            yield from self._file(path, name, named=False, resolved=resolved)
 
-    def _file(self, path: Path, name: str, *, named: bool) -> Iterator[TextFile]:
-        resolved = str(path.resolve())
-        file = TextFile(str(path), format_of(path.name), path.stat().st_size, trusted=self._trust)
-        if resolved in self._roots:
+    def _file(self, path: str, name: str, *, named: bool, resolved: str | None = None) -> Iterator[TextFile]:
+        root = _Root(resolved or os.path.realpath(path), name, os.stat(path).st_size)
+        file = TextFile(path, format_of(os.path.basename(path)), root.size, trusted=self._trust)
+        if root.resolved in self._resolved:
             return  # the file was given twice, or by its own path and by its folder
-        if is_archive(path.name):
-            self._roots[resolved] = name
-            yield from self._members(path)
+        if is_archive(path):
+            self._add(path, root)
+            yield from self._members(Path(path))
         elif _has_format(file, named=named):
-            self._roots[resolved] = name
+            self._add(path, root)
             yield file
         elif file.format and named:
             raise DataError(
@@ -229,9 +251,13 @@ class Sources:
                 "jq -c '.[]' does with an array"
             )
         elif named:
-            raise DataError(f"{path}: {ending_of(path.name) or 'no'} ending: Atlas reads {_KINDS}")
+            raise DataError(f"{path}: {ending_of(file.basename) or 'no'} ending: Atlas reads {_KINDS}")
         else:
             self.ignored.append(printable(name))
+
+    def _add(self, path: str, root: _Root) -> None:
+        self._roots[path] = root
+        self._resolved.add(root.resolved)
 
     def _members(self, path: Path) -> Iterator[TextFile]:
         members = members_of(path, trust=self._trust)
@@ -267,8 +293,21 @@ class Sources:
             if not file.format or (in_folder and not _has_format(file)):
                 self.ignored.append(full)
             elif full not in self._roots:
-                self._roots[full] = full
+                self._roots[full] = _Root(full, full, size)
                 yield file
+
+
+def _files_below(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield the files in a folder and its subfolders, each with its name relative to the folder. Hidden files and
+    folders are left out, and links to folders are not followed. Calls to `pathlib` would take most of the time."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:
@@ -277,7 +316,7 @@ def _has_format(file: TextFile, *, named: bool = False) -> bool:
     In a `.json` file that the user named, a single JSON object is a row. In a `.json` file that was found in a folder,
     a single object may be the settings of some program, so two rows are required.
     """
-    if file.format and is_json(file.basename):
+    if file.format == "rows" and is_json(file.basename):
         return holds_rows(file, at_least=1 if named else 2)
     return file.format is not None
 
