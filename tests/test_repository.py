@@ -189,8 +189,8 @@ def normal(distribution: str) -> str:
 def test_each_package_that_is_imported_is_one_we_ask_for() -> None:
     """What only some other package happens to bring is gone one day."""
     owners = metadata.packages_distributions()
-    # Parts of what these give to their users.
-    brought = {"starlette": "fastapi", "fsspec": "torch", "datasets": "lm-eval"}
+    # Parts of what these give to their users; and aiohttp, which fsspec asks for where a URL is HTTP.
+    brought = {"starlette": "fastapi", "fsspec": "torch", "aiohttp": "torch", "datasets": "lm-eval"}
     asked = declared_distributions()
     for path in SOURCES:
         for line, name in third_party(parsed(path)):

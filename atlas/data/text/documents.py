@@ -196,7 +196,7 @@ def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str 
             f'{file.name}: Parquet needs the package pyarrow; pip install "atlas-llm[parquet]"'
         ) from None
     try:
-        with open_root(file.root) as stream:
+        with open_root(file.root, seekable=True) as stream:
             table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
             _check_column(file, table, text_field)
             file.unpack_counter()(_claimed_bytes(table, text_field))

@@ -34,6 +34,9 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
 ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz")
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
+_HTTP = ("http://", "https://")
+_HTTP_SECONDS = 60
+"""A download fails if its server sends nothing for this many seconds."""
 
 
 def printable(name: str) -> str:
@@ -161,12 +164,14 @@ class TextFile:
         return count
 
 
-def open_root(root: str) -> IO[bytes]:
-    """Open a file on the disk or behind a URL."""
+def open_root(root: str, *, seekable: bool = False) -> IO[bytes]:
+    """Open a file on the disk or behind a URL. Unless the stream must be `seekable`, Atlas downloads a file over HTTP
+    with one request, since a simple server cannot send parts of a file."""
     if not is_url(root):
         return open(root, "rb", buffering=0)  # the caller has a buffer
     with filesystem_of(root) as (filesystem, path):
-        return cast(IO[bytes], filesystem.open(path, "rb"))
+        in_one_request = {"block_size": 0} if root.startswith(_HTTP) and not seekable else {}
+        return cast(IO[bytes], _Remote(root, filesystem.open(path, "rb", **in_one_request)))
 
 
 @contextmanager
@@ -174,15 +179,56 @@ def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
     """Yield fsspec's filesystem for a URL, and the path in it. Any error within this context becomes a `DataError`."""
     if "::" in url:
         raise DataError(f"{url}: Atlas does not read a URL inside another URL; download the file")
-    try:
+    with _backend_errors(url):
         import fsspec
 
-        yield fsspec.core.url_to_fs(url)
-    except Exception as error:  # any error of a backend: no such scheme, bucket, permission or network
+        options: dict[str, Any] = {}
+        if url.startswith(_HTTP):
+            from aiohttp import ClientTimeout
+
+            # By default, aiohttp ends each download after five minutes.
+            options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=30, sock_read=_HTTP_SECONDS)}
+        yield fsspec.core.url_to_fs(url, **options)
+
+
+@contextmanager
+def _backend_errors(url: str) -> Iterator[None]:
+    """Turn any error of a backend into a `DataError`: no such scheme, bucket, permission, network or range request."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition(". ")[0] or type(error).__name__
         raise DataError(
-            f"{url}: cannot be read ({error!s:.200}); check the URL and your access, install the package that the "
+            f"{url}: cannot be read ({reason:.200}); check the URL and your access, install the package that the "
             "scheme of the URL needs, or download the file"
         ) from None
+
+
+class _Remote(io.RawIOBase):
+    """A file behind a URL. An error while it is read becomes a `DataError`, as one while it is opened does."""
+
+    def __init__(self, url: str, stream: Any) -> None:
+        self._url, self._stream = url, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        with _backend_errors(self._url):
+            return int(self._stream.readinto(buffer))
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _observed(stream: IO[bytes], on_read: Advance) -> io.BufferedReader:

@@ -345,10 +345,12 @@ def is_text_or_archive(path: Path) -> bool:
 
 
 def _url_key(url: str) -> str:
-    """Return a value that changes with the content behind a URL. The value contains a key, the ETag and the size."""
+    """Return a value that changes with the content behind a URL: its key, its ETag (or its date) and its size."""
     with filesystem_of(url) as (filesystem, path):
         facts = filesystem.info(path)  # HTTP's `ukey` does not depend on the content
-        return f"{filesystem.ukey(path)} {facts.get('ETag')} {facts.get('size')}"
+        return (
+            f"{filesystem.ukey(path)} {facts.get('ETag') or facts.get('Last-Modified')} {facts.get('size')}"
+        )
 
 
 def _archive(part: TextFile) -> tuple[str | None, PurePosixPath]:
