@@ -127,12 +127,23 @@ def write_config(path: Path, explicit: dict) -> Path:
     return path
 
 
+def config_flags(config: Path) -> list[str]:
+    """The flags for a config file. Those of the code that the file names follow: Atlas does not import it otherwise."""
+    explicit = yaml.safe_load(config.read_text(encoding="utf-8"))
+    code = {
+        "data.tokenizer": explicit["data"].get("tokenizer"),
+        "training.loss": explicit["training"].get("loss"),
+    }
+    asked = [f"--set={key}={value}" for key, value in code.items() if value]
+    return ["--config", str(config), *asked]
+
+
 def start_process(
     config: Path, *arguments: str, stderr: int | IO[str] = subprocess.PIPE, **environment: str
 ) -> subprocess.Popen[str]:
     """`atlas train --config CONFIG ARGUMENTS` as a user's shell would start it, without a terminal."""
     variables = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPOSITORY), **environment}
-    command = [sys.executable, "-m", "atlas", "train", "--config", str(config), *arguments]
+    command = [sys.executable, "-m", "atlas", "train", *config_flags(config), *arguments]
     return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stderr=stderr, text=True)
 
 

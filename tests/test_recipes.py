@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from atlas.training.checkpoint.load import load_checkpoint
-from tests.runs import REPOSITORY, layer, write_config
+from tests.runs import REPOSITORY, config_flags, layer, write_config
 
 RECIPES = REPOSITORY / "scripts/launch"
 
@@ -58,7 +58,7 @@ def test_the_slurm_script_trains(tmp_path: Path, text_file: Path) -> None:
         tool.write_text(f"#!/bin/sh\n{body}\n")
         tool.chmod(0o755)
     config = write_config(tmp_path / "run.yaml", layer(tmp_path / "run", text_file))
-    command = ["bash", str(RECIPES / "slurm.sbatch"), "--config", str(config)]
+    command = ["bash", str(RECIPES / "slurm.sbatch"), *config_flags(config)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "run/atlas_step_6.pt")["step"] == 6
@@ -83,7 +83,12 @@ def test_the_kubernetes_command_trains(tmp_path: Path, text_file: Path) -> None:
     torchrun = shutil.which(command[0], path=variables["PATH"])
     assert torchrun is not None
     done = subprocess.run(
-        [torchrun, *command[1:]], env=variables, capture_output=True, text=True, check=False, timeout=120
+        [torchrun, *command[1:], *config_flags(config)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "run/atlas_step_6.pt")["step"] == 6

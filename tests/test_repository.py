@@ -49,7 +49,7 @@ ROOMS = {
 }
 INSIDE = {
     "": "errors machine process progress version < files",
-    "config": "fields renamed < model < config < loader < presets reference",
+    "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
     "data.text": "archives decode demo hashes stdin < files wikipedia < documents < sources",

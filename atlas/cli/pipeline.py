@@ -13,6 +13,7 @@ from atlas.cli.terminal import say
 from atlas.cli.train import NoResume, Overrides, train_to_the_end
 from atlas.config.loader import Layer, nested, overlay, parse_overrides, read_yaml
 from atlas.config.presets import find_config, leaves_batch_size_open, preset_names
+from atlas.config.user_code import refuse_unasked_code
 from atlas.errors import AtlasError
 from atlas.files import local_path
 
@@ -104,7 +105,9 @@ def _settings(data: str, config: str | None, overrides: Layer, ask: Callable[[st
     vocab_size = prepared.manifest.tokenizer["vocab_size"] if prepared else None
     device = str(overrides.get("device", "auto"))
     preset = config or choose_preset(ask, vocab_size=vocab_size, device=device)
-    written = overlay(read_yaml(find_config(preset)), overrides)
+    from_file = read_yaml(find_config(preset))
+    refuse_unasked_code(from_file, overrides, preset)
+    written = overlay(from_file, overrides)
     stated = written.get("model", {}).get("vocab_size")
     tokenizer = written.get("data", {}).get("tokenizer")
     if prepared is None:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from atlas.cli.train import Config, Overrides, explicit_layer
-from atlas.config.loader import resolve
+from atlas.cli.train import Config, Overrides
+from atlas.config.loader import parse_overrides, read_yaml, resolve
+from atlas.config.presets import find_config
 from atlas.errors import AtlasError
 
 
@@ -58,6 +59,7 @@ def plan(
     if gpus is not None and not has_config:
         raise AtlasError(f"--gpus {gpus}: needs a config, such as --config small")
     cluster = None if gpus is None else cluster_of(gpus, 1 if nodes is None else nodes, interconnect)
-    wanted = resolve(explicit_layer(config, overrides, {}))
+    # The plan imports no code, so the config may name any.
+    wanted = resolve(read_yaml(find_config(config)) if config else {}, parse_overrides(overrides or []))
     report = make_report(wanted, data, gpu, memory, cluster, has_config=has_config)
     (print_json if as_json else print_report)(report)

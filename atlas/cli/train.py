@@ -9,6 +9,7 @@ import typer
 
 from atlas.cli.terminal import ask_or_none, own_command, print_table, say
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
+from atlas.config.user_code import refuse_unasked_code
 from atlas.errors import INTERRUPTED, AtlasError
 
 if TYPE_CHECKING:
@@ -131,13 +132,16 @@ def train(
 
 
 def explicit_layer(config: str | None, overrides: list[str] | None, flags: dict[str, str]) -> Layer:
-    """Return the settings that the user gave. Flags take precedence over --set, and --set over the config file."""
+    """Return the settings that the user gave. Flags take precedence over --set, and --set over the config file. Raises
+    `ConfigError` if only the file names code."""
     from atlas.config.presets import find_config
 
-    layer = overlay(read_yaml(find_config(config)) if config else {}, parse_overrides(overrides or []))
+    asked = parse_overrides(overrides or [])
     for key, value in flags.items():
-        layer = overlay(layer, nested(key, value))
-    return layer
+        asked = overlay(asked, nested(key, value))
+    from_file = read_yaml(find_config(config)) if config else {}
+    refuse_unasked_code(from_file, asked, config)
+    return overlay(from_file, asked)
 
 
 def _print_profile(explicit: Layer) -> None:

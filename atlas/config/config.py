@@ -46,8 +46,8 @@ class DataConfig(Section):
     val_data: str | None = None
     """Validation data, in the same formats as train_data. Default: the validation split of the training data."""
     tokenizer: str | None = None
-    """Tokenizer for plain text: gpt2 (the default), a tokenizer.json, or package.module:factory. A prepared folder has
-    its own tokenizer."""
+    """Tokenizer for plain text: gpt2 (the default), a tokenizer.json, or package.module:factory. The command must name
+    such a factory, not only a config file. A prepared folder has its own tokenizer."""
     val_fraction: Float = Field(0.05, ge=0, lt=1)
     """Fraction of the documents of a plain text that is held out for validation."""
     packing: Literal["concat", "best_fit"] = "concat"
@@ -132,7 +132,7 @@ class TrainingConfig(Section):
     group of shard_size processes holds its own copy. Default: all processes share one copy."""
     loss: str | None = None
     """Your own loss, as package.module:function. Atlas calls function(logits, targets, mask=None). The function returns
-    the mean loss over the tokens at which mask is true."""
+    the mean loss over the tokens at which mask is true. The command must name this function, not only a config file."""
     log_interval: Int = Field(10, ge=1)
     """Number of updates between two lines of metrics."""
     eval_interval: Int = Field(100, ge=1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +26,6 @@ STORED_AS_FILE = ("bpe", "hf")
 """The kinds of tokenizers whose vocabulary a dataset stores in its tokenizer.json."""
 MAX_FILE_BYTES = 128 << 20
 """The largest allowed size of a tokenizer.json, in bytes. A file with a million tokens has about 100 MB."""
-
-DOTTED_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 class Tokenizer(ABC):

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atlas.config.user_code import names_tokenizer_code
 from atlas.errors import TokenizerError
 from atlas.files import read_limited
-from atlas.tokenizer.base import DOTTED_NAME, MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
+from atlas.tokenizer.base import MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s, train_bpe
 from atlas.tokenizer.custom import CustomTokenizer, import_object
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -72,10 +73,10 @@ def resolve(spec: str | Path) -> Tokenizer:
     `package.module:factory`."""
     if spec == "gpt2":
         return gpt2_tokenizer()
+    if isinstance(spec, str) and names_tokenizer_code(spec):
+        return wrap(import_object(spec)(), name=spec)
     if Path(spec).exists():
         return load(spec)
-    if isinstance(spec, str) and DOTTED_NAME.fullmatch(spec):
-        return wrap(import_object(spec)(), name=spec)
     raise TokenizerError(
         f"tokenizer {spec}: no such file; give gpt2, a tokenizer.json, or package.module:factory"
     )

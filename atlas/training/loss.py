@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config.config import LOSS_CHUNK_TOKENS
+from atlas.config.user_code import names_code
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.model import AtlasLM
-from atlas.tokenizer.base import DOTTED_NAME
 from atlas.tokenizer.custom import import_object
 from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_cuda, loss_with_gradients
 
@@ -148,7 +148,7 @@ class SummedLoss(nn.Module):
 def load_loss(dotted: str) -> LossFunction:
     """Import and return the function that `training.loss` names as `package.module:function`. Python also searches the
     current directory."""
-    if not DOTTED_NAME.fullmatch(dotted):
+    if not names_code(dotted):
         raise AtlasError(f"training.loss: {dotted}: write it as package.module:function")
     try:
         function = import_object(dotted)

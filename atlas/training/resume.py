@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, overlay, resolve
+from atlas.config.user_code import refuse_unasked_code
 from atlas.data import ResolvedData
 from atlas.errors import AtlasError
 from atlas.files import local_path
@@ -170,7 +171,7 @@ def _read_named(request: Request, source: Path) -> _Named:
     manifest = read_manifest(source, check_hash=False)
     contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
     inherited, explicit = contents["config"], request.explicit
-    _refuse_unasked_code(inherited, explicit)
+    _refuse_unasked_loss(inherited, explicit, source)
     is_new_run = request.init_from is not None
     config, data = with_data(resolve(inherited, explicit), explicit, contents, is_new_run=is_new_run)
     resumes = not is_new_run and data.fingerprint == contents["data"].get("fingerprint")
@@ -255,7 +256,7 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
     run has another model, optimizer or dataset."""
     source, contents = latest
     inherited = overlay(contents["config"], {"checkpoint": {"output_dir": str(folder)}})
-    _refuse_unasked_code(inherited, request.explicit)
+    _refuse_unasked_loss(inherited, request.explicit, source)
     remedy = "choose another --output-dir, or move the old run aside with --no-resume"
     try:
         config, data = with_data(resolve(inherited, request.explicit), request.explicit, contents)
@@ -368,14 +369,10 @@ def _refuse_other_optimizer(config: AtlasConfig, contents: Mapping[str, Any], so
         )
 
 
-def _refuse_unasked_code(inherited: Mapping[str, Any], explicit: Layer) -> None:
-    """Raise `AtlasError` if a checkpoint names a custom loss and the user does not set `training.loss`. The checkpoint
-    may come from a stranger, and a custom loss is code that Atlas would run."""
-    loss = inherited.get("training", {}).get("loss")
-    if loss and "loss" not in explicit.get("training", {}):
-        raise AtlasError(
-            f"the checkpoint was trained with the loss {loss}: to run this code, add --set training.loss={loss}"
-        )
+def _refuse_unasked_loss(inherited: Mapping[str, Any], explicit: Layer, source: Path) -> None:
+    """Raise `AtlasError` if a checkpoint names a custom loss and the user does not set `training.loss`. The tokenizer
+    that a checkpoint names is never imported."""
+    refuse_unasked_code({"training": inherited.get("training", {})}, explicit, source)
 
 
 def _explicit_folder(explicit: Layer) -> Path | None:

@@ -25,7 +25,7 @@ from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.train import train
 from tests.faults.runs import Broken, Run, command, hard_run, options, resumed_step, shown
-from tests.runs import assert_same_run, on_updates, run_for, same_bits
+from tests.runs import assert_same_run, config_flags, on_updates, run_for, same_bits
 
 STEPS, STOPPED_AT = 12, 8
 PROCESS_EVERY = 50
@@ -186,7 +186,7 @@ def _make_scene(folder: Path) -> Scene:
 def _atlas_train(run: Run) -> tuple[int, str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = atlas(["train", "--config", str(run.folder / "run.yaml")])
+        code = atlas(["train", *config_flags(run.folder / "run.yaml")])
     return code, said.getvalue()
 
 

@@ -30,7 +30,7 @@ from unittest import mock
 
 from atlas.cli import main as atlas
 from tests.faults.runs import Broken, Run, command, hard_run, shown, sound_checkpoints
-from tests.runs import REPOSITORY, assert_same_run
+from tests.runs import REPOSITORY, assert_same_run, config_flags
 
 STEPS, SAVE_INTERVAL = 8, 2
 TMPFS_BYTES = 48 << 20
@@ -156,7 +156,7 @@ def train(run: Run, *, in_background: bool = False) -> tuple[int, str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         setting = f"checkpoint.background={in_background}"
-        code = atlas(["train", "--config", str(run.folder / "run.yaml"), "--set", setting])
+        code = atlas(["train", *config_flags(run.folder / "run.yaml"), "--set", setting])
     return code, said.getvalue()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from atlas.config.loader import nested, overlay, read_yaml
 from atlas.training.checkpoint.load import load_checkpoint
-from tests.runs import REPOSITORY, layer, logged, trained, write_config
+from tests.runs import REPOSITORY, config_flags, layer, logged, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses pseudo-terminals and SIGHUP")
 
@@ -46,7 +46,7 @@ def at_a_terminal(
 
     master, slave = pty.openpty()
     code = "; ".join([HANGUP.format(hangup), TAKE_TERMINAL, RUN])
-    command = [sys.executable, "-c", code, "train", "--config", str(config), "--resume", "auto"]
+    command = [sys.executable, "-c", code, "train", *config_flags(config), "--resume", "auto"]
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
@@ -76,7 +76,7 @@ def test_a_run_outlives_the_reader_of_its_output(
     config: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """As in `atlas train 2>&1 | head -3`."""
-    command = [sys.executable, "-m", "atlas", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "atlas", "train", *config_flags(config)]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     )

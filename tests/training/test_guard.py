@@ -27,6 +27,7 @@ from atlas.training.state import TrainState
 from atlas.training.step import apply_gradient
 from atlas.training.train import train
 from tests.runs import (
+    config_flags,
     gradient_of,
     layer,
     logged,
@@ -315,11 +316,11 @@ def test_a_rate_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(
     """Also in a run too short for the limit of updates that are not applied."""
     explicit = layer(tmp_path / "run", text_file, training__max_steps=steps, training__warmup_steps=0)
     config = write_config(tmp_path / "c.yaml", explicit)
-    assert main(["train", "--config", str(config), "--learning-rate", "1e300"]) == 2
+    assert main(["train", *config_flags(config), "--learning-rate", "1e300"]) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"error: step {steps}: weights that are not finite")
     assert list((tmp_path / "run").glob("atlas_*.pt")) == []
-    assert main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    assert main(["train", *config_flags(config), "--resume", "auto"]) == 0
     assert "no checkpoint to resume from; a new run starts" in capfd.readouterr().err
 
 

@@ -27,7 +27,7 @@ from atlas.training.loss import compute_lm_loss
 from atlas.training.micro_batch import _largest, _trial_fits
 from atlas.training.run import Run
 from atlas.training.train import train
-from tests.runs import REPOSITORY, layer, logged, on_updates, run_for, trained, write_config
+from tests.runs import REPOSITORY, config_flags, layer, logged, on_updates, run_for, trained, write_config
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -177,7 +177,7 @@ def test_a_run_adapts_to_a_true_limit_of_memory(tmp_path: Path, text_file: Path)
     config.write_text(yaml.safe_dump(explicit), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(
-        [sys.executable, "-c", CAPPED, str(500_000_000), "train", "--config", str(config)],
+        [sys.executable, "-c", CAPPED, str(500_000_000), "train", *config_flags(config)],
         env=environment,
         capture_output=True,
         text=True,
@@ -213,8 +213,7 @@ def test_auto_fills_a_limit_of_data(tmp_path: Path, gib: int) -> None:
             "-m",
             "atlas",
             "train",
-            "--config",
-            config,
+            *config_flags(config),
         ]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr

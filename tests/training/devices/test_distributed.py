@@ -23,7 +23,7 @@ from atlas.training.devices import world as distributed
 from atlas.training.devices.world import World
 from atlas.training.memory import parallel as sharing
 from atlas.training.memory.parallel import choose_parallel
-from tests.runs import REPOSITORY, layer, logged, run_for, trained, write_config
+from tests.runs import REPOSITORY, config_flags, layer, logged, run_for, trained, write_config
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's gloo and these signals are not Windows'")
 
@@ -35,7 +35,7 @@ def launch(
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
         *(f"--max-restarts={restarts}", str(REPOSITORY / "tests/ranks.py"), fault),
-        *("train", "--config", str(config), "--timeout", "20", *arguments),
+        *("train", *config_flags(config), "--timeout", "20", *arguments),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
@@ -427,7 +427,7 @@ def test_one_process_alone_is_shown_how_to_start_several(
     config = write_config(
         tmp_path / "run.yaml", layer(tmp_path / "run", text_file, training__parallel="fsdp")
     )
-    assert main(["train", "--config", str(config)]) == 2
+    assert main(["train", *config_flags(config)]) == 2
     assert "torchrun --nproc-per-node=N -m atlas train" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import REPOSITORY, logged, trained, write_config
+from tests.runs import REPOSITORY, config_flags, logged, trained, write_config
 from tests.training.devices.test_distributed import assert_close, elsewhere, hard
 
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
@@ -68,7 +68,7 @@ def start(host: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
         *("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={HOSTS[host]}"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={FIRST}:29500", "--rdzv-id=test"),
         f"--rdzv-conf=is_host={HOSTS[host] == FIRST}",  # a namespace has no host name
-        *(str(REPOSITORY / "tests/ranks.py"), "none@0:0", "train", "--config", str(config), *arguments),
+        *(str(REPOSITORY / "tests/ranks.py"), "none@0:0", "train", *config_flags(config), *arguments),
     ]
     environment = {
         **os.environ,
