@@ -4,8 +4,8 @@
 
 FAULT: `none`; `kill` and `hang` by a signal, `memory` (PyTorch's out of memory, in the forward pass), `memory-late` (in
 a backward pass with the others), `bug`: all in the update after STEP; `save`: killed while a checkpoint of STEP or a
-later one is being written; `disk`: full when that of STEP is; `nan`: two updates from STEP on have no finite
-loss.
+later one is being written; `slow`: this writing takes five seconds; `disk`: full when that of STEP is; `nan`: two
+updates from STEP on have no finite loss.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,8 @@ def within_save(step: int, fault: str) -> None:
         if fault == "save":
             os.kill(os.getpid(), signal.SIGKILL)
         due.clear()
+        if fault == "slow":
+            return time.sleep(5)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def noting(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +130,7 @@ if __name__ == "__main__":
     rank, _, step = place.partition(":")
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if fault != "none" and first_life and os.environ["RANK"] == rank:
-        if fault in ("save", "disk"):
+        if fault in ("save", "slow", "disk"):
             within_save(int(step), fault)
         else:
             before_update(int(step), fault)

@@ -54,7 +54,10 @@ def train(run: Run) -> Result:
         kind = {"interrupted": "interrupt", "stopped in time": "step"}.get(outcome)
         is_saved = kind is None or save_if_sound(run, [kind])
         log.event(outcome, state.step)
-    log.flush_to_disk()
+    with (
+        run.world.in_step()
+    ):  # no rank ends before the last save is complete: srun would then kill the other ranks
+        log.flush_to_disk()
     saved = run.saver.written if is_saved else []
     return Result(outcome, state.step, state.loss, state.val_loss, saved)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.devices import signals
 from atlas.training.devices.signals import Stopped, StopRequest
 from tests.runs import layer, logged, start_process, trained, write_config
 
@@ -76,6 +77,19 @@ def test_sigterm_in_the_first_compile_saves_within_ten_seconds(
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_a_rank_takes_two_signals_in_a_row_as_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals each process of a job, and torchrun passes its own signal on."""
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with StopRequest(is_alone=False) as stop:
+        for now[0] in (100.0, 100.1, 103.0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        now[0] = 120.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_request_raises_only_inside_the_context() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from atlas.errors import Interrupted
+
+_ECHO = 10.0
+"""Seconds after the first signal in which a rank ignores another one. Slurm signals all processes of a job. torchrun is
+one of them, and passes its signal on to the ranks, so each rank receives a request twice."""
 
 
 class Stopped(BaseException):
@@ -28,6 +33,7 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, *, is_alone: bool = True) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self.requested = False
         self._is_alone = is_alone
         self._say = say
@@ -55,9 +61,11 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if not self._is_alone and time.monotonic() - self._asked_at < _ECHO:
+                return
             self._previous_handlers.close()
             raise Interrupted
-        self.asked = True
+        self.asked, self._asked_at = True, time.monotonic()
         if self._is_alone:
             self.agree()
         if self._raises:

@@ -375,6 +375,23 @@ def test_sigterm_to_torchrun_saves_once(tmp_path: Path, text_file: Path, paralle
 
 
 @pytest.mark.slow
+def test_no_rank_ends_before_the_last_save_is_complete(tmp_path: Path, text_file: Path) -> None:
+    """If one torchrun ends with an error, as after SIGTERM, srun kills those of the other machines."""
+    explicit = hard(tmp_path / "one", text_file, training__max_steps=100_000, checkpoint__save_interval=10**6)
+    explicit["training"]["eval_interval"] = 10**6
+    process = launch(write_config(tmp_path / "run.yaml", explicit), 2, fault="slow@0:0")
+    while len(logged(tmp_path / "one") if (tmp_path / "one/metrics.jsonl").exists() else []) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    (second,) = (rank for rank in psutil.Process(process.pid).children() if rank.environ().get("RANK") == "1")
+    process.send_signal(signal.SIGTERM)
+    while second.is_running() and second.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    assert len([*(tmp_path / "one").glob("atlas_interrupt_step_*.pt")]) == 1
+    finish(process, within=40)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["single", "sharded"])
 def test_a_disk_that_is_full_on_the_first_rank(tmp_path: Path, text_file: Path, format: str) -> None:
     explicit = hard(tmp_path / "one", text_file, checkpoint__format=format, training__parallel="fsdp")
