@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.runs import REPOSITORY, config_flags, logged, trained, write_config
@@ -62,7 +63,7 @@ def _remove_hosts() -> None:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(host: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(host: str, config: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     command = [
         *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", f"--local-addr={HOSTS[host]}"),
@@ -75,8 +76,9 @@ def start(host: str, config: Path, *arguments: str) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "GLOO_SOCKET_IFNAME": f"cable-{host[-1]}",
+        **variables,
     }
-    log = open(config.with_suffix(f".{host}.log"), "w")  # noqa: SIM115
+    log = open(config.with_suffix(f".{host}.log"), "a")  # noqa: SIM115
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
     )
@@ -146,5 +148,34 @@ def test_a_cable_unplugged_for_longer_than_the_timeout_costs_the_updates_since_t
     assert "no answer from another rank within 8 s" in said
     assert "torchrun restarted the run" in said
     assert "resuming" in said
+    trained(elsewhere(explicit, tmp_path / "one"))
+    assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hosts")
+def test_a_replaced_host_joins_the_run(tmp_path: Path, text_file: Path) -> None:
+    """The machine without the rendezvous is lost, with its torchrun, and a new one takes its place. The recipes set the
+    same variable."""
+    explicit = hard(tmp_path / "two", text_file, training__parallel="ddp", training__max_steps=300)
+    explicit["training"] |= {"eval_interval": 100, "learning_rate": 1e-3}
+    explicit["checkpoint"]["save_interval"] = 20
+    config = write_config(tmp_path / "run.yaml", explicit)
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    first, second = (start(host, config, "--timeout", "60", **own_store) for host in HOSTS)
+    try:
+        metrics = tmp_path / "two/metrics.jsonl"
+        while not metrics.exists() or len(logged(tmp_path / "two")) < 30:
+            assert first.poll() is second.poll() is None, said_on_both(config)
+            time.sleep(0.05)
+        for process in [*psutil.Process(second.pid).children(recursive=True), second]:
+            process.kill()
+        second.wait()
+        second = start("atlas-b", config, "--timeout", "60", **own_store)
+        assert [process.wait(180) for process in (first, second)] == [0, 0], said_on_both(config)
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert "resuming" in said_on_both(config)
     trained(elsewhere(explicit, tmp_path / "one"))
     assert_close(tmp_path / "one", tmp_path / "two", "atlas_step_300.pt")
