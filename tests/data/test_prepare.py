@@ -538,7 +538,7 @@ def test_an_interrupt_during_the_first_commit_keeps_it(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("atlas.files.flush_folder", interrupt)
-    with pytest.raises(KeyboardInterrupt), building(tmp_path / "set", "key") as workspace:
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "set", tmp_path / "set", "key") as workspace:
         workspace.commit({"position": 3})
     assert "the same command resumes it" in capsys.readouterr().err
     assert Workspace(tmp_path / ".set.preparing", "key").state == {"position": 3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from atlas.data.prepare.batching import Position
+from atlas.data.prepare.batching import Batch, Position, read_again, texts_of
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import require_datasketch
 from atlas.data.prepare.merge import Merger
@@ -22,8 +23,9 @@ from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
-from atlas.data.prepare.workspace import Workspace, building, locked, refuse_foreign
+from atlas.data.prepare.workspace import State, Workspace, building, locked, refuse_foreign
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
+from atlas.data.text.files import is_url
 from atlas.data.text.hashes import hashes_of
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
@@ -121,7 +123,11 @@ def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_f
     """
     with _file_errors():
         preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
-        return preparation.run(cache_folder() / "datasets" / preparation.key[:32]).dataset.folder
+        datasets = cache_folder() / "datasets"
+        places = [str(path) if is_url(path) else os.path.realpath(path) for path in paths]
+        # The name of the work does not depend on the content of the files, which may be corrected before the next call.
+        work = hashlib.sha256(json.dumps([places, preparation.work_key]).encode()).hexdigest()
+        return preparation.run(datasets / preparation.key[:32], datasets / work[:32]).dataset.folder
 
 
 @contextmanager
@@ -158,24 +164,35 @@ class _Preparation:
     @cached_property
     def key(self) -> str:
         """sha256 that two preparations share only if they make the same dataset."""
+        return self._key_with(self.sources.content_key)
+
+    @property
+    def work_key(self) -> str:
+        """sha256 that two preparations share if they make the same tokens of the same documents. The documents in two
+        texts may differ, unless the tokenizer is trained on them."""
+        return self._key_with(None if self.tokenizer else self.sources.content_key)
+
+    def _key_with(self, content_key: str | None) -> str:
         fingerprint = self.tokenizer.fingerprint if self.tokenizer else None
-        identity = [FORMAT_VERSION, self.sources.content_key, fingerprint, self.option_values]
+        identity = [FORMAT_VERSION, content_key, fingerprint, self.option_values]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def run(self, output: Path) -> Summary:
-        """Make the dataset in `output`, unless `output` already contains this dataset."""
+    def run(self, output: Path, work: Path | None = None) -> Summary:
+        """Make the dataset in `output`, unless `output` already contains this dataset. The lock and the unfinished work
+        lie beside `work`, under its name; the default is `output`."""
+        work = work or output
         with _file_errors(output):
             refuse_foreign(output)
             if existing := self._existing(output):
                 return Summary(existing, unchanged=True)
             if next(self.sources.documents(), None) is None:
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
-            with locked(output):
+            with locked(work):
                 if existing := self._existing(output):  # another process made it while this process waited
                     return Summary(existing, unchanged=True)
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
                     notify(line)
-                with building(output, self.key) as workspace:
+                with building(output, work, self.work_key, self._is_usable) as workspace:
                     self._make(output, workspace)
                 return Summary(open_dataset(output), unchanged=False)
 
@@ -195,6 +212,24 @@ class _Preparation:
             return None  # missing, damaged, or just being replaced by another process: the dataset is prepared again
         return dataset
 
+    def _is_usable(self, state: State) -> bool:
+        """Return whether the work that led to `state` is also the beginning of this preparation. If a file changed,
+        the text before the position of `state` must be the same, byte for byte."""
+        if state["content_key"] == self.sources.content_key:
+            return True
+        rule, end = SplitRule(**state["rule"]), Position(*state["position"])
+        if (
+            rule.cut_at is not None or self._split_rule.cut_at is not None
+        ):  # the cut depends on the complete text
+            return False
+        if TextSoFar(self.sources, rule).key(end.group) != state["groups"]:
+            return False
+        return read_again(self.sources.groups, rule, end) == str(state["read"])
+
+    @cached_property
+    def _split_rule(self) -> SplitRule:
+        return SplitRule.choose(self.sources.documents(), self.options.val_fraction, self.options.cleaning)
+
     def _make(self, output: Path, workspace: Workspace) -> None:
         """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
         interrupted call."""
@@ -202,13 +237,13 @@ class _Preparation:
         if workspace.state:
             rule, tokenizer = SplitRule(**workspace.state["rule"]), self.tokenizer or Tokenizer.load(folder)
         else:
-            rule = SplitRule.choose(sources.documents(), options.val_fraction, options.cleaning)
+            rule = self._split_rule
             wanted = options.train_tokenizer or 0
             tokenizer = self.tokenizer or train_tokenizer_on(sources, rule, options.cleaning, wanted)
         if tokenizer.kind in STORED_AS_FILE and not (folder / "tokenizer.json").exists():
             tokenizer.save(folder / "tokenizer.json")
         if self.tokenizer is None and not workspace.state:
-            workspace.commit({"rule": vars(rule)})
+            workspace.commit({"content_key": sources.content_key, "rule": vars(rule)})
         dtype = token_dtype(tokenizer.vocab_size)
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
             _require_space(sources, tokenizer, output, done=merger.tokens)
@@ -231,22 +266,45 @@ class _Preparation:
         ).write(folder)
 
     def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
-        """Tokenize and merge every batch. Commit after each finished shard, and every `COMMIT_SECONDS`."""
+        """Tokenize and merge every batch. Commit after each finished shard, every `COMMIT_SECONDS`, and before an error
+        of the input. The last state at the end of a file is kept too, for the case that the next file changes."""
         state = workspace.state
         report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
-        committed = time.monotonic()
+        text, done = TextSoFar(self.sources, merger.rule), Batch(start)
+        at_file_end = [state for state in workspace.states if not Position(*state.get("position", ())).part][
+            -1:
+        ]
+        committed = file_end_committed = time.monotonic()
+
+        def commit() -> None:
+            nonlocal at_file_end
+            facts = {
+                "content_key": self.sources.content_key,
+                "rule": vars(merger.rule),
+                "tokens": merger.tokens,
+            }
+            place = {"position": done.end, "groups": text.key(done.end.group), "read": done.read}
+            new = facts | place | {"report": report.model_dump(), "assembly": merger.sync()}
+            workspace.commit(*at_file_end, new)
+            at_file_end = at_file_end if done.end.part else [new]
+
         with byte_progress(self.sources.total_bytes, "tokenizing") as advance:
             advance(sum(group.size for group in self.sources.groups[: start.group]))
-            for batch, encoded in self.pool.encode(self.sources, merger.rule, start, encoder):
-                finished_shard = merger.add(batch, encoded)
-                report.merge(batch.report)
-                advance(batch.bytes_read)
-                if finished_shard or time.monotonic() - committed >= COMMIT_SECONDS:
-                    found, assembly = report.model_dump(), merger.sync()
-                    progress = {"position": batch.end, "report": found, "assembly": assembly}
-                    workspace.commit({"rule": vars(merger.rule)} | progress)
-                    committed = time.monotonic()
+            try:
+                for batch, encoded in self.pool.encode(self.sources, merger.rule, start, encoder):
+                    finished_shard, done = merger.add(batch, encoded), batch
+                    report.merge(batch.report)
+                    advance(batch.bytes_read)
+                    last = committed if done.end.part else file_end_committed
+                    if finished_shard or time.monotonic() - last >= COMMIT_SECONDS:
+                        commit()
+                        committed = time.monotonic()
+                        file_end_committed = file_end_committed if done.end.part else committed
+            except AtlasError:
+                if merger.tokens:
+                    commit()
+                raise
         return report
 
     def _require_text(self, splits: Collection[str], short: int) -> None:
@@ -275,6 +333,22 @@ class _Preparation:
             )
         if rule.val_fraction and "val" not in splits:
             yield "nothing was held out for validation: too little text for this --val-fraction"
+
+
+class TextSoFar:
+    """Keys of growing beginnings of the text, in complete files."""
+
+    def __init__(self, sources: Sources, rule: SplitRule) -> None:
+        self._sources, self._texts = sources, texts_of(sources.groups, rule)
+        self._digest, self._number = hashlib.sha256(), 0
+
+    def key(self, number: int) -> str:
+        """Return the sha256 of the names and hashes of the first `number` texts. `number` must not become smaller."""
+        for text in self._texts[self._number : number]:
+            for group in text:
+                self._digest.update(self._sources.identity_of(group))
+        self._number = number
+        return self._digest.hexdigest()
 
 
 def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:

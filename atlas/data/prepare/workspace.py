@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
 from atlas.files import flush_folder, flush_to_disk, replace_folder, replacing, try_to_lock
 from atlas.progress import notify
+
+State = dict[str, Any]
 
 
 class WorkerKilled(DataError):
@@ -76,39 +78,60 @@ class Workspace:
     """The folder in which a dataset is made, beside the dataset's final place. If a process is killed, the next process
     takes the folder over.
 
-    `dataset` will be moved to the final place. `journal.json` holds the key of the dataset and the state of the work.
+    `dataset` will be moved to the final place. `journal.json` holds the key of the settings and states of the work.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(
+        self, folder: Path, key: str, is_usable: Callable[[State], bool] = lambda state: True
+    ) -> None:
+        """Resume from the last committed state that `is_usable`. Without such a state, the folder is emptied."""
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self.journal = key, folder / "journal.json"
-        self.state: dict[str, Any] = {}
-        """The state that this process or an earlier process committed last; empty if there is nothing to resume."""
-        with suppress(OSError, ValueError):
+        states: list[State] = []
+        with suppress(OSError, ValueError, LookupError, TypeError):
             content = json.loads(self.journal.read_text(encoding="utf-8"))
             if content["key"] == key and self.dataset.is_dir():
-                self.state = content["state"]
-        if not self.state:
+                states = content["states"]
+        committed = len(states)
+        while states and not is_usable(states[-1]):
+            states.pop()
+        self.states = states
+        """The states that were committed last, oldest first; empty if there is nothing to resume."""
+        if 0 < len(states) < committed:
+            self.commit(*states)  # before the work after these states is overwritten
+        if not states:
+            self.journal.unlink(
+                missing_ok=True
+            )  # first, so that a kill leaves no journal of files that are gone
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
-    def commit(self, state: dict[str, Any]) -> None:
-        """Save `state`, from which the next process can resume. All data that `state` describes must be on the disk."""
+    @property
+    def state(self) -> State:
+        """The state from which this process resumes, or an empty one."""
+        return self.states[-1] if self.states else {}
+
+    def commit(self, *states: State) -> None:
+        """Save the states, oldest first, from one of which the next process can resume. All data that they describe
+        must be on the disk."""
         with replacing(self.journal) as new:
-            new.write_text(json.dumps({"key": self.key, "state": state}), encoding="utf-8", newline="\n")
-        self.state = state
+            new.write_text(json.dumps({"key": self.key, "states": states}), encoding="utf-8", newline="\n")
+        self.states = [*states]
 
 
 @contextmanager
-def building(output: Path, key: str) -> Iterator[Workspace]:
-    """Yield a workspace whose dataset replaces `output` at the end. The caller must have `locked` the output.
+def building(
+    output: Path, work: Path, key: str, is_usable: Callable[[State], bool] = lambda state: True
+) -> Iterator[Workspace]:
+    """Yield a workspace whose dataset replaces `output` at the end. The caller must have `locked` the `work`, beside
+    which the workspace lies.
 
-    If this process is killed or interrupted, if a file cannot be read or written, or if a worker is killed, the
-    committed work stays for the next call with the same `key`. After any other failure the workspace is removed.
+    After a kill, an interrupt or an error, the committed work stays for the next call with the same `key`. That call
+    resumes from the last state that `is_usable`.
     """
     output = output.absolute()
     clean_up(output)
-    workspace = Workspace(output.with_name(f".{output.name}.preparing"), key)
+    workspace = Workspace(work.absolute().with_name(f".{work.name}.preparing"), key, is_usable)
     replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
     keep = False
     try:
@@ -120,10 +143,12 @@ def building(output: Path, key: str) -> Iterator[Workspace]:
         refuse_foreign(output)
         workspace.dataset.rename(replaced)  # so that the journal never describes the old dataset
         replace_folder(replaced, output)
-    except (KeyboardInterrupt, OSError, WorkerKilled):
+    except BaseException:
         keep = workspace.journal.exists() and workspace.dataset.exists()  # an interrupt may come in a commit
         if keep:
-            notify(f"{output}: the work so far is kept; the same command resumes it")
+            tokens = workspace.state.get("tokens")
+            size = f" ({tokens:,} tokens)" if tokens else ""
+            notify(f"{output}: the work so far{size} is kept; the same command resumes it")
         raise
     finally:
         if not keep:

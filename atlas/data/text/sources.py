@@ -148,6 +148,12 @@ class Sources:
         identity = [self.text_field, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
+    def identity_of(self, group: Group) -> bytes:
+        """Return bytes that two groups share only if they give the same documents and the same reports."""
+        return json.dumps(
+            [[file.name, file.format, self._hashes[file.root]] for file in group.files]
+        ).encode()
+
     def documents(
         self, report: SourceReport | None = None, advance: Advance = lambda _: None
     ) -> Iterator[Piece]:
