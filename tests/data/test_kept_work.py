@@ -18,6 +18,7 @@ from atlas.data import prepare
 from atlas.data.prepare import batching, pipeline
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.prepare.tokenize import Encoder
+from atlas.data.prepare.workspace import Workspace
 from atlas.data.text import files
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
@@ -199,3 +200,10 @@ def test_a_text_that_train_prepares_is_not_done_again_either(tmp_path: Path, enc
     folder = prepare_text_cached([path], Tokenizer.gpt2(), 0.05)
     assert encoded == [TEXTS[-1]]
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_states_that_are_not_usable_are_gone_before_their_work_is(tmp_path: Path) -> None:
+    """Otherwise a kill and the older text would give a state whose files are another's."""
+    Workspace(tmp_path / "work", "key").commit({"at": 1}, {"at": 2})
+    assert Workspace(tmp_path / "work", "key", lambda state: state["at"] == 1).state == {"at": 1}
+    assert Workspace(tmp_path / "work", "key").states == [{"at": 1}]
