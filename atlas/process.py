@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import signal
 import sys
 from threading import Thread
 
@@ -54,6 +55,14 @@ def abandon(thread: Thread, exit_code: int) -> None:
             os._exit(exit_code)
 
     atexit.register(leave)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a process to end: SIGINT, SIGTERM, SIGHUP and, on Windows, SIGBREAK. SIGHUP is left
+    out if the process ignores it, as under `nohup`."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    numbers = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [n for n in numbers if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def keep_memory() -> None:

@@ -30,9 +30,9 @@ ROOMS = {
     "data.sequences": "errors files progress config tokenizer data data.text data.prepare",
     "config": "errors files",
     "model": "errors config",
-    "training.devices": "errors files machine version config data.sequences model",
+    "training.devices": "errors files machine process version config data.sequences model",
     "training.optimizers": "errors config model training.devices",
-    "training.logs": "errors files machine config model training.devices",
+    "training.logs": "errors files streams machine config model training.devices",
     "training.memory": "errors machine process config model training.devices training.optimizers",
     "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
     "training.logs",
@@ -43,12 +43,12 @@ ROOMS = {
     "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
     "reporting": "errors files version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
-    "cli": "errors files machine process progress version config tokenizer data data.text data.prepare data.sequences "
-    "model planning training.devices training.logs training.memory training.checkpoint training inference export "
-    "reporting serving",
+    "cli": "errors files streams machine process progress version config tokenizer data data.text data.prepare "
+    "data.sequences model planning training.devices training.logs training.memory training.checkpoint training "
+    "inference export reporting serving",
 }
 INSIDE = {
-    "": "errors machine process progress version < files",
+    "": "errors machine process progress version < files streams",
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",

@@ -23,7 +23,8 @@ import typer
 from atlas.cli.old_flags import OLD_FLAGS
 from atlas.cli.terminal import USER_MISTAKE, printable, say
 from atlas.errors import INTERRUPTED, AtlasError, EndedElsewhere, Interrupted, explain
-from atlas.process import set_up_process
+from atlas.process import set_up_process, stop_signals
+from atlas.streams import lost_streams, open_closed_streams, protect_streams
 from atlas.version import __version__
 
 # The commands in the order in which a user needs them.
@@ -53,6 +54,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `atlas` with `argv` (default: the arguments of the process) and return the exit code."""
+    open_closed_streams()
+    protect_streams("stdout", "stderr")
     _speak_utf8()
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     invoked = next((word for word in argv if not word.startswith("-")), None)
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_by_ctrl_c():
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()
     except _UsageError as error:
         help_command = f"atlas {invoked} --help" if invoked in COMMANDS else "atlas --help"
         say(f"error: {_usage_problem(error, argv, invoked)}; see {help_command}")
@@ -76,10 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"error: {printable(' '.join(line.splitlines()))}")
         return USER_MISTAKE
+    for lost in lost_streams():
+        say(f"{lost}: the rest of this output is lost")
     return code or 0
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    if number == getattr(signal, "SIGHUP", None):
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # a shell and the system may both send it when a terminal closes
     raise Interrupted
 
 
@@ -93,9 +104,8 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
     """
     with ExitStack() as previous:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            for number in stop_signals():
+                if signal.getsignal(number) != signal.SIG_IGN:
                     handler = signal.signal(number, _raise_interrupted) or signal.SIG_DFL
                     previous.callback(signal.signal, number, handler)
         yield

@@ -183,6 +183,8 @@ def _read_prompts(path: str) -> list[str]:
 
 def _ask_prompts() -> Iterator[str]:
     """Yield the lines of standard input. On a terminal, print a prompt sign before each line."""
+    if sys.stdin is None:
+        raise AtlasError("--interactive: standard input is closed: give --prompt TEXT or --prompts-file FILE")
     sign = ""
     if sys.stdin.isatty():
         say("Write a prompt and press Enter; Ctrl-D (on Windows Ctrl-Z) ends the program.")

@@ -13,6 +13,7 @@ import typer
 from atlas.cli import options
 from atlas.cli.terminal import say
 from atlas.errors import AtlasError
+from atlas.process import stop_signals
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
@@ -171,9 +172,8 @@ def _run(server: Server, address: str) -> None:
         say("shutting down: current generations finish; a second Ctrl-C or signal ends them")
         server.drain()
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
+    for number in stop_signals():
+        signal.signal(number, end)
     gc.freeze()  # otherwise, a full collection visits PyTorch's 200,000 objects, and stops the server for 0.1 s
     server.start()
     is_reported = False

@@ -11,6 +11,7 @@ from atlas.cli.terminal import ask_or_none, own_command, print_table, say
 from atlas.config.loader import Layer, describe, nested, overlay, parse_overrides, read_yaml
 from atlas.config.user_code import refuse_unasked_code
 from atlas.errors import INTERRUPTED, AtlasError
+from atlas.streams import continue_without_output
 
 if TYPE_CHECKING:
     from atlas.training.devices.world import World
@@ -171,6 +172,7 @@ def train_to_the_end(
     from atlas.training.resume import choose_start
     from atlas.training.train import train as train_run
 
+    continue_without_output()
     world = world or ALONE
     start = choose_start(request, world)
     run = start_run(start, world, sampler=sample_texts, may_exceed_batch_size=may_exceed_batch_size)

@@ -1,5 +1,5 @@
-"""Faults made on purpose: kills, damaged bytes, full disks. The result must be the same as that of a run without
-faults.
+"""Faults made on purpose: kills, damaged bytes, full disks, failing consoles. The result must be the same as that of a
+run without faults.
 
 Each kind is a separate command. It works on Atlas from outside, prints its counts, and exits with 1 if a promise was
 broken:
@@ -8,6 +8,7 @@ broken:
     python -m tests.faults.corrupt --rounds 200   flipped, cut, swapped and emptied files
     python -m tests.faults.disk --tmpfs           a disk that is full at every point of a save
     python -m tests.faults.refusal --minutes 3    requests that are expensive to refuse
+    python -m tests.faults.console                standard streams that fail, and SIGHUP
     python -m tests.faults.report                 all of them, counted
 
 The promises are in docs/RELIABILITY.md.

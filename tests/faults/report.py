@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import corrupt, disk, fuzz, kill, numbers, refusal
+from tests.faults import console, corrupt, disk, fuzz, kill, numbers, refusal
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -32,6 +32,10 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
         "a true full disk": _true_full_disk,
         "wrong numbers": lambda folder: numbers.wrong_numbers(folder, rounds=2 * few, seed=seed),
         "short memory": lambda folder: numbers.short_memory(folder, rounds=few, seed=seed),
+        "consoles": lambda folder: [
+            *console.streams(folder, console.COMMANDS if not quick else ("info", "version")),
+            *console.hangups(folder),
+        ],
         "heat": lambda folder: heat(),
         "hostile files": lambda folder: hostile_files(seconds=2 if quick else 20, seed=seed),
         "costly requests": lambda folder: refusal.refuse(fields=refusal.TEXTS if quick else "", seed=seed),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from atlas.training.checkpoint.manager import CheckpointManager
+from tests.faults.console import hangups, streams
 from tests.faults.corrupt import corrupt_and_resume
 from tests.faults.disk import (
     Strike,
@@ -69,6 +70,20 @@ def test_every_field_is_cheap_to_refuse() -> None:
 @pytest.mark.slow
 def test_a_good_client_beside_abuse(tmp_path: Path) -> None:
     abuse(tmp_path, minutes=0.5, seed=random.randrange(1 << 32))
+
+
+def test_a_command_with_streams_that_fail(tmp_path: Path) -> None:
+    streams(tmp_path, ["version"], [{1: "ENOSPC"}, {2: "EPIPE"}, {1: "closed", 2: "closed"}])
+
+
+@pytest.mark.slow
+def test_a_run_continues_without_its_streams(tmp_path: Path) -> None:
+    streams(tmp_path, ["train", "generate"])
+
+
+@pytest.mark.slow
+def test_hangups_lose_nothing(tmp_path: Path) -> None:
+    hangups(tmp_path)
 
 
 @pytest.mark.slow

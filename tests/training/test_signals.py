@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from atlas.cli import main
 from atlas.data import open_dataset
+from atlas.training.logs.run_log import _AppendedFile
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -216,3 +218,24 @@ def test_sigterm_at_a_prompt(place: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130, errors
     assert errors.endswith("interrupted\n")
+
+
+def test_a_signal_may_come_while_a_line_of_the_log_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler logs a line, and the lock of the file is held by the same thread: the run waited for ever."""
+    file = _AppendedFile(tmp_path / "training.log", print)
+    lines = iter(["second"])
+    write = file._write
+
+    def interrupted(waiting: list[str]) -> bool:
+        for line in lines:
+            file.append(line)
+        return write(waiting)
+
+    monkeypatch.setattr(file, "_write", interrupted)
+    thread = threading.Thread(target=file.append, args=("first",), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (tmp_path / "training.log").read_text() == "first\nsecond\n"

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM or SIGHUP sets a flag, which training reads between micro-batches. A second signal ends the
-process."""
+"""Ctrl-C, SIGTERM or SIGHUP sets a flag, which training reads between micro-batches. A second Ctrl-C or SIGTERM ends
+the process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from atlas.errors import Interrupted
+from atlas.process import stop_signals
 
 _ECHO = 10.0
 """Seconds after the first signal in which a rank ignores another one. Slurm signals all processes of a job. torchrun is
@@ -52,16 +53,16 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-                number = getattr(signal, name, None)
-                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    previous = signal.signal(number, self._handle)
-                    self._previous_handlers.callback(signal.signal, number, previous)
+            for number in stop_signals():
+                previous = signal.signal(number, self._handle)
+                self._previous_handlers.callback(signal.signal, number, previous)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if not self._is_alone and time.monotonic() - self._asked_at < _ECHO:
+            is_echo = not self._is_alone and time.monotonic() - self._asked_at < _ECHO
+            # When a terminal closes, both the shell and the system send SIGHUP.
+            if is_echo or number == getattr(signal, "SIGHUP", None):
                 return
             self._previous_handlers.close()
             raise Interrupted

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from atlas.files import explain_failed_write
+from atlas.streams import lost_streams, protect_streams
 from atlas.training.logs.rewind import rewind
 from atlas.training.logs.trackers import Tracker
 
@@ -28,12 +29,6 @@ def perplexity(loss: float) -> float:
 
 _WAIT_WORTH_SHOWING = 0.01
 """The smallest share of a step's time at which the log shows the wait for data."""
-
-
-class _RunConsole(Console):
-    def on_broken_pipe(self) -> None:
-        """Raise `BrokenPipeError`. By default Rich would end the process."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class RunLog:
@@ -48,7 +43,9 @@ class RunLog:
         self.trackers: list[Tracker] = []
         folder.mkdir(parents=True, exist_ok=True)
         self._is_first = rank == 0
-        self.console: Console = _RunConsole(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
+        protect_streams("stderr")
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
+        self._reported: list[str] = []
         self.log_path = folder / (f"training.rank-{rank}.log" if rank else "training.log")
         self.metrics_path = folder / "metrics.jsonl"
         self._log = _AppendedFile(self.log_path, self._print)
@@ -62,29 +59,17 @@ class RunLog:
         self._write_to_log(line)
 
     def _print(self, line: str) -> None:
-        with self._survives_the_console():
+        # A signal handler may print while the same thread prints. Python then raises "reentrant call".
+        with suppress(RuntimeError):
             self.console.print(line, markup=False)
 
     def _write_to_log(self, line: str) -> None:
-        self._log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
-
-    @contextmanager
-    def _survives_the_console(self) -> Iterator[None]:
-        """A context for writing to the console. If the terminal is closed, or the reader of a pipe exits, the run
-        continues without the console. A line in `training.log` then reports this."""
-        try:
-            yield
-        except OSError as error:
-            with suppress(OSError, ValueError):
-                # Other code that writes to the console, such as the progress bar, must not fail either.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.console.file.fileno())
-                os.close(nowhere)
-            self.console = Console(quiet=True)
-            reason = error.strerror or type(error).__name__
-            self._write_to_log(
-                f"the console cannot be written to any more ({reason}): the run continues, and its log is in this file"
-            )
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        for lost in lost_streams():
+            if lost not in self._reported:
+                self._reported.append(lost)
+                self._log.append(f"{now} {lost}: the run continues without it, and its log is in this file")
+        self._log.append(f"{now} {line}")
 
     def rewind(self, step: int) -> None:
         """Move the records after `step` from `metrics.jsonl` to the end of `metrics.lost.jsonl`.
@@ -93,7 +78,7 @@ class RunLog:
         """
         for tracker in self.trackers:
             tracker.rewind(step)
-        self._metrics.write_waiting()
+        self._metrics.write_waiting(wait=True)
         if not self._is_first:
             return
         problem = f"cannot be cut back to step {step}"
@@ -103,7 +88,7 @@ class RunLog:
     def flush_to_disk(self) -> None:
         """Flush `metrics.jsonl` to the disk before a checkpoint is written. After a power cut, the log must contain all
         steps up to the checkpoint."""
-        self._metrics.write_waiting()
+        self._metrics.write_waiting(wait=True)
         with suppress(OSError), open(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
 
@@ -136,13 +121,11 @@ class RunLog:
         # With `expand`, the bar fills the rest of the line.
         progress = self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = progress.add_task("training", total=total, completed=done, status="")
-        with self._survives_the_console():
-            progress.start()
+        progress.start()
         try:
             yield
         finally:
-            with self._survives_the_console():
-                progress.stop()
+            progress.stop()
             self._progress = None
 
     def total(self, total: int) -> None:
@@ -211,30 +194,38 @@ class _AppendedFile:
         self._lock = threading.Lock()  # the thread that saves in the background also logs lines
 
     def append(self, line: str) -> None:
-        """Append a line to the file, or keep the line in memory until it can be written."""
-        with self._lock:
-            self._waiting.append(line + "\n")
+        """Append a line to the file, or keep the line in memory until it can be written. A signal handler may call this
+        method while the same thread writes a line."""
+        self._waiting.append(line + "\n")
         self.write_waiting()
 
-    def write_waiting(self) -> None:
-        """Write all waiting lines, in order."""
-        with self._lock:
-            if not self._waiting:
-                return
-            data = "".join(self._waiting).encode("utf-8")
+    def write_waiting(self, *, wait: bool = False) -> None:
+        """Write all waiting lines, in order. If another call is writing, that call writes the lines instead. With
+        `wait`, return when it has written them."""
+        while self._waiting and self._lock.acquire(blocking=wait):
             try:
-                with open(self._path, "ab", buffering=0) as file:
-                    end = file.seek(0, os.SEEK_END)
-                    if file.write(data) != len(data):
-                        file.truncate(end)  # leave no incomplete line
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                if not self._is_full:
-                    self._say(f"{self._path}: cannot be written ({error.strerror}); its lines wait in memory")
-                self._is_full = True
-            else:
-                self._is_full = False
-                self._waiting.clear()
+                if not self._write(self._waiting[:]):
+                    return
+            finally:
+                self._lock.release()
+
+    def _write(self, lines: list[str]) -> bool:
+        """Write `lines`, the first of the waiting lines, and return whether this succeeded."""
+        data = "".join(lines).encode("utf-8")
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(data) != len(data):
+                    file.truncate(end)  # leave no incomplete line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._is_full:
+                self._say(f"{self._path}: cannot be written ({error.strerror}); its lines wait in memory")
+            self._is_full = True
+            return False
+        self._is_full = False
+        del self._waiting[: len(lines)]
+        return True
 
 
 def _is_not_finite(value: Any) -> bool:
