@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from atlas.config import GuardConfig, TrainingConfig
+from atlas.training.checkpoint.validate import are_finite
 from atlas.training.devices.device import Runtime
 from atlas.training.devices.world import World
 from atlas.training.state import TrainState
@@ -66,8 +66,7 @@ def weights_fault(model: nn.Module, world: World) -> Fault | None:
     change.
     """
     own = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
-    is_finite = torch.stack([part.isfinite().all() for part in own]).all()
-    return Fault("weights that are not finite") if world.any(not is_finite) else None
+    return Fault("weights that are not finite") if world.any(not are_finite(own)) else None
 
 
 def z_score(value: float, recent: Sequence[float]) -> float:

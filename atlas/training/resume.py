@@ -27,6 +27,7 @@ from atlas.training.checkpoint.lock import FolderLock, undone_after_error
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import Manifest, read_manifest
 from atlas.training.checkpoint.moves import complete_move
+from atlas.training.checkpoint.validate import refuse_weights_that_are_not_finite
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.output_folder import claim, has_checkpoint, run_files
 from atlas.training.run_config import with_data, with_written_length
@@ -170,6 +171,7 @@ def _read_named(request: Request, source: Path) -> _Named:
     notes: list[str] = []
     manifest = read_manifest(source, check_hash=False)
     contents = load_checkpoint(source, say=notes.append, without=left_in_shards(source))
+    refuse_weights_that_are_not_finite(contents, source, "take another checkpoint")
     inherited, explicit = contents["config"], request.explicit
     _refuse_unasked_loss(inherited, explicit, source)
     is_new_run = request.init_from is not None

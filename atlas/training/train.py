@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -161,7 +162,8 @@ def finish_step(run: Run) -> bool:
     is_final = is_last or run.stops_early
     if is_final or state.step % config.checkpoint.save_interval == 0:
         kinds += state.end_save_interval(is_final=is_final, has_validation=run.data.val is not None)
-    is_sound = not kinds or save_or_roll_back(run, kinds, evaluation, is_final=is_final)
+    is_finite = evaluation is None or math.isfinite(evaluation.loss)
+    is_sound = (is_finite and not kinds) or save_or_roll_back(run, kinds, evaluation, is_final=is_final)
     run.stops_early = run.stops_early and is_sound
     return is_sound
 

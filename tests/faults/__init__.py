@@ -1,5 +1,5 @@
-"""Faults made on purpose: kills, damaged bytes, full disks, failing consoles. The result must be the same as that of a
-run without faults.
+"""Faults made on purpose: kills, damaged bytes, full disks, consoles that fail. The result must be the same as that of
+a run without faults.
 
 Each kind is a separate command. It works on Atlas from outside, prints its counts, and exits with 1 if a promise was
 broken:

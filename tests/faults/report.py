@@ -33,7 +33,9 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
         "wrong numbers": lambda folder: numbers.wrong_numbers(folder, rounds=2 * few, seed=seed),
         "short memory": lambda folder: numbers.short_memory(folder, rounds=few, seed=seed),
         "consoles": lambda folder: [
-            *console.streams(folder, console.COMMANDS if not quick else ("info", "version")),
+            *console.streams(
+                folder, ("info", "version") if quick else ("train", "generate", "info", "prepare-stdin")
+            ),
             *console.hangups(folder),
         ],
         "heat": lambda folder: heat(),

@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,15 @@ from hypothesis import strategies as st
 
 from atlas.cli import main
 from atlas.config import GuardConfig
+from atlas.config.loader import nested, overlay
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
 from atlas.training.checkpoint.load import load_checkpoint
+from atlas.training.checkpoint.manager import CheckpointManager
+from atlas.training.evaluate import Evaluation
 from atlas.training.guard import check_update, z_score
 from atlas.training.loss import compute_lm_loss
+from atlas.training.micro_batch import evaluate_within_memory
 from atlas.training.run import Run
 from atlas.training.state import TrainState
 from atlas.training.step import apply_gradient
@@ -348,6 +353,56 @@ def test_weights_ruined_by_the_last_update_are_not_saved_and_the_run_rolls_back(
         assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
+@pytest.mark.parametrize("end", ["the last step", "a limit of time"])
+def test_a_validation_loss_that_is_not_finite_is_a_fault_at_any_step(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Also if no save is due at the step of this evaluation, and if the run ends before the next one."""
+    explicit = layer(tmp_path / "run", text_file, training__eval_interval=4, training__max_steps=7)
+    run = run_for(overlay(explicit, nested("checkpoint.save_interval", 3)))
+    evaluated = []
+
+    def not_finite_once(*args: object) -> Evaluation:
+        evaluated.append(run.state.step)
+        evaluation = evaluate_within_memory(*args)  # type: ignore[arg-type]
+        return replace(evaluation, loss=math.nan) if len(evaluated) == 1 else evaluation
+
+    monkeypatch.setattr("atlas.training.train.evaluate_within_memory", not_finite_once)
+    if end == "a limit of time":
+        run.clock.limit = 3600.0
+        monkeypatch.setattr(run.clock, "is_over", lambda **_: len(evaluated) == 1 and run.state.step >= 4)
+    result = train(run)
+    [back] = events(tmp_path / "run", "rollback")
+    assert (back["from_step"], back["step"], back["reason"]) == (4, 3, "validation loss nan")
+    assert result.step > 4 or end == "a limit of time"
+    assert result.val_loss is None or math.isfinite(result.val_loss)
+
+
+def damaged(folder: Path, value: float) -> Path:
+    """The latest checkpoint of a run, with a weight of this value, as an earlier version of Atlas could save it."""
+    path = CheckpointManager(folder).found()[0][1]
+    contents = load_checkpoint(path)
+    contents["model_state_dict"]["blocks.0.mlp.down.weight"][1, 2] = value
+    CheckpointManager(folder).save(contents, ["step"])
+    return path
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_no_run_starts_from_weights_that_are_not_finite(
+    tmp_path: Path, text_file: Path, value: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    explicit = layer(tmp_path / "run", text_file, checkpoint__save_interval=3)
+    trained(explicit)
+    (tmp_path / "run" / "atlas_best.json").unlink()
+    path = damaged(tmp_path / "run", value)
+    for option in ({"resume": str(path)}, {"init_from": str(path)}):
+        with pytest.raises(AtlasError, match=r"atlas_step_6\.pt: its weights are not finite"):
+            run_for(overlay(explicit, nested("checkpoint.output_dir", str(tmp_path / "new"))), **option)
+    run = run_for(explicit, resume="auto")
+    assert run.state.step == 3
+    assert "atlas_step_6.pt: its weights are not finite" in capfd.readouterr().err
+
+
 def test_an_interrupted_run_does_not_save_ruined_weights(tmp_path: Path, text_file: Path) -> None:
     run = run_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=2))
 
@@ -402,3 +457,17 @@ def test_a_run_stopped_amid_updates_that_were_not_applied_saves_nothing(
     assert list((tmp_path / "run").glob("atlas_interrupt_*.pt")) == []
     log = (tmp_path / "run/training.log").read_text(encoding="utf-8")
     assert "step 5: not saved: the last 2 updates could not be applied" in log
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_huge_learning_rate_is_a_fault_with_every_optimizer(
+    tmp_path: Path, text_file: Path, optimizer: str
+) -> None:
+    explicit = layer(tmp_path / "run", text_file, training__optimizer=optimizer, training__warmup_steps=0)
+    with pytest.raises(AtlasError, match="step 3: weights that are not finite"):
+        trained(
+            overlay(
+                overlay(explicit, nested("training.learning_rate", 1e300)), nested("training.max_steps", 3)
+            )
+        )
+    assert list((tmp_path / "run").glob("atlas_*.pt")) == []

@@ -40,7 +40,7 @@ from atlas.training.checkpoint.retention import (
     remove_folder,
     surplus,
 )
-from atlas.training.checkpoint.validate import holds_first_version
+from atlas.training.checkpoint.validate import holds_first_version, refuse_weights_that_are_not_finite
 from atlas.training.logs.run_log import perplexity
 
 SPARE_BYTES = 8 << 20
@@ -113,6 +113,7 @@ class CheckpointManager:
             try:
                 without = left_in_shards(path) if to_resume else ()
                 contents = load_checkpoint(path, remedy="skipped", without=without)
+                refuse_weights_that_are_not_finite(contents, path, "skipped")
                 if contents["step"] == manifest.step:
                     return path, contents
                 self.say(f"{path}: holds step {contents['step']}, its sidecar says {manifest.step}: skipped")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,6 +183,22 @@ def _read_storage(archive: zipfile.ZipFile, folder: str, storage: Storage) -> Te
             if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
                 raise EOFError(f"record {storage.key} is cut off")
     return buffer
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all values in the tensors, which are on one device, are finite. NaN is both minimum and maximum of
+    a tensor that contains NaN. Both together need an eighth of the time of `isfinite`, and no memory."""
+    limits = [limit for tensor in tensors if tensor.numel() for limit in (tensor.amin(), tensor.amax())]
+    return not limits or bool(torch.stack([limit.float() for limit in limits]).isfinite().all())
+
+
+def refuse_weights_that_are_not_finite(contents: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raise `CheckpointError` if a weight in the contents of a checkpoint is NaN or infinite. Earlier versions of Atlas
+    could save such a checkpoint."""
+    if not are_finite(contents["model_state_dict"].values()):
+        raise CheckpointError(
+            f"{path}: its weights are not finite, so no training can start from them: {remedy}"
+        )
 
 
 def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:

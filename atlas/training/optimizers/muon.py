@@ -17,6 +17,8 @@ from atlas.training.devices.parallel import gather_full, is_sharded, shard_like
 from atlas.training.optimizers.adamw import build_adamw
 
 _MUON_MOMENTUM = 0.95
+_LARGEST_FACTOR = torch.finfo(torch.bfloat16).max
+"""PyTorch raises an error for a larger factor. `guard.py` detects what such a learning rate does to the weights."""
 
 
 _WIDTH = 768
@@ -142,7 +144,8 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
         # weight.
         updates = updates.to(weights[0].dtype, memory_format=torch.contiguous_format)
     torch._foreach_mul_(weights, 1 - rate * decay)
-    torch._foreach_add_(weights, updates.unbind(), alpha=-rate * _muon_scale(weights[0]))
+    step_size = min(rate * _muon_scale(weights[0]), _LARGEST_FACTOR)
+    torch._foreach_add_(weights, updates.unbind(), alpha=-step_size)
 
 
 def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
@@ -156,7 +159,8 @@ def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], grou
     mean = gather_full(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
     updates = [_orthogonalized(matrix[None])[0] * _muon_scale(matrix) for matrix in mean.split(rows)]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.add_(shard_like(torch.cat(updates).to(weight.dtype), weight), alpha=-group["lr"])
+    step_size = min(group["lr"], _LARGEST_FACTOR)
+    weight.add_(shard_like(torch.cat(updates).to(weight.dtype), weight), alpha=-step_size)
 
 
 def _muon_scale(matrix: Tensor) -> float:
