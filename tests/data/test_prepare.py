@@ -394,6 +394,19 @@ def test_a_failure_in_the_middle_leaves_the_older_dataset(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_what_a_kill_after_the_last_rename_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a river and a stone\n\n" * 20, encoding="utf-8")
+    first = prepare([tmp_path / "text.txt"], tmp_path / "out", characters())
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced-0a1b2c3d")
+    (tmp_path / ".out.preparing").mkdir()
+    (tmp_path / ".out.preparing/journal.json").touch()
+    (tmp_path / ".out.lock").touch()
+    again = prepare([tmp_path / "text.txt"], tmp_path / "out", characters())
+    assert again.unchanged
+    assert again.dataset.fingerprint == first.dataset.fingerprint
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
+
+
 def test_the_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left = [tmp_path / name for name in (".out.preparing-0a1b2c3d", ".out.replaced-99999", ".out.lock")]
     others = [tmp_path / name for name in (".outer.preparing-0a1b2c3d", ".out.preparing-mine", "out.txt")]

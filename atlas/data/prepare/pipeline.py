@@ -23,7 +23,7 @@ from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
-from atlas.data.prepare.workspace import State, Workspace, building, locked, refuse_foreign
+from atlas.data.prepare.workspace import State, Workspace, building, locked, refuse_foreign, remove_leftovers
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.files import is_url
 from atlas.data.text.hashes import hashes_of
@@ -184,6 +184,7 @@ class _Preparation:
         with _file_errors(output):
             refuse_foreign(output)
             if existing := self._existing(output):
+                remove_leftovers(output, work)
                 return Summary(existing, unchanged=True)
             if next(self.sources.documents(), None) is None:
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")

@@ -155,6 +155,25 @@ def building(
             shutil.rmtree(workspace.folder, ignore_errors=True)
 
 
+def remove_leftovers(output: Path, work: Path) -> None:
+    """Remove what a preparation left if it was killed after the dataset was complete in `output`. Unfinished work
+    stays, and so does everything while another process prepares the dataset."""
+    output, work = output.absolute(), work.absolute()
+    workspace, lock = (work.with_name(f".{work.name}.{kind}") for kind in ("preparing", "lock"))
+    is_replaced = any(path.name.startswith(f".{output.name}.replaced-") for path in output.parent.iterdir())
+    if not (is_replaced or lock.exists() or workspace.exists()):
+        return
+    with suppress(OSError):
+        if file := try_to_lock(lock):
+            clean_up(output)
+            if not (workspace / "dataset").exists():
+                shutil.rmtree(workspace, ignore_errors=True)
+            if os.name == "nt":  # Windows cannot remove an open file
+                file.close()
+            lock.unlink()
+            file.close()
+
+
 def clean_up(output: Path) -> None:
     """Remove the files that a killed process left, except the workspace. If the process was killed between two renames
     of a complete dataset, rename this dataset to `output`."""
