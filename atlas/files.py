@@ -17,9 +17,10 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +51,7 @@ _HERE, _RENAME_EXCHANGE = -100, 2
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
+_NO_WAIT_NO_LINK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
 
 
 def local_path(option: str, place: str | Path) -> Path:
@@ -70,8 +72,37 @@ def check_regular(path: Path) -> int:
     file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise _not_regular(path)
     return status.st_size
+
+
+def open_regular(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open one of Atlas's own files as `open` does. Raises `OSError` for a link, a pipe, a socket or a device: `open`
+    would wait until another process opens the other end of a pipe, and would follow a link to another folder."""
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            descriptor = os.open(name, flags | _NO_WAIT_NO_LINK, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket, a pipe that no process reads, or a link
+                raise _not_regular(path) from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _not_regular(path)
+        return descriptor
+
+    return open(path, mode, opener=opener, **options)
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
+def lines_of(file: IO[bytes], *, longest: int = 16 << 20) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends. A line that is longer than `longest` bytes comes in pieces, so that
+    the lines of a damaged file do not fill the memory."""
+    return iter(lambda: file.readline(longest), b"")
 
 
 @contextmanager
@@ -205,7 +236,7 @@ def try_to_lock(path: Path) -> IO[bytes] | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = path.open("ab")
+        file = open_regular(path, "ab")
     except PermissionError:
         if os.name == "nt" and path.exists():  # Windows raises this error while a file is being removed
             return None
@@ -264,9 +295,27 @@ class LimitedReads(io.BufferedReader):
         self.close()
 
 
+def encodable(text: str) -> str:
+    """Return `text` with escapes in place of lone surrogates, which UTF-8 cannot hold. In Python, a path that is not
+    UTF-8 has a lone surrogate for each such byte. JSON may have lone surrogates, too."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def cache_folder() -> Path:
-    """Return the folder that `ATLAS_CACHE_DIR` names, or else Atlas's folder in the user's cache folder."""
-    named = os.environ.get("ATLAS_CACHE_DIR")
-    if named:
-        return local_path("ATLAS_CACHE_DIR", named)
-    return Path(platformdirs.user_cache_dir("atlas", appauthor=False))
+    """Return the folder that `ATLAS_CACHE_DIR` names, or else Atlas's folder in the user's cache folder.
+
+    A user without a home folder, as with `docker run --user`, gets a folder in the system's temporary folder. Raises
+    `AtlasError` if that folder is another user's, whose files are not to be trusted.
+    """
+    if asked := os.environ.get("ATLAS_CACHE_DIR"):
+        return local_path("ATLAS_CACHE_DIR", asked)
+    with suppress(RuntimeError, OSError):  # RuntimeError: no HOME, and the system does not know the user
+        folder = Path(platformdirs.user_cache_dir("atlas", appauthor=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = Path(tempfile.gettempdir(), f"atlas-{os.getuid()}")
+    with explain_failed_write(folder, "set ATLAS_CACHE_DIR to a folder of your own"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise OSError(errno.EPERM, "it belongs to another user")
+    return folder

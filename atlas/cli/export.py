@@ -15,7 +15,7 @@ from atlas.cli import options
 from atlas.cli.terminal import print_table, say
 from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
-from atlas.files import local_path
+from atlas.files import encodable, explain_failed_write, local_path, read_limited, replacing
 
 if TYPE_CHECKING:
     from atlas.export.score import Sample
@@ -94,7 +94,7 @@ def export(
             loaded.tokenizer,
             target,
             dtype=quantize or "f32",  # type: ignore[arg-type]
-            name=target.name,
+            name=encodable(target.name),
             facts=loaded.facts,
             license=license,
             chat_template=loaded.chat_template,
@@ -143,21 +143,30 @@ _OLLAMA_CHAT = """\"\"\"{{ range .Messages }}<|{{ .Role }}|>
 message."""
 
 
+_LARGEST_MODELFILE = 1 << 20  # bytes
+
+
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """Write a Modelfile for Ollama beside `file`. A chat model gets the chat template. For another model, the template
     is the unchanged prompt."""
     target = file.with_name("Modelfile")
-    if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith("FROM "):
+    problem = "is not a Modelfile"
+    with explain_failed_write(target, "move this file, or export into another folder", problem=problem):
+        is_foreign = target.exists() and not read_limited(target, limit=_LARGEST_MODELFILE).startswith(
+            b"FROM "
+        )
+    if is_foreign:
         raise AtlasError(
             f"{target}: exists and is not a Modelfile; move this file, or export into another folder"
         )
-    target.write_text(
+    content = (
         f"FROM ./{file.name}\n"
         f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
         f"PARAMETER num_ctx {loaded.config.model.max_seq_len}\n"
-        "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n",
-        encoding="utf-8",
+        "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n"
     )
+    with explain_failed_write(target, "export into another folder"), replacing(target) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "surrogateescape"))
     typer.echo(target)
 
 
@@ -191,7 +200,7 @@ def export_and_prove(
         loaded.tokenizer,
         output,
         quantize=quantize,
-        name=output.stem,
+        name=encodable(output.stem),
         license=license,
         chat_template=loaded.chat_template,
     )

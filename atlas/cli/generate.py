@@ -158,7 +158,7 @@ def _show(stream: Stream, rows: Sequence[Prompt], seed: int) -> list[str]:
 def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> None:
     """Write the prompt and the generated text of every row as a JSON line to `path`."""
     failures = explain_failed_write(f"--output-file {path}", "choose another place")
-    with failures, open(path, "w", encoding="utf-8") as file:
+    with failures, open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for prompt, pieces in _generations(stream, rows, seed):
             question = prompt if isinstance(prompt, str) else prompt[-1].content
             row = {"prompt": question, "text": "".join(pieces)}
@@ -168,7 +168,7 @@ def _write(stream: Stream, rows: Sequence[Prompt], seed: int, path: Path) -> Non
 
 def _read_prompts(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # U+2028 is a part of a prompt
     except OSError as error:
         raise AtlasError(
             f"--prompts-file {path}: cannot be read ({error.strerror}); give a text file with a prompt on each line"

@@ -16,7 +16,7 @@ import torch
 from atlas.errors import ExportError
 from atlas.export.architectures import exportable_tokenizer
 from atlas.export.hf_format import CLASSES, config_out, import_safetensors, state_out
-from atlas.files import write_folder
+from atlas.files import encodable, write_folder
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
@@ -72,7 +72,7 @@ def export_hf(
         for file, content in configs.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(folder / "tokenizer.json")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(encodable(card), encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         # safetensors creates a file that only its owner can read
         shutil.copymode(folder / "README.md", folder / "model.safetensors")

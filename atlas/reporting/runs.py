@@ -21,7 +21,7 @@ import psutil
 
 from atlas.config.loader import read_sections
 from atlas.errors import AtlasError
-from atlas.files import check_regular, read_limited
+from atlas.files import check_regular, lines_of, read_limited
 from atlas.reporting.curves import MOST_POINTS, Floats, last_of_each_step, smooth, thin
 
 _NOISY = ("grad_norm", "tokens_per_second", "utilisation", "data_wait", "gpu_temperature")
@@ -56,11 +56,11 @@ class Run:
         path = Path(path)
         self.metrics_path = path if path.is_file() else path / "metrics.jsonl"
         self.folder = self.metrics_path.parent
-        self.name = encodable(self.folder.resolve().name or str(self.folder))
         self._file: tuple[int, int] = (0, 0)
         self._chart: tuple[Any, dict[str, Any]] = (None, {})
         self._clear()
         self.refresh()
+        self.name = encodable(self.folder.resolve().name or str(self.folder))
 
     def _clear(self) -> None:
         self._offset = 0
@@ -87,16 +87,16 @@ class Run:
                     self._clear()
                 self._file = identity
                 file.seek(self._offset)
-                lines = file.read(size - self._offset)
+                for line in lines_of(file):
+                    if not line.endswith(b"\n"):  # the last line may be incomplete
+                        break
+                    self._offset += len(line)
+                    self._add(line)
         except OSError as error:
             is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
             reason = "there is no such file" if is_missing else error.strerror or error
             remedy = "name a folder that atlas train wrote to (its --output-dir)"
             raise AtlasError(f"{self.metrics_path}: cannot be read ({reason}): {remedy}") from None
-        end = lines.rfind(b"\n") + 1  # the last line may be incomplete
-        self._offset += end
-        for line in lines[:end].splitlines():
-            self._add(line)
         self.config, self.config_problem = _read_config(self.folder / "config.yaml")
         self._interrupts = list(_interrupt_steps(self.folder))
 

@@ -16,7 +16,7 @@ from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, training_sequences
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
-from atlas.files import explain_failed_write, local_path
+from atlas.files import explain_failed_write, local_path, replacing
 from atlas.training.devices.compile import choose_compile
 from atlas.training.devices.device import setup_runtime
 from atlas.training.devices.signals import StopRequest
@@ -95,7 +95,8 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     trace = local_path("checkpoint.output_dir", config.checkpoint.output_dir) / "profile.json"
     with explain_failed_write(trace, "choose another --output-dir"):
         trace.parent.mkdir(parents=True, exist_ok=True)
-        trace.touch()
+        with replacing(trace) as temporary:
+            temporary.touch()
     runtime = setup_runtime(config)
     runtime = replace(runtime, compiles=choose_compile(config, runtime.device, say=say))
     on_gpu = runtime.device.type == "cuda"
@@ -113,7 +114,8 @@ def profile_update(explicit: Layer, *, say: Callable[[str], None]) -> Profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities, record_shapes=True) as recorded:
         _update(learner, next(stream), state, say)
-    recorded.export_chrome_trace(str(trace))
+    with replacing(trace) as temporary:
+        recorded.export_chrome_trace(str(temporary))
     rows = [
         (row.key, row.count, (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6)
         for row in recorded.key_averages()

@@ -17,7 +17,7 @@ import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
-from atlas.files import flush_folder, flush_to_disk, replace_folder, replacing, try_to_lock
+from atlas.files import flush_folder, flush_to_disk, read_limited, replace_folder, replacing, try_to_lock
 from atlas.progress import notify
 
 State = dict[str, Any]
@@ -27,6 +27,7 @@ class WorkerKilled(DataError):
     """A process that tokenizes was killed. The work so far is intact."""
 
 
+_LARGEST_JOURNAL = 64 << 20  # bytes; enough for a hundred thousand shards
 _OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
 
@@ -88,8 +89,8 @@ class Workspace:
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self.journal = key, folder / "journal.json"
         states: list[State] = []
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads(self.journal.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            content = json.loads(read_limited(self.journal, limit=_LARGEST_JOURNAL))
             if content["key"] == key and self.dataset.is_dir():
                 states = content["states"]
         committed = len(states)

@@ -13,6 +13,7 @@ import bisect
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from atlas.data.sequences.dataset import IGNORE_INDEX, SequenceDataset
 from atlas.data.shards import TokenStream
-from atlas.files import cache_folder, sha256_of
+from atlas.files import cache_folder, check_regular, read_limited, sha256_of
 
 _VERSION = 2
+_LARGEST_FACTS = 1000  # bytes
 _FILES = {"starts": "<i8", "lengths": "<i4", "ends": "<i8"}
 Array = NDArray[Any]
 
@@ -57,8 +59,7 @@ class PackedDataset(SequenceDataset):
 
     def __init__(self, stream: TokenStream, max_seq_len: int, *, with_documents: bool = False) -> None:
         super().__init__(stream, max_seq_len, pad_last=True, with_documents=with_documents)
-        self._plan = _plan_folder(stream, max_seq_len)
-        facts = json.loads((self._plan / "plan.json").read_text(encoding="utf-8"))
+        self._plan, facts = _plan_of(stream, max_seq_len)
         self._num_windows = facts["windows"]
         self._plan_hashes: dict[str, str] = facts["sha256"]
         self.padding = 1 - facts["tokens"] / (facts["windows"] * (max_seq_len + 1))
@@ -165,23 +166,48 @@ def _documents_by_shard(stream: TokenStream) -> Iterator[tuple[Array, Array]]:
     yield begun, np.array([stream.num_tokens])
 
 
-def _plan_folder(stream: TokenStream, max_seq_len: int) -> Path:
-    """Return the folder of the plan, and make the plan if it does not exist. The folder is renamed when it is
-    complete."""
+def _plan_of(stream: TokenStream, max_seq_len: int) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the plan and the facts in its `plan.json`. Make the plan if it does not exist or is damaged.
+    The folder is renamed when it is complete."""
     shards = [f"{shard.sha256} {shard.documents_sha256}" for shard in stream.record.shards]
     key = hashlib.sha256("\n".join([str(_VERSION), str(max_seq_len), *shards]).encode()).hexdigest()
     folder = cache_folder() / "packing" / key[:32]
-    if (folder / "plan.json").is_file():
-        return folder
+    if facts := _facts_of(folder):
+        return folder, facts
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
         try:
             _write_plan(Path(temporary), stream, max_seq_len)
+            if not _facts_of(folder):
+                if folder.is_dir() and not folder.is_symlink():
+                    shutil.rmtree(folder)
+                else:
+                    folder.unlink(missing_ok=True)
             os.replace(temporary, folder)
         except OSError:
-            if not (folder / "plan.json").is_file():  # otherwise another process has made the plan
+            if not _facts_of(folder):  # otherwise another process has made the plan
                 raise
-    return folder
+    facts = _facts_of(folder)
+    assert facts is not None
+    return folder, facts
+
+
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    """Return the content of `plan.json`, or None if the plan in `folder` is not complete."""
+    try:
+        facts = json.loads(read_limited(folder / "plan.json", limit=_LARGEST_FACTS))
+        sizes = {
+            name: check_regular(folder / name) // np.dtype(dtype).itemsize for name, dtype in _FILES.items()
+        }
+        is_complete = (
+            sizes["starts"] == sizes["lengths"]
+            and sizes["ends"] == facts["windows"]
+            and facts["tokens"] > 0
+            and facts["sha256"].keys() == _FILES.keys()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return facts if is_complete else None
 
 
 def _write_plan(folder: Path, stream: TokenStream, max_seq_len: int) -> None:

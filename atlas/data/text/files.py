@@ -17,6 +17,7 @@ from typing import IO, Any, Literal, cast
 
 from atlas.data.text.archives import DAMAGE, decompressed, open_member, refuse_bomb
 from atlas.errors import DataError
+from atlas.files import encodable
 
 COMBINED = "AllCombined.txt"
 Advance = Callable[[int], None]
@@ -37,12 +38,6 @@ _BUFFER = 1 << 20
 _HTTP = ("http://", "https://")
 _HTTP_SECONDS = 60
 """A download fails if its server sends nothing for this many seconds."""
-
-
-def printable(name: str) -> str:
-    """Return a file name in which all bytes that are not UTF-8 are escaped. In Python, a lone surrogate stands for such
-    a byte, and a lone surrogate can be neither printed nor saved."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_url(path: str | Path) -> bool:
@@ -105,7 +100,7 @@ class TextFile:
     @property
     def name(self) -> str:
         """The file's name in messages."""
-        return self.shown or printable(f"{self.root}/{self.member}" if self.member else self.root)
+        return self.shown or encodable(f"{self.root}/{self.member}" if self.member else self.root)
 
     @property
     def place(self) -> PurePosixPath:

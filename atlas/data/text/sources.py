@@ -34,11 +34,11 @@ from atlas.data.text.files import (
     is_archive,
     is_json,
     is_url,
-    printable,
 )
 from atlas.data.text.hashes import hashes_of
 from atlas.data.text.stdin import STANDARD_INPUT
 from atlas.errors import AtlasError, DataError
+from atlas.files import encodable
 from atlas.progress import byte_progress
 
 __all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
@@ -111,7 +111,7 @@ class Sources:
     def names(self) -> str:
         """The given paths, for messages."""
         shown = ("standard input" if path == STANDARD_INPUT else path for path in self.paths)
-        return printable(", ".join(shown))
+        return encodable(", ".join(shown))
 
     @property
     def stem(self) -> str:
@@ -131,7 +131,7 @@ class Sources:
         path replaces the name of the second file."""
         named: dict[str, str] = {}
         for (resolved, name, _), content in zip(self._roots.values(), self._hashes.values(), strict=True):
-            named[printable(resolved if printable(name) in named else name)] = content
+            named[encodable(resolved if encodable(name) in named else name)] = content
         return named
 
     @cached_property
@@ -165,7 +165,7 @@ class Sources:
     def description(self, report: SourceReport) -> dict[str, Any]:
         """Return the facts that `dataset.json` stores about the origin of the text."""
         return {
-            "paths": [printable(path) for path in self.paths],
+            "paths": [encodable(path) for path in self.paths],
             "files": len(self.files),
             "left_out": self.left_out,
             "undecodable_bytes": dict(report.undecodable),
@@ -236,7 +236,7 @@ class Sources:
             if entry.is_symlink():
                 resolved = os.path.realpath(path)
                 if not Path(resolved).is_relative_to(root):
-                    self.links_out.append(printable(path))
+                    self.links_out.append(encodable(path))
                     continue
             yield from self._file(path, name, named=False, resolved=resolved)
 
@@ -259,7 +259,7 @@ class Sources:
         elif named:
             raise DataError(f"{path}: {ending_of(file.basename) or 'no'} ending: Atlas reads {_KINDS}")
         else:
-            self.ignored.append(printable(name))
+            self.ignored.append(encodable(name))
 
     def _add(self, path: str, root: _Root) -> None:
         self._roots[path] = root

@@ -17,9 +17,10 @@ import psutil
 import torch
 
 from atlas.config import AtlasConfig
-from atlas.files import cache_folder, replacing
+from atlas.files import cache_folder, read_limited, replacing
 from atlas.training.devices.device import Runtime, describe_machine
 
+_LARGEST_NOTE = 1000  # bytes
 _CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
 
 
@@ -84,8 +85,8 @@ def remember_peak_rate(runtime: Runtime, rate: float) -> None:
 
 def _read(note: Path, key: str) -> Any:
     try:
-        return json.loads(note.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_limited(note, limit=_LARGEST_NOTE))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
