@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -9,7 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from atlas.files import flush_to_disk, replacing
+from atlas.files import check_regular, flush_to_disk, open_regular, replacing
+
+_LONGEST_RECORD = 64 << 20  # bytes
 
 
 def rewind(metrics: Path, lost: Path, step: int) -> None:
@@ -19,20 +22,26 @@ def rewind(metrics: Path, lost: Path, step: int) -> None:
     end of the file is read. The records are on the disk in `lost` before they leave `metrics`. If a kill comes between
     the two, the next call does not append them again. Raises `OSError`.
     """
-    if not metrics.exists() or metrics.stat().st_size == 0:
+    if not os.path.lexists(metrics) or check_regular(metrics) == 0:
         return
     kept: list[bytes] = []
     moved: list[bytes] = []
-    with open(metrics, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as records:
+    with open_regular(metrics, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as records:
         start = end = len(records)
         is_behind = False
         while end and not is_behind:
             start = records.rfind(b"\n", 0, end - 1) + 1
-            kind, its_step = _kind_and_step(records[start:end])
-            (moved if its_step > step else kept).append(records[start:end])
+            if end - start > _LONGEST_RECORD:
+                raise OSError(errno.EFBIG, f"has a line of {end - start:,} bytes", str(metrics))
+            line = records[start:end]
+            kind, its_step = _kind_and_step(line)
+            if its_step <= step:
+                kept.append(line)
+            elif line.strip(b"\0\n"):  # a power cut may leave zeros
+                moved.append(line.rstrip(b"\n") + b"\n")
             is_behind = kind != "event" and its_step <= step
             end = start
-    if not moved:
+    if start + sum(map(len, kept)) == os.path.getsize(metrics):
         return
     _append_once(lost, b"".join(reversed(moved)))
     with replacing(metrics) as rest:  # a new file, so that readers of a live run notice
@@ -50,14 +59,14 @@ def _kind_and_step(line: bytes) -> tuple[str, float]:
             raise ValueError("the record is incomplete")
         record = json.loads(line)
         return str(record["kind"]), float(record["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "", math.inf
 
 
 def _append_once(path: Path, data: bytes) -> None:
     """Append `data` to a file, unless the file already ends with `data`, and flush the file to the disk. If the last
     line of the file is incomplete, end this line first."""
-    with open(path, "ab+") as file:
+    with open_regular(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(data)))
         tail = file.read()

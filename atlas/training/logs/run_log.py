@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from atlas.files import explain_failed_write
+from atlas.files import encodable, explain_failed_write, open_regular
 from atlas.streams import lost_streams, protect_streams
 from atlas.training.logs.rewind import rewind
 from atlas.training.logs.trackers import Tracker
@@ -27,6 +27,9 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+_BLOCK = 1 << 20  # bytes
+_LONGEST_UPDATE = 1 << 16
+"""More bytes than the record of an update has."""
 _WAIT_WORTH_SHOWING = 0.01
 """The smallest share of a step's time at which the log shows the wait for data."""
 
@@ -61,7 +64,7 @@ class RunLog:
     def _print(self, line: str) -> None:
         # A signal handler may print while the same thread prints. Python then raises "reentrant call".
         with suppress(RuntimeError):
-            self.console.print(line, markup=False)
+            self.console.print(encodable(line), markup=False)
 
     def _write_to_log(self, line: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -82,14 +85,14 @@ class RunLog:
         if not self._is_first:
             return
         problem = f"cannot be cut back to step {step}"
-        with explain_failed_write(self.metrics_path, "free some space", problem=problem):
+        with explain_failed_write(self.metrics_path, "check the file and the disk", problem=problem):
             rewind(self.metrics_path, self.metrics_path.with_name("metrics.lost.jsonl"), step)
 
     def flush_to_disk(self) -> None:
         """Flush `metrics.jsonl` to the disk before a checkpoint is written. After a power cut, the log must contain all
         steps up to the checkpoint."""
         self._metrics.write_waiting(wait=True)
-        with suppress(OSError), open(self.metrics_path, "ab") as file:
+        with suppress(OSError), open_regular(self.metrics_path, "ab") as file:
             os.fsync(file.fileno())
 
     @contextmanager
@@ -211,9 +214,10 @@ class _AppendedFile:
 
     def _write(self, lines: list[str]) -> bool:
         """Write `lines`, the first of the waiting lines, and return whether this succeeded."""
-        data = "".join(lines).encode("utf-8")
+        # A path that is not UTF-8 has lone surrogates, which become escapes. JSON has the same escapes.
+        data = "".join(lines).encode("utf-8", "backslashreplace")
         try:
-            with open(self._path, "ab", buffering=0) as file:
+            with open_regular(self._path, "ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
                 if file.write(data) != len(data):
                     file.truncate(end)  # leave no incomplete line
