@@ -510,7 +510,7 @@ def test_a_hash_of_a_file_that_just_changed_is_not_cached(
     path = tmp_path / "a.txt"
     path.write_text("one", encoding="utf-8")
     assert hashes_of([path]) == [sha256_of(path)]
-    monkeypatch.setattr(hashes, "_stamp", lambda path: ("the same", path.stat().st_mtime))
+    monkeypatch.setattr(hashes, "stamp_of", lambda path: ("the same", path.stat().st_mtime))
     path.write_text("two", encoding="utf-8")
     assert hashes_of([path]) == [sha256_of(path)]
 

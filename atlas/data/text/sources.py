@@ -312,7 +312,8 @@ def _files_below(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEnt
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _files_below(entry.path, f"{prefix}{entry.name}/")
-            elif entry.is_file():
+            # `is_file` raises an error for a link to itself, and `isfile` returns False.
+            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
                 yield prefix + entry.name, entry
 
 
