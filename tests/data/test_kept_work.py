@@ -207,3 +207,20 @@ def test_states_that_are_not_usable_are_gone_before_their_work_is(tmp_path: Path
     Workspace(tmp_path / "work", "key").commit({"at": 1}, {"at": 2})
     assert Workspace(tmp_path / "work", "key", lambda state: state["at"] == 1).state == {"at": 1}
     assert Workspace(tmp_path / "work", "key").states == [{"at": 1}]
+
+
+def test_a_file_that_changes_while_it_is_prepared_is_prepared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(rows_as("r", ROWS))
+    encode = Encoder.__call__
+
+    def change(self: Encoder, parts: list[batching.Part]) -> object:
+        path.write_bytes(rows_as("r", ROWS[:200]))
+        return encode(self, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", change)
+        prepare([path], tmp_path / "out", workers=1)
+    assert not prepare([path], tmp_path / "out", workers=1).unchanged

@@ -194,7 +194,8 @@ class _Preparation:
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):
                     notify(line)
                 with building(output, work, self.work_key, self._is_usable) as workspace:
-                    self._make(output, workspace)
+                    # The files are hashed before they are read: if one changes in between, the next call sees it.
+                    self._make(output, workspace, self.key)
                 return Summary(open_dataset(output), unchanged=False)
 
     def _existing(self, output: Path) -> PreparedDataset | None:
@@ -231,7 +232,7 @@ class _Preparation:
     def _split_rule(self) -> SplitRule:
         return SplitRule.choose(self.sources.documents(), self.options.val_fraction, self.options.cleaning)
 
-    def _make(self, output: Path, workspace: Workspace) -> None:
+    def _make(self, output: Path, workspace: Workspace, key: str) -> None:
         """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
         interrupted call."""
         options, sources, folder = self.options, self.sources, workspace.dataset
@@ -256,7 +257,7 @@ class _Preparation:
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         Manifest(
             version=FORMAT_VERSION,
-            key=self.key,
+            key=key,
             tokenizer={name: value for name, value in tokenizer.state().items() if name != "json"},
             dtype=dtype.str,
             splits=splits,
