@@ -9,6 +9,7 @@ broken:
     python -m tests.faults.disk --tmpfs           a disk that is full at every point of a save
     python -m tests.faults.refusal --minutes 3    requests that are expensive to refuse
     python -m tests.faults.console                standard streams that fail, and SIGHUP
+    python -m tests.faults.file_types             pipes, links, folders and huge files in place of Atlas's own
     python -m tests.faults.report                 all of them, counted
 
 The promises are in docs/RELIABILITY.md.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import console, corrupt, disk, fuzz, kill, numbers, refusal
+from tests.faults import console, corrupt, disk, file_types, fuzz, kill, numbers, refusal
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -39,6 +39,9 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
             *console.hangups(folder),
         ],
         "heat": lambda folder: heat(),
+        "strange files": lambda folder: file_types.strange_files(
+            folder, rounds=6 * few if quick else None, seed=seed
+        ),
         "hostile files": lambda folder: hostile_files(seconds=2 if quick else 20, seed=seed),
         "costly requests": lambda folder: refusal.refuse(fields=refusal.TEXTS if quick else "", seed=seed),
         "minutes of abuse": lambda folder: refusal.abuse(folder, minutes=0.1 if quick else 3, seed=seed),

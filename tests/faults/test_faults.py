@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.faults.disk import (
     train,
     watched,
 )
+from tests.faults.file_types import strange_files
 from tests.faults.kill import kill_and_resume
 from tests.faults.numbers import short_memory, wrong_numbers
 from tests.faults.refusal import TEXTS, abuse, refuse
@@ -84,6 +86,21 @@ def test_a_run_continues_without_its_streams(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_hangups_lose_nothing(tmp_path: Path) -> None:
     hangups(tmp_path)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="makes pipes, and gives up root's privileges"
+)
+def test_strange_files_stop_nothing(tmp_path: Path) -> None:
+    strange_files(tmp_path, rounds=6, seed=random.randrange(1 << 32))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="makes pipes, and gives up root's privileges"
+)
+def test_every_strange_file_in_every_place(tmp_path: Path) -> None:
+    strange_files(tmp_path, rounds=None, seed=0)
 
 
 @pytest.mark.slow
