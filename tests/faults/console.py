@@ -219,6 +219,8 @@ def hangups(folder: Path) -> list[str]:
         if code != (0 if is_ignored else 130):
             raise Broken(f"SIGHUP {name}: exit code {code}: {run.last_words()}")
         if not is_ignored:
+            if not [*run.output.glob("atlas_interrupt_step_*.pt")]:
+                raise Broken(f"SIGHUP {name}: nothing was saved: {run.last_words()}")
             run.finish("--resume", "auto")
         assert_same_run(run.output, reference.output, steps=40)
     return [
