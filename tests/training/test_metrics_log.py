@@ -100,6 +100,16 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.lost.jsonl").read_bytes() == b"".join(lines[-10:])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="makes links")
+def test_a_hard_link_to_the_log_keeps_all_records(tmp_path: Path) -> None:
+    lines = [update(1), update(2)]
+    (tmp_path / "backup").write_bytes(b"".join(lines))
+    os.link(tmp_path / "backup", tmp_path / "metrics.jsonl")
+    RunLog(tmp_path).rewind(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0]
+    assert (tmp_path / "backup").read_bytes() == b"".join(lines)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="makes pipes and links")
 def test_logs_and_locks_are_opened_without_waiting_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
