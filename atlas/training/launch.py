@@ -14,7 +14,7 @@ from atlas.data import training_sequences, validation_sequences
 from atlas.data.sequences.loader import share_of_update
 from atlas.data.sequences.verify import DatasetVerifier
 from atlas.errors import AtlasError
-from atlas.files import explain_failed_write
+from atlas.files import explain_failed_write, replacing
 from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
@@ -130,7 +130,8 @@ def _open_folder(
         checkpoints.clean()
         path = start.folder / "config.yaml"
         with explain_failed_write(path, "free some space, or choose another --output-dir"):
-            path.write_text(as_yaml(config), encoding="utf-8")
+            with replacing(path) as temporary:
+                temporary.write_text(as_yaml(config), encoding="utf-8")
     return config, log, checkpoints
 
 

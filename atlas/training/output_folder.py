@@ -8,17 +8,18 @@ from atlas.errors import AtlasError
 from atlas.files import explain_failed_write
 from atlas.training.checkpoint.locate import checkpoint_paths
 from atlas.training.checkpoint.lock import FolderLock
-from atlas.training.checkpoint.manifest import sidecar_of
+from atlas.training.checkpoint.manifest import sidecar_of, written_later
 from atlas.training.checkpoint.moves import JOURNAL
 
-_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", JOURNAL, "tensorboard", "wandb"}
+_OWN_FOLDERS = {"tensorboard", "wandb"}
+_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", JOURNAL, *_OWN_FOLDERS}
 _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
 """Names and prefixes of the files that a run writes to its output folder."""
 
 
 def claim(folder: Path) -> FolderLock:
     """Lock the output folder, so that no other run changes the folder after the decision on how this run begins."""
-    _refuse_links(folder)
+    _refuse_strange_files(folder)
     with explain_failed_write(folder, "choose another --output-dir"):
         return FolderLock(folder)
 
@@ -28,14 +29,24 @@ def has_checkpoint(folder: Path) -> bool:
     return any(sidecar_of(path).exists() for path in checkpoint_paths(folder))
 
 
-def _refuse_links(folder: Path) -> None:
-    """Raise `AtlasError` if one of a run's files in the folder is a link. With such links, a folder from a stranger
-    could make the run write to files outside the folder."""
+def _refuse_strange_files(folder: Path) -> None:
+    """Raise `AtlasError` if one of a run's files in the folder is a link, a pipe, a socket or a device, if a log is a
+    folder, or if a later version of Atlas wrote the checkpoints.
+
+    With links, a folder from a stranger could make the run write to files outside the folder. The run could wait
+    forever for the other end of a pipe.
+    """
     for path in _own_files(folder):
         if path.is_symlink():
             raise AtlasError(
                 f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
             )
+        may_be_folder = path.name in _OWN_FOLDERS or path.name.startswith("atlas_")
+        # Another run may still use the folder and remove a temporary file at this moment.
+        if path.exists() and not path.is_file() and not (path.is_dir() and may_be_folder):
+            raise AtlasError(f"{path}: is not a regular file: remove it, or choose another --output-dir")
+        if path.suffix == ".json" and (reason := written_later(path)):
+            raise AtlasError(f"{path}: {reason}, or choose another --output-dir")
 
 
 def _own_files(folder: Path) -> list[Path]:

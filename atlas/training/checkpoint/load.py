@@ -13,7 +13,14 @@ from atlas.config import LoraConfig
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
-from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.manifest import (
+    Manifest,
+    checkpoint_size,
+    read_manifest,
+    shards_of,
+    sidecar_of,
+    written_later,
+)
 from atlas.training.checkpoint.validate import check_zip, read_plain, refuse_first_version
 
 _ANOTHER = "take another checkpoint"
@@ -66,6 +73,8 @@ def compare_bytes(
         return f"{how} (no {sidecar.name} beside it)", None
     if manifest := read_manifest(path, check_hash=True, advance=advance):
         return "sha256 as saved", manifest
+    if later := written_later(sidecar):
+        raise CheckpointError(f"{sidecar}: {later}")
     refuse_first_version(path)
     described = "these files" if shards else f"a file of {checkpoint_size(path):,} bytes"
     reason = f"{sidecar.name} does not describe {described}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import CheckpointError
-from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of
+from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of, sidecar_of, written_later
 
 _NAMES = {
     "step": "atlas_step_{step}",
@@ -52,6 +52,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return name
     if path.name and not path.suffix and path.with_suffix(".pt").is_file():
         return path.with_suffix(".pt")
+    if name.name and (later := written_later(sidecar_of(name))):
+        raise CheckpointError(f"{sidecar_of(name)}: {later}")
     if path.is_dir():
         raise CheckpointError(
             f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}"

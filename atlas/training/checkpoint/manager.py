@@ -31,7 +31,14 @@ from atlas.training.checkpoint.atomic_write import (
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_name, kind_of, list_checkpoints
 from atlas.training.checkpoint.lock import FolderLock
-from atlas.training.checkpoint.manifest import FileEntry, Manifest, shards_of, sidecar_of, write_manifest
+from atlas.training.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    shards_of,
+    sidecar_of,
+    write_manifest,
+    written_later,
+)
 from atlas.training.checkpoint.retention import (
     RESUMABLE,
     drop_optimizer_state,
@@ -98,8 +105,16 @@ class CheckpointManager:
         This method skips checkpoints that are damaged or have no optimizer state, and reports each skip.
         """
         found = self.found()
+        later = {sidecar: written_later(sidecar) for sidecar in sorted(self.folder.glob("atlas_*.json"))}
+        for sidecar, reason in later.items():
+            if reason:
+                self.say(f"{sidecar}: {reason}: skipped")
         for path in sorted(self.folder.glob("atlas_*.pt")):
-            if kind_of(path) and sidecar_of(path).exists() and all(path != fits for _, fits in found):
+            if (
+                kind_of(path)
+                and later.get(sidecar_of(path), "") is None
+                and all(path != fits for _, fits in found)
+            ):
                 reason = "it is not the file that its sidecar describes"
                 if holds_first_version(path):
                     reason = f"it is a checkpoint of Atlas 1.x; convert it with atlas import {path}"

@@ -14,14 +14,23 @@ kill never leaves a checkpoint's file without a matching sidecar.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from atlas.files import read_limited, replacing, sha256_of
+from atlas.files import encodable, read_limited, replacing, sha256_of
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -39,6 +48,11 @@ _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinit
 FileName = Annotated[str, Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)]
 """The name of a file, without a folder."""
 
+_Path = Annotated[
+    str | None, BeforeValidator(lambda path: encodable(path) if isinstance(path, str) else path)
+]
+"""A path as text. A byte that is not UTF-8 becomes an escape, since JSON cannot represent it."""
+
 
 class FileEntry(BaseModel):
     """One file of a checkpoint: its name without a folder, its size in bytes and its hash."""
@@ -54,7 +68,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
-    format_version: int = Field(FORMAT_VERSION, ge=1)
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     kind: Literal["step", "epoch", "best", "interrupt"]
     step: Count
     epoch: Count
@@ -64,7 +78,7 @@ class Manifest(BaseModel):
     sequences_consumed: Count
     model: dict[str, Any]
     data_fingerprint: str
-    initialized_from: str | None = None
+    initialized_from: _Path = None
     slim: bool = False
     """Whether the checkpoint has no optimizer state. Such a checkpoint can be loaded, but a run cannot resume from
     it."""
@@ -118,6 +132,19 @@ def _parse_sidecar(checkpoint: Path) -> Manifest | None:
         return Manifest.model_validate_json(read_limited(sidecar_of(checkpoint), limit=_LARGEST_SIDECAR))
     except (OSError, ValidationError):
         return None
+
+
+def written_later(sidecar: Path) -> str | None:
+    """The reason and the remedy if a later version of Atlas wrote `sidecar`, else None. Atlas does not use such a
+    sidecar, since it may describe its checkpoint in another way."""
+    try:
+        facts = json.loads(read_limited(sidecar, limit=_LARGEST_SIDECAR))
+        version = facts["format_version"] if facts["format"] == "atlas-checkpoint" else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(version, int) or version <= FORMAT_VERSION:
+        return None
+    return f"has format version {version!r:.20}, which a later version of Atlas wrote: update Atlas"
 
 
 def checkpoint_size(checkpoint: Path) -> int:
