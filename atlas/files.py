@@ -120,11 +120,12 @@ def explain_failed_write(
 def read_limited(path: Path, *, limit: int) -> bytes:
     """Return the content of a regular file. Raises `OSError`, before reading, if the file has more than `limit`
     bytes."""
-    size = check_regular(path)
-    if size > limit:
-        reason = f"is {size:,} bytes long, more than the {limit:,} that are allowed"
-        raise OSError(errno.EFBIG, reason, str(path))
+    check_regular(path)
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size  # another process may have replaced the file by a longer one
+        if size > limit:
+            reason = f"is {size:,} bytes long, more than the {limit:,} that are allowed"
+            raise OSError(errno.EFBIG, reason, str(path))
         return file.read(size)  # `file.read(limit)` would allocate `limit` bytes
 
 

@@ -171,7 +171,7 @@ def _make_scene(folder: Path) -> Scene:
     on_updates(stopped, after=stop)
     with contextlib.redirect_stderr(io.StringIO()):
         assert train(stopped).outcome == "interrupted"
-    stopped.lock.release()
+    stopped.checkpoints.lock.release()
     intact = {path.name: path.read_bytes() for path in run.output.iterdir()}
     contents = [load_checkpoint(path) for path in sorted(run.output.glob("*.pt"))]
     code, said = _atlas_train(run)
