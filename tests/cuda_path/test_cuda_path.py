@@ -58,7 +58,7 @@ WAITS: dict[str, dict[str, int]] = {
     "spikes": UPDATE,
     "trial of a micro-batch": {},
     "save": {
-        "WAIT guard.weights_fault": 1,
+        "WAIT validate.are_finite": 1,
         "D2H async async_saver.copy": 64,
         "WAIT async_saver.take": 1,
     },
