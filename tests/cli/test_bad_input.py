@@ -400,11 +400,10 @@ def assert_one_line(errors: str, expected: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Size and time of every file, and all folders, so an empty one that is left behind is seen. A command that locks a
-    folder writes its number into the lock file, whether it then runs or not."""
+    """Size and time of every file, and all folders, so an empty one that is left behind is seen."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
-        if path.is_file() and path.name != "atlas.lock"
+        if path.is_file()
         else None
         for path in folder.rglob("*")
     }

@@ -15,6 +15,8 @@ from typing import IO
 from atlas.errors import CheckpointError
 from atlas.files import read_limited, try_to_lock
 
+_LONGEST_NOTE = 1000  # bytes
+
 
 class FolderLock:
     """A lock on a folder. This process holds the lock from construction until `release` or until the process ends. The
@@ -28,6 +30,10 @@ class FolderLock:
         self._path = folder / "atlas.lock"
         places = [self._path, folder, *folder.parents]
         self._created = [place for place in places if not os.path.lexists(place)]
+        self._note = self._times = None
+        with suppress(OSError):
+            self._note = read_limited(self._path, limit=_LONGEST_NOTE)
+            self._times = self._path.stat()
         self._file = self._lock()
 
     def _lock(self) -> IO[bytes]:
@@ -74,7 +80,14 @@ class FolderLock:
         self._file.close()
 
     def undo(self) -> None:
-        """Release the lock, and remove the lock file and the empty folders that the constructor created."""
+        """Release the lock. Remove the lock file and the empty folders that the constructor created, or give the lock
+        file its earlier content and times back."""
+        with suppress(OSError):
+            if self._note is not None and self._times is not None:
+                self._file.truncate(0)
+                self._file.write(self._note)
+                self._file.flush()
+                os.utime(self._path, ns=(self._times.st_atime_ns, self._times.st_mtime_ns))
         for place in self._created:
             with suppress(OSError):
                 place.unlink() if place == self._path else place.rmdir()
@@ -95,7 +108,7 @@ def undone_after_error(lock: FolderLock | None) -> Iterator[None]:
 
 def _owner(path: Path) -> str:
     try:
-        owner = json.loads(read_limited(path, limit=1000))
+        owner = json.loads(read_limited(path, limit=_LONGEST_NOTE))
         return f" (process {owner['process']} on {owner['host']}, since {owner['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

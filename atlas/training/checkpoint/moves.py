@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -51,6 +52,8 @@ def complete_move(folder: Path) -> Path | None:
     """Complete the move in the journal of `folder`, if there is one. Return the folder to which the files have moved.
     Only the run that holds the folder's lock may call this function. Raises `CheckpointError`."""
     path = folder / JOURNAL
+    with suppress(OSError):
+        path.with_name(f"{JOURNAL}.tmp").unlink()  # a killed move left it; no file has moved yet
     if not os.path.lexists(path):
         return None
     try:
