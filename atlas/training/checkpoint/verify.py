@@ -23,6 +23,7 @@ class Verdict:
 
     line: str
     broken: bool = False
+    """Whether no run can resume from the checkpoint: it is damaged, or its weights are not finite."""
     problem: bool = True
     """Whether the checkpoint is broken, or has numbers that are not finite although its bytes are as saved."""
 
@@ -54,7 +55,8 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
         name, count = next(iter(bad.items()))
         more = f" and of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         place = name.replace("/", ".") + more
-        return Verdict(f"its bytes are as saved, but {count:,} numbers of {place} are not finite")
+        broken = any(name.startswith("model_state_dict") for name in bad)
+        return Verdict(f"its bytes are as saved, but {count:,} numbers of {place} are not finite", broken=broken)
     return Verdict(
         f"intact: {size:,} bytes, {compared_by}; {len(tensors):,} tensors, all finite", problem=False
     )
