@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas import files
 from atlas.training.checkpoint.manager import CheckpointManager
 from tests.faults.console import hangups, streams
 from tests.faults.corrupt import corrupt_and_resume
@@ -176,6 +177,23 @@ def test_lines_that_waited_for_room_are_written_at_the_end(tmp_path: Path) -> No
     with watched(run.output, full_until_the_last):
         assert train(run)[0] == 0
     assert [line["step"] for line in logged(run.output)] == list(range(1, 9))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, longer = tmp_path / "dataset.json", tmp_path / "longer"
+    file.write_text("{}", encoding="utf-8")
+    longer.write_text('{"a": 1}', encoding="utf-8")
+    check = files.check_regular
+
+    def replaced_after_the_check(path: Path) -> int:
+        size = check(path)
+        os.replace(longer, path)
+        return size
+
+    monkeypatch.setattr(files, "check_regular", replaced_after_the_check)
+    assert files.read_limited(file, limit=100) == b'{"a": 1}'
 
 
 # The harness itself notices faults
