@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import console, corrupt, disk, file_types, fuzz, kill, numbers, refusal
+from tests.faults import actors, console, corrupt, dataset, disk, file_types, fuzz, kill, numbers, refusal
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -25,7 +25,13 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
     """The kinds of faults by name. Each takes an empty folder, returns its counts, and raises if a promise is
     broken."""
     few = 10 if quick else 40
-    return {
+    forking = {  # first, since PyTorch with a GPU refuses gradients in children of a process that has computed some
+        "two actors": lambda folder: actors.two_actors(
+            folder, histories=few * few // 4, real=few // 8, seed=seed
+        ),
+        "changed data": lambda folder: dataset.change_and_resume(folder, rounds=2 * few, seed=seed),
+    }
+    return (forking if hasattr(os, "fork") else {}) | {
         "kills": lambda folder: kill.kill_and_resume(folder, rounds=few, steps=6 * few, seed=seed),
         "rotten files": lambda folder: corrupt.corrupt_and_resume(folder, rounds=5 * few, seed=seed),
         "full disks": lambda folder: disk.fill_at_each_point(folder, variants=1 if quick else 4),

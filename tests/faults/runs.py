@@ -104,27 +104,30 @@ def sound_checkpoints(folder: Path) -> dict[str, int]:
 
     Raises `Broken` for one that does not match its sidecar, and for one that matches but torch cannot read.
     """
-    steps = {}
-    for sidecar in sorted(folder.glob("atlas_*.json")):
-        checkpoint = sidecar.with_suffix(".pt")
-        if not checkpoint.exists():
-            continue  # killed between the two removals of an old checkpoint
-        vouched = json.loads(sidecar.read_text(encoding="utf-8"))
-        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        while vouched and vouched["files"][0]["sha256"] != digest:
-            vouched = vouched.get("replaces")
-        if not vouched:
-            raise Broken(f"{checkpoint.name}: its bytes are none that its sidecar names")
-        try:
-            contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise Broken(f"{checkpoint.name}: cannot be read ({type(error).__name__})") from error
-        if contents["step"] != vouched["step"]:
-            raise Broken(
-                f"{checkpoint.name}: is of step {contents['step']}, its sidecar says {vouched['step']}"
-            )
-        steps[checkpoint.name] = contents["step"]
-    return steps
+    found = (
+        (path.with_suffix(".pt").name, sound_checkpoint(path)) for path in sorted(folder.glob("atlas_*.json"))
+    )
+    return {name: contents["step"] for name, contents in found if contents is not None}
+
+
+def sound_checkpoint(sidecar: Path) -> dict | None:
+    """The contents of the checkpoint that a sidecar describes; None if its file is missing. Raises `Broken`."""
+    checkpoint = sidecar.with_suffix(".pt")
+    if not checkpoint.exists():
+        return None  # killed between the two removals of an old checkpoint
+    vouched = json.loads(sidecar.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    while vouched and vouched["files"][0]["sha256"] != digest:
+        vouched = vouched.get("replaces")
+    if not vouched:
+        raise Broken(f"{checkpoint.name}: its bytes are none that its sidecar names")
+    try:
+        contents: dict = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Broken(f"{checkpoint.name}: cannot be read ({type(error).__name__})") from error
+    if contents["step"] != vouched["step"]:
+        raise Broken(f"{checkpoint.name}: is of step {contents['step']}, its sidecar says {vouched['step']}")
+    return contents
 
 
 def resumed_step(said: str) -> int:

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from atlas import files
+from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
+from tests.faults.actors import ForkedHistories, two_actors
 from tests.faults.console import hangups, streams
 from tests.faults.corrupt import corrupt_and_resume
+from tests.faults.dataset import change_and_resume
 from tests.faults.disk import (
     Strike,
     fill_a_tmpfs,
@@ -25,6 +28,7 @@ from tests.faults.disk import (
     watched,
 )
 from tests.faults.file_types import strange_files
+from tests.faults.history import make_scene
 from tests.faults.kill import kill_and_resume
 from tests.faults.numbers import short_memory, wrong_numbers
 from tests.faults.refusal import TEXTS, abuse, refuse
@@ -36,6 +40,12 @@ from tests.runs import logged
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The kinds of faults name a cache of their own; what they set is taken back."""
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
+
+
+forking = pytest.mark.skipif(
+    not hasattr(os, "fork") or torch.cuda.is_available(),
+    reason="with a GPU, PyTorch computes no gradients in forked children; python -m tests.faults.report does",
+)
 
 
 @pytest.mark.slow
@@ -73,6 +83,28 @@ def test_every_field_is_cheap_to_refuse() -> None:
 @pytest.mark.slow
 def test_a_good_client_beside_abuse(tmp_path: Path) -> None:
     abuse(tmp_path, minutes=0.5, seed=random.randrange(1 << 32))
+
+
+@forking
+def test_two_actors_in_one_folder(tmp_path: Path) -> None:
+    two_actors(tmp_path, histories=3, real=0, seed=random.randrange(1 << 32), runs=2)
+
+
+@forking
+def test_changed_data_are_never_believed(tmp_path: Path) -> None:
+    change_and_resume(tmp_path, rounds=5, seed=random.randrange(1 << 32))
+
+
+@forking
+@pytest.mark.slow
+def test_two_hundred_histories_of_two_actors(tmp_path: Path) -> None:
+    two_actors(tmp_path, histories=200, real=3, seed=random.randrange(1 << 32))
+
+
+@forking
+@pytest.mark.slow
+def test_every_change_of_the_data_at_every_moment(tmp_path: Path) -> None:
+    change_and_resume(tmp_path, rounds=78, seed=random.randrange(1 << 32))
 
 
 def test_a_command_with_streams_that_fail(tmp_path: Path) -> None:
@@ -206,6 +238,18 @@ def test_a_checkpoint_that_its_sidecar_denies_is_noticed(tmp_path: Path) -> None
     shutil.copy(run.output / "atlas_step_6.pt", run.output / "atlas_step_4.pt")
     with pytest.raises(Broken, match=r"atlas_step_4\.pt"):
         sound_checkpoints(run.output)
+
+
+@forking
+def test_two_writers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FolderLock, "check", lambda self: None)
+    history = type("History", (ForkedHistories,), {"scene": make_scene(tmp_path, runs=1)})()
+    history.start("plain", 0, {"updates": 2})
+    history.meddle("lock")
+    history.start("plain", 0, {"updates": 1})
+    with pytest.raises(Broken, match="two writers"):
+        history.proceed(0, {})
+    history.teardown()
 
 
 def test_going_on_from_an_older_checkpoint_is_noticed(
