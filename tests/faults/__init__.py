@@ -7,6 +7,8 @@ broken:
     python -m tests.faults.kill --rounds 60       SIGKILL at random moments and inside saves
     python -m tests.faults.corrupt --rounds 200   flipped, cut, swapped and emptied files
     python -m tests.faults.disk --tmpfs           a disk that is full at every point of a save
+    python -m tests.faults.syscalls               SIGKILL at every system call that changes the disk
+    python -m tests.faults.power                  every state of the disk after a power cut
     python -m tests.faults.refusal --minutes 3    requests that are expensive to refuse
     python -m tests.faults.actors                 two processes in one output folder, in random histories
     python -m tests.faults.dataset                a dataset that changes under a run

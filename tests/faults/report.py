@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import actors, console, corrupt, dataset, disk, file_types, fuzz, kill, numbers, refusal
+from tests.faults import SCENES, actors, console, corrupt, dataset, disk, file_types, fuzz, kill, numbers, power, refusal, syscalls from tests.faults.crash.scenes import PREPARATIONS
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]
@@ -36,6 +36,12 @@ def kinds(*, quick: bool, seed: int) -> dict[str, Callable[[Path], Counts]]:
         "rotten files": lambda folder: corrupt.corrupt_and_resume(folder, rounds=5 * few, seed=seed),
         "full disks": lambda folder: disk.fill_at_each_point(folder, variants=1 if quick else 4),
         "a true full disk": _true_full_disk,
+        "kills at each system call": lambda folder: syscalls.kill_at_each_call(
+            folder, scenes=PREPARATIONS if quick else SCENES, once_each=quick
+        ),
+        "power cuts": lambda folder: power.cut_the_power(
+            folder, scenes=PREPARATIONS if quick else SCENES, most=20 if quick else None, seed=seed
+        ),
         "wrong numbers": lambda folder: numbers.wrong_numbers(folder, rounds=2 * few, seed=seed),
         "short memory": lambda folder: numbers.short_memory(folder, rounds=few, seed=seed),
         "consoles": lambda folder: [

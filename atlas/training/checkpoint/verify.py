@@ -56,7 +56,9 @@ def verify_checkpoint(path: Path, *, advance: Callable[[int], None] = lambda don
         more = f" and of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         place = name.replace("/", ".") + more
         broken = any(name.startswith("model_state_dict") for name in bad)
-        return Verdict(f"its bytes are as saved, but {count:,} numbers of {place} are not finite", broken=broken)
+        return Verdict(
+            f"its bytes are as saved, but {count:,} numbers of {place} are not finite", broken=broken
+        )
     return Verdict(
         f"intact: {size:,} bytes, {compared_by}; {len(tensors):,} tensors, all finite", problem=False
     )
