@@ -15,7 +15,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import SCENES, actors, console, corrupt, dataset, disk, file_types, fuzz, kill, numbers, power, refusal, syscalls from tests.faults.crash.scenes import PREPARATIONS
+from tests.faults import (
+    actors,
+    console,
+    corrupt,
+    dataset,
+    disk,
+    file_types,
+    fuzz,
+    kill,
+    numbers,
+    power,
+    refusal,
+    syscalls,
+)
+from tests.faults.crash.scenes import PREPARATIONS, SCENES
 from tests.faults.runs import Broken, own_folder
 
 Counts = list[str]

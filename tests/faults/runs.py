@@ -104,11 +104,21 @@ def sound_checkpoints(folder: Path) -> dict[str, int]:
 
     Raises `Broken` for one that does not match its sidecar, and for one that matches but torch cannot read.
     """
-<<<<<<< HEAD
-    found = (
-        (path.with_suffix(".pt").name, sound_checkpoint(path)) for path in sorted(folder.glob("atlas_*.json"))
-    )
-    return {name: contents["step"] for name, contents in found if contents is not None}
+    steps = {}
+    for sidecar in sorted(folder.glob("atlas_*.json")):
+        described = json.loads(sidecar.read_text(encoding="utf-8"))
+        if not described.get("folder"):
+            if contents := sound_checkpoint(sidecar):
+                steps[f"{sidecar.stem}.pt"] = contents["step"]
+            continue
+        places = [folder / described["folder"] / file["name"] for file in described["files"]]
+        if not all(path.exists() for path in places):
+            continue  # its removal had begun
+        steps[sidecar.stem] = described["step"]
+        for path, file in zip(places, described["files"], strict=True):
+            if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
+                raise Broken(f"{path}: its bytes are none that its sidecar names")
+    return steps
 
 
 def sound_checkpoint(sidecar: Path) -> dict | None:
@@ -129,38 +139,6 @@ def sound_checkpoint(sidecar: Path) -> dict | None:
     if contents["step"] != vouched["step"]:
         raise Broken(f"{checkpoint.name}: is of step {contents['step']}, its sidecar says {vouched['step']}")
     return contents
-=======
-    steps = {}
-    for sidecar in sorted(folder.glob("atlas_*.json")):
-        checkpoint = sidecar.with_suffix(".pt")
-        vouched = json.loads(sidecar.read_text(encoding="utf-8"))
-        if shards := vouched.get("folder"):
-            places = [folder / shards / file["name"] for file in vouched["files"]]
-            if not all(path.exists() for path in places):
-                continue  # its removal had begun
-            steps[sidecar.stem] = vouched["step"]
-            for path, file in zip(places, vouched["files"], strict=True):
-                if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
-                    raise Broken(f"{path}: its bytes are none that its sidecar names")
-            continue
-        if not checkpoint.exists():
-            continue  # killed between the two removals of an old checkpoint
-        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        while vouched and vouched["files"][0]["sha256"] != digest:
-            vouched = vouched.get("replaces")
-        if not vouched:
-            raise Broken(f"{checkpoint.name}: its bytes are none that its sidecar names")
-        try:
-            contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise Broken(f"{checkpoint.name}: cannot be read ({type(error).__name__})") from error
-        if contents["step"] != vouched["step"]:
-            raise Broken(
-                f"{checkpoint.name}: is of step {contents['step']}, its sidecar says {vouched['step']}"
-            )
-        steps[checkpoint.name] = contents["step"]
-    return steps
->>>>>>> c391e95 (Commands are killed at each system call, and the power is cut at each operation)
 
 
 def resumed_step(said: str) -> int:

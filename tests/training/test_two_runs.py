@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from atlas import files
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.files import try_to_lock
@@ -152,21 +151,3 @@ def test_a_save_does_not_touch_a_folder_that_another_run_took(tmp_path: Path, te
     with pytest.raises(AtlasError, match="another run has taken this folder"):
         run.checkpoints.save(run.contents(), ["step", "best"])
     assert names(folder) == before
-
-
-def test_a_file_that_a_live_run_replaces_is_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`atlas info` reads the sidecars of a run that saves at this moment."""
-    path = tmp_path / "atlas_best.json"
-    path.write_text("short", encoding="utf-8")
-    check = files.check_regular
-
-    def replaced_meanwhile(path: Path) -> int:
-        size = check(path)
-        (tmp_path / "new").write_text("much longer", encoding="utf-8")
-        os.replace(tmp_path / "new", path)
-        return size
-
-    monkeypatch.setattr(files, "check_regular", replaced_meanwhile)
-    assert files.read_limited(path, limit=100) == b"much longer"
