@@ -55,9 +55,7 @@ def train(run: Run) -> Result:
         kind = {"interrupted": "interrupt", "stopped in time": "step"}.get(outcome)
         is_saved = kind is None or save_if_sound(run, [kind])
         log.event(outcome, state.step)
-    with (
-        run.world.in_step()
-    ):  # no rank ends before the last save is complete: srun would then kill the other ranks
+    with run.world.in_step():  # if a rank ended before the last save is complete, srun would kill the others
         log.flush_to_disk()
     saved = run.saver.written if is_saved else []
     return Result(outcome, state.step, state.loss, state.val_loss, saved)

@@ -113,7 +113,6 @@ def _connected() -> Any:
     except ImportError:
         raise DataError('--engine ray: needs the package ray; pip install "atlas-llm[ray]"') from None
     if not ray.is_initialized():
-        ray.init(
-            log_to_driver=False, logging_level=logging.WARNING
-        )  # connects to RAY_ADDRESS, or starts Ray here
+        # Connect to RAY_ADDRESS, or start Ray on this machine.
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     return ray

@@ -101,9 +101,7 @@ class Workspace:
         if 0 < len(states) < committed:
             self.commit(*states)  # before the work after these states is overwritten
         if not states:
-            self.journal.unlink(
-                missing_ok=True
-            )  # first, so that a kill leaves no journal of files that are gone
+            self.journal.unlink(missing_ok=True)  # first, so that no journal describes files that are gone
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
