@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
     if number == getattr(signal, "SIGHUP", None):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # a shell and the system may both send it when a terminal closes
+        # A shell and the system may both send it when a terminal closes.
+        signal.signal(number, signal.SIG_IGN)
     raise Interrupted
 
 

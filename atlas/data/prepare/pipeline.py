@@ -220,9 +220,8 @@ class _Preparation:
         if state["content_key"] == self.sources.content_key:
             return True
         rule, end = SplitRule(**state["rule"]), Position(*state["position"])
-        if (
-            rule.cut_at is not None or self._split_rule.cut_at is not None
-        ):  # the cut depends on the complete text
+        depends_on_the_rest = rule.cut_at is not None or self._split_rule.cut_at is not None
+        if depends_on_the_rest:
             return False
         if TextSoFar(self.sources, rule).key(end.group) != state["groups"]:
             return False
