@@ -170,8 +170,10 @@ def test_a_changed_plan_of_packing_is_noticed(dataset: Path, tmp_path: Path) -> 
     run = run_for(explicit)
     plan = next(path for path, _ in run.data.train.files if path.name == "starts")
     on_updates(run, after=lambda: run.state.step == 3 and plan.write_bytes(bytes(plan.stat().st_size)))
-    with pytest.raises(AtlasError, match="starts: its content changed"):
+    with pytest.raises(AtlasError, match=r"starts: this file of the plan .* has changed: remove the folder"):
         train(run)
+    shutil.rmtree(plan.parent)
+    assert trained(explicit, resume="auto")[1].step == STEPS
 
 
 def test_preparing_again_repairs_a_dataset(dataset: Path, text_file: Path) -> None:

@@ -72,7 +72,7 @@ class DatasetVerifier:
                 hashes = hashes_of(path for path, _, _ in some)
                 for (path, sha256, stamp), found in zip(some, hashes, strict=True):
                     if found != sha256:
-                        raise changed(path)
+                        raise changed(path) if path.suffix == ".npy" else _changed_plan(path)
                     # If the file has changed since its stamp was taken, the next call reads the file again.
                     self._verified[path] = stamp
         except DataError as error:
@@ -82,3 +82,10 @@ class DatasetVerifier:
                 f"{error.filename}: cannot be read ({error.strerror}): the run cannot verify its dataset; restore the "
                 "file, then resume"
             )
+
+
+def _changed_plan(path: Path) -> DataError:
+    return DataError(
+        f"{path}: this file of the plan for packing has changed: remove the folder {path.parent}; the next run makes "
+        "the plan again"
+    )
