@@ -21,7 +21,13 @@ from unittest import mock
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.faults.folder_model import Actor
 from tests.faults.forked import Forked
@@ -83,6 +89,10 @@ class ForkedHistories(RuleBasedStateMachine):
         process = Forked([*self.history.arguments, *words], said, self.history.output)
         return self.history.add(process, how, step), process
 
+    @initialize(updates=st.integers(1, STEPS))
+    def begin(self, updates: int) -> None:
+        self.start("plain", 0, {"updates": updates})
+
     @precondition(lambda self: len(self.history.alive) < 2)
     @rule(how=st.sampled_from(WAYS), which=st.integers(0, 5), turn=_TURNS)
     def start(self, how: str, which: int, turn: Turn) -> None:
@@ -124,12 +134,21 @@ class ForkedHistories(RuleBasedStateMachine):
         self.scene.counts["SIGKILL"] += 1
         self._turn(f"SIGKILL {which}", act)
 
+    @rule(how=st.sampled_from(WAYS), which=st.integers(0, 5), operations=st.integers(1, 60))
+    def kill_in_start(self, how: str, which: int, operations: int) -> None:
+        """Stop all actors, start one, and kill it before it trains."""
+        while self.history.alive:
+            self.terminate(0, {})
+        self.start(how, which, {"operations": operations})
+        if self.history.alive:
+            self.kill(0)
+
     @precondition(lambda self: len(self.history.alive) == 1)
     @rule(
         updates=st.integers(1, 4),
         how=st.sampled_from(WAYS),
         which=st.integers(0, 5),
-        operations=st.integers(1, 40),
+        operations=st.integers(1, 30),
         turn=_TURNS,
     )
     def hand_over(self, updates: int, how: str, which: int, operations: int, turn: Turn) -> None:
